@@ -1,0 +1,31 @@
+# Everything runs in .venv, which the first target that needs it creates. Works from any directory (make -C).
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+PYTHON ?= python3
+BIN := $(ROOT).venv/bin
+READY := $(ROOT).venv/ready
+
+.PHONY: demo test lint bench fault clean
+
+demo: $(READY)
+	cd $(ROOT) && $(BIN)/python -m service.demo
+
+test: $(READY) lint
+	cd $(ROOT) && $(BIN)/python -m pytest
+
+lint: $(READY)
+	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+fault: $(READY)
+	cd $(ROOT) && $(BIN)/python -m pytest -m fault -s
+
+bench: $(READY)
+	cd $(ROOT) && $(BIN)/python -m tests.benchmarks.overhead && $(BIN)/python -m tests.benchmarks.sp_vs_diffusers
+
+$(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(ROOT).venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)constraints.txt -e '$(ROOT)[dev]'
+	touch $@
+
+clean:
+	rm -rf $(ROOT).venv $(ROOT).demo

@@ -1,0 +1,96 @@
+"""Can a deployment work? Asked before any process is started, by `spray check` and by `spray serve`.
+
+A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per obstacle.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from sp_core.degrees import check_layout
+
+MODULAR_PIPELINES = {"QwenImagePipeline": "QwenImageModularPipeline"}
+"""Pipelines that spray can run step by step, by the name in a model folder, and their modular twins in diffusers."""
+
+
+def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
+    """One line per model: its layout and the devices that each of its replicas takes.
+
+    Args:
+        spec: the deployment.
+        devices: how many devices there are, by kind: `{"cpu": 2.0, "cuda": 0.0}`.
+
+    Raises:
+        SpecError: a model folder is missing, a layout does not fit its model, or all gangs together do not fit.
+    """
+    obstacles = [obstacle for model in spec.models for obstacle in _obstacles(model)]
+    for kind, wanted in _wanted(spec).items():
+        if wanted > devices[kind]:
+            takers = ", ".join(f"{m.name} {_per_replica(m, kind):g}" for m in spec.models if _per_replica(m, kind))
+            obstacles.append(
+                f"{wanted:g} {_unit(kind)} are needed ({takers}), {devices[kind]:g} are there; lower the degrees"
+                + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
+            )
+    if obstacles:
+        raise SpecError("\n".join(obstacles))
+    return [
+        f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
+        f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})"
+        for model in spec.models
+    ]
+
+
+def _obstacles(model: ModelSpec) -> list[str]:
+    try:
+        pipeline_class(Path(model.source))
+        check_layout(model.parallel, _num_heads(model))
+    except ValueError as error:
+        return [f"{model.name}: {error}"]
+    return []
+
+
+def pipeline_class(source: Path) -> str:
+    """The pipeline that a model folder is for.
+
+    Raises:
+        ValueError: it is no model folder, or one that spray cannot run.
+    """
+    index = _read_config(source / "model_index.json")
+    if not index:
+        raise ValueError(f"no model at {source}: model_index.json is missing; set source to a diffusers folder")
+    name = str(index.get("_class_name"))
+    if name not in MODULAR_PIPELINES:
+        raise ValueError(
+            f"{source} is for {name}, which spray cannot run step by step; it can: {', '.join(MODULAR_PIPELINES)}"
+        )
+    return name
+
+
+def _num_heads(model: ModelSpec) -> int | None:
+    config = _read_config(Path(model.source) / "transformer" / "config.json")
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _wanted(spec: DeploymentSpec) -> dict[str, float]:
+    kinds = ("cpu", "cuda")
+    return {kind: round(sum(_per_replica(model, kind) for model in spec.models), 6) for kind in kinds}
+
+
+def _per_replica(model: ModelSpec, kind: str) -> float:
+    each = model.placement.cpus_per_rank if kind == "cpu" else float(model.device == "cuda")
+    return model.parallel.world_size * each
+
+
+def _unit(kind: str) -> str:
+    return "CPU cores" if kind == "cpu" else "GPUs"

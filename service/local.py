@@ -1,0 +1,188 @@
+"""A Ray cluster of our own on this machine, serving one deployment. For `spray serve`, the demo and the tests.
+
+It never attaches to another cluster, whatever `RAY_ADDRESS` says; it takes a temporary folder and free ports of its
+own, listens on loopback only, and takes everything along when it stops. Any number of them run side by side.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# Read by Ray when it is imported, and inherited by every process of the cluster.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for listening on loopback only, on any system
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else a token is left behind that breaks later clusters
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"  # a hung gang must not be waited for
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy laptop takes longer than Serve's 5 s
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import httpx
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from deploy.check import check_deployment
+from deploy.spec import DeploymentSpec, SpecError
+from service.app import build
+from workers.errors import GangLost
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 200 * 2**20
+
+
+class LocalCluster:
+    """One deployment on a private Ray cluster; a context manager.
+
+    Args:
+        spec: what to serve. Port 0 takes a free one.
+
+    Raises:
+        SpecError: on entry, when the deployment cannot work here or its port is taken.
+        GangLost: on entry, when Ray or Serve does not start.
+    """
+
+    def __init__(self, spec: DeploymentSpec) -> None:
+        self.spec = spec
+        self.instance_id = uuid.uuid4().hex
+        self.url = ""
+        self._folder: Path | None = None
+        self._reservation: socket.socket | None = None
+
+    def __enter__(self) -> Self:
+        if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]
+            raise RuntimeError("service.local must be imported before ray, or the cluster would not stay on loopback")
+        check_deployment(self.spec, local_devices())
+        self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
+        host, port = self._reservation.getsockname()[:2]
+        self.url = f"http://{host}:{port}"
+        self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
+        os.environ.pop("RAY_ADDRESS", None)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            devices = local_devices()
+            ray.init(
+                address="local",
+                num_cpus=int(devices["cpu"]),
+                num_gpus=int(devices["cuda"]),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(self._folder),
+            )
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
+            quiet = {"log_level": "WARNING"}
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+            serve.run_many(build(self.spec, self.instance_id), wait_for_applications_running=False)
+        except RayError as error:
+            self.stop()
+            raise GangLost(f"the local cluster cannot be started: {error}") from None
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda line: None) -> None:
+        """Return when every model answers.
+
+        Args:
+            timeout_s: patience.
+            on_wait: told what is waited for, each time that it changes.
+
+        Raises:
+            GangLost: a model cannot be started, or the gateway fails; the reason is in the message.
+            TimeoutError: not ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        told = ""
+        while time.monotonic() < deadline:
+            self._raise_failures()
+            answer = _readiness(self.url)
+            if "error" in answer:
+                raise GangLost(f"the gateway cannot answer: {answer['error']}")
+            if answer.get("instance_id") == self.instance_id:
+                if answer["status"] == "ok":
+                    return
+                line = f"waiting for {', '.join(answer['waiting_for'])}"
+            else:
+                line = "waiting for the gateway"
+            if line != told:
+                on_wait(line)
+                told = line
+            time.sleep(0.25)
+        raise TimeoutError(f"not ready after {timeout_s:g} s: {told}")
+
+    def stop(self) -> None:
+        """End every process of the cluster and remove its folder. May be called more than once."""
+        if ray.is_initialized():
+            ray.shutdown()
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _raise_failures(self) -> None:
+        for name, application in serve.status().applications.items():
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                details = [deployment.message for deployment in application.deployments.values()]
+                raise GangLost(f"{name} cannot be started: {' '.join([application.message, *details])}")
+
+
+def local_devices() -> dict[str, float]:
+    """Devices of this machine by kind: `{"cpu": cores, "cuda": GPUs}`."""
+    gpus = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return {"cpu": float(os.cpu_count() or 1), "cuda": float(gpus)}
+
+
+def _reserve_port(host: str, port: int) -> socket.socket:
+    """A socket on `port`, or on a free one for 0, that keeps it from others until Serve has bound it and beyond.
+
+    Serve binds with SO_REUSEPORT, so it would not notice that a port is taken, and may share it with this socket, which
+    never listens.
+
+    Raises:
+        SpecError: the port is taken.
+    """
+    try:
+        with socket.socket() as probe:  # without SO_REUSEPORT: fails where anybody listens
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            port = probe.getsockname()[1]
+        reservation = socket.socket()
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind((host, port))
+    except OSError as error:
+        raise SpecError(
+            f"gateway.port: {host}:{port} cannot be bound ({error.strerror}); choose another with --port"
+        ) from None
+    return reservation
+
+
+def _readiness(url: str) -> dict[str, Any]:
+    try:
+        answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False).json()
+    except (httpx.TransportError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}

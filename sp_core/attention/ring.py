@@ -1,0 +1,63 @@
+"""Ring attention: keys and values travel round the ranks, queries stay.
+
+After Ring Attention (arXiv 2310.01889). Each rank attends to the chunk it holds while the next one is on its way, and
+merges the results by their log-sum-exp in fp32. A rank holds two chunks at a time, whatever the length of the sequence.
+Called by `sp_core.attention.hybrid`.
+
+Shapes: B batch, L this rank's tokens, H heads, D head size, P ranks. Chunks may differ in length.
+"""
+
+import torch
+
+from sp_core import collectives, kernels
+from sp_core.mesh import MeshAxis
+
+
+def ring_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    lengths: list[int],
+    axis: MeshAxis,
+) -> torch.Tensor:
+    """Attention of this rank's queries over all ranks' keys.
+
+    Args:
+        query: `(B, L, H, D)`, this rank's share; key and value alike.
+        key: see query.
+        value: see query.
+        mask: this rank's share of an additive key mask, `(B, L)`.
+        scale: of the scores; None is 1/sqrt(D).
+        lengths: tokens of each rank, `lengths[axis.rank] == L`.
+        axis: the P ranks.
+
+    Returns:
+        `(B, L, H, D)`, in the queries' dtype.
+    """
+    if axis.size == 1:
+        return kernels.attention(query, key, value, _over_keys(mask), scale)
+    batch, _, heads, head_size = query.shape
+    chunk = torch.cat((key.flatten(2), value.flatten(2)), dim=2)
+    if mask is not None:
+        chunk = torch.cat((chunk, mask.unsqueeze(2)), dim=2)  # (B, L, 2 * H * D + 1)
+
+    output = query.new_zeros(query.shape, dtype=torch.float32)
+    lse = output.new_full(query.shape[:3], float("-inf"))
+    for distance in range(axis.size):
+        following = None
+        if distance + 1 < axis.size:
+            owner = (axis.rank - distance - 1) % axis.size
+            following = collectives.RingShift(chunk, (batch, lengths[owner], chunk.shape[2]), axis)
+        keys, values = chunk[..., : 2 * heads * head_size].unflatten(2, (2, heads, head_size)).unbind(2)
+        key_mask = chunk[..., -1] if mask is not None else None
+        part, part_lse = kernels.attention_with_lse(query, keys, values, _over_keys(key_mask), scale)
+        output, lse = kernels.merge(output, lse, part, part_lse)
+        if following is not None:
+            chunk = following.wait()
+    return output.to(query.dtype)
+
+
+def _over_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask[:, None, None, :]

@@ -1,0 +1,88 @@
+"""Every data-moving collective of sp_core. Callers: `sp_sharding` (gather), `attention.ulysses` (exchange) and
+`attention.ring` (shift).
+
+Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
+calls must know all of them, because a collective whose sizes disagree hangs or corrupts instead of failing.
+Callers skip them on an axis of size 1, which has no group.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from sp_core.mesh import MeshAxis, ParallelMesh
+
+
+def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], axis: MeshAxis) -> torch.Tensor:
+    """Exchange one message with every rank of the axis, itself included.
+
+    Args:
+        packed: flat; the messages to rank 0, 1, ... behind each other.
+        send_sizes: elements of each message to send.
+        receive_sizes: elements of each message to receive.
+        axis: the ranks.
+
+    Returns:
+        Flat; the messages from rank 0, 1, ... behind each other.
+    """
+    received = packed.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(received, packed, receive_sizes, send_sizes, group=axis.group)
+    return received
+
+
+def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torch.Tensor, list[int]]:
+    """Concatenate the sequence ranks' tensors along `dim`, in rank order; their lengths along `dim` may differ.
+
+    One small exchange of lengths on the host and one gather, padded to the longest because gloo gathers only equal
+    shapes. Ragged shares differ by one token at most, so the padding is next to nothing.
+
+    Returns:
+        The joined tensor, and each rank's length.
+    """
+    axis = mesh.axis("sequence")
+    if axis.size == 1:
+        return tensor, [tensor.shape[dim]]
+    lengths = _all_lengths(tensor.shape[dim], axis)
+    longest = max(lengths)
+    local = tensor.movedim(dim, 0)
+    padded = local.new_empty((longest, *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    padded[local.shape[0] :] = 0
+    gathered = padded.new_empty((axis.size * longest, *local.shape[1:]))
+    dist.all_gather_single(gathered, padded, group=axis.group)
+    shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
+    return torch.cat(shares).movedim(0, dim), lengths
+
+
+def _all_lengths(length: int, axis: MeshAxis) -> list[int]:
+    lengths = torch.zeros(axis.size, dtype=torch.int64)
+    dist.all_gather_single(lengths, torch.tensor([length]), group=axis.host_group)
+    return [int(n) for n in lengths.tolist()]
+
+
+class RingShift:
+    """A tensor on its way to the next rank of an axis, while the previous rank's comes in. Started on construction.
+
+    Args:
+        tensor: to send; must not be written to before `wait`.
+        receive_shape: shape of what the previous rank sends.
+        axis: the ranks, at least two.
+    """
+
+    def __init__(self, tensor: torch.Tensor, receive_shape: Sequence[int], axis: MeshAxis) -> None:
+        self._sent = tensor.contiguous()
+        self._received = tensor.new_empty(tuple(receive_shape))
+        following, previous = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+        self._work = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, group=axis.group, group_peer=following),
+                dist.P2POp(dist.irecv, self._received, group=axis.group, group_peer=previous),
+            ]
+        )
+
+    def wait(self) -> torch.Tensor:
+        """What the previous rank has sent."""
+        for work in self._work:
+            work.wait()
+        return self._received

@@ -1,0 +1,143 @@
+"""The live process groups of one rank. Intent (`ParallelDegrees`) goes in; groups with explicit timeouts come out.
+
+Called once per rank by `workers.rank`, or by anyone who has initialised `torch.distributed`. Collectives take a
+`MeshAxis`; nothing else in the package touches a process group.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from sp_core.degrees import ParallelDegrees
+
+AXES = ("cfg", "ring", "ulysses", "tp")
+"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbours."""
+
+AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence"]
+
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """One rank's view of one axis.
+
+    Attributes:
+        name: the axis; `"sequence"` is ring and ulysses taken together.
+        rank: this process's place on the axis, `0 <= rank < size`.
+        size: the number of ranks on the axis. 1 makes every collective over it a no-op.
+        group: the process group, `None` exactly when `size` is 1.
+        host_group: the same ranks over gloo, for integers that must not pass through the device.
+    """
+
+    name: AxisName
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+    host_group: dist.ProcessGroup | None
+
+
+class ParallelMesh:
+    """The groups that this process belongs to, one per axis of `("cfg", "ring", "ulysses", "tp")`.
+
+    Attributes:
+        degrees: the layout.
+        device: where this rank's tensors live.
+        control: a gloo group over all ranks for decisions (host integers, never tensors on the device).
+    """
+
+    def __init__(
+        self,
+        degrees: ParallelDegrees,
+        device: torch.device,
+        axes: dict[AxisName, MeshAxis],
+        control: dist.ProcessGroup | None,
+    ) -> None:
+        self.degrees = degrees
+        self.device = device
+        self.control = control
+        self._axes = axes
+
+    @classmethod
+    def create(cls, degrees: ParallelDegrees, *, device_type: str, timeout_s: float) -> "ParallelMesh":
+        """Build this rank's groups; every rank of the world must call it, with the same arguments.
+
+        Args:
+            degrees: the layout; its product must be the world size.
+            device_type: `"cpu"` (gloo) or `"cuda"` (NCCL; this rank uses the current CUDA device).
+            timeout_s: seconds after which a collective of any of these groups fails. Explicit, because sub-groups
+                do not inherit the timeout of `init_process_group`.
+
+        Raises:
+            RuntimeError: `torch.distributed` is not initialised although the layout has more than one rank.
+            ValueError: the world size is not the product of the degrees, or there is no such kind of device.
+        """
+        if device_type not in ("cpu", "cuda"):
+            raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
+        initialised = dist.is_available() and dist.is_initialized()
+        if degrees.world_size > 1 and not initialised:
+            raise RuntimeError(
+                f"the layout {degrees} needs {degrees.world_size} ranks: call "
+                "torch.distributed.init_process_group on each of them before ParallelMesh.create"
+            )
+        world_size = dist.get_world_size() if initialised else 1
+        if degrees.world_size != world_size:
+            raise ValueError(
+                f"the layout {degrees} is for {degrees.world_size} ranks, but the process group has {world_size}; "
+                "the product of the degrees must be the number of ranks"
+            )
+        rank = dist.get_rank() if initialised else 0
+        device = (
+            torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+        )
+        timeout = timedelta(seconds=timeout_s)
+        axes = {name: _axis(name, groups, rank, timeout) for name, groups in axis_groups(degrees).items()}
+        control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        return cls(degrees, device, axes, control)
+
+    def axis(self, name: AxisName) -> MeshAxis:
+        """This rank's place and group on the axis `name`."""
+        return self._axes[name]
+
+    def agree(self, *flags: int) -> tuple[int, ...]:
+        """The element-wise maximum of `flags` over all ranks: one decision, the same everywhere.
+
+        A collective on the control group. Every rank of the gang must call it at the same point, with as many flags.
+        """
+        if self.control is None:
+            return flags
+        word = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(word.tolist())
+
+
+def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
+    """The global ranks that form each group of each axis, in the order in which all ranks must create them."""
+    grid = torch.arange(degrees.world_size).view(
+        degrees.cfg_parallel_size, degrees.ring_degree, degrees.ulysses_degree, degrees.tensor_parallel_size
+    )
+    sequence = grid.movedim(3, 1).flatten(2)  # (cfg, tp, ring x ulysses)
+    groups: dict[AxisName, list[list[int]]] = {"sequence": sequence.flatten(0, 1).tolist()}
+    for dim, name in enumerate(AXES):
+        groups[name] = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()  # type: ignore[index]
+    return groups
+
+
+def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:
+    mine = next(ranks for ranks in groups if rank in ranks)
+    if len(mine) == 1:
+        return MeshAxis(name, 0, 1, None, None)
+    group = _new_group(groups, mine, timeout, backend=None)
+    host_group = group if dist.get_backend(group) == "gloo" else _new_group(groups, mine, timeout, backend="gloo")
+    return MeshAxis(name, mine.index(rank), len(mine), group, host_group)
+
+
+def _new_group(
+    groups: list[list[int]], mine: list[int], timeout: timedelta, backend: str | None
+) -> dist.ProcessGroup | None:
+    """Create all of an axis's groups, as every rank must, its own or not, and keep the one this rank is in."""
+    created: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for ranks in groups:
+        created[tuple(ranks)] = dist.new_group(ranks, timeout=timeout, backend=backend)
+    return created[tuple(mine)]

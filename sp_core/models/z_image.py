@@ -1,0 +1,31 @@
+"""Z-Image: image and caption are refined apart, then joined into one sequence.
+
+Peculiarities:
+- Patchifying, padding and joining are methods of the model, not modules; but each of the three stacks of layers takes
+  whole tensors, so each is a region of its own: split at its first layer, gathered behind its last.
+- The layers receive rotations and masks anew, hence the `*` entries; they are cheap views.
+- Image and caption are each padded to a multiple of 32 with learnt tokens that take part in attention. Only batches of
+  unequal length have a mask, and a rank's chunk can then be hidden as a whole for some row.
+- 30 heads: Ulysses degrees 2, 3, 5, 6; for 4 and 8 ranks mix in a ring.
+"""
+
+from sp_core.models.family import ModelFamily
+from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
+
+
+def _stack(name: str) -> SequenceParallelModelPlan:
+    return {
+        f"{name}.0": {"x": SequenceParallelInput(split_dim=1, expected_dims=3)},
+        f"{name}.*": {
+            "freqs_cis": SequenceParallelInput(split_dim=1, expected_dims=3),
+            "attn_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
+            "noise_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
+        },
+        f"{name}.-1": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+
+Z_IMAGE = ModelFamily(
+    transformer_classes=("ZImageTransformer2DModel",),
+    sp_plan=_stack("noise_refiner") | _stack("context_refiner") | _stack("layers"),
+)

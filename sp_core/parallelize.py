@@ -1,0 +1,79 @@
+"""The recipe that makes a model run on all ranks of a mesh, in order: check, plan hooks, attention.
+
+    mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
+    handle = parallelize(model, mesh)
+    ...
+    handle.remove()
+
+Called by `workers.pipeline` when a rank has loaded its model, or by anyone else: neither Ray nor a file is needed.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from sp_core.attention.diffusers_seam import bind_attention
+from sp_core.degrees import check_layout
+from sp_core.hooks import Handle, apply_sequence_parallel
+from sp_core.mesh import ParallelMesh
+from sp_core.models.flux import FLUX
+from sp_core.models.qwen_image import QWEN_IMAGE
+from sp_core.models.wan import WAN
+from sp_core.models.z_image import Z_IMAGE
+from sp_core.sp_plan import SequenceParallelModelPlan, get_sp_plan_from_model, plan_from_diffusers
+
+FAMILIES = (FLUX, QWEN_IMAGE, WAN, Z_IMAGE)
+
+
+def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
+    """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
+
+    Every rank must call it, on models with equal weights. The model's code and parameters are not touched.
+
+    Args:
+        model: a diffusers transformer.
+        mesh: the ranks.
+        plan: where to split and gather; None takes the class's own `_sp_plan`, else that of its family, else reads
+            diffusers' `_cp_plan`.
+
+    Returns:
+        The handle whose `remove()` gives the plain model back.
+
+    Raises:
+        ValueError: the layout or the plan does not fit the model, or the model has no plan.
+    """
+    check_layout(mesh.degrees, num_heads(getattr(model, "config", {})))
+    if mesh.degrees.sequence_parallel_size == 1:
+        return Handle([])
+    found, order_known = (plan, True) if plan is not None else _find_plan(model)
+    shards, hooks = apply_sequence_parallel(model, found, mesh)
+    shards.order_known = order_known
+    try:
+        release = bind_attention(model, shards)
+    except Exception:
+        hooks.remove()
+        raise
+    return Handle([hooks.remove, release])
+
+
+def num_heads(config: Any) -> int | None:
+    """Attention heads by a transformer's config, None where it does not say."""
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
+
+
+def _find_plan(model: nn.Module) -> tuple[SequenceParallelModelPlan, bool]:
+    """The model's plan, and whether it names the streams in the order in which attention joins them."""
+    own = get_sp_plan_from_model(model)
+    if own is not None:
+        return own, True
+    name = type(model).__name__
+    for family in FAMILIES:
+        if name in family.transformer_classes:
+            return family.sp_plan, True
+    if getattr(model, "_cp_plan", None):
+        return plan_from_diffusers(model._cp_plan), False  # type: ignore[arg-type]
+    known = ", ".join(name for family in FAMILIES for name in family.transformer_classes)
+    raise ValueError(
+        f"{name} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. Known: {known}"
+    )

@@ -1,0 +1,34 @@
+"""Fixtures that several test modules share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import service.local  # noqa: F401  # before any other import of Ray: it keeps clusters on loopback
+
+# isort: split
+import pytest
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Gloo ranks, shared by the whole session."""
+    pool = RankPool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's folder, written once."""
+    folder = tmp_path_factory.mktemp("models") / "demo"
+    subprocess.run([sys.executable, "-m", "workers.demo_model", str(folder)], check=True, capture_output=True)
+    return folder

@@ -1,0 +1,57 @@
+"""Deployments of the demo model for tests, and what tests look up in a running cluster."""
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+
+from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, ModelSpec, Placement, Timeouts
+from sp_core.degrees import ParallelDegrees
+from workers.messages import RankStatus
+
+
+def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
+    """The demo model on so many ranks, each with a small fraction of a CPU."""
+    return ModelSpec(
+        name=name,
+        source=str(folder),
+        device="cpu",
+        parallel=ParallelDegrees(**degrees),
+        defaults=Defaults(width=64, height=48, num_inference_steps=4),
+        limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8, max_queued=3),
+        placement=Placement(cpus_per_rank=0.1),
+        timeouts=Timeouts(startup_s=280),
+    )
+
+
+def deployment(*models: ModelSpec) -> DeploymentSpec:
+    """On a free port."""
+    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0))
+
+
+def pixels(b64_json: str) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """The picture of an answer, `(H, W, 3)`."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB"), dtype=np.int16)
+
+
+def rank_actors(name: str) -> list[Any]:
+    """Handles of the model's running ranks, in rank order."""
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(f"{name}-")]
+    actors.sort(key=lambda actor: actor["name"])
+    return [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
+
+
+def rank_statuses(name: str) -> list[RankStatus]:
+    """Status of the model's running ranks."""
+    statuses: list[RankStatus] = ray.get([rank.status.remote() for rank in rank_actors(name)], timeout=10)
+    return statuses
+
+
+def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work(rank_actor_instance, *args)` inside a rank's process."""
+    return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=30)

@@ -1,0 +1,131 @@
+"""A rank dies, stops or raises in the middle of a forward: no request is lost, nothing but its gang restarts.
+
+Prints the seconds from the fault to the answer of the request that was in flight.
+"""
+
+import concurrent.futures
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import ray
+
+from service.local import LocalCluster
+from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
+
+pytestmark = pytest.mark.fault
+
+SERVES_AGAIN_S = 10.0
+
+REQUEST = {"model": "struck", "prompt": "a cup of coffee", "seed": 7, "num_inference_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[str]:
+    struck, bystander = model(demo_model, "struck", ulysses_degree=2), model(demo_model, "bystander")
+    with LocalCluster(deployment(struck, bystander)) as cluster:
+        cluster.wait_ready(timeout_s=300)
+        yield cluster.url
+
+
+def generate(server: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server}/v1/images/generations", json=REQUEST | body, timeout=120, trust_env=False)
+
+
+def strike(actor: Any, fault: str) -> None:
+    """In the rank's process: let the fault happen inside the second block of the fourth forward from now."""
+    forwards = 0
+
+    def before_block(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 4 and fault == "raise":
+            raise ValueError("struck")
+        if forwards == 4:
+            os.kill(os.getpid(), getattr(signal, fault))
+
+    actor._rank._pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(before_block)
+
+
+def gateway_pid() -> int:
+    (name,) = (
+        a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("SERVE_REPLICA::gateway#")
+    )
+    gateway = ray.get_actor(name["name"], namespace=name["namespace"])
+    return int(ray.get(gateway.__ray_call__.remote(lambda _: os.getpid()), timeout=10))
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "raise"])
+def test_a_struck_rank_costs_seconds_and_no_request(server: str, fault: str, capsys: Any) -> None:
+    reference = pixels(generate(server).json()["data"][0]["b64_json"])
+    ranks = [status.pid for status in rank_statuses("struck")]
+    others = [gateway_pid(), *(status.pid for status in rank_statuses("bystander"))]
+    on_rank("struck", 1, strike, fault)
+
+    began = time.monotonic()
+    answer = generate(server)
+    seconds = time.monotonic() - began
+    with capsys.disabled():
+        print(f" {fault}: the request in flight was answered after {seconds:.1f} s;", end="")
+
+    assert answer.status_code == 200, answer.text
+    assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
+    assert not any(alive(pid) for pid in ranks)
+    assert [gateway_pid(), *(status.pid for status in rank_statuses("bystander"))] == others
+    assert seconds < SERVES_AGAIN_S
+    assert generate(server).status_code == 200
+
+
+def test_requests_that_wait_are_answered_as_well(server: str) -> None:
+    reference = pixels(generate(server).json()["data"][0]["b64_json"])
+    on_rank("struck", 0, strike, "SIGKILL")
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        answers = list(callers.map(lambda _: generate(server), range(4)))  # one runs, three wait: the queue is full
+    assert [answer.status_code for answer in answers] == [200] * 4, [answer.text[:200] for answer in answers]
+    for answer in answers:
+        assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
+
+
+def test_a_failure_between_steps_is_the_requests_own(server: str) -> None:
+    """An exception while a request is prepared is agreed by all ranks: the caller hears of it, the gang goes on."""
+    ranks = [status.pid for status in rank_statuses("struck")]
+    on_rank("struck", 1, break_scheduler)
+    answer = generate(server)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
+    assert "struck scheduler" in answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text
+    on_rank("struck", 1, mend_scheduler)
+    assert generate(server).status_code == 200
+    assert [status.pid for status in rank_statuses("struck")] == ranks
+
+
+def break_scheduler(actor: Any) -> None:
+    def set_timesteps(self: Any, sigmas: Any = None, **_: Any) -> None:
+        raise MemoryError("struck scheduler")
+
+    type(actor._rank._pipeline.scheduler).sound = type(actor._rank._pipeline.scheduler).set_timesteps
+    type(actor._rank._pipeline.scheduler).set_timesteps = set_timesteps
+
+
+def mend_scheduler(actor: Any) -> None:
+    type(actor._rank._pipeline.scheduler).set_timesteps = type(actor._rank._pipeline.scheduler).sound
+
+
+def test_a_gang_whose_own_process_dies_is_placed_anew(server: str) -> None:
+    replicas = [a for a in ray.util.list_named_actors(all_namespaces=True) if "model-struck#" in a["name"]]
+    gang = ray.get_actor(replicas[0]["name"], namespace=replicas[0]["namespace"])
+    pid = ray.get(gang.__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+    ranks = [status.pid for status in rank_statuses("struck")]
+    os.kill(pid, signal.SIGKILL)
+    assert generate(server).status_code == 200
+    assert not any(alive(rank) for rank in ranks)

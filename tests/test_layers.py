@@ -1,0 +1,106 @@
+"""The import law: four layers, imports point down only, third-party packages stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("sp_core", "deploy", "workers", "service")
+"""Low to high."""
+
+ALLOWED = {
+    "sp_core": {"torch", "diffusers"},
+    "deploy": {"pydantic", "yaml"},
+    "workers": {"ray", "torch", "diffusers", "transformers", "tokenizers", "PIL"},
+    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
+}
+"""Packages of others, by layer; the standard library besides."""
+
+DIFFUSERS_IN_SP_CORE = "sp_core/attention/diffusers_seam.py"
+
+ONLY_DEGREES = {"deploy", "service"}
+"""Layers for which all of sp_core is `sp_core.degrees`."""
+
+WITHOUT_TORCH = ("deploy.spec", "deploy.check", "workers.messages", "workers.gang", "workers.placement")
+WITHOUT_TORCH += ("service.schemas", "service.rest", "service.app", "service.cli")
+
+
+def modules() -> list[Path]:
+    return sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names of everything that a module imports, in functions and by name too; relative imports as '.'."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." if node.level else str(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield str(ast.literal_eval(node.args[0]))
+
+
+def offences(layer: str, source: str) -> set[str]:
+    below = set(LAYERS[: LAYERS.index(layer) + 1])
+    allowed = below | ALLOWED[layer] | sys.stdlib_module_names
+    found = {name for name in imports(source) if name.split(".")[0] not in allowed}
+    if layer in ONLY_DEGREES:
+        found |= {name for name in imports(source) if name.startswith("sp_core") and name != "sp_core.degrees"}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    assert not offences(path.relative_to(ROOT).parts[0], path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("layer", "source"),
+    [
+        ("sp_core", "import ray"),
+        ("sp_core", "def f():\n    from workers import gang"),
+        ("deploy", "import torch.nn"),
+        ("deploy", "from sp_core.mesh import ParallelMesh"),
+        ("workers", "from service.gateway import Gateway"),
+        ("service", "import diffusers"),
+        ("service", "from . import gateway"),
+        ("sp_core", "import importlib\nimportlib.import_module('service.gateway')"),
+        ("deploy", "import httpx"),
+        ("workers", "from tests import ranks"),
+    ],
+)
+def test_the_law_sees_offences(layer: str, source: str) -> None:
+    assert offences(layer, source)
+
+
+def test_diffusers_is_in_one_file_of_sp_core() -> None:
+    users = [
+        p for p in (ROOT / "sp_core").rglob("*.py") if any(n.startswith("diffusers") for n in imports(p.read_text()))
+    ]
+    assert [str(path.relative_to(ROOT)) for path in users] == [DIFFUSERS_IN_SP_CORE]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_package_maps_import_nothing(layer: str) -> None:
+    for path in (ROOT / layer).rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert len(tree.body) == 1, path
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_loads_without_torch(module: str) -> None:
+    check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def test_nothing_points_outside_the_project() -> None:
+    """The project stands alone."""
+    outside = "../" + "shared"
+    files = [p for pattern in ("**/*.py", "*.md", "**/*.yaml", "Makefile") for p in ROOT.glob(pattern)]
+    own = [p for p in files if ".venv" not in p.parts]
+    assert [p for p in own if outside in p.read_text()] == []

@@ -1,0 +1,42 @@
+"""`spray generate --local`: ranks of its own, without Ray and without a server."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service import cli
+from tests.deployments import model
+from workers.errors import GangLost, InvalidParameter
+from workers.local import generate_locally
+from workers.messages import GenerationRequest, StepEvent
+
+REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 3, seed=7, report_steps=True)
+
+
+def test_the_command_draws_the_same_on_one_and_two_ranks(demo_model: Path, tmp_path: Path) -> None:
+    pictures = []
+    for degree in ("1", "2"):
+        output = tmp_path / f"{degree}.png"
+        command = ["generate", "a cup", "--local", "--model", str(demo_model), "--device", "cpu", "--seed", "7"]
+        size = ["--width", "64", "--height", "48", "--num-inference-steps", "3"]
+        assert cli.main([*command, *size, "--ulysses-degree", degree, "--output", str(output)]) == 0
+        pictures.append(np.asarray(Image.open(output), dtype=np.int16))
+    assert pictures[0].shape == (48, 64, 3)
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_steps_are_told_and_mistakes_are_the_callers(demo_model: Path) -> None:
+    steps: list[StepEvent] = []
+    result = generate_locally(model(demo_model, ring_degree=2), REQUEST, steps.append)
+    assert [event.step for event in steps] == [1, 2, 3]
+    assert result.seeds == (7,)
+    wrong = GenerationRequest("a", "demo", "a cup", 72, 48, 3, seed=7)
+    with pytest.raises(InvalidParameter, match="width must be a multiple of 16"):
+        generate_locally(model(demo_model, ulysses_degree=2), wrong, steps.append)
+
+
+def test_a_rank_that_cannot_load_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GangLost, match=r"rank [01]: ValueError: no model at"):
+        generate_locally(model(tmp_path, ulysses_degree=2), REQUEST, print)

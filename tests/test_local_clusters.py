@@ -1,0 +1,110 @@
+"""Local clusters leave each other alone, and leave nothing behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from service import local
+
+DEMO = [sys.executable, "-m", "service.demo"]
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An environment variable's value that all processes of the test's subprocesses carry."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("SPRAY_TEST_MARK", value)
+    return value
+
+
+@pytest.fixture
+def foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody else's Ray cluster, which `RAY_ADDRESS` points at."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the living processes that carry the mark, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes() and int(process.name) != os.getpid():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
+def wait_gone(mark: str, seconds: float = 15) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return marked(mark)
+
+
+def test_two_demos_at_once_beside_a_foreign_cluster(foreign_cluster: None, mark: str, tmp_path: Path) -> None:
+    demos = [
+        subprocess.Popen(
+            [*DEMO, "--output", str(tmp_path / name)],
+            cwd=tmp_path,  # works from any directory
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("one.png", "two.png")
+    ]
+    says = [demo.communicate(timeout=240)[0] for demo in demos]
+    assert [demo.returncode for demo in demos] == [0, 0], says
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "two.png")]
+    assert pictures[0].shape == (256, 256, 3)
+    assert pictures[0].min() != pictures[0].max()
+    assert np.array_equal(*pictures)
+    for said in says:
+        assert "layout:   ulysses_degree=2" in said
+        assert "step 20/20" in said  # plain lines, since no terminal is there
+        assert "curl" in said
+    assert wait_gone(mark) == []
+    assert ray.cluster_resources()["CPU"] == 1  # the foreign cluster is untouched
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signals, tmp_path: Path) -> None:
+    folders = set(Path("/tmp").glob("spray-*"))
+    demo = subprocess.Popen(
+        [*DEMO, "--output", str(tmp_path / "x.png")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if line.startswith("waiting for demo"):
+            break
+    demo.send_signal(sign)
+    rest = demo.stdout.read()
+    assert demo.wait(timeout=30) == 130, rest
+    assert "Traceback" not in rest
+    assert wait_gone(mark) == []
+    assert set(Path("/tmp").glob("spray-*")) <= folders
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_taken_port_is_refused() -> None:
+    with local.socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(local.SpecError, match=f"gateway.port: 127.0.0.1:{port} cannot be bound"):
+            local._reserve_port("127.0.0.1", port)

@@ -1,0 +1,189 @@
+"""The whole road on a real local cluster: REST in, pictures out, on gangs of 1, 2, 3 and 4 ranks."""
+
+import base64
+import concurrent.futures
+import functools
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from service.local import LocalCluster
+from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
+
+DEGREES = [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[str]:
+    models = [model(demo_model, f"demo-{degree}", ulysses_degree=degree) for degree in DEGREES]
+    with LocalCluster(deployment(*models)) as cluster:
+        cluster.wait_ready(timeout_s=300)
+        yield cluster.url
+
+
+def generate(server: str, **body: Any) -> httpx.Response:
+    body = {"model": "demo-2", "prompt": "a cup of coffee", "seed": 7} | body
+    return httpx.post(f"{server}/v1/images/generations", json=body, timeout=60, trust_env=False)
+
+
+def picture(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.int16]]:
+    assert answer.status_code == 200, answer.text
+    return pixels(answer.json()["data"][0]["b64_json"])
+
+
+def test_one_seed_is_one_picture_on_every_degree(server: str) -> None:
+    reference = picture(generate(server, model="demo-1"))
+    assert reference.shape == (48, 64, 3)
+    for degree in DEGREES[1:]:
+        answer = generate(server, model=f"demo-{degree}")
+        assert answer.json()["metrics"]["layout"] == f"ulysses_degree={degree}"
+        assert np.abs(picture(answer) - reference).max() <= 1
+    assert np.abs(picture(generate(server, seed=8)) - reference).max() > 100
+
+
+def test_openai_client(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    drawn = client.images.generate(model="demo-2", prompt="a cup of coffee", size="64x96", extra_body={"seed": 7})
+    assert drawn.data is not None
+    (image,) = drawn.data
+    assert Image.open(io.BytesIO(base64.b64decode(image.b64_json or ""))).size == (64, 96)
+    assert image.model_extra == {"seed": 7}
+    assert [m.id for m in client.models.list()] == [f"demo-{degree}" for degree in DEGREES]
+    assert client.models.retrieve("demo-3").id == "demo-3"
+    with pytest.raises(openai.BadRequestError, match="size 63x64 is not allowed") as refused:
+        client.images.generate(model="demo-2", prompt="a", size="63x64")  # type: ignore[call-overload]
+    assert refused.value.param == "size"
+    with pytest.raises(openai.NotFoundError, match="available: demo-1"):
+        client.images.generate(model="nope", prompt="a")
+
+
+def test_openai_stream(server: str) -> None:
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    events = list(client.images.generate(model="demo-2", prompt="a cup of coffee", stream=True, extra_body={"seed": 7}))
+    assert [event.type for event in events] == ["image_generation.completed"]
+    reference = picture(generate(server))
+    assert np.array_equal(pixels(events[0].b64_json), reference)
+
+
+def test_progress_events(server: str) -> None:
+    body = {"model": "demo-2", "prompt": "a", "stream": True, "stream_options": {"include_progress": True}}
+    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=60, trust_env=False) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    events = [json.loads(line) for line in lines]
+    steps = [(event["step"], event["total_steps"]) for event in events[:-1]]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(events[-1]["metrics"]["step_seconds"]) == 4
+
+
+def test_several_pictures_and_formats(server: str) -> None:
+    answer = generate(server, n=2, output_format="jpeg", output_compression=80, quality="high")
+    assert answer.headers["x-ignored-params"] == "quality"
+    data = answer.json()["data"]
+    assert [image["seed"] for image in data] == [7, 8]
+    assert all(Image.open(io.BytesIO(base64.b64decode(i["b64_json"]))).format == "JPEG" for i in data)
+    alone = picture(generate(server, seed=8))
+    assert np.abs(picture(generate(server, n=2)) - alone).max() > 100
+    second = pixels(generate(server, n=2).json()["data"][1]["b64_json"])
+    assert np.abs(second - alone).max() <= 1
+
+
+def test_a_seed_is_drawn_and_returned(server: str) -> None:
+    first, second = generate(server, seed=None), generate(server, seed=None)
+    seeds = [answer.json()["data"][0]["seed"] for answer in (first, second)]
+    assert seeds[0] != seeds[1]
+    assert np.array_equal(picture(generate(server, seed=seeds[0])), picture(first))
+
+
+def test_what_only_the_model_can_refuse_leaves_the_gang_sound(server: str) -> None:
+    before = [status.pid for status in rank_statuses("demo-2")]
+    answer = generate(server, size="72x64")  # the deployment allows multiples of 8, the model only of 16
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size")
+    assert answer.json()["error"]["message"] == "width must be a multiple of 16, got 72"
+    assert generate(server, prompt="{" * 20_000).status_code == 200  # more than the encoder takes: cut, not refused
+    assert [status.pid for status in rank_statuses("demo-2")] == before
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.6])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_leaves_frees_all_ranks(server: str, stream: bool, after_s: float) -> None:
+    before = [status.pid for status in rank_statuses("demo-2")]
+    long = {"model": "demo-2", "prompt": "a", "num_inference_steps": 100, "size": "256x256", "stream": stream}
+    with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as caller:
+        body = json.dumps(long).encode()
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        caller.sendall(head.encode() + body)
+        time.sleep(after_s)
+    time.sleep(0.3)  # to reach the ranks
+    left = rank_statuses("demo-2")
+    time.sleep(0.5)
+    stopped = rank_statuses("demo-2")
+    assert [status.phase for status in stopped] == ["idle", "idle"]
+    assert [status.progress for status in stopped] == [status.progress for status in left]
+    assert left[0].progress == left[1].progress
+    assert generate(server).status_code == 200
+    assert [status.pid for status in rank_statuses("demo-2")] == before
+
+
+def test_a_full_queue_is_said_so(server: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as callers:
+        ask = functools.partial(generate, server, model="demo-1", num_inference_steps=40, size="256x256")
+        answers = list(callers.map(lambda _: ask(), range(8)))
+    codes = sorted(answer.status_code for answer in answers)
+    assert set(codes) == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert refused.headers["retry-after"] == "5"
+
+
+def local_attention(actor: Any, local: bool) -> None:
+    """In a rank's process: keep its attention to its own tokens, or put that right again."""
+    for module in actor._rank._pipeline.transformer.modules():
+        if hasattr(module, "processor"):
+            config = module.processor._parallel_config or module.processor.kept
+            module.processor.kept = config
+            config.shards.expects_attention = not local
+            module.processor._parallel_config = None if local else config
+
+
+def test_attention_kept_local_would_be_seen(server: str) -> None:
+    reference = picture(generate(server))
+    for rank in range(2):
+        on_rank("demo-2", rank, local_attention, True)
+    assert np.abs(picture(generate(server)) - reference).max() > 100
+    for rank in range(2):
+        on_rank("demo-2", rank, local_attention, False)
+    assert np.array_equal(picture(generate(server)), reference)
+
+
+def test_probes(server: str) -> None:
+    assert httpx.get(f"{server}/livez", trust_env=False).json() == {"status": "ok"}
+    ready = httpx.get(f"{server}/readyz", trust_env=False)
+    assert (ready.status_code, ready.json()["waiting_for"]) == (200, [])
+
+
+def test_command_line_client(server: str, tmp_path: Path) -> None:
+    output = tmp_path / "cup.webp"
+    command = ["generate", "a cup of coffee", "--server", server, "--model", "demo-2", "--seed", "7"]
+    run = subprocess.run(
+        [sys.executable, "-m", "service.cli", *command, "--num-inference-steps=3", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout) == (0, f"{output}\n"), run.stderr
+    assert "step 3/3" in run.stderr
+    assert "seeds: 7" in run.stderr
+    assert Image.open(output).format == "WEBP"

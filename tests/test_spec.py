@@ -1,0 +1,159 @@
+"""Deployment files: what is read, what is refused, and what the refusal says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.check import check_deployment
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError, load_spec
+from service import cli
+from sp_core.degrees import ParallelDegrees
+
+SHIPPED = Path(__file__).resolve().parent.parent / "deploy"
+DEVICES = {"cpu": 2.0, "cuda": 0.0}
+
+
+def write(folder: Path, content: Any) -> Path:
+    file = folder / "deployment.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return file
+
+
+def a_model(**changes: Any) -> dict[str, Any]:
+    return {"models": [{"name": "a", "source": "model", "device": "cpu"} | changes]}
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_deployments_load(file: Path) -> None:
+    assert load_spec(file).models
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (a_model(paralel={}), "models.0.paralel: unknown key; did you mean 'parallel'?"),
+        (a_model(parallel={"ulyses_degree": 2}), "did you mean 'ulysses_degree'?"),
+        (a_model(parallel={"ulysses_degree": 0}), "ulysses_degree must be a whole number of at least 1, got 0"),
+        (a_model(parallel={"ulysses_degree": True}), "ulysses_degree must be a whole number of at least 1, got True"),
+        (a_model(limits={"max_n": 11}), "models.0.limits.max_n"),
+        (a_model(device="tpu"), "models.0.device: Input should be 'cuda' or 'cpu', got 'tpu'"),
+        (a_model(name="a b"), "models.0.name"),
+        (a_model(limits={"max_queued": 0}), "models.0.limits.max_queued"),
+        (a_model(timeouts={"startup_s": float("inf")}), "models.0.timeouts.startup_s: Input should be a finite number"),
+        (a_model(limits={"max_width": 512}), "defaults.width is 1024, more than limits.max_width, 512"),
+        (a_model(defaults={"height": 100}), "defaults.height is 100, no multiple of 16"),
+        ({"models": []}, "at least one model is needed"),
+        ({"models": a_model()["models"] * 2}, "two models are called 'a'"),
+        ({"model": []}, "model: unknown key; did you mean 'models'?"),
+        ([], "expected a mapping with the key 'models', got list"),
+        ("{", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_refused_files(tmp_path: Path, content: Any, says: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        load_spec(write(tmp_path, content))
+    assert says in str(refused.value)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        load_spec(Path("/nowhere/x.yaml"))
+
+
+def test_sources_are_relative_to_the_file(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, a_model(source="../m")))
+    assert spec.models[0].source == str(tmp_path.parent / "m")
+
+
+def a_folder(tmp_path: Path, heads: int) -> Path:
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"parallel": {"ulysses_degree": 5}},
+            "a: ulysses_degree=5 does not divide the model's 12 attention heads; allowed: 1, 2, 3, 4, 6, 12",
+        ),
+        ({"parallel": {"ulysses_degree": 3}}, "3 CPU cores are needed (a 3), 2 are there; lower the degrees"),
+        ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size=2 is not supported yet; allowed: 1"),
+        ({"device": "cuda"}, "1 GPUs are needed (a 1), 0 are there"),
+        ({"device": "cuda", "placement": {"cpus_per_rank": 8}}, "8 CPU cores are needed (a 8), 2 are there"),
+        ({"source": "elsewhere"}, "model_index.json is missing"),
+    ],
+)
+def test_layouts_that_cannot_work(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "local_devices", lambda: dict(DEVICES))
+    a_folder(tmp_path, heads=12)
+    file = write(tmp_path, a_model(**changes))
+    with pytest.raises(SpecError) as refused:
+        check_deployment(load_spec(file), DEVICES)
+    assert says in str(refused.value)
+    for command in ("check", "serve"):  # the same words, before anything is started
+        assert cli.main([command, str(file)]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_a_pipeline_that_spray_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, heads=12)
+    (folder / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    (folder / "transformer" / "config.json").write_text("[]")
+    with pytest.raises(SpecError, match="is for KolorsPipeline, which spray cannot run step by step"):
+        check_deployment(load_spec(write(tmp_path, a_model())), DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ulysses_degree", "2"], "--ulysses_degree: the deployment sets the layout of a server"),
+        (["--ring-degree=2", "--server", "http://x"], "--ring_degree: the deployment sets the layout"),
+        (["--device", "cpu"], "--device: the deployment sets the layout"),
+        (["--local"], "--local needs --model FOLDER"),
+        (["--local", "--server", "http://x"], "exclude each other"),
+        (["--width", "64"], "--width and --height go together"),
+        (["--output", "x.gif"], "--output must end in .png, .jpg, .jpeg, .webp"),
+        (["--local", "--model", "m", "--ulysses_degree", "0"], "ulysses_degree must be a whole number"),
+    ],
+)
+def test_command_lines_that_contradict_themselves(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "a cup", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_each_replica_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_folder(tmp_path, heads=12)
+    file = write(tmp_path, a_model(parallel={"ulysses_degree": 4}, placement={"cpus_per_rank": 0.5}))
+    assert cli.main(["check", str(file), "--cpus", "2"]) == 0
+    assert capsys.readouterr().out == "a: ulysses_degree=4, each replica takes 2 CPU cores (4 ranks, float32)\n"
+
+
+def test_degrees_multiply() -> None:
+    degrees = ParallelDegrees(ulysses_degree=2, ring_degree=3, tensor_parallel_size=4, cfg_parallel_size=2)
+    assert (degrees.sequence_parallel_size, degrees.world_size) == (6, 48)
+    assert str(ParallelDegrees()) == "1 rank"
+    assert str(degrees).startswith("ulysses_degree=2 x ring_degree=3")
+    for wrong in (0, -1, 1.0, "2", True):
+        with pytest.raises(ValueError, match="ulysses_degree must be a whole number"):
+            ParallelDegrees(ulysses_degree=wrong)  # type: ignore[arg-type]
+
+
+def test_a_spec_survives_the_journey_to_the_gateway() -> None:
+    model = ModelSpec(name="a", source="/m", device="cpu", parallel=ParallelDegrees(ulysses_degree=3))
+    assert ModelSpec.model_validate(json.loads(model.model_dump_json())) == model
+    assert DeploymentSpec(models=(model,)).gateway.host == "127.0.0.1"

@@ -1,0 +1,149 @@
+"""What others build on, frozen: a change here is a change for them, and must be made on purpose."""
+
+import argparse
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+import sp_core.hooks
+import sp_core.parallelize
+import sp_core.sp_plan
+import sp_core.sp_sharding
+from deploy.spec import DeploymentSpec
+from service import cli, status
+from service.rest import rest_app
+from service.schemas import ImageGenerationBody
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import AXES, ParallelMesh
+from workers import errors
+
+PLAN_API = {
+    "SequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
+    "SequenceParallelOutput": ["gather_dim", "expected_dims"],
+}
+
+FUNCTIONS = {
+    sp_core.parallelize.parallelize: ["model", "mesh", "plan"],
+    sp_core.hooks.apply_sequence_parallel: ["model", "plan", "mesh"],
+    sp_core.sp_plan.validate_sp_plan: ["plan"],
+    sp_core.sp_plan.get_sp_plan_from_model: ["model"],
+    sp_core.sp_sharding.sp_shard: ["tensor", "dim"],
+    sp_core.sp_sharding.sp_gather: ["tensor", "dim"],
+    ParallelMesh.create: ["degrees", "device_type", "timeout_s"],
+}
+
+DEGREES = ["ulysses_degree", "ring_degree", "tensor_parallel_size", "cfg_parallel_size"]
+
+SPEC_KEYS = frozenset(
+    """
+    models models.name models.source models.device models.dtype models.parallel
+    models.parallel.ulysses_degree models.parallel.ring_degree models.parallel.tensor_parallel_size
+    models.parallel.cfg_parallel_size
+    models.defaults models.defaults.width models.defaults.height models.defaults.num_inference_steps
+    models.defaults.guidance_scale
+    models.limits models.limits.max_width models.limits.max_height models.limits.size_multiple
+    models.limits.max_num_inference_steps models.limits.max_n models.limits.max_queued
+    models.placement models.placement.cpus_per_rank
+    models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
+    gateway gateway.host gateway.port
+    """.split()
+)
+
+ROUTES = frozenset(
+    {
+        "GET /livez",
+        "GET /readyz",
+        "GET /v1/models",
+        "GET /v1/models/{name:path}",
+        "POST /v1/images/generations",
+    }
+)
+
+IMAGE_FIELDS = frozenset(
+    """
+    prompt model n size response_format output_format output_compression background stream stream_options
+    partial_images quality style moderation user safety_identifier
+    negative_prompt num_inference_steps guidance_scale seed
+    """.split()
+)
+
+ERRORS = {
+    "InvalidParameter": (400, "invalid_value"),
+    "ModelNotFound": (404, "model_not_found"),
+    "QueueFull": (429, "queue_full"),
+    "RequestCancelled": (499, "cancelled"),
+    "RequestFailed": (500, "generation_failed"),
+    "GangLost": (503, "worker_lost"),
+}
+
+COMMANDS = {
+    "check": {"file", "gpus", "cpus"},
+    "serve": {"file", "port"},
+    "generate": {
+        "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "n",
+        "server", "local", "model", "device", *DEGREES,
+    },
+}  # fmt: skip
+
+
+def test_plan_api() -> None:
+    for name, fields in PLAN_API.items():
+        kind = getattr(sp_core.sp_plan, name)
+        assert [field.name for field in dataclasses.fields(kind)] == fields
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            kind(1).expected_dims = 3
+
+
+def test_functions() -> None:
+    for function, parameters in FUNCTIONS.items():
+        assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_degrees_and_axes() -> None:
+    assert [field.name for field in dataclasses.fields(ParallelDegrees)] == DEGREES
+    assert AXES == ("cfg", "ring", "ulysses", "tp")
+
+
+def test_spec_keys() -> None:
+    assert set(_keys(DeploymentSpec)) == SPEC_KEYS
+
+
+def test_rest_routes_and_fields() -> None:
+    routes = [route for route in rest_app(None).routes if isinstance(route, APIRoute)]  # type: ignore[arg-type]
+    found = {f"{method} {route.path}" for route in routes for method in route.methods}
+    assert found == ROUTES
+    assert set(ImageGenerationBody.model_fields) == IMAGE_FIELDS
+
+
+def test_every_error_has_its_row() -> None:
+    assert {kind.__name__: (row.http, row.code) for kind, row in status.STATUS.items()} == ERRORS
+    for kind in vars(errors).values():
+        if inspect.isclass(kind) and issubclass(kind, errors.SprayError) and not kind.__subclasses__():
+            rows = [base for base in kind.__mro__ if base in status.STATUS]
+            assert rows, f"{kind.__name__} has no row in service.status"
+
+
+def test_commands() -> None:
+    parser = cli._parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found = {name: {a.dest for a in sub._actions} - {"help"} for name, sub in commands.choices.items()}
+    assert found == COMMANDS
+
+
+def _keys(section: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of a schema, through its nested sections."""
+    keys = []
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+    elif dataclasses.is_dataclass(section):
+        fields = {field.name: field.type for field in dataclasses.fields(section)}
+    else:
+        return []
+    for name, annotation in fields.items():
+        inner = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
+        keys += [prefix + name, *_keys(inner, f"{prefix}{name}.")]
+    return keys

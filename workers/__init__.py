@@ -1,0 +1,14 @@
+"""workers: a gang is one model copy on N devices.
+
+    messages.py     what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult
+    errors.py       the one tree of errors
+    placement.py    ModelSpec -> Serve options: which bundles a gang occupies
+    gang.py         Gang, the Serve deployment: starts the ranks, hands each request to all of them, watches them
+    rank.py         Rank, one process on one device: joins the group, loads the model, generates
+    pipeline.py     the denoising of one request, step by step
+    media.py        pictures to PNG, JPEG, WebP
+    local.py        a gang without Ray, for `spray generate --local`
+    demo_model.py   writes the tiny model that the demo and the tests serve
+
+This file imports nothing, so that `workers.messages` and `workers.gang` load without torch.
+"""

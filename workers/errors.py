@@ -1,0 +1,69 @@
+"""Everything that can go wrong with a request or a gang, as one tree:
+
+    SprayError
+    + RequestError            the caller's fault; nothing was lost, asking again will not help
+    | + InvalidParameter      one parameter is wrong; `param` names it
+    | + ModelNotFound         no such model in this deployment
+    + QueueFull               too many requests wait for the model; ask again later
+    + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
+    | + RequestCancelled      ... because the caller left
+    | + PeerFailed            ... on another rank, which has the reason
+    + GangLost                a rank died, hung or broke; the gang is replaced, the request can run elsewhere
+
+`service.status` maps each to its HTTP answer. They cross process boundaries, so each is rebuilt from its arguments.
+"""
+
+
+class SprayError(Exception):
+    """Any error that spray raises about a request or a gang."""
+
+
+class RequestError(SprayError):
+    """The request cannot be served as it is. `param` names the part of it that is wrong, None for the whole."""
+
+    param: str | None = None
+
+
+class InvalidParameter(RequestError):
+    """One parameter of the request is wrong.
+
+    Args:
+        param: its name in the API.
+        message: what was given, what is allowed.
+        code: a stable word for programs.
+    """
+
+    def __init__(self, param: str | None, message: str, code: str = "invalid_value") -> None:
+        super().__init__(param, message, code)
+        self.param = param
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that the deployment does not have."""
+
+    param = "model"
+
+
+class QueueFull(SprayError):
+    """As many requests wait for the model as its `max_queued` allows."""
+
+
+class RequestFailed(SprayError):
+    """The request failed on a sound gang."""
+
+
+class RequestCancelled(RequestFailed):
+    """The caller went away, and the ranks stopped between two steps."""
+
+
+class PeerFailed(RequestFailed):
+    """This rank stopped because another rank failed; that one says why."""
+
+
+class GangLost(SprayError):
+    """A rank died, hung or broke in the middle of a forward; its whole gang is gone."""

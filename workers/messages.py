@@ -1,0 +1,103 @@
+"""What crosses a process boundary: frozen, picklable, without torch.
+
+gateway -> gang -> rank    GenerationRequest
+rank -> gang -> gateway    StepEvent after each step, if asked for; at last one GenerationResult
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sp_core.degrees import ParallelDegrees
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+Phase = Literal["starting", "idle", "encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One accepted request; everything random is settled, so that running it twice gives the same picture.
+
+    Attributes:
+        request_id: unique; appears in logs and is what cancellation names.
+        model: name of the model in the deployment.
+        prompt: what to draw.
+        negative_prompt: what not to draw; None leaves guidance off, as the model's own pipeline does.
+        width: pixels.
+        height: pixels.
+        num_inference_steps: denoising steps.
+        guidance_scale: strength of classifier-free guidance, in effect with a negative prompt.
+        seed: of the first picture; picture i uses seed + i.
+        n: pictures.
+        output_format: of the encoded pictures.
+        output_compression: JPEG and WebP quality, 0 to 100.
+        report_steps: whether the caller listens to the steps; each costs a message through all layers.
+    """
+
+    request_id: str
+    model: str
+    prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    seed: int
+    negative_prompt: str | None = None
+    guidance_scale: float = 4.0
+    n: int = 1
+    output_format: OutputFormat = "png"
+    output_compression: int = 100
+    report_steps: bool = False
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One denoising step is done.
+
+    Attributes:
+        step: 1 for the first.
+        total_steps: steps of the request.
+        seconds: wall time of this step on rank 0.
+    """
+
+    step: int
+    total_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The pictures, and how they came about.
+
+    Attributes:
+        images: encoded pictures.
+        seeds: the seed of each picture.
+        degrees: the layout of the gang.
+        encode_seconds: wall time of prompt encoding and preparation on rank 0.
+        step_seconds: wall time of each step on rank 0.
+        decode_seconds: wall time of VAE decoding and picture encoding.
+    """
+
+    images: tuple[bytes, ...]
+    seeds: tuple[int, ...]
+    degrees: ParallelDegrees
+    encode_seconds: float
+    step_seconds: tuple[float, ...]
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What a rank answers to a ping, also while it computes.
+
+    Attributes:
+        rank: its number in the gang.
+        pid: its process.
+        node_id: the Ray node it runs on; empty outside Ray.
+        phase: what it is doing.
+        progress: grows with every boundary it passes; standing still for too long means that it hangs.
+    """
+
+    rank: int
+    pid: int
+    node_id: str
+    phase: Phase
+    progress: int

@@ -1,0 +1,186 @@
+"""Rank: one process, one device, one place in the mesh.
+
+The same method is called on all ranks at once (SPMD), through `workers.rank_actor` by a gang on Ray, or by
+`workers.local` without it. `status` and `cancel` may be called from another thread while `generate` computes.
+
+What it raises tells the gang what to do. A `RequestError` or `RequestFailed` is agreed by all ranks at a boundary: the
+gang is sound. Anything else may have left the others inside a collective: the gang is lost.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+
+from deploy.spec import ModelSpec
+from sp_core.mesh import ParallelMesh
+from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.media import encode_image
+from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
+from workers.pipeline import Denoising, load_pipeline
+
+diffusers.logging.set_verbosity_error()
+diffusers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class Rank:
+    """One rank of a gang.
+
+    Args:
+        rank: its number, `0 <= rank < model.parallel.world_size`.
+        model: what to load and how the gang looks.
+        device_index: which of the visible CUDA devices it uses; no meaning on CPU.
+        node_id: the Ray node it runs on; empty outside Ray.
+    """
+
+    def __init__(self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "") -> None:
+        self.rank = rank
+        self.model = model
+        self._node_id = node_id
+        self._phase: Phase = "starting"
+        self._progress = 0
+        self._cancelled: str | None = None
+        if model.device == "cuda":
+            torch.cuda.set_device(device_index)
+        else:
+            torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
+
+    def open_rendezvous(self, host: str) -> int:
+        """Rank 0: host the store where the ranks of this gang meet; its port.
+
+        Args:
+            host: the address to bind, reachable by all ranks.
+        """
+        listener = socket.create_server((host, 0))
+        port = int(listener.getsockname()[1])
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self.model.timeouts.startup_s),
+            master_listen_fd=listener.detach(),
+        )
+        return port
+
+    def join(self, host: str, port: int) -> RankStatus:
+        """Meet the other ranks, form the mesh, load the model. All ranks must call it at once.
+
+        Raises:
+            ValueError: the model cannot be loaded or the layout does not fit it.
+            RuntimeError: the ranks did not meet within the start-up limit.
+        """
+        if host.startswith("127.") and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        limits = self.model.timeouts
+        if self.rank != 0:
+            startup = timedelta(seconds=limits.startup_s)
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                host, port, is_master=False, wait_for_workers=False, timeout=startup
+            )
+        degrees = self.model.parallel
+        dist.init_process_group(
+            "nccl" if self.model.device == "cuda" else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=degrees.world_size,
+            timeout=timedelta(seconds=limits.startup_s),
+        )
+        self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        self._pipeline = load_pipeline(self.model, self._mesh)
+        self._phase = "idle"
+        return self.status()
+
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        """Run one request; rank 0 yields its steps, if asked to, and the result at last; the others yield nothing.
+
+        Raises:
+            RequestError: the request does not suit the model.
+            RequestFailed: it failed on some rank, or was cancelled; all ranks have stopped at the same boundary.
+        """
+        try:
+            yield from self._generate(request)
+        finally:
+            self._phase = "idle"
+            if self._cancelled == request.request_id:
+                self._cancelled = None
+
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        reports = self.rank == 0
+        started = time.perf_counter()
+        denoising = self._begin(request)
+        encoded = time.perf_counter()
+        seconds: list[float] = []
+        self._phase = "denoise"
+        for step in itertools.count(1):
+            before = time.perf_counter()
+            denoising.step()
+            self._boundary(request)
+            seconds.append(time.perf_counter() - before)
+            if reports and request.report_steps:
+                yield StepEvent(step, denoising.total_steps, seconds[-1])
+            if denoising.done:
+                break
+        if reports:
+            self._phase = "decode"
+            before = time.perf_counter()
+            images = self._finish(denoising)
+            yield GenerationResult(
+                images=images,
+                seeds=tuple(request.seed + i for i in range(request.n)),
+                degrees=self.model.parallel,
+                encode_seconds=encoded - started,
+                step_seconds=tuple(seconds),
+                decode_seconds=time.perf_counter() - before,
+            )
+
+    def status(self) -> RankStatus:
+        """What this rank is doing; answers while it computes."""
+        return RankStatus(self.rank, os.getpid(), self._node_id, self._phase, self._progress)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the request at the next boundary, together with all ranks. Another request is not touched."""
+        self._cancelled = request_id
+
+    def _begin(self, request: GenerationRequest) -> Denoising:
+        self._phase = "encode"
+        failure: Exception | None = None
+        try:
+            denoising = Denoising(self._pipeline, request)
+        except Exception as error:
+            failure = error
+        self._boundary(request, failure)
+        return denoising
+
+    def _boundary(self, request: GenerationRequest, failure: Exception | None = None) -> None:
+        """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
+        self._progress += 1
+        failed, cancelled = self._mesh.agree(failure is not None, self._cancelled == request.request_id)
+        if isinstance(failure, RequestError):
+            raise failure
+        if failure is not None:
+            raise RequestFailed(f"rank {self.rank}: {type(failure).__name__}: {failure}") from failure
+        if failed:
+            raise PeerFailed(f"rank {self.rank} stopped because another rank failed")
+        if cancelled:
+            raise RequestCancelled(f"request {request.request_id} was cancelled")
+
+    def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:
+        request = denoising.request
+        try:
+            pictures = denoising.finish()
+            return tuple(encode_image(p, request.output_format, request.output_compression) for p in pictures)
+        except Exception as error:  # no other rank waits for this one here, so the gang stays sound
+            raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,48 @@
+"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang`, which must start fast and so never imports torch.
+
+`status` and `cancel` are in a concurrency group of their own: they answer while a step computes.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import ray
+
+from deploy.spec import ModelSpec
+from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+
+if TYPE_CHECKING:
+    from workers.rank import Rank
+
+
+@ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
+class RankActor:
+    """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.rank.Rank`."""
+
+    def __init__(self, rank: int, model: ModelSpec) -> None:
+        node_id = ray.get_runtime_context().get_node_id()
+        self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, model, node_id=node_id)
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Rank 0: the address where the ranks of this gang meet."""
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return host, self._rank.open_rendezvous(host)
+
+    def join(self, host: str, port: int) -> RankStatus:
+        """See `Rank.join`."""
+        return self._rank.join(host, port)
+
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        """See `Rank.generate`."""
+        yield from self._rank.generate(request)
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> RankStatus:
+        """See `Rank.status`."""
+        return self._rank.status()
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, request_id: str) -> None:
+        """See `Rank.cancel`."""
+        self._rank.cancel(request_id)

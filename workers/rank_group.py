@@ -1,0 +1,236 @@
+"""RankGroup: the processes of one gang, from their start to their loss. Never repaired, only replaced as a whole.
+
+`Gang` starts one and runs requests on it. When a rank dies, hangs or raises inside a forward, its peers may wait in a
+collective that will never end: then all of them are killed by pid at once, and `on_lost` is told.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deploy.spec import ModelSpec
+from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
+from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.placement import bundle
+from workers.rank_actor import RankActor
+
+logger = logging.getLogger("ray.serve")
+
+PING_PERIOD_S = 0.25
+
+PROC = Path("/proc")
+
+Report = StepEvent | GenerationResult
+
+
+class RankGroup:
+    """As many ranks as the model's layout says, one per bundle of the current placement group.
+
+    Args:
+        model: what the ranks load.
+        name: prefix of the ranks' actor names, unique in the cluster.
+        on_lost: called once, when the ranks are lost.
+    """
+
+    def __init__(self, model: ModelSpec, name: str, on_lost: Callable[[], None]) -> None:
+        self._model = model
+        self._on_lost = on_lost
+        self._lost: str | None = None
+        self._statuses: list[RankStatus] = []
+        # Ray cancels whatever a cancelled request has called, rank by rank, and one of them would be left alone in a
+        # collective. Calls made in this context belong to the start of the ranks and not to a request.
+        self._context = contextvars.copy_context()
+        self._watcher: asyncio.Task[None] | None = None
+        group = get_current_placement_group()
+        assert group is not None, "a gang runs in the placement group of its Serve replica"
+        resources = bundle(model)
+        self._ranks: list[Any] = [
+            RankActor.options(  # type: ignore[attr-defined]
+                name=f"{name}-rank{i}",
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+            ).remote(i, model)
+            for i in range(model.parallel.world_size)
+        ]
+
+    @classmethod
+    async def start(cls, model: ModelSpec, name: str, on_lost: Callable[[], None]) -> Self:
+        """Start the ranks, let them meet and load, and begin to watch them.
+
+        Raises:
+            GangLost: a rank died, could not load the model, or was not ready in time.
+        """
+        group = cls(model, name, on_lost)
+        limit = model.timeouts.startup_s
+        try:
+            group._statuses = await asyncio.wait_for(group._assemble(), limit)
+        except TimeoutError:
+            raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
+        except RayTaskError as error:
+            raise GangLost(f"{model.name}: {error.cause}") from None
+        except RayActorError as error:
+            raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
+        group._watcher = asyncio.create_task(group._watch())
+        return group
+
+    async def run(self, request: GenerationRequest) -> AsyncIterator[Report]:
+        """One request on all ranks; when the caller leaves early, the ranks stop at their next boundary.
+
+        Raises:
+            RequestError: the request does not suit the model.
+            RequestFailed: it failed, or was cancelled; the ranks go on.
+            GangLost: the ranks are lost.
+        """
+        run = _Run(self._ranks, request, self._context)
+        try:
+            async for report in self._collect(run):
+                yield report
+        finally:
+            if run.running:
+                await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+
+    def check_watched(self) -> None:
+        """Whether the ranks are watched, or lost and known to be.
+
+        Raises:
+            GangLost: the watch has ended by itself.
+        """
+        if not self._lost and (self._watcher is None or self._watcher.done()):
+            raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
+
+    async def _assemble(self) -> list[RankStatus]:
+        host, port = await self._ranks[0].open_rendezvous.remote()
+        return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in self._ranks)))
+
+    async def _collect(self, run: "_Run") -> AsyncIterator[Report]:
+        """What the ranks report, until all of them are done with the request."""
+        failures: list[SprayError] = []
+        while run.running:
+            report = await run.reports.get()
+            if not isinstance(report, _RankDone):
+                yield report
+                continue
+            run.running -= 1
+            if isinstance(report.error, RequestError | RequestFailed):
+                failures.append(report.error)
+            elif report.error is not None:
+                self._give_up(f"{type(report.error).__name__}: {report.error}".splitlines()[0])
+                raise GangLost(f"{self._model.name}: {self._lost}")
+        if failures:  # all ranks stopped together, at least one of them with the reason
+            raise min(failures, key=lambda error: isinstance(error, PeerFailed))
+
+    async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
+        """Stop the ranks at their next boundary, and see that all of them arrive there."""
+        if self._lost:
+            return
+        for rank in self._ranks:
+            rank.cancel.remote(request.request_id)
+        with contextlib.suppress(SprayError):
+            async for _ in self._collect(run):
+                pass
+
+    async def _watch(self) -> None:
+        await asyncio.gather(self._watch_processes(), self._watch_progress())
+
+    async def _watch_processes(self) -> None:
+        """Give the ranks up when one is stopped or dead, as far as this node can see; that takes no patience."""
+        here = ray.get_runtime_context().get_node_id()
+        near = [status for status in self._statuses if status.node_id == here]
+        suspects: set[int] = set()
+        while not self._lost:
+            halted = {status.rank for status in near if _is_halted(status.pid)}
+            for rank in halted & suspects:  # twice in a row: a debugger may stop a process for a moment
+                self._give_up(f"the process of rank {rank} is stopped or dead")
+            suspects = halted
+            await asyncio.sleep(PING_PERIOD_S)
+
+    async def _watch_progress(self) -> None:
+        """Give the ranks up when one does not answer, or passes no boundary for too long."""
+        limits = self._model.timeouts
+        clock = asyncio.get_running_loop().time
+        moved = [(status.progress, clock()) for status in self._statuses]
+        while not self._lost:
+            pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
+            for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
+                if isinstance(status, BaseException):
+                    self._give_up(f"rank {i} does not answer ({type(status).__name__})")
+                elif status.phase == "idle" or status.progress != moved[i][0]:
+                    moved[i] = (status.progress, clock())
+                elif clock() - moved[i][1] > limits.phase_s:
+                    self._give_up(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+            await asyncio.sleep(PING_PERIOD_S)
+
+    def _give_up(self, reason: str) -> None:
+        if self._lost:
+            return
+        self._lost = reason
+        logger.error("%s: ranks lost: %s", self._model.name, reason)
+        here = ray.get_runtime_context().get_node_id()
+        for status, rank in zip(self._statuses, self._ranks, strict=True):
+            if status.node_id == here:
+                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
+            else:
+                ray.kill(rank)
+        self._on_lost()
+
+
+class _Run:
+    """One request on all ranks: what they report, and how many of them still run."""
+
+    def __init__(self, ranks: list[Any], request: GenerationRequest, context: contextvars.Context) -> None:
+        self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
+        self.running = len(ranks)
+        self._drains = [asyncio.create_task(_drain(rank, request, self.reports), context=context) for rank in ranks]
+
+
+class _RankDone:
+    """A rank's last word about a request: None, or what it raised."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+async def _drain(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]") -> None:
+    try:
+        async for reference in rank.generate.options(num_returns="streaming").remote(request):
+            reports.put_nowait(await reference)
+    except RayTaskError as error:
+        reports.put_nowait(_RankDone(error.cause))
+    except Exception as error:
+        reports.put_nowait(_RankDone(error))
+    else:
+        reports.put_nowait(_RankDone(None))
+
+
+async def _status(rank: Any) -> RankStatus:
+    status: RankStatus = await rank.status.remote()
+    return status
+
+
+def _is_halted(pid: int) -> bool:
+    """Whether a process of this machine is stopped, a zombie or gone; False where the system does not tell."""
+    if not PROC.is_dir():
+        return False
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        logger.info("rank process %d was gone already", pid)
