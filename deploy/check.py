@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from sp_core.degrees import check_layout
+from sp_core.degrees import check_layout, layout_advice
 
 MODULAR_PIPELINES = {"QwenImagePipeline": "QwenImageModularPipeline"}
 """Pipelines that spray can run step by step, by the name in a model folder, and their modular twins in diffusers."""
 
 
 def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
-    """One line per model: its layout and the devices that each of its replicas takes.
+    """For each model its layout and the devices that each of its replicas takes, and what the layout costs needlessly.
 
     Args:
         spec: the deployment.
@@ -34,17 +34,22 @@ def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[st
             )
     if obstacles:
         raise SpecError("\n".join(obstacles))
+    return [line for model in spec.models for line in _report(model)]
+
+
+def _report(model: ModelSpec) -> list[str]:
+    advice = layout_advice(model.parallel, _num_heads(model))
     return [
         f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
-        f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})"
-        for model in spec.models
+        f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})",
+        *([f"{model.name}: {advice}"] if advice else []),
     ]
 
 
 def _obstacles(model: ModelSpec) -> list[str]:
     try:
         pipeline_class(Path(model.source))
-        check_layout(model.parallel, _num_heads(model))
+        check_layout(model.parallel)
     except ValueError as error:
         return [f"{model.name}: {error}"]
     return []

@@ -47,23 +47,45 @@ class ParallelDegrees:
         return " x ".join(wide) or "1 rank"
 
 
-def check_layout(degrees: ParallelDegrees, num_heads: int | None) -> None:
+def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:
+    """Heads that each Ulysses rank attends for: equal shares, of which the last ones may be smaller or empty."""
+    share = -(-num_heads // ulysses_degree)
+    return [max(0, min(share, num_heads - rank * share)) for rank in range(ulysses_degree)]
+
+
+def head_cost(num_heads: int, ulysses_degree: int) -> float:
+    """Time of attention relative to an even share of the heads: the rank with most heads is waited for."""
+    return max(head_shares(num_heads, ulysses_degree)) * ulysses_degree / num_heads
+
+
+def check_layout(degrees: ParallelDegrees) -> None:
     """Refuse a layout that cannot run, before any process is started.
 
-    Args:
-        degrees: the layout asked for.
-        num_heads: attention heads of the model, or None where its config cannot be read yet.
-
     Raises:
-        ValueError: an axis that spray does not run yet, or heads that the Ulysses degree does not divide.
+        ValueError: an axis that spray does not run yet.
     """
     for name, value in asdict(degrees).items():
         if value > 1 and name not in _IMPLEMENTED:
             raise ValueError(f"{name}={value} is not supported yet; allowed: 1. Use ulysses_degree and ring_degree")
-    ulysses = degrees.ulysses_degree
-    if num_heads is not None and num_heads % ulysses:
-        allowed = ", ".join(str(d) for d in range(1, num_heads + 1) if num_heads % d == 0)
-        raise ValueError(
-            f"ulysses_degree={ulysses} does not divide the model's {num_heads} attention heads; "
-            f"allowed: {allowed}. Set ulysses_degree to one of these; ring_degree works with any number of heads"
-        )
+
+
+def layout_advice(degrees: ParallelDegrees, num_heads: int | None) -> str | None:
+    """What an uneven share of the heads costs, and the layout of as many ranks that has even ones.
+
+    Args:
+        degrees: the layout.
+        num_heads: attention heads of the model, or None where its config does not say.
+
+    Returns:
+        A sentence; None where the heads are shared evenly.
+    """
+    ulysses, ranks = degrees.ulysses_degree, degrees.sequence_parallel_size
+    if num_heads is None or head_cost(num_heads, ulysses) == 1:
+        return None
+    shares = ", ".join(str(share) for share in head_shares(num_heads, ulysses))
+    even = next(d for d in range(ranks, 0, -1) if ranks % d == 0 and num_heads % d == 0)
+    better = ParallelDegrees(ulysses_degree=even, ring_degree=ranks // even)
+    return (
+        f"ulysses_degree={ulysses} shares {num_heads} attention heads as {shares}, so attention takes "
+        f"{head_cost(num_heads, ulysses):.2f}x an even share's time; {better} shares them evenly"
+    )

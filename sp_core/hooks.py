@@ -16,12 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from sp_core.mesh import ParallelMesh
 from sp_core.sp_plan import (
+    AnyInput,
     InputSpec,
     OptionalSequenceParallelInput,
     OutputSpec,
-    SequenceParallelInput,
+    SequenceParallelCompanion,
+    SequenceParallelLeadingCount,
     SequenceParallelModelPlan,
     SequenceParallelOutput,
+    SequenceParallelPartialInput,
     resolve_modules,
     validate_sp_plan,
 )
@@ -58,45 +61,95 @@ class SequenceParallelSplitHook:
         self.shards = shards
         self.outputs = {key: entry for key, entry in spec.items() if isinstance(key, int)}
         self.inputs = {key: entry for key, entry in spec.items() if isinstance(key, str)}
-        parameters = list(inspect.signature(module.forward).parameters)
-        for key in self.inputs:
-            if key not in parameters:
+        self.positions = {p: i for i, p in enumerate(inspect.signature(module.forward).parameters)}
+        for key in [*self.inputs, *_text_sources(spec)]:
+            if key not in self.positions:
                 raise ValueError(
                     f"Parameter {key!r} not found in function signature of {name!r} "
-                    f"({type(module).__name__}.forward); it has: {', '.join(parameters)}"
+                    f"({type(module).__name__}.forward); it has: {', '.join(self.positions)}"
                 )
-        self.positions = {key: parameters.index(key) for key in self.inputs}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `(args, kwargs)` with this rank's shares in the parameters' places."""
         positional = list(args)
         for key, entry in self.inputs.items():
             if key in kwargs:
-                kwargs[key] = self._split(key, kwargs[key], entry)
+                kwargs[key] = self._split(key, kwargs[key], entry, args, kwargs)
             elif self.positions[key] < len(positional):
-                positional[self.positions[key]] = self._split(key, positional[self.positions[key]], entry)
+                position = self.positions[key]
+                positional[position] = self._split(key, positional[position], entry, args, kwargs)
         return tuple(positional), kwargs
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the output with this rank's shares in the numbered places."""
-        whole = output if isinstance(output, tuple | list) else (output,)
-        split = list(whole)
+        split = _parts(self.name, output)
         for key, entry in self.outputs.items():
             if key >= len(split):
                 raise ValueError(f"Index {key} out of bounds for output of {self.name!r}, which has {len(split)}")
-            split[key] = self._split(f"output {key}", split[key], entry)
-        return _like(output, split) if whole is output else split[0]
+            split[key] = self._split(f"output {key}", split[key], entry, args, kwargs)
+        return _like(output, split)
 
-    def _split(self, key: str, value: Any, entry: SequenceParallelInput) -> Any:
-        if value is None:  # an optional tensor that this call does without
-            return None
+    def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One parameter or output: a tensor, a list of them, or None where this call does without."""
         where = f"{key} of {self.name!r}"
-        if isinstance(entry, OptionalSequenceParallelInput) and getattr(value, "ndim", None) != entry.expected_dims:
-            return value
+        if value is None:
+            return None
+        if isinstance(entry, SequenceParallelLeadingCount):
+            if not isinstance(value, int):
+                raise ValueError(f"{where} is {type(value).__name__}, but the plan says that it counts tokens")
+            return self.shards.leading(value, entry.stream)
+        if isinstance(value, torch.Tensor):
+            if isinstance(entry, list | tuple):
+                raise ValueError(f"Expected SequenceParallelInput for tensor parameter {where}, the plan has a list")
+            return self._share(key, where, value, entry, args, kwargs)
+        if not isinstance(value, list | tuple):
+            raise ValueError(
+                f"Unsupported input type for sharding: {where} is {type(value).__name__}, expected a tensor or a list"
+            )
+        if isinstance(entry, SequenceParallelCompanion):
+            entry = [entry] * len(value)
+        if not isinstance(entry, list | tuple):
+            raise ValueError(
+                f"Expected list/tuple of SequenceParallelInput for {where}, which is a list of {len(value)}; the plan "
+                f"has {type(entry).__name__} (a single SequenceParallelCompanion splits each tensor of a list)"
+            )
+        if len(entry) != len(value):
+            raise ValueError(f"Expected {len(entry)} elements in {where}, as the plan says; got {len(value)}")
+        shares = [
+            item if item is None or each is None else self._share(f"{key}.{i}", where, item, each, args, kwargs)
+            for i, (item, each) in enumerate(zip(value, entry, strict=True))
+        ]
+        return _like(value, shares)
+
+    def _share(
+        self, key: str, where: str, value: Any, entry: AnyInput, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        if _stays_whole(value, entry):
+            return value  # type: ignore[no-any-return]
         _check_tensor(where, value, entry.expected_dims)
-        is_stream = value.ndim == 3 and value.is_floating_point()  # (B, S, D); masks and rotations only go along
+        # (B, S, D); masks, rotations and what the plan calls a companion only go along
+        is_stream = value.ndim == 3 and value.is_floating_point() and not isinstance(entry, SequenceParallelCompanion)
         name = f"{self.name}.{key}" if is_stream else None
+        if isinstance(entry, SequenceParallelPartialInput):
+            text = self._text_length(entry.text_len_source, args, kwargs)
+            return self.shards.shard(value, entry.split_dim, stream=name, replicated=text)
         return self.shards.shard(value, entry.split_dim, stream=name, padded=entry.auto_pad)
+
+    def _text_length(self, source: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        if isinstance(source, int):
+            return source
+        position = self.positions[source]
+        value = kwargs[source] if source in kwargs else args[position] if position < len(args) else None
+        if value is None:
+            raise ValueError(f"Parameter {source!r} is None, cannot determine text length for {self.name!r}")
+        if isinstance(value, torch.Tensor):
+            return value.shape[0]
+        if isinstance(value, int):
+            return value
+        raise ValueError(
+            f"Failed to resolve text_len_source {source!r} of {self.name!r}: it is {type(value).__name__}, expected a "
+            "tensor (its first dimension counts) or a number"
+        )
 
 
 class SequenceParallelGatherHook:
@@ -110,25 +163,20 @@ class SequenceParallelGatherHook:
 
     def __init__(self, name: str, spec: OutputSpec, shards: SequenceShards) -> None:
         self.name = name
-        self.single = isinstance(spec, SequenceParallelOutput)
-        self.spec = [spec] if isinstance(spec, SequenceParallelOutput) else spec
+        self.spec = [spec] if isinstance(spec, SequenceParallelOutput) else list(spec)
+        self.last = max(i for i, entry in enumerate(self.spec) if entry is not None)
         self.shards = shards
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the output, whole again."""
-        parts = (output,) if self.single and isinstance(output, torch.Tensor) else output
-        if not isinstance(parts, tuple | list) or len(parts) != len(self.spec):
-            got = f"{len(parts)} outputs" if isinstance(parts, tuple | list) else type(output).__name__
-            raise ValueError(f"Expected {len(self.spec)} outputs, got {got} from {self.name!r}")
-        whole = [self._gather(part, entry) for part, entry in zip(parts, self.spec, strict=True)]
-        self.shards.close_region()
-        return whole[0] if parts is not output else _like(output, whole)
-
-    def _gather(self, value: Any, entry: SequenceParallelOutput | None) -> Any:
-        if entry is None:
-            return value
-        _check_tensor(f"output of {self.name!r}", value, entry.expected_dims)
-        return self.shards.gather(value, entry.gather_dim)
+        parts = _parts(self.name, output)
+        if len(parts) != len(self.spec):
+            raise ValueError(f"Expected {len(self.spec)} outputs, got {len(parts)} from {self.name!r}")
+        for i, entry in enumerate(self.spec):
+            if entry is not None:
+                _check_tensor(f"output {i} of {self.name!r}", parts[i], entry.expected_dims)
+                parts[i] = self.shards.gather(parts[i], entry.gather_dim, closes=i == self.last)
+        return _like(output, parts)
 
 
 def apply_sequence_parallel(
@@ -163,22 +211,53 @@ def apply_sequence_parallel(
     return shards, Handle([hook.remove for hook in installed])
 
 
-def _hook(
-    name: str, module: nn.Module, entry: Mapping[str | int, SequenceParallelInput] | OutputSpec, shards: SequenceShards
-) -> list[RemovableHandle]:
-    if not isinstance(entry, Mapping):
+def _hook(name: str, module: nn.Module, entry: InputSpec | OutputSpec, shards: SequenceShards) -> list[RemovableHandle]:
+    if not isinstance(entry, dict):
         return [module.register_forward_hook(SequenceParallelGatherHook(name, entry, shards).after)]
-    split = SequenceParallelSplitHook(name, module, dict(entry), shards)
+    split = SequenceParallelSplitHook(name, module, entry, shards)
     hooks = []
     if split.inputs:
         hooks.append(module.register_forward_pre_hook(split.before, with_kwargs=True))
     if split.outputs:
-        hooks.append(module.register_forward_hook(split.after))
+        hooks.append(module.register_forward_hook(split.after, with_kwargs=True))
     return hooks
 
 
+def _stays_whole(value: Any, entry: AnyInput) -> bool:
+    """Whether the entry is an optional one that is not about this tensor."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    if not (isinstance(entry, OptionalSequenceParallelInput) or getattr(entry, "optional", False)):
+        return False
+    if entry.expected_dims is not None:
+        return value.ndim != entry.expected_dims
+    return not -value.ndim <= entry.split_dim < value.ndim
+
+
+def _text_sources(spec: InputSpec) -> list[str]:
+    """The forward parameters by which the plan knows the length of a text."""
+    entries = [e for entry in spec.values() for e in (entry if isinstance(entry, list | tuple) else [entry])]
+    sources = [entry.text_len_source for entry in entries if isinstance(entry, SequenceParallelPartialInput)]
+    return [source for source in sources if isinstance(source, str)]
+
+
+def _parts(name: str, output: Any) -> list[Any]:
+    """The outputs of a module: one tensor, a tuple or list (with names or without), or diffusers' ModelOutput."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if isinstance(output, tuple | list):
+        return list(output)
+    raise ValueError(f"Expected tensor or list/tuple of tensors from {name!r}, got {type(output).__name__}")
+
+
 def _like(output: Any, parts: list[Any]) -> Any:
-    """The parts as the kind of tuple or list that the module returned."""
+    """The parts as the kind of output that the module returned."""
+    if isinstance(output, torch.Tensor):
+        return parts[0]
+    if isinstance(output, Mapping):
+        return type(output)(**dict(zip(output, parts, strict=True)))
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 

@@ -1,7 +1,7 @@
 """Attention on one device. The only place that picks a kernel.
 
 Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, H, D)`.
-Masks are additive here (-inf hides a key), broadcastable to `(B, H, S, K)`.
+Masks are additive (-inf hides a key), broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
 """
 
 import torch
@@ -30,6 +30,30 @@ def attention(
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # kernels want heads first
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As `attention`, with a mask as models have it and with fewer key heads than query heads.
+
+    Args:
+        query: `(B, S, H, D)`.
+        key: `(B, K, heads, D)`; the heads divide H.
+        value: as key.
+        mask: boolean (True takes part) or additive, `(B, K)` or broadcastable to `(B, H, S, K)`.
+        scale: of the scores; None is 1/sqrt(D).
+    """
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None]
+    repeats = query.shape[2] // key.shape[2]
+    if repeats > 1:
+        key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
+    return attention(query, key, value, mask, scale)
 
 
 def attention_with_lse(

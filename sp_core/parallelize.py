@@ -8,21 +8,35 @@
 Called by `workers.pipeline` when a rank has loaded its model, or by anyone else: neither Ray nor a file is needed.
 """
 
+import logging
 from typing import Any
 
 from torch import nn
 
 from sp_core.attention.diffusers_seam import bind_attention
-from sp_core.degrees import check_layout
+from sp_core.degrees import check_layout, layout_advice
 from sp_core.hooks import Handle, apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
+from sp_core.models.family import ModelFamily
 from sp_core.models.flux import FLUX
+from sp_core.models.flux_2 import FLUX_2
+from sp_core.models.hunyuan_video import HUNYUAN_VIDEO
+from sp_core.models.ltx import LTX
 from sp_core.models.qwen_image import QWEN_IMAGE
-from sp_core.models.wan import WAN
+from sp_core.models.stable_diffusion_3 import STABLE_DIFFUSION_3
+from sp_core.models.wan import WAN, WAN_VACE
 from sp_core.models.z_image import Z_IMAGE
 from sp_core.sp_plan import SequenceParallelModelPlan, get_sp_plan_from_model, plan_from_diffusers
 
-FAMILIES = (FLUX, QWEN_IMAGE, WAN, Z_IMAGE)
+FAMILIES = (FLUX, FLUX_2, HUNYUAN_VIDEO, LTX, QWEN_IMAGE, STABLE_DIFFUSION_3, WAN, WAN_VACE, Z_IMAGE)
+
+REFUSED = {
+    "HeliosTransformer3DModel": "its attention slices shares by lengths of the whole sequence",
+    "LTX2VideoTransformer3DModel": "diffusers' _cp_plan sends its cross-attention across ranks",
+}
+"""Classes that would be silently wrong by the `_cp_plan` that diffusers ships, and why."""
+
+_logger = logging.getLogger(__name__)
 
 
 def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
@@ -42,38 +56,46 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
     """
-    check_layout(mesh.degrees, num_heads(getattr(model, "config", {})))
+    check_layout(mesh.degrees)
     if mesh.degrees.sequence_parallel_size == 1:
         return Handle([])
-    found, order_known = (plan, True) if plan is not None else _find_plan(model)
+    name = type(model).__name__
+    family = next((family for family in FAMILIES if name in family.transformer_classes), None)
+    found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
+    advice = layout_advice(mesh.degrees, _num_heads(getattr(model, "config", {})))
+    if advice:
+        _logger.info("%s: %s", name, advice)
     shards, hooks = apply_sequence_parallel(model, found, mesh)
     shards.order_known = order_known
     try:
-        release = bind_attention(model, shards)
+        release = bind_attention(model, shards, family, optional=found == {})
     except Exception:
         hooks.remove()
         raise
     return Handle([hooks.remove, release])
 
 
-def num_heads(config: Any) -> int | None:
+def _num_heads(config: Any) -> int | None:
     """Attention heads by a transformer's config, None where it does not say."""
+    if not hasattr(config, "get"):
+        return None
     heads = config.get("num_attention_heads", config.get("n_heads"))
     return heads if isinstance(heads, int) else None
 
 
-def _find_plan(model: nn.Module) -> tuple[SequenceParallelModelPlan, bool]:
+def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequenceParallelModelPlan, bool]:
     """The model's plan, and whether it names the streams in the order in which attention joins them."""
     own = get_sp_plan_from_model(model)
     if own is not None:
         return own, True
-    name = type(model).__name__
-    for family in FAMILIES:
-        if name in family.transformer_classes:
-            return family.sp_plan, True
+    if family is not None:
+        return family.sp_plan(model.config) if callable(family.sp_plan) else family.sp_plan, True  # type: ignore[arg-type]
+    if type(model).__name__ in REFUSED:
+        raise ValueError(f"{type(model).__name__} is not supported yet: {REFUSED[type(model).__name__]}; pass plan=")
     if getattr(model, "_cp_plan", None):
         return plan_from_diffusers(model._cp_plan), False  # type: ignore[arg-type]
     known = ", ".join(name for family in FAMILIES for name in family.transformer_classes)
     raise ValueError(
-        f"{name} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. Known: {known}"
+        f"{type(model).__name__} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. "
+        f"Known: {known}"
     )

@@ -10,8 +10,10 @@ A plan maps module names to what happens at their boundary:
 
 Names: `""` is the model itself, a dotted path names a submodule (`"outputs.main"` reaches into a ModuleDict,
 `"blocks.-1"` is the last block), and one `*` stands for every entry of a ModuleList. Floating tensors `(B, S, D)` are
-token streams, all others only go along with them; where attention joins several streams, the plan names them in the
-order in which it does.
+token streams unless the entry is a `SequenceParallelCompanion`, all others only go along with them; where attention
+joins several streams, the plan names them in the order in which it does. A parameter that is a list of tensors has a
+list of entries (None leaves one whole), or one companion entry for all of it. `{}` says that the model's forward shards
+itself, by `sp_core.sp_sharding`.
 
 Written on model classes and in `sp_core.models`; validated here; put to work by `sp_core.hooks`. diffusers' `_cp_plan`
 says the same in other words; `plan_from_diffusers` reads it.
@@ -34,7 +36,7 @@ class SequenceParallelInput:
         expected_dims: the rank that the tensor must have; another one is an error. None: any.
         split_output: False: a forward parameter, named by the entry's str key, is split before the module runs.
             True: the module's output at the entry's int key is split after it ran.
-        auto_pad: pad to equal shares instead of splitting raggedly.
+        auto_pad: pad to equal shares instead of splitting raggedly; the padding is hidden from attention.
     """
 
     split_dim: int
@@ -52,6 +54,49 @@ class OptionalSequenceParallelInput(SequenceParallelInput):
 
 
 @dataclass(frozen=True)
+class SequenceParallelCompanion(SequenceParallelInput):
+    """As `SequenceParallelInput`, for a `(B, S, D)` tensor that is no token stream of its own but goes along with one.
+
+    For rotations, positions and residuals. On a list of tensors, of any length, one such entry splits each. A tensor of
+    length 1 stays whole: it holds one value for all tokens.
+
+    Attributes:
+        optional: leave a tensor whole that is of another rank than `expected_dims`, or has no such dimension.
+    """
+
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class SequenceParallelPartialInput:
+    """Split the part of a tensor behind its text: `[text, image]` along `split_dim`, of which the text stays whole.
+
+    Attributes:
+        split_dim: the tensor dimension to split.
+        text_len_source: the length of the text; a number, or the name of a forward parameter that is one, or that is a
+            tensor whose first dimension has that length.
+        expected_dims: the rank that the tensor must have; another one is an error. None: any.
+        split_output: as for `SequenceParallelInput`.
+    """
+
+    split_dim: int
+    text_len_source: str | int
+    expected_dims: int | None = None
+    split_output: bool = False
+
+
+@dataclass(frozen=True)
+class SequenceParallelLeadingCount:
+    """A forward parameter that counts the first tokens of a stream: becomes how many of these this rank holds.
+
+    Attributes:
+        stream: the parameter name by which the stream is split, in an entry in front of this one.
+    """
+
+    stream: str
+
+
+@dataclass(frozen=True)
 class SequenceParallelOutput:
     """Gather a module's output from the sequence ranks.
 
@@ -64,7 +109,8 @@ class SequenceParallelOutput:
     expected_dims: int | None = None
 
 
-InputSpec = dict[str | int, SequenceParallelInput]
+AnyInput = SequenceParallelInput | SequenceParallelPartialInput
+InputSpec = dict[str | int, AnyInput | SequenceParallelLeadingCount | list[AnyInput | None]]
 OutputSpec = SequenceParallelOutput | list[SequenceParallelOutput | None]
 SequenceParallelModelPlan = dict[str, InputSpec | OutputSpec]
 
@@ -85,11 +131,8 @@ def validate_sp_plan(plan: object) -> SequenceParallelModelPlan:
             raise ValueError(f"_sp_plan keys must be strings (module names), got {name!r}")
         if isinstance(entry, dict):
             _validate_inputs(name, entry)
-        elif not _is_output_spec(entry):
-            raise ValueError(
-                f"_sp_plan values must be dict (input spec) or SequenceParallelOutput (or a list of it and None); "
-                f"{name!r} has {type(entry).__name__}"
-            )
+        else:
+            _validate_output(name, entry)
     return plan
 
 
@@ -97,26 +140,52 @@ def _validate_inputs(name: str, entry: Mapping[object, object]) -> None:
     for key, value in entry.items():
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise ValueError(f"Input spec keys must be str or int, {name!r} has {key!r}")
-        if not isinstance(value, SequenceParallelInput):
+        if isinstance(key, int) and not isinstance(value, AnyInput):
             raise ValueError(
-                f"Input spec values must be SequenceParallelInput, {name!r}[{key!r}] is {type(value).__name__}"
+                f"Integer keys (output indices) must map to a SequenceParallelInput, "
+                f"{name!r}[{key}] is {type(value).__name__}"
             )
-        if isinstance(key, int) and not value.split_output:
+        if isinstance(key, str) and isinstance(value, SequenceParallelLeadingCount):
+            continue
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        wrong = [e for e in entries if not isinstance(e, AnyInput) and not (e is None and len(entries) > 1)]
+        if wrong or not entries:
+            got = type(wrong[0]).__name__ if wrong else "an empty list"
             raise ValueError(
-                f"Integer keys (output indices) require split_output=True, {name!r}[{key}] has False; "
-                "use the parameter's name to split an input"
+                f"Input spec values must be SequenceParallelInput, SequenceParallelPartialInput or a list of them, "
+                f"{name!r}[{key!r}] is or has {got}"
             )
-        if isinstance(key, str) and value.split_output:
-            raise ValueError(
-                f"Parameter names split an input, but {name!r}[{key!r}] has split_output=True; "
-                "use the output's index to split an output"
-            )
+        for each in entries:
+            _validate_side(f"{name!r}[{key!r}]", key, each)
 
 
-def _is_output_spec(entry: object) -> bool:
-    if isinstance(entry, list):
-        return bool(entry) and all(e is None or isinstance(e, SequenceParallelOutput) for e in entry)
-    return isinstance(entry, SequenceParallelOutput)
+def _validate_side(where: str, key: str | int, entry: Any) -> None:
+    if isinstance(key, int) and not entry.split_output:
+        raise ValueError(
+            f"Integer keys (output indices) require split_output=True, {where} has False; "
+            "use the parameter's name to split an input"
+        )
+    if isinstance(key, str) and entry is not None and entry.split_output:
+        raise ValueError(
+            f"Parameter names split an input, but {where} has split_output=True; "
+            "use the output's index to split an output"
+        )
+
+
+def _validate_output(name: str, entry: object) -> None:
+    if isinstance(entry, list | tuple) and entry:
+        wrong = [e for e in entry if e is not None and not isinstance(e, SequenceParallelOutput)]
+        if not wrong and any(entry):
+            return
+        kinds = ", ".join(sorted({type(e).__name__ for e in entry}))
+        got = f"a list of {kinds}; Expected SequenceParallelOutput elements or None"
+    else:
+        got = type(entry).__name__
+    if not isinstance(entry, SequenceParallelOutput):
+        raise ValueError(
+            f"Unsupported plan type: _sp_plan values must be dict (input spec) or SequenceParallelOutput (or a list "
+            f"of it and None); {name!r} has {got}"
+        )
 
 
 def get_sp_plan_from_model(model: nn.Module) -> SequenceParallelModelPlan | None:
@@ -130,7 +199,10 @@ def get_sp_plan_from_model(model: nn.Module) -> SequenceParallelModelPlan | None
 
 
 def plan_from_diffusers(cp_plan: Mapping[str, Any]) -> SequenceParallelModelPlan:
-    """diffusers' `_cp_plan` as a plan. Its inputs are optional ones: diffusers leaves other tensors whole.
+    """diffusers' `_cp_plan` as a plan.
+
+    Its inputs are optional ones: diffusers leaves tensors of another rank whole. Streams are the parameters that it
+    names `...hidden_states`; outputs (rotations) and other parameters (positions, masks) are companions.
 
     Raises:
         ValueError: an entry that is neither diffusers' `ContextParallelInput` nor its `ContextParallelOutput`.
@@ -138,7 +210,7 @@ def plan_from_diffusers(cp_plan: Mapping[str, Any]) -> SequenceParallelModelPlan
     plan: SequenceParallelModelPlan = {}
     for name, entry in cp_plan.items():
         if isinstance(entry, Mapping):
-            plan[name] = {key: _input_from_diffusers(name, value) for key, value in entry.items()}
+            plan[name] = {key: _input_from_diffusers(name, key, value) for key, value in entry.items()}
         elif isinstance(entry, list | tuple):
             plan[name] = [None if value is None else _output_from_diffusers(name, value) for value in entry]
         else:
@@ -146,10 +218,12 @@ def plan_from_diffusers(cp_plan: Mapping[str, Any]) -> SequenceParallelModelPlan
     return validate_sp_plan(plan)
 
 
-def _input_from_diffusers(name: str, entry: Any) -> SequenceParallelInput:
+def _input_from_diffusers(name: str, key: str | int, entry: Any) -> SequenceParallelInput:
     if not hasattr(entry, "split_dim"):
         raise ValueError(f"_cp_plan[{name!r}] has a {type(entry).__name__}, expected ContextParallelInput")
-    return OptionalSequenceParallelInput(entry.split_dim, entry.expected_dims, entry.split_output)
+    if isinstance(key, str) and key.endswith("hidden_states"):
+        return OptionalSequenceParallelInput(entry.split_dim, entry.expected_dims)
+    return SequenceParallelCompanion(entry.split_dim, entry.expected_dims, entry.split_output, optional=True)
 
 
 def _output_from_diffusers(name: str, entry: Any) -> SequenceParallelOutput:

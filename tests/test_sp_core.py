@@ -223,7 +223,7 @@ def test_plans_that_do_not_apply(ranks: RankPool) -> None:
         assert "'nope' (of the plan key 'nope') is not a submodule of Toy" in said[1]
         assert "has 3 dimensions (shape (1, 4, 2)), but the plan says expected_dims=4" in said[2]
         assert "Index 3 out of bounds for output of 'blocks.0'" in said[3]
-        assert "Expected 2 outputs, got Tensor from 'blocks.0'" in said[4]
+        assert "Expected 2 outputs, got 1 from 'blocks.0'" in said[4]
 
 
 class Joined(nn.Module):
@@ -293,7 +293,7 @@ def test_attention_cannot_be_led_past_the_seam(ranks: RankPool) -> None:
         assert "has its own attention backend" in said[2]
 
 
-def remove_and_return(mesh: ParallelMesh) -> tuple[bool, bool, str]:
+def remove_and_return(mesh: ParallelMesh) -> tuple[bool, bool]:
     model = qwen.transformer()
     inputs = qwen.inputs(height=4, width=3, text=5)
     with torch.no_grad():
@@ -303,22 +303,17 @@ def remove_and_return(mesh: ParallelMesh) -> tuple[bool, bool, str]:
             across = model(**inputs, return_dict=False)[0]
             handle.remove()
         after = model(**inputs, return_dict=False)[0]
-    with pytest.raises(ValueError, match="ulysses_degree=2 does not divide") as refused:
-        parallelize(qwen.transformer(heads=3), mesh)
-    return torch.equal(before, after), bool((across - before).abs().max() < 1e-4), str(refused.value)
+    return torch.equal(before, after), bool((across - before).abs().max() < 1e-4)
 
 
 def test_the_plain_model_comes_back_bit_for_bit(ranks: RankPool) -> None:
-    for same, close, said in ranks.run(TWO, remove_and_return):
-        assert same
-        assert close
-        assert "model's 3 attention heads; allowed: 1, 3" in said
+    assert ranks.run(TWO, remove_and_return) == [(True, True)] * 2
 
 
 def test_models_that_nobody_knows_are_refused_by_name(ranks: RankPool) -> None:
     for said in ranks.run(TWO, parallelize_strangers):
         assert "Toy has no sequence-parallel plan" in said[0]
-        assert "Toy cannot be parallelised: attention processors" in said[1]
+        assert "it has neither attention processors of diffusers nor a SequenceParallelAttention" in said[1]
         assert "blocks.0 (ToyBlock)" in said[2]
 
 

@@ -10,13 +10,18 @@ fails when a new release moves them.
 
 from collections.abc import Callable
 from enum import StrEnum
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-from sp_core.attention.hybrid import sequence_parallel_attention
+from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.attention.region import region_attention
+from sp_core.models.family import ModelFamily
 from sp_core.sp_sharding import SequenceShards
 
 
@@ -30,11 +35,13 @@ class BoundAttention:
     Args:
         name: the module's dotted name, for messages.
         shards: the model's record of what is split.
+        stream: the parameter name of the only stream that it sees; empty: it joins all.
     """
 
-    def __init__(self, name: str, shards: SequenceShards) -> None:
+    def __init__(self, name: str, shards: SequenceShards, stream: str = "") -> None:
         self.name = name
         self.shards = shards
+        self.stream = stream
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """`(B, L, H, D)` for this rank's queries; options as diffusers' backends take them.
@@ -42,35 +49,69 @@ class BoundAttention:
         Raises:
             ValueError: the tokens are not those of the region, or an option that cannot be honoured across ranks.
         """
-        lengths = self.shards.local_lengths()
-        axis = self.shards.mesh.axis("sequence")
-        if not lengths or axis.size == 1:
-            return _local(query, key, value, **options)
-        if not query.shape[1] == key.shape[1] == lengths[axis.rank]:
+        if options.get("is_causal") or options.get("dropout_p"):
             raise ValueError(
-                f"attention {self.name!r} has {query.shape[1]} queries and {key.shape[1]} keys on sequence rank "
-                f"{axis.rank}, but the streams split before it ({self.shards.streams}) leave "
-                f"{lengths[axis.rank]} tokens there; a split is missing from the plan, stands at the wrong module, or "
-                "one of these is no token stream (every 3-D floating tensor that is split counts as one)"
+                f"attention {self.name!r} asks for is_causal or dropout, which sequence parallelism does not support"
             )
-        if options.get("is_causal") or options.get("dropout_p") or options.get("enable_gqa"):
-            raise ValueError(
-                f"attention {self.name!r} asks for is_causal, dropout or grouped heads, "
-                "which sequence parallelism does not support yet"
-            )
-        self.shards.attended = True
-        mesh = self.shards.mesh
-        if query.shape[2] % mesh.degrees.ulysses_degree:
-            raise ValueError(
-                f"attention {self.name!r}: ulysses_degree={mesh.degrees.ulysses_degree} does not divide its "
-                f"{query.shape[2]} heads; use ring_degree instead"
-            )
-        mask = _key_mask(self.name, options.get("attn_mask"), self.shards.padding_mask(query.device))
-        return sequence_parallel_attention(query, key, value, mask, options.get("scale"), lengths, mesh)
+        mask, scale = options.get("attn_mask"), options.get("scale")
+        return region_attention(query, key, value, mask, scale, self.shards, name=self.name, stream=self.stream)
 
 
-def bind_attention(model: nn.Module, shards: SequenceShards) -> Callable[[], None]:
-    """Bring the attention of all of the model's processors here.
+class CapturedProcessor:
+    """A processor that calls `scaled_dot_product_attention` itself, with those calls brought to `BoundAttention`.
+
+    Only for processors of which a family says that all their attention is over the region's own tokens.
+    """
+
+    def __init__(self, processor: Any, attention: BoundAttention) -> None:
+        self.processor = processor
+        self.attention = attention
+        vars(self)["__call__"] = processor.__call__  # diffusers reads its signature, and drops what is not in it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the processor returns."""
+        with _Capture(self.attention):
+            return self.processor(*args, **kwargs)
+
+
+class _Capture(TorchFunctionMode):
+    """While it is active, torch's attention, `(B, H, L, D)`, is ours."""
+
+    def __init__(self, attention: BoundAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        options |= dict(zip(("dropout_p", "is_causal"), args, strict=False))
+        heads_behind = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return self.attention(*heads_behind, attn_mask=attn_mask, **options).transpose(1, 2)
+
+
+def bind_attention(
+    model: nn.Module, shards: SequenceShards, family: ModelFamily | None = None, *, optional: bool = False
+) -> Callable[[], None]:
+    """Bring the attention of all of the model's processors, and of all its `SequenceParallelAttention`, here.
+
+    Args:
+        model: the model.
+        shards: its record of what is split.
+        family: what is peculiar to its attention.
+        optional: whether the model may do without any (its forward gathers what attention needs).
 
     Returns:
         The function that lets them go again.
@@ -78,33 +119,81 @@ def bind_attention(model: nn.Module, shards: SequenceShards) -> Callable[[], Non
     Raises:
         ValueError: a processor's attention would stay local without a word, or the model is parallelised already.
     """
-    found = {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
-    deaf = {name: type(p).__name__ for name, p in found.items() if not hasattr(p, "_parallel_config")}
-    if deaf or not found:
-        culprits = ", ".join(f"{name} ({processor})" for name, processor in deaf.items()) or "none was found"
+    family = family or ModelFamily((), {})
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "processor") and not any(fnmatch(name, pattern) for pattern in family.local_attention)
+    }
+    layers = [module for module in model.modules() if isinstance(module, SequenceParallelAttention)]
+    _require_within_reach(model, found, family)
+    if not (found or layers or optional):
         raise ValueError(
-            f"{type(model).__name__} cannot be parallelised: attention processors that do not go through diffusers' "
-            f"dispatch would attend only to their own rank's tokens: {culprits}"
+            f"{type(model).__name__} cannot be parallelised: it has neither attention processors of diffusers nor a "
+            "SequenceParallelAttention, so each rank would attend only to its own tokens"
         )
-    for name, processor in found.items():
-        if processor._parallel_config is not None:
-            raise ValueError(f"{type(model).__name__} is parallelised already ({name}); remove() that first")
-        if processor._attention_backend is not None:
-            raise ValueError(
-                f"{name} has its own attention backend ({processor._attention_backend}), which would attend only to "
-                "its own rank's tokens; call reset_attention_backend() on the model first"
-            )
-    if _AttentionBackendRegistry.get_active_backend()[1] is not _dispatch:
+    _require_free(model, found, layers)
+    if found and _AttentionBackendRegistry.get_active_backend()[1] is not _dispatch:
         _take_over()
-    for name, processor in found.items():
-        processor._parallel_config = BoundAttention(name, shards)
-    shards.expects_attention = True
+    processors = {name: module.processor for name, module in found.items()}
+    for name, module in found.items():
+        stream = next((s for pattern, s in family.own_stream.items() if fnmatch(name, pattern)), "")
+        attention = BoundAttention(name, shards, stream)
+        if hasattr(module.processor, "_parallel_config"):
+            module.processor._parallel_config = attention
+        else:
+            module.processor = CapturedProcessor(module.processor, attention)
+    for layer in layers:
+        layer.record = shards.number
+    if found:
+        shards.local_attention = _local
+    shards.expects_attention = bool(found or layers)
 
     def release() -> None:
-        for processor in found.values():
-            vars(processor).pop("_parallel_config", None)  # the class's own None shows again
+        for name, module in found.items():
+            module.processor = processors[name]
+            vars(module.processor).pop("_parallel_config", None)  # the class's own None shows again
+        for layer in layers:
+            layer.record = None
 
     return release
+
+
+def _require_within_reach(model: nn.Module, found: dict[str, nn.Module], family: ModelFamily) -> None:
+    """Raise where a processor's attention would be silently wrong."""
+    deaf = []
+    for name, module in found.items():
+        kind = type(module.processor).__name__
+        if kind in family.refused_processors:
+            why = family.refused_processors[kind]
+            raise ValueError(f"{type(model).__name__} cannot be parallelised with {kind} ({name}): {why}")
+        is_captured = kind in family.captured_processors or isinstance(module.processor, CapturedProcessor)
+        if not hasattr(module.processor, "_parallel_config") and not is_captured:
+            deaf.append(f"{name} ({kind})")
+    if deaf:
+        raise ValueError(
+            f"{type(model).__name__} cannot be parallelised: attention processors that do not go through diffusers' "
+            f"dispatch would attend only to their own rank's tokens: {', '.join(deaf)}"
+        )
+
+
+def _require_free(model: nn.Module, found: dict[str, nn.Module], layers: list[SequenceParallelAttention]) -> None:
+    """Raise where attention is bound already, or set to a backend that would pass us by."""
+    again = [name for name, module in found.items() if _is_bound(module.processor)]
+    if again or any(layer.record is not None for layer in layers):
+        at = again[0] if again else SequenceParallelAttention.__name__
+        raise ValueError(f"{type(model).__name__} is parallelised already ({at}); remove() that first")
+    for name, module in found.items():
+        backend = getattr(module.processor, "_attention_backend", None)
+        if backend is not None:
+            raise ValueError(
+                f"{name} has its own attention backend ({backend}), which would attend only to "
+                "its own rank's tokens; call reset_attention_backend() on the model first"
+            )
+
+
+def _is_bound(processor: Any) -> bool:
+    return isinstance(processor, CapturedProcessor) or getattr(processor, "_parallel_config", None) is not None
 
 
 _previous: Any = None
@@ -121,9 +210,17 @@ def _take_over() -> None:
     _AttentionBackendRegistry.set_active_backend(_Backend.SEQUENCE_PARALLEL)
 
 
-def _local(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+def _local(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    **options: Any,
+) -> torch.Tensor:
     """Attention on this rank alone, by the backend that diffusers would have used without us."""
     accepted = _AttentionBackendRegistry._supported_arg_names[_previous]
+    options |= {"attn_mask": mask, "scale": scale, "enable_gqa": query.shape[2] != key.shape[2]}
     known = {name: option for name, option in options.items() if name in accepted}
     attended: torch.Tensor = _AttentionBackendRegistry._backends[_previous](query, key, value, **known)
     return attended
@@ -137,31 +234,12 @@ def _dispatch(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # the shapes say it
     return_lse: bool = False,
     _parallel_config: Any = None,
 ) -> torch.Tensor:
-    options = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
+    options = {"dropout_p": dropout_p, "is_causal": is_causal}
     if isinstance(_parallel_config, BoundAttention):
-        return _parallel_config(query, key, value, **options)
-    return _local(query, key, value, return_lse=return_lse, _parallel_config=_parallel_config, **options)
-
-
-def _key_mask(name: str, mask: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor | None:
-    """One `(B, L)` key mask from the processor's, `(B, L)` or `(B, 1, 1, L)`, and the `(L,)` mask of real tokens."""
-    if mask is not None and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-        mask = mask[:, 0, 0, :]
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(
-            f"attention {name!r} has a mask of shape {tuple(mask.shape)}; across ranks only key masks, "
-            "(B, keys) or (B, 1, 1, keys), are supported yet"
-        )
-    if mask is None or real is None:
-        return mask if real is None else real[None]
-    return mask & real if mask.dtype is torch.bool else mask.masked_fill(~real, float("-inf"))
+        return _parallel_config(query, key, value, attn_mask=attn_mask, scale=scale, **options)
+    options |= {"return_lse": return_lse, "_parallel_config": _parallel_config}
+    return _local(query, key, value, attn_mask, scale, **options)

@@ -4,7 +4,8 @@ After Ring Attention (arXiv 2310.01889). Each rank attends to the chunk it holds
 merges the results by their log-sum-exp in fp32. A rank holds two chunks at a time, whatever the length of the sequence.
 Called by `sp_core.attention.hybrid`.
 
-Shapes: B batch, L this rank's tokens, H heads, D head size, P ranks. Chunks may differ in length.
+Shapes: B batch, R tokens that every rank holds, L this rank's tokens, H heads, D head size, P ranks. Chunks may differ
+in length. The replicated tokens' keys are attended to once, with the rank's own chunk, and do not travel.
 """
 
 import torch
@@ -18,41 +19,53 @@ def ring_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     scale: float | None,
     lengths: list[int],
+    replicated: int,
     axis: MeshAxis,
 ) -> torch.Tensor:
     """Attention of this rank's queries over all ranks' keys.
 
     Args:
-        query: `(B, L, H, D)`, this rank's share; key and value alike.
+        query: `(B, R + L, H, D)`, this rank's share; key and value alike.
         key: see query.
         value: see query.
-        mask: this rank's share of an additive key mask, `(B, L)`.
+        mask: this rank's share of an additive key mask, `(B, R + L)`.
+        bias: an additive mask for this rank's queries over all keys, in the order of the ranks, broadcastable to
+            `(B, H, R + L, R + sum(lengths))`.
         scale: of the scores; None is 1/sqrt(D).
-        lengths: tokens of each rank, `lengths[axis.rank] == L`.
+        lengths: split tokens of each rank, `lengths[axis.rank] == L`.
+        replicated: R.
         axis: the P ranks.
 
     Returns:
-        `(B, L, H, D)`, in the queries' dtype.
+        `(B, R + L, H, D)`, in the queries' dtype.
     """
     if axis.size == 1:
-        return kernels.attention(query, key, value, _over_keys(mask), scale)
+        return kernels.attention(query, key, value, _over_keys(mask) if bias is None else bias, scale)
     batch, _, heads, head_size = query.shape
     chunk = torch.cat((key.flatten(2), value.flatten(2)), dim=2)
     if mask is not None:
-        chunk = torch.cat((chunk, mask.unsqueeze(2)), dim=2)  # (B, L, 2 * H * D + 1)
+        chunk = torch.cat((chunk, mask.unsqueeze(2)), dim=2)  # (B, R + L, 2 * H * D + 1)
+    shared, columns = (None, bias) if bias is None else bias.split([replicated, sum(lengths)], dim=-1)
 
     output = query.new_zeros(query.shape, dtype=torch.float32)
     lse = output.new_full(query.shape[:3], float("-inf"))
     for distance in range(axis.size):
+        owner = (axis.rank - distance) % axis.size
         following = None
         if distance + 1 < axis.size:
-            owner = (axis.rank - distance - 1) % axis.size
-            following = collectives.RingShift(chunk, (batch, lengths[owner], chunk.shape[2]), axis)
+            behind = (owner - 1) % axis.size
+            outgoing = chunk[:, replicated:] if distance == 0 else chunk
+            following = collectives.RingShift(outgoing, (batch, lengths[behind], chunk.shape[2]), axis)
         keys, values = chunk[..., : 2 * heads * head_size].unflatten(2, (2, heads, head_size)).unbind(2)
-        key_mask = chunk[..., -1] if mask is not None else None
-        part, part_lse = kernels.attention_with_lse(query, keys, values, _over_keys(key_mask), scale)
+        chunk_mask = _over_keys(chunk[..., -1]) if mask is not None else None
+        if columns is not None and shared is not None:
+            chunk_mask = columns.narrow(-1, sum(lengths[:owner]), lengths[owner])
+            if distance == 0:
+                chunk_mask = torch.cat((shared, chunk_mask), dim=-1)
+        part, part_lse = kernels.attention_with_lse(query, keys, values, chunk_mask, scale)
         output, lse = kernels.merge(output, lse, part, part_lse)
         if following is not None:
             chunk = following.wait()

@@ -7,15 +7,18 @@ Peculiarities:
 - `pos_embed` returns one rotation per image token and one per text token, without a batch dimension.
 - Attention joins [text, image], so the plan names the text stream first. On each rank the order is [its text, its
   image]: another order of keys than one process's, which softmax does not see.
+- Editing appends the reference images' tokens to the image's; `modulate_index` then says which timestep each has.
+- ControlNet residuals are a list or None, as long as the image tokens.
 - The ragged split is what a native size needs: 1328x1328 pixels are 83x83 = 6889 tokens, an odd number.
 """
 
 from sp_core.models.family import ModelFamily
-from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 
 QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
     sp_plan={
+        "": {"controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
         "pos_embed": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),
             1: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

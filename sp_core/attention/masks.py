@@ -1,0 +1,74 @@
+"""What a model's attention mask means when its tokens lie on many ranks.
+
+A mask comes in as the model made it, for this rank's tokens or for the whole sequence; an additive one comes out, as a
+key mask that travels with its keys where it can be one. Called by `sp_core.attention.region`.
+
+Shapes: B batch, H heads, L tokens that this rank holds, S tokens of the whole sequence, its streams side by side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sp_core.token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class RankMask:
+    """At most one of them is there.
+
+    Attributes:
+        keys: `(B or 1, L)`, additive: this rank's share of a mask that is the same for all queries and heads.
+        bias: `(B or 1, H or 1, S or 1, S)`, additive, queries and keys in the order of the ranks, padding hidden.
+    """
+
+    keys: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
+    """The model's mask, and the padding of the open region, for attention across ranks.
+
+    Args:
+        name: the attention, for messages.
+        mask: boolean (True takes part) or additive; `(B, L)`, `(B, S)`, `(B, 1, 1, L)` or `(B, H or 1, S or 1, S)`.
+        layout: the tokens.
+        query: for its dtype and device.
+
+    Raises:
+        ValueError: a mask of another kind or shape.
+    """
+    real = layout.real(query.device)
+    if mask is None:
+        return RankMask() if real is None else RankMask(keys=_additive(real[None], query.dtype))
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a mask must be boolean or floating (additive), got {mask.dtype}; convert it with .bool()")
+    local, total = layout.local, layout.total
+    mask = _additive(mask, query.dtype)
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if mask.ndim == 2 and mask.shape[1] == local:
+        return RankMask(keys=mask if real is None else mask.masked_fill(~real, float("-inf")))
+    if mask.ndim == 2 and mask.shape[1] == total:
+        return RankMask(keys=_pick(mask, layout.own_order(query.device)))
+    if mask.ndim == 4 and mask.shape[3] == total and mask.shape[2] in (1, total):
+        order = layout.order(query.device)
+        bias = _pick(mask, order)
+        return RankMask(bias=bias if mask.shape[2] == 1 else bias.index_select(2, order.clamp(min=0)))
+    raise ValueError(
+        f"attention {name!r} has a mask of shape {tuple(mask.shape)}; this rank holds {local} of {total} tokens, so it "
+        f"may be (B, {local}) or (B, 1, 1, {local}) for its own keys, or (B, {total}), (B, heads or 1, 1, {total}) or "
+        f"(B, heads or 1, {total}, {total}) for all keys"
+    )
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as one to add to the scores, -inf where it hides; an additive one in the scores' dtype."""
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _pick(mask: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The mask's columns in another order, -inf where the order has padding."""
+    return mask.index_select(-1, order.clamp(min=0)).masked_fill(order < 0, float("-inf"))

@@ -1,0 +1,162 @@
+"""How token streams lie on the sequence ranks: arithmetic on lengths, the same on every rank, without communication.
+
+`SequenceShards` (`sp_core.sp_sharding`) makes these when something is split; attention reads them.
+
+Shapes: R tokens that every rank holds, L tokens that this rank holds (R among them), S tokens of all streams.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a sequence of tokens lies on `size` ranks.
+
+    Ragged: as even as can be, the longer shares first. Padded: equal shares, zeros behind the last token. Every rank
+    holds at least one token, because model code reshapes with -1 and fails on empty tensors: a stream with fewer
+    tokens than ranks is padded in any case.
+
+    Attributes:
+        length: tokens that are split, without padding.
+        size: ranks.
+        padded: whether the shares are equal by padding.
+        replicated: tokens in front of them that every rank holds.
+    """
+
+    length: int
+    size: int
+    padded: bool = False
+    replicated: int = 0
+
+    def share(self, rank: int) -> int:
+        """Split tokens on a rank, padding included. Plain arithmetic, so that a traced length stays a symbol."""
+        if self.padded or self.length < self.size:
+            return (self.length + self.size - 1) // self.size
+        return (self.length + self.size - 1 - rank) // self.size
+
+    @property
+    def shares(self) -> list[int]:
+        """Split tokens on each rank, padding included."""
+        return [self.share(rank) for rank in range(self.size)]
+
+    @property
+    def real(self) -> list[int]:
+        """Split tokens on each rank, without padding."""
+        left = self.length
+        counts = []
+        for share in self.shares:
+            counts.append(min(share, left))
+            left -= counts[-1]
+        return counts
+
+    @property
+    def held(self) -> list[int]:
+        """All tokens on each rank."""
+        return [self.replicated + share for share in self.shares]
+
+    @property
+    def total(self) -> int:
+        """All tokens, without padding."""
+        return self.replicated + self.length
+
+
+@dataclass(eq=False)
+class TokenLayout:
+    """The streams that an attention finds side by side, seen from one rank.
+
+    Attributes:
+        streams: in the order in which attention joins them. Tokens that every rank holds stand in front.
+        rank: this rank.
+        order_known: whether the order of the streams is that of attention.
+
+    Raises:
+        ValueError: tokens that every rank holds stand behind others.
+    """
+
+    streams: tuple[Stream, ...]
+    rank: int
+    order_known: bool = True
+    _order: torch.Tensor | None = field(default=None, repr=False)
+    _real: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        split = False
+        for stream in self.streams:
+            if split and stream.replicated:
+                raise ValueError(
+                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only the first "
+                    "stream's can, because attention expects these tokens in front"
+                )
+            split = split or stream.length > 0
+        self.replicated = sum(stream.replicated for stream in self.streams)
+        """R."""
+        self.lengths = [sum(of_rank) for of_rank in zip(*(stream.shares for stream in self.streams), strict=True)]
+        """Split tokens of each rank, over all streams, padding included."""
+        self.local = self.replicated + self.lengths[self.rank]
+        """L."""
+        self.total = sum(stream.total for stream in self.streams)
+        """S."""
+        self.has_padding = any(stream.shares != stream.real for stream in self.streams)
+        """Whether any rank holds padding."""
+
+    def behind(self, joint: int) -> "TokenLayout":
+        """This layout with `joint` more tokens in front that every rank holds."""
+        if not joint:
+            return self
+        front = Stream(0, self.streams[0].size, replicated=joint)
+        return TokenLayout((front, *self.streams), self.rank, self.order_known)
+
+    def order(self, device: torch.device) -> torch.Tensor:
+        """`(R + sum(lengths),)`: where the tokens that the ranks hold, rank by rank, stand in the whole sequence, its
+        streams side by side; -1 for padding.
+
+        Raises:
+            ValueError: it depends on the order of the streams, and that is not known.
+        """
+        if self._order is None:
+            self._require_order("a mask of the whole sequence is given")
+            self._order = torch.tensor(self._positions(), device=device)
+        return self._order
+
+    def _positions(self) -> list[int]:
+        positions = list(range(self.replicated))
+        for rank in range(len(self.lengths)):
+            offset = 0
+            for stream in self.streams:
+                real = stream.real
+                first = offset + stream.replicated + sum(real[:rank])
+                positions += range(first, first + real[rank])
+                positions += [-1] * (stream.shares[rank] - real[rank])
+                offset += stream.total
+        return positions
+
+    def own_order(self, device: torch.device) -> torch.Tensor:
+        """`(L,)`: the part of `order` that this rank holds."""
+        order, first = self.order(device), self.replicated + sum(self.lengths[: self.rank])
+        return torch.cat((order[: self.replicated], order[first : first + self.lengths[self.rank]]))
+
+    def real(self, device: torch.device) -> torch.Tensor | None:
+        """`(L,)`, True for this rank's tokens that are no padding; None where no rank has any.
+
+        Raises:
+            ValueError: it depends on the order of the streams, and that is not known.
+        """
+        if not self.has_padding:
+            return None
+        if self._real is None:
+            self._require_order("streams need padding on these ranks")
+            spans = [
+                torch.arange(stream.held[self.rank], device=device) < stream.replicated + stream.real[self.rank]
+                for stream in self.streams
+            ]
+            self._real = torch.cat(spans)
+        return self._real
+
+    def _require_order(self, why: str) -> None:
+        if len(self.streams) > 1 and not self.order_known:
+            raise ValueError(
+                f"{why}, and diffusers' _cp_plan does not say in which order attention joins the streams of "
+                f"{[stream.length for stream in self.streams]} tokens; pass plan= with the streams in that order"
+            )
