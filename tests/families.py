@@ -351,7 +351,8 @@ TINY = {
     ),
     "hunyuan-video": Tiny(hunyuan, hunyuan_inputs, {"norm1.linear": 3, "norm.linear": 3}, mask_key=COUNTED),
     "hunyuan-video token replace": Tiny(
-        lambda: hunyuan(image_condition_type="token_replace", guidance_embeds=False), functools.partial(hunyuan_inputs, guidance=False),
+        lambda: hunyuan(image_condition_type="token_replace", guidance_embeds=False),
+        functools.partial(hunyuan_inputs, guidance=False),
         {"norm1.linear": 3, "norm.linear": 3}, mask_key=COUNTED,
     ),
     "sd3": Tiny(

@@ -8,6 +8,8 @@ All of diffusers' private names that sp_core relies on are used here and nowhere
 fails when a new release moves them.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from enum import StrEnum
 from fnmatch import fnmatch
@@ -57,21 +59,20 @@ class BoundAttention:
         return region_attention(query, key, value, mask, scale, self.shards, name=self.name, stream=self.stream)
 
 
-class CapturedProcessor:
-    """A processor that calls `scaled_dot_product_attention` itself, with those calls brought to `BoundAttention`.
+@functools.cache
+def captured(kind: type) -> type:
+    """A class of processors that call torch's attention themselves, with those calls brought to `sequence_parallel`.
 
-    Only for processors of which a family says that all their attention is over the region's own tokens.
+    Only for processors of which a family says that all their attention is over the region's own tokens. diffusers reads
+    the signature of a processor and drops the arguments that are not in it, hence the wrapping.
     """
 
-    def __init__(self, processor: Any, attention: BoundAttention) -> None:
-        self.processor = processor
-        self.attention = attention
-        vars(self)["__call__"] = processor.__call__  # diffusers reads its signature, and drops what is not in it
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Capture(self.sequence_parallel):
+            return kind.__call__(self, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the processor returns."""
-        with _Capture(self.attention):
-            return self.processor(*args, **kwargs)
+    return type(f"Captured{kind.__name__}", (kind,), {"__call__": call, "sequence_parallel": None})
 
 
 class _Capture(TorchFunctionMode):
@@ -142,7 +143,10 @@ def bind_attention(
         if hasattr(module.processor, "_parallel_config"):
             module.processor._parallel_config = attention
         else:
-            module.processor = CapturedProcessor(module.processor, attention)
+            processor = copy.copy(module.processor)
+            processor.__class__ = captured(processor.__class__)
+            processor.sequence_parallel = attention
+            module.processor = processor
     for layer in layers:
         layer.record = shards.number
     if found:
@@ -167,7 +171,7 @@ def _require_within_reach(model: nn.Module, found: dict[str, nn.Module], family:
         if kind in family.refused_processors:
             why = family.refused_processors[kind]
             raise ValueError(f"{type(model).__name__} cannot be parallelised with {kind} ({name}): {why}")
-        is_captured = kind in family.captured_processors or isinstance(module.processor, CapturedProcessor)
+        is_captured = kind in family.captured_processors or _is_bound(module.processor)
         if not hasattr(module.processor, "_parallel_config") and not is_captured:
             deaf.append(f"{name} ({kind})")
     if deaf:
@@ -193,7 +197,7 @@ def _require_free(model: nn.Module, found: dict[str, nn.Module], layers: list[Se
 
 
 def _is_bound(processor: Any) -> bool:
-    return isinstance(processor, CapturedProcessor) or getattr(processor, "_parallel_config", None) is not None
+    return any(getattr(processor, name, None) is not None for name in ("_parallel_config", "sequence_parallel"))
 
 
 _previous: Any = None

@@ -44,9 +44,11 @@ def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, qu
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise ValueError(f"a mask must be boolean or floating (additive), got {mask.dtype}; convert it with .bool()")
     local, total = layout.local, layout.total
-    mask = _additive(mask, query.dtype)
+    given, mask = mask.shape, _additive(mask, query.dtype)
     if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
         mask = mask[:, 0, 0]
+    if mask.shape[0] not in (1, query.shape[0]):
+        raise ValueError(f"attention {name!r} has a mask of shape {tuple(given)} for a batch of {query.shape[0]}")
     if mask.ndim == 2 and mask.shape[1] == local:
         return RankMask(keys=mask if real is None else mask.masked_fill(~real, float("-inf")))
     if mask.ndim == 2 and mask.shape[1] == total:
@@ -56,7 +58,7 @@ def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, qu
         bias = _pick(mask, order)
         return RankMask(bias=bias if mask.shape[2] == 1 else bias.index_select(2, order.clamp(min=0)))
     raise ValueError(
-        f"attention {name!r} has a mask of shape {tuple(mask.shape)}; this rank holds {local} of {total} tokens, so it "
+        f"attention {name!r} has a mask of shape {tuple(given)}; this rank holds {local} of {total} tokens, so it "
         f"may be (B, {local}) or (B, 1, 1, {local}) for its own keys, or (B, {total}), (B, heads or 1, 1, {total}) or "
         f"(B, heads or 1, {total}, {total}) for all keys"
     )

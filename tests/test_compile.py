@@ -1,0 +1,74 @@
+"""Compiled blocks: one full graph each, no recompilation for new lengths, the same answer."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import parallelize
+from tests import families, qwen
+from tests.ranks import RankPool
+from tests.test_same_answer import BAR, error
+
+PROMPTS = [5, 9, *range(10, 30)]
+"""Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
+
+
+def compiled_blocks(mesh: ParallelMesh, masked: bool, first: str) -> tuple[float, list[int]]:
+    """The worst difference to the plain model, and the number of graphs after each prompt."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = qwen.transformer(), qwen.transformer()
+    for step in ("parallelize", "compile") if first == "parallelize" else ("compile", "parallelize"):
+        if step == "parallelize":
+            parallelize(model, mesh)
+        else:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    worst, graphs = 0.0, []
+    with torch.no_grad():
+        for text in PROMPTS:
+            inputs = qwen.inputs(4, 3, text, mask=[[True] * (text - 2) + [False] * 2] if masked else None)
+            reference = plain(**inputs, return_dict=False)[0]
+            worst = max(worst, error(model(**inputs, return_dict=False)[0], reference))
+            graphs.append(counters["stats"]["unique_graphs"])
+    return worst, graphs
+
+
+@pytest.mark.parametrize("first", ["parallelize", "compile"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("degrees", [ParallelDegrees(ulysses_degree=2), ParallelDegrees(ring_degree=2)], ids=str)
+def test_twenty_new_prompt_lengths_need_no_new_graph(
+    ranks: RankPool, degrees: ParallelDegrees, masked: bool, first: str
+) -> None:
+    for worst, graphs in ranks.run(degrees, compiled_blocks, masked, first):
+        assert worst <= BAR
+        assert graphs[0] > 0
+        assert graphs[1:] == [graphs[1]] * (len(PROMPTS) - 1)
+
+
+def compiled_family(mesh: ParallelMesh, name: str) -> float:
+    torch._dynamo.reset()
+    model = copy.deepcopy(families.TINY[name].model)
+    worst = 0.0
+    with torch.no_grad():
+        inputs = [families.inputs(name, *cell) for cell in families.cells(name) if cell[2] == 1][:3]
+        references = [model(**each, return_dict=False)[0] for each in inputs]
+        parallelize(model, mesh)
+        for block in model.transformer_blocks if name == "sd3.5" else []:  # diffusers does not name its blocks
+            block.compile(fullgraph=True, backend="aot_eager")
+        if name != "sd3.5":
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        for each, reference in zip(inputs, references, strict=True):
+            output = model(**each, return_dict=False)[0]
+            worst = max(worst, *(error(a, b) for a, b in zip(list(output), list(reference), strict=True)))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "name", ["flux control", "flux-2", "hunyuan-video", "ltx", "wan per token", "z-image", "sd3.5"]
+)
+def test_blocks_of_other_families_compile(ranks: RankPool, name: str) -> None:
+    assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_family, name)) <= BAR

@@ -1,0 +1,220 @@
+"""A model becomes parallel and plain again; what would attend only locally is refused; collectives are counted."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from torch import nn
+
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import parallelize
+from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from tests import families, qwen
+from tests.ranks import RankPool
+from tests.toys import SPLIT, TWO, Intrusive, Toy, ToyBlock
+
+
+def bypass(mesh: ParallelMesh) -> list[str]:
+    said = []
+    model, inputs = qwen.transformer(), qwen.inputs(height=4, width=3, text=5)
+    parallelize(model, mesh)
+    with pytest.raises(ValueError, match="is parallelised already") as refused:
+        parallelize(model, mesh)
+    said.append(str(refused.value))
+    with attention_backend("_native_math"), pytest.raises(RuntimeError) as bypassed, torch.no_grad():
+        model(**inputs)
+    said.append(str(bypassed.value))
+    own = qwen.transformer()
+    own.set_attention_backend("_native_math")
+    with pytest.raises(ValueError) as own_backend:
+        parallelize(own, mesh)
+    said.append(str(own_backend.value))
+    return said
+
+
+def test_attention_cannot_be_led_past_the_seam(ranks: RankPool) -> None:
+    for said in ranks.run(TWO, bypass):
+        assert "remove() that first" in said[0]
+        assert "no attention of this region went across ranks" in said[1]
+        assert "has its own attention backend" in said[2]
+
+
+def remove_and_return(mesh: ParallelMesh) -> tuple[bool, bool]:
+    model = qwen.transformer()
+    inputs = qwen.inputs(height=4, width=3, text=5)
+    with torch.no_grad():
+        before = model(**inputs, return_dict=False)[0]
+        for _ in range(2):  # and again after removal
+            handle = parallelize(model, mesh)
+            across = model(**inputs, return_dict=False)[0]
+            handle.remove()
+        after = model(**inputs, return_dict=False)[0]
+    return torch.equal(before, after), bool((across - before).abs().max() < 1e-4)
+
+
+def test_the_plain_model_comes_back_bit_for_bit(ranks: RankPool) -> None:
+    assert ranks.run(TWO, remove_and_return) == [(True, True)] * 2
+
+
+def test_models_that_nobody_knows_are_refused_by_name(ranks: RankPool) -> None:
+    for said in ranks.run(TWO, parallelize_strangers):
+        assert "Toy has no sequence-parallel plan" in said[0]
+        assert "it has neither attention processors of diffusers nor a SequenceParallelAttention" in said[1]
+        assert "blocks.0 (ToyBlock)" in said[2]
+
+
+def parallelize_strangers(mesh: ParallelMesh) -> list[str]:
+    said = []
+    deaf = Toy()
+    deaf.blocks[0].processor = ToyBlock()
+    plan = {"blocks.0": {"x": SPLIT}, "outputs.main": SequenceParallelOutput(1)}
+    cases: list[tuple[nn.Module, Any]] = [(Toy(), None), (Toy(), plan), (deaf, plan)]
+    for model, plan in cases:
+        with pytest.raises(ValueError) as refused:
+            parallelize(model, mesh, plan)
+        said.append(str(refused.value))
+    return said
+
+
+def test_a_mismatch_in_attention_is_an_error_and_not_a_picture(ranks: RankPool) -> None:
+    for said in ranks.run(TWO, forget_a_split):
+        assert "a split is missing from the plan" in said
+
+
+def forget_a_split(mesh: ParallelMesh) -> str:
+    model = qwen.transformer()
+    plan: dict[str, Any] = {
+        "pos_embed": {0: SequenceParallelInput(split_dim=0, split_output=True)},
+        "transformer_blocks.0": {"hidden_states": SPLIT},
+        "proj_out": SequenceParallelOutput(1),
+    }
+    parallelize(model, mesh, plan)
+    with pytest.raises(ValueError) as refused, torch.no_grad():
+        model(**qwen.inputs(height=4, width=3, text=5))
+    return str(refused.value)
+
+
+def test_other_models_keep_their_attention(ranks: RankPool) -> None:
+    assert all(ranks.run(TWO, run_a_bystander))
+
+
+def run_a_bystander(mesh: ParallelMesh) -> bool:
+    bystander, inputs = qwen.transformer(seed=5), qwen.inputs(height=4, width=3, text=5)
+    with torch.no_grad():
+        before = bystander(**inputs, return_dict=False)[0]
+        parallelize(qwen.transformer(), mesh)
+        return torch.equal(before, bystander(**inputs, return_dict=False)[0])
+
+
+def test_the_seam_still_fits_diffusers() -> None:
+    """Private names of diffusers that the seam relies on; a release that moves them fails here first."""
+    for name in ("register", "set_active_backend", "get_active_backend", "_backends", "_supported_arg_names"):
+        assert hasattr(_AttentionBackendRegistry, name), name
+    processors = [m.processor for m in qwen.transformer().modules() if hasattr(m, "processor")]
+    assert len(processors) == 2
+    assert all(p._parallel_config is None and p._attention_backend is None for p in processors)
+
+
+def count_collectives(mesh: ParallelMesh, masked: bool) -> dict[str, int]:
+    """How often one forward of two layers enters each collective."""
+    counts = {"all_to_all_single": 0, "batch_isend_irecv": 0, "all_gather_single": 0, "all_reduce": 0}
+    originals = {name: getattr(dist, name) for name in counts}
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    model = qwen.transformer(layers=2)
+    parallelize(model, mesh)
+    inputs = qwen.inputs(height=5, width=3, text=8, mask=[[True] * 6 + [False] * 2] if masked else None)
+    for name in counts:
+        setattr(dist, name, counted(name))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return counts
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("degrees", "exchanges", "shifts"),
+    [
+        (ParallelDegrees(ulysses_degree=3), 2, 0),
+        (ParallelDegrees(ring_degree=3), 0, 2),
+        (ParallelDegrees(ulysses_degree=2, ring_degree=2), 2, 1),
+    ],
+    ids=str,
+)
+def test_collectives_per_layer(
+    ranks: RankPool, degrees: ParallelDegrees, exchanges: int, shifts: int, masked: bool
+) -> None:
+    """Ulysses: two exchanges a layer, with a mask too; ring: P - 1 shifts; and two for the gather behind the layers."""
+    expected = {
+        "all_to_all_single": 2 * exchanges,
+        "batch_isend_irecv": 2 * shifts,
+        "all_gather_single": 2,
+        "all_reduce": 0,
+    }
+    assert ranks.run(degrees, count_collectives, masked) == [expected] * degrees.world_size
+
+
+def parallelize_the_self_sharding(mesh: ParallelMesh) -> bool:
+    model = Intrusive()
+    model._sp_plan = {}  # type: ignore[assignment]
+    handle = parallelize(model, mesh)
+    x = torch.arange(10.0).view(1, 5, 2)
+    whole, local = model(x)
+    handle.remove()
+    return torch.equal(whole, x + 1) and local < 5
+
+
+def test_an_empty_plan_says_that_a_class_shards_itself(ranks: RankPool) -> None:
+    assert all(ranks.run(TWO, parallelize_the_self_sharding))
+
+
+def refused_processors(mesh: ParallelMesh) -> list[str]:
+    said = []
+    flux = families.TINY["flux"].build()
+    flux.transformer_blocks[1].attn.processor = type("FluxIPAdapterAttnProcessor", (), {"_parallel_config": None})()
+    sd3 = families.TINY["sd3"].build()
+    sd3.transformer_blocks[0].attn.processor = type("FusedJointAttnProcessor2_0", (), {})()
+    helios = type("HeliosTransformer3DModel", (nn.Module,), {})()
+    for model in (flux, sd3, helios):
+        with pytest.raises(ValueError) as refused:
+            parallelize(model, mesh)
+        said.append(str(refused.value))
+    return said
+
+
+def test_processors_that_would_be_wrong(ranks: RankPool) -> None:
+    for said in ranks.run(TWO, refused_processors):
+        assert "cannot be parallelised with FluxIPAdapterAttnProcessor (transformer_blocks.1.attn)" in said[0]
+        assert "transformer_blocks.0.attn (FusedJointAttnProcessor2_0)" in said[1]
+        assert "HeliosTransformer3DModel is not supported yet" in said[2]
+
+
+def capture_and_release(mesh: ParallelMesh) -> list[str]:
+    """SD3's processors, which two modules share, are the same objects afterwards."""
+    model = families.TINY["sd3.5"].build()
+    before = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    handle = parallelize(model, mesh)
+    with pytest.raises(ValueError, match="is parallelised already"):
+        parallelize(model, mesh)
+    during = [type(module.processor).__name__ for module in model.modules() if hasattr(module, "processor")]
+    handle.remove()
+    after = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    return during
+
+
+def test_captured_processors_come_back(ranks: RankPool) -> None:
+    assert ranks.run(TWO, capture_and_release) == [["CapturedJointAttnProcessor2_0"] * 3] * 2
