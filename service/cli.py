@@ -3,6 +3,7 @@
     spray check FILE      does this deployment work here? what does each replica take?
     spray serve FILE      serve it on this machine until Ctrl-C
     spray generate "..."  one request: to a server, or with --local in processes of its own
+    spray verify CLASS    does a model class give the same answer on every layout?
 
 Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 Flags may be written with `_` or `-`.
@@ -40,6 +41,10 @@ class UsageError(Exception):
     """The command line contradicts itself."""
 
 
+class NotTheSame(Exception):
+    """A model failed its proof."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     parsed = _parser().parse_args(_with_underscores(sys.argv[1:] if arguments is None else arguments))
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _say(f"error: {error}")
         return 2
-    except (SpecError, SprayError, ServerError, TimeoutError, OSError) as error:
+    except (SpecError, SprayError, ServerError, NotTheSame, TimeoutError, OSError) as error:
         _say(f"error: {error}")
         return 1
     return 0
@@ -92,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     for name in DEGREES:
         generate.add_argument(f"--{name}", type=int, help="with --local")
     generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser("verify", help="prove that a model class gives the same answer on every layout")
+    verify.add_argument("target", metavar="package.module:Class")
+    verify.add_argument("--config", type=Path, help='JSON: {"init": {...}, "inputs": {...}}, or a diffusers config')
+    verify.add_argument("--world", type=_worlds, default=(2, 3, 4), help="numbers of ranks, by comma; default 2,3,4")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -198,6 +209,27 @@ def _generate_locally(
     _say("seeds: " + ", ".join(str(seed) for seed in result.seeds))
     images: tuple[bytes, ...] = result.images
     return images
+
+
+def _worlds(text: str) -> tuple[int, ...]:
+    worlds = tuple(int(part) for part in text.split(",") if part.isdecimal())
+    if not worlds or len(worlds) != text.count(",") + 1 or min(worlds) < 2:
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 2 by comma (2,3,4), got {text!r}")
+    return worlds
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    # Loaded by name, because it brings torch, which no other command of this program needs.
+    core = importlib.import_module("sp_core.verify")
+    try:
+        good = True
+        for is_good, line in core.verify(arguments.target, arguments.config, arguments.world):
+            print(line if is_good else f"{line}  <--", flush=True)
+            good = good and is_good
+    except core.Unverifiable as error:
+        raise UsageError(str(error)) from None
+    if not good:
+        raise NotTheSame("not every layout gives the answer of one process")
 
 
 def _say(line: str) -> None:

@@ -105,9 +105,11 @@ class SequenceShards:
         Raises:
             ValueError: more tokens are to stay than there are.
         """
-        if torch.compiler.is_compiling():
-            return _shard_operator(tensor, dim, self.number, stream, padded, replicated)  # type: ignore[no-any-return]
         axis = self.mesh.axis("sequence")
+        if torch.compiler.is_compiling():
+            return _shard_operator(  # type: ignore[no-any-return]
+                tensor, dim, self.number, stream, padded, replicated, axis.rank, axis.size
+            )
         if replicated and not 0 < replicated < tensor.shape[dim]:
             raise ValueError(
                 f"{replicated} tokens are to stay whole, but dimension {dim} of shape {tuple(tensor.shape)} "
@@ -215,6 +217,11 @@ class SequenceShards:
         self.is_open = self.attended = False
 
 
+def sp_active() -> bool:
+    """Whether the running forward is that of a parallelised model, so that `sp_shard` and `sp_gather` may be called."""
+    return SequenceShards.running() is not None
+
+
 def sp_shard(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Split `tensor` along `dim` over the sequence ranks, from inside the forward of a parallelised model.
 
@@ -242,26 +249,27 @@ def _running_forward(caller: str) -> SequenceShards:
     if running is None:
         raise RuntimeError(
             f"{caller} was called outside the forward of a parallelised model; "
-            "call sp_core.parallelize.parallelize(model, mesh) first and use it inside model.forward"
+            "call sp_core.parallelize.parallelize(model, mesh) first and use it inside model.forward, if sp_active()"
         )
     return running
 
 
 @torch.library.custom_op("sp_core::shard", mutates_args=())
 def _shard_operator(
-    tensor: torch.Tensor, dim: int, record: int, stream: str | None, padded: bool, replicated: int
+    tensor: torch.Tensor, dim: int, record: int, stream: str | None, padded: bool, replicated: int, rank: int, size: int
 ) -> torch.Tensor:
-    shards = SequenceShards.numbered(record)
-    return shards.shard(tensor, dim, stream=stream, padded=padded, replicated=replicated).clone(
-        memory_format=torch.contiguous_format
-    )
+    """`rank` and `size` say the shape of the result: compiled graphs are cached on disk by their arguments alone, and a
+    rank must not be handed the graph of another."""
+    share = SequenceShards.numbered(record).shard(tensor, dim, stream=stream, padded=padded, replicated=replicated)
+    return share.clone(memory_format=torch.contiguous_format)
 
 
 @_shard_operator.register_fake
-def _(tensor: torch.Tensor, dim: int, record: int, stream: str | None, padded: bool, replicated: int) -> torch.Tensor:
-    axis = SequenceShards.numbered(record).mesh.axis("sequence")
+def _(
+    tensor: torch.Tensor, dim: int, record: int, stream: str | None, padded: bool, replicated: int, rank: int, size: int
+) -> torch.Tensor:
     shape = list(tensor.shape)
-    shape[dim] = replicated + Stream(tensor.shape[dim] - replicated, axis.size, padded).share(axis.rank)
+    shape[dim] = replicated + Stream(tensor.shape[dim] - replicated, size, padded).share(rank)
     return tensor.new_empty(shape)
 
 

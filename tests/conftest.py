@@ -15,7 +15,7 @@ import service.local  # noqa: F401  # before any other import of Ray: it keeps c
 # isort: split
 import pytest
 
-from tests.ranks import RankPool
+from sp_core.rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from sp_core.attention.masks import mask_for_ranks
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
+from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput, SequenceParallelPartialInput
-from tests.ranks import RankPool
 from tests.test_same_answer import BAR, error
 
 HEAD_SIZE = 4

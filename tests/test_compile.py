@@ -1,6 +1,8 @@
 """Compiled blocks: one full graph each, no recompilation for new lengths, the same answer."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch._dynamo.utils import counters
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.models import examples as families
 from sp_core.parallelize import parallelize
-from tests import families, qwen
-from tests.ranks import RankPool
+from sp_core.rank_pool import RankPool
+from sp_core.sp_sharding import SequenceShards
+from tests import qwen
 from tests.test_same_answer import BAR, error
 
 PROMPTS = [5, 9, *range(10, 30)]
@@ -47,6 +51,48 @@ def test_twenty_new_prompt_lengths_need_no_new_graph(
         assert worst <= BAR
         assert graphs[0] > 0
         assert graphs[1:] == [graphs[1]] * (len(PROMPTS) - 1)
+
+
+def check_operators(mesh: ParallelMesh) -> list[str]:
+    """torch's own check: shapes that are traced are those that come, and nothing is aliased or changed."""
+    shards = SequenceShards(mesh)
+    x = torch.rand(1, 7, 3, 4)
+    axis = mesh.axis("sequence")
+    split = (x.flatten(2), 1, shards.number, "x", False, 0, axis.rank, axis.size)
+    attend = (x, x, x, None, None, shards.number, "", 0)
+    return [
+        outcome
+        for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))
+        for outcome in torch.library.opcheck(
+            operator.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        ).values()
+    ]
+
+
+def test_operators_are_what_is_traced(ranks: RankPool) -> None:
+    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 6] * 2
+
+
+def inductor(mesh: ParallelMesh) -> float:
+    """Ranks share a cache of compiled graphs on disk; none may be handed a graph with another rank's shares."""
+    torch._dynamo.reset()
+    plain, model = qwen.transformer(layers=1), qwen.transformer(layers=1)
+    parallelize(model, mesh)
+    model.compile_repeated_blocks(fullgraph=True)
+    with torch.no_grad():
+        inputs = qwen.inputs(3, 3, 7, mask=[[True] * 5 + [False] * 2])
+        reference = plain(**inputs, return_dict=False)[0]
+        return error(model(**inputs, return_dict=False)[0], reference)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = RankPool(2)  # new processes, with a cache of their own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    try:
+        assert max(pool.run(ParallelDegrees(ulysses_degree=2), inductor)) <= BAR
+    finally:
+        pool.stop()
 
 
 def compiled_family(mesh: ParallelMesh, name: str) -> float:

@@ -10,8 +10,8 @@ from diffusers import QwenImagePipeline
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.rank_pool import RankPool
 from tests.deployments import model
-from tests.ranks import RankPool
 from tests.test_same_answer import BAR, error
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest

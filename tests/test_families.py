@@ -11,11 +11,12 @@ from sp_core.attention import diffusers_seam
 from sp_core.attention.masks import mask_for_ranks
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.models import examples as families
+from sp_core.models.examples import Cell
 from sp_core.parallelize import FAMILIES, parallelize
+from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import plan_from_diffusers
-from tests import families, qwen
-from tests.families import Cell
-from tests.ranks import RankPool
+from tests import qwen
 from tests.test_same_answer import BAR, LAYOUTS, error
 
 

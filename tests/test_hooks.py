@@ -9,6 +9,7 @@ from torch import nn
 
 from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
+from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     SequenceParallelCompanion,
@@ -18,7 +19,6 @@ from sp_core.sp_plan import (
     SequenceParallelPartialInput,
 )
 from sp_core.sp_sharding import sp_gather, sp_shard
-from tests.ranks import RankPool
 from tests.toys import SPLIT, TWO, Intrusive, Toy
 
 PLANS: list[dict[str, Any]] = [

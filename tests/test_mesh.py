@@ -5,8 +5,8 @@ import torch
 
 from sp_core.degrees import ParallelDegrees, head_cost, head_shares, layout_advice
 from sp_core.mesh import ParallelMesh, axis_groups
+from sp_core.rank_pool import RankPool
 from sp_core.token_layout import Stream, TokenLayout
-from tests.ranks import RankPool
 from tests.toys import TWO
 
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.models import examples as families
 from sp_core.parallelize import parallelize
+from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
-from tests import families, qwen
-from tests.ranks import RankPool
+from tests import qwen
 from tests.toys import SPLIT, TWO, Intrusive, Toy, ToyBlock
 
 

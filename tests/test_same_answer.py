@@ -11,8 +11,8 @@ from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.parallelize import parallelize
+from sp_core.rank_pool import RankPool
 from tests import qwen
-from tests.ranks import RankPool
 
 BAR = 1e-5
 """Largest difference allowed, times max(1, max|reference|)."""

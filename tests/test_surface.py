@@ -17,12 +17,17 @@ from deploy.spec import DeploymentSpec
 from service import cli, status
 from service.rest import rest_app
 from service.schemas import ImageGenerationBody
+from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import AXES, ParallelMesh
 from workers import errors
 
 PLAN_API = {
     "SequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
+    "OptionalSequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
+    "SequenceParallelCompanion": ["split_dim", "expected_dims", "split_output", "auto_pad", "optional"],
+    "SequenceParallelPartialInput": ["split_dim", "text_len_source", "expected_dims", "split_output"],
+    "SequenceParallelLeadingCount": ["stream"],
     "SequenceParallelOutput": ["gather_dim", "expected_dims"],
 }
 
@@ -31,10 +36,16 @@ FUNCTIONS = {
     sp_core.hooks.apply_sequence_parallel: ["model", "plan", "mesh"],
     sp_core.sp_plan.validate_sp_plan: ["plan"],
     sp_core.sp_plan.get_sp_plan_from_model: ["model"],
+    sp_core.sp_sharding.sp_active: [],
     sp_core.sp_sharding.sp_shard: ["tensor", "dim"],
     sp_core.sp_sharding.sp_gather: ["tensor", "dim"],
+    SequenceParallelAttention.__init__: ["self", "scale"],
+    SequenceParallelAttention.forward: [
+        "self", "query", "key", "value", "mask", "joint_query", "joint_key", "joint_value", "joint_strategy",
+        "joint_sharded",
+    ],
     ParallelMesh.create: ["degrees", "device_type", "timeout_s"],
-}
+}  # fmt: skip
 
 DEGREES = ["ulysses_degree", "ring_degree", "tensor_parallel_size", "cfg_parallel_size"]
 
@@ -83,6 +94,7 @@ ERRORS = {
 COMMANDS = {
     "check": {"file", "gpus", "cpus"},
     "serve": {"file", "port"},
+    "verify": {"target", "config", "world"},
     "generate": {
         "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "n",
         "server", "local", "model", "device", *DEGREES,
@@ -95,7 +107,7 @@ def test_plan_api() -> None:
         kind = getattr(sp_core.sp_plan, name)
         assert [field.name for field in dataclasses.fields(kind)] == fields
         with pytest.raises(dataclasses.FrozenInstanceError):
-            kind(1).expected_dims = 3
+            setattr(kind(*fields), fields[0], 3)
 
 
 def test_functions() -> None:

@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import Attention
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
-from tests.ranks import RankPool
+from sp_core.rank_pool import RankPool
 
 TEXT = 64
 MODES = ("ours, ulysses 2", "ours, ring 2", "diffusers, ulysses 2", "diffusers, anything 2", "1 thread", "2 threads")

@@ -1,8 +1,7 @@
-"""A pool of gloo ranks for tests: real processes, started once, reused by many cases of different world sizes.
+"""A pool of gloo ranks on this machine: real processes, started once, reused for many runs of different world sizes.
 
 `pool.run(degrees, fn, *args)` calls `fn(mesh, *args)` on `degrees.world_size` ranks at once and returns their results
-in rank order. `fn` must be a module-level function. An exception on any rank is raised here with its traceback; the
-whole pool is replaced then, because the others may sit in a collective that will not end.
+in rank order. `fn` must be a module-level function. Used by `sp_core.verify`, by benchmarks and by the tests.
 """
 
 import socket
@@ -23,15 +22,31 @@ from sp_core.mesh import ParallelMesh
 TIMEOUT_S = 60.0
 
 
+class RankFailed(RuntimeError):
+    """A rank raised. The whole pool is replaced then, because the others may sit in a collective that will not end.
+
+    Attributes:
+        said: what it raised, in a line.
+    """
+
+    def __init__(self, rank: int, said: str, trace: str) -> None:
+        super().__init__(f"rank {rank} failed:\n{trace}")
+        self.said = said
+
+
 class RankPool:
-    """Up to `size` ranks; started on first use."""
+    """Up to `size` ranks, with one thread each; started on first use."""
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, degrees: ParallelDegrees, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of `fn(mesh, *args)` on each rank, in rank order."""
+        """Results of `fn(mesh, *args)` on each rank, in rank order.
+
+        Raises:
+            RankFailed: it raised on some rank.
+        """
         if not self._workers:
             self._start()
         world = degrees.world_size
@@ -41,12 +56,14 @@ class RankPool:
             connection.send((degrees, port, fn, args))
         results: dict[int, Any] = {}
         while len(results) < world:
-            for ready in wait([c for i, c in enumerate(connections) if i not in results], timeout=TIMEOUT_S * 2):
-                ok, value = ready.recv()
+            waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
+            for ready in wait(list(waiting)):
+                rank = waiting[ready]  # type: ignore[index]
+                ok, value = _receive(connections[rank])
                 if not ok:
                     self.stop()
-                    raise RuntimeError(f"rank {connections.index(ready)} failed:\n{value}")
-                results[connections.index(ready)] = value
+                    raise RankFailed(rank, *value)
+                results[rank] = value
         return [results[i] for i in range(world)]
 
     def stop(self) -> None:
@@ -66,6 +83,13 @@ class RankPool:
             self._workers.append((process, ours))
 
 
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return connection.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return False, ("the process died", "the process died")
+
+
 def _serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
@@ -75,13 +99,15 @@ def _serve(rank: int, connection: Connection) -> None:
             return
         try:
             connection.send((True, _run(rank, degrees, port, fn, args)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+        except Exception as error:
+            connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
 
 def _run(rank: int, degrees: ParallelDegrees, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     timeout = timedelta(seconds=TIMEOUT_S)
-    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=rank == 0, timeout=timeout
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=degrees.world_size, timeout=timeout)
     try:
         return fn(ParallelMesh.create(degrees, device_type="cpu", timeout_s=TIMEOUT_S), *args)
