@@ -59,7 +59,8 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     x = torch.rand(1, 7, 3, 4)
     axis = mesh.axis("sequence")
     split = (x.flatten(2), 1, shards.number, "x", False, 0, axis.rank, axis.size)
-    attend = (x, x, x, None, None, shards.number, "", 0)
+    own = x[:, : 4 - axis.rank].clone()
+    attend = (own, own * 2, own, None, None, shards.number, "", 0)
     return [
         outcome
         for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))

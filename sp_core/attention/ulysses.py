@@ -51,70 +51,60 @@ def ulysses_attention(
     group = query.shape[2] // key.shape[2]
     lanes = [*query.unflatten(2, (-1, group)).unbind(3), key, value]  # G + 2 of (B, R + L, K, D)
     shares = head_shares(key.shape[2], axis.size)
-    mine = shares[axis.rank]
-    first = sum(shares[: axis.rank])
+    mine, first = shares[axis.rank], sum(shares[: axis.rank])
 
     travelling = None if mask is None else mask[:, replicated:]
     whole, key_mask = _trade_heads_for_tokens(
         [lane[:, replicated:] for lane in lanes], travelling, shares, lengths, axis
     )
     if replicated:
-        everywhere = torch.stack([lane[:, :replicated, first : first + mine] for lane in lanes])
-        whole = torch.cat((everywhere, whole), dim=2)
+        everywhere = [lane[:, :replicated, first : first + mine] for lane in lanes]
+        whole = [torch.cat(pair, dim=1) for pair in zip(everywhere, whole, strict=True)]
         key_mask = None if mask is None or key_mask is None else torch.cat((mask[:, :replicated], key_mask), dim=1)
 
-    whole_query = whole[0] if group == 1 else whole[:group].movedim(0, 3).flatten(2, 3)
+    whole_query = whole[0] if group == 1 else torch.stack(whole[:group], dim=3).flatten(2, 3)
     attended = attend(whole_query, whole[-2], whole[-1], key_mask) if mine else whole_query
     return _trade_back(attended, [share * group for share in shares], lengths, replicated, axis)
 
 
 def _trade_heads_for_tokens(
-    lanes: list[torch.Tensor],
-    mask: torch.Tensor | None,
-    shares: list[int],
-    lengths: list[int],
-    axis: MeshAxis,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Send each rank its heads of my tokens, `[lanes | mask]` in one message, packed in one pass so that each tensor is
-    contiguous on arrival. `(lanes, B, S, heads, D)` and the mask `(B, S)` come in."""
+    lanes: list[torch.Tensor], mask: torch.Tensor | None, shares: list[int], lengths: list[int], axis: MeshAxis
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Send each rank its heads of my tokens: for each token a row `[lanes | mask]`, so that the messages behind each
+    other are the rows of the whole sequence, and nothing is copied on arrival. Lanes `(B, S, heads, D)`, views of the
+    rows, and the mask `(B, S)` come in."""
     batch, local, _, head_size = lanes[0].shape
-    per_head = len(lanes) * batch * head_size  # elements of a token, for each head
-    per_mask = batch if mask is not None else 0
-    sent = [local * (share * per_head + per_mask) for share in shares]
+    per_head = len(lanes) * batch * head_size
+    masks = 0 if mask is None else -(-batch // 8) * 8  # kernels want rows of a multiple of 16 bytes
+    sent = [local * (share * per_head + masks) for share in shares]
     packed = lanes[0].new_empty(sum(sent))
     equal = sum(share == shares[0] for share in shares)  # these messages are alike, so one copy fills them all
     heads = equal * shares[0]
-    _pack(packed[: equal * sent[0]].view(equal, -1), [lane[:, :, :heads] for lane in lanes], shares[0], mask)
+    _pack(packed[: equal * sent[0]].view(equal, local, -1), [lane[:, :, :heads] for lane in lanes], shares[0], mask)
     for rank in range(equal, axis.size):
-        message = packed[sum(sent[:rank]) : sum(sent[: rank + 1])].view(1, -1)
-        behind = slice(heads, heads + shares[rank])
-        _pack(message, [lane[:, :, behind] for lane in lanes], shares[rank], mask)
+        message = packed[sum(sent[:rank]) : sum(sent[: rank + 1])].view(1, local, -1) if sent[rank] else None
+        if message is not None:
+            _pack(message, [lane[:, :, heads : heads + shares[rank]] for lane in lanes], shares[rank], mask)
         heads += shares[rank]
 
     mine = shares[axis.rank]
-    received = [length * (mine * per_head + per_mask) for length in lengths]
-    messages = collectives.all_to_all(packed, sent, received, axis).split(received)
-    parts = [
-        message[: length * mine * per_head].view(len(lanes), batch, length, mine, head_size)
-        for message, length in zip(messages, lengths, strict=True)
-    ]
-    whole = torch.cat(parts, dim=2)
-    if mask is None:
-        return whole, None
-    ends = [message[-batch * length :].view(batch, length) for message, length in zip(messages, lengths, strict=True)]
-    return whole, torch.cat(ends, dim=1)
+    row = mine * per_head + masks
+    received = [length * row for length in lengths]
+    rows = collectives.all_to_all(packed, sent, received, axis).view(sum(lengths), row)
+    whole = rows[:, : mine * per_head].unflatten(1, (len(lanes), batch, mine, head_size)).movedim(2, 0)
+    return list(whole.unbind(2)), None if mask is None else rows[:, mine * per_head :][:, :batch].t()
 
 
 def _pack(messages: torch.Tensor, lanes: list[torch.Tensor], share: int, mask: torch.Tensor | None) -> None:
-    """Fill `messages` `(ranks, elements)`: to each rank the next `share` heads of all lanes, then the mask."""
-    batch, local, _, head_size = lanes[0].shape
-    elements = len(lanes) * batch * local * share * head_size
+    """Fill `messages` `(ranks, L, elements)`: to each rank the next `share` heads of all lanes, then the mask."""
+    batch, _, _, head_size = lanes[0].shape
+    elements = len(lanes) * batch * share * head_size
     if share:
-        blocks = messages[:, :elements].unflatten(1, (len(lanes), batch, local, share, head_size))
+        rows = messages[:, :, :elements].unflatten(2, (len(lanes), batch, share, head_size))
         for i, lane in enumerate(lanes):
-            blocks[:, i] = lane.unflatten(2, (-1, share)).movedim(2, 0)
+            rows[:, :, i] = lane.unflatten(2, (-1, share)).permute(2, 1, 0, 3, 4)
     if mask is not None:
-        messages[:, elements:] = mask.reshape(-1)
+        messages[:, :, elements : elements + batch] = mask.t()
 
 
 def _trade_back(
@@ -122,15 +112,15 @@ def _trade_back(
 ) -> torch.Tensor:
     """Send each rank its tokens (and all replicated ones) of my heads. `(B, R + L, H, D)` comes in."""
     batch, _, mine, head_size = attended.shape
-    everywhere, *parts = attended.split([replicated, *lengths], dim=1)
+    rows = attended.transpose(0, 1)
     if replicated:
-        parts = [torch.cat((everywhere, part), dim=1) for part in parts]
-    outgoing = torch.cat([part.reshape(-1) for part in parts])
+        everywhere, *parts = rows.split([replicated, *lengths])
+        rows = torch.cat([piece for part in parts for piece in (everywhere, part)])
     held = replicated + lengths[axis.rank]
     sent = [(replicated + length) * batch * mine * head_size for length in lengths]
     received = [held * batch * share * head_size for share in shares]
-    returned = collectives.all_to_all(outgoing, sent, received, axis)
+    returned = collectives.all_to_all(rows.reshape(-1), sent, received, axis)
     if len(set(shares)) == 1:
-        return returned.view(axis.size, batch, held, mine, head_size).movedim(0, 2).flatten(2, 3)
+        return returned.view(axis.size, held, batch, mine, head_size).permute(2, 1, 0, 3, 4).flatten(2, 3)
     by_rank = zip(returned.split(received), shares, strict=True)
-    return torch.cat([message.view(batch, held, share, head_size) for message, share in by_rank], dim=2)
+    return torch.cat([message.view(held, batch, share, head_size) for message, share in by_rank], dim=2).transpose(0, 1)
