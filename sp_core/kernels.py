@@ -2,14 +2,37 @@
 
 Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, H, D)`.
 Masks are additive (-inf hides a key), broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
+
+On CPU, torch's flash attention for CPU. On CUDA, attention with a mask or in fp32 by torch's memory-efficient kernel,
+and all other by the fastest of several: `choose` tries them once on the device, drops those that are not there or do
+not give the right answer, and says what it found.
 """
+
+import functools
+import importlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+_logger = logging.getLogger(__name__)
+
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
+_cudnn_cuda = torch.ops.aten._scaled_dot_product_cudnn_attention
 _efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
+
+HALF = (torch.float16, torch.bfloat16)
+
+WithLse = tuple[torch.Tensor, torch.Tensor]
+"""An output `(B, S, H, D)` and its log-sum-exp `(B, S, H)`."""
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], WithLse]
+"""q, k, v and the scale."""
 
 
 def attention(
@@ -28,7 +51,9 @@ def attention(
         mask: additive, broadcastable to `(B, H, S, K)`.
         scale: of the scores; None is 1/sqrt(D).
     """
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # kernels want heads first
+    if mask is None and _has_choice(query):
+        return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)[0]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # torch wants heads first
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -62,7 +87,7 @@ def attention_with_lse(
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> WithLse:
     """Softmax attention and what it takes to merge it with attention over other keys.
 
     Args:
@@ -76,11 +101,11 @@ def attention_with_lse(
         The output `(B, S, H, D)`, and the log of the softmax's denominator `(B, S, H)` in fp32. Rows without a visible
         key have output 0 and log -inf: the kernels themselves answer NaN or 0 there, which would poison a merge.
     """
+    if mask is None and _has_choice(query):
+        return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if query.device.type == "cpu":
         output, lse = _flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
-    elif mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        output, lse, *_ = _flash_cuda(query, key, value, 0.0, False, False, scale=scale)
     else:
         bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
         output, lse, *_ = _efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
@@ -93,9 +118,7 @@ def attention_with_lse(
     return output, lse
 
 
-def merge(
-    output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> WithLse:
     """Attention over two sets of keys from attention over each, in fp32.
 
     Args:
@@ -111,3 +134,119 @@ def merge(
     reference = both.masked_fill(torch.isneginf(both), 0)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN
     weight, other_weight = (torch.exp(part - reference).unsqueeze(-1) for part in (lse, other_lse))
     return output.float() * weight + other.float() * other_weight, both
+
+
+def _has_choice(query: torch.Tensor) -> bool:
+    return query.device.type == "cuda" and query.dtype in HALF
+
+
+def _torch_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = _flash_cuda(*heads_first, 0.0, False, False, scale=scale)
+    return output.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _torch_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = _cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
+    return output.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2)
+
+
+def _flash_attn_2(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    run = importlib.import_module("flash_attn").flash_attn_func
+    output, lse, *_ = run(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    return output, lse.transpose(1, 2)
+
+
+def _flash_attn_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    run = importlib.import_module("flash_attn_interface").flash_attn_func
+    output, lse, *_ = run(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    return output, lse.transpose(1, 2)
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "torch flash": _torch_flash,
+        "torch cuDNN": _torch_cudnn,
+        "flash-attn 2": _flash_attn_2,
+        "flash-attn 3": _flash_attn_3,
+    }
+)
+"""What there is to choose from on CUDA, without a mask, in half precision."""
+
+
+def name_of_choice(device: torch.device, dtype: torch.dtype, head_size: int | None) -> str:
+    """The kernel for attention without a mask, to be reported at start. Chooses it, if there is a choice."""
+    if device.type == "cpu":
+        return "torch flash for CPU"
+    if dtype not in HALF or head_size is None:
+        return "torch memory-efficient" if dtype not in HALF else "chosen at the first attention"
+    kernel = choose(device, dtype, head_size)
+    return next(name for name, each in KERNELS.items() if each is kernel)
+
+
+@functools.cache
+def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
+    """The fastest kernel that is there and right, tried once per device, dtype and head size; logged.
+
+    Raises:
+        RuntimeError: none is.
+    """
+    found = try_kernels(KERNELS, device, dtype, head_size)
+    for name, line in found.items():
+        said = f"{line * 1e6:.0f} us" if isinstance(line, float) else line
+        _logger.info("attention on %s in %s, head size %d, by %s: %s", device, dtype, head_size, name, said)
+    seconds = {name: line for name, line in found.items() if isinstance(line, float)}
+    if not seconds:
+        raise RuntimeError(f"no attention kernel works on {device} in {dtype} with head size {head_size}: {found}")
+    return KERNELS[min(seconds, key=lambda name: seconds[name])]
+
+
+def try_kernels(
+    kernels: Mapping[str, Kernel], device: torch.device, dtype: torch.dtype, head_size: int, tokens: int = 4096
+) -> dict[str, float | str]:
+    """Seconds of each kernel, or why it cannot be used.
+
+    Right is what agrees with plain arithmetic in fp32 as far as `dtype` can: output and log-sum-exp.
+    """
+    shape = (1, tokens, 8, head_size)
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    few = slice(0, 256)
+    reference = _plainly(query[:, few], key, value)
+    found: dict[str, float | str] = {}
+    for name, kernel in kernels.items():
+        try:
+            outcome = kernel(query, key, value, None)
+            wrong = [_error(ours[:, few], theirs) for ours, theirs in zip(outcome, reference, strict=True)]
+            if not max(wrong) <= 8 * torch.finfo(dtype).eps:
+                found[name] = f"is wrong by {max(wrong):.1e}"
+            else:
+                found[name] = _seconds(lambda kernel=kernel: kernel(query, key, value, None), device)  # type: ignore[misc]
+        except Exception as error:  # not installed, or not for this device
+            found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return found
+
+
+def _plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> WithLse:
+    scores = torch.einsum("bshd,bkhd->bshk", query.float(), key.float()) / math.sqrt(query.shape[3])
+    lse = scores.logsumexp(dim=-1)
+    return torch.einsum("bshk,bkhd->bshd", (scores - lse.unsqueeze(-1)).exp(), value.float()), lse
+
+
+def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours.float() - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The least of several runs."""
+    least = math.inf
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        least = min(least, time.perf_counter() - began)
+    return least

@@ -9,10 +9,12 @@ Called by `workers.pipeline` when a rank has loaded its model, or by anyone else
 """
 
 import logging
-from typing import Any
+from collections.abc import Mapping
 
+import torch
 from torch import nn
 
+from sp_core import kernels
 from sp_core.attention.diffusers_seam import bind_attention
 from sp_core.degrees import check_layout, layout_advice
 from sp_core.hooks import Handle, apply_sequence_parallel
@@ -62,9 +64,7 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     name = type(model).__name__
     family = next((family for family in FAMILIES if name in family.transformer_classes), None)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
-    advice = layout_advice(mesh.degrees, _num_heads(getattr(model, "config", {})))
-    if advice:
-        _logger.info("%s: %s", name, advice)
+    _report(model, mesh)
     shards, hooks = apply_sequence_parallel(model, found, mesh)
     shards.order_known = order_known
     try:
@@ -75,12 +75,19 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     return Handle([hooks.remove, release])
 
 
-def _num_heads(config: Any) -> int | None:
-    """Attention heads by a transformer's config, None where it does not say."""
-    if not hasattr(config, "get"):
-        return None
-    heads = config.get("num_attention_heads", config.get("n_heads"))
-    return heads if isinstance(heads, int) else None
+def _report(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Say how the model will run: the kernel, and what the layout costs needlessly."""
+    config = getattr(model, "config", None)
+    config = config if isinstance(config, Mapping) else {}
+    heads, head_size = config.get("num_attention_heads", config.get("n_heads")), config.get("attention_head_dim")
+    if head_size is None and heads and "dim" in config:
+        head_size = config["dim"] // heads
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    kernel = kernels.name_of_choice(mesh.device, dtype, head_size)
+    _logger.info("%s on %s: attention by %s", type(model).__name__, mesh.degrees, kernel)
+    advice = layout_advice(mesh.degrees, heads)
+    if advice:
+        _logger.info("%s", advice)
 
 
 def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequenceParallelModelPlan, bool]:

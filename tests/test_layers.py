@@ -13,7 +13,7 @@ LAYERS = ("sp_core", "deploy", "workers", "service")
 """Low to high."""
 
 ALLOWED = {
-    "sp_core": {"torch", "diffusers"},
+    "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
     "deploy": {"pydantic", "yaml"},
     "workers": {"ray", "torch", "diffusers", "transformers", "tokenizers", "PIL"},
     "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.rank.Rank`."""
 
     def __init__(self, rank: int, model: ModelSpec) -> None:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
+            logging.getLogger("sp_core").setLevel(logging.INFO)
         node_id = ray.get_runtime_context().get_node_id()
         self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, model, node_id=node_id)
 
