@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from sp_core.degrees import check_layout, layout_advice
+from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
 
 MODULAR_PIPELINES = {"QwenImagePipeline": "QwenImageModularPipeline"}
 """Pipelines that spray can run step by step, by the name in a model folder, and their modular twins in diffusers."""
@@ -42,14 +42,27 @@ def _report(model: ModelSpec) -> list[str]:
     return [
         f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
         f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})",
+        *_groups(model),
         *([f"{model.name}: {advice}"] if advice else []),
+    ]
+
+
+def _groups(model: ModelSpec) -> list[str]:
+    """Which ranks work together on which axis, where there is more than one axis."""
+    groups = {axis: of_axis for axis, of_axis in axis_groups(model.parallel).items() if axis in AXES}
+    wide = {axis: of_axis for axis, of_axis in groups.items() if len(of_axis[0]) > 1}
+    if len(wide) < 2:
+        return []
+    return [
+        f"{model.name}: {axis:<8} {' | '.join(' '.join(map(str, group)) for group in of_axis)}"
+        for axis, of_axis in wide.items()
     ]
 
 
 def _obstacles(model: ModelSpec) -> list[str]:
     try:
         pipeline_class(Path(model.source))
-        check_layout(model.parallel)
+        check_layout(model.parallel, _num_heads(model))
     except ValueError as error:
         return [f"{model.name}: {error}"]
     return []

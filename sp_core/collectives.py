@@ -1,5 +1,5 @@
-"""Every data-moving collective of sp_core. Callers: `sp_sharding` (gather), `attention.ulysses` (exchange) and
-`attention.ring` (shift).
+"""Every data-moving collective of sp_core. Callers: `sp_sharding` (gather), `attention.ulysses` (exchange),
+`attention.ring` (shift), `tensor_parallel` (sum) and `cfg_parallel` (gather of equal shapes).
 
 Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
 calls must know all of them, because a collective whose sizes disagree hangs or corrupts instead of failing.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 from sp_core.mesh import MeshAxis, ParallelMesh
 
@@ -29,6 +30,16 @@ def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[
     received = packed.new_empty(sum(receive_sizes))
     dist.all_to_all_single(received, packed, receive_sizes, send_sizes, group=axis.group)
     return received
+
+
+def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
+    """The sum of all ranks' tensors. In place, except where torch.compile traces."""
+    if axis.size == 1 or axis.group is None:
+        return tensor
+    if torch.compiler.is_compiling():
+        return funcol.all_reduce(tensor, "sum", axis.group)  # type: ignore[no-any-return]
+    dist.all_reduce(tensor, group=axis.group)
+    return tensor
 
 
 def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torch.Tensor, list[int]]:
@@ -53,6 +64,15 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torc
     dist.all_gather_single(gathered, padded, group=axis.group)
     shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
     return torch.cat(shares).movedim(0, dim), lengths
+
+
+def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]:
+    """All ranks' tensors, in rank order; they must be of one shape."""
+    if axis.size == 1:
+        return [tensor]
+    gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
+    return list(gathered.chunk(axis.size))
 
 
 def _all_lengths(length: int, axis: MeshAxis) -> list[int]:

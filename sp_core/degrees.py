@@ -3,9 +3,9 @@
 Comes from the deployment YAML or from command-line flags; goes to every layer. Standard library only.
 """
 
-from dataclasses import asdict, dataclass, fields
-
-_IMPLEMENTED = frozenset({"ulysses_degree", "ring_degree"})
+import itertools
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ParallelDegrees:
         ulysses_degree: ranks that trade sequence for heads around each attention (DeepSpeed-Ulysses, arXiv 2309.14509).
         ring_degree: ranks that pass keys and values round a ring (Ring Attention, arXiv 2310.01889).
         tensor_parallel_size: ranks that share each layer's weights (Megatron-LM, arXiv 1909.08053).
-        cfg_parallel_size: ranks groups that evaluate the branches of classifier-free guidance side by side.
+        cfg_parallel_size: groups of ranks that evaluate the branches of classifier-free guidance side by side.
 
     Raises:
         ValueError: a degree is not a whole number of at least 1.
@@ -47,6 +47,30 @@ class ParallelDegrees:
         return " x ".join(wide) or "1 rank"
 
 
+AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence"]
+
+AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
+"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbours."""
+
+
+def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
+    """The global ranks that form each group of each axis, in the order in which all ranks must create them.
+
+    Besides the four axes there is `"sequence"`, ring and ulysses taken together.
+    """
+    sizes = [degrees.cfg_parallel_size, degrees.ring_degree, degrees.ulysses_degree, degrees.tensor_parallel_size]
+    places = list(itertools.product(*(range(size) for size in sizes)))  # the rank is the index
+
+    def grouped(axes: set[AxisName]) -> list[list[int]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(places):
+            others = tuple(at for at, axis in zip(place, AXES, strict=True) if axis not in axes)
+            groups.setdefault(others, []).append(rank)
+        return list(groups.values())
+
+    return {"sequence": grouped({"ring", "ulysses"}), **{axis: grouped({axis}) for axis in AXES}}
+
+
 def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:
     """Heads that each Ulysses rank attends for: equal shares, of which the last ones may be smaller or empty."""
     share = -(-num_heads // ulysses_degree)
@@ -58,15 +82,23 @@ def head_cost(num_heads: int, ulysses_degree: int) -> float:
     return max(head_shares(num_heads, ulysses_degree)) * ulysses_degree / num_heads
 
 
-def check_layout(degrees: ParallelDegrees) -> None:
+def check_layout(degrees: ParallelDegrees, num_heads: int | None) -> None:
     """Refuse a layout that cannot run, before any process is started.
 
+    Args:
+        degrees: the layout.
+        num_heads: attention heads of the model, or None where its config does not say.
+
     Raises:
-        ValueError: an axis that spray does not run yet.
+        ValueError: the tensor-parallel ranks cannot share the heads.
     """
-    for name, value in asdict(degrees).items():
-        if value > 1 and name not in _IMPLEMENTED:
-            raise ValueError(f"{name}={value} is not supported yet; allowed: 1. Use ulysses_degree and ring_degree")
+    size = degrees.tensor_parallel_size
+    if num_heads is not None and num_heads % size:
+        allowed = ", ".join(str(d) for d in range(1, num_heads + 1) if num_heads % d == 0)
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's {num_heads} attention heads; allowed: {allowed}. "
+            "Ulysses and ring degrees work with any number of heads"
+        )
 
 
 def layout_advice(degrees: ParallelDegrees, num_heads: int | None) -> str | None:
@@ -80,11 +112,14 @@ def layout_advice(degrees: ParallelDegrees, num_heads: int | None) -> str | None
         A sentence; None where the heads are shared evenly.
     """
     ulysses, ranks = degrees.ulysses_degree, degrees.sequence_parallel_size
-    if num_heads is None or head_cost(num_heads, ulysses) == 1:
+    if num_heads is None:
+        return None
+    num_heads //= degrees.tensor_parallel_size
+    if head_cost(num_heads, ulysses) == 1:
         return None
     shares = ", ".join(str(share) for share in head_shares(num_heads, ulysses))
     even = next(d for d in range(ranks, 0, -1) if ranks % d == 0 and num_heads % d == 0)
-    better = ParallelDegrees(ulysses_degree=even, ring_degree=ranks // even)
+    better = replace(degrees, ulysses_degree=even, ring_degree=ranks // even)
     return (
         f"ulysses_degree={ulysses} shares {num_heads} attention heads as {shares}, so attention takes "
         f"{head_cost(num_heads, ulysses):.2f}x an even share's time; {better} shares them evenly"

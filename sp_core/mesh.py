@@ -6,17 +6,11 @@ Called once per rank by `workers.rank`, or by anyone who has initialised `torch.
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from sp_core.degrees import ParallelDegrees
-
-AXES = ("cfg", "ring", "ulysses", "tp")
-"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbours."""
-
-AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence"]
+from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,8 @@ class ParallelMesh:
             torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
         )
         timeout = timedelta(seconds=timeout_s)
-        axes = {name: _axis(name, groups, rank, timeout) for name, groups in axis_groups(degrees).items()}
+        groups = axis_groups(degrees)
+        axes = {name: _axis(name, groups[name], rank, timeout) for name in ("sequence", *AXES)}
         control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         return cls(degrees, device, axes, control)
 
@@ -110,18 +105,6 @@ class ParallelMesh:
         word = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(word.tolist())
-
-
-def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
-    """The global ranks that form each group of each axis, in the order in which all ranks must create them."""
-    grid = torch.arange(degrees.world_size).view(
-        degrees.cfg_parallel_size, degrees.ring_degree, degrees.ulysses_degree, degrees.tensor_parallel_size
-    )
-    sequence = grid.movedim(3, 1).flatten(2)  # (cfg, tp, ring x ulysses)
-    groups: dict[AxisName, list[list[int]]] = {"sequence": sequence.flatten(0, 1).tolist()}
-    for dim, name in enumerate(AXES):
-        groups[name] = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()  # type: ignore[index]
-    return groups
 
 
 def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:

@@ -1,4 +1,4 @@
-"""The recipe that makes a model run on all ranks of a mesh, in order: check, plan hooks, attention.
+"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, plan hooks, attention.
 
     mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
     handle = parallelize(model, mesh)
@@ -9,7 +9,8 @@ Called by `workers.pipeline` when a rank has loaded its model, or by anyone else
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from sp_core.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from sp_core.models.wan import WAN, WAN_VACE
 from sp_core.models.z_image import Z_IMAGE
 from sp_core.sp_plan import SequenceParallelModelPlan, get_sp_plan_from_model, plan_from_diffusers
+from sp_core.tensor_parallel import apply_tensor_parallel
+from sp_core.tp_plan import TensorParallelPlan, tp_plan_from_diffusers
 
 FAMILIES = (FLUX, FLUX_2, HUNYUAN_VIDEO, LTX, QWEN_IMAGE, STABLE_DIFFUSION_3, WAN, WAN_VACE, Z_IMAGE)
 
@@ -44,7 +47,8 @@ _logger = logging.getLogger(__name__)
 def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
     """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
 
-    Every rank must call it, on models with equal weights. The model's code and parameters are not touched.
+    Every rank must call it, on models with equal weights. The model's code is not touched, nor are its weights, unless
+    the layout is tensor parallel: then each rank keeps its part of them.
 
     Args:
         model: a diffusers transformer.
@@ -53,18 +57,23 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
             diffusers' `_cp_plan`.
 
     Returns:
-        The handle whose `remove()` gives the plain model back.
+        The handle whose `remove()` gives the plain model back; it raises for a tensor-parallel one.
 
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
     """
-    check_layout(mesh.degrees)
-    if mesh.degrees.sequence_parallel_size == 1:
-        return Handle([])
+    config = _config(model)
+    check_layout(mesh.degrees, _num_heads(config))
     name = type(model).__name__
     family = next((family for family in FAMILIES if name in family.transformer_classes), None)
+    undo: list[Callable[[], None]] = []
+    if mesh.degrees.tensor_parallel_size > 1:
+        apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
+        undo.append(_refuse_removal)
+    if mesh.degrees.sequence_parallel_size == 1:
+        return Handle(undo)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
-    _report(model, mesh)
+    _report(model, mesh, config)
     shards, hooks = apply_sequence_parallel(model, found, mesh)
     shards.order_known = order_known
     try:
@@ -72,14 +81,24 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     except Exception:
         hooks.remove()
         raise
-    return Handle([hooks.remove, release])
+    return Handle([*undo, hooks.remove, release])
 
 
-def _report(model: nn.Module, mesh: ParallelMesh) -> None:
-    """Say how the model will run: the kernel, and what the layout costs needlessly."""
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    """The model's config, empty where it has none."""
     config = getattr(model, "config", None)
-    config = config if isinstance(config, Mapping) else {}
-    heads, head_size = config.get("num_attention_heads", config.get("n_heads")), config.get("attention_head_dim")
+    return config if isinstance(config, Mapping) else {}
+
+
+def _num_heads(config: Mapping[str, Any]) -> int | None:
+    """Attention heads by a transformer's config, None where it does not say."""
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
+
+
+def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
+    """Say how the model will run: the kernel, and what the layout costs needlessly."""
+    heads, head_size = _num_heads(config), config.get("attention_head_dim")
     if head_size is None and heads and "dim" in config:
         head_size = config["dim"] // heads
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
@@ -96,7 +115,7 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
     if own is not None:
         return own, True
     if family is not None:
-        return family.sp_plan(model.config) if callable(family.sp_plan) else family.sp_plan, True  # type: ignore[arg-type]
+        return family.sp_plan(_config(model)) if callable(family.sp_plan) else family.sp_plan, True
     if type(model).__name__ in REFUSED:
         raise ValueError(f"{type(model).__name__} is not supported yet: {REFUSED[type(model).__name__]}; pass plan=")
     if getattr(model, "_cp_plan", None):
@@ -106,3 +125,17 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
         f"{type(model).__name__} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. "
         f"Known: {known}"
     )
+
+
+def _find_tp_plan(model: nn.Module, family: ModelFamily | None) -> TensorParallelPlan:
+    if family is not None and family.tp_plan:
+        return family.tp_plan(_config(model)) if callable(family.tp_plan) else family.tp_plan
+    if getattr(model, "_tp_plan", None):
+        return tp_plan_from_diffusers(model._tp_plan)  # type: ignore[arg-type]
+    raise ValueError(
+        f"{type(model).__name__} has no tensor-parallel plan; use tensor_parallel_size=1 and more Ulysses or ring ranks"
+    )
+
+
+def _refuse_removal() -> None:
+    raise RuntimeError("a tensor-parallel model holds only a part of its weights; load it anew to have it whole")

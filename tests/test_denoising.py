@@ -1,5 +1,6 @@
 """Law 1 on whole requests, without Ray: latents and pixels of a seed are one process's on every Ulysses degree."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ Generated = tuple[torch.Tensor, list[np.ndarray[Any, Any]]]
 
 def generate(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Generated:
     """Latents and pictures of a request; `local` keeps each rank's attention to its own tokens."""
-    pipeline = load_pipeline(model(folder, ulysses_degree=mesh.degrees.ulysses_degree), mesh)
+    pipeline = load_pipeline(model(folder, **asdict(mesh.degrees)), mesh)
     if local:
         for module in pipeline.transformer.modules():
             if hasattr(module, "processor"):
                 vars(module.processor).pop("_parallel_config").shards.expects_attention = False
-    denoising = Denoising(pipeline, request)
+    denoising = Denoising(pipeline, request, mesh)
     while not denoising.done:
         denoising.step()
     return denoising.latents, [np.asarray(picture, dtype=np.int16) for picture in denoising.finish()]
@@ -73,6 +74,26 @@ def test_every_degree_draws_the_same(ranks: RankPool, demo_model: Path, name: st
             assert np.abs(picture - reference).max() <= 1
 
 
+PRODUCTS = {
+    "cfg 2": ParallelDegrees(cfg_parallel_size=2),
+    "cfg 3": ParallelDegrees(cfg_parallel_size=3),
+    "cfg 2 x ulysses 2": ParallelDegrees(cfg_parallel_size=2, ulysses_degree=2),
+    "cfg 2 x ring 2": ParallelDegrees(cfg_parallel_size=2, ring_degree=2),
+    "cfg 2 x tp 2": ParallelDegrees(cfg_parallel_size=2, tensor_parallel_size=2),
+    "tp 2 x ulysses 2": ParallelDegrees(tensor_parallel_size=2, ulysses_degree=2),
+}
+
+
+@pytest.mark.parametrize("layout", PRODUCTS)
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_product_of_axes_draws_the_same(ranks: RankPool, demo_model: Path, name: str, layout: str) -> None:
+    ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, REQUESTS[name])
+    for got, drawn in ranks.run(PRODUCTS[layout], generate, demo_model, REQUESTS[name]):
+        assert error(got, latents) <= BAR
+        for picture, reference in zip(drawn, pictures, strict=True):
+            assert np.abs(picture - reference).max() <= 1
+
+
 def test_local_attention_would_be_seen(ranks: RankPool, demo_model: Path) -> None:
     ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, REQUESTS["even"])
     got, drawn = ranks.run(ParallelDegrees(ulysses_degree=2), generate, demo_model, REQUESTS["even"], True)[0]
@@ -92,7 +113,7 @@ def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
     pipeline = load_pipeline(model(demo_model), mesh)
     alone, _ = generate(mesh, demo_model, REQUESTS["even"])
-    first, second = Denoising(pipeline, REQUESTS["even"]), Denoising(pipeline, REQUESTS["uneven, guided"])
+    first, second = (Denoising(pipeline, REQUESTS[name], mesh) for name in ("even", "uneven, guided"))
     while not first.done:
         first.step()
         if not second.done:
@@ -105,4 +126,4 @@ def test_a_size_that_the_model_cannot_do_is_the_callers_mistake(demo_model: Path
     pipeline = load_pipeline(model(demo_model), mesh)
     request = GenerationRequest("a", "demo", "a cup", width=72, height=64, num_inference_steps=1, seed=0)
     with pytest.raises(InvalidParameter, match="width must be a multiple of 16, got 72"):
-        Denoising(pipeline, request)
+        Denoising(pipeline, request, mesh)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sp_core.degrees import ParallelDegrees, head_cost, head_shares, layout_advice
-from sp_core.mesh import ParallelMesh, axis_groups
+from sp_core.degrees import ParallelDegrees, axis_groups, head_cost, head_shares, layout_advice
+from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
 from sp_core.token_layout import Stream, TokenLayout
 from tests.toys import TWO

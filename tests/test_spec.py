@@ -80,11 +80,10 @@ def a_folder(tmp_path: Path, heads: int) -> Path:
     ("changes", "says"),
     [
         (
-            {"parallel": {"ulysses_degree": 5}},
-            "a: ulysses_degree=5 does not divide the model's 12 attention heads; allowed: 1, 2, 3, 4, 6, 12",
+            {"parallel": {"tensor_parallel_size": 5}},
+            "a: tensor_parallel_size=5 does not divide the model's 12 attention heads; allowed: 1, 2, 3, 4, 6, 12",
         ),
         ({"parallel": {"ulysses_degree": 3}}, "3 CPU cores are needed (a 3), 2 are there; lower the degrees"),
-        ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size=2 is not supported yet; allowed: 1"),
         ({"device": "cuda"}, "1 GPUs are needed (a 1), 0 are there"),
         ({"device": "cuda", "placement": {"cpus_per_rank": 8}}, "8 CPU cores are needed (a 8), 2 are there"),
         ({"source": "elsewhere"}, "model_index.json is missing"),
@@ -157,3 +156,20 @@ def test_a_spec_survives_the_journey_to_the_gateway() -> None:
     model = ModelSpec(name="a", source="/m", device="cpu", parallel=ParallelDegrees(ulysses_degree=3))
     assert ModelSpec.model_validate(json.loads(model.model_dump_json())) == model
     assert DeploymentSpec(models=(model,)).gateway.host == "127.0.0.1"
+
+
+def test_check_says_who_works_with_whom_and_what_heads_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "local_devices", lambda: dict(DEVICES))
+    a_folder(tmp_path, heads=12)
+    layout = {"tensor_parallel_size": 2, "ulysses_degree": 4, "cfg_parallel_size": 2}
+    file = write(tmp_path, a_model(parallel=layout, placement={"cpus_per_rank": 0.125}))
+    assert cli.main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "a: cfg      0 8 | 1 9 | 2 10 | 3 11 | 4 12 | 5 13 | 6 14 | 7 15",
+        "a: ulysses  0 2 4 6 | 1 3 5 7 | 8 10 12 14 | 9 11 13 15",
+        "a: tp       0 1 | 2 3 | 4 5 | 6 7 | 8 9 | 10 11 | 12 13 | 14 15",
+        "a: ulysses_degree=4 shares 6 attention heads as 2, 2, 2, 0, so attention takes 1.33x an even share's time; "
+        "ulysses_degree=2 x ring_degree=2 x tensor_parallel_size=2 x cfg_parallel_size=2 shares them evenly",
+    ]

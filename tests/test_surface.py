@@ -18,8 +18,8 @@ from service import cli, status
 from service.rest import rest_app
 from service.schemas import ImageGenerationBody
 from sp_core.attention.layer import SequenceParallelAttention
-from sp_core.degrees import ParallelDegrees
-from sp_core.mesh import AXES, ParallelMesh
+from sp_core.degrees import AXES, ParallelDegrees
+from sp_core.mesh import ParallelMesh
 from workers import errors
 
 PLAN_API = {

@@ -20,6 +20,7 @@ from PIL import Image
 
 from deploy.check import MODULAR_PIPELINES, pipeline_class
 from deploy.spec import ModelSpec
+from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from workers.errors import InvalidParameter
@@ -49,18 +50,21 @@ class Denoising:
     Args:
         pipeline: the loaded model, shared by all requests.
         request: what to draw.
+        mesh: the ranks; groups of its `cfg` axis share the branches of guidance.
 
     Raises:
         InvalidParameter: the model cannot do the size that was asked for.
     """
 
     @torch.no_grad()
-    def __init__(self, pipeline: ModularPipeline, request: GenerationRequest) -> None:
+    def __init__(self, pipeline: ModularPipeline, request: GenerationRequest, mesh: ParallelMesh) -> None:
         self.request = request
         guided = request.negative_prompt is not None and request.guidance_scale > 1  # as the classic pipeline decides
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        self._pipeline.guider = ClassifierFreeGuidance(guidance_scale=request.guidance_scale, enabled=guided)
+        guider = ClassifierFreeGuidance(guidance_scale=request.guidance_scale, enabled=guided)
+        cfg = mesh.axis("cfg")
+        self._pipeline.guider = ParallelGuider(guider, cfg) if cfg.size > 1 else guider
 
         blocks, inputs = _plan_blocks(pipeline, request)
         self._state = PipelineState()

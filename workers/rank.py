@@ -158,7 +158,7 @@ class Rank:
         self._phase = "encode"
         failure: Exception | None = None
         try:
-            denoising = Denoising(self._pipeline, request)
+            denoising = Denoising(self._pipeline, request, self._mesh)
         except Exception as error:
             failure = error
         self._boundary(request, failure)

@@ -11,6 +11,7 @@ Peculiarities:
 
 from sp_core.models.family import ModelFamily
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
+from sp_core.tp_plan import AcrossHeads, Channels, Columns, Heads, Rows
 
 LTX = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
@@ -24,6 +25,15 @@ LTX = ModelFamily(
             1: SequenceParallelCompanion(split_dim=1, expected_dims=3, split_output=True),
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    },
+    tp_plan={
+        "rope": Channels(),  # features of all heads
+        "*.attn[12]": Heads(),
+        "*.attn[12].to_[qkv]": Columns(),
+        "*.attn[12].norm_[qk]": AcrossHeads(),
+        "*.attn[12].to_out.0": Rows(),
+        "*.ff.net.0.proj": Columns(),
+        "*.ff.net.2": Rows(),
     },
     local_attention=("*.attn2",),
 )

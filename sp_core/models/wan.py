@@ -12,6 +12,9 @@ Peculiarities:
   the video's: one stream, split three times, and only one of the splits counts.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from sp_core.models.family import ModelFamily
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
@@ -20,6 +23,7 @@ from sp_core.sp_plan import (
     SequenceParallelModelPlan,
     SequenceParallelOutput,
 )
+from sp_core.tp_plan import AcrossHeads, Columns, Heads, Rows, TensorParallelPlan
 
 _ROPE_AND_OUTPUT: SequenceParallelModelPlan = {
     "rope": {
@@ -29,6 +33,26 @@ _ROPE_AND_OUTPUT: SequenceParallelModelPlan = {
     "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
 }
 
+_TP: TensorParallelPlan = {
+    "*blocks.*.attn[12]": Heads(),
+    "*blocks.*.attn[12].to_[qkv]": Columns(),
+    "*blocks.*.attn[12].norm_[qk]": AcrossHeads(),
+    "*blocks.*.attn[12].to_out.0": Rows(),
+    "*blocks.*.ffn.net.0.proj": Columns(),
+    "*blocks.*.ffn.net.2": Rows(),
+}
+
+
+def _tp_plan(config: Mapping[str, Any]) -> TensorParallelPlan:
+    if config.get("added_kv_proj_dim") is None:
+        return _TP
+    of_images: TensorParallelPlan = {
+        "*blocks.*.attn2.add_[kv]_proj": Columns(),
+        "*blocks.*.attn2.norm_added_k": AcrossHeads(),
+    }
+    return {**_TP, **of_images}
+
+
 WAN = ModelFamily(
     transformer_classes=("WanTransformer3DModel",),
     sp_plan=_ROPE_AND_OUTPUT
@@ -36,6 +60,7 @@ WAN = ModelFamily(
         "": {"timestep": OptionalSequenceParallelInput(split_dim=1, expected_dims=2)},
         "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
     },
+    tp_plan=_tp_plan,
     local_attention=("*.attn2",),
 )
 
@@ -49,5 +74,6 @@ WAN_VACE = ModelFamily(
         },
         "blocks.0": {"hidden_states": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
     },
+    tp_plan=_tp_plan,
     local_attention=("*.attn2",),
 )

@@ -11,6 +11,7 @@ Peculiarities:
 
 from sp_core.models.family import ModelFamily
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
+from sp_core.tp_plan import Columns, Heads, Rows
 
 
 def _stack(name: str) -> SequenceParallelModelPlan:
@@ -28,4 +29,11 @@ def _stack(name: str) -> SequenceParallelModelPlan:
 Z_IMAGE = ModelFamily(
     transformer_classes=("ZImageTransformer2DModel",),
     sp_plan=_stack("noise_refiner") | _stack("context_refiner") | _stack("layers"),
+    tp_plan={
+        "*.attention": Heads(),
+        "*.attention.to_[qkv]": Columns(),
+        "*.attention.to_out.0": Rows(),
+        "*.feed_forward.w[13]": Columns(),
+        "*.feed_forward.w2": Rows(),
+    },
 )

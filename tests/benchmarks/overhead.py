@@ -73,11 +73,12 @@ def measure(url: str, direct: Connection, steps: int, repeats: int) -> tuple[int
 
 def serve_directly(source: Path, requests: Connection) -> None:
     """The same work without a service: answer each number of steps with the seconds that a request takes."""
-    pipeline = load_pipeline(model(source), ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60))
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+    pipeline = load_pipeline(model(source), mesh)
     while True:
         request = GenerationRequest("b", "demo", "a cup of coffee", SIZE, SIZE, requests.recv(), seed=1)
         began = time.perf_counter()
-        denoising = Denoising(pipeline, request)
+        denoising = Denoising(pipeline, request, mesh)
         while not denoising.done:
             denoising.step()
         encode_image(denoising.finish()[0], "png", 100)

@@ -1,0 +1,73 @@
+"""Guidance parallelism: the branches of classifier-free guidance run on separate groups of ranks, at once.
+
+Each group of the `cfg` axis evaluates its share of the branches of a step (with a prompt and without, say); then all
+exchange what they have predicted and combine it exactly as one process would. Not the model is wrapped but the guider,
+diffusers' object that makes the branches and combines them: so every kind of guidance works that it knows, with any
+number of branches, which may differ from step to step. Called by `workers.pipeline`.
+"""
+
+from typing import Any
+
+from sp_core import collectives
+from sp_core.mesh import MeshAxis
+
+
+class ParallelGuider:
+    """A guider of which this rank evaluates some branches only.
+
+    A step with fewer branches than groups leaves groups over; these evaluate the first branch again, and their
+    predictions are not used.
+
+    Args:
+        guider: any of `diffusers.guiders`; owned by one request.
+        axis: the groups.
+    """
+
+    def __init__(self, guider: Any, axis: MeshAxis) -> None:
+        self._guider = guider
+        self._axis = axis
+        self._branches: list[Any] = []
+        self._mine: list[int] = []
+        self._prepared = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guider, name)
+
+    def set_state(self, *args: Any, **kwargs: Any) -> None:
+        """A step begins."""
+        self._prepared = 0
+        self._guider.set_state(*args, **kwargs)
+
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        """This group's branches of the step."""
+        return self._share(self._guider.prepare_inputs(data))
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
+        """This group's branches of the step."""
+        return self._share(self._guider.prepare_inputs_from_block_state(data, input_fields))
+
+    def prepare_models(self, denoiser: Any) -> None:
+        """The next of this group's branches is about to run: the guider counts them to know which one it is."""
+        self._guider._count_prepared = self._mine[self._prepared]
+        self._prepared += 1
+        self._guider.prepare_models(denoiser)
+
+    def __call__(self, data: list[Any]) -> Any:
+        """The combined prediction, the same on every group.
+
+        Args:
+            data: the branches of `prepare_inputs`, each with its `noise_pred`.
+        """
+        for turn, branch in enumerate(data):
+            for group, prediction in enumerate(collectives.all_gather_equal(branch.noise_pred, self._axis)):
+                whose = turn * self._axis.size + group
+                if whose < len(self._branches):
+                    self._branches[whose].noise_pred = prediction
+        return self._guider(self._branches)
+
+    def _share(self, branches: list[Any]) -> list[Any]:
+        self._branches = branches
+        turns = -(-len(branches) // self._axis.size)
+        wanted = (turn * self._axis.size + self._axis.rank for turn in range(turns))
+        self._mine = [branch if branch < len(branches) else 0 for branch in wanted]
+        return [branches[branch] for branch in self._mine]

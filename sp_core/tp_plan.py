@@ -1,0 +1,85 @@
+"""The tensor-parallel plan: how a model's weights are shared out over the ranks of the `tp` axis, as data.
+
+A plan maps patterns of module names, in which `*` stands for anything, to what becomes of these modules:
+
+    {
+        "blocks.*.attn1.to_q": Columns(),     # this rank's output features; each attention head is on one rank
+        "blocks.*.attn1.to_out.0": Rows(),    # this rank's input features; the partial outputs are summed
+        "blocks.*.attn1": Heads(),            # its processor asks for the number of heads
+        "blocks.*.attn1.norm_q": AcrossHeads(),
+    }
+
+All other modules are the same on every rank. Written in `sp_core.models`; put to work by `sp_core.tensor_parallel`.
+diffusers' `_tp_plan` says part of the same; `tp_plan_from_diffusers` reads it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A linear layer of which each rank computes a part of the output features (Megatron-LM's column parallel).
+
+    Attributes:
+        blocks: proportions of the parts that are fused in the output features (query, key, ...), each of which is
+            shared out on its own; empty: one part.
+    """
+
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear layer that takes a part of the input features on each rank; the outputs are summed, the bias once.
+
+    Attributes:
+        blocks: proportions of the parts that are fused in the input features; empty: one part.
+    """
+
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AcrossHeads:
+    """A root-mean-square norm over the features of all heads, of which each rank has some."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A module with an attribute `heads`, the number of attention heads that its processor sees."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A module whose outputs are features of all heads, of which each rank takes its part.
+
+    Attributes:
+        dim: the dimension of the features.
+    """
+
+    dim: int = -1
+
+
+TensorParallelStyle = Columns | Rows | AcrossHeads | Heads | Channels
+TensorParallelPlan = Mapping[str, TensorParallelStyle]
+
+
+def tp_plan_from_diffusers(tp_plan: Mapping[str, Any]) -> TensorParallelPlan:
+    """diffusers' `_tp_plan` as a plan.
+
+    Raises:
+        ValueError: an entry that is none of the four that diffusers has.
+    """
+    return {name: _style_from_diffusers(name, entry) for name, entry in tp_plan.items()}
+
+
+def _style_from_diffusers(name: str, entry: Any) -> TensorParallelStyle:
+    kind = entry if isinstance(entry, str) else type(entry).__name__
+    blocks = tuple(getattr(entry, "blocks", None) or ())
+    if kind in ("colwise", "PackedColwiseParallel"):
+        return Columns(blocks)
+    if kind in ("rowwise", "PackedRowwiseParallel"):
+        return Rows(blocks)
+    raise ValueError(f"_tp_plan[{name!r}] is {entry!r}, expected 'colwise', 'rowwise' or a packed style")
