@@ -143,8 +143,11 @@ def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -
     return torch.cat(parts)
 
 
-def _part(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().index_select(dim, index.to(parameter.device)), requires_grad=False)
+def _part(whole: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """This rank's part of a parameter. It says which part, in `part`, to whoever reads weights into it later."""
+    parameter = nn.Parameter(whole.detach().index_select(dim, index.to(whole.device)), requires_grad=False)
+    parameter.part = (dim, index)  # type: ignore[attr-defined]
+    return parameter
 
 
 def _narrow_outputs(module: nn.Module, dim: int, axis: MeshAxis) -> None:

@@ -22,9 +22,9 @@ from deploy.check import MODULAR_PIPELINES, pipeline_class
 from deploy.spec import ModelSpec
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import ParallelMesh
-from sp_core.parallelize import parallelize
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+from workers.weights import load_transformer
 
 
 def load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
@@ -36,9 +36,10 @@ def load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
     """
     kind = getattr(diffusers, MODULAR_PIPELINES[pipeline_class(Path(model.source))])
     pipeline: ModularPipeline = kind(pretrained_model_name_or_path=model.source)
-    pipeline.load_components(dtype=getattr(torch, model.torch_dtype), use_safetensors=True, local_files_only=True)
+    dtype = getattr(torch, model.torch_dtype)
+    pipeline.register_components(transformer=load_transformer(Path(model.source) / "transformer", mesh, dtype))
+    pipeline.load_components(dtype=dtype, use_safetensors=True, local_files_only=True)  # all that is not there yet
     pipeline.to(mesh.device)
-    parallelize(pipeline.transformer, mesh)
     return pipeline
 
 
