@@ -4,6 +4,7 @@
 first module whose output is not the plain one's, or this rank's part of it.
 """
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ class Recording:
         self.outputs: list[tuple[str, torch.Tensor]] = []
         """By module name."""
         self._places: list[list[tuple[torch.Tensor, int]]] = []
-        """For each output: where the tokens of a share may stand in the whole, and how many of them are no padding."""
+        """For each output: where the tokens of a share may stand in the whole, -1 for padding, and their number."""
 
     def __enter__(self) -> "Recording":
         for name, module in self._model.named_modules():
@@ -64,7 +65,7 @@ class Recording:
 def _places() -> list[tuple[torch.Tensor, int]]:
     """Index and count for each stream, and for all of them side by side, of the forward that is running."""
     shards = SequenceShards.running()
-    layout = shards.layout() if shards is not None else None
+    layout = shards.layout(gathered=True) if shards is not None else None
     if shards is None or layout is None:
         return []
     cpu = torch.device("cpu")
@@ -75,7 +76,7 @@ def _places() -> list[tuple[torch.Tensor, int]]:
 
 def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[torch.Tensor, int]]) -> float | None:
     """The least difference over all parts of `whole` that `share` may be; None where it can be none of them."""
-    found = [_scaled(share, whole)] if share.shape == whole.shape else []
+    found = [error(share, whole)] if share.shape == whole.shape else []
     dims = [d for d in range(min(share.ndim, whole.ndim)) if share.shape[d] != whole.shape[d]]
     if share.ndim == whole.ndim and len(dims) <= 1:
         for dim in dims or range(share.ndim):
@@ -83,15 +84,22 @@ def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[tor
                 if share.shape[dim] == local and whole.shape[dim] > int(index.max()):
                     real = index >= 0
                     mine = share.index_select(dim, real.nonzero().flatten())
-                    found.append(_scaled(mine, whole.index_select(dim, index[real])))
+                    found.append(error(mine, whole.index_select(dim, index[real])))
     return min(found, default=None)
 
 
-def _scaled(output: torch.Tensor, reference: torch.Tensor) -> float:
+def error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference, in units of max(1, max|reference|); infinite where either holds what is no number.
+
+    NaN must not come out: Python's max and min let it vanish.
+    """
     if not reference.numel():
         return 0.0
-    by = (output - reference).abs().max() if output.dtype is not torch.bool else (output != reference).any()
-    return float(by) / max(1.0, float(reference.abs().max()))
+    output, reference = (
+        t.double() if not t.is_complex() else torch.view_as_real(t).double() for t in (output, reference)
+    )
+    by = float((output - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+    return math.inf if math.isnan(by) else by
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:

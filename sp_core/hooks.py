@@ -32,10 +32,16 @@ from sp_core.sp_sharding import SequenceShards
 
 
 class Handle:
-    """Undoes what was applied to a model, last thing first. `remove()` may be called more than once."""
+    """Undoes what was applied to a model, last thing first. `remove()` may be called more than once.
 
-    def __init__(self, undo: list[Callable[[], None]]) -> None:
+    Attributes:
+        shards: the model's record of what is split, for the attention that runs between split and gather; None where
+            nothing is.
+    """
+
+    def __init__(self, undo: list[Callable[[], None]], shards: SequenceShards | None = None) -> None:
         self._undo = undo
+        self.shards = shards
 
     def remove(self) -> None:
         """Give the plain model back."""
@@ -61,6 +67,9 @@ class SequenceParallelSplitHook:
         self.shards = shards
         self.outputs = {key: entry for key, entry in spec.items() if isinstance(key, int)}
         self.inputs = {key: entry for key, entry in spec.items() if isinstance(key, str)}
+        for key, entry in spec.items():
+            for stream in [f"{key}.{i}" for i in range(len(entry))] if isinstance(entry, list | tuple) else [key]:
+                shards.places.setdefault(f"{name}.{stream}", len(shards.places))
         self.positions = {p: i for i, p in enumerate(inspect.signature(module.forward).parameters)}
         for key in [*self.inputs, *_text_sources(spec)]:
             if key not in self.positions:
@@ -71,14 +80,14 @@ class SequenceParallelSplitHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `(args, kwargs)` with this rank's shares in the parameters' places."""
-        positional = list(args)
+        positional, named = list(args), dict(kwargs)
         for key, entry in self.inputs.items():
             if key in kwargs:
-                kwargs[key] = self._split(key, kwargs[key], entry, args, kwargs)
-            elif self.positions[key] < len(positional):
+                named[key] = self._split(key, kwargs[key], entry, args, kwargs)
+            elif self.positions[key] < len(args):
                 position = self.positions[key]
-                positional[position] = self._split(key, positional[position], entry, args, kwargs)
-        return tuple(positional), kwargs
+                positional[position] = self._split(key, args[position], entry, args, kwargs)
+        return tuple(positional), named
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the output with this rank's shares in the numbered places."""
@@ -86,12 +95,12 @@ class SequenceParallelSplitHook:
         for key, entry in self.outputs.items():
             if key >= len(split):
                 raise ValueError(f"Index {key} out of bounds for output of {self.name!r}, which has {len(split)}")
-            split[key] = self._split(f"output {key}", split[key], entry, args, kwargs)
+            split[key] = self._split(str(key), split[key], entry, args, kwargs)
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One parameter or output: a tensor, a list of them, or None where this call does without."""
-        where = f"{key} of {self.name!r}"
+        where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
         if isinstance(entry, SequenceParallelLeadingCount):
@@ -164,7 +173,6 @@ class SequenceParallelGatherHook:
     def __init__(self, name: str, spec: OutputSpec, shards: SequenceShards) -> None:
         self.name = name
         self.spec = [spec] if isinstance(spec, SequenceParallelOutput) else list(spec)
-        self.last = max(i for i, entry in enumerate(self.spec) if entry is not None)
         self.shards = shards
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -175,13 +183,11 @@ class SequenceParallelGatherHook:
         for i, entry in enumerate(self.spec):
             if entry is not None:
                 _check_tensor(f"output {i} of {self.name!r}", parts[i], entry.expected_dims)
-                parts[i] = self.shards.gather(parts[i], entry.gather_dim, closes=i == self.last)
+                parts[i] = self.shards.gather(parts[i], entry.gather_dim, stream=entry.stream)
         return _like(output, parts)
 
 
-def apply_sequence_parallel(
-    model: nn.Module, plan: SequenceParallelModelPlan, mesh: ParallelMesh
-) -> tuple[SequenceShards, Handle]:
+def apply_sequence_parallel(model: nn.Module, plan: SequenceParallelModelPlan, mesh: ParallelMesh) -> Handle:
     """Install the hooks of a plan.
 
     Args:
@@ -190,17 +196,16 @@ def apply_sequence_parallel(
         mesh: the sequence ranks.
 
     Returns:
-        The model's record of what is split, for the attention that runs between split and gather; and the handle
-        that removes the hooks.
+        The handle that removes the hooks; it has the model's record of what is split.
 
     Raises:
         ValueError: the plan is malformed, or names what the model does not have. No hook is left behind.
     """
-    shards = SequenceShards(mesh)
+    shards = SequenceShards(mesh, auto_pad=_pads(validate_sp_plan(plan)))
     installed: list[RemovableHandle] = []
     try:
         installed.append(model.register_forward_pre_hook(lambda *_: shards.begin()))
-        for name, entry in validate_sp_plan(plan).items():
+        for name, entry in plan.items():
             for module in resolve_modules(model, name):
                 installed += _hook(name, module, entry, shards)
         installed.append(model.register_forward_hook(lambda *_: shards.end(), always_call=True))
@@ -208,7 +213,12 @@ def apply_sequence_parallel(
         for hook in installed:
             hook.remove()
         raise
-    return shards, Handle([hook.remove for hook in installed])
+    return Handle([shards.abandon, *(hook.remove for hook in installed)], shards)
+
+
+def _pads(plan: SequenceParallelModelPlan) -> bool:
+    """Whether any split pads. Then all do: what goes along with a padded stream must be as long as its shares."""
+    return any(getattr(e, "auto_pad", False) for spec in plan.values() if isinstance(spec, dict) for e in spec.values())
 
 
 def _hook(name: str, module: nn.Module, entry: InputSpec | OutputSpec, shards: SequenceShards) -> list[RemovableHandle]:

@@ -1,6 +1,7 @@
 """Attention on one device. The only place that picks a kernel.
 
-Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, H, D)`.
+Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, heads, D)`, whose
+heads divide H: each serves the queries' heads that follow one another.
 Masks are additive (-inf hides a key), broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
 
 On CPU, torch's flash attention for CPU. On CUDA, attention with a mask or in fp32 by torch's memory-efficient kernel,
@@ -14,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -30,6 +32,23 @@ HALF = (torch.float16, torch.bfloat16)
 
 WithLse = tuple[torch.Tensor, torch.Tensor]
 """An output `(B, S, H, D)` and its log-sum-exp `(B, S, H)`."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the keys.
+
+    Attributes:
+        output: `(B, S, H, D)`; 0 in rows without a visible key.
+        lse: `(B, S, H)`, the log of the softmax's denominator, in fp32; -inf in these rows.
+        base: what has to be added to `lse` for the truth, broadcastable to it; None: nothing. Kept apart, because a
+            mask of -1e4 or the least number of its type, if it hides all of the keys, would swallow the rest.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    base: torch.Tensor | None = None
+
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], WithLse]
 """q, k, v and the scale."""
@@ -51,7 +70,8 @@ def attention(
         mask: additive, broadcastable to `(B, H, S, K)`.
         scale: of the scores; None is 1/sqrt(D).
     """
-    if mask is None and _has_choice(query):
+    key, value = _for_all_heads(query, key, value)
+    if mask is None and _has_choice(query) and not torch.compiler.is_compiling():
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)[0]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # torch wants heads first
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
@@ -64,21 +84,24 @@ def local_attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """As `attention`, with a mask as models have it and with fewer key heads than query heads.
+    """As `attention`, with a mask as models have it: boolean (True takes part) or additive, `(B, K)` or broadcastable
+    to `(B, H, S, K)`."""
+    return attention(query, key, value, mask[:, None, None] if mask is not None and mask.ndim == 2 else mask, scale)
 
-    Args:
-        query: `(B, S, H, D)`.
-        key: `(B, K, heads, D)`; the heads divide H.
-        value: as key.
-        mask: boolean (True takes part) or additive, `(B, K)` or broadcastable to `(B, H, S, K)`.
-        scale: of the scores; None is 1/sqrt(D).
-    """
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None]
-    repeats = query.shape[2] // key.shape[2]
-    if repeats > 1:
-        key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
-    return attention(query, key, value, mask, scale)
+
+def partial_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """Attention over some of the keys, to be merged with that over the others. Arguments as for `attention`."""
+    if mask is None:
+        return Partial(*attention_with_lse(query, key, value, None, scale))
+    peak = mask.amax(dim=-1, keepdim=True)
+    shifted = mask - peak.masked_fill(torch.isneginf(peak), 0)
+    return Partial(*attention_with_lse(query, key, value, shifted, scale), peak.float().squeeze(-1).transpose(1, 2))
 
 
 def attention_with_lse(
@@ -88,26 +111,20 @@ def attention_with_lse(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> WithLse:
-    """Softmax attention and what it takes to merge it with attention over other keys.
-
-    Args:
-        query: `(B, S, H, D)`.
-        key: `(B, K, H, D)`.
-        value: `(B, K, H, D)`.
-        mask: additive, broadcastable to `(B, H, S, K)`.
-        scale: of the scores; None is 1/sqrt(D).
+    """Softmax attention and the log of its denominator. Arguments as for `attention`.
 
     Returns:
         The output `(B, S, H, D)`, and the log of the softmax's denominator `(B, S, H)` in fp32. Rows without a visible
         key have output 0 and log -inf: the kernels themselves answer NaN or 0 there, which would poison a merge.
     """
+    key, value = _for_all_heads(query, key, value)
     if mask is None and _has_choice(query):
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if query.device.type == "cpu":
         output, lse = _flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     else:
-        bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+        bias = None if mask is None else _aligned(mask).expand(*query.shape[:3], key.shape[2])
         output, lse, *_ = _efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
         lse = lse[..., : query.shape[2]]  # padded to whole tiles
     output, lse = output.transpose(1, 2), lse.transpose(1, 2)
@@ -118,22 +135,39 @@ def attention_with_lse(
     return output, lse
 
 
-def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> WithLse:
-    """Attention over two sets of keys from attention over each, in fp32.
-
-    Args:
-        output: `(B, S, H, D)` over the first set.
-        lse: `(B, S, H)` of it.
-        other: `(B, S, H, D)` over the second set.
-        other_lse: `(B, S, H)` of it.
-
-    Returns:
-        Output and log over both; -inf on either side leaves the other as it is, on both sides gives 0 and -inf.
-    """
-    both = torch.logaddexp(lse, other_lse)
+def merge(one: Partial, other: Partial) -> Partial:
+    """Attention over two sets of keys from attention over each, in fp32. A row that sees no key of a set takes the
+    other's output as it is; one that sees none of either is 0."""
+    one_lse, other_lse, base = _on_one_base(one, other)
+    both = torch.logaddexp(one_lse, other_lse)
     reference = both.masked_fill(torch.isneginf(both), 0)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN
-    weight, other_weight = (torch.exp(part - reference).unsqueeze(-1) for part in (lse, other_lse))
-    return output.float() * weight + other.float() * other_weight, both
+    weight, other_weight = (torch.exp(lse - reference).unsqueeze(-1) for lse in (one_lse, other_lse))
+    return Partial(one.output.float() * weight + other.output.float() * other_weight, both, base)
+
+
+def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The logs of both above the higher of their bases."""
+    if one.base is None or other.base is None:
+        return one.lse, other.lse, None
+    base = torch.maximum(one.base, other.base)
+    floor = base.masked_fill(torch.isneginf(base), 0)
+    return one.lse + (one.base - floor), other.lse + (other.base - floor), base
+
+
+def _for_all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values repeated, so that each head of the queries has its own."""
+    repeats = query.shape[2] // key.shape[2]
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+
+
+def _aligned(mask: torch.Tensor) -> torch.Tensor:
+    """The same mask in rows of a multiple of 16 elements, as torch's memory-efficient kernel wants it."""
+    keys = mask.shape[-1]
+    rows = mask.new_zeros((*mask.shape[:-1], -(-keys // 16) * 16))
+    rows[..., :keys] = mask
+    return rows[..., :keys]
 
 
 def _has_choice(query: torch.Tensor) -> bool:
@@ -176,13 +210,14 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
 
 
 def name_of_choice(device: torch.device, dtype: torch.dtype, head_size: int | None) -> str:
-    """The kernel for attention without a mask, to be reported at start. Chooses it, if there is a choice."""
+    """The kernels, to be reported at start: without a mask, and with one. Chooses, if there is a choice."""
     if device.type == "cpu":
         return "torch flash for CPU"
     if dtype not in HALF or head_size is None:
-        return "torch memory-efficient" if dtype not in HALF else "chosen at the first attention"
+        return "torch memory-efficient" if dtype not in HALF else "the fastest at the first call"
     kernel = choose(device, dtype, head_size)
-    return next(name for name, each in KERNELS.items() if each is kernel)
+    name = next(name for name, each in KERNELS.items() if each is kernel)
+    return f"{name}; with a mask, torch memory-efficient"
 
 
 @functools.cache

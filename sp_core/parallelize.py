@@ -11,6 +11,7 @@ Called by `workers.pipeline` when a rank has loaded its model, or by anyone else
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -29,7 +30,12 @@ from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from sp_core.models.wan import WAN, WAN_VACE
 from sp_core.models.z_image import Z_IMAGE
-from sp_core.sp_plan import SequenceParallelModelPlan, get_sp_plan_from_model, plan_from_diffusers
+from sp_core.sp_plan import (
+    SequenceParallelModelPlan,
+    SequenceParallelOutput,
+    get_sp_plan_from_model,
+    plan_from_diffusers,
+)
 from sp_core.tensor_parallel import apply_tensor_parallel
 from sp_core.tp_plan import TensorParallelPlan, tp_plan_from_diffusers
 
@@ -40,6 +46,8 @@ REFUSED = {
     "LTX2VideoTransformer3DModel": "diffusers' _cp_plan sends its cross-attention across ranks",
 }
 """Classes that would be silently wrong by the `_cp_plan` that diffusers ships, and why."""
+
+_parallelised: WeakSet[nn.Module] = WeakSet()
 
 _logger = logging.getLogger(__name__)
 
@@ -62,26 +70,39 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
     """
+    if model in _parallelised:
+        raise ValueError(f"{type(model).__name__} is parallelised already; remove() that first")
     config = _config(model)
     check_layout(mesh.degrees, _num_heads(config))
-    name = type(model).__name__
-    family = next((family for family in FAMILIES if name in family.transformer_classes), None)
+    family = _family(model)
     undo: list[Callable[[], None]] = []
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
         undo.append(_refuse_removal)
-    if mesh.degrees.sequence_parallel_size == 1:
+    if mesh.degrees.sequence_parallel_size == 1 and getattr(model, "_sp_plan", None) != {}:
         return Handle(undo)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
+    if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
+        raise ValueError(
+            f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
+        )
     _report(model, mesh, config)
-    shards, hooks = apply_sequence_parallel(model, found, mesh)
-    shards.order_known = order_known
+    hooks = apply_sequence_parallel(model, found, mesh)
+    assert hooks.shards is not None
+    hooks.shards.order_known = order_known
     try:
-        release = bind_attention(model, shards, family, optional=found == {})
+        release = bind_attention(model, hooks.shards, family, optional=found == {})
     except Exception:
         hooks.remove()
         raise
-    return Handle([*undo, hooks.remove, release])
+    _parallelised.add(model)
+    return Handle([lambda: _parallelised.discard(model), *undo, hooks.remove, release], hooks.shards)
+
+
+def _family(model: nn.Module) -> ModelFamily | None:
+    """By the names of the model's class and its bases: a subclass is of the family."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return next((family for name in names for family in FAMILIES if name in family.transformer_classes), None)
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
@@ -116,8 +137,9 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
         return own, True
     if family is not None:
         return family.sp_plan(_config(model)) if callable(family.sp_plan) else family.sp_plan, True
-    if type(model).__name__ in REFUSED:
-        raise ValueError(f"{type(model).__name__} is not supported yet: {REFUSED[type(model).__name__]}; pass plan=")
+    for kind in type(model).__mro__:
+        if kind.__name__ in REFUSED:
+            raise ValueError(f"{type(model).__name__} is not supported yet: {REFUSED[kind.__name__]}; pass plan=")
     if getattr(model, "_cp_plan", None):
         return plan_from_diffusers(model._cp_plan), False  # type: ignore[arg-type]
     known = ", ".join(name for family in FAMILIES for name in family.transformer_classes)

@@ -103,10 +103,13 @@ class SequenceParallelOutput:
     Attributes:
         gather_dim: the tensor dimension along which the shards are joined.
         expected_dims: the rank that the tensor must have; another one is an error. None: any.
+        stream: the parameter name by which the stream was split. Needed only where two streams can lie on the ranks
+            alike and yet differ in length (one token and two, on two ranks): that is refused otherwise.
     """
 
     gather_dim: int
     expected_dims: int | None = None
+    stream: str | None = None
 
 
 AnyInput = SequenceParallelInput | SequenceParallelPartialInput
@@ -148,7 +151,7 @@ def _validate_inputs(name: str, entry: Mapping[object, object]) -> None:
         if isinstance(key, str) and isinstance(value, SequenceParallelLeadingCount):
             continue
         entries = list(value) if isinstance(value, list | tuple) else [value]
-        wrong = [e for e in entries if not isinstance(e, AnyInput) and not (e is None and len(entries) > 1)]
+        wrong = [e for e in entries if not isinstance(e, AnyInput) and not (e is None and any(entries))]
         if wrong or not entries:
             got = type(wrong[0]).__name__ if wrong else "an empty list"
             raise ValueError(
@@ -208,13 +211,15 @@ def plan_from_diffusers(cp_plan: Mapping[str, Any]) -> SequenceParallelModelPlan
         ValueError: an entry that is neither diffusers' `ContextParallelInput` nor its `ContextParallelOutput`.
     """
     plan: SequenceParallelModelPlan = {}
+    outputs = [entry for entry in cp_plan.values() if not isinstance(entry, Mapping)]
+    only = "hidden_states" if len(outputs) == 1 else None  # what every transformer of diffusers returns
     for name, entry in cp_plan.items():
         if isinstance(entry, Mapping):
             plan[name] = {key: _input_from_diffusers(name, key, value) for key, value in entry.items()}
         elif isinstance(entry, list | tuple):
-            plan[name] = [None if value is None else _output_from_diffusers(name, value) for value in entry]
+            plan[name] = [None if value is None else _output_from_diffusers(name, value, None) for value in entry]
         else:
-            plan[name] = _output_from_diffusers(name, entry)
+            plan[name] = _output_from_diffusers(name, entry, only)
     return validate_sp_plan(plan)
 
 
@@ -226,10 +231,10 @@ def _input_from_diffusers(name: str, key: str | int, entry: Any) -> SequencePara
     return SequenceParallelCompanion(entry.split_dim, entry.expected_dims, entry.split_output, optional=True)
 
 
-def _output_from_diffusers(name: str, entry: Any) -> SequenceParallelOutput:
+def _output_from_diffusers(name: str, entry: Any, stream: str | None) -> SequenceParallelOutput:
     if not hasattr(entry, "gather_dim"):
         raise ValueError(f"_cp_plan[{name!r}] has a {type(entry).__name__}, expected ContextParallelOutput")
-    return SequenceParallelOutput(entry.gather_dim, entry.expected_dims)
+    return SequenceParallelOutput(entry.gather_dim, entry.expected_dims, stream)
 
 
 def resolve_modules(model: nn.Module, name: str) -> list[nn.Module]:
@@ -252,6 +257,8 @@ def resolve_modules(model: nn.Module, name: str) -> list[nn.Module]:
             found = list(parent)
         else:
             found = [_child(model, module, atom, name) for module in found]
+    if not found:
+        raise ValueError(f"the plan key {name!r} names no module: that ModuleList of {type(model).__name__} is empty")
     return found
 
 
@@ -262,7 +269,7 @@ def _child(model: nn.Module, module: nn.Module, atom: str, name: str) -> nn.Modu
     if child is None:
         here = ", ".join(module._modules) or "nothing"
         raise ValueError(
-            f"{atom!r} (of the plan key {name!r}) is not a submodule of {type(module).__name__} in "
-            f"{type(model).__name__}; it has: {here}"
+            f"{atom!r} is not a submodule of {type(module).__name__} in {type(model).__name__} (plan key {name!r}); "
+            f"it has: {here}"
         )
     return child

@@ -3,8 +3,9 @@
 `SequenceShards` belongs to one parallelised model. Hooks (`sp_core.hooks`) and attention (`sp_core.attention`) share
 it; `sp_shard` and `sp_gather` reach it from inside a forward, for models that shard themselves.
 
-A *region* is the part of a forward between a split and the gather that ends it. The token streams split in it (image,
-text) are recorded with their full lengths, so every rank knows every rank's share and attention exchanges no sizes.
+A *region* is the part of a forward in which a token stream is split: from its split to its gather. The streams of a
+region (image, text) are recorded with their full lengths, so every rank knows every rank's share and attention
+exchanges no sizes.
 
 Under `torch.compile` splits and gathers are opaque operators, so that a compiled block keeps one graph and the record
 is kept when it runs, not when it is traced.
@@ -12,7 +13,7 @@ is kept when it runs, not when it is traced.
 
 import itertools
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,9 +29,6 @@ _running: ContextVar["SequenceShards | None"] = ContextVar("running forward", de
 _numbers = itertools.count()
 _records: WeakValueDictionary[int, "SequenceShards"] = WeakValueDictionary()
 
-MAIN_STREAM = "hidden_states"
-"""diffusers' name for the stream that a transformer returns."""
-
 
 @dataclass(eq=False)
 class SequenceShards:
@@ -39,28 +37,32 @@ class SequenceShards:
     Attributes:
         mesh: the groups of the model's gang.
         local_attention: attention outside a region: `(query, key, value, mask, scale)` to output.
-        streams: the token streams of the region by the name of the split that made them, in the order in which
-            attention finds them side by side.
-        companions: what else is split in the region and only goes along (masks, rotations).
-        is_open: whether attention is across ranks now. A region that was gathered stays on record until the next split,
-            since it may have more to gather.
+        places: the order of the plan's streams, by the name of the split that makes them: that in which attention
+            joins them. Streams of `sp_shard` stand behind, in the order in which they are split.
+        auto_pad: pad all splits to equal shares: what goes along with a padded stream must be as long as it.
+        streams: the token streams of the region, by the name of the split that made them.
+        gathered: names of those that are whole again. Attention does not see them any more; they stay on record until
+            another stream is split, which begins a new region.
+        companions: what else is split and only goes along (masks, rotations).
         order_known: whether the order of the streams is that in which attention joins them.
-        expects_attention: whether a region without attention across ranks is a mistake.
-        attended: whether the region has had any.
+        attended: whether any attention of this forward went across ranks.
+        agreed: names of the attentions of which all ranks have found that they fit their regions.
         number: by which operators find this record.
     """
 
     mesh: ParallelMesh
     local_attention: Callable[..., torch.Tensor] = kernels.local_attention
+    places: dict[str, int] = field(default_factory=dict)
+    auto_pad: bool = False
     streams: dict[str, Stream] = field(default_factory=dict)
+    gathered: set[str] = field(default_factory=set)
     companions: list[Stream] = field(default_factory=list)
-    is_open: bool = False
     order_known: bool = True
-    expects_attention: bool = False
     attended: bool = False
+    agreed: set[str] = field(default_factory=set)
     number: int = field(default_factory=lambda: next(_numbers))
-    _layouts: dict[tuple[str, int], TokenLayout] = field(default_factory=dict)
-    _token: Token["SequenceShards | None"] | None = None
+    _layouts: dict[tuple[str, int, bool], TokenLayout] = field(default_factory=dict)
+    _outer: list["SequenceShards | None"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _records[self.number] = self
@@ -79,15 +81,23 @@ class SequenceShards:
     def begin(self) -> None:
         """A forward of the model starts: nothing is split, whatever became of the forward before."""
         self._forget()
-        self._token = _running.set(self)
+        self.attended = False
+        self._outer.append(_running.get())
+        _running.set(self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self) -> None:
         """The forward is over, by return or by exception."""
         self._forget()
-        if self._token is not None:
-            _running.reset(self._token)
-            self._token = None
+        if self._outer:
+            _running.set(self._outer.pop())
+
+    def abandon(self) -> None:
+        """The model is plain again. A forward that was interrupted from outside may not have ended."""
+        self._outer.clear()
+        self._forget()
+        if _running.get() is self:
+            _running.set(None)
 
     def shard(
         self, tensor: torch.Tensor, dim: int, *, stream: str | None = None, padded: bool = False, replicated: int = 0
@@ -107,6 +117,7 @@ class SequenceShards:
         """
         axis = self.mesh.axis("sequence")
         if torch.compiler.is_compiling():
+            padded = padded or self.auto_pad
             return _shard_operator(  # type: ignore[no-any-return]
                 tensor, dim, self.number, stream, padded, replicated, axis.rank, axis.size
             )
@@ -115,10 +126,9 @@ class SequenceShards:
                 f"{replicated} tokens are to stay whole, but dimension {dim} of shape {tuple(tensor.shape)} "
                 "has not more than these"
             )
-        layout = Stream(tensor.shape[dim] - replicated, axis.size, padded, replicated)
-        if not self.is_open:
+        layout = Stream(tensor.shape[dim] - replicated, axis.size, padded or self.auto_pad, replicated)
+        if stream is not None and self.gathered:
             self._forget()
-            self.is_open = True
         if stream is None:
             self.companions.append(layout)
             if layout.total == 1:  # one value for all tokens, or for the only one: nothing to split
@@ -133,64 +143,80 @@ class SequenceShards:
             share = pad(share, [0, 0] * (tensor.ndim - 1 - dim % tensor.ndim) + [0, missing])
         return torch.cat((tensor.narrow(dim, 0, replicated), share), dim) if replicated else share
 
-    def gather(self, tensor: torch.Tensor, dim: int, *, closes: bool) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor, dim: int, *, stream: str | None = None, closes: bool = True) -> torch.Tensor:
         """The whole tensor of which every sequence rank holds a share along `dim`, padding removed.
-
-        Of two streams with the same shares but different padding, `hidden_states` is taken, else the last.
 
         Args:
             tensor: this rank's share.
             dim: the dimension that is split.
-            closes: whether the region ends here.
+            stream: the parameter name by which it was split; None where only one stream lies on the ranks like this.
+            closes: whether attention sees the stream no more.
 
         Raises:
-            ValueError: nothing that was split in this region lies on the ranks like this tensor.
-            RuntimeError: no attention between split and gather came here: each rank attended only to its own tokens.
+            ValueError: no stream of this region lies on the ranks like this tensor, or it may be one or another.
         """
         if torch.compiler.is_compiling():
-            return _gather_operator(tensor, dim, self.number, closes)  # type: ignore[no-any-return]
-        if self.expects_attention and not self.attended and self.mesh.axis("sequence").size > 1:
-            raise RuntimeError(
-                "no attention of this region went across ranks; an attention backend was chosen that bypasses sp_core "
-                "after parallelize (with attention_backend(...), say): leave the one that was active then"
-            )
+            return _gather_operator(tensor, dim, self.number, stream, closes)  # type: ignore[no-any-return]
         whole, lengths = collectives.all_gather(tensor, dim, self.mesh)
-        main_last = sorted(self.streams, key=lambda name: name.rpartition(".")[2] == MAIN_STREAM)
-        layouts = [*self.companions, *(self.streams[name] for name in main_last)]
-        fitting = [layout for layout in layouts if layout.held == lengths]
-        if not fitting:
-            split = {name: stream.held for name, stream in self.streams.items()}
-            raise ValueError(f"gather of shares {lengths}, but what was split lies on the ranks as {split}")
-        found = fitting[-1]
+        name, found = self._stream_of(lengths, stream)
         if found.replicated:
             parts = list(whole.split(lengths, dim))
             own = parts[0].narrow(dim, 0, found.replicated)
             shares = [part.narrow(dim, found.replicated, part.shape[dim] - found.replicated) for part in parts]
             whole = torch.cat((own, *shares), dim)
         if closes:
-            self.is_open = False
-        return whole.narrow(dim, 0, found.replicated + found.length)
+            self.gathered.add(name)
+            self._layouts.clear()
+        return whole.narrow(dim, 0, found.total)
 
-    def layout(self, stream: str = "", joint: int = 0) -> TokenLayout | None:
+    def _stream_of(self, lengths: list[int], stream: str | None) -> tuple[str, Stream]:
+        """The stream that lies on the ranks in these lengths. All ranks decide alike: all know all lengths."""
+        fitting = {
+            name: layout
+            for name, layout in self.streams.items()
+            if layout.held == lengths and stream in (None, name.rpartition(".")[2])
+        }
+        if not fitting and not self.streams:  # only rotations or masks were split
+            fitting = {f"companion {i}": c for i, c in enumerate(self.companions) if c.held == lengths}
+        if not fitting:
+            split = {name: layout.held for name, layout in self.streams.items()}
+            raise ValueError(f"gather of shares {lengths}, but what was split lies on the ranks as {split}")
+        if len({layout.total for layout in fitting.values()}) > 1:
+            totals = {name: layout.total for name, layout in fitting.items()}
+            raise ValueError(
+                f"gather of shares {lengths}: these may be of any of the streams {totals}; say which, by "
+                "SequenceParallelOutput(..., stream=NAME) or sp_gather(..., stream=NAME)"
+            )
+        waiting = [name for name in fitting if name not in self.gathered]
+        name = (waiting or list(fitting))[-1]
+        return name, fitting[name]
+
+    def layout(self, stream: str = "", joint: int = 0, *, gathered: bool = False) -> TokenLayout | None:
         """The tokens of the open region, as attention joins them; None outside one.
 
         Args:
             stream: the parameter name of the only stream that the attention sees; empty: it joins all.
             joint: tokens in front of them that every rank holds.
+            gathered: as it was before anything was gathered.
 
         Raises:
             ValueError: no such stream is split.
         """
-        if not self.is_open or not self.streams:
-            return None
-        if (stream, joint) not in self._layouts:
-            streams = [s for name, s in self.streams.items() if stream in ("", name.rpartition(".")[2])]
+        key = (stream, joint, gathered)
+        if key not in self._layouts:
+            split = {n: s for n, s in self.streams.items() if gathered or n not in self.gathered}
+            if not split:
+                return None
+            streams = [split[n] for n in sorted(split, key=self._place) if stream in ("", n.rpartition(".")[2])]
             if not streams:
-                raise ValueError(f"attention over the stream {stream!r}, but split are only {list(self.streams)}")
+                raise ValueError(f"attention over the stream {stream!r}, but split are only {list(split)}")
             rank = self.mesh.axis("sequence").rank
             joined = TokenLayout(tuple(streams), rank, self.order_known or len(streams) == 1)
-            self._layouts[stream, joint] = joined.behind(joint)
-        return self._layouts[stream, joint]
+            self._layouts[key] = joined.behind(joint)
+        return self._layouts[key]
+
+    def _place(self, name: str) -> int:
+        return self.places.get(name, len(self.places))
 
     def leading(self, count: int, stream: str) -> int:
         """How many of the first `count` tokens of a stream this rank holds.
@@ -212,9 +238,9 @@ class SequenceShards:
     def _forget(self) -> None:
         """Nothing is split."""
         self.streams.clear()
+        self.gathered.clear()
         self.companions.clear()
         self._layouts.clear()
-        self.is_open = self.attended = False
 
 
 def sp_active() -> bool:
@@ -222,26 +248,40 @@ def sp_active() -> bool:
     return SequenceShards.running() is not None
 
 
-def sp_shard(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def sp_shard(tensor: torch.Tensor, dim: int, *, companion: bool = False) -> torch.Tensor:
     """Split `tensor` along `dim` over the sequence ranks, from inside the forward of a parallelised model.
 
-    The tensor is taken for a token stream: attention until the next `sp_gather` spans it. Lengths that the number of
-    ranks does not divide are split raggedly.
+    As in a plan, a floating tensor `(B, S, D)` is a token stream, over which attention spans until it is gathered;
+    streams are joined in the order in which they are split. Lengths that the ranks do not divide are split raggedly.
+
+    Args:
+        tensor: whole, the same on every rank.
+        dim: the dimension to split.
+        companion: whether it only goes along with a stream, although it looks like one.
 
     Raises:
         RuntimeError: no parallelised model's forward is running.
     """
     running = _running_forward("sp_shard")
-    return running.shard(tensor, dim, stream=f"sp_shard.{len(running.streams)}")
+    is_stream = tensor.ndim == 3 and tensor.is_floating_point() and not companion
+    return running.shard(tensor, dim, stream=f"sp_shard.{len(running.streams)}" if is_stream else None)
 
 
-def sp_gather(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def sp_gather(tensor: torch.Tensor, dim: int, *, stream: str | None = None, closes: bool = True) -> torch.Tensor:
     """Join the sequence ranks' shares of `tensor` along `dim`, from inside the forward of a parallelised model.
+
+    Args:
+        tensor: this rank's share.
+        dim: the dimension that is split.
+        stream: the parameter name by which a plan split it, or its number among the `sp_shard`ed streams, where two
+            streams can lie on the ranks alike.
+        closes: whether attention sees the stream no more; False to look at the whole (a mean, say) and go on.
 
     Raises:
         RuntimeError: no parallelised model's forward is running.
+        ValueError: no stream lies on the ranks like this tensor, or it may be one or another.
     """
-    return _running_forward("sp_gather").gather(tensor, dim, closes=True)
+    return _running_forward("sp_gather").gather(tensor, dim, stream=stream, closes=closes)
 
 
 def _running_forward(caller: str) -> SequenceShards:
@@ -274,13 +314,13 @@ def _(
 
 
 @torch.library.custom_op("sp_core::gather", mutates_args=())
-def _gather_operator(tensor: torch.Tensor, dim: int, record: int, closes: bool) -> torch.Tensor:
-    whole = SequenceShards.numbered(record).gather(tensor, dim, closes=closes)
+def _gather_operator(tensor: torch.Tensor, dim: int, record: int, stream: str | None, closes: bool) -> torch.Tensor:
+    whole = SequenceShards.numbered(record).gather(tensor, dim, stream=stream, closes=closes)
     return whole.clone(memory_format=torch.contiguous_format)
 
 
 @_gather_operator.register_fake
-def _(tensor: torch.Tensor, dim: int, record: int, closes: bool) -> torch.Tensor:
+def _(tensor: torch.Tensor, dim: int, record: int, stream: str | None, closes: bool) -> torch.Tensor:
     shape: list[Any] = list(tensor.shape)
     shape[dim] = torch.library.get_ctx().new_dynamic_size()
     return tensor.new_empty(shape)

@@ -15,8 +15,8 @@ class Stream:
     """How a sequence of tokens lies on `size` ranks.
 
     Ragged: as even as can be, the longer shares first. Padded: equal shares, zeros behind the last token. Every rank
-    holds at least one token, because model code reshapes with -1 and fails on empty tensors: a stream with fewer
-    tokens than ranks is padded in any case.
+    holds at least one token of a stream that has any, because model code reshapes with -1 and fails on empty tensors: a
+    stream with fewer tokens than ranks is padded in any case.
 
     Attributes:
         length: tokens that are split, without padding.
@@ -80,6 +80,8 @@ class TokenLayout:
     order_known: bool = True
     _order: torch.Tensor | None = field(default=None, repr=False)
     _real: torch.Tensor | None = field(default=None, repr=False)
+    last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
+    """The mask that was last made ready for these ranks, its version, and what came of it: layers often share one."""
 
     def __post_init__(self) -> None:
         split = False
@@ -117,20 +119,20 @@ class TokenLayout:
         """
         if self._order is None:
             self._require_order("a mask of the whole sequence is given")
-            self._order = torch.tensor(self._positions(), device=device)
+            self._order = torch.cat(self._spans(device))
         return self._order
 
-    def _positions(self) -> list[int]:
-        positions = list(range(self.replicated))
+    def _spans(self, device: torch.device) -> list[torch.Tensor]:
+        spans = [torch.arange(self.replicated, device=device)]
         for rank in range(len(self.lengths)):
             offset = 0
             for stream in self.streams:
                 real = stream.real
                 first = offset + stream.replicated + sum(real[:rank])
-                positions += range(first, first + real[rank])
-                positions += [-1] * (stream.shares[rank] - real[rank])
+                spans.append(torch.arange(first, first + real[rank], device=device))
+                spans.append(torch.full((stream.shares[rank] - real[rank],), -1, device=device))
                 offset += stream.total
-        return positions
+        return spans
 
     def own_order(self, device: torch.device) -> torch.Tensor:
         """`(L,)`: the part of `order` that this rank holds."""

@@ -18,6 +18,7 @@ Called by `spray verify`; needs neither Ray nor a deployment.
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from sp_core import kernels
 from sp_core.attention import diffusers_seam, layer
 from sp_core.attention.masks import mask_for_ranks
 from sp_core.degrees import ParallelDegrees
-from sp_core.divergence import Recording, tensors_of
+from sp_core.divergence import Recording, error, tensors_of
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankFailed, RankPool
@@ -193,13 +194,10 @@ def _first_divergence(model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str,
 
 
 def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> float:
-    """Largest difference, in units of max(1, max|reference|); infinite where the shapes differ."""
+    """Largest difference, in units of max(1, max|reference|); infinite where shapes differ or a number is none."""
     if [output.shape for output in outputs] != [reference.shape for reference in references]:
-        return float("inf")
-    return max(
-        float((output - reference).abs().max() / max(1.0, float(reference.abs().max())))
-        for output, reference in zip(outputs, references, strict=True)
-    )
+        return math.inf
+    return max((error(output, reference) for output, reference in zip(outputs, references, strict=True)), default=0.0)
 
 
 @contextmanager

@@ -2,24 +2,21 @@
 
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sp_core import kernels
-from sp_core.attention import layer
 from sp_core.attention.layer import SequenceParallelAttention
-from sp_core.attention.masks import mask_for_ranks
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput, SequenceParallelPartialInput
-from tests.test_same_answer import BAR, error
+from sp_core.verify import BAR, attention_kept_local
 
 HEAD_SIZE = 4
 MASKS = ("none", "keys", "additive keys", "per head", "square", "square per head", "one row")
@@ -55,7 +52,7 @@ class Attend(nn.Module):
         streams = ["text", "image"] if case.text else ["image"]
         self._sp_plan = {
             "": {name: SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=case.auto_pad) for name in streams},
-            "leave": SequenceParallelOutput(gather_dim=1),
+            "leave": SequenceParallelOutput(gather_dim=1, stream="image"),
         }
 
     def forward(
@@ -124,17 +121,8 @@ def forward(case: Case, mesh: ParallelMesh | None = None) -> torch.Tensor:
 def on_rank(mesh: ParallelMesh, case: Case, local: bool = False) -> torch.Tensor:
     if not local:
         return forward(case, mesh)
-    with mock.patch.object(layer, "region_attention", keep_local):
+    with attention_kept_local():
         return forward(case, mesh)
-
-
-def keep_local(query: Any, key: Any, value: Any, mask: Any, scale: Any, shards: Any, *, name: str, joint: int) -> Any:
-    layout = shards.layout("", joint)
-    shards.attended = True
-    if layout is None:
-        return kernels.local_attention(query, key, value, mask, scale)
-    own = mask_for_ranks(name, mask, layout, query)
-    return kernels.local_attention(query, key, value, own.keys, scale)
 
 
 LAYOUTS = [
@@ -158,7 +146,7 @@ cases = st.builds(
 
 @given(case=cases, layout=st.sampled_from(LAYOUTS))
 @settings(
-    max_examples=120, deadline=None, derandomize=True, database=None,
+    max_examples=120, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 def test_any_attention_is_that_of_one_process(ranks: RankPool, case: Case, layout: ParallelDegrees) -> None:

@@ -14,9 +14,10 @@ from diffusers.guiders import (
 
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
-from tests.test_same_answer import BAR, error
+from sp_core.verify import BAR
 
 GUIDERS: dict[str, Any] = {
     "plain": (ClassifierFreeGuidance, {"guidance_scale": 4.0}),

@@ -3,19 +3,24 @@
 import copy
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
+from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.models import examples as families
 from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankPool
+from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from sp_core.sp_sharding import SequenceShards
+from sp_core.verify import BAR
 from tests import qwen
-from tests.test_same_answer import BAR, error
 
 PROMPTS = [5, 9, *range(10, 30)]
 """Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
@@ -119,3 +124,49 @@ def compiled_family(mesh: ParallelMesh, name: str) -> float:
 )
 def test_blocks_of_other_families_compile(ranks: RankPool, name: str) -> None:
     assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_family, name)) <= BAR
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SequenceParallelAttention()
+
+    def forward(self, x: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
+        heads, extra = x.unflatten(2, (2, 4)), joint.unflatten(2, (2, 4))
+        joined = self.attention(heads, heads, heads, joint_query=extra, joint_key=extra, joint_value=extra)
+        return x + joined[:, joint.shape[1] :].flatten(2)
+
+
+class Own(nn.Module):
+    _sp_plan: ClassVar[dict[str, object]] = {
+        "blocks.0": {"x": SequenceParallelInput(1)},
+        "blocks.-1": SequenceParallelOutput(1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, joint)
+        return x
+
+
+def compiled_layer(mesh: ParallelMesh) -> float:
+    torch._dynamo.reset()
+    model, joint = Own(), torch.ones(1, 3, 8)
+    worst = 0.0
+    tokens = [torch.randn(1, n, 8, generator=torch.Generator().manual_seed(n)) for n in (9, 12, 17)]
+    references = [model(x, joint) for x in tokens]
+    parallelize(model, mesh)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for x, reference in zip(tokens, references, strict=True):
+            worst = max(worst, error(model(x, joint), reference))
+    return worst
+
+
+def test_blocks_with_our_layer_compile(ranks: RankPool) -> None:
+    assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_layer)) <= BAR

@@ -1,5 +1,6 @@
 """Law 1 on whole requests, without Ray: latents and pixels of a seed are one process's on every Ulysses degree."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from diffusers import QwenImagePipeline
 
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
+from sp_core.verify import BAR, attention_kept_local
 from tests.deployments import model
-from tests.test_same_answer import BAR, error
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.pipeline import Denoising, load_pipeline
@@ -33,13 +35,10 @@ Generated = tuple[torch.Tensor, list[np.ndarray[Any, Any]]]
 def generate(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Generated:
     """Latents and pictures of a request; `local` keeps each rank's attention to its own tokens."""
     pipeline = load_pipeline(model(folder, **asdict(mesh.degrees)), mesh)
-    if local:
-        for module in pipeline.transformer.modules():
-            if hasattr(module, "processor"):
-                vars(module.processor).pop("_parallel_config").shards.expects_attention = False
     denoising = Denoising(pipeline, request, mesh)
-    while not denoising.done:
-        denoising.step()
+    with attention_kept_local() if local else nullcontext():
+        while not denoising.done:
+            denoising.step()
     return denoising.latents, [np.asarray(picture, dtype=np.int16) for picture in denoising.finish()]
 
 

@@ -1,23 +1,21 @@
-"""Law 1 on diffusers' transformers of every family: all layouts x lengths x masks x batches of `tests.families`."""
+"""Law 1 on diffusers' transformers of every family: all layouts x the cells of `sp_core.models.examples`."""
 
-from typing import Any
-from unittest import mock
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from sp_core import kernels
-from sp_core.attention import diffusers_seam
-from sp_core.attention.masks import mask_for_ranks
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.models import examples as families
 from sp_core.models.examples import Cell
 from sp_core.parallelize import FAMILIES, parallelize
 from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import plan_from_diffusers
+from sp_core.verify import BAR, attention_kept_local
 from tests import qwen
-from tests.test_same_answer import BAR, LAYOUTS, error
+from tests.test_same_answer import LAYOUTS
 
 
 def forward(name: str, cell: Cell) -> list[torch.Tensor]:
@@ -34,21 +32,10 @@ def differences(mesh: ParallelMesh, name: str, local: bool = False) -> dict[Cell
     """For every cell of a family, how far the ranks' answer is from one process's."""
     references = {cell: forward(name, cell) for cell in families.cells(name)}
     handle = parallelize(families.TINY[name].model, mesh)
-    attention = keep_local if local else diffusers_seam.region_attention
-    with mock.patch.object(diffusers_seam, "region_attention", attention):
+    with attention_kept_local() if local else nullcontext():
         found = {cell: worst(forward(name, cell), reference) for cell, reference in references.items()}
     handle.remove()
     return found
-
-
-def keep_local(query: Any, key: Any, value: Any, mask: Any, scale: Any, shards: Any, *, name: str, stream: str) -> Any:
-    """The negative control: each rank attends to its own tokens, with its own part of the mask."""
-    shards.attended = True
-    layout = shards.layout(stream)
-    if layout is None:
-        return shards.local_attention(query, key, value, mask, scale)
-    own = mask_for_ranks(name, mask, layout, query)
-    return kernels.local_attention(query, key, value, own.keys, scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,8 +89,7 @@ def test_two_models_alternate(ranks: RankPool) -> None:
 def by_diffusers_plan(mesh: ParallelMesh) -> tuple[float, str]:
     """Qwen-Image by the `_cp_plan` that diffusers ships, as any class without a family of ours."""
     model = qwen.transformer()
-    stranger = type("Stranger", (type(model),), {})
-    model.__class__ = stranger
+    model.__class__ = type("Stranger", type(model).__bases__, dict(vars(type(model))))
     inputs = qwen.inputs(height=5, width=3, text=7)
     with torch.no_grad():
         reference = model(**inputs, return_dict=False)[0]

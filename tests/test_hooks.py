@@ -18,7 +18,7 @@ from sp_core.sp_plan import (
     SequenceParallelOutput,
     SequenceParallelPartialInput,
 )
-from sp_core.sp_sharding import sp_gather, sp_shard
+from sp_core.sp_sharding import sp_active, sp_gather, sp_shard
 from tests.toys import SPLIT, TWO, Intrusive, Toy
 
 PLANS: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ PLANS: list[dict[str, Any]] = [
 
 def run_toy(mesh: ParallelMesh, plan: dict[str, Any], length: int, with_y: bool, by_name: bool) -> Any:
     toy = Toy()
-    _, handle = apply_sequence_parallel(toy, plan, mesh)
+    handle = apply_sequence_parallel(toy, plan, mesh)
     x = torch.arange(2.0 * length * 3).view(2, length, 3)
     y = torch.ones_like(x) if with_y else None
     output = toy(x=x, y=y) if by_name else toy(x, y)
@@ -54,7 +54,7 @@ def test_hooks_split_and_gather_and_go(ranks: RankPool, plan: Any, length: int, 
 
 def run_intrusive(mesh: ParallelMesh) -> tuple[bool, int, str]:
     model = Intrusive()
-    _, handle = apply_sequence_parallel(model, {}, mesh)
+    handle = apply_sequence_parallel(model, {}, mesh)
     x = torch.arange(10.0).view(1, 5, 2)
     whole, local = model(x)
     handle.remove()
@@ -95,7 +95,7 @@ def apply_wrongly(mesh: ParallelMesh) -> list[str]:
 def test_plans_that_do_not_apply(ranks: RankPool) -> None:
     for said in ranks.run(TWO, apply_wrongly):
         assert "Parameter 'z' not found in function signature of 'blocks.0'" in said[0]
-        assert "'nope' (of the plan key 'nope') is not a submodule of Toy" in said[1]
+        assert "'nope' is not a submodule of Toy in Toy (plan key 'nope')" in said[1]
         assert "has 3 dimensions (shape (1, 4, 2)), but the plan says expected_dims=4" in said[2]
         assert "Index 3 out of bounds for output of 'blocks.0'" in said[3]
         assert "Expected 2 outputs, got 1 from 'blocks.0'" in said[4]
@@ -315,3 +315,88 @@ def run_two_regions(mesh: ParallelMesh) -> bool:
 
 def test_several_gathers_and_several_regions(ranks: RankPool) -> None:
     assert ranks.run(TWO, run_two_regions) == [True] * 2
+
+
+class TwoByTwo(nn.Module):
+    """Two streams, gathered by two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_out, self.out = nn.Identity(), nn.Identity()
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> Any:
+        return self.text_out(text), self.out(image)
+
+
+def gather_alike(mesh: ParallelMesh, text: int, image: int, named: bool, pad: bool) -> Any:
+    model = TwoByTwo()
+    split = SequenceParallelInput(1, auto_pad=pad)
+    plan = {
+        "": {"text": split, "image": split},
+        "text_out": SequenceParallelOutput(1, stream="text" if named else None),
+        "out": SequenceParallelOutput(1, stream="image" if named else None),
+    }
+    apply_sequence_parallel(model, plan, mesh)
+    shapes = tuple(torch.arange(2.0 * n).view(1, n, 2) for n in (text, image))
+    return all(torch.equal(a, b) for a, b in zip(model(*shapes), shapes, strict=True))
+
+
+def test_streams_that_lie_alike_must_be_named(ranks: RankPool) -> None:
+    for text, image, pad in ((1, 2, False), (5, 6, True)):
+        assert ranks.run(TWO, gather_alike, text, image, True, pad) == [True] * 2
+        with pytest.raises(RuntimeError, match="these may be of any of the streams"):
+            ranks.run(TWO, gather_alike, text, image, False, pad)
+    assert ranks.run(TWO, gather_alike, 4, 7, False, False) == [True] * 2
+
+
+def pad_one(mesh: ParallelMesh) -> Any:
+    model = nn.Sequential(Anything(), Anything())
+    plan = {"0": {"x": SequenceParallelInput(1, auto_pad=True)}, "1": {"text": SequenceParallelCompanion(1)}}
+    shards = apply_sequence_parallel(model, plan, mesh).shards
+    seen = []
+    model[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["text"].shape[1]), with_kwargs=True
+    )
+    shards.begin()
+    x = model[0](X)
+    model[1](x, text=X)
+    return x.shape[1], seen
+
+
+def test_what_goes_along_is_padded_with_its_stream(ranks: RankPool) -> None:
+    assert ranks.run(TWO, pad_one) == [(3, [3])] * 2
+
+
+def interrupted(mesh: ParallelMesh) -> bool:
+    model = Intrusive()
+    handle = apply_sequence_parallel(model, {}, mesh)
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    assert sp_active()
+    handle.remove()
+    return sp_active()
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(ranks: RankPool) -> None:
+    assert ranks.run(TWO, interrupted) == [False] * 2
+
+
+def shard_rotations(mesh: ParallelMesh) -> list[tuple[int, ...]]:
+    class Rotations(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[tuple[int, ...]]:
+            parts = sp_shard(x, 1), sp_shard(x[..., None], 1), sp_shard(x, 1, companion=True), sp_shard(x > 3, 1)
+            return [tuple(part.shape) for part in parts] + [tuple(sp_gather(parts[0], 1).shape)]
+
+    model = Rotations()
+    shards = apply_sequence_parallel(model, {}, mesh).shards
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(len(shards.streams)), prepend=True)
+    shapes = model(X)
+    assert seen == [1]
+    return shapes
+
+
+def test_only_tokens_become_streams(ranks: RankPool) -> None:
+    for rank, shapes in enumerate(ranks.run(TWO, shard_rotations)):
+        assert [shape[1] for shape in shapes] == [3 - rank] * 4 + [5]

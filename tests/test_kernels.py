@@ -23,10 +23,12 @@ def test_partial_attentions_merge_to_the_whole(masked: bool) -> None:
         mask[0, ..., :4] = -math.inf  # the first chunk is hidden as a whole
         mask[1] = -math.inf  # and this row sees nothing
     whole = kernels.attention(query, key, value, mask)
-    output, lse = query.new_zeros(query.shape), query.new_full(query.shape[:3], -math.inf)
-    for chunk in (slice(0, 4), slice(4, 9)):
-        part = kernels.attention_with_lse(query, key[:, chunk], value[:, chunk], mask[..., chunk])
-        output, lse = kernels.merge(output, lse, *part)
+    parts = [
+        kernels.partial_attention(query, key[:, chunk], value[:, chunk], mask[..., chunk] if masked else None)
+        for chunk in (slice(0, 4), slice(4, 9))
+    ]
+    merged = kernels.merge(*parts)
+    output, lse = merged.output, merged.lse
     assert torch.isfinite(output).all()
     assert (output - whole).abs().max() < 1e-6
     if masked:
@@ -35,6 +37,22 @@ def test_partial_attentions_merge_to_the_whole(masked: bool) -> None:
     else:
         scores = torch.einsum("bshd,bkhd->bshk", query, key) / math.sqrt(8)
         assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min])
+def test_rows_that_hide_all_keys_by_a_finite_mask(low: float) -> None:
+    """Such a mask hides nothing, as the softmax sees differences only: they are not lost in the merge. (They are in one
+    kernel's scores: plain attention answers with a mean there, which nobody looks at.)"""
+    query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
+    mask = torch.full((2, 1, 1, 9), low)
+    mask[1, ..., 2] = 0
+    parts = [
+        kernels.partial_attention(query, key[:, chunk], value[:, chunk], mask[..., chunk])
+        for chunk in (slice(0, 3), slice(3, 7), slice(7, 9))
+    ]
+    merged = kernels.merge(kernels.merge(parts[2], parts[0]), parts[1])
+    assert (merged.output[0] - kernels.attention(query, key, value)[0]).abs().max() < 2e-6
+    assert (merged.output[1] - value[1, 2]).abs().max() < 2e-6
 
 
 def test_fewer_key_heads_and_masks_of_models() -> None:

@@ -1,5 +1,6 @@
 """A model becomes parallel and plain again; what would attend only locally is refused; collectives are counted."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,12 +9,16 @@ import torch.distributed as dist
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 from torch import nn
 
+from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.models import examples as families
 from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankPool
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from sp_core.sp_sharding import sp_active, sp_gather, sp_shard
+from sp_core.verify import BAR
 from tests import qwen
 from tests.toys import SPLIT, TWO, Intrusive, Toy, ToyBlock
 
@@ -39,7 +44,7 @@ def bypass(mesh: ParallelMesh) -> list[str]:
 def test_attention_cannot_be_led_past_the_seam(ranks: RankPool) -> None:
     for said in ranks.run(TWO, bypass):
         assert "remove() that first" in said[0]
-        assert "no attention of this region went across ranks" in said[1]
+        assert "no attention of this forward went across ranks" in said[1]
         assert "has its own attention backend" in said[2]
 
 
@@ -134,6 +139,8 @@ def count_collectives(mesh: ParallelMesh, masked: bool) -> dict[str, int]:
     model = qwen.transformer(layers=2)
     parallelize(model, mesh)
     inputs = qwen.inputs(height=5, width=3, text=8, mask=[[True] * 6 + [False] * 2] if masked else None)
+    with torch.no_grad():
+        model(**inputs)  # at the first call of an attention the ranks agree that it fits
     for name in counts:
         setattr(dist, name, counted(name))
     try:
@@ -219,3 +226,131 @@ def capture_and_release(mesh: ParallelMesh) -> list[str]:
 
 def test_captured_processors_come_back(ranks: RankPool) -> None:
     assert ranks.run(TWO, capture_and_release) == [["CapturedJointAttnProcessor2_0"] * 3] * 2
+
+
+class TwoStages(nn.Module):
+    """Attention, a gather on the way, attention again on the share or on the whole."""
+
+    def __init__(self, closes: bool, names: tuple[str, str] = ("text", "image")) -> None:
+        super().__init__()
+        self._sp_plan: dict[str, Any] = {}
+        self.closes = closes
+        self.first, self.second = SequenceParallelAttention(), SequenceParallelAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = sp_shard(x, 1) if sp_active() else x
+        share = self._attend(self.first, share)
+        whole = sp_gather(share, 1, closes=self.closes) if sp_active() else share
+        share = self._attend(self.second, share + whole.mean(1, keepdim=True))
+        return sp_gather(share, 1) if sp_active() else share
+
+    def _attend(self, attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(2, (2, 4))
+        return x + attention(heads * 2, heads, heads).flatten(2)  # type: ignore[no-any-return]
+
+
+def attend_behind_a_gather(mesh: ParallelMesh, closes: bool) -> Any:
+    model, x = TwoStages(closes), torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(0))
+    reference = model(x)
+    parallelize(model, mesh)
+    if not closes:
+        return error(model(x), reference)
+    with pytest.raises(ValueError) as refused:
+        model(x)
+    return str(refused.value)
+
+
+def test_attention_behind_a_gather_is_not_silently_local(ranks: RankPool) -> None:
+    assert max(ranks.run(TWO, attend_behind_a_gather, False)) <= BAR
+    assert all("has been gathered already" in said for said in ranks.run(TWO, attend_behind_a_gather, True))
+
+
+class OtherOrder(nn.Module):
+    """The forward makes the image first, attention joins [text, image]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_in, self.image_in, self.out = nn.Identity(), nn.Identity(), nn.Identity()
+        self.attention = SequenceParallelAttention()
+        split = {0: SequenceParallelInput(1, split_output=True)}
+        self._sp_plan: dict[str, Any] = {
+            "text_in": split, "image_in": split, "out": SequenceParallelOutput(1, stream="image_in")
+        }  # fmt: skip
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        image, text = self.image_in(image), self.text_in(text)
+        heads = torch.cat((text, image), 1).unflatten(2, (2, 4))
+        return self.out(self.attention(heads * 2, heads, heads, mask).flatten(2)[:, text.shape[1] :])  # type: ignore
+
+
+def run_other_order(mesh: ParallelMesh, text: int, masked: bool) -> float:
+    model, generator = OtherOrder(), torch.Generator().manual_seed(0)
+    tokens = [torch.randn(1, n, 8, generator=generator) for n in (text, 6)]
+    mask = torch.rand(1, text + 6, generator=generator) > 0.5 if masked else None
+    reference = model(*tokens, mask)
+    model._sp_plan["out"] = SequenceParallelOutput(1)
+    parallelize(model, mesh)
+    return error(model(*tokens, mask), reference)
+
+
+def test_streams_are_joined_in_the_order_of_the_plan(ranks: RankPool) -> None:
+    for text, masked in ((5, True), (1, False), (1, True)):
+        assert max(ranks.run(TWO, run_other_order, text, masked)) <= BAR
+
+
+def meddle(mesh: ParallelMesh) -> list[str]:
+    said = []
+    model = copy.deepcopy(families.TINY["flux"].model)
+    arguments = families.inputs("flux", "uneven", "none", 1)
+    parallelize(model, mesh)
+    model.transformer_blocks[1].attn.set_processor(type(model.transformer_blocks[1].attn.processor).__mro__[0]())
+    for attempt in (lambda: model(**arguments), lambda: parallelize(model, mesh)):
+        with pytest.raises((RuntimeError, ValueError)) as refused:
+            attempt()
+        said.append(str(refused.value))
+    never = Toy()
+    never._sp_plan = {"blocks.0": {"x": SPLIT}}  # type: ignore[assignment]
+    with pytest.raises(ValueError) as refused_plan:
+        parallelize(never, mesh)
+    said.append(str(refused_plan.value))
+    return said
+
+
+def test_what_is_changed_afterwards_or_never_gathered(ranks: RankPool) -> None:
+    for said in ranks.run(TWO, meddle):
+        assert "the attention processor of transformer_blocks.1.attn in FluxTransformer2DModel" in said[0]
+        assert "is parallelised already" in said[1]
+        assert "splits but gathers nothing" in said[2]
+
+
+def shared_processor(mesh: ParallelMesh) -> float:
+    """diffusers' set_attn_processor gives one object to all modules, those that stay local too."""
+    model = copy.deepcopy(families.TINY["ltx"].model)
+    model.set_attn_processor(type(next(iter(model.attn_processors.values())))())
+    arguments = families.inputs("ltx", "uneven", "none", 1)
+    with torch.no_grad():
+        reference = model(**arguments, return_dict=False)[0]
+        parallelize(model, mesh)
+        return error(model(**arguments, return_dict=False)[0], reference)
+
+
+def test_modules_may_share_a_processor(ranks: RankPool) -> None:
+    assert max(ranks.run(TWO, shared_processor)) <= BAR
+
+
+def misfit_on_one(mesh: ParallelMesh) -> str:
+    """Whole keys, as many as rank 0's share by chance: all ranks must hear of it, none may wait."""
+    model = TwoStages(closes=False)
+    parallelize(model, mesh)
+    attend = model._attend
+    x = torch.randn(1, 5, 8)
+    model._attend = lambda attention, share: attend(attention, x[:, :3])  # type: ignore[method-assign]
+    with pytest.raises(ValueError) as refused:
+        model(x)
+    return str(refused.value)
+
+
+def test_a_misfit_on_one_rank_is_told_to_all(ranks: RankPool) -> None:
+    first, second = ranks.run(TWO, misfit_on_one)
+    assert "does not fit the plan on another rank" in first
+    assert "has 3 queries and 3 keys on sequence rank 1" in second

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from sp_core.degrees import ParallelDegrees
+from sp_core.divergence import error
 from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankPool
+from sp_core.verify import BAR
 from tests import qwen
-
-BAR = 1e-5
-"""Largest difference allowed, times max(1, max|reference|)."""
 
 CASES: dict[str, dict[str, Any]] = {
     "even": {"height": 6, "width": 4, "text": 12},
@@ -41,11 +40,6 @@ LAYOUTS = {
     "ring 4": ParallelDegrees(ring_degree=4),
     "ulysses 2 x ring 2": ParallelDegrees(ulysses_degree=2, ring_degree=2),
 }
-
-
-def error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference, in units of the law's scale."""
-    return float((output - reference).abs().max() / max(1.0, float(reference.abs().max())))
 
 
 def forward(mesh: ParallelMesh, case: dict[str, Any], attention: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from service.local import LocalCluster
+from sp_core.verify import attention_kept_local
 from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
 
 DEGREES = [1, 2, 3, 4]
@@ -151,12 +152,11 @@ def test_a_full_queue_is_said_so(server: str) -> None:
 
 def local_attention(actor: Any, local: bool) -> None:
     """In a rank's process: keep its attention to its own tokens, or put that right again."""
-    for module in actor._rank._pipeline.transformer.modules():
-        if hasattr(module, "processor"):
-            config = module.processor._parallel_config or module.processor.kept
-            module.processor.kept = config
-            config.shards.expects_attention = not local
-            module.processor._parallel_config = None if local else config
+    if local:
+        actor.control = attention_kept_local()
+        actor.control.__enter__()
+    else:
+        actor.control.__exit__(None, None, None)
 
 
 def test_attention_kept_local_would_be_seen(server: str) -> None:

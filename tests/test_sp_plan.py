@@ -64,7 +64,7 @@ def test_names_of_modules() -> None:
     for name, says in (
         ("blocks.*.*", "can only be used once"),
         ("outputs.*", "can only be used with ModuleList"),
-        ("blocks.7", "'7' .* is not a submodule of ModuleList in Toy; it has: 0, 1"),
+        ("blocks.7", r"'7' is not a submodule of ModuleList in Toy \(plan key 'blocks.7'\); it has: 0, 1"),
         ("training", "is not a submodule"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -28,7 +28,7 @@ PLAN_API = {
     "SequenceParallelCompanion": ["split_dim", "expected_dims", "split_output", "auto_pad", "optional"],
     "SequenceParallelPartialInput": ["split_dim", "text_len_source", "expected_dims", "split_output"],
     "SequenceParallelLeadingCount": ["stream"],
-    "SequenceParallelOutput": ["gather_dim", "expected_dims"],
+    "SequenceParallelOutput": ["gather_dim", "expected_dims", "stream"],
 }
 
 FUNCTIONS = {
@@ -37,9 +37,9 @@ FUNCTIONS = {
     sp_core.sp_plan.validate_sp_plan: ["plan"],
     sp_core.sp_plan.get_sp_plan_from_model: ["model"],
     sp_core.sp_sharding.sp_active: [],
-    sp_core.sp_sharding.sp_shard: ["tensor", "dim"],
-    sp_core.sp_sharding.sp_gather: ["tensor", "dim"],
-    SequenceParallelAttention.__init__: ["self", "scale"],
+    sp_core.sp_sharding.sp_shard: ["tensor", "dim", "companion"],
+    sp_core.sp_sharding.sp_gather: ["tensor", "dim", "stream", "closes"],
+    SequenceParallelAttention.__init__: ["self", "scale", "local"],
     SequenceParallelAttention.forward: [
         "self", "query", "key", "value", "mask", "joint_query", "joint_key", "joint_value", "joint_strategy",
         "joint_sharded",

@@ -17,9 +17,9 @@ from sp_core.parallelize import parallelize
 from sp_core.rank_pool import RankPool
 from sp_core.tensor_parallel import AcrossHeadsRMSNorm, apply_tensor_parallel, part_of
 from sp_core.tp_plan import Columns, Rows, tp_plan_from_diffusers
+from sp_core.verify import BAR
 from tests import qwen
 from tests.test_families import worst
-from tests.test_same_answer import BAR
 
 LAYOUTS = {
     "tp 2": ParallelDegrees(tensor_parallel_size=2),

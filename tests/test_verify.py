@@ -41,6 +41,12 @@ class FailsAlone(Standard):
     _sp_example = {"hidden_states": ["B", "S", 47]}
 
 
+class NoNumber(Standard):
+    def forward(self, hidden_states):
+        output = super().forward(hidden_states)
+        return output, output * float("nan")
+
+
 class Silent(Standard):
     _sp_example = None
 
@@ -73,6 +79,7 @@ def test_models_that_go_wrong(models: Path, capsys: pytest.CaptureFixture[str]) 
     for name, says in (
         ("MixesTokens", "first at 'pool', whose output (1, 12, 48) differs by"),
         ("ForgetsPositions", "failed: RuntimeError: The size of tensor a (12) must match"),
+        ("NoNumber", "differs by inf"),
         ("Blind", "proves nothing: with attention kept local the answer differs by 0.0e+00 only"),
     ):
         assert cli.main(["verify", f"readme_models:{name}", "--world", "2"]) == 1

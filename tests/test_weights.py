@@ -11,8 +11,8 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models import examples
 from sp_core.rank_pool import RankPool
+from sp_core.verify import BAR
 from tests.test_families import worst
-from tests.test_same_answer import BAR
 from workers import weights
 from workers.weights import fill, load_transformer
 

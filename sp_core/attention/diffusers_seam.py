@@ -4,7 +4,7 @@ diffusers sends every attention through a table of backends and passes along the
 processor. This file puts one entry into the table and one `BoundAttention` into each processor. Calls that carry
 something else (models that are not ours, Wan's cross-attention) go on to the backend that was active before.
 
-All of diffusers' private names that sp_core relies on are used here and nowhere else; `tests/test_sp_core.py`
+All of diffusers' private names that sp_core relies on are used here and nowhere else; `tests/test_parallelize.py`
 fails when a new release moves them.
 """
 
@@ -126,41 +126,74 @@ def bind_attention(
         for name, module in model.named_modules()
         if hasattr(module, "processor") and not any(fnmatch(name, pattern) for pattern in family.local_attention)
     }
-    layers = [module for module in model.modules() if isinstance(module, SequenceParallelAttention)]
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, SequenceParallelAttention)}
     _require_within_reach(model, found, family)
     if not (found or layers or optional):
         raise ValueError(
             f"{type(model).__name__} cannot be parallelised: it has neither attention processors of diffusers nor a "
             "SequenceParallelAttention, so each rank would attend only to its own tokens"
         )
-    _require_free(model, found, layers)
+    _require_free(model, found, list(layers.values()))
     if found and _AttentionBackendRegistry.get_active_backend()[1] is not _dispatch:
         _take_over()
-    processors = {name: module.processor for name, module in found.items()}
+    originals = {name: module.processor for name, module in found.items()}
     for name, module in found.items():
         stream = next((s for pattern, s in family.own_stream.items() if fnmatch(name, pattern)), "")
-        attention = BoundAttention(name, shards, stream)
-        if hasattr(module.processor, "_parallel_config"):
-            module.processor._parallel_config = attention
-        else:
-            processor = copy.copy(module.processor)
-            processor.__class__ = captured(processor.__class__)
-            processor.sequence_parallel = attention
-            module.processor = processor
-    for layer in layers:
-        layer.record = shards.number
+        module.processor = _bound(module.processor, BoundAttention(name, shards, stream))
+    for name, layer in layers.items():
+        layer.record, layer.name = shards.number, name
     if found:
         shards.local_attention = _local
-    shards.expects_attention = bool(found or layers)
+    bound = {name: module.processor for name, module in found.items()}
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: _require_bound(model, found, bound)),
+        model.register_forward_hook(lambda *_: _require_attended(shards), prepend=True) if found or layers else None,
+    ]
 
     def release() -> None:
+        for hook in hooks:
+            if hook is not None:
+                hook.remove()
         for name, module in found.items():
-            module.processor = processors[name]
-            vars(module.processor).pop("_parallel_config", None)  # the class's own None shows again
-        for layer in layers:
+            module.processor = originals[name]
+        for layer in layers.values():
             layer.record = None
 
     return release
+
+
+def _bound(processor: Any, attention: BoundAttention) -> Any:
+    """A copy of the processor whose attention comes here. A copy, because modules may share one."""
+    copied = copy.copy(processor)
+    if hasattr(processor, "_parallel_config"):
+        copied._parallel_config = attention
+    else:
+        copied.__class__ = captured(copied.__class__)
+        copied.sequence_parallel = attention
+    return copied
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _require_bound(model: nn.Module, found: dict[str, nn.Module], bound: dict[str, Any]) -> None:
+    """Raise where a processor was replaced after parallelize: it would attend only to its own rank's tokens."""
+    for name, module in found.items():
+        processor = module.processor
+        if processor is not bound[name] or getattr(processor, "_attention_backend", None) is not None:
+            raise RuntimeError(
+                f"the attention processor of {name} in {type(model).__name__}, or its backend, was changed after "
+                "parallelize and would attend only to its own rank's tokens: remove() the handle, change it, and "
+                "parallelize again"
+            )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _require_attended(shards: SequenceShards) -> None:
+    """Raise at the end of a forward whose attention never came here."""
+    if shards.streams and not shards.attended and shards.mesh.axis("sequence").size > 1:
+        raise RuntimeError(
+            "no attention of this forward went across ranks; an attention backend was chosen that bypasses sp_core "
+            "after parallelize (with attention_backend(...), say): leave the one that was active then"
+        )
 
 
 def _require_within_reach(model: nn.Module, found: dict[str, nn.Module], family: ModelFamily) -> None:

@@ -56,8 +56,6 @@ def sequence_parallel_attention(
     def over_the_ring(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor | None
     ) -> torch.Tensor:
-        if query.shape[2] > key.shape[2]:
-            key, value = (t.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for t in (key, value))
         return ring_attention(query, key, value, keys, bias, scale, chunks, replicated, ring)
 
     keys = None if mask.keys is None else mask.keys.expand(query.shape[:2])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sp_core import kernels
-from sp_core.attention.region import region_attention
+from sp_core.attention.region import compiled_attention, region_attention
 from sp_core.sp_sharding import SequenceShards
 
 
@@ -26,13 +26,17 @@ class SequenceParallelAttention(nn.Module):
 
     Args:
         scale: of the scores; None is 1/sqrt(D).
+        local: the tokens are whole on every rank (a refiner of the text, cross-attention to it): never across ranks.
     """
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, *, local: bool = False) -> None:
         super().__init__()
         self.scale = scale
+        self.local = local
         self.record: int | None = None
         """The `SequenceShards` of the parallelised model that this layer belongs to."""
+        self.name = type(self).__name__
+        """Its name in that model, for messages."""
 
     def forward(
         self,
@@ -89,10 +93,12 @@ class SequenceParallelAttention(nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, joint: int
     ) -> torch.Tensor:
-        if self.record is not None:
-            shards = SequenceShards.numbered(self.record)
-            return region_attention(query, key, value, mask, self.scale, shards, name=type(self).__name__, joint=joint)
-        return kernels.local_attention(query, key, value, mask, self.scale)
+        if self.record is None or self.local:
+            return kernels.local_attention(query, key, value, mask, self.scale)
+        if torch.compiler.is_compiling():  # which cannot look the record up
+            return compiled_attention(query, key, value, mask, self.scale, self.record, "", joint)
+        shards = SequenceShards.numbered(self.record)
+        return region_attention(query, key, value, mask, self.scale, shards, name=self.name, joint=joint)
 
 
 def _joint(

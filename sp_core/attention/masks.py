@@ -27,6 +27,16 @@ class RankMask:
 
 
 def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
+    """As `_for_ranks`; what came of the region's last mask is kept, because the layers of a model share one."""
+    version = None if mask is None or mask.is_inference() else mask._version
+    if layout.last_mask is None or layout.last_mask[0] is not mask or layout.last_mask[1] != version:
+        layout.last_mask = (mask, version, _for_ranks(name, mask, layout, query))
+    kept = layout.last_mask[2]
+    assert isinstance(kept, RankMask)
+    return kept
+
+
+def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
     """The model's mask, and the padding of the open region, for attention across ranks.
 
     Args:

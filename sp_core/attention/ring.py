@@ -4,8 +4,9 @@ After Ring Attention (arXiv 2310.01889). Each rank attends to the chunk it holds
 merges the results by their log-sum-exp in fp32. A rank holds two chunks at a time, whatever the length of the sequence.
 Called by `sp_core.attention.hybrid`.
 
-Shapes: B batch, R tokens that every rank holds, L this rank's tokens, H heads, D head size, P ranks. Chunks may differ
-in length. The replicated tokens' keys are attended to once, with the rank's own chunk, and do not travel.
+Shapes: B batch, R tokens that every rank holds, L this rank's tokens, H query heads, K key heads, D head size, P ranks.
+Chunks may differ in length. The replicated tokens' keys are attended to once, with the rank's own chunk, and do not
+travel.
 """
 
 import torch
@@ -28,9 +29,9 @@ def ring_attention(
     """Attention of this rank's queries over all ranks' keys.
 
     Args:
-        query: `(B, R + L, H, D)`, this rank's share; key and value alike.
-        key: see query.
-        value: see query.
+        query: `(B, R + L, H, D)`, this rank's share.
+        key: `(B, R + L, K, D)`; K divides H.
+        value: as key.
         mask: this rank's share of an additive key mask, `(B, R + L)`.
         bias: an additive mask for this rank's queries over all keys, in the order of the ranks, broadcastable to
             `(B, H, R + L, R + sum(lengths))`.
@@ -44,14 +45,14 @@ def ring_attention(
     """
     if axis.size == 1:
         return kernels.attention(query, key, value, _over_keys(mask) if bias is None else bias, scale)
-    batch, _, heads, head_size = query.shape
+    batch, _, key_heads, head_size = key.shape
+    width = 2 * key_heads * head_size
     chunk = torch.cat((key.flatten(2), value.flatten(2)), dim=2)
-    if mask is not None:
-        chunk = torch.cat((chunk, mask.unsqueeze(2)), dim=2)  # (B, R + L, 2 * H * D + 1)
+    if mask is not None:  # kernels want rows of a multiple of 16 bytes
+        chunk = torch.cat((chunk, mask.unsqueeze(2).expand(-1, -1, 8)), dim=2)  # (B, R + L, width + 8)
     shared, columns = (None, bias) if bias is None else bias.split([replicated, sum(lengths)], dim=-1)
 
-    output = query.new_zeros(query.shape, dtype=torch.float32)
-    lse = output.new_full(query.shape[:3], float("-inf"))
+    merged: kernels.Partial | None = None
     for distance in range(axis.size):
         owner = (axis.rank - distance) % axis.size
         following = None
@@ -59,17 +60,18 @@ def ring_attention(
             behind = (owner - 1) % axis.size
             outgoing = chunk[:, replicated:] if distance == 0 else chunk
             following = collectives.RingShift(outgoing, (batch, lengths[behind], chunk.shape[2]), axis)
-        keys, values = chunk[..., : 2 * heads * head_size].unflatten(2, (2, heads, head_size)).unbind(2)
+        keys, values = chunk[..., :width].unflatten(2, (2, key_heads, head_size)).unbind(2)
         chunk_mask = _over_keys(chunk[..., -1]) if mask is not None else None
         if columns is not None and shared is not None:
             chunk_mask = columns.narrow(-1, sum(lengths[:owner]), lengths[owner])
             if distance == 0:
                 chunk_mask = torch.cat((shared, chunk_mask), dim=-1)
-        part, part_lse = kernels.attention_with_lse(query, keys, values, chunk_mask, scale)
-        output, lse = kernels.merge(output, lse, part, part_lse)
+        part = kernels.partial_attention(query, keys, values, chunk_mask, scale)
+        merged = part if merged is None else kernels.merge(merged, part)
         if following is not None:
             chunk = following.wait()
-    return output.to(query.dtype)
+    assert merged is not None
+    return merged.output.to(query.dtype)
 
 
 def _over_keys(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ FLUX = ModelFamily(
             "controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3),
             "controlnet_single_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     refused_processors={
         "FluxIPAdapterAttnProcessor": "it attends to image prompts by the same way as to the sequence",

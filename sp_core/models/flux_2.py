@@ -22,7 +22,7 @@ FLUX_2 = ModelFamily(
             "txt_ids": SequenceParallelCompanion(split_dim=-2),
             "img_ids": SequenceParallelCompanion(split_dim=-2),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     refused_processors={"Flux2KVAttnProcessor": _CACHED, "Flux2KVParallelSelfAttnProcessor": _CACHED},
 )

@@ -32,7 +32,7 @@ def _plan(config: Mapping[str, Any]) -> SequenceParallelModelPlan:
             "hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     }
     if config.get("image_condition_type") == "token_replace":
         for blocks in ("transformer_blocks.*", "single_transformer_blocks.*"):

@@ -24,7 +24,7 @@ LTX = ModelFamily(
             0: SequenceParallelCompanion(split_dim=1, expected_dims=3, split_output=True),
             1: SequenceParallelCompanion(split_dim=1, expected_dims=3, split_output=True),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     tp_plan={
         "rope": Channels(),  # features of all heads

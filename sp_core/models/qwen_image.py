@@ -31,6 +31,6 @@ QWEN_IMAGE = ModelFamily(
             "encoder_hidden_states_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
             "modulate_index": SequenceParallelInput(split_dim=1, expected_dims=2),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
 )

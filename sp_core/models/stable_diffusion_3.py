@@ -19,7 +19,7 @@ STABLE_DIFFUSION_3 = ModelFamily(
             "hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),
         },
-        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     own_stream={"*.attn2": "hidden_states"},
     captured_processors=("JointAttnProcessor2_0",),

@@ -30,7 +30,7 @@ _ROPE_AND_OUTPUT: SequenceParallelModelPlan = {
         0: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True),
         1: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True),
     },
-    "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
 }
 
 _TP: TensorParallelPlan = {

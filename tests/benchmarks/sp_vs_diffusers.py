@@ -204,8 +204,8 @@ def print_hook_cost() -> None:
     with torch.no_grad():
         for turn in range(500):
             plain = timed(lambda: narrow(**inputs))
-            shards, hooks = apply_sequence_parallel(narrow, QWEN_IMAGE.sp_plan, mesh)  # type: ignore[arg-type]
-            release = bind_attention(narrow, shards, QWEN_IMAGE)
+            hooks = apply_sequence_parallel(narrow, QWEN_IMAGE.sp_plan, mesh)
+            release = bind_attention(narrow, hooks.shards, QWEN_IMAGE)
             hooked = timed(lambda: narrow(**inputs))
             release()
             hooks.remove()
