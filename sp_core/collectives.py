@@ -1,5 +1,6 @@
-"""Every data-moving collective of sp_core. Callers: `sp_sharding` (gather), `attention.ulysses` (exchange),
-`attention.ring` (shift), `tensor_parallel` (sum) and `cfg_parallel` (gather of equal shapes).
+"""Every collective of sp_core, but for decisions of the gang (`mesh`). Callers: `sp_sharding` (gather),
+`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region` (does it fit everywhere?),
+`tensor_parallel` (sum) and `cfg_parallel` (gather of equal shapes).
 
 Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
 calls must know all of them, because a collective whose sizes disagree hangs or corrupts instead of failing.
@@ -73,6 +74,15 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
     return list(gathered.chunk(axis.size))
+
+
+def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
+    """Whether the flag is set on any rank of the axis. On the host."""
+    if axis.size == 1:
+        return flag
+    word = torch.tensor([int(flag)])
+    dist.all_reduce(word, op=dist.ReduceOp.MAX, group=axis.host_group)
+    return bool(word.item())
 
 
 def _all_lengths(length: int, axis: MeshAxis) -> list[int]:

@@ -23,12 +23,17 @@ from service.local import LocalCluster
 from sp_core.verify import attention_kept_local
 from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
 
-DEGREES = [1, 2, 3, 4]
+LAYOUTS: dict[str, dict[str, int]] = {
+    "demo-1": {},
+    "demo-2": {"ulysses_degree": 2},
+    "demo-3": {"ulysses_degree": 3},
+    "demo-4": {"ulysses_degree": 2, "tensor_parallel_size": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def server(demo_model: Path) -> Iterator[str]:
-    models = [model(demo_model, f"demo-{degree}", ulysses_degree=degree) for degree in DEGREES]
+    models = [model(demo_model, name, **degrees) for name, degrees in LAYOUTS.items()]
     with LocalCluster(deployment(*models)) as cluster:
         cluster.wait_ready(timeout_s=300)
         yield cluster.url
@@ -44,12 +49,13 @@ def picture(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.int16]]:
     return pixels(answer.json()["data"][0]["b64_json"])
 
 
-def test_one_seed_is_one_picture_on_every_degree(server: str) -> None:
+def test_one_seed_is_one_picture_on_every_layout(server: str) -> None:
     reference = picture(generate(server, model="demo-1"))
     assert reference.shape == (48, 64, 3)
-    for degree in DEGREES[1:]:
-        answer = generate(server, model=f"demo-{degree}")
-        assert answer.json()["metrics"]["layout"] == f"ulysses_degree={degree}"
+    for name, degrees in LAYOUTS.items():
+        answer = generate(server, model=name)
+        layout = " x ".join(f"{axis}={degree}" for axis, degree in degrees.items()) or "1 rank"
+        assert answer.json()["metrics"]["layout"] == layout
         assert np.abs(picture(answer) - reference).max() <= 1
     assert np.abs(picture(generate(server, seed=8)) - reference).max() > 100
 
@@ -61,7 +67,7 @@ def test_openai_client(server: str) -> None:
     (image,) = drawn.data
     assert Image.open(io.BytesIO(base64.b64decode(image.b64_json or ""))).size == (64, 96)
     assert image.model_extra == {"seed": 7}
-    assert [m.id for m in client.models.list()] == [f"demo-{degree}" for degree in DEGREES]
+    assert [m.id for m in client.models.list()] == list(LAYOUTS)
     assert client.models.retrieve("demo-3").id == "demo-3"
     with pytest.raises(openai.BadRequestError, match="size 63x64 is not allowed") as refused:
         client.images.generate(model="demo-2", prompt="a", size="63x64")  # type: ignore[call-overload]

@@ -138,5 +138,5 @@ def test_a_norm_over_one_rank_is_the_norm(norm: nn.RMSNorm) -> None:
 
 
 def test_plans_of_diffusers() -> None:
-    with pytest.raises(ValueError, match="expected 'colwise', 'rowwise' or one of diffusers' packed styles"):
+    with pytest.raises(ValueError, match="expected 'colwise', 'rowwise' or a packed style"):
         tp_plan_from_diffusers({"a": "diagonal"})

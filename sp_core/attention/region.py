@@ -7,6 +7,7 @@ graph, and what is split is looked up when it runs: new lengths need no new grap
 
 import torch
 
+from sp_core import collectives
 from sp_core.attention.hybrid import sequence_parallel_attention
 from sp_core.attention.masks import RankMask, mask_for_ranks
 from sp_core.sp_sharding import SequenceShards
@@ -118,7 +119,7 @@ def _agree(misfit: ValueError | None, shards: SequenceShards, name: str) -> None
     plan may fit on some by chance, and these would wait for the others in an exchange that never comes."""
     if name not in shards.agreed:
         shards.agreed.add(name)
-        somewhere = any(shards.mesh.agree(int(misfit is not None)))
+        somewhere = collectives.on_any_rank(misfit is not None, shards.mesh.axis("sequence"))
         if somewhere and misfit is None:
             raise ValueError(f"attention {name.partition('/')[0]!r} does not fit the plan on another rank; see there")
     if misfit is not None:
