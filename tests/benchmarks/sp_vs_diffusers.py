@@ -148,19 +148,17 @@ def compare(ulysses: ParallelMesh, name: str, tokens: int, repeats: int) -> dict
     """On one rank: seconds of each mode's forwards, turn by turn."""
     shape = SHAPES[name]
     ring = ParallelMesh.create(ParallelDegrees(ring_degree=2), device_type="cpu", timeout_s=60)
-    models = {mode: seeded(shape.model) for mode in ("ours", "diffusers", "anything", "plain")}
+    models = {mode: seeded(shape.model) for mode in ("ours", "ours ring", "diffusers", "anything", "plain")}
+    parallelize(models["ours"], ulysses)
+    parallelize(models["ours ring"], ring)
     context_parallel(models["diffusers"], shape.cp_plan, ulysses_degree=2)
     context_parallel(models["anything"], shape.cp_plan, ulysses_degree=2, ulysses_anything=True)
     height = int(tokens**0.5) // 2 * 2
     torch.manual_seed(1)
     inputs = shape.inputs(height, tokens // height)
 
-    def parallel(model: str, mesh: ParallelMesh | None = None) -> float:
-        handle = parallelize(models[model], mesh) if mesh else None
-        seconds = timed(lambda: models[model](**inputs, return_dict=False))
-        if handle:
-            handle.remove()
-        return seconds
+    def parallel(model: str) -> float:
+        return timed(lambda: models[model](**inputs, return_dict=False))
 
     def alone(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -169,8 +167,8 @@ def compare(ulysses: ParallelMesh, name: str, tokens: int, repeats: int) -> dict
         return seconds
 
     runs: dict[str, Callable[[], float]] = {
-        MODES[0]: lambda: parallel("ours", ulysses),
-        MODES[1]: lambda: parallel("ours", ring),
+        MODES[0]: lambda: parallel("ours"),
+        MODES[1]: lambda: parallel("ours ring"),
         MODES[2]: lambda: parallel("diffusers"),
         MODES[3]: lambda: parallel("anything"),
         MODES[4]: lambda: alone(1),
