@@ -1,6 +1,6 @@
 """Does a model give the same answer on every layout? The proof that somebody who adds a model needs.
 
-    for line in verify("my_package.my_module:MyTransformer", worlds=(2, 3, 4)): print(line)
+    for is_good, line in verify("my_package.my_module:MyTransformer", worlds=(2, 3, 4)): print(line)
 
 The class is built small with random weights and run on one process and on gloo ranks of this machine, on every layout
 of each world size; where the answers differ, the first module whose output does is named. Classes of diffusers that

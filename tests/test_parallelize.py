@@ -231,7 +231,7 @@ def test_captured_processors_come_back(ranks: RankPool) -> None:
 class TwoStages(nn.Module):
     """Attention, a gather on the way, attention again on the share or on the whole."""
 
-    def __init__(self, closes: bool, names: tuple[str, str] = ("text", "image")) -> None:
+    def __init__(self, closes: bool) -> None:
         super().__init__()
         self._sp_plan: dict[str, Any] = {}
         self.closes = closes

@@ -71,6 +71,7 @@ class Tiny:
 
 
 def randn(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Normal numbers, the same on every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -125,10 +126,12 @@ def cells(name: str) -> list[Cell]:
 
 
 def residuals(tokens: int, batch: int, width: int, count: int, seed: int = 10) -> list[torch.Tensor]:
+    """ControlNet's outputs: `count` tensors `(batch, tokens, width)`."""
     return [randn(batch, tokens, width, seed=seed + i) for i in range(count)]
 
 
 def qwen(**options: Any) -> Any:
+    """The transformer, tiny."""
     return diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 4),
         **HEADS, **options,
@@ -136,6 +139,7 @@ def qwen(**options: Any) -> Any:
 
 
 def qwen_inputs(frames: int, height: int, width: int, text: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     return {
         "hidden_states": randn(batch, height * width, 16),
         "encoder_hidden_states": randn(batch, text, 16, seed=2),
@@ -159,6 +163,7 @@ def qwen_control_inputs(frames: int, height: int, width: int, text: int, batch: 
 
 
 def flux() -> Any:
+    """The transformer, tiny."""
     return diffusers.FluxTransformer2DModel(
         in_channels=8, num_layers=2, num_single_layers=2, joint_attention_dim=16, pooled_projection_dim=8,
         axes_dims_rope=(4, 4, 4), **HEADS,
@@ -166,6 +171,7 @@ def flux() -> Any:
 
 
 def flux_inputs(frames: int, height: int, width: int, text: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     image = height * width
     return {
         "hidden_states": randn(batch, image, 8),
@@ -190,6 +196,7 @@ def flux_control_inputs(frames: int, height: int, width: int, text: int, batch: 
 
 
 def flux_2() -> Any:
+    """The transformer, tiny."""
     return diffusers.Flux2Transformer2DModel(
         in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=12,
         joint_attention_dim=16, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
@@ -210,12 +217,14 @@ def flux_2_inputs(frames: int, height: int, width: int, text: int, batch: int) -
 
 
 def ltx() -> Any:
+    """The transformer, tiny."""
     return diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, cross_attention_dim=144, num_layers=2, caption_channels=16, **HEADS
     )
 
 
 def ltx_inputs(frames: int, height: int, width: int, text: int, batch: int, timestep: str = "column") -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     tokens = frames * height * width
     per_token = torch.linspace(0, 900, batch * tokens).view(batch, tokens)
     return {
@@ -233,6 +242,7 @@ def ltx_inputs(frames: int, height: int, width: int, text: int, batch: int, time
 
 
 def hunyuan(**options: Any) -> Any:
+    """The transformer, tiny."""
     return diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, num_refiner_layers=1, mlp_ratio=2.0,
         patch_size=1, patch_size_t=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), **HEADS,
@@ -254,6 +264,7 @@ def hunyuan_inputs(
 
 
 def sd3(**options: Any) -> Any:
+    """The transformer, tiny."""
     return diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, joint_attention_dim=16,
         caption_projection_dim=144, pooled_projection_dim=8, pos_embed_max_size=8, **HEADS, **options,
@@ -261,6 +272,7 @@ def sd3(**options: Any) -> Any:
 
 
 def sd3_inputs(frames: int, height: int, width: int, text: int, batch: int, control: int = 0) -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     return {
         "hidden_states": randn(batch, 4, 2 * height, 2 * width),
         "encoder_hidden_states": randn(batch, text, 16, seed=2),
@@ -277,10 +289,12 @@ WAN = {
 
 
 def wan(**options: Any) -> Any:
+    """The transformer, tiny."""
     return diffusers.WanTransformer3DModel(**WAN, num_layers=2, **({"in_channels": 4} | options))
 
 
 def wan_inputs(frames: int, height: int, width: int, text: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     return {
         "hidden_states": randn(batch, 4, frames, 2 * height, 2 * width),
         "timestep": torch.full((batch,), 500.0),
@@ -289,6 +303,7 @@ def wan_inputs(frames: int, height: int, width: int, text: int, batch: int) -> d
 
 
 def wan_per_token_inputs(frames: int, height: int, width: int, text: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments of one forward; sizes in tokens."""
     tokens = frames * height * width
     timesteps = torch.linspace(0, 900, batch * tokens).view(batch, tokens)
     return wan_inputs(frames, height, width, text, batch) | {"timestep": timesteps}
@@ -303,6 +318,7 @@ def wan_image_inputs(frames: int, height: int, width: int, text: int, batch: int
 
 
 def vace() -> Any:
+    """The transformer, tiny."""
     return diffusers.WanVACETransformer3DModel(
         **WAN, in_channels=4, num_layers=3, vace_layers=[0, 2], vace_in_channels=6
     )
@@ -317,6 +333,7 @@ def vace_inputs(frames: int, height: int, width: int, text: int, batch: int) -> 
 
 
 def z_image() -> Any:
+    """The transformer, tiny."""
     return diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=96, n_layers=2, n_refiner_layers=2, n_heads=6, n_kv_heads=6, cap_feat_dim=16,
         axes_dims=[8, 4, 4], axes_lens=[256, 64, 64],
