@@ -51,6 +51,14 @@ class Placement(_Section):
     cpus_per_rank: float = Field(1.0, gt=0, description="CPU cores that each rank reserves")
 
 
+class WarmupShape(_Section):
+    """A size that is run once at start, so that no caller waits for what a first run prepares."""
+
+    width: Pixels = Field(description="pixels")
+    height: Pixels = Field(description="pixels")
+    num_frames: int = Field(1, ge=1, description="frames of a video; 1 for a picture")
+
+
 class Timeouts(_Section):
     """When a gang is given up, in seconds."""
 
@@ -69,6 +77,17 @@ class ModelSpec(_Section):
         None, description="of weights and activations; default bfloat16 on cuda, float32 on cpu"
     )
     parallel: ParallelDegrees = Field(ParallelDegrees(), description="ranks of one gang, by axis")
+    compile: bool = Field(False, description="compile the transformer's blocks; name warmup_shapes with it")
+    warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that are run once at start")
+    text_encoder: Literal["rank0", "replicate"] = Field(
+        "rank0", description="which ranks hold the text encoders: the first, which sends what it encodes, or all"
+    )
+    vae: Literal["rank0", "all"] = Field(
+        "all", description="which ranks hold the VAE: the first, or all, which then share the tiles of large outputs"
+    )
+    vae_tiling_above: int = Field(
+        2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"
+    )
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     placement: Placement = Placement()

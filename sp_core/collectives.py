@@ -1,6 +1,6 @@
 """Every collective of sp_core, but for decisions of the gang (`mesh`). Callers: `sp_sharding` (gather),
 `attention.ulysses` (exchange), `attention.ring` (shift), `attention.region` (does it fit everywhere?),
-`tensor_parallel` (sum) and `cfg_parallel` (gather of equal shapes).
+`tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
 
 Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
 calls must know all of them, because a collective whose sizes disagree hangs or corrupts instead of failing.
@@ -74,6 +74,30 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
     return list(gathered.chunk(axis.size))
+
+
+def gather_to_first(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tensor]]:
+    """Every rank's tensors, by rank, on the axis's first rank; the others get an empty list.
+
+    Args:
+        tensors: of one dtype on all ranks; any number of any shapes.
+        axis: the ranks.
+    """
+    if axis.size == 1:
+        return [tensors]
+    shapes: list[list[torch.Size]] | None = [[]] * axis.size if axis.rank == 0 else None
+    dist.gather_object([t.shape for t in tensors], shapes, group_dst=0, group=axis.host_group)
+    if shapes is None:
+        for tensor in tensors:
+            dist.send(tensor.contiguous(), group_dst=0, group=axis.group)
+        return []
+    gathered = [tensors]
+    for rank in range(1, axis.size):
+        # where rank 0 has nothing, nobody has: rank 0 is given work first
+        gathered.append([tensors[0].new_empty(shape) for shape in shapes[rank]])
+        for tensor in gathered[rank]:
+            dist.recv(tensor, group_src=rank, group=axis.group)
+    return gathered
 
 
 def on_any_rank(flag: bool, axis: MeshAxis) -> bool:

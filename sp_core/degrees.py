@@ -47,7 +47,7 @@ class ParallelDegrees:
         return " x ".join(wide) or "1 rank"
 
 
-AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence"]
+AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence", "gang"]
 
 AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
 """Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbours."""
@@ -56,7 +56,7 @@ AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
 def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
     """The global ranks that form each group of each axis, in the order in which all ranks must create them.
 
-    Besides the four axes there is `"sequence"`, ring and ulysses taken together.
+    Besides the four axes there are `"sequence"`, ring and ulysses taken together, and `"gang"`, all ranks.
     """
     sizes = [degrees.cfg_parallel_size, degrees.ring_degree, degrees.ulysses_degree, degrees.tensor_parallel_size]
     places = list(itertools.product(*(range(size) for size in sizes)))  # the rank is the index
@@ -68,7 +68,8 @@ def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
             groups.setdefault(others, []).append(rank)
         return list(groups.values())
 
-    return {"sequence": grouped({"ring", "ulysses"}), **{axis: grouped({axis}) for axis in AXES}}
+    single = {axis: grouped({axis}) for axis in AXES}
+    return {"gang": grouped(set(AXES)), "sequence": grouped({"ring", "ulysses"}), **single}
 
 
 def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:

@@ -18,7 +18,7 @@ class MeshAxis:
     """One rank's view of one axis.
 
     Attributes:
-        name: the axis; `"sequence"` is ring and ulysses taken together.
+        name: the axis; `"sequence"` is ring and ulysses taken together, `"gang"` all ranks.
         rank: this process's place on the axis, `0 <= rank < size`.
         size: the number of ranks on the axis. 1 makes every collective over it a no-op.
         group: the process group, `None` exactly when `size` is 1.
@@ -87,7 +87,7 @@ class ParallelMesh:
         )
         timeout = timedelta(seconds=timeout_s)
         groups = axis_groups(degrees)
-        axes = {name: _axis(name, groups[name], rank, timeout) for name in ("sequence", *AXES)}
+        axes = {name: _axis(name, groups[name], rank, timeout) for name in ("gang", "sequence", *AXES)}
         control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         return cls(degrees, device, axes, control)
 
@@ -105,6 +105,16 @@ class ParallelMesh:
         word = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(word.tolist())
+
+    def from_first(self, value: bytes | None) -> bytes:
+        """What rank 0 passes, on all ranks; the others pass None. A collective on the control group."""
+        if self.control is None:
+            assert value is not None
+            return value
+        carried = [value]
+        dist.broadcast_object_list(carried, src=0, group=self.control)
+        assert carried[0] is not None
+        return carried[0]
 
 
 def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:

@@ -5,7 +5,7 @@
     ...
     handle.remove()
 
-Called by `workers.pipeline` when a rank has loaded its model, or by anyone else: neither Ray nor a file is needed.
+Called by `workers.weights` when a rank loads its model, or by anyone else: neither Ray nor a file is needed.
 """
 
 import logging

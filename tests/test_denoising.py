@@ -1,7 +1,7 @@
 """Law 1 on whole requests, without Ray: latents and pixels of a seed are one process's on every Ulysses degree."""
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,17 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
+from deploy.spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
 from sp_core.verify import BAR, attention_kept_local
 from tests.deployments import model
+from workers.denoising import Denoising
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
-from workers.pipeline import Denoising, load_pipeline
+from workers.pipeline import load_pipeline
 
 ALONE = ParallelDegrees()
 
@@ -32,14 +34,38 @@ REQUESTS = {
 Generated = tuple[torch.Tensor, list[np.ndarray[Any, Any]]]
 
 
-def generate(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Generated:
+def begun(pipeline: Any, request: GenerationRequest, mesh: ParallelMesh, spec: ModelSpec) -> Denoising:
+    denoising = Denoising(pipeline, request, mesh, spec)
+    denoising.encode()
+    denoising.share_encoded()
+    denoising.prepare()
+    return denoising
+
+
+def generate(
+    mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False, **options: Any
+) -> Generated:
     """Latents and pictures of a request; `local` keeps each rank's attention to its own tokens."""
-    pipeline = load_pipeline(model(folder, **asdict(mesh.degrees)), mesh)
-    denoising = Denoising(pipeline, request, mesh)
+    spec = model(folder, **asdict(mesh.degrees)).model_copy(update=options)
+    denoising = begun(load_pipeline(spec, mesh), request, mesh, spec)
     with attention_kept_local() if local else nullcontext():
         while not denoising.done:
             denoising.step()
+    denoising.join_pictures()
     return denoising.latents, [np.asarray(picture, dtype=np.int16) for picture in denoising.finish()]
+
+
+def generate_with(mesh: ParallelMesh, folder: Path, request: GenerationRequest, options: dict[str, Any]) -> Generated:
+    return generate(mesh, folder, request, **options)
+
+
+def check(found: list[Generated], latents: torch.Tensor, pictures: list[np.ndarray[Any, Any]]) -> None:
+    """Every rank has the latents of one process; the first has its pictures, the others none."""
+    for rank, (got, drawn) in enumerate(found):
+        assert error(got, latents) <= BAR
+        assert len(drawn) == (len(pictures) if rank == 0 else 0)
+        for picture, reference in zip(drawn, pictures, strict=rank == 0):
+            assert np.abs(picture - reference).max() <= 1
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -67,10 +93,7 @@ def test_one_rank_is_the_classic_pipeline(demo_model: Path, name: str) -> None:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_every_degree_draws_the_same(ranks: RankPool, demo_model: Path, name: str, world: int) -> None:
     ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, REQUESTS[name])
-    for got, drawn in ranks.run(ParallelDegrees(ulysses_degree=world), generate, demo_model, REQUESTS[name]):
-        assert error(got, latents) <= BAR
-        for picture, reference in zip(drawn, pictures, strict=True):
-            assert np.abs(picture - reference).max() <= 1
+    check(ranks.run(ParallelDegrees(ulysses_degree=world), generate, demo_model, REQUESTS[name]), latents, pictures)
 
 
 PRODUCTS = {
@@ -87,10 +110,32 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", REQUESTS)
 def test_every_product_of_axes_draws_the_same(ranks: RankPool, demo_model: Path, name: str, layout: str) -> None:
     ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, REQUESTS[name])
-    for got, drawn in ranks.run(PRODUCTS[layout], generate, demo_model, REQUESTS[name]):
-        assert error(got, latents) <= BAR
-        for picture, reference in zip(drawn, pictures, strict=True):
-            assert np.abs(picture - reference).max() <= 1
+    check(ranks.run(PRODUCTS[layout], generate, demo_model, REQUESTS[name]), latents, pictures)
+
+
+@pytest.mark.parametrize("layout", ["cfg 2", "cfg 3", "cfg 2 x ulysses 2"])
+def test_groups_share_the_pictures_of_an_unguided_request(ranks: RankPool, demo_model: Path, layout: str) -> None:
+    request = replace(REQUESTS["uneven, guided"], negative_prompt=None, n=3)
+    ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, request)
+    assert error(latents[1:2], latents[:1]) > 100 * BAR
+    check(ranks.run(PRODUCTS[layout], generate, demo_model, request), latents, pictures)
+
+
+@pytest.mark.parametrize("options", [{"text_encoder": "replicate"}, {"vae": "rank0"}], ids=str)
+def test_encoders_and_decoder_on_some_ranks_or_all(ranks: RankPool, demo_model: Path, options: dict[str, str]) -> None:
+    request = REQUESTS["uneven, guided"]
+    ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, request)
+    check(ranks.run(ParallelDegrees(ulysses_degree=2), generate_with, demo_model, request, options), latents, pictures)
+
+
+@pytest.mark.parametrize("vae", ["all", "rank0"])
+def test_large_pictures_are_decoded_in_tiles(ranks: RankPool, demo_model: Path, vae: str) -> None:
+    request = GenerationRequest("a", "demo", "a cup", width=320, height=288, num_inference_steps=1, seed=3)
+    tiled = {"vae_tiling_above": 320 * 288 - 1, "vae": vae}
+    ((latents, pictures),) = ranks.run(ALONE, generate_with, demo_model, request, tiled)
+    ((_, whole),) = ranks.run(ALONE, generate_with, demo_model, request, {"vae_tiling_above": 320 * 288})
+    assert np.abs(pictures[0] - whole[0]).max() > 1
+    check(ranks.run(ParallelDegrees(ulysses_degree=2), generate_with, demo_model, request, tiled), latents, pictures)
 
 
 def test_local_attention_would_be_seen(ranks: RankPool, demo_model: Path) -> None:
@@ -110,9 +155,10 @@ def test_the_prompt_shows(demo_model: Path) -> None:
 
 def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
-    pipeline = load_pipeline(model(demo_model), mesh)
+    spec = model(demo_model)
+    pipeline = load_pipeline(spec, mesh)
     alone, _ = generate(mesh, demo_model, REQUESTS["even"])
-    first, second = (Denoising(pipeline, REQUESTS[name], mesh) for name in ("even", "uneven, guided"))
+    first, second = (begun(pipeline, REQUESTS[name], mesh, spec) for name in ("even", "uneven, guided"))
     while not first.done:
         first.step()
         if not second.done:
@@ -122,7 +168,8 @@ def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
 
 def test_a_size_that_the_model_cannot_do_is_the_callers_mistake(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
-    pipeline = load_pipeline(model(demo_model), mesh)
+    spec = model(demo_model)
+    pipeline = load_pipeline(spec, mesh)
     request = GenerationRequest("a", "demo", "a cup", width=72, height=64, num_inference_steps=1, seed=0)
     with pytest.raises(InvalidParameter, match="width must be a multiple of 16, got 72"):
-        Denoising(pipeline, request, mesh)
+        Denoising(pipeline, request, mesh, spec)

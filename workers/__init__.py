@@ -5,7 +5,8 @@
     placement.py    ModelSpec -> Serve options: which bundles a gang occupies
     gang.py         Gang, the Serve deployment: starts the ranks, hands each request to all of them, watches them
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
-    pipeline.py     the denoising of one request, step by step
+    pipeline.py     loads a model folder; weights.py reads a transformer's share
+    denoising.py    one request in progress, step by step
     media.py        pictures to PNG, JPEG, WebP
     local.py        a gang without Ray, for `spray generate --local`
     demo_model.py   writes the tiny model that the demo and the tests serve

@@ -1,152 +1,78 @@
-"""The denoising of one request, step by step, over diffusers' modular pipelines.
+"""Loads a model folder as one of diffusers' modular pipelines, of which this rank holds what it needs.
 
-`load_pipeline` reads an ordinary diffusers folder. A `Denoising` is one request in progress: `step()` until it is
-done, then `finish()`. Called by `workers.rank`, on every rank alike.
-
-A modular pipeline is a list of blocks that read and write one state: text encoder, latents, timesteps, the denoising
-loop, decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks behind it.
+A `ModelSpec` and the rank's mesh come in. The transformers are parallelised and read by share; the text encoders are on
+the ranks that encode, the VAE is on those that decode. Called by `workers.rank`; what comes out goes to
+`workers.denoising`.
 """
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModularPipeline
-from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
-from PIL import Image
 
 from deploy.check import MODULAR_PIPELINES, pipeline_class
 from deploy.spec import ModelSpec
-from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import ParallelMesh
-from workers.errors import InvalidParameter
-from workers.messages import GenerationRequest
 from workers.weights import load_transformer
 
 
 def load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
-    """Load a model folder onto this rank's device, its transformer parallelised over `mesh`.
+    """Load a model folder onto this rank's device. All ranks must call it.
 
     Raises:
         ValueError: the layout does not fit the model, or the folder's pipeline cannot be run step by step.
         OSError: the folder lacks a file.
     """
-    kind = getattr(diffusers, MODULAR_PIPELINES[pipeline_class(Path(model.source))])
+    folder = Path(model.source)
+    kind = getattr(diffusers, MODULAR_PIPELINES[pipeline_class(folder)])
     pipeline: ModularPipeline = kind(pretrained_model_name_or_path=model.source)
     dtype = getattr(torch, model.torch_dtype)
-    pipeline.register_components(transformer=load_transformer(Path(model.source) / "transformer", mesh, dtype))
-    pipeline.load_components(dtype=dtype, use_safetensors=True, local_files_only=True)  # all that is not there yet
+    index = json.loads((folder / "model_index.json").read_text())
+    there = {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+    transformers = sorted(name for name in there if name.startswith("transformer"))
+    for name in transformers:
+        transformer: Any = load_transformer(folder / name, mesh, dtype)
+        if model.compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
+        pipeline.register_components(**{name: transformer})
+    absent = set() if encodes_here(model, mesh) else {name for name in there if is_encoder(name)}
+    if model.vae == "rank0" and mesh.axis("gang").rank != 0:
+        absent.add("vae")
+    names = [name for name in pipeline.pretrained_component_names if name in there - absent - set(transformers)]
+    pipeline.load_components(names=names, dtype=dtype, use_safetensors=True, local_files_only=True)
+    missing = [name for name in names if getattr(pipeline, name, None) is None]
+    if missing:  # diffusers only logs it
+        raise ValueError(f"{folder} has no usable {', '.join(missing)}; is the folder complete?")
     pipeline.to(mesh.device)
+    if "vae" in absent:
+        pipeline.vae = _AbsentVAE(index["vae"][1], folder / "vae")
     return pipeline
 
 
-class Denoising:
-    """One request in progress on this rank. Construction encodes the prompt and draws the initial latents.
+def is_encoder(component: str) -> bool:
+    """Whether a component only makes embeddings of what the caller gives."""
+    return component.startswith(("text_encoder", "image_encoder"))
 
-    It owns its scheduler and guider: pipelines share theirs, and two requests on one scheduler break each other.
 
-    Args:
-        pipeline: the loaded model, shared by all requests.
-        request: what to draw.
-        mesh: the ranks; groups of its `cfg` axis share the branches of guidance.
+def encodes_here(model: ModelSpec, mesh: ParallelMesh) -> bool:
+    """Whether this rank has the text encoders."""
+    return model.text_encoder == "replicate" or mesh.axis("gang").rank == 0
 
-    Raises:
-        InvalidParameter: the model cannot do the size that was asked for.
+
+class _AbsentVAE:
+    """The geometry of a VAE without its weights: pipelines ask for it, and assume another one where there is none.
+
+    No `nn.Module`: pipelines take the device of any module they have for theirs.
     """
 
-    @torch.no_grad()
-    def __init__(self, pipeline: ModularPipeline, request: GenerationRequest, mesh: ParallelMesh) -> None:
-        self.request = request
-        guided = request.negative_prompt is not None and request.guidance_scale > 1  # as the classic pipeline decides
-        self._pipeline = copy.copy(pipeline)
-        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        guider = ClassifierFreeGuidance(guidance_scale=request.guidance_scale, enabled=guided)
-        cfg = mesh.axis("cfg")
-        self._pipeline.guider = ParallelGuider(guider, cfg) if cfg.size > 1 else guider
+    def __init__(self, kind: str, folder: Path) -> None:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        with init_empty_weights():
+            self._vae = getattr(diffusers, kind).from_config(config)
 
-        blocks, inputs = _plan_blocks(pipeline, request)
-        self._state = PipelineState()
-        for name, value in inputs.items():
-            self._state.set(name, value)
-        loop_at = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
-        self._loop, self._behind = blocks[loop_at], blocks[loop_at + 1 :]
-        for block in blocks[:loop_at]:
-            self._run(block)
-        _forget_full_masks(self._state)
-        self._body = self._loop.get_block_state(self._state)
-        self._body.additional_cond_kwargs = {}
-        self._body.num_warmup_steps = 0
-        self._steps_done = 0
-
-    @property
-    def total_steps(self) -> int:
-        """Steps from noise to picture."""
-        return len(self._body.timesteps)
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps are done and `finish` may follow."""
-        return self._steps_done == self.total_steps
-
-    @property
-    def latents(self) -> torch.Tensor:
-        """The latents as they stand, packed: `(n, tokens, channels)`."""
-        latents: torch.Tensor = self._body.latents
-        return latents
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One denoising step: a collective of all ranks."""
-        i = self._steps_done
-        _, self._body = self._loop.loop_step(self._pipeline, self._body, i=i, t=self._body.timesteps[i])
-        self._steps_done += 1
-        if self.latents.is_cuda:
-            torch.cuda.synchronize()  # a step is over when the device says so
-
-    @torch.no_grad()
-    def finish(self) -> list[Image.Image]:
-        """Decode the latents. No collective: the rank that reports does it alone."""
-        self._loop.set_block_state(self._state, self._body)
-        for block in self._behind:
-            self._run(block)
-        images: list[Image.Image] = self._state.get("images")
-        return images
-
-    def _run(self, block: Any) -> None:
-        _, self._state = block(self._pipeline, self._state)
-
-
-def _plan_blocks(pipeline: ModularPipeline, request: GenerationRequest) -> tuple[list[Any], dict[str, Any]]:
-    """The blocks that this request runs through, in order, and the values they start from."""
-    given = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.n,
-        "generator": [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)],
-        "output_type": "pil",
-    }
-    _check_size(pipeline, request)
-    workflow = pipeline.blocks.get_execution_blocks(**given)
-    inputs = {parameter.name: parameter.default for parameter in workflow.inputs if parameter.name}
-    return list(workflow.sub_blocks.values()), inputs | given
-
-
-def _check_size(pipeline: ModularPipeline, request: GenerationRequest) -> None:
-    multiple = pipeline.vae_scale_factor * 2  # the VAE's reduction, times the transformer's patch of 2
-    for param, value in (("width", request.width), ("height", request.height)):
-        if value % multiple:
-            raise InvalidParameter("size", f"{param} must be a multiple of {multiple}, got {value}", "invalid_size")
-
-
-def _forget_full_masks(state: PipelineState) -> None:
-    """Prompts without padding need no mask; attention is faster without one. The classic pipeline does the same."""
-    for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
-        mask = state.get(name)
-        if mask is not None and bool(mask.all()):
-            state.set(name, None)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)

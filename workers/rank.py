@@ -12,8 +12,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,10 +25,14 @@ import transformers
 
 from deploy.spec import ModelSpec
 from sp_core.mesh import ParallelMesh
+from sp_core.tile_parallel import PeerTileFailed
+from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.media import encode_image
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
-from workers.pipeline import Denoising, load_pipeline
+from workers.pipeline import load_pipeline
+
+Result = TypeVar("Result")
 
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
@@ -100,6 +105,7 @@ class Rank:
         )
         self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
         self._pipeline = load_pipeline(self.model, self._mesh)
+        self._warm_up()
         self._phase = "idle"
         return self.status()
 
@@ -117,6 +123,24 @@ class Rank:
             if self._cancelled == request.request_id:
                 self._cancelled = None
 
+    def _warm_up(self) -> None:
+        """Run the spec's shapes once, with prompts of two lengths: torch compiles for any length after the second."""
+        for shape in self.model.warmup_shapes:
+            for prompt in ("warm", "warm up " * 8):
+                for negative in (None, "cold"):
+                    request = GenerationRequest(
+                        request_id="warm-up",
+                        model=self.model.name,
+                        prompt=prompt,
+                        negative_prompt=negative,
+                        width=shape.width,
+                        height=shape.height,
+                        num_inference_steps=1,
+                        seed=0,
+                    )
+                    for _ in self._generate(request):
+                        pass
+
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
         reports = self.rank == 0
         started = time.perf_counter()
@@ -133,10 +157,11 @@ class Rank:
                 yield StepEvent(step, denoising.total_steps, seconds[-1])
             if denoising.done:
                 break
+        self._phase = "decode"
+        before = time.perf_counter()
+        denoising.join_pictures()
+        images = self._finish(denoising)
         if reports:
-            self._phase = "decode"
-            before = time.perf_counter()
-            images = self._finish(denoising)
             yield GenerationResult(
                 images=images,
                 seeds=tuple(request.seed + i for i in range(request.n)),
@@ -156,13 +181,26 @@ class Rank:
 
     def _begin(self, request: GenerationRequest) -> Denoising:
         self._phase = "encode"
+
+        def encode() -> Denoising:
+            denoising = Denoising(self._pipeline, request, self._mesh, self.model)
+            denoising.encode()
+            return denoising
+
+        denoising = self._together(request, encode)
+        denoising.share_encoded()
+        self._together(request, denoising.prepare)
+        return denoising
+
+    def _together(self, request: GenerationRequest, work: Callable[[], Result]) -> Result:
+        """What every rank does for itself, and then learns whether it worked on all."""
         failure: Exception | None = None
         try:
-            denoising = Denoising(self._pipeline, request, self._mesh)
+            result = work()
         except Exception as error:
             failure = error
         self._boundary(request, failure)
-        return denoising
+        return result
 
     def _boundary(self, request: GenerationRequest, failure: Exception | None = None) -> None:
         """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
@@ -182,5 +220,7 @@ class Rank:
         try:
             pictures = denoising.finish()
             return tuple(encode_image(p, request.output_format, request.output_compression) for p in pictures)
-        except Exception as error:  # no other rank waits for this one here, so the gang stays sound
+        except PeerTileFailed as error:
+            raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
+        except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

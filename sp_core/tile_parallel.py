@@ -1,0 +1,138 @@
+"""Tile parallelism: a large picture or video is decoded in tiles, and the ranks of a gang share the tiles.
+
+diffusers' VAEs cut large latents into overlapping tiles, decode each and blend the seams. We leave the cutting and the
+blending to them and take over the calls of the decoder between: in a first pass they are only written down, then every
+rank makes its share of them, rank 0 collects the results, and a second pass of the same code finds each call answered.
+So the picture is the one that the VAE's own tiled decode makes on one process. Called by `workers.denoising`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sp_core import collectives
+from sp_core.mesh import ParallelMesh
+
+
+class TilesHandedOver(Exception):
+    """This rank has decoded its tiles and given them to rank 0, which has the picture."""
+
+
+class PeerTileFailed(RuntimeError):
+    """Another rank could not decode its tiles, and says why."""
+
+
+class TileParallelVAE:
+    """A VAE that decodes in tiles, shared out over all ranks. Everything else is the VAE's own.
+
+    Args:
+        vae: a VAE of diffusers with `use_tiling`.
+        mesh: the ranks; each must have the VAE. None: this rank decodes all tiles.
+    """
+
+    def __init__(self, vae: Any, mesh: ParallelMesh | None) -> None:
+        self._vae = vae
+        self._mesh = mesh
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the VAE's own `decode` with tiling enabled. A collective of all ranks.
+
+        Raises:
+            TilesHandedOver: on all ranks but the first.
+            PeerTileFailed: another rank failed.
+        """
+        with _tiling(self._vae):
+            if self._mesh is None or self._mesh.degrees.world_size == 1:
+                return self._vae.decode(latents, *args, **kwargs)
+            return self._decode(self._mesh, latents, *args, **kwargs)
+
+    def _decode(self, mesh: ParallelMesh, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        axis = mesh.axis("gang")
+        failure: Exception | None = None
+        try:
+            record = _Record()
+            with _answered(self._vae.decoder, record):
+                self._vae.decode(latents, *args, **kwargs)
+            shares = _shares(record.tiles, axis.size)
+            mine = [output for tile in shares[axis.rank] for output in _run(self._vae.decoder, record.tiles[tile])]
+        except Exception as error:
+            failure = error
+        (failed,) = mesh.agree(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise PeerTileFailed("another rank could not decode its tiles")
+        gathered = collectives.gather_to_first(mine, axis)
+        if axis.rank != 0:
+            raise TilesHandedOver
+        outputs: list[list[torch.Tensor]] = [[]] * len(record.tiles)
+        for tiles, theirs in zip(shares, gathered, strict=True):
+            following = iter(theirs)
+            for tile in tiles:
+                outputs[tile] = [next(following) for _ in record.tiles[tile]]
+        in_order = (output for tile in outputs for output in tile)
+        with _answered(self._vae.decoder, lambda *_args, **_kwargs: next(in_order)):
+            return self._vae.decode(latents, *args, **kwargs)
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Tile = list[_Call]
+"""The calls of the decoder for one tile, in order. Video VAEs decode a tile in several calls, which share a cache."""
+
+
+class _Record:
+    """Answers for the decoder, and writes down how it is called."""
+
+    def __init__(self) -> None:
+        self.tiles: list[_Tile] = []
+        self._cache: object = None
+
+    def __call__(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        cache = kwargs.get("feat_cache")  # a new list for each tile
+        if cache is None or cache is not self._cache:
+            self.tiles.append([])
+        self._cache = cache
+        self.tiles[-1].append(((latents, *args), kwargs))
+        return torch.empty_like(latents)  # of no meaning, but blended like an output, in place
+
+
+def _run(decoder: nn.Module, tile: _Tile) -> list[torch.Tensor]:
+    return [decoder(*args, **kwargs) for args, kwargs in tile]
+
+
+def _shares(tiles: list[_Tile], size: int) -> list[list[int]]:
+    """Which tiles each rank decodes: the largest first, each to the rank with the least work so far."""
+    work = [sum(args[0].numel() for args, _ in tile) for tile in tiles]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for tile in sorted(range(len(tiles)), key=lambda tile: -work[tile]):
+        rank = loads.index(min(loads))
+        shares[rank].append(tile)
+        loads[rank] += work[tile]
+    return shares
+
+
+@contextmanager
+def _answered(decoder: nn.Module, answer: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Calls of the decoder go to `answer`. The module stays in its place: VAEs count its layers."""
+    decoder.forward = answer
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+@contextmanager
+def _tiling(vae: Any) -> Iterator[None]:
+    before = vae.use_tiling
+    vae.use_tiling = True
+    try:
+        yield
+    finally:
+        vae.use_tiling = before

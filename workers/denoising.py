@@ -1,0 +1,201 @@
+"""The denoising of one request, step by step, over diffusers' modular pipelines.
+
+A `Denoising` is one request in progress on one rank; `workers.rank` calls its stages on all ranks alike. A modular
+pipeline is a list of blocks that read and write one state: text encoder, latents, timesteps, the denoising loop,
+decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks behind it.
+"""
+
+import copy
+import io
+from typing import Any
+
+import torch
+from diffusers import ModularPipeline
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
+from PIL import Image
+
+from deploy.spec import ModelSpec
+from sp_core import collectives
+from sp_core.cfg_parallel import ParallelGuider
+from sp_core.mesh import ParallelMesh
+from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+from workers.pipeline import encodes_here, is_encoder
+
+
+class Denoising:
+    """One request in progress: `encode`, `share_encoded`, `prepare`, `step` until `done`, `join_pictures`, `finish`.
+
+    It owns its scheduler and guider: pipelines share theirs, and two requests on one scheduler break each other.
+    With several groups of ranks for the branches of guidance, a request without guidance has its pictures shared out
+    over the groups instead.
+
+    Args:
+        pipeline: the loaded model, shared by all requests.
+        request: what to draw.
+        mesh: the ranks.
+        model: how the deployment wants the model to run.
+
+    Raises:
+        InvalidParameter: the model cannot do the size that was asked for.
+    """
+
+    def __init__(
+        self, pipeline: ModularPipeline, request: GenerationRequest, mesh: ParallelMesh, model: ModelSpec
+    ) -> None:
+        self.request = request
+        self._mesh, self._cfg = mesh, mesh.axis("cfg")
+        self._pipeline = copy.copy(pipeline)
+        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        guided = request.negative_prompt is not None and request.guidance_scale > 1  # as the classic pipeline decides
+        guider = ClassifierFreeGuidance(guidance_scale=request.guidance_scale, enabled=guided)
+        self._pipeline.guider = ParallelGuider(guider, self._cfg) if guided and self._cfg.size > 1 else guider
+        self._splits_pictures = not guided and self._cfg.size > 1
+        self._encodes = encodes_here(model, mesh)
+        self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
+        self._decodes = mesh.axis("gang").rank == 0
+        if request.width * request.height > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling"):
+            together = model.vae == "all"
+            self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
+            self._decodes = self._decodes or together
+        self._plan(pipeline)
+        self._steps_done = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps from noise to picture."""
+        return len(self._body.timesteps)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done and `finish` may follow."""
+        return self._steps_done == self.total_steps
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The latents as they stand, packed: `(pictures of this rank, tokens, channels)`."""
+        latents: torch.Tensor = self._body.latents
+        return latents
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        """Encode the prompts, where the encoders are."""
+        self._encoded: dict[str, Any] = {}
+        if self._encodes:
+            before = dict(self._state.values)
+            for block in self._encoders:
+                self._run(block)
+            self._encoded = {n: v for n, v in self._state.values.items() if before.get(n) is not v}
+
+    def share_encoded(self) -> None:
+        """Give what rank 0 has encoded to the ranks without encoders. A collective of all ranks."""
+        if not self._shares_encoded:
+            return
+        packed = io.BytesIO()
+        if self._encodes:
+            torch.save((self._encoded, self._state.kwargs_mapping), packed)
+        received = self._mesh.from_first(packed.getvalue() if self._encodes else None)
+        if not self._encodes:
+            values, mapping = torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=False)
+            self._state.values.update(values)
+            self._state.kwargs_mapping.update(mapping)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Draw the initial latents, set the timesteps."""
+        for block in self._ahead:
+            self._run(block)
+        _forget_full_masks(self._state)
+        self._body = self._loop.get_block_state(self._state)
+        self._body.additional_cond_kwargs = {}
+        self._body.num_warmup_steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One denoising step: a collective of all ranks."""
+        i = self._steps_done
+        _, self._body = self._loop.loop_step(self._pipeline, self._body, i=i, t=self._body.timesteps[i])
+        self._steps_done += 1
+        if self.latents.is_cuda:
+            torch.cuda.synchronize()  # a step is over when the device says so
+
+    def join_pictures(self) -> None:
+        """Bring the latents of all pictures to all ranks, where groups have shared them out. A collective then."""
+        if self._splits_pictures:
+            parts = collectives.all_gather_equal(self.latents, self._cfg)
+            self._body.latents = torch.cat(parts)[: self.request.n]
+
+    @torch.no_grad()
+    def finish(self) -> list[Image.Image]:
+        """Decode the latents: the pictures on rank 0, nothing on the others. A collective if tiles are shared.
+
+        Raises:
+            PeerTileFailed: another rank could not decode its tiles.
+        """
+        self._loop.set_block_state(self._state, self._body)
+        if not self._decodes:
+            return []
+        try:
+            for block in self._behind:
+                self._run(block)
+        except TilesHandedOver:
+            return []
+        images: list[Image.Image] = self._state.get("images")
+        return images
+
+    def _plan(self, pipeline: ModularPipeline) -> None:
+        """The blocks that this request runs through, in order, and the values they start from."""
+        _check_size(pipeline, self.request)
+        request, seeds = self.request, self._seeds()
+        given = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "width": request.width,
+            "height": request.height,
+            "num_inference_steps": request.num_inference_steps,
+            "num_images_per_prompt": len(seeds),
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "pil",
+        }
+        workflow = pipeline.blocks.get_execution_blocks(**given)
+        self._state = PipelineState()
+        for name, value in ({p.name: p.default for p in workflow.inputs if p.name} | given).items():
+            self._state.set(name, value)
+        blocks = list(workflow.sub_blocks.values())
+        loop_at = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
+        encoded_at = 1 + max(i for i, block in enumerate(blocks[:loop_at]) if _encodes(block))
+        self._encoders, self._ahead = blocks[:encoded_at], blocks[encoded_at:loop_at]
+        self._loop, self._behind = blocks[loop_at], blocks[loop_at + 1 :]
+
+    def _seeds(self) -> list[int]:
+        """Of this rank's pictures: all, or those of its group. Groups have equally many; the last may repeat some."""
+        request = self.request
+        if not self._splits_pictures:
+            return [request.seed + i for i in range(request.n)]
+        each = -(-request.n // self._cfg.size)
+        first = self._cfg.rank * each
+        return [request.seed + min(first + i, request.n - 1) for i in range(each)]
+
+    def _run(self, block: Any) -> None:
+        _, self._state = block(self._pipeline, self._state)
+
+
+def _encodes(block: Any) -> bool:
+    return any(is_encoder(component.name) for component in block.expected_components)
+
+
+def _check_size(pipeline: ModularPipeline, request: GenerationRequest) -> None:
+    multiple = pipeline.vae_scale_factor * 2  # the VAE's reduction, times the transformer's patch of 2
+    for param, value in (("width", request.width), ("height", request.height)):
+        if value % multiple:
+            raise InvalidParameter("size", f"{param} must be a multiple of {multiple}, got {value}", "invalid_size")
+
+
+def _forget_full_masks(state: PipelineState) -> None:
+    """Prompts without padding need no mask; attention is faster without one. The classic pipeline does the same."""
+    for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+        mask = state.get(name)
+        if mask is not None and bool(mask.all()):
+            state.set(name, None)
