@@ -9,7 +9,8 @@
     denoising.py    one request in progress, step by step
     media.py        pictures to PNG, JPEG, WebP
     local.py        a gang without Ray, for `spray generate --local`
-    demo_model.py   writes the tiny model that the demo and the tests serve
+    demo_model.py   writes a tiny model, for the demo and the tests to serve
+    demo_models/    what it writes, one file per family of models
 
 This file imports nothing, so that `workers.messages` and `workers.gang` load without torch.
 """

@@ -1,0 +1,56 @@
+"""The demo model of the family Flux, guidance-distilled like FLUX.1-dev. `pipeline()` makes it; `workers.demo_model`
+writes it."""
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+
+TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 3}
+
+
+def pipeline() -> Any:
+    """A `FluxPipeline`, the same weights at every call."""
+    words, characters = vocabulary.clip(), vocabulary.t5()
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=12,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4),
+    )
+    amplify(transformer, TRANSFORMER_GAINS)
+    vae = image_vae()
+    pooled = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+    )
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=pooled.eval(),
+        tokenizer=words,
+        text_encoder_2=text_encoder.eval(),
+        tokenizer_2=characters,
+        transformer=transformer.eval(),
+    )

@@ -1,0 +1,43 @@
+"""What several demo models share: gains on random weights, and a tiny image VAE.
+
+In go modules and numbers, out come modules to save. Called by the families beside this file.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+LATENT_CHANNELS = 4
+TEXT_WIDTH = 64
+
+
+def amplify(model: nn.Module, gains: Mapping[str, float]) -> None:
+    """Multiply the parameters by the gains, which are keyed by a part of the parameter's name.
+
+    With diffusers' own initialisation a tiny model is nearly blind: the residual branches add little to what passes
+    by them, so that it would draw the same without any attention, whatever the prompt.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for part, gain in gains.items():
+                if part in name:
+                    parameter.mul_(gain)
+
+
+def image_vae() -> Any:
+    """An `AutoencoderKL` that reduces sizes by 8, as Z-Image's and Flux's does, with 4 latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()

@@ -1,0 +1,64 @@
+"""The demo model of the family Wan 2.2 (text to video, two transformers). `pipeline()` makes it; `workers.demo_model`
+writes it."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+
+TRANSFORMER_GAINS = {
+    "attn1.to_out": 10,
+    "attn2.to_out": 10,
+    "attn2.norm_k": 6,  # the prompt is a few tokens of 512, the others are zeros: attention must be sharp to find it
+    "text_embedder": 4,
+    "scale_shift_table": 4,
+    "proj_out": 2,
+}
+
+
+def pipeline() -> Any:
+    """A `WanPipeline`, the same weights at every call."""
+    tokenizer = vocabulary.t5()
+    torch.manual_seed(0)
+    transformer, transformer_2 = _transformer(), _transformer()
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=transformer,
+        transformer_2=transformer_2,
+        boundary_ratio=0.875,
+    )
+
+
+def _transformer() -> Any:
+    transformer = WanTransformer3DModel(
+        num_attention_heads=12,
+        attention_head_dim=12,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=192,
+        num_layers=2,
+        rope_max_seq_len=512,
+    )
+    amplify(transformer, TRANSFORMER_GAINS)
+    return transformer.eval()

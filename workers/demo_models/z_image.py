@@ -1,0 +1,57 @@
+"""The demo model of the family Z-Image. `pipeline()` makes it; `workers.demo_model` writes it."""
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRANSFORMER_GAINS = {"adaLN": 3, "attention_norm2": 4, "attention.norm_k": 3, "final_layer.2-1.linear": 2}
+
+
+def pipeline() -> Any:
+    """A `ZImagePipeline`, the same weights at every call."""
+    tokenizer = vocabulary.qwen2(chat_template=CHAT_TEMPLATE)
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        dim=144,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=12,
+        n_kv_heads=12,
+        cap_feat_dim=TEXT_WIDTH,
+        axes_dims=[4, 4, 4],
+        axes_lens=[1024, 512, 512],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(token)  # they are zero until learnt, which would hide mistakes in the padding
+    amplify(transformer, TRANSFORMER_GAINS)
+    vae = image_vae()
+    text_encoder = Qwen3Model(
+        Qwen3Config(
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=2048,
+        )
+    )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
