@@ -3,15 +3,12 @@
 A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per obstacle.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from deploy.pipelines import PIPELINES, pipeline_name, read_config
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
-
-MODULAR_PIPELINES = {"QwenImagePipeline": "QwenImageModularPipeline"}
-"""Pipelines that spray can run step by step, by the name in a model folder, and their modular twins in diffusers."""
 
 
 def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
@@ -38,7 +35,7 @@ def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[st
 
 
 def _report(model: ModelSpec) -> list[str]:
-    advice = layout_advice(model.parallel, _num_heads(model))
+    advice = layout_advice(model.parallel, _num_heads(_transformer_config(model)))
     return [
         f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
         f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})",
@@ -61,43 +58,34 @@ def _groups(model: ModelSpec) -> list[str]:
 
 def _obstacles(model: ModelSpec) -> list[str]:
     try:
-        pipeline_class(Path(model.source))
-        check_layout(model.parallel, _num_heads(model))
+        kind = PIPELINES[pipeline_name(Path(model.source))]
+        config = _transformer_config(model)
+        check_layout(model.parallel, _num_heads(config), _ffn_dim(config))
     except ValueError as error:
         return [f"{model.name}: {error}"]
+    if not kind.guided and model.parallel.cfg_parallel_size > 1:
+        return [
+            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
+            "only; use Ulysses or ring ranks"
+        ]
     return []
 
 
-def pipeline_class(source: Path) -> str:
-    """The pipeline that a model folder is for.
-
-    Raises:
-        ValueError: it is no model folder, or one that spray cannot run.
-    """
-    index = _read_config(source / "model_index.json")
-    if not index:
-        raise ValueError(f"no model at {source}: model_index.json is missing; set source to a diffusers folder")
-    name = str(index.get("_class_name"))
-    if name not in MODULAR_PIPELINES:
-        raise ValueError(
-            f"{source} is for {name}, which spray cannot run step by step; it can: {', '.join(MODULAR_PIPELINES)}"
-        )
-    return name
+def _transformer_config(model: ModelSpec) -> dict[str, Any]:
+    return read_config(Path(model.source) / "transformer" / "config.json")
 
 
-def _num_heads(model: ModelSpec) -> int | None:
-    config = _read_config(Path(model.source) / "transformer" / "config.json")
+def _num_heads(config: dict[str, Any]) -> int | None:
     heads = config.get("num_attention_heads", config.get("n_heads"))
     return heads if isinstance(heads, int) else None
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _ffn_dim(config: dict[str, Any]) -> int | None:
+    """Hidden features of the feed-forward layers, where they do not follow from the heads."""
+    if config.get("_class_name") == "ZImageTransformer2DModel":
+        return int(config["dim"] / 3 * 8)
+    width = config.get("ffn_dim")
+    return width if isinstance(width, int) else None
 
 
 def _wanted(spec: DeploymentSpec) -> dict[str, float]:

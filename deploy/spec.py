@@ -31,7 +31,12 @@ class Defaults(_Section):
     width: Pixels = Field(1024, description="pixels")
     height: Pixels = Field(1024, description="pixels")
     num_inference_steps: int = Field(50, ge=1, description="denoising steps")
-    guidance_scale: float = Field(4.0, ge=0, le=30, description="strength of classifier-free guidance; 1 is off")
+    guidance_scale: float = Field(
+        4.0, ge=0, le=30, description="strength of guidance; what is off depends on the model"
+    )
+    guidance_scale_2: float | None = Field(None, ge=0, le=30, description="of a second transformer; absent: the same")
+    num_frames: int = Field(1, ge=1, description="frames of a video; 1 for pictures")
+    fps: int = Field(16, ge=1, le=120, description="frames of a video per second")
 
 
 class Limits(_Section):
@@ -41,6 +46,7 @@ class Limits(_Section):
     max_height: Pixels = Field(2048, description="pixels")
     size_multiple: int = Field(16, ge=1, description="width and height must be multiples of this many pixels")
     max_num_inference_steps: int = Field(100, ge=1, description="denoising steps")
+    max_num_frames: int = Field(121, ge=1, description="frames of a video")
     max_n: int = Field(4, ge=1, le=10, description="pictures per request")
     max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
 
@@ -107,6 +113,7 @@ class ModelSpec(_Section):
             ("width", self.defaults.width, self.limits.max_width),
             ("height", self.defaults.height, self.limits.max_height),
             ("num_inference_steps", self.defaults.num_inference_steps, self.limits.max_num_inference_steps),
+            ("num_frames", self.defaults.num_frames, self.limits.max_num_frames),
         ]
         for name, default, limit in pairs:
             if default > limit:
@@ -114,6 +121,22 @@ class ModelSpec(_Section):
         for name, default, _ in pairs[:2]:
             if default % self.limits.size_multiple:
                 raise ValueError(f"defaults.{name} is {default}, no multiple of {self.limits.size_multiple}")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_is_within_limits(self) -> Self:
+        limits = self.limits
+        for i, shape in enumerate(self.warmup_shapes):
+            if shape.width > limits.max_width or shape.height > limits.max_height:
+                raise ValueError(
+                    f"warmup_shapes.{i} is {shape.width}x{shape.height}, more than limits allow; change one"
+                )
+            if shape.width % limits.size_multiple or shape.height % limits.size_multiple:
+                raise ValueError(f"warmup_shapes.{i} is no multiple of {limits.size_multiple} pixels")
+            if shape.num_frames > limits.max_num_frames:
+                raise ValueError(f"warmup_shapes.{i}.num_frames is more than limits.max_num_frames; change one")
+        if self.compile and not self.warmup_shapes:
+            raise ValueError("compile needs warmup_shapes, or the first callers would wait for the compiler")
         return self
 
     @property

@@ -207,7 +207,7 @@ def _generate_locally(
     # Loaded by name, because it brings torch, which no other command of this program needs.
     result = importlib.import_module("workers.local").generate_locally(model, request, progress.show)
     _say("seeds: " + ", ".join(str(seed) for seed in result.seeds))
-    images: tuple[bytes, ...] = result.images
+    images: tuple[bytes, ...] = result.outputs
     return images
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.spec import ModelSpec
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest, GenerationResult, OutputFormat, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, ImageFormat, StepEvent
 
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
@@ -43,7 +43,7 @@ class ImageGenerationBody(BaseModel):
     n: int = Field(1, ge=1, le=10)
     size: str = "auto"
     response_format: Literal["b64_json"] = "b64_json"
-    output_format: OutputFormat = "png"
+    output_format: ImageFormat = "png"
     output_compression: int = Field(100, ge=0, le=100)
     background: Literal["auto", "opaque"] = "auto"
     stream: bool = False
@@ -129,6 +129,7 @@ def to_request(body: ImageGenerationBody, model: ModelSpec, request_id: str) -> 
         height=height,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        guidance_scale_2=model.defaults.guidance_scale_2,
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
         n=body.n,
         output_format=body.output_format,
@@ -163,7 +164,7 @@ def images_response(request: GenerationRequest, result: GenerationResult) -> dic
         "created": int(time.time()),
         "data": [
             {"b64_json": base64.b64encode(image).decode(), "seed": seed}
-            for image, seed in zip(result.images, result.seeds, strict=True)
+            for image, seed in zip(result.outputs, result.seeds, strict=True)
         ],
         "size": f"{request.width}x{request.height}",
         "output_format": request.output_format,

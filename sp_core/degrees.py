@@ -83,15 +83,16 @@ def head_cost(num_heads: int, ulysses_degree: int) -> float:
     return max(head_shares(num_heads, ulysses_degree)) * ulysses_degree / num_heads
 
 
-def check_layout(degrees: ParallelDegrees, num_heads: int | None) -> None:
+def check_layout(degrees: ParallelDegrees, num_heads: int | None, ffn_dim: int | None = None) -> None:
     """Refuse a layout that cannot run, before any process is started.
 
     Args:
         degrees: the layout.
         num_heads: attention heads of the model, or None where its config does not say.
+        ffn_dim: hidden features of its feed-forward layers, or None where they follow from the heads.
 
     Raises:
-        ValueError: the tensor-parallel ranks cannot share the heads.
+        ValueError: the tensor-parallel ranks cannot share the heads or the features.
     """
     size = degrees.tensor_parallel_size
     if num_heads is not None and num_heads % size:
@@ -99,6 +100,10 @@ def check_layout(degrees: ParallelDegrees, num_heads: int | None) -> None:
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {num_heads} attention heads; allowed: {allowed}. "
             "Ulysses and ring degrees work with any number of heads"
+        )
+    if ffn_dim is not None and ffn_dim % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the {ffn_dim} features of the model's feed-forward layers"
         )
 
 

@@ -34,6 +34,12 @@ REQUESTS = {
 Generated = tuple[torch.Tensor, list[np.ndarray[Any, Any]]]
 
 
+def pixels(made: Any) -> np.ndarray[Any, Any]:
+    """A picture as `(H, W, 3)`, a video as `(F, H, W, 3)`."""
+    frames = made if isinstance(made, list) else [made]
+    return np.stack([np.asarray(frame, dtype=np.int16) for frame in frames]).squeeze(0 if len(frames) == 1 else ())
+
+
 def begun(pipeline: Any, request: GenerationRequest, mesh: ParallelMesh, spec: ModelSpec) -> Denoising:
     denoising = Denoising(pipeline, request, mesh, spec)
     denoising.encode()
@@ -52,7 +58,7 @@ def generate(
         while not denoising.done:
             denoising.step()
     denoising.join_pictures()
-    return denoising.latents, [np.asarray(picture, dtype=np.int16) for picture in denoising.finish()]
+    return denoising.latents, [pixels(made) for made in denoising.finish()]
 
 
 def generate_with(mesh: ParallelMesh, folder: Path, request: GenerationRequest, options: dict[str, Any]) -> Generated:

@@ -15,7 +15,7 @@ LAYERS = ("sp_core", "deploy", "workers", "service")
 ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
     "deploy": {"pydantic", "yaml"},
-    "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL"},
+    "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"},
     "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
 }
 """Packages of others, by layer; the standard library besides."""

@@ -55,9 +55,11 @@ SPEC_KEYS = frozenset(
     models.parallel.ulysses_degree models.parallel.ring_degree models.parallel.tensor_parallel_size
     models.parallel.cfg_parallel_size
     models.defaults models.defaults.width models.defaults.height models.defaults.num_inference_steps
-    models.defaults.guidance_scale
+    models.defaults.guidance_scale models.defaults.guidance_scale_2 models.defaults.num_frames models.defaults.fps
     models.limits models.limits.max_width models.limits.max_height models.limits.size_multiple
-    models.limits.max_num_inference_steps models.limits.max_n models.limits.max_queued
+    models.limits.max_num_inference_steps models.limits.max_num_frames models.limits.max_n models.limits.max_queued
+    models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
+    models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
     models.placement models.placement.cpus_per_rank
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port

@@ -7,6 +7,7 @@
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
     pipeline.py     loads a model folder; weights.py reads a transformer's share
     denoising.py    one request in progress, step by step
+    recipes.py      what is peculiar to each pipeline
     media.py        pictures to PNG, JPEG, WebP
     local.py        a gang without Ray, for `spray generate --local`
     demo_model.py   writes a tiny model, for the demo and the tests to serve

@@ -7,22 +7,22 @@ decoder. We run the blocks before the loop, then the loop's body once per `step`
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModularPipeline
-from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
-from PIL import Image
 
+from deploy.pipelines import pipeline_name
 from deploy.spec import ModelSpec
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import ParallelMesh
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
-from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.pipeline import encodes_here, is_encoder
+from workers.recipes import RECIPES
 
 
 class Denoising:
@@ -46,17 +46,19 @@ class Denoising:
         self, pipeline: ModularPipeline, request: GenerationRequest, mesh: ParallelMesh, model: ModelSpec
     ) -> None:
         self.request = request
+        self._recipe = RECIPES[pipeline_name(Path(model.source))]
+        self._recipe.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        guided = request.negative_prompt is not None and request.guidance_scale > 1  # as the classic pipeline decides
-        guider = ClassifierFreeGuidance(guidance_scale=request.guidance_scale, enabled=guided)
-        self._pipeline.guider = ParallelGuider(guider, self._cfg) if guided and self._cfg.size > 1 else guider
-        self._splits_pictures = not guided and self._cfg.size > 1
+        self._guided = self._recipe.guided(request)
+        self._set_guiders(self._recipe.guiders_to_encode(request))
+        self._splits_pictures = not self._guided and self._cfg.size > 1
         self._encodes = encodes_here(model, mesh)
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
-        if request.width * request.height > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling"):
+        size = request.width * request.height * request.num_frames
+        if size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling"):
             together = model.vae == "all"
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
@@ -75,7 +77,7 @@ class Denoising:
 
     @property
     def latents(self) -> torch.Tensor:
-        """The latents as they stand, packed: `(pictures of this rank, tokens, channels)`."""
+        """The latents as they stand: `(pictures of this rank, ...)`, packed or not as the model has them."""
         latents: torch.Tensor = self._body.latents
         return latents
 
@@ -105,12 +107,15 @@ class Denoising:
     @torch.no_grad()
     def prepare(self) -> None:
         """Draw the initial latents, set the timesteps."""
+        self._set_guiders(self._recipe.guiders(self.request))
         for block in self._ahead:
             self._run(block)
         _forget_full_masks(self._state)
         self._body = self._loop.get_block_state(self._state)
         self._body.additional_cond_kwargs = {}
         self._body.num_warmup_steps = 0
+        if self._recipe.rounds_timestep:
+            self._body.dtype = torch.float32  # see `workers.recipes.keep_timestep_exact`
 
     @torch.no_grad()
     def step(self) -> None:
@@ -128,8 +133,10 @@ class Denoising:
             self._body.latents = torch.cat(parts)[: self.request.n]
 
     @torch.no_grad()
-    def finish(self) -> list[Image.Image]:
-        """Decode the latents: the pictures on rank 0, nothing on the others. A collective if tiles are shared.
+    def finish(self) -> list[Any]:
+        """Decode the latents: on rank 0 pictures, or lists of frames for videos; nothing on the others.
+
+        A collective if tiles are shared.
 
         Raises:
             PeerTileFailed: another rank could not decode its tiles.
@@ -142,22 +149,26 @@ class Denoising:
                 self._run(block)
         except TilesHandedOver:
             return []
-        images: list[Image.Image] = self._state.get("images")
-        return images
+        outputs: list[Any] = self._state.get(self._recipe.output)
+        return outputs
+
+    def _set_guiders(self, guiders: dict[str, Any]) -> None:
+        for name, guider in guiders.items():
+            parallel = self._guided and self._cfg.size > 1
+            setattr(self._pipeline, name, ParallelGuider(guider, self._cfg) if parallel else guider)
 
     def _plan(self, pipeline: ModularPipeline) -> None:
         """The blocks that this request runs through, in order, and the values they start from."""
-        _check_size(pipeline, self.request)
         request, seeds = self.request, self._seeds()
         given = {
             "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
             "width": request.width,
             "height": request.height,
             "num_inference_steps": request.num_inference_steps,
-            "num_images_per_prompt": len(seeds),
+            self._recipe.count_input: len(seeds),
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": "pil",
+            **self._recipe.inputs(request),
         }
         workflow = pipeline.blocks.get_execution_blocks(**given)
         self._state = PipelineState()
@@ -184,13 +195,6 @@ class Denoising:
 
 def _encodes(block: Any) -> bool:
     return any(is_encoder(component.name) for component in block.expected_components)
-
-
-def _check_size(pipeline: ModularPipeline, request: GenerationRequest) -> None:
-    multiple = pipeline.vae_scale_factor * 2  # the VAE's reduction, times the transformer's patch of 2
-    for param, value in (("width", request.width), ("height", request.height)):
-        if value % multiple:
-            raise InvalidParameter("size", f"{param} must be a multiple of {multiple}, got {value}", "invalid_size")
 
 
 def _forget_full_masks(state: PipelineState) -> None:

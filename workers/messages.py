@@ -9,7 +9,8 @@ from typing import Literal
 
 from sp_core.degrees import ParallelDegrees
 
-OutputFormat = Literal["png", "jpeg", "webp"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+OutputFormat = ImageFormat | Literal["mp4"]
 Phase = Literal["starting", "idle", "encode", "denoise", "decode"]
 
 
@@ -21,14 +22,17 @@ class GenerationRequest:
         request_id: unique; appears in logs and is what cancellation names.
         model: name of the model in the deployment.
         prompt: what to draw.
-        negative_prompt: what not to draw; None leaves guidance off, as the model's own pipeline does.
+        negative_prompt: what not to draw; None leaves guidance off where the model's own pipeline does so.
         width: pixels.
         height: pixels.
         num_inference_steps: denoising steps.
-        guidance_scale: strength of classifier-free guidance, in effect with a negative prompt.
-        seed: of the first picture; picture i uses seed + i.
-        n: pictures.
-        output_format: of the encoded pictures.
+        guidance_scale: strength of guidance.
+        guidance_scale_2: of a model's second transformer; None: the same.
+        num_frames: of a video; 1 for pictures.
+        fps: frames of a video per second.
+        seed: of the first picture or video; number i uses seed + i.
+        n: pictures or videos.
+        output_format: of the encoded files.
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether the caller listens to the steps; each costs a message through all layers.
     """
@@ -42,6 +46,9 @@ class GenerationRequest:
     seed: int
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
+    guidance_scale_2: float | None = None
+    num_frames: int = 1
+    fps: int = 16
     n: int = 1
     output_format: OutputFormat = "png"
     output_compression: int = 100
@@ -65,18 +72,18 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The pictures, and how they came about.
+    """The pictures or videos, and how they came about.
 
     Attributes:
-        images: encoded pictures.
-        seeds: the seed of each picture.
+        outputs: encoded pictures or videos.
+        seeds: the seed of each.
         degrees: the layout of the gang.
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
         step_seconds: wall time of each step on rank 0.
-        decode_seconds: wall time of VAE decoding and picture encoding.
+        decode_seconds: wall time of VAE decoding and of encoding the files.
     """
 
-    images: tuple[bytes, ...]
+    outputs: tuple[bytes, ...]
     seeds: tuple[int, ...]
     degrees: ParallelDegrees
     encode_seconds: float

@@ -5,7 +5,6 @@ the ranks that encode, the VAE is on those that decode. Called by `workers.rank`
 `workers.denoising`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModularPipeline
 
-from deploy.check import MODULAR_PIPELINES, pipeline_class
+from deploy.pipelines import pipeline_name, read_config
 from deploy.spec import ModelSpec
 from sp_core.mesh import ParallelMesh
+from workers.recipes import RECIPES, keep_timestep_exact
 from workers.weights import load_transformer
 
 
@@ -28,14 +28,16 @@ def load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
         OSError: the folder lacks a file.
     """
     folder = Path(model.source)
-    kind = getattr(diffusers, MODULAR_PIPELINES[pipeline_class(folder)])
-    pipeline: ModularPipeline = kind(pretrained_model_name_or_path=model.source)
+    recipe = RECIPES[pipeline_name(folder)]
+    pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
     dtype = getattr(torch, model.torch_dtype)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_config(folder / "model_index.json")
     there = {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
     transformers = sorted(name for name in there if name.startswith("transformer"))
     for name in transformers:
         transformer: Any = load_transformer(folder / name, mesh, dtype)
+        if recipe.rounds_timestep and dtype != torch.float32:
+            keep_timestep_exact(transformer, dtype)
         if model.compile:
             transformer.compile_repeated_blocks(fullgraph=True)
         pipeline.register_components(**{name: transformer})
@@ -70,9 +72,8 @@ class _AbsentVAE:
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         with init_empty_weights():
-            self._vae = getattr(diffusers, kind).from_config(config)
+            self._vae = getattr(diffusers, kind).from_config(read_config(folder / "config.json"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,16 +24,20 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import ModelSpec
 from sp_core.mesh import ParallelMesh
 from sp_core.tile_parallel import PeerTileFailed
 from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
-from workers.media import encode_image
+from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.pipeline import load_pipeline
 
 Result = TypeVar("Result")
+
+WARMUP_STEPS = 4
+"""So many that a model with two transformers gets to the second."""
 
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
@@ -125,21 +130,23 @@ class Rank:
 
     def _warm_up(self) -> None:
         """Run the spec's shapes once, with prompts of two lengths: torch compiles for any length after the second."""
+        kind = PIPELINES[pipeline_name(Path(self.model.source))]
         for shape in self.model.warmup_shapes:
             for prompt in ("warm", "warm up " * 8):
-                for negative in (None, "cold"):
-                    request = GenerationRequest(
-                        request_id="warm-up",
-                        model=self.model.name,
-                        prompt=prompt,
-                        negative_prompt=negative,
-                        width=shape.width,
-                        height=shape.height,
-                        num_inference_steps=1,
-                        seed=0,
-                    )
-                    for _ in self._generate(request):
-                        pass
+                request = GenerationRequest(
+                    request_id="warm-up",
+                    model=self.model.name,
+                    prompt=prompt,
+                    width=shape.width,
+                    height=shape.height,
+                    num_frames=shape.num_frames,
+                    num_inference_steps=WARMUP_STEPS,
+                    guidance_scale=self.model.defaults.guidance_scale,
+                    seed=0,
+                    output_format="mp4" if kind.makes == "video" else "png",
+                )
+                for _ in self._generate(request):
+                    pass
 
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
         reports = self.rank == 0
@@ -160,10 +167,10 @@ class Rank:
         self._phase = "decode"
         before = time.perf_counter()
         denoising.join_pictures()
-        images = self._finish(denoising)
+        outputs = self._finish(denoising)
         if reports:
             yield GenerationResult(
-                images=images,
+                outputs=outputs,
                 seeds=tuple(request.seed + i for i in range(request.n)),
                 degrees=self.model.parallel,
                 encode_seconds=encoded - started,
@@ -216,10 +223,8 @@ class Rank:
             raise RequestCancelled(f"request {request.request_id} was cancelled")
 
     def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:
-        request = denoising.request
         try:
-            pictures = denoising.finish()
-            return tuple(encode_image(p, request.output_format, request.output_compression) for p in pictures)
+            return tuple(encode(made, denoising.request) for made in denoising.finish())
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
         except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them

@@ -24,9 +24,10 @@ import httpx
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from tests.deployments import deployment, model
-from workers.media import encode_image
+from workers.denoising import Denoising
+from workers.media import encode
 from workers.messages import GenerationRequest
-from workers.pipeline import Denoising, load_pipeline
+from workers.pipeline import load_pipeline
 
 STEPS = (4, 30)
 SIZE = 128
@@ -74,14 +75,17 @@ def measure(url: str, direct: Connection, steps: int, repeats: int) -> tuple[int
 def serve_directly(source: Path, requests: Connection) -> None:
     """The same work without a service: answer each number of steps with the seconds that a request takes."""
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
-    pipeline = load_pipeline(model(source), mesh)
+    spec = model(source)
+    pipeline = load_pipeline(spec, mesh)
     while True:
         request = GenerationRequest("b", "demo", "a cup of coffee", SIZE, SIZE, requests.recv(), seed=1)
         began = time.perf_counter()
-        denoising = Denoising(pipeline, request, mesh)
+        denoising = Denoising(pipeline, request, mesh, spec)
+        denoising.encode()
+        denoising.prepare()
         while not denoising.done:
             denoising.step()
-        encode_image(denoising.finish()[0], "png", 100)
+        encode(denoising.finish()[0], denoising.request)
         requests.send(time.perf_counter() - began)
 
 

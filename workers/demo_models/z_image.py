@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TRANSFORMER_GAINS = {"adaLN": 3, "attention_norm2": 4, "attention.norm_k": 3, "final_layer.2-1.linear": 2}
+TRANSFORMER_GAINS = {"adaLN": 2, "attention_norm2": 3, "attention.norm_k": 2, "final_layer.2-1.linear": 2}
 
 
 def pipeline() -> Any:

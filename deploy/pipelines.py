@@ -1,0 +1,58 @@
+"""Which of diffusers' pipelines spray runs, and what can be said of each without loading it.
+
+A model folder comes in; `deploy.check` and `workers.pipeline` ask. How each runs is in `workers.recipes`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """One of diffusers' pipeline classes.
+
+    Attributes:
+        makes: what comes out.
+        guided: whether it evaluates a second branch for classifier-free guidance; if not, there is nothing that
+            cfg_parallel_size could share out, and no negative prompt.
+    """
+
+    makes: Literal["image", "video"]
+    guided: bool = True
+
+
+PIPELINES = {
+    "FluxPipeline": PipelineKind("image", guided=False),
+    "QwenImagePipeline": PipelineKind("image"),
+    "WanPipeline": PipelineKind("video"),
+    "ZImagePipeline": PipelineKind("image"),
+}
+"""By the class name in a model folder's `model_index.json`."""
+
+
+def pipeline_name(source: Path) -> str:
+    """The name in `PIPELINES` of the pipeline that a model folder is for.
+
+    Raises:
+        ValueError: it is no model folder, or one that spray cannot run.
+    """
+    index = read_config(source / "model_index.json")
+    if not index:
+        raise ValueError(f"no model at {source}: model_index.json is missing; set source to a diffusers folder")
+    name = str(index.get("_class_name"))
+    if name not in PIPELINES:
+        raise ValueError(f"{source} is for {name}, which spray cannot run step by step; it can: {', '.join(PIPELINES)}")
+    if index.get("expand_timesteps"):  # diffusers' modular Wan has no such blocks, and would make another size
+        raise ValueError(f"{source} is a Wan TI2V model (expand_timesteps), which spray cannot run step by step yet")
+    return name
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
