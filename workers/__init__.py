@@ -6,6 +6,7 @@
     gang.py         Gang, the Serve deployment: starts the ranks, hands each request to all of them, watches them
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
     pipeline.py     the denoising of one request, step by step
+    lora.py         LoRA files: what sp_core.lora takes, from any key format that diffusers converts
     media.py        pictures to PNG, JPEG, WebP
     local.py        a gang without Ray, for `spray generate --local`
     demo_model.py   writes the tiny model that the demo and the tests serve
