@@ -13,6 +13,7 @@ Reading order, from intent to arithmetic:
     token_layout.py   how token streams lie on the ranks: arithmetic on lengths
     attention/        attention across ranks, and the seam that brings diffusers' attention here
     tensor_parallel.py  the tensor plan at work: parts of layers, summed over the ranks
+    lora.py           LoRA adapters beside the linear layers, shared out with them, switched without merging
     cfg_parallel.py   the branches of guidance on separate groups of ranks
     collectives.py    every data-moving collective call in the package
     kernels.py        attention on one device

@@ -18,20 +18,32 @@ from sp_core.tp_plan import AcrossHeads, Channels, Columns, Heads, TensorParalle
 
 
 class ColumnParallelLinear(nn.Linear):
-    """`(..., in)` to this rank's part of the output features, `(..., part of out)`."""
+    """`(..., in)` to this rank's part of the output features, `(..., part of out)`.
+
+    Attributes:
+        index: this rank's output features.
+        whole_shape: of the weight on all ranks together, `(out, in)`.
+    """
 
     def __init__(self, whole: nn.Linear, index: torch.Tensor) -> None:
         nn.Module.__init__(self)
+        self.index, self.whole_shape = index, whole.weight.shape
         self.in_features, self.out_features = whole.in_features, len(index)
         self.weight = _part(whole.weight, 0, index)
         self.bias = None if whole.bias is None else _part(whole.bias, 0, index)
 
 
 class RowParallelLinear(nn.Linear):
-    """This rank's part of the input features, `(..., part of in)`, to the sum over all ranks, `(..., out)`."""
+    """This rank's part of the input features, `(..., part of in)`, to the sum over all ranks, `(..., out)`.
+
+    Attributes:
+        index: this rank's input features.
+        whole_shape: of the weight on all ranks together, `(out, in)`.
+    """
 
     def __init__(self, whole: nn.Linear, index: torch.Tensor, axis: MeshAxis) -> None:
         nn.Module.__init__(self)
+        self.index, self.whole_shape = index, whole.weight.shape
         self.in_features, self.out_features = len(index), whole.out_features
         self.weight = _part(whole.weight, 1, index)
         self.bias = whole.bias
@@ -39,8 +51,12 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., out)`, the same on every rank."""
-        summed = collectives.all_reduce(linear(input, self.weight), self._axis)
+        summed = collectives.all_reduce(self.partial(input), self._axis)
         return summed if self.bias is None else summed + self.bias
+
+    def partial(self, input: torch.Tensor) -> torch.Tensor:
+        """This rank's term of the sum, `(..., out)`."""
+        return linear(input, self.weight)
 
 
 class AcrossHeadsRMSNorm(nn.Module):

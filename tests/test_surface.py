@@ -19,6 +19,7 @@ from service.rest import rest_app
 from service.schemas import ImageGenerationBody
 from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import AXES, ParallelDegrees
+from sp_core.lora import Adapters
 from sp_core.mesh import ParallelMesh
 from workers import errors
 
@@ -45,6 +46,9 @@ FUNCTIONS = {
         "joint_sharded",
     ],
     ParallelMesh.create: ["degrees", "device_type", "timeout_s"],
+    Adapters.load: ["self", "name", "weights"],
+    Adapters.unload: ["self", "name"],
+    Adapters.activate: ["self", "scales"],
 }  # fmt: skip
 
 DEGREES = ["ulysses_degree", "ring_degree", "tensor_parallel_size", "cfg_parallel_size"]

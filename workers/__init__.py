@@ -8,6 +8,7 @@
     pipeline.py     loads a model folder; weights.py reads a transformer's share
     denoising.py    one request in progress, step by step
     recipes.py      what is peculiar to each pipeline
+    lora.py         LoRA files: what sp_core.lora takes, from any key format that diffusers converts
     media.py        pictures to PNG, JPEG, WebP
     local.py        a gang without Ray, for `spray generate --local`
     demo_model.py   writes a tiny model, for the demo and the tests to serve
