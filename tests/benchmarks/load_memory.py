@@ -65,16 +65,17 @@ def _kept(model: torch.nn.Module) -> int:
 def load(mesh: ParallelMesh, folder: Path, how: str) -> tuple[float, float]:
     """On one rank: MB of weights held afterwards, and MB by which the peak rose."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = _status("VmRSS")
+    before = status("VmRSS")
     if how == "spray":
         model: torch.nn.Module = load_transformer(folder, mesh, torch.float32)
     else:
         model = QwenImageTransformer2DModel.from_pretrained(folder)
         parallelize(model, mesh)
-    return sum(p.nbytes for p in model.parameters()) / MB, _status("VmHWM") - before
+    return sum(p.nbytes for p in model.parameters()) / MB, status("VmHWM") - before
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
+    """A field of this process's memory, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
