@@ -65,6 +65,16 @@ class WarmupShape(_Section):
     num_frames: int = Field(1, ge=1, description="frames of a video; 1 for a picture")
 
 
+class LoRA(_Section):
+    """An adapter that a request may ask for by its name."""
+
+    name: Name = Field(description="what a request calls it")
+    source: str = Field(description="safetensors file; relative to the deployment file")
+    component: Literal["transformer", "transformer_2"] = Field(
+        "transformer", description="the transformer that it is for, where a model has two"
+    )
+
+
 class Timeouts(_Section):
     """When a gang is given up, in seconds."""
 
@@ -94,6 +104,7 @@ class ModelSpec(_Section):
     vae_tiling_above: int = Field(
         2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"
     )
+    loras: tuple[LoRA, ...] = Field((), description="adapters that requests may ask for")
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     placement: Placement = Placement()
@@ -122,6 +133,15 @@ class ModelSpec(_Section):
             if default % self.limits.size_multiple:
                 raise ValueError(f"defaults.{name} is {default}, no multiple of {self.limits.size_multiple}")
         return self
+
+    @field_validator("loras")
+    @classmethod
+    def _names_of_loras_are_unique(cls, loras: tuple[LoRA, ...]) -> tuple[LoRA, ...]:
+        places = [(lora.name, lora.component) for lora in loras]
+        for name, component in places:
+            if places.count((name, component)) > 1:
+                raise ValueError(f"two adapters for {component} are called {name!r}; give each its own name")
+        return loras
 
     @model_validator(mode="after")
     def _warmup_is_within_limits(self) -> Self:
@@ -189,8 +209,17 @@ def load_spec(path: Path) -> DeploymentSpec:
     except ValidationError as error:
         raise SpecError("\n".join(f"{path}: {_explain(mistake)}" for mistake in error.errors())) from None
     folder = path.resolve().parent
-    models = tuple(m.model_copy(update={"source": str((folder / m.source).resolve())}) for m in spec.models)
-    return spec.model_copy(update={"models": models})
+    return spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
+
+
+def _beside(folder: Path, model: ModelSpec) -> ModelSpec:
+    """The model with whole paths."""
+
+    def whole(source: str) -> dict[str, str]:
+        return {"source": str((folder / source).resolve())}
+
+    loras = tuple(lora.model_copy(update=whole(lora.source)) for lora in model.loras)
+    return model.model_copy(update=whole(model.source) | {"loras": loras})
 
 
 def _explain(mistake: Any) -> str:

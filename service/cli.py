@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec, ModelSpec, Placement, SpecError, load_spec
+from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement, SpecError, load_spec
 from service.client import ServerError, generate_remotely
 from service.local import LocalCluster, local_devices
 from service.progress import StepProgress
@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance_scale", type=float)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--n", type=int, default=1, help="pictures; further ones are saved as OUTPUT-1, OUTPUT-2")
+    generate.add_argument(
+        "--lora", action="append", type=_lora, default=[], metavar="NAME[=SCALE]",
+        help="an adapter of the deployment; with --local a safetensors file; may be repeated",
+    )  # fmt: skip
     generate.add_argument("--server", help=f"base URL of a server; default {DEFAULT_SERVER}")
     generate.add_argument("--local", action="store_true", help="without a server: load the model in own processes")
     generate.add_argument("--model", help="with --local its folder, else its name in the deployment")
@@ -175,6 +179,8 @@ def _body(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("--width and --height go together")
     if arguments.width is not None:
         body["size"] = f"{arguments.width}x{arguments.height}"
+    if arguments.lora:
+        body["loras"] = [{"name": name, "scale": scale} for name, scale in arguments.lora]
     return body | {"output_format": FORMATS[arguments.output.suffix]}
 
 
@@ -191,9 +197,12 @@ def _generate_locally(
     if not arguments.model:
         raise UsageError("--local needs --model FOLDER, a folder in diffusers' format")
     devices = local_devices()
+    files = {Path(name).stem: name for name, _ in arguments.lora}
+    arguments.lora = [(Path(name).stem, scale) for name, scale in arguments.lora]
     try:
         model = ModelSpec(
             name="local",
+            loras=tuple(LoRA(name=name, source=str(Path(file).resolve())) for name, file in files.items()),
             source=str(Path(arguments.model).resolve()),
             device=arguments.device or ("cuda" if devices["cuda"] else "cpu"),
             parallel=ParallelDegrees(**degrees),
@@ -209,6 +218,16 @@ def _generate_locally(
     _say("seeds: " + ", ".join(str(seed) for seed in result.seeds))
     images: tuple[bytes, ...] = result.outputs
     return images
+
+
+def _lora(text: str) -> tuple[str, float]:
+    name, equals, scale = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return name, float(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME or NAME=SCALE with a number, got {text!r}") from None
 
 
 def _worlds(text: str) -> tuple[int, ...]:

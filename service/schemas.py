@@ -33,6 +33,15 @@ class StreamOptions(BaseModel):
     include_progress: bool = False
 
 
+class LoRAChoice(BaseModel):
+    """An adapter of the model, by its name in the deployment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str
+    scale: float = Field(1.0, ge=-4, le=4)
+
+
 class ImageGenerationBody(BaseModel):
     """Body of `POST /v1/images/generations`: OpenAI's fields and those of diffusion."""
 
@@ -59,6 +68,7 @@ class ImageGenerationBody(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=30)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    loras: Annotated[list[LoRAChoice], Field(max_length=8)] = []
 
     @property
     def ignored(self) -> list[str]:
@@ -130,6 +140,7 @@ def to_request(body: ImageGenerationBody, model: ModelSpec, request_id: str) -> 
         num_inference_steps=steps,
         guidance_scale=guidance,
         guidance_scale_2=model.defaults.guidance_scale_2,
+        loras=_loras(body.loras, model),
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
         n=body.n,
         output_format=body.output_format,
@@ -151,6 +162,18 @@ def _size(size: str, model: ModelSpec) -> tuple[int, int]:
     if not fits or width % limits.size_multiple or height % limits.size_multiple:
         raise InvalidParameter("size", f"size {size} is not allowed; allowed: {allowed}", "invalid_size")
     return width, height
+
+
+def _loras(chosen: list[LoRAChoice], model: ModelSpec) -> tuple[tuple[str, float], ...]:
+    known = list(dict.fromkeys(lora.name for lora in model.loras))
+    names = [choice.name for choice in chosen]
+    for name in names:
+        if name not in known:
+            available = ", ".join(known) or "none"
+            raise InvalidParameter("loras", f"{model.name!r} has no adapter {name!r}; available: {available}")
+        if names.count(name) > 1:
+            raise InvalidParameter("loras", f"the adapter {name!r} is named twice")
+    return tuple((choice.name, choice.scale) for choice in chosen)
 
 
 def _at_most(param: str, value: int, limit: int) -> None:
@@ -209,6 +232,7 @@ def model_object(model: ModelSpec) -> dict[str, Any]:
         "created": 0,
         "owned_by": "spray",
         "layout": str(model.parallel),
+        "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
         "defaults": model.defaults.model_dump(),
         "limits": model.limits.model_dump(),
     }

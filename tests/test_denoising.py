@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from safetensors.torch import save_file
 
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA
 from sp_core.degrees import ParallelDegrees
 from sp_core.divergence import error
 from sp_core.mesh import ParallelMesh
@@ -20,7 +21,7 @@ from tests.deployments import model
 from workers.denoising import Denoising
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
-from workers.pipeline import load_pipeline
+from workers.pipeline import LoadedModel, load_model
 
 ALONE = ParallelDegrees()
 
@@ -40,8 +41,8 @@ def pixels(made: Any) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(frame, dtype=np.int16) for frame in frames]).squeeze(0 if len(frames) == 1 else ())
 
 
-def begun(pipeline: Any, request: GenerationRequest, mesh: ParallelMesh, spec: ModelSpec) -> Denoising:
-    denoising = Denoising(pipeline, request, mesh, spec)
+def begun(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
+    denoising = Denoising(loaded, request)
     denoising.encode()
     denoising.share_encoded()
     denoising.prepare()
@@ -53,7 +54,7 @@ def generate(
 ) -> Generated:
     """Latents and pictures of a request; `local` keeps each rank's attention to its own tokens."""
     spec = model(folder, **asdict(mesh.degrees)).model_copy(update=options)
-    denoising = begun(load_pipeline(spec, mesh), request, mesh, spec)
+    denoising = begun(load_model(spec, mesh), request)
     with attention_kept_local() if local else nullcontext():
         while not denoising.done:
             denoising.step()
@@ -151,6 +152,56 @@ def test_local_attention_would_be_seen(ranks: RankPool, demo_model: Path) -> Non
     assert np.abs(drawn[0] - pictures[0]).max() > 100
 
 
+@pytest.fixture(scope="module")
+def ink(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRA:
+    """An adapter for every linear layer of the demo model's blocks."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(demo_model / "transformer")
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, module in transformer.transformer_blocks.named_modules(prefix="transformer.transformer_blocks"):
+        if isinstance(module, torch.nn.Linear):
+            out, into = module.weight.shape
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, into, generator=generator) / into**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator) / 8
+    file = tmp_path_factory.mktemp("loras") / "ink.safetensors"
+    save_file(tensors, file)
+    return LoRA(name="ink", source=str(file))
+
+
+def test_adapters_are_those_of_the_request(ranks: RankPool, demo_model: Path, ink: LoRA) -> None:
+    request = replace(REQUESTS["uneven, guided"], n=1)
+    inked = replace(request, loras=(("ink", 0.7),))
+    options = {"loras": (ink,)}
+    ((plain, _),) = ranks.run(ALONE, generate_with, demo_model, request, {})
+    ((latents, pictures),) = ranks.run(ALONE, generate_with, demo_model, inked, options)
+    assert error(latents, plain) > 100 * BAR
+    classic = QwenImagePipeline.from_pretrained(demo_model)
+    classic.load_lora_weights(ink.source, adapter_name="ink")
+    classic.set_adapters("ink", 0.7)
+    (expected,) = classic(
+        request.prompt, negative_prompt=request.negative_prompt, true_cfg_scale=request.guidance_scale,
+        width=request.width, height=request.height, num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images  # fmt: skip
+    assert np.abs(pictures[0] - pixels(expected)).max() <= 1
+    for layout in ("tp 2 x ulysses 2", "cfg 2 x ring 2"):
+        check(ranks.run(PRODUCTS[layout], generate_with, demo_model, inked, options), latents, pictures)
+
+
+def test_requests_with_and_without_adapters_do_not_disturb_each_other(demo_model: Path, ink: LoRA) -> None:
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    loaded = load_model(model(demo_model).model_copy(update={"loras": (ink,)}), mesh)
+    plain = REQUESTS["even"]
+    alone, _ = generate(mesh, demo_model, plain)
+    first, second = begun(loaded, plain), begun(loaded, replace(plain, loras=(("ink", 1.0),)))
+    while not first.done:
+        first.step()
+        second.step()
+    assert torch.equal(first.latents, alone)
+    assert error(second.latents, alone) > 100 * BAR
+    with pytest.raises(InvalidParameter, match="no adapter 'pencil'; it has: ink"):
+        Denoising(loaded, replace(plain, loras=(("pencil", 1.0),)))
+
+
 def test_the_prompt_shows(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
     cup = GenerationRequest("a", "demo", "a cup of coffee", width=64, height=64, num_inference_steps=8, seed=1)
@@ -161,10 +212,9 @@ def test_the_prompt_shows(demo_model: Path) -> None:
 
 def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
-    spec = model(demo_model)
-    pipeline = load_pipeline(spec, mesh)
+    loaded = load_model(model(demo_model), mesh)
     alone, _ = generate(mesh, demo_model, REQUESTS["even"])
-    first, second = (begun(pipeline, REQUESTS[name], mesh, spec) for name in ("even", "uneven, guided"))
+    first, second = (begun(loaded, REQUESTS[name]) for name in ("even", "uneven, guided"))
     while not first.done:
         first.step()
         if not second.done:
@@ -174,8 +224,7 @@ def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
 
 def test_a_size_that_the_model_cannot_do_is_the_callers_mistake(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
-    spec = model(demo_model)
-    pipeline = load_pipeline(spec, mesh)
+    loaded = load_model(model(demo_model), mesh)
     request = GenerationRequest("a", "demo", "a cup", width=72, height=64, num_inference_steps=1, seed=0)
     with pytest.raises(InvalidParameter, match="width must be a multiple of 16, got 72"):
-        Denoising(pipeline, request, mesh, spec)
+        Denoising(loaded, request)

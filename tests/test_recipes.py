@@ -19,11 +19,12 @@ from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
 from sp_core.verify import BAR
 from tests.deployments import model
-from tests.test_denoising import ALONE, Generated, begun, generate, pixels
+from tests.test_denoising import ALONE, Generated, generate, pixels
+from workers.denoising import Denoising
 from workers.errors import InvalidParameter
 from workers.media import encode
 from workers.messages import GenerationRequest
-from workers.pipeline import load_pipeline
+from workers.pipeline import load_model
 from workers.recipes import RECIPES
 
 PICTURES = GenerationRequest(
@@ -127,9 +128,9 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_a_model_cannot_do_is_the_callers_mistake(demo_models: dict[str, Path], name: str) -> None:
     family, changes, said = REFUSALS[name]
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
-    spec = model(demo_models[family])
+    loaded = load_model(model(demo_models[family]), mesh)
     with pytest.raises(InvalidParameter, match=said):
-        begun(load_pipeline(spec, mesh), replace(VIDEO, **changes), mesh, spec)
+        Denoising(loaded, replace(VIDEO, **changes))
 
 
 def test_every_pipeline_has_a_recipe(demo_models: dict[str, Path]) -> None:

@@ -64,6 +64,7 @@ SPEC_KEYS = frozenset(
     models.limits.max_num_inference_steps models.limits.max_num_frames models.limits.max_n models.limits.max_queued
     models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
+    models.loras models.loras.name models.loras.source models.loras.component
     models.placement models.placement.cpus_per_rank
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port
@@ -84,7 +85,7 @@ IMAGE_FIELDS = frozenset(
     """
     prompt model n size response_format output_format output_compression background stream stream_options
     partial_images quality style moderation user safety_identifier
-    negative_prompt num_inference_steps guidance_scale seed
+    negative_prompt num_inference_steps guidance_scale seed loras
     """.split()
 )
 
@@ -103,7 +104,7 @@ COMMANDS = {
     "verify": {"target", "config", "world"},
     "generate": {
         "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "n",
-        "server", "local", "model", "device", *DEGREES,
+        "lora", "server", "local", "model", "device", *DEGREES,
     },
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
 from tests.deployments import model
 from workers.messages import GenerationRequest, GenerationResult
-from workers.pipeline import load_pipeline
+from workers.pipeline import load_model
 from workers.rank import Rank
 
 FIRST = GenerationRequest("a", "demo", "a cup of coffee on a table", width=64, height=48, num_inference_steps=2, seed=1)
@@ -32,7 +32,7 @@ def graphs(mesh: ParallelMesh, folder: Path) -> list[int]:
     compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),)}
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=compiled)
     rank = Rank(mesh.axis("gang").rank, spec)
-    rank._mesh, rank._pipeline = mesh, load_pipeline(rank.model, mesh)
+    rank._mesh, rank._loaded = mesh, load_model(rank.model, mesh)
     rank._warm_up()
     found = [counters["stats"]["unique_graphs"]]
     for request in REQUESTS:

@@ -15,13 +15,12 @@ from diffusers import ModularPipeline
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
 
 from deploy.pipelines import pipeline_name
-from deploy.spec import ModelSpec
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
-from sp_core.mesh import ParallelMesh
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
+from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
-from workers.pipeline import encodes_here, is_encoder
+from workers.pipeline import LoadedModel, encodes_here, is_encoder
 from workers.recipes import RECIPES
 
 
@@ -33,19 +32,18 @@ class Denoising:
     over the groups instead.
 
     Args:
-        pipeline: the loaded model, shared by all requests.
+        loaded: the model, shared by all requests.
         request: what to draw.
-        mesh: the ranks.
-        model: how the deployment wants the model to run.
 
     Raises:
-        InvalidParameter: the model cannot do the size that was asked for.
+        InvalidParameter: the model cannot do what was asked for.
     """
 
-    def __init__(
-        self, pipeline: ModularPipeline, request: GenerationRequest, mesh: ParallelMesh, model: ModelSpec
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, request: GenerationRequest) -> None:
+        pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
         self.request = request
+        self._adapters = loaded.adapters
+        self._check_adapters()
         self._recipe = RECIPES[pipeline_name(Path(model.source))]
         self._recipe.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
@@ -120,6 +118,7 @@ class Denoising:
     @torch.no_grad()
     def step(self) -> None:
         """One denoising step: a collective of all ranks."""
+        self._activate_adapters()
         i = self._steps_done
         _, self._body = self._loop.loop_step(self._pipeline, self._body, i=i, t=self._body.timesteps[i])
         self._steps_done += 1
@@ -151,6 +150,19 @@ class Denoising:
             return []
         outputs: list[Any] = self._state.get(self._recipe.output)
         return outputs
+
+    def _check_adapters(self) -> None:
+        known = sorted({name for adapters in self._adapters.values() for name in adapters.names})
+        for name, _ in self.request.loras:
+            if name not in known:
+                raise InvalidParameter(
+                    "loras", f"the model has no adapter {name!r}; it has: {', '.join(known) or 'none'}", "unknown_lora"
+                )
+
+    def _activate_adapters(self) -> None:
+        """Those of this request and no others; nothing to do if they are active from the step before."""
+        for adapters in self._adapters.values():
+            adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():

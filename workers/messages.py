@@ -28,6 +28,7 @@ class GenerationRequest:
         num_inference_steps: denoising steps.
         guidance_scale: strength of guidance.
         guidance_scale_2: of a model's second transformer; None: the same.
+        loras: adapters by name, each with its scale.
         num_frames: of a video; 1 for pictures.
         fps: frames of a video per second.
         seed: of the first picture or video; number i uses seed + i.
@@ -47,6 +48,7 @@ class GenerationRequest:
     negative_prompt: str | None = None
     guidance_scale: float = 4.0
     guidance_scale_2: float | None = None
+    loras: tuple[tuple[str, float], ...] = ()
     num_frames: int = 1
     fps: int = 16
     n: int = 1

@@ -5,6 +5,7 @@ the ranks that encode, the VAE is on those that decode. Called by `workers.rank`
 `workers.denoising`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,48 @@ from diffusers import ModularPipeline
 
 from deploy.pipelines import pipeline_name, read_config
 from deploy.spec import ModelSpec
+from sp_core.lora import Adapters
 from sp_core.mesh import ParallelMesh
+from workers.lora import read_lora
 from workers.recipes import RECIPES, keep_timestep_exact
 from workers.weights import load_transformer
 
 
-def load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
-    """Load a model folder onto this rank's device. All ranks must call it.
+@dataclass(frozen=True)
+class LoadedModel:
+    """What all requests of this rank share.
+
+    Attributes:
+        spec: how the deployment wants the model to run.
+        mesh: the ranks.
+        pipeline: the parts of the model that this rank has.
+        adapters: the LoRA adapters of each transformer, by its name.
+    """
+
+    spec: ModelSpec
+    mesh: ParallelMesh
+    pipeline: ModularPipeline
+    adapters: dict[str, Adapters]
+
+
+def load_model(model: ModelSpec, mesh: ParallelMesh) -> LoadedModel:
+    """Load a model folder and its adapters onto this rank's device. All ranks must call it.
 
     Raises:
-        ValueError: the layout does not fit the model, or the folder's pipeline cannot be run step by step.
-        OSError: the folder lacks a file.
+        ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, or an adapter
+            does not fit.
+        OSError: a file is missing.
     """
+    pipeline = _load_pipeline(model, mesh)
+    adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
+    for lora in model.loras:
+        kind = getattr(diffusers, pipeline_name(Path(model.source)))
+        for component, weights in read_lora(Path(lora.source), kind, lora.component).items():
+            adapters[component].load(lora.name, weights)
+    return LoadedModel(model, mesh, pipeline, adapters)
+
+
+def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
     folder = Path(model.source)
     recipe = RECIPES[pipeline_name(folder)]
     pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)

@@ -32,7 +32,7 @@ from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
-from workers.pipeline import load_pipeline
+from workers.pipeline import load_model
 
 Result = TypeVar("Result")
 
@@ -109,7 +109,7 @@ class Rank:
             timeout=timedelta(seconds=limits.startup_s),
         )
         self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
-        self._pipeline = load_pipeline(self.model, self._mesh)
+        self._loaded = load_model(self.model, self._mesh)
         self._warm_up()
         self._phase = "idle"
         return self.status()
@@ -190,7 +190,7 @@ class Rank:
         self._phase = "encode"
 
         def encode() -> Denoising:
-            denoising = Denoising(self._pipeline, request, self._mesh, self.model)
+            denoising = Denoising(self._loaded, request)
             denoising.encode()
             return denoising
 

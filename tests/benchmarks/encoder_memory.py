@@ -22,11 +22,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
+from tests.benchmarks.load_memory import status
 from tests.deployments import model
 from workers.demo_models import qwen_image
 from workers.denoising import Denoising
 from workers.messages import GenerationRequest
-from workers.pipeline import load_pipeline
+from workers.pipeline import load_model
 
 MB = 2**20
 REQUEST = GenerationRequest("a", "demo", "a cup of coffee", width=64, height=64, num_inference_steps=2, seed=1)
@@ -61,24 +62,19 @@ def write_model(folder: Path) -> None:
 def draw(mesh: ParallelMesh, folder: Path, options: dict[str, Any]) -> tuple[float, float, torch.Tensor]:
     """On one rank: MB of weights held, MB by which the peak rose, and the latents."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = _status("VmRSS")
+    before = status("VmRSS")
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=options)
-    pipeline = load_pipeline(spec, mesh)
-    denoising = Denoising(pipeline, REQUEST, mesh, spec)
+    loaded = load_model(spec, mesh)
+    denoising = Denoising(loaded, REQUEST)
     denoising.encode()
     denoising.share_encoded()
     denoising.prepare()
     while not denoising.done:
         denoising.step()
     denoising.finish()
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [part for part in loaded.pipeline.components.values() if isinstance(part, torch.nn.Module)]
     held = sum(p.nbytes for part in modules for p in part.parameters() if p.device.type != "meta")
-    return held / MB, _status("VmHWM") - before, denoising.latents
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    return held / MB, status("VmHWM") - before, denoising.latents
 
 
 if __name__ == "__main__":

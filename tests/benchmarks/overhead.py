@@ -27,7 +27,7 @@ from tests.deployments import deployment, model
 from workers.denoising import Denoising
 from workers.media import encode
 from workers.messages import GenerationRequest
-from workers.pipeline import load_pipeline
+from workers.pipeline import load_model
 
 STEPS = (4, 30)
 SIZE = 128
@@ -75,12 +75,11 @@ def measure(url: str, direct: Connection, steps: int, repeats: int) -> tuple[int
 def serve_directly(source: Path, requests: Connection) -> None:
     """The same work without a service: answer each number of steps with the seconds that a request takes."""
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
-    spec = model(source)
-    pipeline = load_pipeline(spec, mesh)
+    loaded = load_model(model(source), mesh)
     while True:
         request = GenerationRequest("b", "demo", "a cup of coffee", SIZE, SIZE, requests.recv(), seed=1)
         began = time.perf_counter()
-        denoising = Denoising(pipeline, request, mesh, spec)
+        denoising = Denoising(loaded, request)
         denoising.encode()
         denoising.prepare()
         while not denoising.done:
