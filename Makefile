@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 
-.PHONY: demo test lint bench fault clean
+.PHONY: demo test lint bench fault soak clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.demo
@@ -18,9 +18,12 @@ lint: $(READY)
 fault: $(READY)
 	cd $(ROOT) && $(BIN)/python -m pytest -m fault -s
 
+soak: $(READY)
+	cd $(ROOT) && $(BIN)/python -m pytest -m soak -s
+
 bench: $(READY)
 	cd $(ROOT) && $(BIN)/python -m tests.benchmarks.overhead && $(BIN)/python -m tests.benchmarks.sp_vs_diffusers \
-	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.layouts
+	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.encoder_memory && $(BIN)/python -m tests.benchmarks.layouts
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

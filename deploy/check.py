@@ -68,7 +68,8 @@ def _obstacles(model: ModelSpec) -> list[str]:
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
             "only; use Ulysses or ring ranks"
         ]
-    return []
+    absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
+    return [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
 
 
 def _transformer_config(model: ModelSpec) -> dict[str, Any]:

@@ -14,7 +14,11 @@ import service.local  # noqa: F401  # before any other import of Ray: it keeps c
 
 # isort: split
 import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from safetensors.torch import save_file
 
+from deploy.spec import LoRA
 from sp_core.rank_pool import RankPool
 from workers.demo_model import FAMILIES, write_demo_model
 
@@ -42,3 +46,18 @@ def demo_models(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     for family, folder in folders.items():
         write_demo_model(folder, family)
     return {"qwen-image": demo_model, **folders}
+
+
+@pytest.fixture(scope="session")
+def ink(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRA:
+    """An adapter for every linear layer of the demo model's blocks."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(demo_model / "transformer")
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, module in transformer.transformer_blocks.named_modules(prefix="transformer.transformer_blocks"):
+        if isinstance(module, torch.nn.Linear):
+            out, into = module.weight.shape
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, into, generator=generator) / into**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator) / 8
+    file = tmp_path_factory.mktemp("loras") / "ink.safetensors"
+    save_file(tensors, file)
+    return LoRA(name="ink", source=str(file))

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from safetensors.torch import save_file
+from diffusers import QwenImagePipeline
 
 from deploy.spec import LoRA
 from sp_core.degrees import ParallelDegrees
@@ -150,21 +149,6 @@ def test_local_attention_would_be_seen(ranks: RankPool, demo_model: Path) -> Non
     got, drawn = ranks.run(ParallelDegrees(ulysses_degree=2), generate, demo_model, REQUESTS["even"], True)[0]
     assert error(got, latents) > 100 * BAR
     assert np.abs(drawn[0] - pictures[0]).max() > 100
-
-
-@pytest.fixture(scope="module")
-def ink(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRA:
-    """An adapter for every linear layer of the demo model's blocks."""
-    transformer = QwenImageTransformer2DModel.from_pretrained(demo_model / "transformer")
-    generator, tensors = torch.Generator().manual_seed(5), {}
-    for name, module in transformer.transformer_blocks.named_modules(prefix="transformer.transformer_blocks"):
-        if isinstance(module, torch.nn.Linear):
-            out, into = module.weight.shape
-            tensors[f"{name}.lora_A.weight"] = torch.randn(4, into, generator=generator) / into**0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator) / 8
-    file = tmp_path_factory.mktemp("loras") / "ink.safetensors"
-    save_file(tensors, file)
-    return LoRA(name="ink", source=str(file))
 
 
 def test_adapters_are_those_of_the_request(ranks: RankPool, demo_model: Path, ink: LoRA) -> None:

@@ -97,6 +97,22 @@ def test_every_layout_makes_the_same(ranks: RankPool, demo_models: dict[str, Pat
         assert rank or differ(drawn, made) <= 1
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("name", REQUESTS)
+def test_eight_ranks_on_three_axes(demo_models: dict[str, Path], name: str) -> None:
+    family, request, _ = REQUESTS[name]
+    cfg = 1 if family == "flux" else 2
+    layout = ParallelDegrees(cfg_parallel_size=cfg, ulysses_degree=4 // cfg, tensor_parallel_size=2)
+    pool = RankPool(layout.world_size)
+    try:
+        ((latents, made),) = pool.run(ALONE, generate, demo_models[family], request)
+        found = pool.run(layout, generate, demo_models[family], request)
+    finally:
+        pool.stop()
+    assert max(error(got, latents) for got, _ in found) <= BAR
+    assert differ(found[0][1], made) <= 1
+
+
 @pytest.mark.parametrize("scale", [0.0, 2.0])
 def test_timesteps_are_not_rounded_in_bfloat16(demo_models: dict[str, Path], scale: float) -> None:
     request = replace(PICTURES, guidance_scale=scale)

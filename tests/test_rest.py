@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
 from service.rest import rest_app
 from service.schemas import MAX_SEED
 from sp_core.degrees import ParallelDegrees
 from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
-MODELS = {name: ModelSpec(name=name, source="/nowhere", device="cpu") for name in ("one", "two")}
+INK = LoRA(name="ink", source="/nowhere/ink.safetensors")
+MODELS = {name: ModelSpec(name=name, source="/nowhere", device="cpu", loras=(INK,)) for name in ("one", "two")}
 
 
 class Hall:
@@ -180,3 +181,18 @@ def test_stream_without_options_has_progress_as_comments(client: TestClient) -> 
     assert lines[0] == ": step 1/1"
     assert "event: image_generation.completed" in lines
     assert lines[-2] == "data: [DONE]"
+
+
+def test_adapters_are_chosen_by_name(hall: Hall, client: TestClient) -> None:
+    body = {"model": "one", "prompt": "a", "loras": [{"name": "ink", "scale": 0.5}]}
+    assert client.post("/v1/images/generations", json=body).status_code == 200
+    assert hall.requests[0].loras == (("ink", 0.5),)
+    assert client.get("/v1/models/one").json()["loras"] == ["ink"]
+    for loras, said in (
+        ([{"name": "pencil"}], "'one' has no adapter 'pencil'; available: ink"),
+        ([{"name": "ink"}, {"name": "ink"}], "the adapter 'ink' is named twice"),
+    ):
+        answer = client.post("/v1/images/generations", json=body | {"loras": loras})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "loras"
+        assert said in answer.json()["error"]["message"]

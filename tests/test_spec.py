@@ -45,6 +45,12 @@ def test_shipped_deployments_load(file: Path) -> None:
         (a_model(timeouts={"startup_s": float("inf")}), "models.0.timeouts.startup_s: Input should be a finite number"),
         (a_model(limits={"max_width": 512}), "defaults.width is 1024, more than limits.max_width, 512"),
         (a_model(defaults={"height": 100}), "defaults.height is 100, no multiple of 16"),
+        (a_model(compile=True), "compile needs warmup_shapes, or the first callers would wait"),
+        (a_model(warmup_shapes=[{"width": 4096, "height": 64}]), "warmup_shapes.0 is 4096x64, more than limits allow"),
+        (a_model(warmup_shapes=[{"width": 100, "height": 64}]), "warmup_shapes.0 is no multiple of 16 pixels"),
+        (a_model(warmup_shapes=[{"width": 64, "height": 64, "num_frames": 500}]), "more than limits.max_num_frames"),
+        (a_model(text_encoder="rank1"), "models.0.text_encoder: Input should be 'rank0' or 'replicate', got 'rank1'"),
+        (a_model(loras=[{"name": "b", "source": "b"}] * 2), "two adapters for transformer are called 'b'"),
         ({"models": []}, "at least one model is needed"),
         ({"models": a_model()["models"] * 2}, "two models are called 'a'"),
         ({"model": []}, "model: unknown key; did you mean 'models'?"),
@@ -112,6 +118,56 @@ def test_a_pipeline_that_spray_cannot_run_is_refused_by_name(tmp_path: Path) -> 
     (folder / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     (folder / "transformer" / "config.json").write_text("[]")
     with pytest.raises(SpecError, match="is for KolorsPipeline, which spray cannot run step by step"):
+        check_deployment(load_spec(write(tmp_path, a_model())), DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "parallel", "says"),
+    [
+        (
+            "FluxPipeline",
+            {},
+            {"cfg_parallel_size": 2},
+            "a: cfg_parallel_size=2, but the model evaluates one branch only",
+        ),
+        (
+            "WanPipeline",
+            {"ffn_dim": 9},
+            {"tensor_parallel_size": 2},
+            "a: tensor_parallel_size=2 does not divide the 9 f",
+        ),
+        (
+            "ZImagePipeline",
+            {"_class_name": "ZImageTransformer2DModel", "dim": 12, "n_heads": 12},
+            {"tensor_parallel_size": 6},
+            "a: tensor_parallel_size=6 does not divide the 32 features",
+        ),
+    ],
+)
+def test_layouts_that_a_family_cannot_run(
+    tmp_path: Path, pipeline: str, config: dict[str, Any], parallel: dict[str, int], says: str
+) -> None:
+    folder = a_folder(tmp_path, heads=12)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (folder / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": 12} | config))
+    file = write(tmp_path, a_model(parallel=parallel, placement={"cpus_per_rank": 0.1}))
+    with pytest.raises(SpecError, match=says):
+        check_deployment(load_spec(file), DEVICES)
+
+
+def test_adapters_must_be_there(tmp_path: Path) -> None:
+    a_folder(tmp_path, heads=12)
+    file = write(tmp_path, a_model(loras=[{"name": "ink", "source": "ink.safetensors"}]))
+    with pytest.raises(SpecError, match=f"the adapter 'ink' has no file at {tmp_path}/ink.safetensors"):
+        check_deployment(load_spec(file), DEVICES)
+    (tmp_path / "ink.safetensors").touch()
+    check_deployment(load_spec(file), DEVICES)
+
+
+def test_a_pipeline_that_would_make_another_size_is_refused(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, heads=12)
+    (folder / "model_index.json").write_text('{"_class_name": "WanPipeline", "expand_timesteps": true}')
+    with pytest.raises(SpecError, match="is a Wan TI2V model"):
         check_deployment(load_spec(write(tmp_path, a_model())), DEVICES)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from deploy.spec import WarmupShape
+from deploy.spec import LoRA, WarmupShape
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.rank_pool import RankPool
@@ -22,14 +22,15 @@ REQUESTS = [
     FIRST,
     replace(FIRST, prompt="x", negative_prompt="a long list of things that nobody wants to see"),
     replace(FIRST, prompt="a much longer prompt than any before, with many words in it", negative_prompt=""),
+    replace(FIRST, prompt="a prompt of yet another length", loras=(("ink", 0.5),)),
 ]
 
 
-def graphs(mesh: ParallelMesh, folder: Path) -> list[int]:
+def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[int]:
     """How many compiled graphs there are after the start, and after each request."""
     torch._dynamo.reset()
     counters.clear()
-    compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),)}
+    compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),), "loras": (ink,)}
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=compiled)
     rank = Rank(mesh.axis("gang").rank, spec)
     rank._mesh, rank._loaded = mesh, load_model(rank.model, mesh)
@@ -42,11 +43,11 @@ def graphs(mesh: ParallelMesh, folder: Path) -> list[int]:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
-def test_no_request_compiles(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_compiles(demo_model: Path, ink: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     pool = RankPool(2)  # new processes, with a cache of their own
     try:
-        for found in pool.run(ParallelDegrees(ulysses_degree=2), graphs, demo_model):
+        for found in pool.run(ParallelDegrees(ulysses_degree=2), graphs, demo_model, ink):
             assert found[0] > 0
             assert found[1:] == [found[0]] * len(REQUESTS)
     finally:

@@ -22,6 +22,9 @@ from workers.lora import read_lora
 from workers.recipes import RECIPES, keep_timestep_exact
 from workers.weights import load_transformer
 
+RECOMPILE_LIMIT = 64
+"""Graphs of one block: torch's 8 are too few for several shapes, each with and without several adapters."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -70,6 +73,7 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
         if recipe.rounds_timestep and dtype != torch.float32:
             keep_timestep_exact(transformer, dtype)
         if model.compile:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
             transformer.compile_repeated_blocks(fullgraph=True)
         pipeline.register_components(**{name: transformer})
     absent = set() if encodes_here(model, mesh) else {name for name in there if is_encoder(name)}

@@ -131,7 +131,8 @@ class Rank:
     def _warm_up(self) -> None:
         """Run the spec's shapes once, with prompts of two lengths: torch compiles for any length after the second."""
         kind = PIPELINES[pipeline_name(Path(self.model.source))]
-        for shape in self.model.warmup_shapes:
+        adapters = [((lora.name, 1.0),) for lora in self.model.loras] if self.model.compile else []
+        for shape, loras in itertools.product(self.model.warmup_shapes, [(), *adapters]):
             for prompt in ("warm", "warm up " * 8):
                 request = GenerationRequest(
                     request_id="warm-up",
@@ -142,6 +143,7 @@ class Rank:
                     num_frames=shape.num_frames,
                     num_inference_steps=WARMUP_STEPS,
                     guidance_scale=self.model.defaults.guidance_scale,
+                    loras=loras,
                     seed=0,
                     output_format="mp4" if kind.makes == "video" else "png",
                 )
