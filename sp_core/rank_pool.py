@@ -19,7 +19,11 @@ import torch.multiprocessing as mp
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
+"""Of each exchange; long, because the ranks of a pool may share few cores with other work."""
+
+RENDEZVOUS_S = 240.0
+"""Until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
 
 
 class RankFailed(RuntimeError):
@@ -104,7 +108,7 @@ def _serve(rank: int, connection: Connection) -> None:
 
 
 def _run(rank: int, degrees: ParallelDegrees, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    timeout = timedelta(seconds=TIMEOUT_S)
+    timeout = timedelta(seconds=RENDEZVOUS_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", port, is_master=rank == 0, timeout=timeout
     )
