@@ -50,7 +50,7 @@ def strike(actor: Any, fault: str) -> None:
         if forwards == 4:
             os.kill(os.getpid(), getattr(signal, fault))
 
-    actor._rank._pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(before_block)
+    actor._rank._loaded.pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(before_block)
 
 
 def gateway_pid() -> int:
@@ -113,12 +113,12 @@ def break_scheduler(actor: Any) -> None:
     def set_timesteps(self: Any, sigmas: Any = None, **_: Any) -> None:
         raise MemoryError("struck scheduler")
 
-    type(actor._rank._pipeline.scheduler).sound = type(actor._rank._pipeline.scheduler).set_timesteps
-    type(actor._rank._pipeline.scheduler).set_timesteps = set_timesteps
+    type(actor._rank._loaded.pipeline.scheduler).sound = type(actor._rank._loaded.pipeline.scheduler).set_timesteps
+    type(actor._rank._loaded.pipeline.scheduler).set_timesteps = set_timesteps
 
 
 def mend_scheduler(actor: Any) -> None:
-    type(actor._rank._pipeline.scheduler).set_timesteps = type(actor._rank._pipeline.scheduler).sound
+    type(actor._rank._loaded.pipeline.scheduler).set_timesteps = type(actor._rank._loaded.pipeline.scheduler).sound
 
 
 def test_a_gang_whose_own_process_dies_is_placed_anew(server: str) -> None:

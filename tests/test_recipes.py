@@ -30,15 +30,17 @@ from workers.recipes import RECIPES
 PICTURES = GenerationRequest(
     "a", "demo", "a cup of coffee", width=80, height=112, num_inference_steps=4, seed=3, n=2, guidance_scale=3.5
 )
-VIDEO = replace(PICTURES, width=64, height=48, num_frames=9, output_format="mp4")
+VIDEO = replace(
+    PICTURES, width=64, height=48, num_frames=9, num_inference_steps=3, guidance_scale=2.0, output_format="mp4"
+)
 
 REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {
     "z-image": ("z-image", replace(PICTURES, guidance_scale=2.0), {"guidance_scale": 2.0}),
     "z-image, unguided": ("z-image", replace(PICTURES, guidance_scale=0.0), {"guidance_scale": 0.0}),
     "wan": (
         "wan",
-        replace(VIDEO, negative_prompt="blurry", guidance_scale_2=2.0),
-        {"guidance_scale": 3.5, "guidance_scale_2": 2.0, "negative_prompt": "blurry", "num_frames": 9},
+        replace(VIDEO, negative_prompt="blurry", guidance_scale_2=1.5),
+        {"guidance_scale": 2.0, "guidance_scale_2": 1.5, "negative_prompt": "blurry", "num_frames": 9},
     ),
     "wan, unguided": ("wan", replace(VIDEO, guidance_scale=1.0), {"guidance_scale": 1.0, "num_frames": 9}),
     "flux": ("flux", PICTURES, {"guidance_scale": 3.5}),
