@@ -31,7 +31,7 @@ PICTURES = GenerationRequest(
     "a", "demo", "a cup of coffee", width=80, height=112, num_inference_steps=4, seed=3, n=2, guidance_scale=3.5
 )
 VIDEO = replace(
-    PICTURES, width=64, height=48, num_frames=9, num_inference_steps=3, guidance_scale=2.0, output_format="mp4"
+    PICTURES, width=64, height=48, num_frames=9, num_inference_steps=2, guidance_scale=2.0, output_format="mp4"
 )
 
 REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {

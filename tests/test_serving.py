@@ -41,7 +41,7 @@ def server(demo_model: Path) -> Iterator[str]:
 
 def generate(server: str, **body: Any) -> httpx.Response:
     body = {"model": "demo-2", "prompt": "a cup of coffee", "seed": 7} | body
-    return httpx.post(f"{server}/v1/images/generations", json=body, timeout=60, trust_env=False)
+    return httpx.post(f"{server}/v1/images/generations", json=body, timeout=300, trust_env=False)
 
 
 def picture(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.int16]]:
@@ -86,7 +86,7 @@ def test_openai_stream(server: str) -> None:
 
 def test_progress_events(server: str) -> None:
     body = {"model": "demo-2", "prompt": "a", "stream": True, "stream_options": {"include_progress": True}}
-    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=60, trust_env=False) as answer:
+    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=300, trust_env=False) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines.pop() == "[DONE]"
     events = [json.loads(line) for line in lines]
@@ -147,7 +147,7 @@ def test_a_caller_who_leaves_frees_all_ranks(server: str, stream: bool, after_s:
 
 def test_a_full_queue_is_said_so(server: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as callers:
-        ask = functools.partial(generate, server, model="demo-1", num_inference_steps=40, size="256x256")
+        ask = functools.partial(generate, server, model="demo-1", num_inference_steps=20, size="256x256")
         answers = list(callers.map(lambda _: ask(), range(8)))
     codes = sorted(answer.status_code for answer in answers)
     assert set(codes) == {200, 429}

@@ -13,7 +13,7 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
 TRANSFORMER_GAINS = {
     "attn1.to_out": 10,
     "attn2.to_out": 10,
-    "attn2.norm_k": 6,  # the prompt is a few tokens of 512, the others are zeros: attention must be sharp to find it
+    "attn2.norm_k": 4,  # the prompt is a few tokens of 512, the others are zeros: attention must be sharp to find it
     "text_embedder": 4,
     "scale_shift_table": 4,
     "proj_out": 2,
