@@ -1,20 +1,22 @@
-"""The schema of a deployment file: DeploymentSpec > ModelSpec > Defaults, Limits, Placement, ParallelDegrees.
+"""The schema of a deployment file: DeploymentSpec > ModelSpec > Defaults, Limits, Autoscaling, Placement, ...
 
-YAML comes in through `load_spec`; the frozen objects go to `service.app` (what to deploy), `workers.placement` (what a
-gang occupies) and `workers.rank` (what to load). Unknown keys are errors.
+YAML comes in through `deploy.load`; the frozen objects go to `service.app` (what to deploy), `workers.placement` (what
+a gang occupies) and `workers.rank` (what to load). Unknown keys are errors. Every field says what it is, and its unit.
 """
 
-import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sp_core.degrees import ParallelDegrees
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Pixels = Annotated[int, Field(ge=16, le=8192)]
+Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+Task = Literal["text-to-image", "text-to-video"]
+
+LIVE = frozenset({"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued"})
+"""Keys of a model that change while its gangs run. A change of any other makes new gangs."""
 
 
 class SpecError(ValueError):
@@ -47,14 +49,47 @@ class Limits(_Section):
     size_multiple: int = Field(16, ge=1, description="width and height must be multiples of this many pixels")
     max_num_inference_steps: int = Field(100, ge=1, description="denoising steps")
     max_num_frames: int = Field(121, ge=1, description="frames of a video")
-    max_n: int = Field(4, ge=1, le=10, description="pictures per request")
-    max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
+    max_n: int = Field(4, ge=1, le=10, description="pictures or videos per request")
+    max_work: int | None = Field(
+        None, ge=1, description="width x height x num_frames x num_inference_steps x n of one request; absent: no limit"
+    )
+
+
+class Autoscaling(_Section):
+    """How many gangs of a model run. The work that waits decides, in seconds, not in requests."""
+
+    min_replicas: int = Field(1, ge=0, description="gangs that always run; 0 lets the model sleep until it is asked")
+    max_replicas: int = Field(1, ge=1, description="gangs that may run at once")
+    target_backlog_seconds: float = Field(
+        30.0, gt=0, description="seconds of work per gang above which further gangs are started"
+    )
+    upscale_delay_s: float = Field(
+        5.0, ge=0, description="seconds for which more gangs must be wanted before they start"
+    )
+    downscale_delay_s: float = Field(300.0, ge=0, description="seconds for which fewer must be wanted before one stops")
+    downscale_to_zero_delay_s: float = Field(900.0, ge=0, description="the same for the last gang, in seconds")
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, more than max_replicas, {self.max_replicas}; change one"
+            )
+        return self
 
 
 class Placement(_Section):
-    """What the gang of a model occupies."""
+    """What each gang of a model occupies, and where."""
 
+    strategy: Literal["STRICT_PACK", "PACK"] = Field(
+        "STRICT_PACK", description="all ranks on one node, or on as few nodes as possible"
+    )
+    accelerator_type: str | None = Field(
+        None, description="only nodes with this GPU, by Ray's name for it, such as H100; absent: any"
+    )
+    node_labels: dict[str, str] = Field({}, description="only nodes with these Ray labels")
     cpus_per_rank: float = Field(1.0, gt=0, description="CPU cores that each rank reserves")
+    memory: int | None = Field(None, ge=1, description="bytes of main memory that each rank reserves; absent: none")
 
 
 class WarmupShape(_Section):
@@ -87,12 +122,17 @@ class ModelSpec(_Section):
     """One model: where its weights are and how its gangs look."""
 
     name: Name = Field(description="what a request calls it")
-    source: str = Field(description="model folder in diffusers' format; relative to the deployment file")
+    source: str = Field(
+        description="model folder in diffusers' format, relative to the deployment file, or a hub id (org/name)"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; absent: its main branch")
+    aliases: tuple[Name, ...] = Field((), description="further names by which a request may call it")
+    tasks: tuple[Task, ...] | None = Field(None, description="what it may be asked for; absent: all that it can")
     device: Literal["cuda", "cpu"] = Field("cuda", description="one device per rank")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of weights and activations; default bfloat16 on cuda, float32 on cpu"
     )
-    parallel: ParallelDegrees = Field(ParallelDegrees(), description="ranks of one gang, by axis")
+    parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: its ranks, by axis")
     compile: bool = Field(False, description="compile the transformer's blocks; name warmup_shapes with it")
     warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that are run once at start")
     text_encoder: Literal["rank0", "replicate"] = Field(
@@ -105,10 +145,22 @@ class ModelSpec(_Section):
         2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"
     )
     loras: tuple[LoRA, ...] = Field((), description="adapters that requests may ask for")
-    defaults: Defaults = Defaults()
-    limits: Limits = Limits()
-    placement: Placement = Placement()
-    timeouts: Timeouts = Timeouts()
+    plan: Symbol | None = Field(
+        None, description="package.module:NAME of a sequence-parallel plan; absent: spray's own for the class"
+    )
+    transformer_class: Symbol | None = Field(
+        None, description="package.module:NAME of the transformer's class; absent: what its config.json says"
+    )
+    env: dict[str, str] = Field({}, description="environment variables of the ranks")
+    defaults: Defaults = Field(Defaults(), description="what a request gets where it does not say")
+    limits: Limits = Field(Limits(), description="what a request may ask for at most")
+    autoscaling: Autoscaling = Field(Autoscaling(), description="how many gangs run")
+    placement: Placement = Field(Placement(), description="what each gang occupies, and where")
+    timeouts: Timeouts = Field(Timeouts(), description="when a gang is given up")
+    grace_period_s: float = Field(
+        900.0, gt=0, description="seconds that a gang which is to stop may take to finish its request"
+    )
+    max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
 
     @field_validator("parallel", mode="before")
     @classmethod
@@ -160,6 +212,21 @@ class ModelSpec(_Section):
         return self
 
     @property
+    def from_hub(self) -> bool:
+        """Whether `source` is a hub id and not a folder."""
+        return not self.source.startswith("/")
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What a gang cannot change while it runs, as JSON."""
+        return self.model_dump(mode="json", exclude=set(LIVE))
+
+    @property
+    def live(self) -> dict[str, Any]:
+        """What changes while gangs run, as JSON. Together with `fixed` it is the whole model."""
+        return self.model_dump(mode="json", include=set(LIVE))
+
+    @property
     def torch_dtype(self) -> str:
         """The name of the torch dtype to load."""
         return self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
@@ -170,77 +237,48 @@ class GatewaySpec(_Section):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    replicas: int = Field(1, ge=1, description="gateway processes; two or more survive the loss of one")
+
+
+class GatewayLimits(_Section):
+    """What any request may cost the gateway."""
+
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request's body")
+
+
+class Storage(_Section):
+    """Where files are kept on each node."""
+
+    models: str | None = Field(
+        None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
+    )
+
+
+class Auth(_Section):
+    """Who may call."""
+
+    api_keys_env: str | None = Field(
+        None, description="environment variable of the gateway with API keys by comma; absent: anybody may call"
+    )
 
 
 class DeploymentSpec(_Section):
     """A whole deployment file."""
 
-    models: tuple[ModelSpec, ...]
-    gateway: GatewaySpec = GatewaySpec()
+    models: tuple[ModelSpec, ...] = Field(description="what is served; each may be added, changed and removed alone")
+    gateway: GatewaySpec = Field(GatewaySpec(), description="where clients reach the deployment")
+    limits: GatewayLimits = Field(GatewayLimits(), description="what any request may cost the gateway")
+    storage: Storage = Field(Storage(), description="where files are kept on each node")
+    auth: Auth = Field(Auth(), description="who may call")
 
     @field_validator("models")
     @classmethod
     def _names_are_unique(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
         if not models:
             raise ValueError("at least one model is needed")
-        names = [model.name for model in models]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two models are called {name!r}; give each its own name")
+        taken: set[str] = set()
+        for name in (name for model in models for name in (model.name, *model.aliases)):
+            if name in taken:
+                raise ValueError(f"two models are called {name!r}; give each its own names")
+            taken.add(name)
         return models
-
-
-def load_spec(path: Path) -> DeploymentSpec:
-    """Read a deployment file; relative model folders are taken from the file's own folder.
-
-    Raises:
-        SpecError: the file cannot be read, is not YAML, or breaks the schema.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise SpecError(f"{path}: expected a mapping with the key 'models', got {type(raw).__name__}")
-    try:
-        spec = DeploymentSpec.model_validate(raw)
-    except ValidationError as error:
-        raise SpecError("\n".join(f"{path}: {_explain(mistake)}" for mistake in error.errors())) from None
-    folder = path.resolve().parent
-    return spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
-
-
-def _beside(folder: Path, model: ModelSpec) -> ModelSpec:
-    """The model with whole paths."""
-
-    def whole(source: str) -> dict[str, str]:
-        return {"source": str((folder / source).resolve())}
-
-    loras = tuple(lora.model_copy(update=whole(lora.source)) for lora in model.loras)
-    return model.model_copy(update=whole(model.source) | {"loras": loras})
-
-
-def _explain(mistake: Any) -> str:
-    where = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        *parents, key = mistake["loc"]
-        allowed = _keys_at(parents)
-        close = difflib.get_close_matches(str(key), allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
-        return f"{where}: unknown key; {hint}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + (f", got {mistake['input']!r}" if isinstance(mistake["input"], str | int) else "")
-
-
-def _keys_at(parents: list[str | int]) -> list[str]:
-    """The keys that the schema allows inside the section at `parents`."""
-    section: Any = DeploymentSpec
-    for part in parents:
-        if part == "models":
-            section = ModelSpec
-        elif isinstance(part, str):
-            section = section.model_fields[part].annotation
-    fields = getattr(section, "model_fields", None) or section.__dataclass_fields__
-    return list(fields)

@@ -24,7 +24,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement, SpecError, load_spec
+from deploy.load import load_spec
+from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement, SpecError
 from service.client import ServerError, generate_remotely
 from service.local import LocalCluster, local_devices
 from service.progress import StepProgress

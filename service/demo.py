@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploy.spec import SpecError, load_spec
+from deploy.load import load_spec
+from deploy.spec import SpecError
 from service.client import ServerError, generate_remotely
 from service.local import LocalCluster
 from service.progress import StepProgress

@@ -23,7 +23,8 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
         device="cpu",
         parallel=ParallelDegrees(**degrees),
         defaults=Defaults(width=64, height=48, num_inference_steps=4),
-        limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8, max_queued=3),
+        limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8),
+        max_queued=3,
         placement=Placement(cpus_per_rank=0.1),
         timeouts=Timeouts(startup_s=280),
     )

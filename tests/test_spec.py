@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError, load_spec
+from deploy.load import load_spec
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service import cli
 from sp_core.degrees import ParallelDegrees
 
@@ -41,7 +42,7 @@ def test_shipped_deployments_load(file: Path) -> None:
         (a_model(limits={"max_n": 11}), "models.0.limits.max_n"),
         (a_model(device="tpu"), "models.0.device: Input should be 'cuda' or 'cpu', got 'tpu'"),
         (a_model(name="a b"), "models.0.name"),
-        (a_model(limits={"max_queued": 0}), "models.0.limits.max_queued"),
+        (a_model(max_queued=0), "models.0.max_queued"),
         (a_model(timeouts={"startup_s": float("inf")}), "models.0.timeouts.startup_s: Input should be a finite number"),
         (a_model(limits={"max_width": 512}), "defaults.width is 1024, more than limits.max_width, 512"),
         (a_model(defaults={"height": 100}), "defaults.height is 100, no multiple of 16"),

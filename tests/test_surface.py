@@ -61,13 +61,20 @@ SPEC_KEYS = frozenset(
     models.defaults models.defaults.width models.defaults.height models.defaults.num_inference_steps
     models.defaults.guidance_scale models.defaults.guidance_scale_2 models.defaults.num_frames models.defaults.fps
     models.limits models.limits.max_width models.limits.max_height models.limits.size_multiple
-    models.limits.max_num_inference_steps models.limits.max_num_frames models.limits.max_n models.limits.max_queued
+    models.limits.max_num_inference_steps models.limits.max_num_frames models.limits.max_n
+    models.limits.max_work models.max_queued models.grace_period_s models.revision models.aliases models.tasks
+    models.plan models.transformer_class models.env
+    models.autoscaling models.autoscaling.min_replicas models.autoscaling.max_replicas
+    models.autoscaling.target_backlog_seconds models.autoscaling.upscale_delay_s
+    models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s
     models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
     models.loras models.loras.name models.loras.source models.loras.component
-    models.placement models.placement.cpus_per_rank
+    models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
+    models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
-    gateway gateway.host gateway.port
+    gateway gateway.host gateway.port gateway.replicas
+    limits limits.max_body_bytes storage storage.models auth auth.api_keys_env
     """.split()
 )
 

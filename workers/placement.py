@@ -22,9 +22,9 @@ def serve_options(model: ModelSpec) -> dict[str, Any]:
         "placement_group_bundles": [bundle(model)] * model.parallel.world_size,
         "placement_group_strategy": "STRICT_PACK",  # one node: every layer communicates
         "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
-        "max_queued_requests": model.limits.max_queued,
+        "max_queued_requests": model.max_queued,
         "health_check_period_s": 1.0,
         "health_check_timeout_s": model.timeouts.ping_s,
-        "graceful_shutdown_timeout_s": model.timeouts.phase_s,
+        "graceful_shutdown_timeout_s": model.grace_period_s,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
