@@ -63,7 +63,7 @@ def _obstacles(model: ModelSpec) -> list[str]:
         check_layout(model.parallel, _num_heads(config), _ffn_dim(config))
     except ValueError as error:
         return [f"{model.name}: {error}"]
-    if not kind.guided and model.parallel.cfg_parallel_size > 1:
+    if kind.guided_above is None and model.parallel.cfg_parallel_size > 1:
         return [
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
             "only; use Ulysses or ring ranks"

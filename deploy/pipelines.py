@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy.spec import Task
+
 
 @dataclass(frozen=True)
 class PipelineKind:
@@ -15,19 +17,32 @@ class PipelineKind:
 
     Attributes:
         makes: what comes out.
-        guided: whether it evaluates a second branch for classifier-free guidance; if not, there is nothing that
-            cfg_parallel_size could share out, and no negative prompt.
+        guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance); None: it
+            never is, so that there is nothing that cfg_parallel_size could share out, and no negative prompt.
+        guided_by_negative_prompt: whether a negative prompt is needed as well.
     """
 
     makes: Literal["image", "video"]
-    guided: bool = True
+    guided_above: float | None = 1.0
+    guided_by_negative_prompt: bool = False
+
+    def branches(self, guidance_scale: float, negative_prompt: str | None) -> int:
+        """Forwards of the transformer in each step."""
+        if self.guided_above is None or guidance_scale <= self.guided_above:
+            return 1
+        return 1 if self.guided_by_negative_prompt and negative_prompt is None else 2
+
+    @property
+    def task(self) -> Task:
+        """What it can be asked for."""
+        return "text-to-image" if self.makes == "image" else "text-to-video"
 
 
 PIPELINES = {
-    "FluxPipeline": PipelineKind("image", guided=False),
-    "QwenImagePipeline": PipelineKind("image"),
+    "FluxPipeline": PipelineKind("image", guided_above=None),
+    "QwenImagePipeline": PipelineKind("image", guided_by_negative_prompt=True),
     "WanPipeline": PipelineKind("video"),
-    "ZImagePipeline": PipelineKind("image"),
+    "ZImagePipeline": PipelineKind("image", guided_above=0.0),
 }
 """By the class name in a model folder's `model_index.json`."""
 

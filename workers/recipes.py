@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
+from deploy.pipelines import PIPELINES, PipelineKind
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 
@@ -27,9 +28,12 @@ class Recipe:
     output = "images"
     rounds_timestep = False
 
+    def __init__(self, kind: PipelineKind) -> None:
+        self.kind = kind
+
     def guided(self, request: GenerationRequest) -> bool:
         """Whether the request is evaluated with and without its prompt."""
-        return request.negative_prompt is not None and request.guidance_scale > 1
+        return self.kind.branches(request.guidance_scale, request.negative_prompt) > 1
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """The guiders by component name."""
@@ -77,10 +81,6 @@ class Recipe:
 class Flux(Recipe):
     """Guidance is distilled into the transformer, which takes the scale as a number: there is no second branch."""
 
-    def guided(self, request: GenerationRequest) -> bool:
-        """Never."""
-        return False
-
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """None."""
         return {}
@@ -102,10 +102,6 @@ class Wan(Recipe):
     count_input = "num_videos_per_prompt"
     output = "videos"
     rounds_timestep = True
-
-    def guided(self, request: GenerationRequest) -> bool:
-        """By the scale alone."""
-        return request.guidance_scale > 1
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """One for each transformer."""
@@ -143,21 +139,14 @@ class ZImage(Recipe):
 
     rounds_timestep = True
 
-    def guided(self, request: GenerationRequest) -> bool:
-        """By the scale alone."""
-        return request.guidance_scale > 0
-
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """The formula of the classic pipeline."""
         return {"guider": ClassifierFreeGuidance(guidance_scale=request.guidance_scale, use_original_formulation=True)}
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "FluxPipeline": Flux(),
-    "QwenImagePipeline": Recipe(),
-    "WanPipeline": Wan(),
-    "ZImagePipeline": ZImage(),
-}
+PECULIAR: Mapping[str, type[Recipe]] = {"FluxPipeline": Flux, "WanPipeline": Wan, "ZImagePipeline": ZImage}
+
+RECIPES = {name: PECULIAR.get(name, Recipe)(kind) for name, kind in PIPELINES.items()}
 """By the name in `deploy.pipelines.PIPELINES`."""
 
 
