@@ -1,36 +1,137 @@
-"""DeploymentSpec -> Serve applications: one per model, and the gateway. The only place where the parts are joined.
+"""DeploymentSpec -> the config that Ray Serve takes: one application per model, and the gateway.
 
-One application per model, because Serve restarts all of an application when part of it changes.
+`serve_config` is what `spray build` prints, what KubeRay's `serveConfigV2` holds and what `service.rollout` applies. On
+the cluster, Serve imports `gang_app` and `gateway_app` from here to build each application.
+
+One application per model, because Serve restarts all of an application when its arguments change. So the arguments hold
+what a gang cannot change while it runs; all else is in options that Serve applies to running gangs.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from ray import serve
-from ray.serve import Application, Deployment, RunTarget
+from ray.serve import Application, Deployment
 
 from deploy.spec import DeploymentSpec, ModelSpec
-from service.gateway import GANG, Gateway, app_name
+from service.gateway import Gateway
+from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from workers.gang import Gang
-from workers.placement import serve_options
+from workers.placement import placement_group
 
-GATEWAY_APP = "gateway"
+METRICS_INTERVAL_S = 1.0
+LOOK_BACK_S = 5.0
+"""Serve averages what gangs report over so long; the policy itself knows how long their work lasts."""
 
+ROUTING_STATS_PERIOD_S = 1.0
 
-def build_model(model: ModelSpec) -> Application:
-    """The application whose replicas are the gangs of one model."""
-    deployment: Deployment = serve.deployment(name=GANG, **serve_options(model))(Gang)
-    return deployment.bind(model)
-
-
-def build_gateway(spec: DeploymentSpec, instance_id: str) -> Application:
-    """The application behind the doors."""
-    table = {"models": [model.model_dump(mode="json") for model in spec.models]}
-    configure = serve.deployment(
-        name="Gateway", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, user_config=table
-    )
-    deployment: Deployment = configure(serve.ingress()(Gateway))
-    return deployment.bind(instance_id)
+ROUTER_BACKOFF_S = 0.05
+"""A request that waits asks again so soon, so that a gang which becomes free is idle for no longer."""
 
 
-def build(spec: DeploymentSpec, instance_id: str) -> list[RunTarget]:
-    """All applications of a deployment, for `serve.run_many`."""
-    models = [RunTarget(build_model(model), name=app_name(model.name), route_prefix=None) for model in spec.models]
-    return [*models, RunTarget(build_gateway(spec, instance_id), name=GATEWAY_APP, route_prefix="/")]
+def gang_app(args: dict[str, Any]) -> Application:
+    """A model's application, whose replicas are its gangs. Called by Serve.
+
+    Args:
+        args: of `Gang`.
+    """
+    deployment: Deployment = serve.deployment(name=GANG)(Gang)
+    return deployment.bind(args)
+
+
+def gateway_app(args: dict[str, Any]) -> Application:
+    """The application behind the doors. Called by Serve.
+
+    Args:
+        args: `{"instance_id": ...}`.
+    """
+    deployment: Deployment = serve.deployment(name=GATEWAY)(serve.ingress()(Gateway))
+    return deployment.bind(args.get("instance_id", ""))
+
+
+def serve_config(spec: DeploymentSpec, instance_id: str = "", draining: bool = False) -> dict[str, Any]:
+    """All applications of a deployment, as a `ServeDeploySchema` in plain types.
+
+    Args:
+        instance_id: tells this deployment from another that may answer on the same port.
+        draining: take no new requests.
+    """
+    models = [model_application(model, spec.storage.models) for model in spec.models]
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": spec.gateway.host, "port": spec.gateway.port},
+        "applications": [*models, gateway_application(spec, instance_id, draining)],
+    }
+
+
+def model_application(model: ModelSpec, models_folder: str | None) -> dict[str, Any]:
+    """The application of one model.
+
+    Args:
+        model: with `tasks` derived, where its folder can be read.
+        models_folder: `storage.models`.
+    """
+    scaling = model.autoscaling
+    options = {
+        "name": GANG,
+        "user_config": model.live,
+        "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
+        "max_queued_requests": model.max_queued,
+        "max_surge_percent": 1,  # Serve rounds up: new gangs come one by one, and an old one goes when a new one serves
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_s,
+            "look_back_period_s": LOOK_BACK_S,
+            "metrics_interval_s": METRICS_INTERVAL_S,
+            "policy": {"policy_function": "service.autoscaling:BacklogPolicy"},
+        },
+        "request_router_config": {
+            "request_router_class": "service.routing:LeastBacklogRouter",
+            "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
+            "max_backoff_s": ROUTER_BACKOFF_S,
+        },
+        "ray_actor_options": {"num_cpus": 0},
+        **placement_group(model),
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": model.timeouts.ping_s,
+        "graceful_shutdown_timeout_s": model.grace_period_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    return {
+        "name": app_name(model.name),
+        "route_prefix": None,
+        "import_path": "service.app:gang_app",
+        "args": {"model": model.fixed, "models_folder": models_folder},
+        "deployments": [options],
+    }
+
+
+def gateway_application(spec: DeploymentSpec, instance_id: str, draining: bool) -> dict[str, Any]:
+    """The application of the gateway."""
+    options = {
+        "name": GATEWAY,
+        "num_replicas": spec.gateway.replicas,
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 1000,
+        "user_config": gateway_table(spec.models)
+        | {
+            "draining": draining,
+            "max_body_bytes": spec.limits.max_body_bytes,
+            "api_keys_env": spec.auth.api_keys_env,
+        },
+    }
+    return {
+        "name": GATEWAY_APP,
+        "route_prefix": "/",
+        "import_path": "service.app:gateway_app",
+        "args": {"instance_id": instance_id},
+        "deployments": [options],
+    }
+
+
+def gateway_table(models: Iterable[ModelSpec]) -> dict[str, Any]:
+    """What the gateway knows of each model."""
+    return {"models": [model.model_dump(mode="json") for model in models]}

@@ -1,10 +1,12 @@
-"""What a client of the REST door does: one generation, with its steps as they happen.
+"""What a client of the REST door does: one generation, with its steps as they happen, or a look at the cluster.
 
-Used by `spray generate --server` and by the demo. Programs use OpenAI's client, or anything that speaks HTTP.
+Used by `spray generate`, `spray ps` and the demo; an API key is taken from SPRAY_API_KEY. Programs use OpenAI's client,
+or anything that speaks HTTP.
 """
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +18,24 @@ from workers.messages import StepEvent
 NO_LIMIT = httpx.Timeout(10.0, read=None)
 
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+
+def server_url(given: str | None) -> str:
+    """The base URL of the server to ask: the given one, else that of SPRAY_SERVER, else the default."""
+    return given or os.environ.get("SPRAY_SERVER") or DEFAULT_SERVER
+
+
 class ServerError(Exception):
     """The server refused or failed; the message is the server's own."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A finished picture.
+class Generated:
+    """A finished picture or video.
 
     Attributes:
-        image: the encoded file.
+        content: the encoded file.
         seed: draws it again.
         metrics: layout and seconds by stage, as the server reports them.
     """
@@ -35,7 +45,7 @@ class Picture:
     metrics: dict[str, Any]
 
 
-def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None]) -> list[Picture]:
+def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None]) -> list[Generated]:
     """Ask a server for pictures.
 
     Args:
@@ -50,7 +60,9 @@ def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[Step
     pictures = []
     url = f"{server.rstrip('/')}/v1/images/generations"
     try:
-        with httpx.stream("POST", url, json=streamed, timeout=NO_LIMIT, trust_env=False) as response:
+        with httpx.stream(
+            "POST", url, json=streamed, headers=_authorization(), timeout=NO_LIMIT, trust_env=False
+        ) as response:
             if response.status_code != 200:
                 raise ServerError(_message(response.read(), response.status_code))
             for line in response.iter_lines():
@@ -62,12 +74,72 @@ def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[Step
                 if event["type"] == "image_generation.progress":
                     on_step(StepEvent(event["step"], event["total_steps"], event["seconds"]))
                 elif event["type"] == "image_generation.completed":
-                    pictures.append(Picture(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"]))
+                    pictures.append(Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"]))
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise ServerError(f"no answer from {server}: {error}") from None
     if not pictures:
         raise ServerError(f"{server} ended the stream without a picture")
     return pictures
+
+
+def generate_video_remotely(server: str, body: dict[str, Any]) -> Generated:
+    """Ask a server for a video.
+
+    Args:
+        server: its base URL.
+        body: fields of `POST /v1/videos/sync`.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or fails.
+    """
+    try:
+        response = httpx.post(
+            f"{server.rstrip('/')}/v1/videos/sync",
+            json=body,
+            headers=_authorization(),
+            timeout=NO_LIMIT,
+            trust_env=False,
+        )
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise ServerError(f"no answer from {server}: {error}") from None
+    if response.status_code != 200:
+        raise ServerError(_message(response.content, response.status_code))
+    headers = response.headers
+    return Generated(response.content, int(headers["x-seed"]), json.loads(headers["x-metrics"]))
+
+
+def read_cluster(server: str) -> dict[str, Any]:
+    """What a server says of its models and gangs: the body of `GET /v1/cluster`.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    return _read(server, "/v1/cluster")
+
+
+def read_models(server: str) -> dict[str, Any]:
+    """The models of a server: the body of `GET /v1/models`.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    return _read(server, "/v1/models")
+
+
+def _read(server: str, path: str) -> dict[str, Any]:
+    try:
+        response = httpx.get(f"{server.rstrip('/')}{path}", headers=_authorization(), timeout=30, trust_env=False)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise ServerError(f"no answer from {server}: {error}") from None
+    if response.status_code != 200:
+        raise ServerError(_message(response.content, response.status_code))
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("SPRAY_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def _event(line: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from deploy.load import load_spec
 from deploy.spec import SpecError
 from service.client import ServerError, generate_remotely
 from service.local import LocalCluster
-from service.progress import StepProgress
+from service.progress import LoadBars, StepProgress
 from workers.errors import SprayError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -55,14 +55,15 @@ def _demo(output: Path) -> None:
     began = time.monotonic()
     _say(f"starting {model.name} ({model.parallel}, {model.device}) on a local Ray cluster")
     with LocalCluster(spec) as cluster:
-        cluster.wait_ready(timeout_s=300, on_wait=_say)
+        with LoadBars([model.name]) as bars:
+            cluster.wait_ready(timeout_s=300, on_wait=bars.show)
         _say(f"ready at {cluster.url} after {time.monotonic() - began:.1f} s")
         body = {"prompt": PROMPT, "seed": SEED}
         with StepProgress() as progress:
             (picture,) = generate_remotely(cluster.url, body, progress.show)
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(picture.image)
+        unfinished.write_bytes(picture.content)
         unfinished.replace(output)
         _report(output, picture.metrics, body)
     _say("stopped the cluster")

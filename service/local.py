@@ -4,6 +4,7 @@ It never attaches to another cluster, whatever `RAY_ADDRESS` says; it takes a te
 own, listens on loopback only, and takes everything along when it stops. Any number of them run side by side.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,14 +13,14 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 # Read by Ray when it is imported, and inherited by every process of the cluster.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for listening on loopback only, on any system
-os.environ["RAY_AUTH_MODE"] = "disabled"  # else a token is left behind that breaks later clusters
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is left behind that breaks later clusters
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"  # a hung gang must not be waited for
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy laptop takes longer than Serve's 5 s
@@ -32,7 +33,9 @@ from ray.exceptions import RayError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
-from service.app import build
+from service.app import serve_config
+from service.names import MODEL_APP_PREFIX
+from service.rollout import apply_config, derive_tasks
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
@@ -51,9 +54,10 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        self.spec = spec
+        self.spec = derive_tasks(spec)
         self.instance_id = uuid.uuid4().hex
         self.url = ""
+        self.address = ""
         self._folder: Path | None = None
         self._reservation: socket.socket | None = None
 
@@ -82,9 +86,11 @@ class LocalCluster:
                 _temp_dir=str(self._folder),
             )
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
+            self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
-            serve.run_many(build(self.spec, self.instance_id), wait_for_applications_running=False)
+            config = serve_config(self.spec, self.instance_id)
+            apply_config({"applications": config["applications"], "logging_config": quiet})
         except RayError as error:
             self.stop()
             raise GangLost(f"the local cluster cannot be started: {error}") from None
@@ -98,35 +104,44 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
-    def wait_ready(self, timeout_s: float, on_wait: Callable[[str], None] = lambda line: None) -> None:
-        """Return when every model answers.
+    def wait_ready(
+        self, timeout_s: float, on_wait: Callable[[Mapping[str, float]], None] = lambda progress: None
+    ) -> None:
+        """Return when every model answers, or sleeps as it is meant to.
 
         Args:
             timeout_s: patience.
-            on_wait: told what is waited for, each time that it changes.
+            on_wait: told several times a second how far each model has got, from 0 to 1.
 
         Raises:
             GangLost: a model cannot be started, or the gateway fails; the reason is in the message.
             TimeoutError: not ready in time.
         """
         deadline = time.monotonic() + timeout_s
-        told = ""
+        waiting = [model.name for model in self.spec.models]
         while time.monotonic() < deadline:
             self._raise_failures()
             answer = _readiness(self.url)
             if "error" in answer:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
             if answer.get("instance_id") == self.instance_id:
-                if answer["status"] == "ok":
-                    return
-                line = f"waiting for {', '.join(answer['waiting_for'])}"
-            else:
-                line = "waiting for the gateway"
-            if line != told:
-                on_wait(line)
-                told = line
+                waiting = answer["waiting_for"]
+            loaded = {model.name: 0.0 if model.name in waiting else 1.0 for model in self.spec.models}
+            on_wait(loaded | {name: fraction for name, fraction in _loaded().items() if name in waiting})
+            if not waiting:
+                return
             time.sleep(0.25)
-        raise TimeoutError(f"not ready after {timeout_s:g} s: {told}")
+        raise TimeoutError(f"not ready after {timeout_s:g} s: waiting for {', '.join(waiting)}")
+
+    def drain(self) -> None:
+        """Refuse new requests, and return when those in flight are answered."""
+        config = serve_config(self.spec, self.instance_id, draining=True)
+        apply_config({"applications": config["applications"]})
+        while True:
+            answer = _readiness(self.url)
+            if not answer or (answer.get("status") == "draining" and not answer["in_flight"]):
+                return
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """End every process of the cluster and remove its folder. May be called more than once."""
@@ -142,8 +157,12 @@ class LocalCluster:
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                details = [deployment.message for deployment in application.deployments.values()]
-                raise GangLost(f"{name} cannot be started: {' '.join([application.message, *details])}")
+                details = [
+                    application.message,
+                    *(deployment.message for deployment in application.deployments.values()),
+                ]
+                model = name.removeprefix(MODEL_APP_PREFIX)
+                raise GangLost(f"{model} cannot be started: {' '.join(detail for detail in details if detail)}")
 
 
 def local_devices() -> dict[str, float]:
@@ -178,6 +197,19 @@ def _reserve_port(host: str, port: int) -> socket.socket:
             f"gateway.port: {host}:{port} cannot be bound ({error.strerror}); choose another with --port"
         ) from None
     return reservation
+
+
+def _loaded() -> dict[str, float]:
+    """How far each model that is loading has got, from 0 to 1: the least of its gangs' first ranks."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    first = [actor for actor in actors if actor["name"].endswith("-rank0")]
+    found: dict[str, float] = {}
+    for actor in first:
+        with contextlib.suppress(RayError, ValueError):  # it may be starting, or gone
+            rank = ray.get_actor(actor["name"], namespace=actor["namespace"])
+            status = ray.get(rank.status.remote(), timeout=0.2)
+            found[status.model] = min(status.loaded, found.get(status.model, 1.0))
+    return found
 
 
 def _readiness(url: str) -> dict[str, Any]:

@@ -3,22 +3,28 @@
 Paths and bodies are OpenAI's; every error, also of an unknown path, is in OpenAI's envelope.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from deploy.spec import ModelSpec
+from service.cluster import ModelState
 from service.schemas import (
+    GenerationBody,
     ImageGenerationBody,
+    VideoGenerationBody,
     completed_events,
     find_model,
     images_response,
+    metrics,
     model_object,
     parse_body,
     progress_event,
@@ -30,22 +36,32 @@ from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 logger = logging.getLogger("ray.serve")
 
-MAX_BODY_BYTES = 1 << 20
+PATIENCE_S = 5.0
+"""A stream says at least so often how things are; proxies close connections that are silent for long."""
 
 
 class Hall(Protocol):
     """What stands behind the doors; `service.gateway.Gateway` in a deployment."""
 
     instance_id: str
+    max_body_bytes: int
+    draining: bool
+    in_flight: int
+
+    def admit(self, authorization: str | None) -> None:
+        """Let a caller in, or raise `Unauthorized`."""
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[StepEvent | GenerationResult]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
         """Run one request."""
 
-    async def waiting_for(self) -> list[str]:
-        """The models that cannot answer yet."""
+    async def states(self) -> dict[str, ModelState]:
+        """The state of each model by name."""
+
+    async def cluster(self) -> dict[str, Any]:
+        """The body of `GET /v1/cluster`."""
 
 
 def rest_app(hall: Hall) -> FastAPI:
@@ -55,40 +71,71 @@ def rest_app(hall: Hall) -> FastAPI:
     app.add_exception_handler(SprayError, _error)
     app.add_exception_handler(Exception, _error)
 
+    async def admit(http: Request) -> None:
+        hall.admit(http.headers.get("authorization"))
+
+    for_callers = [Depends(admit)]
+
     @app.get("/livez")
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        waiting = await hall.waiting_for()
-        body = {"status": "waiting" if waiting else "ok", "waiting_for": waiting, "instance_id": hall.instance_id}
-        return JSONResponse(body, status_code=503 if waiting else 200)
+        states = await hall.states()
+        waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
+        ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
+        status = "draining" if hall.draining else "ok" if ready else "waiting"
+        body = {"status": status, "waiting_for": waiting, "in_flight": hall.in_flight, "instance_id": hall.instance_id}
+        return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
-    @app.get("/v1/models")
+    @app.get("/v1/cluster", dependencies=for_callers)
+    async def cluster() -> dict[str, Any]:
+        return await hall.cluster()
+
+    @app.get("/v1/models", dependencies=for_callers)
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_object(model) for model in hall.models().values()]}
+        states = await hall.states()
+        data = [model_object(model, states.get(name)) for name, model in hall.models().items()]
+        return {"object": "list", "data": data}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=for_callers)
     async def retrieve_model(name: str) -> dict[str, Any]:
-        return model_object(find_model(hall.models(), name))
+        model = find_model(hall.models(), name)
+        return model_object(model, (await hall.states()).get(model.name))
 
-    @app.post("/v1/images/generations")
+    @app.post("/v1/images/generations", dependencies=for_callers)
     async def generate_images(http: Request) -> Response:
-        body = parse_body(await _json(http))
+        body = parse_body(await _json(http, hall.max_body_bytes), ImageGenerationBody)
         request = to_request(body, find_model(hall.models(), body.model), uuid.uuid4().hex)
-        headers = {"x-ignored-params": ", ".join(body.ignored)} if body.ignored else {}
+        headers = _ignored(body)
         if body.stream:
             return StreamingResponse(_stream(hall, body, request), media_type="text/event-stream", headers=headers)
-        reports = [report async for report in hall.generate(request)]  # to the end: leaving early means cancelling
-        if not reports or not isinstance(reports[-1], GenerationResult):
-            raise GangLost("the ranks ended without a result")
-        return JSONResponse(images_response(request, reports[-1]), headers=headers)
+        return JSONResponse(images_response(request, await _result(hall, request)), headers=headers)
+
+    @app.post("/v1/videos/sync", dependencies=for_callers)
+    async def generate_video(http: Request) -> Response:
+        body = parse_body(await _json(http, hall.max_body_bytes), VideoGenerationBody)
+        request = to_request(body, find_model(hall.models(), body.model), uuid.uuid4().hex)
+        result = await _result(hall, request)
+        headers = {"x-seed": str(result.seeds[0]), "x-metrics": json.dumps(metrics(result))} | _ignored(body)
+        return Response(result.outputs[0], media_type="video/mp4", headers=headers)
 
     return app
 
 
-async def _json(http: Request) -> object:
+async def _result(hall: Hall, request: GenerationRequest) -> GenerationResult:
+    reports = [report async for report in hall.generate(request)]  # to the end: leaving early means cancelling
+    if not reports or not isinstance(reports[-1], GenerationResult):
+        raise GangLost("the ranks ended without a result")
+    return reports[-1]
+
+
+def _ignored(body: GenerationBody) -> dict[str, str]:
+    return {"x-ignored-params": ", ".join(body.ignored)} if body.ignored else {}
+
+
+async def _json(http: Request, max_bytes: int) -> object:
     """The body of a request.
 
     Raises:
@@ -97,8 +144,8 @@ async def _json(http: Request) -> object:
     raw = bytearray()
     async for chunk in http.stream():
         raw += chunk
-        if len(raw) > MAX_BODY_BYTES:
-            raise InvalidParameter(None, f"the body is larger than {MAX_BODY_BYTES} bytes", "body_too_large")
+        if len(raw) > max_bytes:
+            raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
@@ -108,8 +155,10 @@ async def _json(http: Request) -> object:
 async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequest) -> AsyncIterator[str]:
     """Server-sent events: progress (as comments, which clients skip, unless asked for), the pictures, `[DONE]`."""
     try:
-        async for report in hall.generate(request):
-            if isinstance(report, GenerationResult):
+        async for report in _with_patience(hall, request):
+            if isinstance(report, ModelState):
+                yield f": {request.model} is {report.state}, {report.queued} wait\n\n"
+            elif isinstance(report, GenerationResult):
                 for event in completed_events(request, report):
                     yield _event(event)
             elif body.stream_options.include_progress:
@@ -120,6 +169,32 @@ async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequ
     except Exception as error:
         _log(error)
         yield f"data: {json.dumps(answer(error)[1])}\n\n"
+
+
+async def _with_patience(
+    hall: Hall, request: GenerationRequest
+) -> AsyncIterator[StepEvent | GenerationResult | ModelState]:
+    """What `generate` reports, and the model's state whenever that takes long: a model may have to be woken first."""
+    reports = hall.generate(request)
+    coming = asyncio.ensure_future(anext(reports, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
+            if not done:
+                state = (await hall.states()).get(request.model)
+                if state:
+                    yield state
+                continue
+            report = coming.result()
+            if report is None:
+                return
+            yield report
+            coming = asyncio.ensure_future(anext(reports, None))
+    finally:
+        coming.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await coming
+        await reports.aclose()
 
 
 def _event(event: dict[str, Any]) -> str:

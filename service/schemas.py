@@ -9,11 +9,13 @@ import difflib
 import re
 import secrets
 import time
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deploy.spec import ModelSpec
+from deploy.spec import ModelSpec, Task
+from service.cluster import ModelState
 from workers.errors import InvalidParameter, ModelNotFound
 from workers.messages import GenerationRequest, GenerationResult, ImageFormat, StepEvent
 
@@ -42,25 +44,14 @@ class LoRAChoice(BaseModel):
     scale: float = Field(1.0, ge=-4, le=4)
 
 
-class ImageGenerationBody(BaseModel):
-    """Body of `POST /v1/images/generations`: OpenAI's fields and those of diffusion."""
+class GenerationBody(BaseModel):
+    """What every generation may say. Absent fields get the model's defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: Prompt
     model: str | None = None
-    n: int = Field(1, ge=1, le=10)
     size: str = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
-    output_format: ImageFormat = "png"
-    output_compression: int = Field(100, ge=0, le=100)
-    background: Literal["auto", "opaque"] = "auto"
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    partial_images: Literal[0] = 0
-    quality: str | None = None
-    style: str | None = None
-    moderation: str | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -76,8 +67,35 @@ class ImageGenerationBody(BaseModel):
         return sorted(IGNORED & self.model_fields_set)
 
 
-def parse_body(raw: object) -> ImageGenerationBody:
-    """A checked body.
+class ImageGenerationBody(GenerationBody):
+    """Body of `POST /v1/images/generations`: OpenAI's fields and those of diffusion."""
+
+    n: int = Field(1, ge=1, le=10)
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: ImageFormat = "png"
+    output_compression: int = Field(100, ge=0, le=100)
+    background: Literal["auto", "opaque"] = "auto"
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    partial_images: Literal[0] = 0
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+
+
+class VideoGenerationBody(GenerationBody):
+    """Body of `POST /v1/videos/sync`."""
+
+    num_frames: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=120)
+    guidance_scale_2: float | None = Field(None, ge=0, le=30)
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+def parse_body(raw: object, kind: type[Body]) -> Body:
+    """A checked body of this kind.
 
     Raises:
         InvalidParameter: names the first field that is wrong.
@@ -85,16 +103,16 @@ def parse_body(raw: object) -> ImageGenerationBody:
     if not isinstance(raw, dict):
         raise InvalidParameter(None, "the body must be a JSON object", "invalid_body")
     try:
-        return ImageGenerationBody.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-        raise _invalid(mistakes[0]) from None  # a misspelt field first: it explains the missing one
+        raise _invalid(mistakes[0], kind) from None  # a misspelt field first: it explains the missing one
 
 
-def _invalid(mistake: Any) -> InvalidParameter:
+def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
     param = ".".join(str(part) for part in mistake["loc"] if part != "constrained-str")
     if mistake["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(param, ImageGenerationBody.model_fields, n=1)
+        close = difflib.get_close_matches(param, kind.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return InvalidParameter(param, f"unknown parameter {param!r}{hint}", "unknown_parameter")
     if mistake["type"] == "missing":
@@ -114,39 +132,68 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
         if len(models) != 1:
             raise InvalidParameter("model", f"'model' is required; available: {known}", "missing_required_parameter")
         return next(iter(models.values()))
-    if name not in models:
+    found = models.get(name) or next((model for model in models.values() if name in model.aliases), None)
+    if found is None:
         raise ModelNotFound(f"the model {name!r} does not exist; available: {known}")
-    return models[name]
+    return found
 
 
-def to_request(body: ImageGenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
+def to_request(body: ImageGenerationBody | VideoGenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
     """Everything settled: defaults filled in, limits kept, the seed drawn.
 
     Raises:
-        InvalidParameter: the request is outside the model's limits.
+        InvalidParameter: the request is outside the model's limits, or the model is for something else.
     """
+    defaults, limits = model.defaults, model.limits
     width, height = _size(body.size, model)
-    steps = body.num_inference_steps or model.defaults.num_inference_steps
-    _at_most("num_inference_steps", steps, model.limits.max_num_inference_steps)
-    _at_most("n", body.n, model.limits.max_n)
-    guidance = body.guidance_scale if body.guidance_scale is not None else model.defaults.guidance_scale
-    return GenerationRequest(
+    request = GenerationRequest(
         request_id=request_id,
         model=model.name,
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,
         width=width,
         height=height,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        guidance_scale_2=model.defaults.guidance_scale_2,
+        num_inference_steps=body.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        guidance_scale_2=defaults.guidance_scale_2,
         loras=_loras(body.loras, model),
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
-        n=body.n,
-        output_format=body.output_format,
-        output_compression=body.output_compression,
-        report_steps=body.stream,
     )
+    if isinstance(body, ImageGenerationBody):
+        _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")
+        request = replace(
+            request,
+            n=body.n,
+            output_format=body.output_format,
+            output_compression=body.output_compression,
+            report_steps=body.stream,
+        )
+    else:
+        _for("text-to-video", model, "it makes pictures: ask at /v1/images/generations")
+        request = replace(
+            request,
+            num_frames=body.num_frames or defaults.num_frames,
+            fps=body.fps or defaults.fps,
+            guidance_scale_2=defaults.guidance_scale_2 if body.guidance_scale_2 is None else body.guidance_scale_2,
+            output_format="mp4",
+        )
+    _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
+    _at_most("num_frames", request.num_frames, limits.max_num_frames)
+    _at_most("n", request.n, limits.max_n)
+    work = width * height * request.num_frames * request.num_inference_steps * request.n
+    if limits.max_work is not None and work > limits.max_work:
+        raise InvalidParameter(
+            None,
+            f"width x height x num_frames x num_inference_steps x n is {work}, at most {limits.max_work} is allowed; "
+            "lower one of them",
+            "too_much_work",
+        )
+    return request
+
+
+def _for(task: Task, model: ModelSpec, instead: str) -> None:
+    if model.tasks is not None and task not in model.tasks:
+        raise InvalidParameter("model", f"{model.name!r} is not for {task}; {instead}", "wrong_task")
 
 
 def _size(size: str, model: ModelSpec) -> tuple[int, int]:
@@ -224,13 +271,17 @@ def completed_events(request: GenerationRequest, result: GenerationResult) -> li
     return [shared | picture for picture in response["data"]]
 
 
-def model_object(model: ModelSpec) -> dict[str, Any]:
-    """OpenAI's Model, with the layout and the limits as extra keys."""
+def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
+    """OpenAI's Model; state, layout and limits are extra keys."""
     return {
         "id": model.name,
         "object": "model",
         "created": 0,
         "owned_by": "spray",
+        "aliases": list(model.aliases),
+        "tasks": list(model.tasks or ()),
+        "state": state.state if state else "starting",
+        "reason": state.reason if state else "",
         "layout": str(model.parallel),
         "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
         "defaults": model.defaults.model_dump(),

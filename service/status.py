@@ -15,6 +15,8 @@ from workers.errors import (
     RequestCancelled,
     RequestError,
     RequestFailed,
+    ShuttingDown,
+    Unauthorized,
 )
 
 RETRY_AFTER_S = 5
@@ -39,7 +41,9 @@ class Status:
 
 STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
+    Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
+    ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
     RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
     RequestFailed: Status(500, "server_error", "generation_failed"),

@@ -4,6 +4,8 @@
     + RequestError            the caller's fault; nothing was lost, asking again will not help
     | + InvalidParameter      one parameter is wrong; `param` names it
     | + ModelNotFound         no such model in this deployment
+    | + Unauthorized          the caller has no valid API key
+    + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
     | + RequestCancelled      ... because the caller left
@@ -47,6 +49,14 @@ class ModelNotFound(RequestError):
     """The request names a model that the deployment does not have."""
 
     param = "model"
+
+
+class Unauthorized(RequestError):
+    """The caller has no valid API key."""
+
+
+class ShuttingDown(SprayError):
+    """The deployment is about to stop and takes no new requests."""
 
 
 class QueueFull(SprayError):

@@ -1,7 +1,8 @@
 """Gang: one model copy on N ranks. The Serve deployment whose replicas are the unit of scheduling and of failure.
 
-A `ModelSpec` comes in; its ranks start in the replica's own placement group, and then requests are taken one at a
-time. Called by `service.gateway`.
+A model comes in two parts, the fixed one at construction and the live one by `reconfigure`. The gang sees to it that
+the weights are on its node, starts its ranks in the replica's own placement group, and then takes requests one at a
+time. Called by `service.gateway`; what it says of itself goes to `service.autoscaling` and `service.routing`.
 
 When the ranks are lost, as many new processes take their places on the same devices; that takes seconds, and keeps
 the placement. When it fails, or happens again and again, the replica ends, and Serve places a whole new gang.
@@ -12,13 +13,20 @@ import contextvars
 import itertools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray import serve
 
+from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import ModelSpec
+from workers.cost import CostModel
+from workers.errors import RequestError
+from workers.load import GangBacklog, GangLoad
 from workers.messages import GenerationRequest, GenerationResult
 from workers.rank_group import RankGroup, Report
+from workers.sources import fetch
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,19 +39,45 @@ class Gang:
     """All ranks of one model copy.
 
     Args:
-        model: what to serve and on how many ranks.
-
-    Raises:
-        GangLost: a rank did not start, or could not load the model, within the start-up limit.
+        args: `{"model": ModelSpec.fixed, "models_folder": where models from the hub are kept, or None}`.
     """
 
-    async def __init__(self, model: ModelSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._model = model
+    def __init__(self, args: dict[str, Any]) -> None:
+        self._args = args
+        self._started = time.monotonic()
         self._turn = asyncio.Lock()
         self._losses = 0
         self._incarnation = itertools.count(1)
-        self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them
-        self._ranks = await self._start_ranks()
+        self._ranks: RankGroup | None = None
+        self._running: GenerationRequest | None = None
+        self._costs = CostModel()
+
+    async def reconfigure(self, live: dict[str, Any]) -> None:
+        """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
+
+        When ranks run it returns at once, because Serve sends no requests meanwhile: new adapters are loaded in a turn
+        of their own, ahead of the requests that come later.
+
+        Args:
+            live: `ModelSpec.live`.
+
+        Raises:
+            GangLost: a rank did not start, or could not load the model, within the start-up limit.
+            ValueError: the model's files cannot be had, or are damaged.
+        """
+        model = ModelSpec.model_validate(self._args["model"] | live)
+        if self._ranks is None:
+            folder = await asyncio.to_thread(fetch, model, self._args["models_folder"])
+            self._kind = PIPELINES[pipeline_name(folder)]
+            self._model = model.model_copy(update={"source": str(folder)})
+            self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them
+            self._ranks = await self._start_ranks()
+            self._startup_s = time.monotonic() - self._started
+            return
+        before = self._model
+        self._model = model.model_copy(update={"source": before.source})
+        if model.loras != before.loras:
+            self._swap = asyncio.create_task(self._swap_adapters(), context=self._context)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
         """Run one request on all ranks: a `StepEvent` after each step, the result at last.
@@ -54,10 +88,16 @@ class Gang:
             GangLost: the ranks are lost; the request can run again.
         """
         async with self._turn:
-            async for report in self._ranks.run(request):
-                if isinstance(report, GenerationResult):
-                    self._losses = 0
-                yield report
+            assert self._ranks is not None, "Serve configures a replica before it sends requests"
+            self._running = request
+            try:
+                async for report in self._ranks.run(request):
+                    if isinstance(report, GenerationResult):
+                        self._losses = 0
+                        self._costs.observe(request, self._forwards(request), report)
+                    yield report
+            finally:
+                self._running = None
 
     async def check_health(self) -> None:
         """Called by Serve every second.
@@ -65,12 +105,62 @@ class Gang:
         Raises:
             GangLost: nobody watches the ranks any more; Serve replaces the whole gang then.
         """
-        self._ranks.check_watched()
+        if self._ranks is not None:
+            self._ranks.check_watched()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve for its autoscaler; see `GangLoad`."""
+        return GangLoad(
+            remaining_s=self._remaining_s(),
+            request_s=self._costs.mean_request_s or 0.0,
+            busy=float(self._running is not None),
+            startup_s=self._startup_s,
+            target_s=self._model.autoscaling.target_backlog_seconds,
+        ).as_stats()
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve for its routers: what `GangBacklog` says, and under `now` what a person may want to see."""
+        backlog = GangBacklog(
+            backlog_s=self._remaining_s(),
+            reported_at=time.time(),
+            request_s=self._costs.mean_request_s or 0.0,
+            shapes=frozenset(self._costs.shapes)
+            | {(s.width, s.height, s.num_frames) for s in self._model.warmup_shapes},
+        )
+        statuses = self._ranks.statuses if self._ranks else []
+        now = {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "pids": [status.pid for status in statuses],
+            "phase": statuses[0].phase if statuses else "starting",
+            "step": statuses[0].step if statuses and self._running else 0,
+            "total_steps": self._running.num_inference_steps if self._running else 0,
+            "startup_s": round(self._startup_s, 3),
+        }
+        return backlog.as_stats() | {"now": now}
+
+    def _remaining_s(self) -> float:
+        """Seconds of work left; 0 while nothing of that kind was run before."""
+        if self._running is None or self._ranks is None:
+            return 0.0
+        done = self._ranks.statuses[0].step
+        return self._costs.seconds(self._running, self._forwards(self._running), done) or 0.0
+
+    def _forwards(self, request: GenerationRequest) -> int:
+        return self._kind.branches(request.guidance_scale, request.negative_prompt)
 
     async def _start_ranks(self) -> RankGroup:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
         return await RankGroup.start(self._model, name, self._on_lost)
+
+    async def _swap_adapters(self) -> None:
+        async with self._turn:
+            if self._ranks is None:
+                return
+            try:
+                await self._ranks.set_loras(self._model.loras)
+            except RequestError as error:  # all ranks keep the adapters they had
+                logger.error("%s: the adapters cannot be changed: %s", self._model.name, error)
 
     def _on_lost(self) -> None:
         self._losses += 1

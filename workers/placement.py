@@ -1,30 +1,121 @@
-"""Which devices a gang occupies: `ModelSpec` in, Ray Serve deployment options out. Called by `service.app`.
+"""What a gang occupies and where: `ModelSpec` in, resources of its bundles out, and why they cannot be had.
 
 A Serve replica is a gang: Serve reserves one placement group per replica, all bundles or none, and frees it when the
-replica goes. One bundle is one rank; the replica itself needs no device and sits in the first.
+replica goes. One bundle is one rank; the replica itself needs no device and sits in the first. Called by `service.app`
+(to deploy), `workers.rank_group` (to start ranks) and `service.cluster` (to explain).
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import ray
 
 from deploy.spec import ModelSpec
 
+UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "bytes of memory"}
+
+ACCELERATOR_SHARE = 0.001
+"""Ray marks a node's GPU type by a resource of 1 per node, of which any number of ranks may hold a little."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Ray node, as far as placement matters.
+
+    Attributes:
+        resources: in total, by Ray's names.
+        labels: Ray's node labels.
+    """
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+
+def alive_nodes() -> list[Node]:
+    """The living nodes of the Ray cluster that this process belongs to."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [Node(node["Resources"], node.get("Labels", {})) for node in nodes if node["Alive"]]
+
+
+def free_resources() -> dict[str, float]:
+    """What nobody holds, in sum over the nodes, by Ray's names."""
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return free
+
 
 def bundle(model: ModelSpec) -> dict[str, float]:
-    """The resources of one rank."""
-    cpus = {"CPU": model.placement.cpus_per_rank}
-    return cpus if model.device == "cpu" else cpus | {"GPU": 1}
+    """The resources of one rank, by Ray's names."""
+    placement = model.placement
+    resources: dict[str, float] = {"CPU": placement.cpus_per_rank}
+    if model.device == "cuda":
+        resources["GPU"] = 1
+    if placement.memory:
+        resources["memory"] = placement.memory
+    if placement.accelerator_type:
+        resources[f"accelerator_type:{placement.accelerator_type}"] = ACCELERATOR_SHARE
+    return resources
 
 
-def serve_options(model: ModelSpec) -> dict[str, Any]:
-    """Options of the model's Serve deployment: placement, turns, health and patience."""
-    return {
-        "ray_actor_options": {"num_cpus": 0},
+def placement_group(model: ModelSpec) -> dict[str, Any]:
+    """The placement group of each gang, as options of a Serve deployment."""
+    options: dict[str, Any] = {
         "placement_group_bundles": [bundle(model)] * model.parallel.world_size,
-        "placement_group_strategy": "STRICT_PACK",  # one node: every layer communicates
-        "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
-        "max_queued_requests": model.max_queued,
-        "health_check_period_s": 1.0,
-        "health_check_timeout_s": model.timeouts.ping_s,
-        "graceful_shutdown_timeout_s": model.grace_period_s,
-        "graceful_shutdown_wait_loop_s": 0.1,
+        "placement_group_strategy": model.placement.strategy,
     }
+    if model.placement.node_labels:
+        options["placement_group_bundle_label_selector"] = [dict(model.placement.node_labels)]
+    return options
+
+
+def bundles_by_node(nodes_of_bundles: Mapping[int, str]) -> list[int]:
+    """Bundle indices so that neighbouring ranks share a node, beginning with the node of the first bundle.
+
+    Args:
+        nodes_of_bundles: the node id of each bundle, as Ray's placement group table says.
+    """
+    first_seen = list(dict.fromkeys(nodes_of_bundles[index] for index in sorted(nodes_of_bundles)))
+    return sorted(nodes_of_bundles, key=lambda index: (first_seen.index(nodes_of_bundles[index]), index))
+
+
+def may_host(model: ModelSpec, node: Node) -> bool:
+    """Whether a rank of the model may be placed on the node, if it were empty."""
+    labels = model.placement.node_labels
+    return all(node.labels.get(key) == value for key, value in labels.items()) and _places(node, bundle(model)) > 0
+
+
+def obstacle(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
+    """Why no gang of the model can ever be placed on these nodes, even if they were empty; None: it can be."""
+    wanted = bundle(model)
+    ranks = model.parallel.world_size
+    labels = model.placement.node_labels
+    fitting = [node for node in nodes if all(node.labels.get(key) == value for key, value in labels.items())]
+    if not fitting:
+        return f"needs nodes labelled {_labels(labels)}, none of the {len(nodes)} nodes is" if nodes else "no nodes"
+    places = [_places(node, wanted) for node in fitting]
+    together = model.placement.strategy == "STRICT_PACK"
+    if (max(places) if together else sum(places)) >= ranks:
+        return None
+    resource = min(wanted, key=lambda name: _most(fitting, name, together) / wanted[name])
+    needed, there = wanted[resource] * ranks, _most(fitting, resource, together)
+    where, has = ("on one node", "the largest node has") if together else ("", "all nodes have")
+    unit = UNITS.get(resource, resource)
+    if resource.startswith("accelerator_type:"):
+        return f"needs {unit.partition(':')[2]} GPUs, no node has any"
+    if there >= needed:  # enough in sum, but the rests on the nodes are too small for a rank
+        return f"needs {ranks} ranks of {wanted[resource]:g} {unit} each, the nodes hold {sum(places)}"
+    return f"needs {needed:g} {unit} {where}".rstrip() + f", {has} {there:g}"
+
+
+def _places(node: Node, wanted: Mapping[str, float]) -> int:
+    """How many ranks an empty node holds."""
+    return min(int(node.resources.get(name, 0) / amount + 1e-6) for name, amount in wanted.items())
+
+
+def _most(nodes: Sequence[Node], resource: str, together: bool) -> float:
+    amounts = [node.resources.get(resource, 0.0) for node in nodes]
+    return max(amounts) if together else sum(amounts)
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())

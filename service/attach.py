@@ -1,0 +1,49 @@
+"""A running Ray cluster as the place to deploy to: for `spray deploy`."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from deploy.spec import SpecError
+
+
+@contextlib.contextmanager
+def attach(address: str | None) -> Iterator[None]:
+    """Be connected to a Ray cluster, and to Serve on it, which is started if it does not run.
+
+    Args:
+        address: of the head: `host:port` of its GCS, `ray://host:port`, or None or `auto` for the one on this machine.
+
+    Raises:
+        SpecError: there is no cluster at this address.
+    """
+    address = address or "auto"
+    own = {"_node_ip_address": _own_address(address)} if ":" in address and "://" not in address else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SpecError(
+            f"no Ray cluster at {address!r}: {reason}; --address takes HOST:PORT of its head; `spray serve` prints it"
+        ) from None
+    try:
+        serve.start()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own_address(address: str) -> str:
+    """This machine's address as seen from the head: Ray finds the node of a driver by it."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port)))  # sends nothing
+        except (OSError, ValueError) as error:
+            raise SpecError(f"no Ray cluster at {address!r}: {error}") from None
+        own: str = probe.getsockname()[0]
+    return own

@@ -1,0 +1,117 @@
+"""What the cluster is doing, model by model: for `GET /v1/cluster`, `GET /v1/models`, `/readyz` and `spray ps`.
+
+Comes from three places: Serve's status (how many gangs are in which state), Ray's nodes (whether a gang can be placed),
+and what the gangs say of themselves (`service.reports`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray.serve.schema import ServeStatus
+
+from deploy.spec import ModelSpec
+from service.names import GANG, app_name
+from workers.placement import UNITS, Node, bundle, obstacle
+
+State = Literal["running", "starting", "waiting", "asleep", "failed"]
+
+STATES: Mapping[State, str] = {
+    "running": "at least one gang answers",
+    "starting": "its gangs are loading",
+    "waiting": "its gangs cannot be placed; the reason says what is missing",
+    "asleep": "no gang runs; the first request wakes one",
+    "failed": "its gangs cannot be started; the reason says why",
+}
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One model as it runs.
+
+    Attributes:
+        state: see `STATES`.
+        reason: why it does not run; empty if it does.
+        replicas: gangs by Serve's state: RUNNING, STARTING, STOPPING, ...
+        queued: requests that wait in this gateway.
+        gangs: what each running gang says of itself.
+    """
+
+    state: State
+    reason: str = ""
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    queued: int = 0
+    gangs: Sequence[Mapping[str, Any]] = ()
+
+
+def model_state(
+    model: ModelSpec, status: ServeStatus, nodes: Sequence[Node], free: Mapping[str, float], **reported: Any
+) -> ModelState:
+    """The state of one model.
+
+    Args:
+        model: as it was deployed.
+        status: Serve's.
+        nodes: of the cluster.
+        free: resources that nobody holds, in sum over the nodes.
+        reported: `queued` and `gangs` of `ModelState`.
+    """
+    application = status.applications.get(app_name(model.name))
+    deployment = application.deployments.get(GANG) if application else None
+    replicas = {str(state.value): count for state, count in deployment.replica_states.items()} if deployment else {}
+    state, reason = _state(model, application, replicas, nodes, free)
+    return ModelState(state, reason, replicas, **reported)
+
+
+def cluster_object(
+    models: Iterable[tuple[ModelSpec, ModelState]], nodes: Sequence[Node], free: Mapping[str, float]
+) -> dict[str, Any]:
+    """The body of `GET /v1/cluster`."""
+    return {
+        "object": "cluster",
+        "nodes": len(nodes),
+        "devices": {
+            name: {"total": sum(node.resources.get(name, 0) for node in nodes), "free": round(free.get(name, 0), 3)}
+            for name in ("CPU", "GPU")
+        },
+        "models": [state_object(model, state) for model, state in models],
+    }
+
+
+def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
+    """One model of `GET /v1/cluster`."""
+    scaling = model.autoscaling
+    return {
+        "id": model.name,
+        "state": state.state,
+        "reason": state.reason,
+        "layout": str(model.parallel),
+        "ranks": model.parallel.world_size,
+        "device": model.device,
+        "replicas": dict(state.replicas),
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "queued": state.queued,
+        "gangs": [dict(gang) for gang in state.gangs],
+    }
+
+
+def _state(
+    model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Mapping[str, float]
+) -> tuple[State, str]:
+    if replicas.get("RUNNING") or replicas.get("UPDATING"):
+        return "running", ""
+    if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+        return "failed", " ".join(detail for detail in details if detail)
+    if application is not None and not replicas and not model.autoscaling.min_replicas:
+        return "asleep", ""
+    never = obstacle(model, nodes)
+    if never:
+        return "waiting", never
+    if replicas.get("STARTING"):
+        for resource, each in bundle(model).items():
+            needed, there = each * model.parallel.world_size, free.get(resource, 0)
+            if resource in UNITS and there + 1e-6 < needed:
+                return "starting", f"loading, or waiting for {needed:g} {UNITS[resource]}, of which {there:g} are free"
+    return "starting", ""

@@ -1,0 +1,16 @@
+"""Names of what spray runs in Serve: one application per model, one for the gateway."""
+
+GANG = "Gang"
+"""The deployment inside each model's application."""
+
+GATEWAY = "Gateway"
+"""The deployment inside the gateway's application."""
+
+GATEWAY_APP = "gateway"
+
+MODEL_APP_PREFIX = "model-"
+
+
+def app_name(model: str) -> str:
+    """The Serve application of a model."""
+    return f"{MODEL_APP_PREFIX}{model}"

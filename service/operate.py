@@ -1,0 +1,183 @@
+"""What an operator does with a deployment file and a cluster: check, serve, build, deploy, ps, models, schema, doctor.
+
+Parsed arguments come in from `service.cli`; results go to standard output, all else to standard error.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+
+import yaml
+from deploy.memory import parse_bytes
+from deploy.schema import json_schema
+
+from deploy.check import check_deployment
+from deploy.load import LoadedSpec, load_with_origins, print_config
+from deploy.spec import DeploymentSpec, SpecError
+from service.app import serve_config
+from service.attach import attach
+from service.client import read_cluster, read_models, server_url
+from service.doctor import diagnose
+from service.local import LocalCluster, local_devices
+from service.printing import say
+from service.progress import LoadBars
+from service.rollout import (
+    Change,
+    deploy,
+    failures,
+    misplaced,
+    pending,
+    plan_changes,
+    running_models,
+    settled,
+    verify_on_nodes,
+)
+from service.table import cluster_table, models_table
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Does the deployment work here, or on the devices that are named?
+
+    Raises:
+        SpecError: it does not; one line per obstacle.
+    """
+    loaded = _load(arguments)
+    if arguments.print_config:
+        for line in print_config(loaded):
+            print(line)
+        return
+    devices = local_devices()
+    if arguments.gpus is not None:
+        devices["cuda"] = float(arguments.gpus)
+    if arguments.cpus is not None:
+        devices["cpu"] = float(arguments.cpus)
+    memory = parse_bytes(arguments.memory) if arguments.memory else None
+    for line in check_deployment(loaded.spec, devices, memory):
+        print(line)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serve on this machine until Ctrl-C."""
+    spec = _load(arguments).spec
+    if arguments.port is not None:
+        spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": arguments.port})})
+    check_deployment(spec, local_devices())
+    with LocalCluster(spec) as cluster:
+        for line in _banner(spec, cluster):
+            say(line)
+        with LoadBars([model.name for model in spec.models]) as bars:
+            cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
+        say(f"ready: {_curl(cluster.url, spec)}")
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            say("stopping when the requests in flight are done; Ctrl-C again stops at once")
+            cluster.drain()
+            raise
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Print the config that Ray Serve takes."""
+    print(yaml.safe_dump(serve_config(_load(arguments).spec), sort_keys=False), end="")
+
+
+def roll_out(arguments: argparse.Namespace) -> None:
+    """Change a running cluster to what the file says.
+
+    Raises:
+        SpecError: something in the file cannot work there; nothing was changed then.
+    """
+    spec = _load(arguments).spec
+    with attach(arguments.address or os.environ.get("SPRAY_ADDRESS")):
+        running = running_models()
+        spec = settled(spec, running)
+        changes = plan_changes(running, spec.models, arguments.prune)
+        for change in changes:
+            print(change, flush=True)
+        touched = {change.model for change in changes if change.action in ("add", "upgrade", "adjust")}
+        spec, obstacles = verify_on_nodes(spec, touched)
+        if not arguments.allow_pending:
+            obstacles += [f"{reason}; --allow-pending deploys it all the same" for reason in misplaced(spec, touched)]
+        if obstacles:
+            raise SpecError("\n".join([*obstacles, "nothing was changed"]))
+        if arguments.dry_run:
+            return
+        deploy(spec, changes, arguments.allow_downtime)
+        _wait(spec, changes)
+
+
+def ps(arguments: argparse.Namespace) -> None:
+    """Models, gangs, queues and what is running."""
+    cluster = read_cluster(server_url(arguments.server))
+    print(json.dumps(cluster, indent=2) if arguments.json else cluster_table(cluster), flush=True)
+
+
+def models(arguments: argparse.Namespace) -> None:
+    """The models of a server, with what may be asked of each."""
+    listed = read_models(server_url(arguments.server))
+    print(json.dumps(listed, indent=2) if arguments.json else models_table(listed), flush=True)
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """The JSON schema of a deployment file."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    """Look for what commonly goes wrong on a machine.
+
+    Raises:
+        SpecError: something is wrong; what to do stands beside it.
+    """
+    findings = diagnose(_load(arguments).spec if arguments.file else None)
+    for finding in findings:
+        print(finding)
+    failed = [finding.name for finding in findings if finding.level == "fail"]
+    if failed:
+        raise SpecError(f"not in order: {', '.join(failed)}")
+
+
+def _load(arguments: argparse.Namespace) -> LoadedSpec:
+    return load_with_origins(arguments.file, os.environ, arguments.set)
+
+
+def _banner(spec: DeploymentSpec, cluster: LocalCluster) -> list[str]:
+    devices = local_devices()
+    models = spec.models[:2] if len(spec.models) > 3 else spec.models
+    lines = [f"spray on {devices['cpu']:g} CPU cores and {devices['cuda']:g} GPUs"]
+    lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
+    if len(models) < len(spec.models):
+        lines.append(f"  and {len(spec.models) - len(models)} models more")
+    return [*lines, f"change it while it runs: spray deploy FILE --address {cluster.address}"]
+
+
+def _curl(url: str, spec: DeploymentSpec) -> str:
+    model = spec.models[0]
+    video = model.tasks is not None and "text-to-image" not in model.tasks
+    body = f'{{"model": "{model.name}", "prompt": "a cup of coffee"}}'
+    path, output = ("videos/sync", " -o video.mp4") if video else ("images/generations", "")
+    return f"curl {url}/v1/{path} -H 'content-type: application/json' -d '{body}'{output}"
+
+
+def _wait(spec: DeploymentSpec, changes: Sequence[Change]) -> None:
+    """Until everything that was changed serves.
+
+    Raises:
+        SpecError: a model cannot be started; what ran before goes on.
+        TimeoutError: it takes longer than the start-up limit.
+    """
+    limit = max(model.timeouts.startup_s for model in spec.models)
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        failed = list(failures(changes))
+        if failed:
+            raise SpecError("\n".join(failed))
+        unfinished = pending(changes)
+        if not unfinished:
+            say("done")
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"not finished after {limit:g} s: {', '.join(unfinished)}")
