@@ -1,0 +1,150 @@
+"""How many gangs a model needs, from what its gangs report and what waits.
+
+Ray Serve's controller calls `BacklogPolicy` several times a second, with what `GangLoad.as_stats` gave; the number goes
+back to Serve, which keeps it within min_replicas and max_replicas and waits for the delays of the deployment file.
+
+`decide` is the policy itself and knows nothing of Ray. It looks at seconds of work, never at numbers of requests:
+
+1. *Offered load*: the gangs that all arriving work keeps busy. Work that arrives = work done + growth of what is
+   outstanding, so it is right also while every gang is busy and the queue grows. Averaged over the time that it takes
+   to start a gang and run a few requests, since no faster answer is possible and a slower one lags.
+2. *Enough for the load*: the fewest gangs at which 95 of 100 requests would wait at most the target, by Erlang's formula
+   for queues. A sudden lull or a lucky moment does not change it, so the number of gangs is steady.
+3. *Enough for the backlog*: a gang started now helps only after its start-up time. What will wait by then, given what
+   the gangs at hand and the starting ones clear until then, has to be cleared within the target.
+
+The larger one counts. A backlog that will be gone before a new gang is ready starts none.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from workers.load import GangLoad
+
+LATE = 0.05
+"""Share of requests that may wait for longer than the target, as far as the steady load decides."""
+
+REQUESTS_AVERAGED = 5.0
+"""The offered load is averaged over the start-up time plus so many requests."""
+
+EVERY_S = 1.0
+"""Serve asks ten times a second, and the reports change every few."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the policy keeps from one decision to the next; plain numbers, as Serve stores it.
+
+    Attributes:
+        at_s: when it was made, in seconds.
+        wanted: the decision.
+        offered: gangs that the arriving work keeps busy.
+        outstanding_s: seconds of work waiting and running.
+        request_s: seconds of a typical request.
+        startup_s: seconds until a new gang serves.
+        target_s: seconds that a request should wait at most.
+    """
+
+    at_s: float
+    wanted: int = 0
+    offered: float = 0.0
+    outstanding_s: float = 0.0
+    request_s: float = 0.0
+    startup_s: float = 0.0
+    target_s: float = 0.0
+
+
+def decide(
+    now_s: float, queued: float, loads: Sequence[GangLoad], starting: int, before: Memory | None = None
+) -> Memory:
+    """The number of gangs wanted, and what to remember until the next decision.
+
+    Args:
+        now_s: the time, in seconds.
+        queued: requests that wait for a gang.
+        loads: of the running gangs; at least one.
+        starting: gangs that were asked for and do not serve yet.
+        before: the last decision; None for the first.
+    """
+    target_s = max(load.target_s for load in loads)
+    startup_s = sum(load.startup_s for load in loads) / len(loads)
+    learnt = [load.request_s for load in loads if load.request_s > 0]
+    request_s = sum(learnt) / len(learnt) if learnt else (before and before.request_s) or target_s
+    busy = sum(load.busy for load in loads)
+    outstanding_s = queued * request_s + sum(load.remaining_s for load in loads)
+    offered = busy
+    if before is not None:
+        passed_s = max(now_s - before.at_s, 1e-3)
+        arriving = busy + (outstanding_s - before.outstanding_s) / passed_s
+        weight = 1 - math.exp(-passed_s / (startup_s + REQUESTS_AVERAGED * request_s))
+        offered = max(0.0, before.offered + weight * (arriving - before.offered))
+    waiting_then_s = queued * request_s + startup_s * (offered - len(loads) - starting / 2)  # half started, on average
+    wanted = max(
+        gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9)
+    )
+    if wanted <= 1:
+        wanted = int(outstanding_s > 0 or busy > 0)
+    return Memory(now_s, wanted, offered, outstanding_s, request_s, startup_s, target_s)
+
+
+def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
+    """The fewest gangs at which no more than `LATE` of the requests wait longer than the target.
+
+    Erlang's C formula: the share of requests that wait, by the number of gangs; how long they wait falls off
+    exponentially.
+
+    Args:
+        offered: gangs that the arriving work keeps busy, on average.
+        request_s: seconds of a typical request.
+        target_s: seconds that a request should wait at most.
+    """
+    blocked, gangs = 1.0, 0
+    while True:
+        gangs += 1
+        blocked = offered * blocked / (gangs + offered * blocked)
+        spare = gangs - offered
+        if spare <= 0:
+            continue
+        share_waiting = gangs * blocked / (spare + offered * blocked)
+        if share_waiting * math.exp(-spare * target_s / request_s) <= LATE:
+            return gangs
+
+
+def loads_in(metrics: Mapping[str, Mapping[Any, float]]) -> list[GangLoad]:
+    """The gangs that have reported, from Serve's table of metric name -> replica -> value."""
+    names = [field.name for field in fields(GangLoad)]
+    columns = [metrics.get(name, {}) for name in names]
+    reported = [gang for gang in columns[0] if all(gang in column for column in columns)]
+    return [GangLoad(*(column[gang] for column in columns)) for gang in reported]
+
+
+class BacklogPolicy:
+    """What Serve calls: `AutoscalingPolicy(policy_function="service.autoscaling:BacklogPolicy")`.
+
+    It takes no arguments, since Serve restarts an application whose policy changes.
+    """
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of gangs wanted, and the state for the next call.
+
+        Without a running gang, or before the first report, nothing is known in seconds: one is wanted if anything
+        waits, and what was asked for stays.
+        """
+        now_s = ctx.current_time or 0.0
+        known = {field.name for field in fields(Memory)}
+        state = {name: value for name, value in ctx.policy_state.items() if name in known}
+        before = Memory(**state) if state else None
+        if before is not None and 0 <= now_s - before.at_s < EVERY_S and ctx.current_num_replicas:
+            return before.wanted, state
+        loads = loads_in(ctx.aggregated_metrics or {})
+        queued = ctx.total_queued_requests or 0.0
+        if not loads:
+            wanted = ctx.target_num_replicas if ctx.current_num_replicas else 0
+            return max(wanted, int(queued > 0)), state
+        starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
+        memory = decide(now_s, queued, loads, starting, before)
+        return memory.wanted, asdict(memory)
