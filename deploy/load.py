@@ -1,36 +1,101 @@
-"""Reads a deployment file: YAML in, `DeploymentSpec` out, or a `SpecError` with one line per mistake."""
+"""Reads a deployment: a YAML file, `SPRAY_*` variables and flags in, `DeploymentSpec` out.
+
+A later one of these goes before an earlier one: default, file, environment, command line. The command line, the demo
+and the tests call; what cannot be used is a `SpecError` with one line per mistake that says where the value came from.
+"""
 
 import difflib
+import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from deploy.keys import keys_at, section_keys
+from deploy.layers import Layers, dotted
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
+
+NO_ENVIRONMENT: Mapping[str, str] = {}
+ALIGNED_UP_TO = 88
+"""Characters of a value above which its origin is not aligned with the others."""
 
 
-def load_spec(path: Path) -> DeploymentSpec:
-    """Read a deployment file; relative model folders are taken from the file's own folder.
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A deployment, and where each of its values comes from.
+
+    Attributes:
+        spec: the deployment.
+        origins: by the dotted path of each single value, such as `models.demo.parallel.ulysses_degree`:
+            `file deploy/local.yaml:8`, a variable's name, `--set`, or `default`.
+    """
+
+    spec: DeploymentSpec
+    origins: Mapping[str, str]
+
+
+def load_spec(path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides: Sequence[str] = ()) -> DeploymentSpec:
+    """Read a deployment; relative model folders are taken from the file's own folder.
+
+    Args:
+        path: the YAML file.
+        environ: variables, of which `SPRAY_*` go before the file; `deploy.layers` says how they are spelt.
+        overrides: `PATH=VALUE`, such as `models.qwen-image.parallel.ulysses_degree=4`; they go before all others.
 
     Raises:
-        SpecError: the file cannot be read, is not YAML, or breaks the schema.
+        SpecError: the file cannot be read or is not YAML, or a value breaks the schema.
     """
+    return load_with_origins(path, environ, overrides).spec
+
+
+def load_with_origins(
+    path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides: Sequence[str] = ()
+) -> LoadedSpec:
+    """The same as `load_spec`, with where each value comes from.
+
+    Raises:
+        SpecError: see `load_spec`.
+    """
+    layers = _read(path)
+    layers.add_environment(environ)
+    layers.add_flags(overrides)
+    mistakes = layers.mistakes
     try:
-        raw = yaml.safe_load(path.read_text())
+        spec = DeploymentSpec.model_validate(layers.raw)
+    except ValidationError as error:
+        mistakes += [_explain(mistake, layers.origins) for mistake in error.errors()]
+    if mistakes:
+        raise SpecError("\n".join(mistakes))
+    folder = path.resolve().parent
+    spec = spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
+    origins = {name: layers.origins.get(at, "default") for at, name, _ in _values(spec)}
+    return LoadedSpec(spec, origins)
+
+
+def print_config(loaded: LoadedSpec) -> list[str]:
+    """Every value of a deployment as `PATH = VALUE  # ORIGIN`; passwords and the like are not shown."""
+    lines = [(f"{name} = {_shown(at, value)}", loaded.origins[name]) for at, name, value in _values(loaded.spec)]
+    width = max(len(line) for line, _ in lines if len(line) <= ALIGNED_UP_TO)
+    return [f"{line:<{width}}  # {origin}" for line, origin in lines]
+
+
+def _read(path: Path) -> Layers:
+    try:
+        raw, lines = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise SpecError(f"{path}: is not YAML: {error}") from None
+    except YamlMistake as mistake:
+        raise SpecError(f"{path}:{mistake.line}: {mistake}") from None
     if not isinstance(raw, dict):
-        raise SpecError(f"{path}: expected a mapping with the key 'models', got {type(raw).__name__}")
-    try:
-        spec = DeploymentSpec.model_validate(raw)
-    except ValidationError as error:
-        raise SpecError("\n".join(f"{path}: {_explain(mistake)}" for mistake in error.errors())) from None
-    folder = path.resolve().parent
-    return spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
+        got = "nothing" if raw is None else type(raw).__name__
+        raise SpecError(f"{path}: expected a mapping with the key 'models', got {got}")
+    return Layers(raw, {(): f"file {path}"} | {key: f"file {path}:{line}" for key, line in lines.items()})
 
 
 def _beside(folder: Path, model: ModelSpec) -> ModelSpec:
@@ -45,25 +110,55 @@ def _beside(folder: Path, model: ModelSpec) -> ModelSpec:
     return model.model_copy(update={"source": source, "loras": loras})
 
 
-def _explain(mistake: Any) -> str:
-    where = ".".join(str(part) for part in mistake["loc"])
+def _explain(mistake: Any, origins: Mapping[KeyPath, str]) -> str:
+    path: KeyPath = mistake["loc"]
+    message = _message(mistake)
+    nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in origins)
+    # A mistake between several values is a section's; those that the message speaks of may come from elsewhere.
+    within = [key for key in origins if len(key) > len(path) and key[: len(path)] == path and str(key[-1]) in message]
+    others = [f"{dotted(key)} is from {origins[key]}" for key in within if not origins[key].startswith("file ")]
+    said = f"{origins[nearest].removeprefix('file ')}: {dotted(path)}: {message}"
+    return f"{said} ({', '.join(others)})" if others else said
+
+
+def _message(mistake: Any) -> str:
     if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *parents, key = mistake["loc"]
-        allowed = _keys_at(parents)
+        allowed = keys_at(tuple(parents))
         close = difflib.get_close_matches(str(key), allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
-        return f"{where}: unknown key; {hint}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + (f", got {mistake['input']!r}" if isinstance(mistake["input"], str | int) else "")
+        return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}")
+    message = str(mistake["msg"]).removeprefix("Value error, ")
+    given = mistake["input"]
+    if isinstance(given, str | int | float):
+        message += f", got {given!r}"
+    elif given is None:
+        message += ", got nothing"
+    return message + ("; put it in quotes" if mistake["type"] == "string_type" and given is not None else "")
 
 
-def _keys_at(parents: list[str | int]) -> list[str]:
-    """The keys that the schema allows inside the section at `parents`."""
-    section: Any = DeploymentSpec
-    for part in parents:
-        if part == "models":
-            section = ModelSpec
-        elif isinstance(part, str):
-            section = section.model_fields[part].annotation
-    fields = getattr(section, "model_fields", None) or section.__dataclass_fields__
-    return list(fields)
+def _values(spec: DeploymentSpec) -> list[tuple[KeyPath, str, Any]]:
+    """Every single value as (its path, its path with models by name, it); an empty list or mapping counts as one."""
+
+    def inside(value: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+        items: list[tuple[str | int, Any]]
+        if keys := section_keys(type(value)):
+            items = [(key, getattr(value, key)) for key in keys]
+        elif isinstance(value, dict) and value:
+            items = list(value.items())
+        elif isinstance(value, tuple) and any(section_keys(type(item)) for item in value):
+            items = list(enumerate(value))
+        else:
+            yield at, value
+            return
+        for key, item in items:
+            yield from inside(item, (*at, key))
+
+    def name(at: KeyPath) -> str:
+        return dotted(("models", spec.models[int(at[1])].name, *at[2:])) if at[0] == "models" else dotted(at)
+
+    return [(at, name(at), value) for at, value in inside(spec, ())]
+
+
+def _shown(at: KeyPath, value: Any) -> str:
+    is_secret = "env" in at and re.search("token|key|secret|password", str(at[-1]), re.IGNORECASE)
+    return '"***"' if is_secret else json.dumps(value, ensure_ascii=False)

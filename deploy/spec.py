@@ -111,11 +111,11 @@ class LoRA(_Section):
 
 
 class Timeouts(_Section):
-    """When a gang is given up, in seconds."""
+    """When a gang is given up."""
 
-    startup_s: float = Field(1800.0, gt=0, description="start, rendezvous and loading of a gang")
-    phase_s: float = Field(600.0, gt=0, description="one encode, one step or one decode without progress")
-    ping_s: float = Field(10.0, gt=0, description="a rank that does not answer for so long hangs")
+    startup_s: float = Field(1800.0, gt=0, description="seconds for start, rendezvous and loading of a gang")
+    phase_s: float = Field(600.0, gt=0, description="seconds for one encode, one step or one decode")
+    ping_s: float = Field(10.0, gt=0, description="seconds after which a rank that does not answer hangs")
 
 
 class ModelSpec(_Section):

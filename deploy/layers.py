@@ -1,0 +1,176 @@
+"""A deployment before it is checked: what the file says, over it the environment, over that the command line.
+
+Raw values, `SPRAY_*` variables and `PATH=VALUE` flags come in; `deploy.load` takes out one mapping to validate, with
+where each value in it came from.
+
+A variable names its key with two underscores between parts, and a model by its name with every character other than
+letters and digits as `_`: `SPRAY_MODELS__QWEN_IMAGE__PARALLEL__ULYSSES_DEGREE=4`. A flag has the dotted path:
+`models.qwen-image.parallel.ulysses_degree=4`. Values are YAML; one for a key that takes text is taken as written.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.keys import children, has_free_keys, takes_text
+from deploy.spec import DeploymentSpec
+from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
+
+PREFIX = "SPRAY_"
+
+NOT_CONFIGURATION = frozenset({"SPRAY_ADDRESS", "SPRAY_SERVER", "SPRAY_API_KEYS", "SPRAY_API_KEY"})
+"""Variables of other purposes: the cluster and the server to talk to, the keys that a gateway accepts, a caller's own.
+The variable that `auth.api_keys_env` names is no configuration either."""
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a key path is written: the sign between its parts, and whether a text stands for a key."""
+
+    separator: str
+    is_key: Callable[[str, str], bool]
+
+
+_VARIABLE = _Spelling("__", lambda text, key: text.upper() == _as_variable(key))
+_FLAG = _Spelling(".", lambda text, key: text == key)
+
+
+class Layers:
+    """Values of a deployment, the later ones over the earlier ones.
+
+    Args:
+        raw: what the file says.
+        origins: where each key of it stands.
+
+    Attributes:
+        raw: all values so far, not validated.
+        origins: by key path, where the value came from.
+    """
+
+    def __init__(self, raw: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+        self.raw = raw
+        self.origins = origins
+        self._mistakes: dict[str, str] = {}
+
+    @property
+    def mistakes(self) -> list[str]:
+        """One line for each variable or flag that cannot be used."""
+        auth = self.raw.get("auth")
+        keys = auth.get("api_keys_env") if isinstance(auth, dict) else None
+        return [f"{said}: {why}" for said, why in self._mistakes.items() if said != keys]
+
+    def add_environment(self, environ: Mapping[str, str]) -> None:
+        """Put the `SPRAY_*` variables over the values so far, those of whole sections before those of single keys."""
+        mine = [name for name, value in environ.items() if name.startswith(PREFIX) and not _is_other(name, value)]
+        takers: dict[KeyPath, str] = {}
+        # A model is found by its name, so a new name for it is put last.
+        for name in sorted(mine, key=lambda name: (name.upper().endswith("__NAME"), name.count("__"), name)):
+            path = self._put(name.removeprefix(PREFIX), environ[name], _VARIABLE, origin=name, said=name)
+            if path in takers:
+                self._mistakes[name] = f"sets the same key as {takers[path]}; unset one"
+            elif path:
+                takers[path] = name
+
+    def add_flags(self, flags: Sequence[str]) -> None:
+        """Put `PATH=VALUE` flags over the values so far, in their order."""
+        for flag in flags:
+            path, equals, text = flag.partition("=")
+            if equals:
+                self._put(path.strip(), text, _FLAG, origin="--set", said=f"--set {path.strip()}")
+            else:
+                self._mistakes[f"--set {flag}"] = "expected PATH=VALUE, such as gateway.port=9000"
+
+    def _put(self, name: str, text: str, spelling: _Spelling, origin: str, said: str) -> KeyPath:
+        """Put one value where its name says; the empty path if it cannot be."""
+        ways = dict(_ways(name, DeploymentSpec, self.raw, spelling))
+        if len(ways) != 1:
+            self._mistakes[said] = _ambiguous(ways) if ways else self._unknown(name, spelling)
+            return ()
+        ((path, kind),) = ways.items()
+        try:
+            value = _value(text, kind)
+        except YamlMistake as error:
+            self._mistakes[said] = str(error)
+            return ()
+        self._insert(path, value, origin)
+        return path
+
+    def _insert(self, path: KeyPath, value: Any, origin: str) -> None:
+        at: Any = self.raw
+        for depth, part in enumerate(path[:-1], 1):
+            if isinstance(at, dict) and part not in at:
+                at[part] = {}
+                self.origins[path[:depth]] = origin
+            at = at[part]
+            if not isinstance(at, dict | list):
+                return  # the file has something else than a section here, which the schema will refuse
+        at[path[-1]] = value
+        self.origins = {key: was for key, was in self.origins.items() if key[: len(path)] != path}
+        self.origins.update((key, origin) for key in _paths(value, path))
+
+    def _unknown(self, name: str, spelling: _Spelling) -> str:
+        known = list(_names(DeploymentSpec, self.raw, spelling))
+        close = difflib.get_close_matches(name.upper() if spelling is _VARIABLE else name, known, n=1)
+        prefix = PREFIX if spelling is _VARIABLE else ""
+        return "unknown key; " + (f"did you mean {prefix + close[0]!r}?" if close else "`spray schema` lists them")
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as errors and flags have it."""
+    return ".".join(str(part) for part in path)
+
+
+def _ways(name: str, kind: Any, raw: Any, spelling: _Spelling) -> Iterator[tuple[KeyPath, Any]]:
+    """Every key path that a name can mean, with its type; a model's own name may contain the separator."""
+    if has_free_keys(kind) and name:
+        yield (name,), str
+    for spelt, key, inner, value in children(kind, raw):
+        head, rest = name[: len(spelt)], name[len(spelt) :]
+        if not spelling.is_key(head, spelt):
+            continue
+        if not rest:
+            yield (key,), inner
+        elif rest.startswith(spelling.separator):
+            for path, found in _ways(rest.removeprefix(spelling.separator), inner, value, spelling):
+                yield (key, *path), found
+
+
+def _names(kind: Any, raw: Any, spelling: _Spelling) -> Iterator[str]:
+    """Every name that would be understood, except for free keys."""
+    for spelt, _, inner, value in children(kind, raw):
+        name = _as_variable(spelt) if spelling is _VARIABLE else spelt
+        yield name
+        yield from (name + spelling.separator + deeper for deeper in _names(inner, value, spelling))
+
+
+def _as_variable(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", key).upper()
+
+
+def _value(text: str, kind: Any) -> Any:
+    if takes_text(kind) and text and text not in ("null", "~") and text[0] not in "'\"":
+        return text  # else a revision of digits would be a number
+    return parse_yaml(text)[0]
+
+
+def _paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """The path of a value and of all that is in it."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from _paths(item, (*path, key))
+
+
+def _ambiguous(ways: Mapping[KeyPath, Any]) -> str:
+    return f"can mean {' and '.join(dotted(path) for path in ways)}; set it in the file, or by --set"
+
+
+def _is_other(name: str, value: str) -> bool:
+    """Whether a variable has another purpose, or is one that Kubernetes sets for a Service called spray-something."""
+    return (
+        name in NOT_CONFIGURATION
+        or bool(re.search(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$", name))
+        or (name.endswith("_PORT") and bool(re.match(r"(tcp|udp|sctp)://", value)))
+    )
