@@ -1,8 +1,10 @@
 """A running Ray cluster as the place to deploy to: for `spray deploy`."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray import serve
@@ -22,9 +24,11 @@ def attach(address: str | None) -> Iterator[None]:
         SpecError: there is no cluster at this address.
     """
     address = address or "auto"
-    own = {"_node_ip_address": _own_address(address)} if ":" in address and "://" not in address else {}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ":" in address and "://" not in address:
+        options["_node_ip_address"] = _own_address(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address=address, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecError(

@@ -83,9 +83,7 @@ def decide(
         weight = 1 - math.exp(-passed_s / (startup_s + REQUESTS_AVERAGED * request_s))
         offered = max(0.0, before.offered + weight * (arriving - before.offered))
     waiting_then_s = queued * request_s + startup_s * (offered - len(loads) - starting / 2)  # half started, on average
-    wanted = max(
-        gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9)
-    )
+    wanted = max(gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9))
     if wanted <= 1:
         wanted = int(outstanding_s > 0 or busy > 0)
     return Memory(now_s, wanted, offered, outstanding_s, request_s, startup_s, target_s)

@@ -40,7 +40,7 @@ class Generated:
         metrics: layout and seconds by stage, as the server reports them.
     """
 
-    image: bytes
+    content: bytes
     seed: int
     metrics: dict[str, Any]
 

@@ -58,7 +58,8 @@ def model_state(
     """
     application = status.applications.get(app_name(model.name))
     deployment = application.deployments.get(GANG) if application else None
-    replicas = {str(state.value): count for state, count in deployment.replica_states.items()} if deployment else {}
+    states = deployment.replica_states if deployment else {}  # typed as an enum's members, in fact their names
+    replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
     state, reason = _state(model, application, replicas, nodes, free)
     return ModelState(state, reason, replicas, **reported)
 

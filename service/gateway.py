@@ -7,6 +7,7 @@ on the next one: it was settled at admission, seed included, so the picture is t
 import asyncio
 import hmac
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -55,7 +56,8 @@ class Gateway:
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._states: dict[str, ModelState] = {}
-        self._looked_at = 0.0
+        self._looked_at = -math.inf
+        self._looking = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ class Gateway:
         self.draining = user_config["draining"]
         self.max_body_bytes = user_config["max_body_bytes"]
         self._keys = _api_keys(user_config["api_keys_env"])
-        self._looked_at = 0.0
+        self._looked_at = -math.inf
         self._watcher = self._watcher or asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -98,13 +100,15 @@ class Gateway:
 
     async def states(self) -> dict[str, ModelState]:
         """The state of each model by name; at most half a second old."""
-        if time.monotonic() - self._looked_at > 0.5:
-            self._looked_at = time.monotonic()
-            status, nodes, free = await asyncio.to_thread(_look)
-            self._states = {
-                name: model_state(model, status, nodes, free, **_reported(name)) for name, model in self._models.items()
-            }
-        return self._states
+        async with self._looking:
+            if time.monotonic() - self._looked_at > 0.5:
+                status, nodes, free = await asyncio.to_thread(_look)
+                self._states = {
+                    name: model_state(model, status, nodes, free, **_reported(name))
+                    for name, model in self._models.items()
+                }
+                self._looked_at = time.monotonic()
+            return self._states
 
     async def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""

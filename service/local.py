@@ -207,7 +207,7 @@ def _loaded() -> dict[str, float]:
     for actor in first:
         with contextlib.suppress(RayError, ValueError):  # it may be starting, or gone
             rank = ray.get_actor(actor["name"], namespace=actor["namespace"])
-            status = ray.get(rank.status.remote(), timeout=0.2)
+            status: Any = ray.get(rank.status.remote(), timeout=0.2)
             found[status.model] = min(status.loaded, found.get(status.model, 1.0))
     return found
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import yaml
 from deploy.memory import parse_bytes
-from deploy.schema import json_schema
 
 from deploy.check import check_deployment
 from deploy.load import LoadedSpec, load_with_origins, print_config
+from deploy.schema import json_schema
 from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
 from service.attach import attach

@@ -16,7 +16,6 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from workers.sources import fetch
 
 from deploy.check import check_deployment
 from deploy.pipelines import PIPELINES, pipeline_name
@@ -24,6 +23,7 @@ from deploy.spec import DeploymentSpec, ModelSpec, SpecError, Task
 from service.app import gateway_table, serve_config
 from service.names import GATEWAY_APP, app_name
 from workers.placement import Node, alive_nodes, bundle, free_resources, may_host, obstacle
+from workers.sources import fetch
 
 Action = Literal["add", "upgrade", "adjust", "keep", "remove", "leave"]
 
@@ -150,7 +150,8 @@ def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[Dep
         The spec with the tasks of these models filled in, and what keeps them from running, a line each.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    models, obstacles = [], []
+    models: list[ModelSpec] = []
+    obstacles: list[str] = []
     for model in spec.models:
         if model.name not in touched:
             models.append(model)
@@ -163,7 +164,7 @@ def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[Dep
             for host in hosts
         ]
         answers: list[tuple[tuple[Task, ...], str]] = ray.get(checks)
-        obstacles += dict.fromkeys(line for _, line in answers if line)
+        obstacles.extend(dict.fromkeys(line for _, line in answers if line))
         tasks = next((tasks for tasks, line in answers if not line), None)
         models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
     return spec.model_copy(update={"models": tuple(models)}), obstacles

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from workers.cost import Shape, shape_of
+from service.reports import publish
+from workers.cost import shape_of
 from workers.load import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -63,9 +64,7 @@ def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
     return max(0.0, reported_s, own_s)
 
 
-def rank(
-    gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]
-) -> list[list[GangId]]:
+def rank(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
     """The gangs to ask, in ranks; the first rank with a free gang takes the request.
 
     The least backlog leads. Gangs within `COMPARABLE_S` of it come in two ranks, the warm ones first; what is left
@@ -94,6 +93,11 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ser
     def initialize_state(self) -> None:
         """Called by Serve once, before any request."""
         self._sent: dict[ReplicaID, Sent] = {}
+        publish(self.app_name, self)
+
+    def gang_reports(self) -> list[Mapping[str, Any]]:
+        """What each running gang last said of itself."""
+        return [replica.routing_stats for replica in self.curr_replicas.values() if replica.routing_stats]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

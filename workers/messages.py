@@ -103,6 +103,9 @@ class RankStatus:
         node_id: the Ray node it runs on; empty outside Ray.
         phase: what it is doing.
         progress: grows with every boundary it passes; standing still for too long means that it hangs.
+        model: the name of its model.
+        loaded: how much of the transformers it has read, from 0 to 1.
+        step: denoising steps that are done of the request that it runs, or ran last.
     """
 
     rank: int
@@ -110,3 +113,6 @@ class RankStatus:
     node_id: str
     phase: Phase
     progress: int
+    model: str
+    loaded: float
+    step: int

@@ -5,6 +5,7 @@ the ranks that encode, the VAE is on those that decode. Called by `workers.rank`
 `workers.denoising`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,22 +76,29 @@ class LoadedModel:
         return {component: self.adapters[component].share(lora.name, each) for component, each in found.items()}
 
 
-def load_model(model: ModelSpec, mesh: ParallelMesh) -> LoadedModel:
+def load_model(
+    model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None] = lambda loaded: None
+) -> LoadedModel:
     """Load a model folder and its adapters onto this rank's device. All ranks must call it.
+
+    Args:
+        model: what to load.
+        mesh: the ranks.
+        on_progress: told how much of the files is behind, from 0 to 1.
 
     Raises:
         ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, an adapter
             does not fit, or what `plan` or `transformer_class` names cannot be used.
         OSError: a file is missing.
     """
-    pipeline = _load_pipeline(model, mesh)
+    pipeline = _load_pipeline(model, mesh, on_progress)
     adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
     loaded = LoadedModel(model, mesh, pipeline, adapters).with_loras(model.loras)
     loaded.use_loras()
     return loaded
 
 
-def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
+def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]) -> ModularPipeline:
     folder = Path(model.source)
     recipe = RECIPES[pipeline_name(folder)]
     kind, plan = transformer_class(model), sequence_plan(model)  # first: diffusers asks for a class that was imported
@@ -99,8 +107,11 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
     index = read_config(folder / "model_index.json")
     there = {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
     transformers = sorted(name for name in there if name.startswith("transformer"))
-    for name in transformers:
-        transformer: Any = load_transformer(folder / name, mesh, dtype, kind, plan)
+    sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) for name in there}
+    for at, name in enumerate(transformers):
+        behind = sum(sizes[earlier] for earlier in transformers[:at])
+        tell = _part(on_progress, behind / sum(sizes.values()), sizes[name] / sum(sizes.values()))
+        transformer: Any = load_transformer(folder / name, mesh, dtype, kind, plan, tell)
         if recipe.rounds_timestep and dtype != torch.float32:
             keep_timestep_exact(transformer, dtype)
         if model.compile:
@@ -119,6 +130,10 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
     if "vae" in absent:
         pipeline.vae = _AbsentVAE(index["vae"][1], folder / "vae")
     return pipeline
+
+
+def _part(on_progress: Callable[[float], None], behind: float, share: float) -> Callable[[float], None]:
+    return lambda loaded: on_progress(behind + share * loaded)
 
 
 def is_encoder(component: str) -> bool:

@@ -61,6 +61,8 @@ class Rank:
         self._node_id = node_id
         self._phase: Phase = "starting"
         self._progress = 0
+        self._step = 0
+        self._read = 0.0
         self._cancelled: str | None = None
         if model.device == "cuda":
             torch.cuda.set_device(device_index)
@@ -109,7 +111,7 @@ class Rank:
             timeout=timedelta(seconds=limits.startup_s),
         )
         self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
-        self._loaded = load_model(self.model, self._mesh)
+        self._loaded = load_model(self.model, self._mesh, self._on_progress)
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
         self._phase = "idle"
@@ -148,6 +150,9 @@ class Rank:
                 raise
         finally:
             self._phase = "idle"
+
+    def _on_progress(self, loaded: float) -> None:
+        self._read = loaded
 
     def _have(self, loaded: LoadedModel) -> None:
         loaded.use_loras()
@@ -211,7 +216,16 @@ class Rank:
 
     def status(self) -> RankStatus:
         """What this rank is doing; answers while it computes."""
-        return RankStatus(self.rank, os.getpid(), self._node_id, self._phase, self._progress)
+        return RankStatus(
+            rank=self.rank,
+            pid=os.getpid(),
+            node_id=self._node_id,
+            phase=self._phase,
+            progress=self._progress,
+            model=self.model.name,
+            loaded=self._read,
+            step=self._step,
+        )
 
     def cancel(self, request_id: str) -> None:
         """Stop the request at the next boundary, together with all ranks. Another request is not touched."""
@@ -219,6 +233,7 @@ class Rank:
 
     def _begin(self, request: GenerationRequest) -> Denoising:
         self._phase = "encode"
+        self._step = 0
 
         def encode() -> Denoising:
             denoising = Denoising(self._loaded, request)
@@ -237,6 +252,7 @@ class Rank:
             before = time.perf_counter()
             denoising.step()
             self._boundary(denoising.request)
+            self._step += 1
             yield time.perf_counter() - before
 
     def _together(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:

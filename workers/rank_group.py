@@ -10,19 +10,19 @@ import contextvars
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import get_current_placement_group
+from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
-from workers.placement import bundle
+from workers.placement import bundle, bundles_by_node
 from workers.rank_actor import RankActor
 
 logger = logging.getLogger("ray.serve")
@@ -55,15 +55,16 @@ class RankGroup:
         group = get_current_placement_group()
         assert group is not None, "a gang runs in the placement group of its Serve replica"
         resources = bundle(model)
+        order = bundles_by_node(placement_group_table(group)["bundles_to_node_id"])
         self._ranks: list[Any] = [
             RankActor.options(  # type: ignore[attr-defined]
                 name=f"{name}-rank{i}",
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
                 runtime_env={"env_vars": model.env} if model.env else None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
             ).remote(i, model)
-            for i in range(model.parallel.world_size)
+            for i, index in enumerate(order)
         ]
 
     @classmethod
@@ -111,6 +112,11 @@ class RankGroup:
         """
         calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
         await asyncio.shield(asyncio.create_task(self._settle(calls)))  # whoever leaves early leaves no rank alone
+
+    @property
+    def statuses(self) -> Sequence[RankStatus]:
+        """What each rank said last; some hundred milliseconds old."""
+        return self._statuses
 
     def check_watched(self) -> None:
         """Whether the ranks are watched, or lost and known to be.
@@ -193,7 +199,9 @@ class RankGroup:
             for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
                 if isinstance(status, BaseException):
                     self._give_up(f"rank {i} does not answer ({type(status).__name__})")
-                elif status.phase == "idle" or status.progress != moved[i][0]:
+                    continue
+                self._statuses[i] = status
+                if status.phase == "idle" or status.progress != moved[i][0]:
                     moved[i] = (status.progress, clock())
                 elif clock() - moved[i][1] > limits.phase_s:
                     self._give_up(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")

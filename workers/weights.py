@@ -6,7 +6,7 @@ holds a tensor that it does not keep. Called by `workers.pipeline`.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def load_transformer(
     dtype: torch.dtype,
     kind: type[nn.Module] | None = None,
     plan: SequenceParallelModelPlan | None = None,
+    on_progress: Callable[[float], None] = lambda loaded: None,
 ) -> nn.Module:
     """A diffusers transformer on this rank's device, parallelised over `mesh`. All ranks must call it.
 
@@ -42,6 +43,7 @@ def load_transformer(
         dtype: of the weights, except those that the class keeps in fp32.
         kind: its class; None: the one of diffusers that its config names.
         plan: where to split and gather; None: see `parallelize`.
+        on_progress: told how much of the tensors is behind, from 0 to 1.
 
     Raises:
         ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the weights of this class.
@@ -54,11 +56,17 @@ def load_transformer(
     with init_empty_weights(include_buffers=False):  # frequency tables and such are made for real
         model: nn.Module = found.from_config(config)
     parallelize(model, mesh, plan)
-    fill(model, folder, mesh.device, dtype)
+    fill(model, folder, mesh.device, dtype, on_progress)
     return model.eval()
 
 
-def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[float], None] = lambda loaded: None,
+) -> None:
     """Read this rank's share of all parameters and buffers of a model that was built without weights.
 
     Raises:
@@ -73,13 +81,15 @@ def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
         raise ValueError(
             f"{folder} does not hold the weights of {type(model).__name__}: missing {absent[:5]}, surplus {surplus[:5]}"
         )
-    for name, tensor in _read(files, {name: getattr(place, "part", None) for name, place in wanted.items()}):
+    parts = {name: getattr(place, "part", None) for name, place in wanted.items()}
+    for number, (name, tensor) in enumerate(_read(files, parts), 1):
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
         wide = any(part in name for part in kept_wide)
         kind = torch.float32 if wide else dtype if tensor.is_floating_point() else tensor.dtype
         owner, _, leaf = name.rpartition(".")
         held = tensor.to(device, kind, copy=True)
+        on_progress(number / len(wanted))
         module = model.get_submodule(owner)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(held, requires_grad=False)
