@@ -23,6 +23,7 @@ def attach(address: str | None) -> Iterator[None]:
     Raises:
         SpecError: there is no cluster at this address.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = address or "auto"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ":" in address and "://" not in address:

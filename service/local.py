@@ -24,6 +24,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is left behin
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"  # a hung gang must not be waited for
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy laptop takes longer than Serve's 5 s
+os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # else 10: too slow for seconds
+os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import httpx

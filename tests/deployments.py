@@ -11,6 +11,7 @@ import ray
 from PIL import Image
 
 from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, ModelSpec, Placement, Timeouts
+from service.local import LocalCluster
 from sp_core.degrees import ParallelDegrees
 from workers.messages import RankStatus
 
@@ -26,7 +27,7 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
         limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8),
         max_queued=3,
         placement=Placement(cpus_per_rank=0.1),
-        timeouts=Timeouts(startup_s=280),
+        timeouts=Timeouts(startup_s=550),
     )
 
 
@@ -56,3 +57,8 @@ def rank_statuses(name: str) -> list[RankStatus]:
 def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
     """Run `work(rank_actor_instance, *args)` inside a rank's process."""
     return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=30)
+
+
+def ready(cluster: LocalCluster) -> None:
+    """Wait until a cluster answers. Patiently: ranks import for seconds each, on few and busy cores."""
+    cluster.wait_ready(timeout_s=560)
