@@ -99,10 +99,9 @@ class Layers:
 
     def _insert(self, path: KeyPath, value: Any, origin: str) -> None:
         at: Any = self.raw
-        for depth, part in enumerate(path[:-1], 1):
+        for part in path[:-1]:
             if isinstance(at, dict) and part not in at:
                 at[part] = {}
-                self.origins[path[:depth]] = origin
             at = at[part]
             if not isinstance(at, dict | list):
                 return  # the file has something else than a section here, which the schema will refuse
