@@ -99,10 +99,9 @@ class Layers:
 
     def _insert(self, path: KeyPath, value: Any, origin: str) -> None:
         at: Any = self.raw
-        for depth, part in enumerate(path[:-1], 1):
+        for part in path[:-1]:
             if isinstance(at, dict) and part not in at:
                 at[part] = {}
-                self.origins[path[:depth]] = origin
             at = at[part]
             if not isinstance(at, dict | list):
                 return  # the file has something else than a section here, which the schema will refuse
@@ -169,8 +168,8 @@ def _ambiguous(ways: Mapping[KeyPath, Any]) -> str:
 
 def _is_other(name: str, value: str) -> bool:
     """Whether a variable has another purpose, or is one that Kubernetes sets for a Service called spray-something."""
-    return (
-        name in NOT_CONFIGURATION
-        or bool(re.search(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$", name))
-        or (name.endswith("_PORT") and bool(re.match(r"(tcp|udp|sctp)://", value)))
-    )
+    if name in NOT_CONFIGURATION:
+        return True
+    of_service = r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"
+    is_link = re.search(of_service, name) or (name.endswith("_PORT") and re.match(r"(tcp|udp|sctp)://", value))
+    return "__" not in name and bool(is_link)

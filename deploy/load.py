@@ -116,7 +116,8 @@ def _explain(mistake: Any, origins: Mapping[KeyPath, str]) -> str:
     nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in origins)
     # A mistake between several values is a section's; those that the message speaks of may come from elsewhere.
     within = [key for key in origins if len(key) > len(path) and key[: len(path)] == path and str(key[-1]) in message]
-    others = [f"{dotted(key)} is from {origins[key]}" for key in within if not origins[key].startswith("file ")]
+    single = [key for key in within if not any(key == other[: len(key)] for other in within if other != key)]
+    others = [f"{dotted(key)} is from {origins[key]}" for key in single if not origins[key].startswith("file ")]
     said = f"{origins[nearest].removeprefix('file ')}: {dotted(path)}: {message}"
     return f"{said} ({', '.join(others)})" if others else said
 

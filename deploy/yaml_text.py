@@ -57,12 +57,11 @@ def _unshared(value: Any) -> Any:
 def _located(error: yaml.MarkedYAMLError) -> YamlMistake:
     begun, found = error.context_mark, error.problem_mark
     line = found.line + 1 if found else 1
-    message = f"is not YAML: {error.problem}"
-    if "'\\t'" in message:
-        message += "; indent with spaces, not with tabs"
-    elif error.context and begun:
-        message += f" {error.context}" + (f" that begins in line {begun.line + 1}" if begun.line + 1 != line else "")
-    return YamlMistake(line, message)
+    doing = error.context or ""
+    if doing.startswith("while") and begun and begun.line + 1 != line:
+        doing += f" that begins in line {begun.line + 1}"
+    hint = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
+    return YamlMistake(line, f"is not YAML: {doing}{', ' if doing else ''}{error.problem}{hint}")
 
 
 def _refuse_duplicates(node: yaml.Node, inside: tuple[yaml.Node, ...]) -> None:

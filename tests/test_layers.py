@@ -26,8 +26,12 @@ DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_seam.py", "sp_core/models/e
 OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_core.verify"}}
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
-WITHOUT_TORCH = ("deploy.spec", "deploy.check", "workers.messages", "workers.gang", "workers.placement")
-WITHOUT_TORCH += ("workers.sources", "service.schemas", "service.rest", "service.app", "service.cli")
+WITHOUT_TORCH = tuple(
+    """
+    deploy.spec deploy.load deploy.check deploy.schema workers.messages workers.gang workers.placement workers.sources
+    service.schemas service.rest service.app service.cli
+    """.split()
+)
 
 
 def modules() -> list[Path]:

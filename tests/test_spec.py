@@ -13,7 +13,6 @@ from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service import cli
 from sp_core.degrees import ParallelDegrees
 
-SHIPPED = Path(__file__).resolve().parent.parent / "deploy"
 DEVICES = {"cpu": 2.0, "cuda": 0.0}
 
 
@@ -25,11 +24,6 @@ def write(folder: Path, content: Any) -> Path:
 
 def a_model(**changes: Any) -> dict[str, Any]:
     return {"models": [{"name": "a", "source": "model", "device": "cpu"} | changes]}
-
-
-@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.name)
-def test_shipped_deployments_load(file: Path) -> None:
-    assert load_spec(file).models
 
 
 @pytest.mark.parametrize(
