@@ -35,8 +35,8 @@ DTYPE = torch.bfloat16
 TEXT = 64
 """Tokens of text; the slope is over tokens of the picture."""
 
-SIDES = ((16, 32), (32, 32))
-"""Heights and widths in tokens between which the slope is taken."""
+SIDES = ((32, 48), (48, 64))
+"""Heights and widths in tokens between which the slope is taken; large, so that the text is not what counts."""
 
 LAYOUTS = {
     "1 rank": ParallelDegrees(),
