@@ -6,42 +6,90 @@ A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `
 from pathlib import Path
 from typing import Any
 
+from deploy.hub_cache import cache_root, cached_folder
+from deploy.memory import format_bytes, rank_memory, what_fits
 from deploy.pipelines import PIPELINES, pipeline_name, read_config
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
 
 
-def check_deployment(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
+def check_deployment(
+    spec: DeploymentSpec, devices: dict[str, float], memory_per_gpu: int | None = None, gpus_per_node: int | None = None
+) -> list[str]:
     """For each model its layout and the devices that each of its replicas takes, and what the layout costs needlessly.
+
+    The gangs that always run must fit together: `min_replicas` of each model. A model that sleeps (`min_replicas` 0)
+    needs room for one gang beside those, or it could never wake; two that sleep may have to take turns.
+
+    A model from the hub whose files are not on this machine is no obstacle: its layout and memory stay unchecked.
 
     Args:
         spec: the deployment.
         devices: how many devices there are, by kind: `{"cpu": 2.0, "cuda": 0.0}`.
+        memory_per_gpu: bytes of memory of each GPU; None: what models need is not looked at.
+        gpus_per_node: GPUs of the largest node, for gangs that must not span nodes; None: all GPUs are of one node.
 
     Raises:
-        SpecError: a model folder is missing, a layout does not fit its model, or all gangs together do not fit.
+        SpecError: a model folder is missing, a layout does not fit its model, all gangs together do not fit, or a
+            rank needs more memory than a GPU has.
     """
-    obstacles = [obstacle for model in spec.models for obstacle in _obstacles(model)]
-    for kind, wanted in _wanted(spec).items():
-        if wanted > devices[kind]:
-            takers = ", ".join(f"{m.name} {_per_replica(m, kind):g}" for m in spec.models if _per_replica(m, kind))
-            obstacles.append(
-                f"{wanted:g} {_unit(kind)} are needed ({takers}), {devices[kind]:g} are there; lower the degrees"
-                + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
-            )
+    folders = {model.name: model_folder(spec, model) for model in spec.models}
+    obstacles = [obstacle for model in spec.models for obstacle in _obstacles(model, folders[model.name])]
+    obstacles += _missing_devices(spec, devices) + _torn_gangs(spec, gpus_per_node)
+    memory = []
+    if memory_per_gpu is not None and not obstacles:
+        found = [_memory(model, folders[model.name], memory_per_gpu) for model in spec.models]
+        obstacles = [line for fits, line in found if not fits and line]
+        memory = [line for _, line in found]
     if obstacles:
         raise SpecError("\n".join(obstacles))
-    return [line for model in spec.models for line in _report(model)]
+    reports = [_report(model, folders[model.name]) for model in spec.models]
+    for report, line in zip(reports, memory, strict=False):
+        report += [line] if line else []
+    return [line for report in reports for line in report]
 
 
-def _report(model: ModelSpec) -> list[str]:
-    advice = layout_advice(model.parallel, _num_heads(_transformer_config(model)))
-    return [
+def model_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
+    """Where the model's files are on this machine; None for one from the hub that is not here. Nothing is fetched."""
+    if not model.from_hub:
+        return Path(model.source)
+    return cached_folder(model.source, model.revision, cache_root(spec.storage.models))
+
+
+def _report(model: ModelSpec, folder: Path | None) -> list[str]:
+    lines = [
         f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
         f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})",
         *_groups(model),
-        *([f"{model.name}: {advice}"] if advice else []),
     ]
+    if folder is None:
+        revision = f" at {model.revision}" if model.revision else ""
+        lines.append(
+            f"{model.name}: the config of {model.source}{revision} is not on this machine, so layout and memory are "
+            "unchecked until it is deployed"
+        )
+        return lines
+    advice = layout_advice(model.parallel, _num_heads(_transformer_config(folder)))
+    return [*lines, *([f"{model.name}: {advice}"] if advice else [])]
+
+
+def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, str]:
+    """Whether the largest rank fits, and the line that says so; an empty one where nothing can be said."""
+    if folder is None:
+        return True, ""
+    config = _transformer_config(folder)
+    try:
+        needed = rank_memory(model, folder)
+        line = f"{model.name}: largest rank: {needed}"
+        if model.device == "cpu":
+            return True, line
+        line += f" of {format_bytes(memory)}"
+        if needed.total <= memory:
+            return True, line
+        changes = what_fits(model, folder, memory, _num_heads(config), _ffn_dim(config))
+    except ValueError as error:
+        return False, f"{model.name}: {error}"
+    return False, f"{line}; " + (f"what fits: {'; or '.join(changes)}" if changes else "take GPUs with more memory")
 
 
 def _groups(model: ModelSpec) -> list[str]:
@@ -56,10 +104,14 @@ def _groups(model: ModelSpec) -> list[str]:
     ]
 
 
-def _obstacles(model: ModelSpec) -> list[str]:
+def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
+    absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
+    adapters = [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
+    if folder is None:
+        return adapters
     try:
-        kind = PIPELINES[pipeline_name(Path(model.source))]
-        config = _transformer_config(model)
+        kind = PIPELINES[pipeline_name(folder)]
+        config = _transformer_config(folder)
         check_layout(model.parallel, _num_heads(config), _ffn_dim(config))
     except ValueError as error:
         return [f"{model.name}: {error}"]
@@ -68,12 +120,11 @@ def _obstacles(model: ModelSpec) -> list[str]:
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
             "only; use Ulysses or ring ranks"
         ]
-    absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
-    return [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
+    return adapters
 
 
-def _transformer_config(model: ModelSpec) -> dict[str, Any]:
-    return read_config(Path(model.source) / "transformer" / "config.json")
+def _transformer_config(folder: Path) -> dict[str, Any]:
+    return read_config(folder / "transformer" / "config.json")
 
 
 def _num_heads(config: dict[str, Any]) -> int | None:
@@ -89,9 +140,40 @@ def _ffn_dim(config: dict[str, Any]) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _wanted(spec: DeploymentSpec) -> dict[str, float]:
-    kinds = ("cpu", "cuda")
-    return {kind: round(sum(_per_replica(model, kind) for model in spec.models), 6) for kind in kinds}
+def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
+    """For each kind of device of which there are too few: how many are needed, by whom, and what to change."""
+    obstacles = []
+    for kind, there in devices.items():
+        takers = [(model, _per_replica(model, kind)) for model in spec.models if _per_replica(model, kind)]
+        always = [(model, each) for model, each in takers if model.autoscaling.min_replicas]
+        asleep = [(model, each) for model, each in takers if not model.autoscaling.min_replicas]
+        largest = max(asleep, key=lambda taker: taker[1], default=None)
+        wanted = sum(model.autoscaling.min_replicas * each for model, each in always) + (largest[1] if largest else 0)
+        if round(wanted, 6) <= there:
+            continue
+        names = [
+            f"{model.name} {each:g}" + (f" x {n}" if (n := model.autoscaling.min_replicas) > 1 else "")
+            for model, each in always
+        ] + ([f"{largest[0].name} {largest[1]:g} when it wakes"] if largest else [])
+        several = any(model.autoscaling.min_replicas > 1 for model, _ in always)
+        obstacles.append(
+            f"{wanted:g} {_unit(kind)} are needed ({', '.join(names)}), {there:g} are there; lower the degrees"
+            + (", autoscaling.min_replicas" if several else "")
+            + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
+        )
+    return obstacles
+
+
+def _torn_gangs(spec: DeploymentSpec, gpus_per_node: int | None) -> list[str]:
+    """Gangs that must stay on one node and have more ranks than a node has GPUs."""
+    return [
+        f"{model.name}: its {model.parallel.world_size} ranks must be on one node (placement.strategy STRICT_PACK), "
+        f"which has {gpus_per_node} GPUs; lower the degrees, or set placement.strategy to PACK"
+        for model in spec.models
+        if gpus_per_node is not None
+        and model.placement.strategy == "STRICT_PACK"
+        and _per_replica(model, "cuda") > gpus_per_node
+    ]
 
 
 def _per_replica(model: ModelSpec, kind: str) -> float:

@@ -1,0 +1,194 @@
+"""Bytes that the largest rank of a gang needs: weights, by the headers of their files, and activations, as measured.
+
+A `ModelSpec` and its folder come in; `deploy.check` prints what comes out, and says what to change where it is too
+much. The largest rank is always the first: whatever the layout, it has the text encoders and the VAE.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.activations import activation_bytes, largest_request
+from deploy.pipelines import read_config
+from deploy.safetensors_headers import component_folders, read_header, read_headers
+from deploy.spec import ModelSpec
+from deploy.tensor_shares import can_share, is_shared, stays_wide
+from sp_core.degrees import ParallelDegrees, check_layout
+
+GIB = 2**30
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+CUDA_RESERVE = 3 * GIB // 2
+"""Bytes that a rank on a GPU needs besides: CUDA's context, NCCL's buffers, gaps between allocations. Assumed, not
+measured."""
+
+UNITS = {"": GIB, "G": GIB, "GIB": GIB, "M": 2**20, "MIB": 2**20, "T": 2**40, "TIB": 2**40}
+UNITS |= {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+MOST_RANKS = 16
+"""Layouts of up to so many ranks are tried when one that fits is looked for."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What the largest rank of a gang needs, in bytes.
+
+    Attributes:
+        weights: of all parts of the model that it holds, and at most of its adapters.
+        activations: at the largest request that the limits allow; None where the model's class was not measured.
+        request: that request, in words.
+        reserve: for what CUDA and NCCL take.
+    """
+
+    weights: int
+    activations: int | None
+    request: str
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """All of it; without activations where they are not known."""
+        return self.weights + (self.activations or 0) + self.reserve
+
+    def __str__(self) -> str:
+        activations = (
+            "activations that are not known"
+            if self.activations is None
+            else f"{format_bytes(self.activations)} of activations at {self.request}"
+        )
+        reserve = f" + {format_bytes(self.reserve)} for CUDA" if self.reserve else ""
+        return f"{format_bytes(self.weights)} of weights + {activations}{reserve} = {format_bytes(self.total)}"
+
+
+def format_bytes(size: int) -> str:
+    """A size in GiB, or in MiB below one: `"31.2 GiB"`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `80`, `80G`, `80GiB` (2^30 each), `80GB` (10^9) or `80000MB` (10^6), and so on with M and T.
+
+    Raises:
+        ValueError: it is no such size, or 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
+    if size <= 0:
+        raise ValueError(
+            f"expected a size such as 80, 80G, 80GiB, 80GB or 80000MB (a number alone is GiB), got {text!r}"
+        )
+    return size
+
+
+def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
+    """What the largest rank of the model's gangs needs.
+
+    Args:
+        model: the model.
+        folder: its files, in diffusers' format.
+
+    Raises:
+        ValueError: a weight file is missing or damaged, or the layout shares the weights of a class for which it is
+            not known how.
+    """
+    request = largest_request(model, folder)
+    return RankMemory(
+        weights=weight_bytes(model, folder),
+        activations=activation_bytes(model, folder, request),
+        request=str(request),
+        reserve=CUDA_RESERVE if model.device == "cuda" else 0,
+    )
+
+
+def weight_bytes(model: ModelSpec, folder: Path) -> int:
+    """Bytes of the weights on the first rank. Adapters count as if the ranks did not share them.
+
+    Raises:
+        ValueError: see `rank_memory`.
+    """
+    components = sum(_component_bytes(model, name, path) for name, path in component_folders(folder).items())
+    element = ELEMENT_BYTES[model.torch_dtype]
+    adapters = sum(info.elements * element for lora in model.loras for info in read_header(Path(lora.source)).values())
+    return components + adapters
+
+
+def _component_bytes(model: ModelSpec, name: str, folder: Path) -> int:
+    config = read_config(folder / "config.json")
+    kind = str(config.get("_class_name") or next(iter(config.get("architectures") or [""])))
+    size = model.parallel.tensor_parallel_size if name.startswith("transformer") else 1
+    if size > 1 and not can_share(kind):
+        raise ValueError(f"{folder}: it is not known which weights of a {kind} tensor-parallel ranks share")
+    total = 0
+    for tensor, info in read_headers(folder).items():
+        element = 4 if stays_wide(kind, tensor, model.torch_dtype) else ELEMENT_BYTES[model.torch_dtype]
+        whole = info.elements * element if info.is_floating else info.nbytes
+        total += whole // size if size > 1 and is_shared(kind, tensor) else whole
+    return total
+
+
+def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None, ffn_dim: int | None) -> list[str]:
+    """Changes by which the largest rank gets along with `memory` bytes, the cheapest first; empty where none was found.
+
+    Args:
+        model: the model, which needs more.
+        folder: its files.
+        memory: bytes of a device.
+        num_heads: attention heads of the transformer, or None where its config does not say.
+        ffn_dim: hidden features of its feed-forward layers, or None where they follow from the heads.
+
+    Raises:
+        ValueError: see `rank_memory`.
+    """
+    changes = []
+    for degrees in _layouts(model, num_heads, ffn_dim):
+        needed = rank_memory(model.model_copy(update={"parallel": degrees}), folder)
+        if needed.total <= memory:
+            ranks = f"{degrees.world_size} ranks" if degrees.world_size > 1 else "1 rank"
+            changes.append(f"parallel {degrees} ({ranks}: {format_bytes(needed.total)})")
+            break
+    for limits in _lower_limits(model):
+        needed = rank_memory(model.model_copy(update={"limits": model.limits.model_copy(update=limits)}), folder)
+        if needed.total <= memory:
+            says = ", ".join(f"limits.{name} {value}" for name, value in limits.items())
+            changes.append(f"{says} ({format_bytes(needed.total)})")
+            break
+    return changes
+
+
+def _layouts(model: ModelSpec, num_heads: int | None, ffn_dim: int | None) -> list[ParallelDegrees]:
+    """Layouts that the model can run in, other than its own: with few ranks first, then with little tensor parallelism.
+
+    Groups for guidance stay as they are, since they save no memory.
+    """
+    layouts = []
+    cfg = model.parallel.cfg_parallel_size
+    for size in (1, 2, 4, 8):
+        for sequence in (1, 2, 4, 8):
+            heads = (num_heads or 1) // size
+            ulysses = next(d for d in range(sequence, 0, -1) if sequence % d == 0 and heads % d == 0)
+            degrees = ParallelDegrees(ulysses, sequence // ulysses, size, cfg)
+            try:
+                check_layout(degrees, num_heads, ffn_dim)
+            except ValueError:
+                continue
+            if degrees != model.parallel and model.parallel.world_size <= degrees.world_size <= MOST_RANKS:
+                layouts.append(degrees)
+    return sorted(layouts, key=lambda d: (d.world_size, d.tensor_parallel_size))
+
+
+def _lower_limits(model: ModelSpec) -> Iterator[dict[str, int]]:
+    """Lower limits that still allow the defaults: fewer pictures at once, then smaller ones, then fewer frames."""
+    limits, defaults = model.limits, model.defaults
+    yield from ({"max_n": n} for n in range(limits.max_n - 1, 0, -1))
+    multiple = limits.size_multiple
+    for tenths in range(9, 0, -1):
+        sides = {
+            f"max_{side}": max(
+                getattr(limits, f"max_{side}") * tenths // 10 // multiple * multiple, getattr(defaults, side)
+            )
+            for side in ("width", "height")
+        }
+        frames = {"max_num_frames": max(limits.max_num_frames * tenths // 10, defaults.num_frames)}
+        yield {"max_n": 1, **sides}
+        yield {"max_n": 1, **sides, **(frames if defaults.num_frames > 1 else {})}
