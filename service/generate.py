@@ -129,12 +129,8 @@ def _locally(arguments: argparse.Namespace, degrees: dict[str, int], progress: S
         raise UsageError(str(error)) from None
     check_deployment(DeploymentSpec(models=(model,)), devices)
     body = _body(arguments) | {"seed": secrets.randbelow(2**32) if arguments.seed is None else arguments.seed}
-    parsed: ImageGenerationBody | VideoGenerationBody
-    if _makes_video(arguments):
-        parsed = parse_body(body, VideoGenerationBody)
-    else:
-        parsed = parse_body(body, ImageGenerationBody)
-    request = replace(to_request(parsed, model, uuid.uuid4().hex), report_steps=True)
+    kind = VideoGenerationBody if _makes_video(arguments) else ImageGenerationBody
+    request = replace(to_request(parse_body(body, kind), model, uuid.uuid4().hex), report_steps=True)
     # Loaded by name, because it brings torch, which no other command of this program needs.
     result = importlib.import_module("workers.local").generate_locally(model, request, progress.show)
     return _Made(result.outputs, result.seeds)

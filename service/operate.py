@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 import yaml
-from deploy.memory import parse_bytes
+from deploy.memory import parse_memory
 
 from deploy.check import check_deployment
 from deploy.load import LoadedSpec, load_with_origins, print_config
@@ -53,7 +53,7 @@ def check(arguments: argparse.Namespace) -> None:
         devices["cuda"] = float(arguments.gpus)
     if arguments.cpus is not None:
         devices["cpu"] = float(arguments.cpus)
-    memory = parse_bytes(arguments.memory) if arguments.memory else None
+    memory = parse_memory(arguments.memory) if arguments.memory else None
     for line in check_deployment(loaded.spec, devices, memory):
         print(line)
 
@@ -133,8 +133,11 @@ def doctor(arguments: argparse.Namespace) -> None:
         SpecError: something is wrong; what to do stands beside it.
     """
     findings = diagnose(_load(arguments).spec if arguments.file else None)
+    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        print(finding)
+        print(f"{finding.level:<4}  {finding.name:<{width}}  {finding.found}")
+        if finding.advice:
+            print(f"{'':<4}  {'':<{width}}  -> {finding.advice}")
     failed = [finding.name for finding in findings if finding.level == "fail"]
     if failed:
         raise SpecError(f"not in order: {', '.join(failed)}")

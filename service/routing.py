@@ -87,10 +87,10 @@ def rank(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozen
     return [some[:OFFERED] for some in ranks if some]
 
 
-class LeastBacklogRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Serve's mixin is untyped
+class LeastBacklogRouter(FIFOMixin, RequestRouter):
     """What Serve runs: `RequestRouterConfig(request_router_class="service.routing:LeastBacklogRouter")`."""
 
-    def initialize_state(self) -> None:
+    def initialize_state(self, **_kwargs: Any) -> None:
         """Called by Serve once, before any request."""
         self._sent: dict[ReplicaID, Sent] = {}
         publish(self.app_name, self)

@@ -138,7 +138,7 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
     return found
 
 
-def to_request(body: ImageGenerationBody | VideoGenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
+def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
     """Everything settled: defaults filled in, limits kept, the seed drawn.
 
     Raises:
