@@ -168,7 +168,7 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
             output_compression=body.output_compression,
             report_steps=body.stream,
         )
-    else:
+    elif isinstance(body, VideoGenerationBody):
         _for("text-to-video", model, "it makes pictures: ask at /v1/images/generations")
         request = replace(
             request,
