@@ -37,6 +37,10 @@ class LowRank(NamedTuple):
     scaling: float = 1.0
 
 
+AdapterShare = dict[str, LowRank]
+"""A rank's part of an adapter, by module name, in the type and on the device of its layers."""
+
+
 class Adapters:
     """The adapters of one model. Those that are not active cost memory, and no time.
 
@@ -46,7 +50,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._loaded: dict[str, dict[str, LowRank]] = {}
+        self._loaded: dict[str, AdapterShare] = {}
         self._active: dict[str, float] = {}
 
     @property
@@ -71,12 +75,33 @@ class Adapters:
         """
         if name in self._loaded:
             raise ValueError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
+        self._loaded[name] = self.share(name, weights)
+
+    def share(self, name: str, weights: Mapping[str, LowRank]) -> AdapterShare:
+        """This rank's part of an adapter, for `replace`. Nothing is changed.
+
+        Args:
+            name: for messages.
+            weights: whole, by module name.
+
+        Raises:
+            ValueError: the weights do not fit the model.
+        """
         if not weights:
             raise ValueError(f"adapter {name!r} has no weights")
         layers = {module: self._layer(name, module) for module in weights}
         for module, given in weights.items():
             _check_shapes(name, module, given, layers[module])
-        self._loaded[name] = {module: _part(given, layers[module]) for module, given in weights.items()}
+        return {module: _part(given, layers[module]) for module, given in weights.items()}
+
+    def replace(self, shares: Mapping[str, AdapterShare]) -> None:
+        """Have exactly these adapters, none of them active. Cannot fail, so that all ranks do it or none.
+
+        Args:
+            shares: what `share` has made of each, by name.
+        """
+        self.activate({})
+        self._loaded = dict(shares)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; if it is active, the others stay so.

@@ -79,7 +79,8 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
         undo.append(_refuse_removal)
-    if mesh.degrees.sequence_parallel_size == 1 and getattr(model, "_sp_plan", None) != {}:
+    given = plan if plan is not None else getattr(model, "_sp_plan", None)
+    if mesh.degrees.sequence_parallel_size == 1 and given != {}:
         return Handle(undo)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):

@@ -15,7 +15,8 @@ LAYERS = ("sp_core", "deploy", "workers", "service")
 ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
     "deploy": {"pydantic", "yaml"},
-    "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"},
+    "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
+    | {"huggingface_hub"},
     "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
 }
 """Packages of others, by layer; the standard library besides."""
@@ -26,7 +27,7 @@ OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
 WITHOUT_TORCH = ("deploy.spec", "deploy.check", "workers.messages", "workers.gang", "workers.placement")
-WITHOUT_TORCH += ("service.schemas", "service.rest", "service.app", "service.cli")
+WITHOUT_TORCH += ("workers.sources", "service.schemas", "service.rest", "service.app", "service.cli")
 
 
 def modules() -> list[Path]:

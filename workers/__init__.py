@@ -5,8 +5,10 @@
     placement.py    ModelSpec -> Serve options: which bundles a gang occupies
     gang.py         Gang, the Serve deployment: starts the ranks, hands each request to all of them, watches them
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
+    sources.py      where a model's files are on this node: fetched from the hub once, checked once
     pipeline.py     loads a model folder; weights.py reads a transformer's share
     denoising.py    one request in progress, step by step
+    out_of_tree.py  what a deployment names as package.module:NAME: a transformer's class, its plan
     recipes.py      what is peculiar to each pipeline
     lora.py         LoRA files: what sp_core.lora takes, from any key format that diffusers converts
     media.py        pictures to PNG, JPEG, WebP

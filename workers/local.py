@@ -3,8 +3,11 @@
 A `ModelSpec` and a `GenerationRequest` come in, step events go to a callback, the result comes back.
 """
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -41,8 +44,10 @@ def generate_locally(
         for i, (_, theirs) in enumerate(pipes)
     ]
     try:
-        for process, (_, theirs) in zip(processes, pipes, strict=True):
-            process.start()
+        with _environment(model.env):
+            for process in processes:
+                process.start()
+        for _, theirs in pipes:
             theirs.close()
         return _collect([ours for ours, _ in pipes], on_step)
     finally:
@@ -50,6 +55,21 @@ def generate_locally(
             if process.pid is not None:
                 process.kill()
                 process.join()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What processes started inside have for environment: some variables are read while a module is imported."""
+    before, path = dict(os.environ), list(sys.path)
+    os.environ.update(variables)
+    if "PYTHONPATH" in variables:  # a spawned process has its parent's path, whatever the variable says
+        sys.path[:0] = variables["PYTHONPATH"].split(os.pathsep)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        sys.path[:] = path
 
 
 def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]) -> GenerationResult:

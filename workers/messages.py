@@ -11,7 +11,7 @@ from sp_core.degrees import ParallelDegrees
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
-Phase = Literal["starting", "idle", "encode", "denoise", "decode"]
+Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode"]
 
 
 @dataclass(frozen=True)

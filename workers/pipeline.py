@@ -5,7 +5,7 @@ the ranks that encode, the VAE is on those that decode. Called by `workers.rank`
 `workers.denoising`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from accelerate import init_empty_weights
 from diffusers import ModularPipeline
 
 from deploy.pipelines import pipeline_name, read_config
-from deploy.spec import ModelSpec
-from sp_core.lora import Adapters
+from deploy.spec import LoRA, ModelSpec
+from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
 from workers.lora import read_lora
+from workers.out_of_tree import sequence_plan, transformer_class
 from workers.recipes import RECIPES, keep_timestep_exact
 from workers.weights import load_transformer
 
@@ -35,41 +36,71 @@ class LoadedModel:
         mesh: the ranks.
         pipeline: the parts of the model that this rank has.
         adapters: the LoRA adapters of each transformer, by its name.
+        shares: what this rank holds of each adapter of the spec, by transformer.
     """
 
     spec: ModelSpec
     mesh: ParallelMesh
     pipeline: ModularPipeline
     adapters: dict[str, Adapters]
+    shares: dict[LoRA, dict[str, AdapterShare]] = field(default_factory=dict)
+
+    def with_loras(self, loras: tuple[LoRA, ...]) -> "LoadedModel":
+        """The same model with exactly these adapters, for `use_loras`. Until then nothing changes.
+
+        Those that it has already are not read again.
+
+        Raises:
+            ValueError: an adapter does not fit.
+            OSError: a file is missing.
+        """
+        shares = {lora: self.shares[lora] if lora in self.shares else self._read(lora) for lora in loras}
+        places = [(lora.name, component) for lora, parts in shares.items() for component in parts]
+        twice = next((place for place in places if places.count(place) > 1), None)
+        if twice:
+            raise ValueError(f"two files have weights for {twice[1]} under the name {twice[0]!r}; give each its own")
+        return replace(self, spec=self.spec.model_copy(update={"loras": loras}), shares=shares)
+
+    def use_loras(self) -> None:
+        """Let requests have the adapters of this spec, and no others. Cannot fail."""
+        for component, adapters in self.adapters.items():
+            adapters.replace({lora.name: parts[component] for lora, parts in self.shares.items() if component in parts})
+
+    def _read(self, lora: LoRA) -> dict[str, AdapterShare]:
+        kind = getattr(diffusers, pipeline_name(Path(self.spec.source)))
+        found = read_lora(Path(lora.source), kind, lora.component)
+        absent = sorted(set(found) - set(self.adapters))
+        if absent:
+            raise ValueError(f"{lora.source} is for {absent[0]}, which the model has not; set component")
+        return {component: self.adapters[component].share(lora.name, each) for component, each in found.items()}
 
 
 def load_model(model: ModelSpec, mesh: ParallelMesh) -> LoadedModel:
     """Load a model folder and its adapters onto this rank's device. All ranks must call it.
 
     Raises:
-        ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, or an adapter
-            does not fit.
+        ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, an adapter
+            does not fit, or what `plan` or `transformer_class` names cannot be used.
         OSError: a file is missing.
     """
     pipeline = _load_pipeline(model, mesh)
     adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
-    for lora in model.loras:
-        kind = getattr(diffusers, pipeline_name(Path(model.source)))
-        for component, weights in read_lora(Path(lora.source), kind, lora.component).items():
-            adapters[component].load(lora.name, weights)
-    return LoadedModel(model, mesh, pipeline, adapters)
+    loaded = LoadedModel(model, mesh, pipeline, adapters).with_loras(model.loras)
+    loaded.use_loras()
+    return loaded
 
 
 def _load_pipeline(model: ModelSpec, mesh: ParallelMesh) -> ModularPipeline:
     folder = Path(model.source)
     recipe = RECIPES[pipeline_name(folder)]
+    kind, plan = transformer_class(model), sequence_plan(model)  # first: diffusers asks for a class that was imported
     pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
     dtype = getattr(torch, model.torch_dtype)
     index = read_config(folder / "model_index.json")
     there = {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
     transformers = sorted(name for name in there if name.startswith("transformer"))
     for name in transformers:
-        transformer: Any = load_transformer(folder / name, mesh, dtype)
+        transformer: Any = load_transformer(folder / name, mesh, dtype, kind, plan)
         if recipe.rounds_timestep and dtype != torch.float32:
             keep_timestep_exact(transformer, dtype)
         if model.compile:

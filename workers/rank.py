@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +25,14 @@ import torch.distributed as dist
 import transformers
 
 from deploy.pipelines import PIPELINES, pipeline_name
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
 from sp_core.tile_parallel import PeerTileFailed
 from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
-from workers.pipeline import load_model
+from workers.pipeline import LoadedModel, load_model
 
 Result = TypeVar("Result")
 
@@ -111,6 +111,7 @@ class Rank:
         self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
         self._loaded = load_model(self.model, self._mesh)
         self._warm_up()
+        self._warm_up_adapters(self.model.loras)
         self._phase = "idle"
         return self.status()
 
@@ -128,27 +129,61 @@ class Rank:
             if self._cancelled == request.request_id:
                 self._cancelled = None
 
+    def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """Have exactly these adapters from the next request on. All ranks must call it at once, between requests.
+
+        Those that are new, or new under a name, are read, and warmed up where blocks are compiled.
+
+        Raises:
+            RequestFailed: some rank could not read or run one; every rank has the adapters that it had before.
+        """
+        former = self._loaded
+        self._phase = "load"
+        try:
+            self._have(self._together(None, lambda: former.with_loras(loras)))
+            try:
+                self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
+            except (RequestError, RequestFailed):
+                self._have(former)
+                raise
+        finally:
+            self._phase = "idle"
+
+    def _have(self, loaded: LoadedModel) -> None:
+        loaded.use_loras()
+        self._loaded, self.model = loaded, loaded.spec
+
     def _warm_up(self) -> None:
-        """Run the spec's shapes once, with prompts of two lengths: torch compiles for any length after the second."""
-        kind = PIPELINES[pipeline_name(Path(self.model.source))]
-        adapters = [((lora.name, 1.0),) for lora in self.model.loras] if self.model.compile else []
-        for shape, loras in itertools.product(self.model.warmup_shapes, [(), *adapters]):
-            for prompt in ("warm", "warm up " * 8):
-                request = GenerationRequest(
-                    request_id="warm-up",
-                    model=self.model.name,
-                    prompt=prompt,
-                    width=shape.width,
-                    height=shape.height,
-                    num_frames=shape.num_frames,
-                    num_inference_steps=WARMUP_STEPS,
-                    guidance_scale=self.model.defaults.guidance_scale,
-                    loras=loras,
-                    seed=0,
-                    output_format="mp4" if kind.makes == "video" else "png",
-                )
-                for _ in self._generate(request):
+        """Run the spec's shapes once, so that no caller waits for what a first run prepares."""
+        for request in self._warmup_requests(()):
+            for _ in self._generate(request):
+                pass
+
+    def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
+        """Compile what these need. Up to the last step: behind it rank 0 is alone, and could not fail together."""
+        names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
+        for name in names:
+            for request in self._warmup_requests(((name, 1.0),)):
+                for _ in self._denoise(self._begin(request)):
                     pass
+
+    def _warmup_requests(self, loras: tuple[tuple[str, float], ...]) -> Iterator[GenerationRequest]:
+        """Each of the spec's shapes, with prompts of two lengths: torch compiles for any length after the second."""
+        kind = PIPELINES[pipeline_name(Path(self.model.source))]
+        for shape, prompt in itertools.product(self.model.warmup_shapes, ("warm", "warm up " * 8)):
+            yield GenerationRequest(
+                request_id="warm-up",
+                model=self.model.name,
+                prompt=prompt,
+                width=shape.width,
+                height=shape.height,
+                num_frames=shape.num_frames,
+                num_inference_steps=WARMUP_STEPS,
+                guidance_scale=self.model.defaults.guidance_scale,
+                loras=loras,
+                seed=0,
+                output_format="mp4" if kind.makes == "video" else "png",
+            )
 
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
         reports = self.rank == 0
@@ -156,16 +191,10 @@ class Rank:
         denoising = self._begin(request)
         encoded = time.perf_counter()
         seconds: list[float] = []
-        self._phase = "denoise"
-        for step in itertools.count(1):
-            before = time.perf_counter()
-            denoising.step()
-            self._boundary(request)
-            seconds.append(time.perf_counter() - before)
+        for step, took in enumerate(self._denoise(denoising), 1):
+            seconds.append(took)
             if reports and request.report_steps:
-                yield StepEvent(step, denoising.total_steps, seconds[-1])
-            if denoising.done:
-                break
+                yield StepEvent(step, denoising.total_steps, took)
         self._phase = "decode"
         before = time.perf_counter()
         denoising.join_pictures()
@@ -201,7 +230,16 @@ class Rank:
         self._together(request, denoising.prepare)
         return denoising
 
-    def _together(self, request: GenerationRequest, work: Callable[[], Result]) -> Result:
+    def _denoise(self, denoising: Denoising) -> Iterator[float]:
+        """All steps, and the seconds that each took."""
+        self._phase = "denoise"
+        while not denoising.done:
+            before = time.perf_counter()
+            denoising.step()
+            self._boundary(denoising.request)
+            yield time.perf_counter() - before
+
+    def _together(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
         """What every rank does for itself, and then learns whether it worked on all."""
         failure: Exception | None = None
         try:
@@ -211,17 +249,18 @@ class Rank:
         self._boundary(request, failure)
         return result
 
-    def _boundary(self, request: GenerationRequest, failure: Exception | None = None) -> None:
+    def _boundary(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
         """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
         self._progress += 1
-        failed, cancelled = self._mesh.agree(failure is not None, self._cancelled == request.request_id)
+        stop = request is not None and self._cancelled == request.request_id
+        failed, cancelled = self._mesh.agree(failure is not None, stop)
         if isinstance(failure, RequestError):
             raise failure
         if failure is not None:
             raise RequestFailed(f"rank {self.rank}: {type(failure).__name__}: {failure}") from failure
         if failed:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed")
-        if cancelled:
+        if request and cancelled:
             raise RequestCancelled(f"request {request.request_id} was cancelled")
 
     def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:

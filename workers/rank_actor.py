@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class RankActor:
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
         """See `Rank.generate`."""
         yield from self._rank.generate(request)
+
+    def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """See `Rank.set_loras`."""
+        self._rank.set_loras(loras)
 
     @ray.method(concurrency_group="control")
     def status(self) -> RankStatus:

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.placement import bundle
@@ -60,6 +60,7 @@ class RankGroup:
                 name=f"{name}-rank{i}",
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
+                runtime_env={"env_vars": model.env} if model.env else None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
             ).remote(i, model)
             for i in range(model.parallel.world_size)
@@ -101,6 +102,16 @@ class RankGroup:
             if run.running:
                 await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
 
+    async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """Let all ranks have exactly these adapters. Only between requests; those already there are not read again.
+
+        Raises:
+            RequestFailed: some rank could not read or run one; all ranks have the adapters that they had before.
+            GangLost: the ranks are lost.
+        """
+        calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
+        await asyncio.shield(asyncio.create_task(self._settle(calls)))  # whoever leaves early leaves no rank alone
+
     def check_watched(self) -> None:
         """Whether the ranks are watched, or lost and known to be.
 
@@ -123,13 +134,29 @@ class RankGroup:
                 yield report
                 continue
             run.running -= 1
-            if isinstance(report.error, RequestError | RequestFailed):
-                failures.append(report.error)
-            elif report.error is not None:
-                self._give_up(f"{type(report.error).__name__}: {report.error}".splitlines()[0])
-                raise GangLost(f"{self._model.name}: {self._lost}")
-        if failures:  # all ranks stopped together, at least one of them with the reason
-            raise min(failures, key=lambda error: isinstance(error, PeerFailed))
+            if report.error is not None:
+                failures.append(self._agreed(report.error))
+        _raise_reason(failures)
+
+    async def _settle(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
+        """The end of a call of all ranks. The first that is lost ends it: the others may never return."""
+        failures: list[SprayError] = []
+        for call in asyncio.as_completed(calls):
+            error = await call
+            if error is not None:
+                failures.append(self._agreed(error))
+        _raise_reason(failures)
+
+    def _agreed(self, error: Exception) -> SprayError:
+        """The error, if all ranks agree on it and go on.
+
+        Raises:
+            GangLost: it is of another kind, and the ranks are lost.
+        """
+        if isinstance(error, RequestError | RequestFailed):
+            return error
+        self._give_up(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise GangLost(f"{self._model.name}: {self._lost}")
 
     async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
         """Stop the ranks at their next boundary, and see that all of them arrive there."""
@@ -212,6 +239,24 @@ async def _drain(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[
         reports.put_nowait(_RankDone(error))
     else:
         reports.put_nowait(_RankDone(None))
+
+
+async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:
+    """None, or what the rank raised."""
+    try:
+        await rank.set_loras.remote(loras)
+    except RayTaskError as error:
+        cause: Exception = error.cause
+        return cause
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_reason(failures: list[SprayError]) -> None:
+    """Raise, if any: all ranks have stopped together, at least one of them with the reason."""
+    if failures:
+        raise min(failures, key=lambda error: isinstance(error, PeerFailed))
 
 
 async def _status(rank: Any) -> RankStatus:

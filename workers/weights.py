@@ -18,6 +18,7 @@ from torch import nn
 
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
+from sp_core.sp_plan import SequenceParallelModelPlan
 
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
@@ -26,23 +27,34 @@ READ_AT_ONCE = 32 * 2**20
 """Bytes after which a file is opened anew: what was read of it counts as this process's memory while it is open."""
 
 
-def load_transformer(folder: Path, mesh: ParallelMesh, dtype: torch.dtype) -> nn.Module:
+def load_transformer(
+    folder: Path,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    kind: type[nn.Module] | None = None,
+    plan: SequenceParallelModelPlan | None = None,
+) -> nn.Module:
     """A diffusers transformer on this rank's device, parallelised over `mesh`. All ranks must call it.
 
     Args:
         folder: the transformer's folder, with `config.json` and safetensors.
         mesh: the ranks.
         dtype: of the weights, except those that the class keeps in fp32.
+        kind: its class; None: the one of diffusers that its config names.
+        plan: where to split and gather; None: see `parallelize`.
 
     Raises:
-        ValueError: the layout does not fit the model, or the files are not the weights of this class.
+        ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the
+            weights of this class.
         OSError: a file is missing.
     """
     config = json.loads((folder / "config.json").read_text())
-    kind = getattr(diffusers, config["_class_name"])
+    found: Any = kind or getattr(diffusers, config["_class_name"], None)
+    if found is None:
+        raise ValueError(f"{folder} is a {config['_class_name']}, which diffusers has not; set transformer_class")
     with init_empty_weights(include_buffers=False):  # frequency tables and such are made for real
-        model: nn.Module = kind.from_config(config)
-    parallelize(model, mesh)
+        model: nn.Module = found.from_config(config)
+    parallelize(model, mesh, plan)
     fill(model, folder, mesh.device, dtype)
     return model.eval()
 

@@ -1,0 +1,35 @@
+"""Transformers and plans that are neither diffusers' nor spray's own, as a user's package would have them."""
+
+from typing import Any, ClassVar
+
+from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
+
+from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
+
+TOKENS = SequenceParallelInput(split_dim=1, expected_dims=3)
+ROTATIONS = SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True)
+
+PLAN: SequenceParallelModelPlan = {
+    "pos_embed": {0: ROTATIONS, 1: ROTATIONS},
+    "transformer_blocks.0": {"encoder_hidden_states": TOKENS, "hidden_states": TOKENS},
+    "transformer_blocks.*": {"encoder_hidden_states_mask": SequenceParallelInput(split_dim=1, expected_dims=2)},
+    "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
+}
+
+NO_PLAN = {"pos_embed": "split"}
+
+
+class Planned(QwenImageTransformer2DModel):  # type: ignore[misc]
+    """Its plan is its own."""
+
+    _sp_plan = PLAN
+
+
+class Misplanned(QwenImageTransformer2DModel):  # type: ignore[misc]
+    """Its own plan does not fit it."""
+
+    _sp_plan: ClassVar[dict[str, Any]] = {"nowhere": {"hidden_states": TOKENS}, "proj_out": SequenceParallelOutput(1)}
+
+
+class OtherWan(WanTransformer3DModel):  # type: ignore[misc]
+    """Of a model with two."""
