@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 
 import yaml
-from deploy.memory import parse_memory
 
 from deploy.check import check_deployment
 from deploy.load import LoadedSpec, load_with_origins, print_config
+from deploy.memory import parse_memory
 from deploy.schema import json_schema
 from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config

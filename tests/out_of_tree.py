@@ -1,6 +1,6 @@
 """Transformers and plans that are neither diffusers' nor spray's own, as a user's package would have them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
@@ -28,7 +28,7 @@ class Planned(QwenImageTransformer2DModel):  # type: ignore[misc]
 class Misplanned(QwenImageTransformer2DModel):  # type: ignore[misc]
     """Its own plan does not fit it."""
 
-    _sp_plan: dict[str, Any] = {"nowhere": {"hidden_states": TOKENS}, "proj_out": SequenceParallelOutput(1)}
+    _sp_plan: ClassVar[dict[str, Any]] = {"nowhere": {"hidden_states": TOKENS}, "proj_out": SequenceParallelOutput(1)}
 
 
 class OtherWan(WanTransformer3DModel):  # type: ignore[misc]

@@ -1,5 +1,7 @@
 """Adapters come and go while the ranks run: as if the model had been started so, and on all ranks or on none."""
 
+import asyncio
+import contextvars
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from sp_core.verify import BAR
 from tests.deployments import model
 from tests.test_denoising import REQUESTS, begun
 from workers import pipeline
-from workers.errors import InvalidParameter, PeerFailed, RequestFailed
+from workers.errors import GangLost, InvalidParameter, PeerFailed, RequestFailed
 from workers.pipeline import load_model
 from workers.rank import Rank
+from workers.rank_group import RankGroup
 
 LAYOUTS = {
     "1 rank": ParallelDegrees(),
@@ -79,8 +82,8 @@ def test_as_if_started_so(ranks: RankPool, demo_model: Path, ink: LoRA, chalk: L
         for state, (live, fresh) in found.items():
             assert torch.equal(live, fresh), state
         plain = found["unloaded"][1]
-        for a, b in ((found["loaded"][0], plain), (found["another source"][0], plain), (found["loaded"][0],
-            found["another source"][0])):  # fmt: skip
+        inked, chalked = found["loaded"][0], found["another source"][0]
+        for a, b in ((inked, plain), (chalked, plain), (inked, chalked)):
             assert error(a, b) > 100 * BAR
 
 
@@ -160,3 +163,45 @@ def test_a_transformer_that_the_model_has_not(demo_models: dict[str, Path], ink:
     del loaded.adapters["transformer_2"]
     with pytest.raises(ValueError, match="is for transformer_2, which the model has not; set component"):
         loaded.with_loras((second,))
+
+
+class FakeRank:
+    """As far as `RankGroup.set_loras` calls it: answers after a while, or never."""
+
+    def __init__(self, error: Exception | None = None, seconds: float = 0) -> None:
+        self.set_loras, self.error, self.seconds, self.answered = self, error, seconds, False
+
+    async def remote(self, _: tuple[LoRA, ...]) -> None:
+        await asyncio.sleep(self.seconds)
+        self.answered = True
+        if self.error:
+            raise self.error
+
+
+def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGroup:
+    group = object.__new__(RankGroup)
+    group._model, group._ranks, group._lost = model(Path("/nowhere")), ranks, None
+    group._context = contextvars.copy_context()
+    monkeypatch.setattr(group, "_give_up", lambda reason: setattr(group, "_lost", reason))
+    return group
+
+
+def test_the_gang_hears_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = [FakeRank(PeerFailed("another")), FakeRank(RequestFailed("no file"), 0.1), FakeRank(PeerFailed("another"))]
+    with pytest.raises(RequestFailed, match="no file"):
+        asyncio.run(group_of(failed, monkeypatch).set_loras(()))
+    group = group_of([FakeRank(seconds=60), FakeRank(RuntimeError("a broken collective"))], monkeypatch)
+    with pytest.raises(GangLost, match="demo: RuntimeError: a broken collective"):
+        asyncio.run(group.set_loras(()))
+
+
+def test_a_caller_that_leaves_leaves_no_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [FakeRank(seconds=0.2), FakeRank(seconds=0.3)]
+
+    async def leave() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(group_of(ranks, monkeypatch).set_loras(()), 0.05)
+        await asyncio.sleep(0.5)
+
+    asyncio.run(leave())
+    assert all(rank.answered for rank in ranks)

@@ -1,5 +1,7 @@
 """`spray generate --local`: ranks of its own, without Ray and without a server."""
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,21 @@ def test_steps_are_told_and_mistakes_are_the_callers(demo_model: Path) -> None:
     wrong = GenerationRequest("a", "demo", "a cup", 72, 48, 3, seed=7)
     with pytest.raises(InvalidParameter, match="width must be a multiple of 16"):
         generate_locally(model(demo_model, ulysses_degree=2), wrong, steps.append)
+
+
+def test_the_ranks_have_their_environment(demo_model: Path, tmp_path: Path) -> None:
+    """Variables that are read while modules are imported, and a path to modules of one's own; this process has none."""
+    (tmp_path / "own_plans.py").write_text(
+        "import os\nfrom tests.out_of_tree import PLAN\nassert os.environ['FOR_RANKS'] == 'yes'\n"
+    )
+    given = {"plan": "own_plans:PLAN", "env": {"PYTHONPATH": str(tmp_path), "FOR_RANKS": "yes"}}
+    before = dict(os.environ), list(sys.path)
+    spec = model(demo_model, ulysses_degree=2)
+    drawn = generate_locally(spec.model_copy(update=given), REQUEST, lambda _: None)
+    assert drawn.outputs == generate_locally(spec, REQUEST, lambda _: None).outputs
+    assert (dict(os.environ), list(sys.path)) == before
+    with pytest.raises(GangLost, match="plan own_plans:PLAN cannot be imported"):
+        generate_locally(spec.model_copy(update={"plan": given["plan"]}), REQUEST, print)
 
 
 def test_a_rank_that_cannot_load_is_named(tmp_path: Path) -> None:

@@ -95,5 +95,5 @@ def test_names_that_cannot_be_used(tmp_path: Path, options: dict[str, str], said
 def test_a_module_that_raises_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_plans.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="No module named 'no_such_dependency'$"):
+    with pytest.raises(ValueError, match=r"No module named 'no_such_dependency'$"):
         sequence_plan(model(tmp_path).model_copy(update={"plan": "broken_plans:PLAN"}))

@@ -189,6 +189,15 @@ def test_an_empty_plan_says_that_a_class_shards_itself(ranks: RankPool) -> None:
     assert all(ranks.run(TWO, parallelize_the_self_sharding))
 
 
+def test_an_empty_plan_that_is_passed_on_one_rank() -> None:
+    """The same code runs with one rank and with many."""
+    x = torch.arange(10.0).view(1, 5, 2)
+    mesh, model = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60), Intrusive()
+    handle = parallelize(model, mesh, {})
+    assert torch.equal(model(x)[0], x + 1)
+    handle.remove()
+
+
 def refused_processors(mesh: ParallelMesh) -> list[str]:
     said = []
     flux = families.TINY["flux"].build()

@@ -50,7 +50,7 @@ def test_a_hub_id_is_its_snapshot(hub: Path) -> None:
 
 def test_a_folder_is_itself(demo_model: Path, tmp_path: Path) -> None:
     assert fetch(spec(str(demo_model)), None) == demo_model
-    with pytest.raises(ValueError, match="no model at .*: model_index.json is missing"):
+    with pytest.raises(ValueError, match=r"no model at .*: model_index.json is missing"):
         fetch(spec(str(tmp_path)), None)
 
 
@@ -66,7 +66,7 @@ def test_what_the_cache_has_not(hub: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be fetched: .* has no vae; the hub cannot be reached"):
         fetch(spec("acme/demo"), str(hub))
     (snapshot / "model_index.json").unlink()
-    with pytest.raises(ValueError, match="acme/demo, revision main, has no model_index.json"):
+    with pytest.raises(ValueError, match=r"acme/demo, revision main, has no model_index\.json"):
         fetch(spec("acme/demo"), str(hub))
 
 

@@ -20,9 +20,9 @@ from typing import Any
 from ray import serve
 
 from deploy.pipelines import PIPELINES, pipeline_name
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
 from workers.cost import CostModel
-from workers.errors import RequestError
+from workers.errors import GangLost, RequestFailed
 from workers.load import GangBacklog, GangLoad
 from workers.messages import GenerationRequest, GenerationResult
 from workers.rank_group import RankGroup, Report
@@ -74,10 +74,12 @@ class Gang:
             self._ranks = await self._start_ranks()
             self._startup_s = time.monotonic() - self._started
             return
-        before = self._model
-        self._model = model.model_copy(update={"source": before.source})
-        if model.loras != before.loras:
-            self._swap = asyncio.create_task(self._swap_adapters(), context=self._context)
+        loras, self._model = (
+            model.loras,
+            model.model_copy(update={"source": self._model.source, "loras": self._model.loras}),
+        )
+        if loras != self._model.loras:
+            self._swap = asyncio.create_task(self._swap_adapters(loras), context=self._context)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
         """Run one request on all ranks: a `StepEvent` after each step, the result at last.
@@ -153,14 +155,18 @@ class Gang:
         name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
         return await RankGroup.start(self._model, name, self._on_lost)
 
-    async def _swap_adapters(self) -> None:
+    async def _swap_adapters(self, loras: tuple[LoRA, ...]) -> None:
         async with self._turn:
-            if self._ranks is None:
-                return
+            assert self._ranks is not None
             try:
-                await self._ranks.set_loras(self._model.loras)
-            except RequestError as error:  # all ranks keep the adapters they had
+                await self._ranks.set_loras(loras)
+            except RequestFailed as error:  # all ranks keep the adapters they had
                 logger.error("%s: the adapters cannot be changed: %s", self._model.name, error)
+                return
+            except GangLost as error:  # the ranks that follow get the adapters that were there
+                logger.error("%s: lost while the adapters were changed: %s", self._model.name, error)
+                return
+            self._model = self._model.model_copy(update={"loras": loras})
 
     def _on_lost(self) -> None:
         self._losses += 1

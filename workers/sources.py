@@ -25,11 +25,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from deploy.pipelines import pipeline_name, read_config
+from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
-CHECKS: tuple[Callable[[Path], object], ...] = ()
+CHECKS: tuple[Callable[[Path], object], ...] = (verify_weights, verify_checksums)
 """What a model folder must pass, once per node; each raises ValueError or OSError."""
 
 INDEX = "model_index.json"
@@ -137,7 +138,7 @@ def _state(folder: Path) -> str:
 
 
 def _notes_folder(cache: str | None) -> Path:
-    """Where locks and notes of passed checks lie: beside the models, or where these are read-only, among temporaries."""
+    """Where locks and notes lie: beside the models or, where these are read-only, among temporary files."""
     own = Path(tempfile.gettempdir(), f"spray-{os.getuid()}")
     for place in [Path(cache, ".spray"), own] if cache else [own]:
         with contextlib.suppress(OSError):

@@ -46,7 +46,8 @@ def load_transformer(
         on_progress: told how much of the tensors is behind, from 0 to 1.
 
     Raises:
-        ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the weights of this class.
+        ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the
+            weights of this class.
         OSError: a file is missing.
     """
     config = json.loads((folder / "config.json").read_text())
