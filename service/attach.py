@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +29,10 @@ def attach(address: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ":" in address and "://" not in address:
         options["_node_ip_address"] = _own_address(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecError(

@@ -5,6 +5,7 @@ on the next one: it was settled at admission, seed included, so the picture is t
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import math
@@ -113,7 +114,8 @@ class Gateway:
     async def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
-            self._handle(name)  # its router hears what the gangs say
+            with contextlib.suppress(GangLost):  # it is being deployed
+                self._handle(name)  # its router hears what the gangs say
         states = await self.states()
         _, nodes, free = await asyncio.to_thread(_look)
         return cluster_object([(self._models[name], state) for name, state in states.items()], nodes, free)
@@ -163,7 +165,10 @@ class Gateway:
 
     def _handle(self, model: str) -> DeploymentHandle[Any]:
         if model not in self._handles:
-            handle: DeploymentHandle[Any] = serve.get_deployment_handle(GANG, app_name(model))
+            try:
+                handle: DeploymentHandle[Any] = serve.get_deployment_handle(GANG, app_name(model))
+            except KeyError:
+                raise GangLost(f"{model!r} is being deployed; try again in a moment") from None
             self._handles[model] = handle.options(stream=True)
         return self._handles[model]
 
