@@ -63,9 +63,7 @@ def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
     return max(0.0, reported_s, own_s)
 
 
-def rank(
-    gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]
-) -> list[list[GangId]]:
+def rank(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
     """The gangs to ask, in ranks; the first rank with a free gang takes the request.
 
     The least backlog leads. Gangs within `COMPARABLE_S` of it come in two ranks, the warm ones first; what is left
