@@ -8,7 +8,7 @@ back to Serve, which keeps it within min_replicas and max_replicas and waits for
 1. *Offered load*: the gangs that all arriving work keeps busy. Work that arrives = work done + growth of what is
    outstanding, so it is right also while every gang is busy and the queue grows. Averaged over the time that it takes
    to start a gang and run a few requests, since no faster answer is possible and a slower one lags.
-2. *Enough for the load*: the fewest gangs at which 95 of 100 requests would wait at most the target, by Erlang's formula
+2. *Enough for the load*: the fewest gangs at which 80 of 100 requests would wait at most the target, by Erlang's formula
    for queues. A sudden lull or a lucky moment does not change it, so the number of gangs is steady.
 3. *Enough for the backlog*: a gang started now helps only after its start-up time. What will wait by then, given what
    the gangs at hand and the starting ones clear until then, has to be cleared within the target.
@@ -18,17 +18,17 @@ The larger one counts. A backlog that will be gone before a new gang is ready st
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
 from workers.load import GangLoad
 
-LATE = 0.05
+LATE = 0.2
 """Share of requests that may wait for longer than the target, as far as the steady load decides."""
 
-REQUESTS_AVERAGED = 5.0
+REQUESTS_AVERAGED = 2.0
 """The offered load is averaged over the start-up time plus so many requests."""
 
 EVERY_S = 1.0
@@ -43,6 +43,7 @@ class Memory:
         at_s: when it was made, in seconds.
         wanted: the decision.
         offered: gangs that the arriving work keeps busy.
+        busy: gangs at work.
         outstanding_s: seconds of work waiting and running.
         request_s: seconds of a typical request.
         startup_s: seconds until a new gang serves.
@@ -52,6 +53,7 @@ class Memory:
     at_s: float
     wanted: int = 0
     offered: float = 0.0
+    busy: float = 0.0
     outstanding_s: float = 0.0
     request_s: float = 0.0
     startup_s: float = 0.0
@@ -79,14 +81,25 @@ def decide(
     offered = busy
     if before is not None:
         passed_s = max(now_s - before.at_s, 1e-3)
-        arriving = busy + (outstanding_s - before.outstanding_s) / passed_s
-        weight = 1 - math.exp(-passed_s / (startup_s + REQUESTS_AVERAGED * request_s))
+        arriving = before.busy + (outstanding_s - before.outstanding_s) / passed_s
+        weight = _weight(passed_s, startup_s, request_s)
         offered = max(0.0, before.offered + weight * (arriving - before.offered))
     waiting_then_s = queued * request_s + startup_s * (offered - len(loads) - starting / 2)  # half started, on average
     wanted = max(gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9))
     if wanted <= 1:
         wanted = int(outstanding_s > 0 or busy > 0)
-    return Memory(now_s, wanted, offered, outstanding_s, request_s, startup_s, target_s)
+    return Memory(now_s, wanted, offered, busy, outstanding_s, request_s, startup_s, target_s)
+
+
+def asleep(now_s: float, before: Memory) -> Memory:
+    """What is remembered while no gang runs and nothing waits: the offered load fades, so that a wake-up starts low."""
+    weight = _weight(now_s - before.at_s, before.startup_s, before.request_s)
+    return replace(before, at_s=now_s, wanted=0, offered=before.offered * (1 - weight), busy=0.0, outstanding_s=0.0)
+
+
+def _weight(passed_s: float, startup_s: float, request_s: float) -> float:
+    """Of what arrived in some seconds, in the average of the offered load."""
+    return 1 - math.exp(-passed_s / (startup_s + REQUESTS_AVERAGED * request_s))
 
 
 def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
@@ -142,7 +155,9 @@ class BacklogPolicy:
         queued = ctx.total_queued_requests or 0.0
         if not loads:
             wanted = ctx.target_num_replicas if ctx.current_num_replicas else 0
+            if before is not None and not wanted and not queued:
+                state = dict(vars(asleep(now_s, before)))
             return max(wanted, int(queued > 0)), state
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
         memory = decide(now_s, queued, loads, starting, before)
-        return memory.wanted, asdict(memory)
+        return memory.wanted, dict(vars(memory))

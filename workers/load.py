@@ -4,7 +4,7 @@
 `service.autoscaling` and `service.routing` read them. Plain numbers, for they cross Serve as dictionaries.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -28,7 +28,7 @@ class GangLoad:
 
     def as_stats(self) -> dict[str, float]:
         """What `record_autoscaling_stats` returns: one number per attribute, by its name."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GangBacklog:
 
     def as_stats(self) -> dict[str, Any]:
         """What `record_routing_stats` returns; shapes as lists of three numbers."""
-        return {**asdict(self), "shapes": [list(shape) for shape in sorted(self.shapes)]}
+        return {**vars(self), "shapes": [list(shape) for shape in sorted(self.shapes)]}
 
     @classmethod
     def from_stats(cls, stats: dict[str, Any]) -> "GangBacklog":

@@ -37,6 +37,7 @@ class Control:
     look_back_s: float
     upscale_delay_s: float
     downscale_delay_s: float
+    downscale_to_zero_delay_s: float
     target: float
     """Seconds of backlog, or ongoing requests per gang."""
 
@@ -100,6 +101,7 @@ class Fleet:
             look_back_period_s=control.look_back_s,
             upscale_delay_s=control.upscale_delay_s,
             downscale_delay_s=control.downscale_delay_s,
+            downscale_to_zero_delay_s=control.downscale_to_zero_delay_s,
         )
         self._policy: Callable[[AutoscalingContext], tuple[int, dict[str, Any]]] = _apply_autoscaling_config(
             BacklogPolicy() if control.ours else default_autoscaling_policy

@@ -7,6 +7,7 @@ knows the shape: a step grows a little faster than its tokens, and each request 
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from sp_core.degrees import ParallelDegrees
@@ -68,17 +69,18 @@ class Arrival:
 SQUARE, WIDE, SMALL = (1024, 1024, 1), (1536, 1024, 1), (512, 512, 1)
 LOADS = (
     Load("image, few steps", 0.15, ((SQUARE, 5), (SMALL, 3), (WIDE, 2)), ((8, 8), (16, 2)), 4, 0.0, 0.45, 0.9,
-         (60, 90), 2, 1, 30, 10),
+         (60, 90), 2, 1, 24, 10),
     Load("image, guided", 0.15, ((SQUARE, 5), (WIDE, 3), (SMALL, 2)), ((30, 4), (50, 5), (20, 1)), 2, 0.8, 0.25, 1.5,
-         (80, 120), 4, 1, 40, 30),
+         (80, 120), 4, 1, 34, 30),
     Load("video", 0.04, (((832, 480, 81), 6), ((832, 480, 33), 3), ((1280, 720, 81), 1)), ((40, 5), (20, 3), (8, 2)),
-         1, 0.9, 0.045, 8, (120, 180), 10, 1, 24, 120),
+         1, 0.9, 0.045, 8, (120, 180), 10, 1, 36, 120),
     Load("video, rare", 0.002, (((832, 480, 49), 1), ((832, 480, 81), 1)), ((30, 1),), 1, 1.0, 0.04, 6,
          (100, 160), 8, 0, 6, 120),
 )  # fmt: skip
 """100 gangs at most."""
 
 
+@lru_cache(8)
 def day(load: Load, seed: int, kind: Kind = "diurnal") -> list[Arrival]:
     """One day of requests, by time.
 
