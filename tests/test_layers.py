@@ -25,8 +25,15 @@ DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_seam.py", "sp_core/models/e
 OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_core.verify"}}
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
-WITHOUT_TORCH = ("deploy.spec", "deploy.check", "workers.messages", "workers.gang", "workers.placement")
-WITHOUT_TORCH += ("service.schemas", "service.rest", "service.app", "service.cli")
+WITHOUT_TORCH = (
+    "deploy.spec",
+    "deploy.check",
+    "deploy.memory",
+    "workers.messages",
+    "workers.gang",
+    "workers.placement",
+)
+WITHOUT_TORCH += ("service.schemas", "service.rest", "service.app", "service.cli", "service.doctor")
 
 
 def modules() -> list[Path]:

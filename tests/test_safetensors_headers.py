@@ -125,7 +125,7 @@ def test_every_component_of_a_model_is_verified(tmp_path: Path) -> None:
         f"{tmp_path}/{part}/model-00001-of-00002.safetensors" for part in ("text_encoder", "vae")
     ]
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": ["d", "T"]}))
-    with pytest.raises(ValueError, match="transformer is missing, but model_index.json names it"):
+    with pytest.raises(ValueError, match=r"transformer is missing, but model_index\.json names it"):
         verify_weights(tmp_path)
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(ValueError, match=r"model_index.json is missing or damaged"):
