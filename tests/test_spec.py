@@ -267,7 +267,7 @@ def test_gangs_that_always_run_must_fit(
 def test_gangs_that_must_not_be_torn(tmp_path: Path) -> None:
     model = ModelSpec(name="a", source=str(a_folder(tmp_path, heads=12)), parallel=ParallelDegrees(ulysses_degree=4))
     devices = {"cpu": 8.0, "cuda": 4.0}
-    with pytest.raises(SpecError, match="a: its 4 ranks must be on one node .* has 2 GPUs; .* to PACK"):
+    with pytest.raises(SpecError, match=r"a: its 4 ranks must be on one node .* has 2 GPUs; .* to PACK"):
         check_deployment(DeploymentSpec(models=(model,)), devices, gpus_per_node=2)
     packed = model.model_copy(update={"placement": Placement(strategy="PACK")})
     assert check_deployment(DeploymentSpec(models=(packed,)), devices, gpus_per_node=2)
