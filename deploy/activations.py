@@ -80,7 +80,7 @@ class Decode:
     width: int
     picture: int
     video: int
-    frame: float
+    frame: int
     tiles: int
 
 
@@ -94,7 +94,7 @@ FORWARDS = {
 DECODES = {
     "AutoencoderKL": Decode(128, picture=1536, video=1536, frame=0, tiles=10),
     "AutoencoderKLQwenImage": Decode(96, picture=3465, video=3465, frame=0, tiles=10),
-    "AutoencoderKLWan": Decode(96, picture=0, video=0, frame=0, tiles=0),
+    "AutoencoderKLWan": Decode(96, picture=3465, video=9744, frame=108, tiles=10),
 }
 
 
