@@ -12,7 +12,6 @@ from deploy.memory import GIB, format_bytes, parse_memory, rank_memory, weight_b
 from deploy.pipelines import PIPELINES
 from deploy.spec import Limits, ModelSpec
 from deploy.tensor_shares import can_share
-from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models import examples
 from sp_core.rank_pool import RankPool
@@ -171,7 +170,6 @@ def test_what_would_fit(demo_model: Path) -> None:
     assert by_limits.startswith("limits.max_n 1 (")
     shared = rank_memory(model(demo_model, tensor_parallel_size=2), demo_model)
     assert shared.total < needed.total
-    assert ParallelDegrees(tensor_parallel_size=2).world_size == 2
 
 
 @pytest.mark.parametrize(
