@@ -8,6 +8,11 @@
     yaml_text.py YAML without keys given twice, with lines
     pipelines.py which of diffusers' pipelines can be served
     check.py     does it fit the model and the machine? what each replica takes
+    memory.py    bytes that the largest rank needs, and what to change where it has fewer
+    activations.py       what a request needs besides weights, by measured constants
+    tensor_shares.py     which weights tensor-parallel ranks share out, by name
+    safetensors_headers.py  what weight files say of themselves, and whether they are whole
+    hub_cache.py where the Hugging Face cache of this machine keeps a model
     *.yaml       deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
 
 Needs pydantic and yaml only. This file imports nothing.

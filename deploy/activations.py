@@ -80,21 +80,21 @@ class Decode:
     width: int
     picture: int
     video: int
-    frame: float
+    frame: int
     tiles: int
 
 
 FORWARDS = {
-    "FluxTransformer2DModel": Forward(3072, alone=0, ulysses=0, ring=0, shared=0, text=512),
-    "QwenImageTransformer2DModel": Forward(3072, alone=0, ulysses=0, ring=0, shared=0, text=1024),
-    "WanTransformer3DModel": Forward(5120, alone=0, ulysses=0, ring=0, shared=0, text=0),
-    "ZImageTransformer2DModel": Forward(3840, alone=0, ulysses=0, ring=0, shared=0, text=512),
+    "FluxTransformer2DModel": Forward(3072, alone=105_484, ulysses=105_484, ring=136_780, shared=86_016, text=512),
+    "QwenImageTransformer2DModel": Forward(3072, alone=93_184, ulysses=100_352, ring=137_792, shared=49_152, text=1024),
+    "WanTransformer3DModel": Forward(5120, alone=113_668, ulysses=124_932, ring=187_328, shared=0, text=0),
+    "ZImageTransformer2DModel": Forward(3840, alone=121_357, ulysses=137_754, ring=156_394, shared=81_920, text=512),
 }
 
 DECODES = {
-    "AutoencoderKL": Decode(128, picture=0, video=0, frame=0, tiles=0),
-    "AutoencoderKLQwenImage": Decode(96, picture=0, video=0, frame=0, tiles=0),
-    "AutoencoderKLWan": Decode(96, picture=0, video=0, frame=0, tiles=0),
+    "AutoencoderKL": Decode(128, picture=1536, video=1536, frame=0, tiles=10),
+    "AutoencoderKLQwenImage": Decode(96, picture=3465, video=3465, frame=0, tiles=10),
+    "AutoencoderKLWan": Decode(96, picture=3465, video=9744, frame=108, tiles=10),
 }
 
 

@@ -1,6 +1,7 @@
 """service: two doors, one hall. REST today, gRPC to come, the same gateway behind both.
 
     cli.py       the command `spray`
+    doctor.py    facts about this machine, each with what to do, for `spray doctor`
     demo.py      `make demo`
     client.py    what a client of the REST door does
     local.py     a Ray cluster of our own on this machine, for `spray serve`, the demo and the tests

@@ -28,8 +28,9 @@ OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_
 
 WITHOUT_TORCH = tuple(
     """
-    deploy.spec deploy.load deploy.check deploy.schema workers.messages workers.gang workers.placement workers.sources
-    service.schemas service.rest service.app service.cli
+    deploy.spec deploy.load deploy.check deploy.schema deploy.memory
+    workers.messages workers.gang workers.placement workers.sources
+    service.schemas service.rest service.app service.cli service.doctor
     """.split()
 )
 

@@ -1,6 +1,8 @@
 """Deployment files: what is read, what is refused, and what the refusal says."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import pytest
 import yaml
 
 from deploy.check import check_deployment
+from deploy.hub_cache import cache_root, cached_folder
 from deploy.load import load_spec
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.memory import rank_memory
+from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placement, SpecError, Storage
 from service import cli
 from sp_core.degrees import ParallelDegrees
 
@@ -224,3 +228,88 @@ def test_check_says_who_works_with_whom_and_what_heads_cost(
         "a: ulysses_degree=4 shares 6 attention heads as 2, 2, 2, 0, so attention takes 1.33x an even share's time; "
         "ulysses_degree=2 x ring_degree=2 x tensor_parallel_size=2 x cfg_parallel_size=2 shares them evenly",
     ]
+
+
+GANGS = [
+    ("min 1, two models", [{}, {}], 2.0, None),
+    ("two sleepers take turns", [{"min": 0}, {"min": 0}], 1.0, None),
+    ("one beside a sleeper", [{}, {"min": 0}], 2.0, None),
+    ("a sleeper could not wake", [{}, {"min": 0}], 1.0, r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are there"),
+    ("several replicas", [{"min": 3}], 2.0, r"3 GPUs are needed \(m0 1 x 3\), 2 .* autoscaling.min_replicas"),
+]
+
+
+@pytest.mark.parametrize(("models", "gpus", "says"), [gangs[1:] for gangs in GANGS], ids=[gangs[0] for gangs in GANGS])
+def test_gangs_that_always_run_must_fit(
+    tmp_path: Path, models: list[dict[str, int]], gpus: float, says: str | None
+) -> None:
+    folder = str(a_folder(tmp_path, heads=12))
+    specs = tuple(
+        ModelSpec(
+            name=f"m{i}", source=folder, autoscaling=Autoscaling(min_replicas=model.get("min", 1), max_replicas=4)
+        )
+        for i, model in enumerate(models)
+    )
+    devices = {"cpu": 8.0, "cuda": gpus}
+    if says is None:
+        assert len(check_deployment(DeploymentSpec(models=specs), devices)) == len(models)
+    else:
+        with pytest.raises(SpecError, match=says):
+            check_deployment(DeploymentSpec(models=specs), devices)
+
+
+def test_gangs_that_must_not_be_torn(tmp_path: Path) -> None:
+    model = ModelSpec(name="a", source=str(a_folder(tmp_path, heads=12)), parallel=ParallelDegrees(ulysses_degree=4))
+    devices = {"cpu": 8.0, "cuda": 4.0}
+    with pytest.raises(SpecError, match=r"a: its 4 ranks must be on one node .* has 2 GPUs; .* to PACK"):
+        check_deployment(DeploymentSpec(models=(model,)), devices, gpus_per_node=2)
+    packed = model.model_copy(update={"placement": Placement(strategy="PACK")})
+    assert check_deployment(DeploymentSpec(models=(packed,)), devices, gpus_per_node=2)
+
+
+def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
+    model = ModelSpec(name="a", source="org/name", device="cpu", revision="v1")
+    spec = DeploymentSpec(models=(model,), storage=Storage(models=str(tmp_path)))
+    assert "the config of org/name at v1 is not on this machine" in check_deployment(spec, DEVICES, 2**30)[1]
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    a_folder(snapshot, heads=5)
+    (snapshot / "model" / "model_index.json").rename(snapshot / "model_index.json")
+    (snapshot / "model" / "transformer").rename(snapshot / "transformer")
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "v1").write_text("0123\n")
+    assert cached_folder("org/name", "v1", tmp_path) == cached_folder("org/name", "0123", tmp_path) == snapshot
+    assert cached_folder("org/name", None, tmp_path) is None
+    assert len(check_deployment(spec, DEVICES)) == 1
+    shared = model.model_copy(update={"parallel": ParallelDegrees(tensor_parallel_size=2)})
+    with pytest.raises(SpecError, match="does not divide the model's 5 attention heads"):
+        check_deployment(spec.model_copy(update={"models": (shared,)}), DEVICES)
+
+
+def test_where_the_hubs_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_root(None) == Path.home() / ".cache" / "huggingface" / "hub"
+    monkeypatch.setenv("HF_HOME", "/h")
+    assert cache_root(None) == Path("/h/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "/c")
+    assert (cache_root(None), cache_root("/m")) == (Path("/c"), Path("/m"))
+
+
+def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:
+    model = ModelSpec(name="a", source=str(demo_model), limits=Limits(max_n=2))
+    devices = {"cpu": 8.0, "cuda": 8.0}
+    line = check_deployment(DeploymentSpec(models=(model,)), devices, 80 * 2**30)[-1]
+    assert re.fullmatch(
+        r"a: largest rank: [\d.]+ MiB of weights \+ [\d.]+ GiB of activations at 2048x2048, n=2 \+ 1.5 GiB for CUDA = "
+        r"[\d.]+ GiB of 80.0 GiB", line,
+    )  # fmt: skip
+    needed = rank_memory(model, demo_model).total
+    with pytest.raises(SpecError, match=r"a: largest rank: .*; what fits: .*limits.max_n 1 \("):
+        check_deployment(DeploymentSpec(models=(model,)), devices, needed - 1)
+    with pytest.raises(SpecError, match=r"a: largest rank: .*; take GPUs with more memory"):
+        check_deployment(DeploymentSpec(models=(model,)), devices, 1)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(demo_model, damaged)
+    (damaged / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(SpecError, match=r"a: .*/vae/.*safetensors has 0 bytes and no safetensors header"):
+        check_deployment(DeploymentSpec(models=(model.model_copy(update={"source": str(damaged)}),)), devices, 2**40)
