@@ -17,7 +17,7 @@ ALLOWED = {
     "deploy": {"pydantic", "yaml"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub"},
-    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
+    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm", "yaml"},
 }
 """Packages of others, by layer; the standard library besides."""
 
