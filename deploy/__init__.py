@@ -8,6 +8,9 @@
     yaml_text.py YAML without keys given twice, with lines
     pipelines.py which of diffusers' pipelines can be served
     check.py     does it fit the model and the machine? what each replica takes
+    memory.py    bytes of the largest rank; activations.py what requests need, tensor_shares.py what ranks share
+    safetensors_headers.py  what weight files say of themselves, and whether they are whole
+    hub_cache.py where this machine's Hugging Face cache has a model
     *.yaml       deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
 
 Needs pydantic and yaml only. This file imports nothing.
