@@ -8,11 +8,9 @@
     yaml_text.py YAML without keys given twice, with lines
     pipelines.py which of diffusers' pipelines can be served
     check.py     does it fit the model and the machine? what each replica takes
-    memory.py    bytes that the largest rank needs, and what to change where it has fewer
-    activations.py       what a request needs besides weights, by measured constants
-    tensor_shares.py     which weights tensor-parallel ranks share out, by name
+    memory.py    bytes of the largest rank; activations.py what requests need, tensor_shares.py what ranks share
     safetensors_headers.py  what weight files say of themselves, and whether they are whole
-    hub_cache.py where the Hugging Face cache of this machine keeps a model
+    hub_cache.py where this machine's Hugging Face cache has a model
     *.yaml       deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
 
 Needs pydantic and yaml only. This file imports nothing.
