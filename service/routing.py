@@ -1,8 +1,8 @@
 """Which gang a request goes to: the one with the least backlog in seconds, and a warm one among equals.
 
 Ray Serve runs a `LeastBacklogRouter` per model in every gateway; it is named in the deployment's `RequestRouterConfig`.
-It reads what `GangBacklog.as_stats` gave (each gang's `record_routing_stats`, every ten seconds), corrected by what this
-gateway itself has sent and seen finished since. `rank` is the decision and knows nothing of Ray.
+It reads what `GangBacklog.as_stats` gave (each gang's `record_routing_stats`, every ten seconds), corrected by what
+this gateway itself has sent and seen finished since. `rank` is the decision and knows nothing of Ray.
 
 A gang takes one request at a time and refuses others, so that requests wait in the gateway, first come first served,
 and the routing says which free gang takes the next one. Gangs of other gateways' requests look free until they report:
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from workers.cost import Shape, shape_of
+from workers.cost import shape_of
 from workers.load import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -86,11 +86,11 @@ def rank(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozen
     return [some[:OFFERED] for some in ranks if some]
 
 
-class LeastBacklogRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Serve's mixin is untyped
+class LeastBacklogRouter(FIFOMixin, RequestRouter):
     """What Serve runs: `RequestRouterConfig(request_router_class="service.routing:LeastBacklogRouter")`."""
 
-    def initialize_state(self) -> None:
-        """Called by Serve once, before any request."""
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Serve once, before any request; the deployment gives no arguments."""
         self._sent: dict[ReplicaID, Sent] = {}
 
     async def choose_replicas(

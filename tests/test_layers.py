@@ -26,6 +26,7 @@ OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
 WITHOUT_TORCH = ("deploy.spec", "deploy.check", "workers.messages", "workers.gang", "workers.placement")
+WITHOUT_TORCH += ("workers.cost", "workers.load", "service.autoscaling", "service.routing")
 WITHOUT_TORCH += ("service.schemas", "service.rest", "service.app", "service.cli")
 
 

@@ -3,6 +3,8 @@
     messages.py     what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult
     errors.py       the one tree of errors
     placement.py    ModelSpec -> Serve options: which bundles a gang occupies
+    cost.py         what a request costs in seconds, learnt by its gang
+    load.py         what a gang tells the autoscaler and the routers
     gang.py         Gang, the Serve deployment: starts the ranks, hands each request to all of them, watches them
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
     pipeline.py     loads a model folder; weights.py reads a transformer's share
