@@ -8,8 +8,8 @@ back to Serve, which keeps it within min_replicas and max_replicas and waits for
 1. *Offered load*: the gangs that all arriving work keeps busy. Work that arrives = work done + growth of what is
    outstanding, so it is right also while every gang is busy and the queue grows. Averaged over the time that it takes
    to start a gang and run a few requests, since no faster answer is possible and a slower one lags.
-2. *Enough for the load*: the fewest gangs at which 80 of 100 requests would wait at most the target, by Erlang's formula
-   for queues. A sudden lull or a lucky moment does not change it, so the number of gangs is steady.
+2. *Enough for the load*: the fewest gangs at which 80 of 100 requests would wait at most the target while the load
+   stays as it is, by Erlang's formula for queues. A lucky moment does not change it, so the number of gangs is steady.
 3. *Enough for the backlog*: a gang started now helps only after its start-up time. What will wait by then, given what
    the gangs at hand and the starting ones clear until then, has to be cleared within the target.
 

@@ -1,8 +1,8 @@
 """Which gang a request goes to: the one with the least backlog in seconds, and a warm one among equals.
 
 Ray Serve runs a `LeastBacklogRouter` per model in every gateway; it is named in the deployment's `RequestRouterConfig`.
-It reads what `GangBacklog.as_stats` gave (each gang's `record_routing_stats`, every ten seconds), corrected by what this
-gateway itself has sent and seen finished since. `rank` is the decision and knows nothing of Ray.
+It reads what `GangBacklog.as_stats` gave (each gang's `record_routing_stats`, every ten seconds), corrected by what
+this gateway itself has sent and seen finished since. `rank` is the decision and knows nothing of Ray.
 
 A gang takes one request at a time and refuses others, so that requests wait in the gateway, first come first served,
 and the routing says which free gang takes the next one. Gangs of other gateways' requests look free until they report:

@@ -53,6 +53,6 @@ class GangBacklog:
 
     @classmethod
     def from_stats(cls, stats: dict[str, Any]) -> "GangBacklog":
-        """The inverse of `as_stats`. An empty dictionary, which Serve has before the first report, gives the defaults."""
+        """The inverse of `as_stats`. Before the first report Serve has an empty dictionary: the defaults."""
         known = {field.name: stats[field.name] for field in fields(cls) if field.name in stats}
         return cls(**{**known, "shapes": frozenset(tuple(shape) for shape in known.get("shapes", ()))})

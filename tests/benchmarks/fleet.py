@@ -75,7 +75,6 @@ class Outcome:
     waits_s: list[float] = field(default_factory=list)
     gang_s: float = 0.0
     busy_s: float = 0.0
-    changes: int = 0
     most: int = 0
 
     @property
@@ -193,7 +192,6 @@ class Fleet:
         metrics = self._metrics(now_s) if self.control.ours else {}
         wanted, self._state = self._policy(self._context(now_s, target, total, queued, metrics))
         wanted = min(self.load.max_replicas, max(self.load.min_replicas, wanted))
-        self.outcome.changes += wanted != target
         self.outcome.most = max(self.outcome.most, wanted)
         for _ in range(target, wanted):
             self._start(now_s, now_s + self._rng.uniform(*self.load.startup_s))

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.fleet_sim [--quick] [--processes N]
 
 Four models, 100 gangs at most. Ours runs with the deployment file's defaults and each model's target_backlog_seconds;
-nothing of it is tuned here. Serve's request-count policy is tuned per model by grid on the training days: the setting
-with the fewest replica-hours whose p95 wait is at most ours there. Both are then judged on days that neither has seen,
-some of another shape of traffic. Beside it stands what Serve could do at best: of all settings on the grid's frontier
-the cheapest one that reaches our p95 on that very day, chosen in hindsight. Tables as markdown to stdout.
+its two constants and the rare model's target were chosen on the training days. Serve's request-count policy is tuned
+per model by grid on the same days: the setting with the fewest replica-hours whose p95 wait is at most ours there. Both
+are then judged on days that neither has seen, some of another shape of traffic. Beside it stands what Serve could do at
+best: of all settings on the grid's frontier the cheapest that reaches our p95 on that very day, chosen in hindsight.
+Tables as markdown to stdout.
 """
 
 import argparse
@@ -128,7 +129,6 @@ def pooled(outcomes: list[Outcome]) -> Outcome:
         waits_s=[wait for outcome in outcomes for wait in outcome.waits_s],
         gang_s=sum(outcome.gang_s for outcome in outcomes),
         busy_s=sum(outcome.busy_s for outcome in outcomes),
-        changes=sum(outcome.changes for outcome in outcomes),
     )
 
 
