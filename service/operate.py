@@ -9,13 +9,12 @@ import os
 import time
 from collections.abc import Sequence
 
-import yaml
-from deploy.memory import parse_memory
-
 from deploy.check import check_deployment
 from deploy.load import LoadedSpec, load_with_origins, print_config
+from deploy.memory import parse_memory
 from deploy.schema import json_schema
 from deploy.spec import DeploymentSpec, SpecError
+from deploy.yaml_text import to_yaml
 from service.app import serve_config
 from service.attach import attach
 from service.client import read_cluster, read_models, server_url
@@ -81,7 +80,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Print the config that Ray Serve takes."""
-    print(yaml.safe_dump(serve_config(_load(arguments).spec), sort_keys=False), end="")
+    print(to_yaml(serve_config(_load(arguments).spec)), end="")
 
 
 def roll_out(arguments: argparse.Namespace) -> None:
