@@ -23,7 +23,8 @@ soak: $(READY)
 
 bench: $(READY)
 	cd $(ROOT) && $(BIN)/python -m tests.benchmarks.overhead && $(BIN)/python -m tests.benchmarks.sp_vs_diffusers \
-	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.encoder_memory && $(BIN)/python -m tests.benchmarks.layouts
+	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.encoder_memory && $(BIN)/python -m tests.benchmarks.layouts \
+	  && $(BIN)/python -m tests.benchmarks.gateway_overhead
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

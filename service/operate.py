@@ -20,7 +20,7 @@ from service.attach import attach
 from service.client import read_cluster, read_models, server_url
 from service.doctor import diagnose
 from service.local import LocalCluster, local_devices
-from service.printing import say
+from service.printing import UsageError, say
 from service.progress import LoadBars
 from service.rollout import (
     Change,
@@ -41,6 +41,7 @@ def check(arguments: argparse.Namespace) -> None:
 
     Raises:
         SpecError: it does not; one line per obstacle.
+        UsageError: the memory is no size.
     """
     loaded = _load(arguments)
     if arguments.print_config:
@@ -52,7 +53,10 @@ def check(arguments: argparse.Namespace) -> None:
         devices["cuda"] = float(arguments.gpus)
     if arguments.cpus is not None:
         devices["cpu"] = float(arguments.cpus)
-    memory = parse_memory(arguments.memory) if arguments.memory else None
+    try:
+        memory = parse_memory(arguments.memory) if arguments.memory else None
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
     for line in check_deployment(loaded.spec, devices, memory):
         print(line)
 

@@ -65,7 +65,7 @@ OBSTACLES = [
     (
         a_model(2, memory=80_000_000_000),
         [node(gpus=2)],
-        "needs 1.6e+11 bytes of memory on one node, the largest node has 1e+11",
+        "needs 149.0 GiB memory on one node, the largest node has 93.1 GiB",
     ),
     (a_model(**ZONE), [node(gpus=1), node(gpus=1, labels={"zone": "b"})], "needs nodes labelled zone=a, none of the 2"),
     (a_model(**ZONE), [node(gpus=1, labels={"zone": "a", "disk": "ssd"})], None),
@@ -73,6 +73,16 @@ OBSTACLES = [
         a_model(2, **ZONE),
         [node(gpus=8), node(gpus=1, labels={"zone": "a"})],
         "needs 2 GPUs on one node, the largest node has 1",
+    ),
+    (
+        a_model(2),
+        [node(cpus=64), node(cpus=1, gpus=8)],
+        "needs 2 ranks of 1 CPU cores and 1 GPUs each on one node, no node holds more than 1",
+    ),
+    (
+        a_model(2, cpus_per_rank=2, **PACK),
+        [node(cpus=64), node(cpus=1, gpus=8), node(cpus=2, gpus=1)],
+        "needs 2 ranks of 2 CPU cores and 1 GPUs each, the nodes hold 1",
     ),
     (a_model(2, accelerator_type="H100"), [node(gpus=8, A100=1)], "needs H100 GPUs, no node has any"),
     (a_model(2, accelerator_type="H100"), [node(gpus=8, H100=1)], None),
