@@ -25,7 +25,8 @@ bench: $(READY)
 	cd $(ROOT) && $(BIN)/python -m tests.benchmarks.overhead && $(BIN)/python -m tests.benchmarks.sp_vs_diffusers \
 	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.encoder_memory \
 	  && $(BIN)/python -m tests.benchmarks.activation_memory && $(BIN)/python -m tests.benchmarks.layouts \
-	  && $(BIN)/python -m tests.benchmarks.fleet_sim && $(BIN)/python -m tests.benchmarks.autoscale
+	  && $(BIN)/python -m tests.benchmarks.fleet_sim && $(BIN)/python -m tests.benchmarks.gateway_overhead \
+	  && $(BIN)/python -m tests.benchmarks.autoscale
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

@@ -1,7 +1,7 @@
-"""Reads YAML more strictly than PyYAML does, and remembers lines.
+"""Reads YAML more strictly than PyYAML does, and remembers lines; writes it without shorthands.
 
 Text comes in; values go out together with the line of each key, or a `YamlMistake` that names the line. `deploy.load`
-reads files by it, `deploy.layers` the values of variables and flags.
+reads files by it, `deploy.layers` the values of variables and flags, and `spray build` writes.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,12 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     except yaml.MarkedYAMLError as error:
         raise _located(error) from None
     return _unshared(value), dict(_lines(root, ()))
+
+
+def to_yaml(value: Any) -> str:
+    """Plain values as a text in which nothing refers to another place; keys stay in order."""
+    text: str = yaml.safe_dump(_unshared(value), sort_keys=False)
+    return text
 
 
 def _unshared(value: Any) -> Any:

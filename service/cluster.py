@@ -12,7 +12,7 @@ from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
-from workers.placement import UNITS, Node, bundle, obstacle
+from workers.placement import UNITS, Node, amount, bundle, obstacle
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
@@ -105,7 +105,7 @@ def _state(
     if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         details = [application.message, *(deployment.message for deployment in application.deployments.values())]
         return "failed", " ".join(detail for detail in details if detail)
-    if application is not None and not replicas and not model.autoscaling.min_replicas:
+    if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:
         return "asleep", ""
     never = obstacle(model, nodes)
     if never:
@@ -114,5 +114,8 @@ def _state(
         for resource, each in bundle(model).items():
             needed, there = each * model.parallel.world_size, free.get(resource, 0)
             if resource in UNITS and there + 1e-6 < needed:
-                return "starting", f"loading, or waiting for {needed:g} {UNITS[resource]}, of which {there:g} are free"
+                return (
+                    "starting",
+                    f"loading, or waiting for {amount(resource, needed)}; {amount(resource, there)} are free",
+                )
     return "starting", ""

@@ -118,7 +118,8 @@ class Gateway:
                 self._handle(name)  # its router hears what the gangs say
         states = await self.states()
         _, nodes, free = await asyncio.to_thread(_look)
-        return cluster_object([(self._models[name], state) for name, state in states.items()], nodes, free)
+        known = [(model, states[name]) for name, model in self._models.items() if name in states]  # it may just change
+        return cluster_object(known, nodes, free)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
         """Run one request, on another gang if the first is lost.

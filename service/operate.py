@@ -9,19 +9,18 @@ import os
 import time
 from collections.abc import Sequence
 
-import yaml
-
 from deploy.check import check_deployment
 from deploy.load import LoadedSpec, load_with_origins, print_config
 from deploy.memory import parse_memory
 from deploy.schema import json_schema
 from deploy.spec import DeploymentSpec, SpecError
+from deploy.yaml_text import to_yaml
 from service.app import serve_config
 from service.attach import attach
 from service.client import read_cluster, read_models, server_url
 from service.doctor import diagnose
 from service.local import LocalCluster, local_devices
-from service.printing import say
+from service.printing import UsageError, say
 from service.progress import LoadBars
 from service.rollout import (
     Change,
@@ -42,6 +41,7 @@ def check(arguments: argparse.Namespace) -> None:
 
     Raises:
         SpecError: it does not; one line per obstacle.
+        UsageError: the memory is no size.
     """
     loaded = _load(arguments)
     if arguments.print_config:
@@ -53,7 +53,10 @@ def check(arguments: argparse.Namespace) -> None:
         devices["cuda"] = float(arguments.gpus)
     if arguments.cpus is not None:
         devices["cpu"] = float(arguments.cpus)
-    memory = parse_memory(arguments.memory) if arguments.memory else None
+    try:
+        memory = parse_memory(arguments.memory) if arguments.memory else None
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from None
     for line in check_deployment(loaded.spec, devices, memory):
         print(line)
 
@@ -81,7 +84,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Print the config that Ray Serve takes."""
-    print(yaml.safe_dump(serve_config(_load(arguments).spec), sort_keys=False), end="")
+    print(to_yaml(serve_config(_load(arguments).spec)), end="")
 
 
 def roll_out(arguments: argparse.Namespace) -> None:

@@ -8,12 +8,14 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Send
 
 from deploy.spec import ModelSpec
 from service.cluster import ModelState
@@ -110,7 +112,7 @@ def rest_app(hall: Hall) -> FastAPI:
         request = to_request(body, find_model(hall.models(), body.model), uuid.uuid4().hex)
         headers = _ignored(body)
         if body.stream:
-            return StreamingResponse(_stream(hall, body, request), media_type="text/event-stream", headers=headers)
+            return _Events(_stream(hall, body, request), media_type="text/event-stream", headers=headers)
         return JSONResponse(images_response(request, await _result(hall, request)), headers=headers)
 
     @app.post("/v1/videos/sync", dependencies=for_callers)
@@ -152,19 +154,30 @@ async def _json(http: Request, max_bytes: int) -> object:
         raise InvalidParameter(None, "the body is not JSON", "invalid_body") from None
 
 
-async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequest) -> AsyncIterator[str]:
+class _Events(StreamingResponse):
+    """A stream that ends at once, with the work behind it, when its client leaves."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Called by Starlette."""
+        assert isinstance(self.body_iterator, AsyncGenerator)
+        async with contextlib.aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequest) -> AsyncGenerator[str]:
     """Server-sent events: progress (as comments, which clients skip, unless asked for), the pictures, `[DONE]`."""
     try:
-        async for report in _with_patience(hall, request):
-            if isinstance(report, ModelState):
-                yield f": {request.model} is {report.state}, {report.queued} wait\n\n"
-            elif isinstance(report, GenerationResult):
-                for event in completed_events(request, report):
-                    yield _event(event)
-            elif body.stream_options.include_progress:
-                yield _event(progress_event(report))
-            else:
-                yield f": step {report.step}/{report.total_steps}\n\n"
+        async with contextlib.aclosing(_with_patience(hall, request)) as reports:
+            async for report in reports:
+                if isinstance(report, ModelState):
+                    yield f": {request.model} is {report.state}, {report.queued} wait\n\n"
+                elif isinstance(report, GenerationResult):
+                    for event in completed_events(request, report):
+                        yield _event(event)
+                elif body.stream_options.include_progress:
+                    yield _event(progress_event(report))
+                else:
+                    yield f": step {report.step}/{report.total_steps}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:
         _log(error)
@@ -173,7 +186,7 @@ async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequ
 
 async def _with_patience(
     hall: Hall, request: GenerationRequest
-) -> AsyncIterator[StepEvent | GenerationResult | ModelState]:
+) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
     """What `generate` reports, and the model's state whenever that takes long: a model may have to be woken first."""
     reports = hall.generate(request)
     coming = asyncio.ensure_future(anext(reports, None))
@@ -216,5 +229,5 @@ async def _http_error(http: Request, error: Exception) -> Response:
 
 
 def _log(error: Exception) -> None:
-    if answer(error)[0] == 500:
+    if answer(error)[0] == 500 and not isinstance(error, ClientDisconnect):  # a client who leaves is no failure
         logger.error("request failed", exc_info=error)

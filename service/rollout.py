@@ -138,7 +138,8 @@ def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSp
 
     def known(model: ModelSpec) -> ModelSpec:
         before = running.get(model.name)
-        return model.model_copy(update={"tasks": before.tasks}) if before and model.tasks is None else model
+        same = before and (before.source, before.revision) == (model.source, model.revision)
+        return model.model_copy(update={"tasks": before.tasks}) if before and same and model.tasks is None else model
 
     return spec.model_copy(update={"models": tuple(known(model) for model in spec.models)})
 

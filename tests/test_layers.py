@@ -17,7 +17,7 @@ ALLOWED = {
     "deploy": {"pydantic", "yaml"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub"},
-    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm", "yaml"},
+    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
 }
 """Packages of others, by layer; the standard library besides."""
 
@@ -30,6 +30,7 @@ WITHOUT_TORCH = tuple(
     """
     deploy.spec deploy.load deploy.check deploy.schema deploy.memory
     workers.messages workers.gang workers.placement workers.sources
+    workers.cost workers.load service.autoscaling service.routing
     service.schemas service.rest service.app service.cli service.doctor
     """.split()
 )

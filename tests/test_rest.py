@@ -1,53 +1,13 @@
 """The REST door alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from deploy.spec import LoRA, ModelSpec
 from service.rest import rest_app
 from service.schemas import MAX_SEED
-from sp_core.degrees import ParallelDegrees
-from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
-
-INK = LoRA(name="ink", source="/nowhere/ink.safetensors")
-MODELS = {name: ModelSpec(name=name, source="/nowhere", device="cpu", loras=(INK,)) for name in ("one", "two")}
-
-
-class Hall:
-    """A hall that answers at once, or raises what the prompt names."""
-
-    instance_id = "test"
-    raises: dict[str, Exception]
-    waiting: list[str]
-
-    def __init__(self) -> None:
-        self.requests: list[GenerationRequest] = []
-        self.waiting = []
-        self.raises = {
-            "full": QueueFull("too many requests wait"),
-            "lost": GangLost("gone"),
-            "failed": RequestFailed("rank 1: MemoryError"),
-            "peer": PeerFailed("rank 0 stopped"),
-            "bug": ZeroDivisionError("secret detail"),
-        }
-
-    def models(self) -> dict[str, ModelSpec]:
-        return MODELS
-
-    async def waiting_for(self) -> list[str]:
-        return self.waiting
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepEvent | GenerationResult]:
-        self.requests.append(request)
-        if request.prompt in self.raises:
-            raise self.raises[request.prompt]
-        yield StepEvent(1, 1, 0.5)
-        seeds = tuple(request.seed + i for i in range(request.n))
-        yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2)
+from tests.hall import Hall
 
 
 @pytest.fixture
@@ -128,9 +88,16 @@ def test_bodies_that_are_no_request(client: TestClient, content: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_body_beyond_all_measure(client: TestClient) -> None:
-    answer = client.post("/v1/images/generations", content=b" " * (2 << 20))
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos/sync"])
+def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, hall: Hall, path: str) -> None:
+    body = b'{"model": "%s", "prompt": "a"' % (b"film" if "videos" in path else b"one")
+    hall.max_body_bytes = 2048
+    assert client.post(path, content=body.ljust(2047) + b"}").status_code == 200
+    answer = client.post(path, content=body.ljust(2048) + b"}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_large")
+    assert "larger than 2048 bytes" in answer.json()["error"]["message"]
+    hall.max_body_bytes = 2049
+    assert client.post(path, content=body.ljust(2048) + b"}").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -138,6 +105,7 @@ def test_a_body_beyond_all_measure(client: TestClient) -> None:
     [
         ("full", 429, "queue_full", True),
         ("lost", 503, "worker_lost", True),
+        ("draining", 503, "shutting_down", True),
         ("failed", 500, "generation_failed", False),
         ("peer", 500, "generation_failed", False),
         ("bug", 500, "internal_error", False),
@@ -167,13 +135,6 @@ def test_paths_and_methods_that_do_not_exist(client: TestClient) -> None:
     for answer, status in ((client.get("/v2"), 404), (client.get("/v1/images/generations"), 405)):
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-
-
-def test_readiness(client: TestClient, hall: Hall) -> None:
-    assert client.get("/readyz").status_code == 200
-    hall.waiting = ["two"]
-    answer = client.get("/readyz")
-    assert (answer.status_code, answer.json()["waiting_for"]) == (503, ["two"])
 
 
 def test_stream_without_options_has_progress_as_comments(client: TestClient) -> None:

@@ -14,7 +14,7 @@ from deploy.hub_cache import cache_root, cached_folder
 from deploy.load import load_spec
 from deploy.memory import rank_memory
 from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placement, SpecError, Storage
-from service import cli
+from service import cli, operate
 from sp_core.degrees import ParallelDegrees
 
 DEVICES = {"cpu": 2.0, "cuda": 0.0}
@@ -101,7 +101,7 @@ def test_layouts_that_cannot_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "local_devices", lambda: dict(DEVICES))
+    monkeypatch.setattr(operate, "local_devices", lambda: dict(DEVICES))
     a_folder(tmp_path, heads=12)
     file = write(tmp_path, a_model(**changes))
     with pytest.raises(SpecError) as refused:
@@ -216,7 +216,7 @@ def test_a_spec_survives_the_journey_to_the_gateway() -> None:
 def test_check_says_who_works_with_whom_and_what_heads_cost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "local_devices", lambda: dict(DEVICES))
+    monkeypatch.setattr(operate, "local_devices", lambda: dict(DEVICES))
     a_folder(tmp_path, heads=12)
     layout = {"tensor_parallel_size": 2, "ulysses_degree": 4, "cfg_parallel_size": 2}
     file = write(tmp_path, a_model(parallel=layout, placement={"cpus_per_rank": 0.125}))

@@ -15,8 +15,9 @@ import sp_core.sp_plan
 import sp_core.sp_sharding
 from deploy.spec import DeploymentSpec
 from service import cli, status
+from service.cluster import STATES
 from service.rest import rest_app
-from service.schemas import ImageGenerationBody
+from service.schemas import ImageGenerationBody, VideoGenerationBody
 from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import AXES, ParallelDegrees
 from sp_core.lora import Adapters
@@ -82,9 +83,11 @@ ROUTES = frozenset(
     {
         "GET /livez",
         "GET /readyz",
+        "GET /v1/cluster",
         "GET /v1/models",
         "GET /v1/models/{name:path}",
         "POST /v1/images/generations",
+        "POST /v1/videos/sync",
     }
 )
 
@@ -96,22 +99,39 @@ IMAGE_FIELDS = frozenset(
     """.split()
 )
 
+VIDEO_FIELDS = frozenset(
+    """
+    prompt model size num_frames fps user safety_identifier
+    negative_prompt num_inference_steps guidance_scale guidance_scale_2 seed loras
+    """.split()
+)
+
+MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
+
 ERRORS = {
     "InvalidParameter": (400, "invalid_value"),
+    "Unauthorized": (401, "invalid_api_key"),
     "ModelNotFound": (404, "model_not_found"),
     "QueueFull": (429, "queue_full"),
     "RequestCancelled": (499, "cancelled"),
     "RequestFailed": (500, "generation_failed"),
+    "ShuttingDown": (503, "shutting_down"),
     "GangLost": (503, "worker_lost"),
 }
 
 COMMANDS = {
-    "check": {"file", "gpus", "cpus"},
-    "serve": {"file", "port"},
+    "check": {"file", "set", "gpus", "cpus", "memory", "print_config"},
+    "serve": {"file", "set", "port"},
+    "build": {"file", "set"},
+    "deploy": {"file", "set", "address", "prune", "dry_run", "allow_downtime", "allow_pending"},
+    "ps": {"server", "json"},
+    "models": {"server", "json"},
+    "doctor": {"file", "set"},
+    "schema": set(),
     "verify": {"target", "config", "world"},
     "generate": {
-        "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "n",
-        "lora", "server", "local", "model", "device", *DEGREES,
+        "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale",
+        "guidance_scale_2", "num_frames", "fps", "seed", "n", "lora", "server", "local", "model", "device", *DEGREES,
     },
 }  # fmt: skip
 
@@ -143,6 +163,8 @@ def test_rest_routes_and_fields() -> None:
     found = {f"{method} {route.path}" for route in routes for method in route.methods}
     assert found == ROUTES
     assert set(ImageGenerationBody.model_fields) == IMAGE_FIELDS
+    assert set(VideoGenerationBody.model_fields) == VIDEO_FIELDS
+    assert set(STATES) == MODEL_STATES
 
 
 def test_every_error_has_its_row() -> None:

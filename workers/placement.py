@@ -11,9 +11,12 @@ from typing import Any
 
 import ray
 
+from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
 
-UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "bytes of memory"}
+UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "memory"}
+
+ACCELERATOR = "accelerator_type:"
 
 ACCELERATOR_SHARE = 0.001
 """Ray marks a node's GPU type by a resource of 1 per node, of which any number of ranks may hold a little."""
@@ -53,7 +56,7 @@ def bundle(model: ModelSpec) -> dict[str, float]:
     if placement.memory:
         resources["memory"] = placement.memory
     if placement.accelerator_type:
-        resources[f"accelerator_type:{placement.accelerator_type}"] = ACCELERATOR_SHARE
+        resources[ACCELERATOR + placement.accelerator_type] = ACCELERATOR_SHARE
     return resources
 
 
@@ -87,29 +90,43 @@ def may_host(model: ModelSpec, node: Node) -> bool:
 def obstacle(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
     """Why no gang of the model can ever be placed on these nodes, even if they were empty; None: it can be."""
     wanted = bundle(model)
-    ranks = model.parallel.world_size
-    labels = model.placement.node_labels
+    ranks, labels, accelerator = (
+        model.parallel.world_size,
+        model.placement.node_labels,
+        model.placement.accelerator_type,
+    )
     fitting = [node for node in nodes if all(node.labels.get(key) == value for key, value in labels.items())]
     if not fitting:
         return f"needs nodes labelled {_labels(labels)}, none of the {len(nodes)} nodes is" if nodes else "no nodes"
+    if accelerator:
+        fitting = [node for node in fitting if node.resources.get(ACCELERATOR + accelerator)]
+        wanted.pop(ACCELERATOR + accelerator)
+        if not fitting:
+            return f"needs {accelerator} GPUs, no node has any"
     places = [_places(node, wanted) for node in fitting]
     together = model.placement.strategy == "STRICT_PACK"
     if (max(places) if together else sum(places)) >= ranks:
         return None
     resource = min(wanted, key=lambda name: _most(fitting, name, together) / wanted[name])
     needed, there = wanted[resource] * ranks, _most(fitting, resource, together)
-    where, has = ("on one node", "the largest node has") if together else ("", "all nodes have")
-    unit = UNITS.get(resource, resource)
-    if resource.startswith("accelerator_type:"):
-        return f"needs {unit.partition(':')[2]} GPUs, no node has any"
-    if there >= needed:  # enough in sum, but the rests on the nodes are too small for a rank
-        return f"needs {ranks} ranks of {wanted[resource]:g} {unit} each, the nodes hold {sum(places)}"
-    return f"needs {needed:g} {unit} {where}".rstrip() + f", {has} {there:g}"
+    if there >= needed:  # enough of each, but not in one place
+        each = " and ".join(amount(name, wanted[name]) for name in wanted)
+        has = f"no node holds more than {max(places)}" if together else f"the nodes hold {sum(places)}"
+        return f"needs {ranks} ranks of {each} each{' on one node' if together else ''}, {has}"
+    where, has = (" on one node", "the largest node has") if together else ("", "all nodes have")
+    return (
+        f"needs {amount(resource, needed)}{where}, {has} {amount(resource, there).removesuffix(' ' + UNITS[resource])}"
+    )
+
+
+def amount(resource: str, count: float) -> str:
+    """So much of a resource, for a person to read: `4 GPUs`, `149.0 GiB memory`."""
+    return f"{format_bytes(int(count)) if resource == 'memory' else format(count, 'g')} {UNITS[resource]}"
 
 
 def _places(node: Node, wanted: Mapping[str, float]) -> int:
     """How many ranks an empty node holds."""
-    return min(int(node.resources.get(name, 0) / amount + 1e-6) for name, amount in wanted.items())
+    return min(int(node.resources.get(name, 0) / each + 1e-6) for name, each in wanted.items())
 
 
 def _most(nodes: Sequence[Node], resource: str, together: bool) -> float:

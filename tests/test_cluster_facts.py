@@ -1,0 +1,188 @@
+"""The facts of a cluster: each model's state with its reason, and how a person sees them in tables and bars."""
+
+import sys
+from typing import Any
+
+import pytest
+from ray.serve._private.common import ReplicaState
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+    ServeStatus,
+)
+
+from deploy.spec import Autoscaling, ModelSpec, Placement
+from service.cluster import STATES, ModelState, cluster_object, model_state
+from service.names import GANG, app_name
+from service.printing import say
+from service.progress import LoadBars, StepProgress
+from service.schemas import model_object
+from service.table import cluster_table, models_table
+from sp_core.degrees import ParallelDegrees
+from tests.hall import Hall
+from workers.messages import StepEvent
+from workers.placement import Node
+
+MODEL = ModelSpec(name="a", source="/a", parallel=ParallelDegrees(ulysses_degree=2))
+SLEEPY = MODEL.model_copy(update={"autoscaling": Autoscaling(min_replicas=0)})
+HUGE = MODEL.model_copy(update={"parallel": ParallelDegrees(ulysses_degree=8)})
+HUNGRY = MODEL.model_copy(update={"placement": Placement(memory=40 << 30)})
+NODES = [Node({"CPU": 64, "GPU": 4, "memory": 200 << 30}, {})] * 2
+FREE = {"CPU": 128, "GPU": 8, "memory": 400 << 30}
+FULL = {"CPU": 128, "GPU": 1, "memory": 10 << 30}
+NEVER = "needs 8 GPUs on one node, the largest node has 4"
+
+
+def status(application: str, states: dict[str, int], message: str = "", of_deployment: str = "") -> ServeStatus:
+    """Serve's status with one model, whose replicas are given as Serve gives them: names of states."""
+    deployment = DeploymentStatusOverview(
+        DeploymentStatus.UPDATING, DeploymentStatusTrigger.UNSPECIFIED, states, of_deployment
+    )
+    overview = ApplicationStatusOverview(ApplicationStatus(application), message, 0.0, {GANG: deployment})
+    return ServeStatus(applications={app_name("a"): overview})
+
+
+CASES = [
+    (MODEL, status("RUNNING", {"RUNNING": 1}), FREE, "running", ""),
+    (MODEL, status("UNHEALTHY", {"RUNNING": 1, "STARTING": 1}), FREE, "running", ""),  # one still answers
+    (MODEL, status("DEPLOYING", {"UPDATING": 1, "STARTING": 1}), FULL, "running", ""),
+    (HUGE, status("DEPLOYING", {"RUNNING": 1, "STARTING": 1}), FREE, "running", ""),
+    (MODEL, status("DEPLOYING", {"STARTING": 1}), FREE, "starting", ""),
+    (MODEL, status("DEPLOYING", {}), FREE, "starting", ""),
+    (MODEL, ServeStatus(), FREE, "starting", ""),  # Serve does not know it yet
+    (MODEL, status("DEPLOYING", {"STARTING": 1}), FULL, "starting", "loading, or waiting for 2 GPUs; 1 GPUs are free"),
+    (
+        HUNGRY,
+        status("DEPLOYING", {"STARTING": 1}),
+        FULL | {"GPU": 8},
+        "starting",
+        "loading, or waiting for 80.0 GiB memory; 10.0 GiB memory are free",
+    ),
+    (HUGE, status("DEPLOYING", {"STARTING": 1}), FREE, "waiting", NEVER),
+    (HUGE, status("DEPLOYING", {}), FREE, "waiting", NEVER),
+    (SLEEPY, status("RUNNING", {}), FULL, "asleep", ""),
+    (SLEEPY, status("RUNNING", {"STARTING": 1}), FREE, "starting", ""),
+    (SLEEPY, status("RUNNING", {"STOPPING": 1}), FREE, "asleep", ""),
+    (SLEEPY, status("RUNNING", {"STOPPING": 1, "STARTING": 1}), FREE, "starting", ""),
+    (MODEL, status("RUNNING", {"STOPPING": 1}), FREE, "starting", ""),
+    (MODEL, status("DEPLOY_FAILED", {}, "no weights"), FREE, "failed", "no weights"),
+    (MODEL, status("DEPLOY_FAILED", {"STARTING": 1}, "it", "rank 1 died"), FREE, "failed", "it rank 1 died"),
+    (SLEEPY, status("UNHEALTHY", {}, "", "rank 1 died"), FREE, "failed", "rank 1 died"),
+]
+
+
+@pytest.mark.parametrize(("model", "serve", "free", "state", "reason"), CASES)
+def test_the_state_of_a_model(
+    model: ModelSpec, serve: ServeStatus, free: dict[str, float], state: str, reason: str
+) -> None:
+    found = model_state(model, serve, NODES, free, queued=3, gangs=())
+    assert (found.state, found.reason, found.queued) == (state, reason, 3)
+
+
+def test_every_state_has_been_seen() -> None:
+    assert {case[3] for case in CASES} == set(STATES)
+
+
+@pytest.mark.parametrize("spelt", [str, ReplicaState])
+def test_replicas_are_counted_by_the_names_of_their_states(spelt: Any) -> None:
+    states = {spelt("RUNNING"): 2, spelt("STOPPING"): 1}
+    assert model_state(MODEL, status("RUNNING", states), NODES, FREE).replicas == {"RUNNING": 2, "STOPPING": 1}
+
+
+def gang(step: int, total_steps: int, phase: str = "denoise") -> dict[str, Any]:
+    return {"backlog_s": 1.0, "now": {"phase": phase, "step": step, "total_steps": total_steps, "pids": [1, 2]}}
+
+
+def a_cluster() -> dict[str, Any]:
+    busy = ModelState("running", "", {"RUNNING": 2, "STARTING": 1}, 3, (gang(5, 20), gang(0, 0, "idle")))
+    return cluster_object([(MODEL, busy), (SLEEPY.model_copy(update={"name": "b"}), ModelState("asleep"))], NODES, FREE)
+
+
+def test_the_body_of_a_cluster() -> None:
+    body = a_cluster()
+    assert body["devices"] == {"CPU": {"total": 128, "free": 128}, "GPU": {"total": 8, "free": 8}}
+    assert (body["object"], body["nodes"]) == ("cluster", 2)
+    assert body["models"][0] == {
+        "id": "a",
+        "state": "running",
+        "reason": "",
+        "layout": "ulysses_degree=2",
+        "ranks": 2,
+        "device": "cuda",
+        "replicas": {"RUNNING": 2, "STARTING": 1},
+        "min_replicas": 1,
+        "max_replicas": 1,
+        "queued": 3,
+        "gangs": [gang(5, 20), gang(0, 0, "idle")],
+    }
+
+
+def test_ps_has_a_line_per_gang_with_a_bar_for_what_it_computes() -> None:
+    assert cluster_table(a_cluster()).splitlines() == [
+        "2 nodes, 128 of 128 CPU free, 8 of 8 GPU free",
+        "MODEL  STATE    REPLICAS             LAYOUT            QUEUED  RUNNING",
+        "a      running  2 (1-1, 1 starting)  ulysses_degree=2  3       [#####...............] denoise 5/20",
+        "                                                               idle",
+        "b      asleep   0 (0-1)              ulysses_degree=2  0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "total_steps", "bar"),
+    [(0, 20, "." * 20), (1, 30, "." * 20), (29, 30, "#" * 19 + "."), (30, 30, "#" * 20), (1, 1, "#" * 20)],
+)
+def test_a_bar_is_full_only_at_the_last_step(step: int, total_steps: int, bar: str) -> None:
+    body = cluster_object([(MODEL, ModelState("running", gangs=(gang(step, total_steps),)))], NODES, FREE)
+    assert f"[{bar}] denoise {step}/{total_steps}" in cluster_table(body)
+
+
+def test_reasons_stand_below_the_table() -> None:
+    body = cluster_object([(HUGE, ModelState("waiting", NEVER))], NODES, FREE)
+    assert cluster_table(body).splitlines()[-1] == f"a: {NEVER}"
+
+
+def test_models_has_a_line_per_model_with_what_may_be_asked() -> None:
+    models = Hall().models()
+    listed = {"data": [model_object(models[name], ModelState("running")) for name in ("one", "paint", "film")]}
+    assert models_table(listed).splitlines() == [
+        "MODEL  TASKS          STATE    DEFAULT SIZE  STEPS  ADAPTERS  ALSO CALLED",
+        "one    ?              running  1024x1024     50     ink       -",
+        "paint  text-to-image  running  1024x1024     50     ink       brush, pencil",
+        "film   text-to-video  running  64x64x5       4      ink       movie",
+    ]
+
+
+def test_without_a_terminal_loading_is_told_in_quarters(capsys: pytest.CaptureFixture[str]) -> None:
+    with LoadBars(["a", "b"]) as bars:
+        for a, b in ((0, 0), (0.1, 0), (0.24, 0), (0.25, 1), (0.7, 1), (0.6, 1), (0.999, 1), (1, 1), (1, 1)):
+            bars.show({"a": a, "b": b})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "a: 0 % loaded", "b: 0 % loaded", "a: 25 % loaded", "b: ready", "a: 70 % loaded", "a: 99 % loaded", "a: ready",
+    ]  # fmt: skip
+
+
+def test_on_a_terminal_loading_has_a_bar_per_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with LoadBars(["a", "longer"]) as bars:
+        bars.show({"a": 0.5, "longer": 1.0})
+        bars.show({"a": 0.4})  # a gang that starts again does not turn the bar back
+        assert [bar.n for bar in bars._bars.values()] == [50, 100]
+    assert "longer |" in capsys.readouterr().err
+
+
+def test_steps_are_lines_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with StepProgress() as progress:
+        progress.show(StepEvent(1, 2, 0.5))
+    assert capsys.readouterr().err == "step 1/2 0.500 s\n"
+
+
+def test_words_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    say("hello")
+    assert capsys.readouterr() == ("", "hello\n")
