@@ -33,7 +33,7 @@ def gang_app(args: dict[str, Any]) -> Application:
     """A model's application, whose replicas are its gangs. Called by Serve.
 
     Args:
-        args: of `Gang`.
+        args: `ModelSpec.fixed`; the rest comes by `Gang.reconfigure`.
     """
     deployment: Deployment = serve.deployment(name=GANG)(Gang)
     return deployment.bind(args)
@@ -49,18 +49,17 @@ def gateway_app(args: dict[str, Any]) -> Application:
     return deployment.bind(args.get("instance_id", ""))
 
 
-def serve_config(spec: DeploymentSpec, instance_id: str = "", draining: bool = False) -> dict[str, Any]:
+def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
     """All applications of a deployment, as a `ServeDeploySchema` in plain types.
 
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
-        draining: take no new requests.
     """
     models = [model_application(model, spec.storage.models) for model in spec.models]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": spec.gateway.host, "port": spec.gateway.port},
-        "applications": [*models, gateway_application(spec, instance_id, draining)],
+        "applications": [*models, gateway_application(spec, instance_id)],
     }
 
 
@@ -74,7 +73,7 @@ def model_application(model: ModelSpec, models_folder: str | None) -> dict[str, 
     scaling = model.autoscaling
     options = {
         "name": GANG,
-        "user_config": model.live,
+        "user_config": {"model": model.live, "models_folder": models_folder},
         "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
         "max_queued_requests": model.max_queued,
         "max_surge_percent": 1,  # Serve rounds up: new gangs come one by one, and an old one goes when a new one serves
@@ -104,12 +103,12 @@ def model_application(model: ModelSpec, models_folder: str | None) -> dict[str, 
         "name": app_name(model.name),
         "route_prefix": None,
         "import_path": "service.app:gang_app",
-        "args": {"model": model.fixed, "models_folder": models_folder},
+        "args": model.fixed,
         "deployments": [options],
     }
 
 
-def gateway_application(spec: DeploymentSpec, instance_id: str, draining: bool) -> dict[str, Any]:
+def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any]:
     """The application of the gateway."""
     options = {
         "name": GATEWAY,
@@ -118,7 +117,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str, draining: bool) 
         "max_ongoing_requests": 1000,
         "user_config": gateway_table(spec.models)
         | {
-            "draining": draining,
+            "draining": False,
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
         },
@@ -133,5 +132,5 @@ def gateway_application(spec: DeploymentSpec, instance_id: str, draining: bool) 
 
 
 def gateway_table(models: Iterable[ModelSpec]) -> dict[str, Any]:
-    """What the gateway knows of each model."""
-    return {"models": [model.model_dump(mode="json") for model in models]}
+    """What the gateway knows of each model: all but the environment of its ranks, which may hold secrets."""
+    return {"models": [model.model_dump(mode="json", exclude={"env"}) for model in models]}

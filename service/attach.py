@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayError
 
 from deploy.spec import SpecError
@@ -16,7 +15,7 @@ from deploy.spec import SpecError
 
 @contextlib.contextmanager
 def attach(address: str | None) -> Iterator[None]:
-    """Be connected to a Ray cluster, and to Serve on it, which is started if it does not run.
+    """Be connected to a Ray cluster.
 
     Args:
         address: of the head: `host:port` of its GCS, `ray://host:port`, or None or `auto` for the one on this machine.
@@ -39,7 +38,6 @@ def attach(address: str | None) -> Iterator[None]:
             f"no Ray cluster at {address!r}: {reason}; --address takes HOST:PORT of its head; `spray serve` prints it"
         ) from None
     try:
-        serve.start()
         yield
     finally:
         ray.shutdown()

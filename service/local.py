@@ -26,7 +26,6 @@ os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"  # a hung gang must 
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy laptop takes longer than Serve's 5 s
 os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # else 10: too slow for seconds
 os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import httpx
 import ray
@@ -37,7 +36,8 @@ from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
 from service.names import MODEL_APP_PREFIX
-from service.rollout import apply_config, derive_tasks
+from service.preflight import derive_tasks
+from service.rollout import apply_config, drain, start_serve
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
@@ -56,7 +56,8 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        self.spec = derive_tasks(spec)
+        one = spec.gateway.model_copy(update={"replicas": 1})  # a second one survives nothing that this machine does not
+        self.spec = derive_tasks(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
         self.address = ""
@@ -90,9 +91,9 @@ class LocalCluster:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
-            config = serve_config(self.spec, self.instance_id)
-            apply_config({"applications": config["applications"], "logging_config": quiet})
+            where = {"host": host, "port": port}
+            start_serve(self.spec, proxy_location="HeadOnly", http_options=where, logging_config=quiet)
+            apply_config(serve_config(self.spec, self.instance_id)["applications"], logging_config=quiet)
         except RayError as error:
             self.stop()
             raise GangLost(f"the local cluster cannot be started: {error}") from None
@@ -137,8 +138,7 @@ class LocalCluster:
 
     def drain(self) -> None:
         """Refuse new requests, and return when those in flight are answered."""
-        config = serve_config(self.spec, self.instance_id, draining=True)
-        apply_config({"applications": config["applications"]})
+        drain()
         while True:
             answer = _readiness(self.url)
             if not answer or (answer.get("status") == "draining" and not answer["in_flight"]):

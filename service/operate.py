@@ -22,17 +22,8 @@ from service.doctor import diagnose
 from service.local import LocalCluster, local_devices
 from service.printing import UsageError, say
 from service.progress import LoadBars
-from service.rollout import (
-    Change,
-    deploy,
-    failures,
-    misplaced,
-    pending,
-    plan_changes,
-    running_models,
-    settled,
-    verify_on_nodes,
-)
+from service.preflight import derive_tasks, misplaced, verify_on_nodes, without_room
+from service.rollout import AT_WORK, Change, deploy, failures, pending, plan_changes, running_models, settled
 from service.table import cluster_table, models_table
 
 
@@ -84,7 +75,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace) -> None:
     """Print the config that Ray Serve takes."""
-    print(to_yaml(serve_config(_load(arguments).spec)), end="")
+    spec = _load(arguments).spec
+    if spec.gateway.host in ("127.0.0.1", "localhost"):
+        say(f"gateway.host is {spec.gateway.host}: on a cluster nothing but the node itself reaches it; 0.0.0.0 listens to all")
+    print(to_yaml(serve_config(derive_tasks(spec))), end="")
 
 
 def roll_out(arguments: argparse.Namespace) -> None:
@@ -100,15 +94,19 @@ def roll_out(arguments: argparse.Namespace) -> None:
         changes = plan_changes(running, spec.models, arguments.prune)
         for change in changes:
             print(change, flush=True)
-        touched = {change.model for change in changes if change.action in ("add", "upgrade", "adjust")}
+        touched = {change.model for change in changes if change.action in AT_WORK}
         spec, obstacles = verify_on_nodes(spec, touched)
         if not arguments.allow_pending:
             obstacles += [f"{reason}; --allow-pending deploys it all the same" for reason in misplaced(spec, touched)]
+        added, upgraded = ({change.model for change in changes if change.action == a} for a in ("add", "upgrade"))
+        starved = without_room(spec, added, upgraded)
+        if not arguments.allow_downtime:
+            obstacles += [f"{line}; add devices, or say --allow-downtime" for line in starved.values()]
         if obstacles:
             raise SpecError("\n".join([*obstacles, "nothing was changed"]))
         if arguments.dry_run:
             return
-        deploy(spec, changes, arguments.allow_downtime)
+        deploy(spec, changes, tuple(starved))
         _wait(spec, changes)
 
 
@@ -169,21 +167,24 @@ def _curl(url: str, spec: DeploymentSpec) -> str:
 
 
 def _wait(spec: DeploymentSpec, changes: Sequence[Change]) -> None:
-    """Until everything that was changed serves.
+    """Until everything that was changed serves, or waits for nodes that are not there.
 
     Raises:
         SpecError: a model cannot be started; what ran before goes on.
-        TimeoutError: it takes longer than the start-up limit.
+        TimeoutError: it takes longer than all its gangs may take, one after the other.
     """
-    limit = max(model.timeouts.startup_s for model in spec.models)
-    deadline = time.monotonic() + limit
+    limits = [(m.timeouts.startup_s + m.grace_period_s) * m.autoscaling.max_replicas for m in spec.models]
+    deadline = time.monotonic() + max(limits)
     while time.monotonic() < deadline:
         failed = list(failures(changes))
         if failed:
             raise SpecError("\n".join(failed))
         unfinished = pending(changes)
-        if not unfinished:
+        waiting = [line for line in misplaced(spec, unfinished)]
+        if len(waiting) == len(unfinished):
+            for line in waiting:
+                say(f"waiting: {line}")
             say("done")
             return
         time.sleep(0.5)
-    raise TimeoutError(f"not finished after {limit:g} s: {', '.join(unfinished)}")
+    raise TimeoutError(f"not finished after {max(limits):g} s: {', '.join(unfinished)}")

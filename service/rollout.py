@@ -1,29 +1,22 @@
 """Changes a running cluster to what a deployment file says: `spray deploy`, and the start of `spray serve`.
 
-A spec comes in. It is compared with what Serve runs, verified on the cluster's nodes (weights, layout, devices), and
-only then told to Serve, all in one config. Models that the file does not change are not touched.
+A spec comes in. It is compared with what Serve runs, verified on the cluster's nodes (`service.preflight`), and only
+then told to Serve, all in one config. Models that the file does not change are not touched.
 """
 
 import copy
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.check import check_deployment
-from deploy.pipelines import PIPELINES, pipeline_name
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError, Task
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service.app import gateway_table, serve_config
-from service.names import GATEWAY_APP, app_name
-from workers.placement import Node, alive_nodes, bundle, free_resources, may_host, obstacle
-from workers.sources import fetch
+from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 
 Action = Literal["add", "upgrade", "adjust", "keep", "remove", "leave"]
 
@@ -35,6 +28,8 @@ WORDS: dict[Action, str] = {
     "remove": "its gangs finish what they compute, then stop",
     "leave": "not in the file, goes on; --prune removes it",
 }
+
+AT_WORK: tuple[Action, ...] = ("add", "upgrade", "adjust")
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,20 @@ class Change:
 
 
 def running_models() -> dict[str, ModelSpec]:
-    """The models that the cluster serves now, as they were deployed."""
-    gateway = _applications().get(GATEWAY_APP)
-    if gateway is None:
-        return {}
-    models = (ModelSpec.model_validate(model) for model in _user_config(gateway)["models"])
-    return {model.name: model for model in models}
+    """The models that the cluster serves now, as they were deployed.
+
+    Raises:
+        SpecError: another version of spray deployed them, and this one cannot read it.
+    """
+    found = {}
+    for name, application in applications().items():
+        if name.startswith(MODEL_APP_PREFIX):
+            try:
+                model = ModelSpec.model_validate(application["args"] | _user_config(application)["model"])
+            except (KeyError, TypeError, ValidationError):
+                raise SpecError(f"the application {name} is none of this version of spray; remove it first") from None
+            found[model.name] = model
+    return found
 
 
 def plan_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], prune: bool = False) -> list[Change]:
@@ -81,160 +84,88 @@ def plan_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], pru
     return changes
 
 
-def deploy(spec: DeploymentSpec, changes: Sequence[Change], allow_downtime: bool = False) -> None:
-    """Carry out the changes; Serve works on them when this returns.
-
-    Args:
-        spec: what the file says.
-        changes: of `plan_changes`, for this spec.
-        allow_downtime: let the old gangs of a model stop before the new ones start, where devices do not suffice.
-
-    Raises:
-        SpecError: devices do not suffice. Nothing was changed then.
-    """
-    starved = _starved(spec, changes)
-    if starved and not allow_downtime:
-        raise SpecError("\n".join(starved.values()))
-    running = running_models()
-    left = [running[change.model] for change in changes if change.action == "leave"]
-    present = _applications()
-    config = serve_config(spec, _instance_id(present))
-    applications = {application["name"]: application for application in config["applications"]}
-    for name in starved:
-        applications[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
-    for model in left:
-        applications[app_name(model.name)] = present[app_name(model.name)]
-    gateway = applications[GATEWAY_APP]["deployments"][0]
-    gateway["user_config"] |= gateway_table([*spec.models, *left])
-    removed = {app_name(change.model) for change in changes if change.action == "remove"}
-    others = {name: app for name, app in present.items() if name not in applications and name not in removed}
-    config["applications"] = [*applications.values(), *others.values()]
-    apply_config(config)
-
-
-def apply_config(config: dict[str, Any]) -> None:
-    """Hand a whole config to Serve. Applications that are not in it are removed."""
-    client = _get_global_client()
-    assert client is not None, "Serve runs here"
-    client.deploy_apps(ServeDeploySchema.model_validate(config))
-
-
-def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
-    """The spec with the tasks of those models filled in whose folders can be read on this machine."""
-
-    def derived(model: ModelSpec) -> ModelSpec:
-        try:
-            return model.model_copy(
-                update={"tasks": model.tasks or (PIPELINES[pipeline_name(Path(model.source))].task,)}
-            )
-        except ValueError:
-            return model
-
-    return spec.model_copy(update={"models": tuple(derived(model) for model in spec.models)})
-
-
 def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
     """The spec with what was derived when its models were deployed, so that only the file's changes count."""
 
     def known(model: ModelSpec) -> ModelSpec:
         before = running.get(model.name)
-        same = before and (before.source, before.revision) == (model.source, model.revision)
-        return model.model_copy(update={"tasks": before.tasks}) if before and same and model.tasks is None else model
+        return model.model_copy(update={"tasks": before.tasks}) if before and model.tasks is None else model
 
     return spec.model_copy(update={"models": tuple(known(model) for model in spec.models)})
 
 
-def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[DeploymentSpec, list[str]]:
-    """Fetch and check the weights of the touched models on every node that may run them, before any device is taken.
+def deploy(spec: DeploymentSpec, changes: Sequence[Change], without_surge: Sequence[str] = ()) -> None:
+    """Carry out the changes; Serve works on them when this returns.
 
-    Returns:
-        The spec with the tasks of these models filled in, and what keeps them from running, a line each.
+    Args:
+        spec: what the file says.
+        changes: of `plan_changes`, for this spec.
+        without_surge: models whose old gangs stop before the new ones start.
+
+    Raises:
+        SpecError: a name of the file is that of a model that goes on. Nothing was changed then.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    models: list[ModelSpec] = []
-    obstacles: list[str] = []
-    for model in spec.models:
-        if model.name not in touched:
-            models.append(model)
-            continue
-        hosts = [node["NodeID"] for node in nodes if may_host(model, Node(node["Resources"], node.get("Labels", {})))]
-        checks = [
-            _prepare.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False)).remote(
-                model, spec.storage.models
-            )
-            for host in hosts
-        ]
-        answers: list[tuple[tuple[Task, ...], str]] = ray.get(checks)
-        obstacles.extend(dict.fromkeys(line for _, line in answers if line))
-        tasks = next((tasks for tasks, line in answers if not line), None)
-        models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
-    return spec.model_copy(update={"models": tuple(models)}), obstacles
-
-
-@ray.remote(num_cpus=0)
-def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, ...], str]:
-    """On a node: what the model is for, and what keeps it from running there."""
+    running, present = running_models(), applications()
+    left = [running[change.model] for change in changes if change.action == "leave"]
     try:
-        folder = fetch(model, models_folder)
-        here = model.model_copy(update={"source": str(folder)})
-        check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
-    except ValueError as error:
-        message = str(error)
-        return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
-    return (PIPELINES[pipeline_name(folder)].task,), ""
+        DeploymentSpec(models=(*spec.models, *left))
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{message}; one of them is not in the file and goes on (--prune removes it)") from None
+    config = serve_config(spec, _instance_id(present))
+    wanted = {application["name"]: application for application in config["applications"]}
+    for name in without_surge:
+        wanted[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
+    for model in left:
+        wanted[app_name(model.name)] = present[app_name(model.name)]
+    wanted[GATEWAY_APP]["deployments"][0]["user_config"] |= gateway_table([*spec.models, *left])
+    removed = {app_name(change.model) for change in changes if change.action == "remove"}
+    others = {name: app for name, app in present.items() if name not in wanted and name not in removed}
+    start_serve(spec)
+    apply_config([*wanted.values(), *others.values()])
 
 
-def misplaced(spec: DeploymentSpec, touched: Collection[str]) -> list[str]:
-    """For each touched model whose gangs cannot be placed on any node of the cluster, why."""
-    nodes = alive_nodes()
-    reasons = ((model, obstacle(model, nodes)) for model in spec.models if model.name in touched)
-    return [f"{model.name}: {reason}" for model, reason in reasons if reason]
+def start_serve(spec: DeploymentSpec, **options: Any) -> None:
+    """Start Serve where the spec wants it to listen, unless it runs: where it listens then stays as it is."""
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        where = {"host": spec.gateway.host, "port": spec.gateway.port}
+        serve.start(**({"proxy_location": "EveryNode", "http_options": where} | options))
+
+
+def apply_config(wanted: Sequence[dict[str, Any]], **options: Any) -> None:
+    """Tell Serve which applications to run; others are removed."""
+    client = _get_global_client()
+    assert client is not None, "Serve runs here"
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": list(wanted), **options}))
+
+
+def drain() -> None:
+    """Let the gateway take no new requests; all else stays as it is."""
+    present = applications()
+    _user_config(present[GATEWAY_APP])["draining"] = True
+    apply_config(list(present.values()))
 
 
 def pending(changes: Sequence[Change]) -> list[str]:
-    """What is not done yet of the changes, by model."""
-    applications = serve.status().applications
-    unfinished = []
-    for change in changes:
-        application = applications.get(app_name(change.model))
-        if change.action == "remove":
-            done = application is None
-        else:
-            done = application is not None and application.status == "RUNNING"
-        if not done and change.action != "leave":
-            unfinished.append(change.model)
-    return unfinished
+    """The models whose changes are not done yet."""
+    statuses = serve.status().applications
+    names = {change.model: app_name(change.model) for change in changes if change.action in AT_WORK}
+    unfinished = [model for model, name in names.items() if name not in statuses or statuses[name].status != "RUNNING"]
+    return unfinished + [c.model for c in changes if c.action == "remove" and app_name(c.model) in statuses]
 
 
 def failures(changes: Sequence[Change]) -> Iterator[str]:
-    """The models that were changed and cannot be started, with the reason."""
-    applications = serve.status().applications
-    for change in changes:
-        application = applications.get(app_name(change.model))
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            details = [deployment.message for deployment in application.deployments.values()]
-            yield f"{change.model}: {' '.join([application.message, *details])}"
+    """What was changed and cannot be started, with the reason."""
+    statuses = serve.status().applications
+    names = {change.model: app_name(change.model) for change in changes if change.action in AT_WORK}
+    for model, name in {**names, "the gateway": GATEWAY_APP}.items():
+        application = statuses.get(name)
+        if application is not None and application.status == "DEPLOY_FAILED":
+            details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+            yield f"{model}: {' '.join(detail for detail in details if detail)}"
 
 
-def _starved(spec: DeploymentSpec, changes: Sequence[Change]) -> dict[str, str]:
-    """For each model that is to be upgraded, but has no room for a gang beside those that run: what is missing."""
-    upgraded = {change.model for change in changes if change.action == "upgrade"}
-    free = free_resources()
-    starved = {}
-    for model in spec.models:
-        if model.name not in upgraded:
-            continue
-        for resource, each in bundle(model).items():
-            needed = each * model.parallel.world_size
-            if needed > free.get(resource, 0) + 1e-6:
-                starved[model.name] = (
-                    f"{model.name}: a new gang needs {needed:g} {resource} beside the old ones, "
-                    f"{free.get(resource, 0):g} are free; add devices, or say --allow-downtime"
-                )
-    return starved
-
-
-def _applications() -> dict[str, dict[str, Any]]:
+def applications() -> dict[str, dict[str, Any]]:
     """The configs with which Serve's applications were deployed, by name."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
@@ -249,16 +180,16 @@ def _user_config(application: dict[str, Any]) -> dict[str, Any]:
     return user_config
 
 
-def _instance_id(applications: dict[str, dict[str, Any]]) -> str:
-    gateway = applications.get(GATEWAY_APP)
-    return str(gateway["args"]["instance_id"]) if gateway else ""
+def _instance_id(present: dict[str, dict[str, Any]]) -> str:
+    gateway = present.get(GATEWAY_APP, {})
+    return str(gateway.get("args", {}).get("instance_id", ""))
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in after:
         old, new = before.get(key), after[key]
-        if isinstance(old, dict) and isinstance(new, dict) and set(old) == set(new):
+        if isinstance(old, dict) and isinstance(new, dict) and set(old) == set(new) and key != "env":
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
             short = not isinstance(old, list | dict) and not isinstance(new, list | dict)

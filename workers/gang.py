@@ -39,12 +39,11 @@ class Gang:
     """All ranks of one model copy.
 
     Args:
-        args: `{"model": ModelSpec.fixed, "models_folder": where models from the hub are kept, or None}`.
+        fixed: `ModelSpec.fixed`.
     """
 
-    def __init__(self, args: dict[str, Any]) -> None:
-        self._args = args
-        self._started = time.monotonic()
+    def __init__(self, fixed: dict[str, Any]) -> None:
+        self._fixed = fixed
         self._turn = asyncio.Lock()
         self._losses = 0
         self._incarnation = itertools.count(1)
@@ -52,20 +51,20 @@ class Gang:
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
 
-    async def reconfigure(self, live: dict[str, Any]) -> None:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
 
         When ranks run it returns at once, because Serve sends no requests meanwhile: new adapters are loaded in a turn
         of their own, ahead of the requests that come later.
 
         Args:
-            live: `ModelSpec.live`.
+            user_config: `{"model": ModelSpec.live, "models_folder": where models from the hub are kept, or None}`.
 
         Raises:
             GangLost: a rank did not start, or could not load the model, within the start-up limit.
             ValueError: the model's files cannot be had, or are damaged.
         """
-        model = ModelSpec.model_validate(self._args["model"] | live)
+        model = ModelSpec.model_validate(self._fixed | user_config["model"])
         if self._ranks is None:
             folder = await asyncio.to_thread(fetch, model, self._args["models_folder"])
             self._kind = PIPELINES[pipeline_name(folder)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
@@ -39,6 +40,13 @@ def alive_nodes() -> list[Node]:
     """The living nodes of the Ray cluster that this process belongs to."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(node["Resources"], node.get("Labels", {})) for node in nodes if node["Alive"]]
+
+
+def free_nodes() -> list[Node]:
+    """The living nodes with what nobody holds of them."""
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [Node(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes if node["Alive"]]
 
 
 def free_resources() -> dict[str, float]:
@@ -85,6 +93,17 @@ def may_host(model: ModelSpec, node: Node) -> bool:
     """Whether a rank of the model may be placed on the node, if it were empty."""
     labels = model.placement.node_labels
     return all(node.labels.get(key) == value for key, value in labels.items()) and _places(node, bundle(model)) > 0
+
+
+def without(model: ModelSpec, nodes: Sequence[Node]) -> list[Node]:
+    """What is left of the nodes when a gang of the model is placed on them, as far as they hold it."""
+    wanted, missing, left = bundle(model), model.parallel.world_size, []
+    for node in sorted(nodes, key=lambda node: -_places(node, wanted)):
+        here = min(missing, _places(node, wanted)) if may_host(model, node) else 0
+        missing -= here
+        taken = {name: node.resources.get(name, 0) - here * wanted.get(name, 0) for name in node.resources}
+        left.append(Node(taken, node.labels))
+    return left
 
 
 def obstacle(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
