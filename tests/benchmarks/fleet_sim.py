@@ -151,9 +151,9 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
 def print_sum(name: str, verdicts: list[Verdict]) -> None:
     """Several lines as one."""
     sides = [pooled([v.ours for v in verdicts]), pooled([v.tuned for v in verdicts])]
-    saved = 1 - sides[0].gang_s / sides[1].gang_s
+    change = sides[0].gang_s / sides[1].gang_s - 1
     met = sum(verdict.bar != "not met" for verdict in verdicts)
-    print(f"| **{name}** | {cells(sides[0])} | {cells(sides[1])} | {saved:.0%} fewer | {met} of {len(verdicts)} |")
+    print(f"| **{name}** | {cells(sides[0])} | {cells(sides[1])} | {change:+.0%} hours | {met} of {len(verdicts)} |")
 
 
 def cells(outcome: Outcome) -> str:
@@ -164,7 +164,7 @@ def cells(outcome: Outcome) -> str:
 
 def print_frontier(load: Load, frontier: list[Point]) -> None:
     """What Serve's policy can trade, on the training days."""
-    print(f"\n{load.name}, Serve's frontier on the training days:\n")
+    print(f"\n{load.name}, Serve's frontier, hours of both training days:\n")
     print("| hours | p95 s | ongoing requests | upscale s | downscale s | to zero s | look-back s |")
     print("|---|---|---|---|---|---|---|")
     for p in frontier:
