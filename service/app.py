@@ -20,7 +20,7 @@ from workers.gang import Gang
 from workers.placement import placement_group
 
 METRICS_INTERVAL_S = 1.0
-LOOK_BACK_S = 5.0
+LOOK_BACK_S = 20.0
 """Serve averages what gangs report over so long; the policy itself knows how long their work lasts."""
 
 ROUTING_STATS_PERIOD_S = 1.0

@@ -12,9 +12,9 @@ from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
-from workers.placement import UNITS, Node, amount, bundle, obstacle
+from workers.placement import Node, obstacle
 
-State = Literal["running", "starting", "waiting", "asleep", "failed"]
+State = Literal["running", "starting", "waiting", "asleep", "failed", "stopping"]
 
 STATES: Mapping[State, str] = {
     "running": "at least one gang answers",
@@ -22,6 +22,7 @@ STATES: Mapping[State, str] = {
     "waiting": "its gangs cannot be placed; the reason says what is missing",
     "asleep": "no gang runs; the first request wakes one",
     "failed": "its gangs cannot be started; the reason says why",
+    "stopping": "it was removed; its gangs finish what they compute",
 }
 
 
@@ -45,7 +46,7 @@ class ModelState:
 
 
 def model_state(
-    model: ModelSpec, status: ServeStatus, nodes: Sequence[Node], free: Mapping[str, float], **reported: Any
+    model: ModelSpec, status: ServeStatus, nodes: Sequence[Node], free: Sequence[Node], **reported: Any
 ) -> ModelState:
     """The state of one model.
 
@@ -53,7 +54,7 @@ def model_state(
         model: as it was deployed.
         status: Serve's.
         nodes: of the cluster.
-        free: resources that nobody holds, in sum over the nodes.
+        free: the same with what nobody holds of them.
         reported: `queued` and `gangs` of `ModelState`.
     """
     application = status.applications.get(app_name(model.name))
@@ -65,16 +66,13 @@ def model_state(
 
 
 def cluster_object(
-    models: Iterable[tuple[ModelSpec, ModelState]], nodes: Sequence[Node], free: Mapping[str, float]
+    models: Iterable[tuple[ModelSpec, ModelState]], nodes: Sequence[Node], free: Sequence[Node]
 ) -> dict[str, Any]:
     """The body of `GET /v1/cluster`."""
     return {
         "object": "cluster",
         "nodes": len(nodes),
-        "devices": {
-            name: {"total": sum(node.resources.get(name, 0) for node in nodes), "free": round(free.get(name, 0), 3)}
-            for name in ("CPU", "GPU")
-        },
+        "devices": {name: {"total": _sum(nodes, name), "free": _sum(free, name)} for name in ("CPU", "GPU")},
         "models": [state_object(model, state) for model, state in models],
     }
 
@@ -98,10 +96,12 @@ def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
 
 
 def _state(
-    model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Mapping[str, float]
+    model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Sequence[Node]
 ) -> tuple[State, str]:
+    starting = replicas.get("STARTING", 0)
+    lacking = obstacle(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
-        return "running", ""
+        return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
     if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         details = [application.message, *(deployment.message for deployment in application.deployments.values())]
         return "failed", " ".join(detail for detail in details if detail)
@@ -110,12 +110,8 @@ def _state(
     never = obstacle(model, nodes)
     if never:
         return "waiting", never
-    if replicas.get("STARTING"):
-        for resource, each in bundle(model).items():
-            needed, there = each * model.parallel.world_size, free.get(resource, 0)
-            if resource in UNITS and there + 1e-6 < needed:
-                return (
-                    "starting",
-                    f"loading, or waiting for {amount(resource, needed)}; {amount(resource, there)} are free",
-                )
-    return "starting", ""
+    return "starting", f"loading, or waiting: {lacking} free" if lacking else ""
+
+
+def _sum(nodes: Sequence[Node], resource: str) -> float:
+    return round(sum(node.resources.get(resource, 0.0) for node in nodes), 3)

@@ -8,10 +8,8 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import math
 import os
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,13 +19,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.spec import ModelSpec
-from service import reports
-from service.cluster import ModelState, cluster_object, model_state
+from service.cluster import ModelState
 from service.names import GANG, app_name
 from service.rest import rest_app
-from workers.errors import GangLost, QueueFull, ShuttingDown, SprayError, Unauthorized
+from service.watch import Watch
+from workers.errors import GangLost, ModelNotFound, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
-from workers.placement import Node, alive_nodes, free_resources
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,8 +34,11 @@ ATTEMPTS = 3
 PAUSE_S = 0.7
 """Before another attempt, so that a lost gang is gone from the routing table."""
 
-LOOK_PERIOD_S = 2.0
-"""How often the state of the models is looked at, to log what changes."""
+PATIENCE_S = 5.0
+"""A caller hears how things are at least so often; proxies close connections that are silent for long."""
+
+UNSET: list[str] = []
+"""The API keys before the first configuration: nobody's."""
 
 
 class Gateway:
@@ -53,28 +53,29 @@ class Gateway:
         self.max_body_bytes = 1 << 20
         self.draining = False
         self.in_flight = 0
-        self._keys: list[str] | None = None
+        self._keys: list[str] | None = UNSET
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._states: dict[str, ModelState] = {}
-        self._looked_at = -math.inf
-        self._looking = asyncio.Lock()
-        self._watcher: asyncio.Task[None] | None = None
+        self._watch = Watch()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
 
         Raises:
-            RuntimeError: the variable that should hold the API keys is empty: then nobody may call.
+            RuntimeError: at start, the variable that should hold the API keys is empty: then nobody may call.
         """
         specs = [ModelSpec.model_validate(model) for model in user_config["models"]]
         self._models = {spec.name: spec for spec in specs}
         self._handles = {name: handle for name, handle in self._handles.items() if name in self._models}
         self.draining = user_config["draining"]
         self.max_body_bytes = user_config["max_body_bytes"]
-        self._keys = _api_keys(user_config["api_keys_env"])
-        self._looked_at = -math.inf
-        self._watcher = self._watcher or asyncio.create_task(self._watch())
+        try:
+            self._keys = _api_keys(user_config["api_keys_env"])
+        except RuntimeError as error:
+            if self._keys is UNSET:
+                raise
+            logger.error("%s; the former keys stay", error)
+        self._watch.follow(self._models)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The REST door; Serve asks for it once this replica is constructed."""
@@ -91,38 +92,29 @@ class Gateway:
         """
         if self._keys is None:
             return
-        given = (authorization or "").removeprefix("Bearer ").encode()
-        if not any(hmac.compare_digest(given, key.encode()) for key in self._keys):
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not any(
+            hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._keys
+        ):
             raise Unauthorized("a valid API key is needed, as 'Authorization: Bearer KEY'")
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
         return self._models
 
-    async def states(self) -> dict[str, ModelState]:
-        """The state of each model by name; at most half a second old."""
-        async with self._looking:
-            if time.monotonic() - self._looked_at > 0.5:
-                status, nodes, free = await asyncio.to_thread(_look)
-                self._states = {
-                    name: model_state(model, status, nodes, free, **_reported(name))
-                    for name, model in self._models.items()
-                }
-                self._looked_at = time.monotonic()
-            return self._states
+    def states(self) -> dict[str, ModelState]:
+        """The state of each model by name."""
+        return self._watch.states
 
-    async def cluster(self) -> dict[str, Any]:
+    def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
             with contextlib.suppress(GangLost):  # it is being deployed
                 self._handle(name)  # its router hears what the gangs say
-        states = await self.states()
-        _, nodes, free = await asyncio.to_thread(_look)
-        known = [(model, states[name]) for name, model in self._models.items() if name in states]  # it may just change
-        return cluster_object(known, nodes, free)
+        return self._watch.cluster()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
-        """Run one request, on another gang if the first is lost.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+        """Run one request, on another gang if the first is lost. While it waits, the model's state comes now and then.
 
         Raises:
             ShuttingDown: the deployment takes no new requests.
@@ -135,19 +127,21 @@ class Gateway:
             raise ShuttingDown("the server is about to stop and takes no new requests")
         self.in_flight += 1
         try:
-            async for report in self._generate(request):
-                yield report
+            async with contextlib.aclosing(self._generate(request)) as reports:
+                async for report in reports:
+                    yield report
         finally:
             self.in_flight -= 1
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
         losses = 0
         while losses < ATTEMPTS:
             try:
                 answer = self._handle(request.model).generate.remote(request)
                 assert isinstance(answer, DeploymentResponseGenerator)
-                async for report in answer:
-                    yield report
+                async with contextlib.aclosing(self._attended(request.model, answer)) as reports:
+                    async for report in reports:
+                        yield report
                 return
             except BackPressureError:
                 if not losses:
@@ -173,28 +167,38 @@ class Gateway:
             self._handles[model] = handle.options(stream=True)
         return self._handles[model]
 
-    async def _watch(self) -> None:
-        """Log what keeps a model from running, once per reason."""
-        told: dict[str, str] = {}
-        while True:
-            try:
-                for name, state in (await self.states()).items():
-                    if state.reason and state.reason != told.get(name):
-                        logger.warning("%s is %s: %s", name, state.state, state.reason)
-                    told[name] = state.reason
-            except Exception:
-                logger.exception("the state of the cluster cannot be read")
-            await asyncio.sleep(LOOK_PERIOD_S)
+    async def _attended(
+        self, model: str, answer: DeploymentResponseGenerator[Any]
+    ) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+        """What a gang reports, and the model's state whenever that takes long.
+
+        Serve lets a request wait for ever, even when no gang can come: then it ends here.
+        """
+        coming = asyncio.ensure_future(anext(answer, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
+                if done:
+                    report = coming.result()
+                    if report is None:
+                        return
+                    yield report
+                    coming = asyncio.ensure_future(anext(answer, None))
+                    continue
+                state = self.states().get(model)
+                if state is None and app_name(model) not in await asyncio.to_thread(_applications):
+                    raise ModelNotFound(f"the model {model!r} was removed")
+                if state is not None and state.state == "failed":
+                    raise GangLost(f"{model!r} cannot be started: {state.reason}")
+                yield state or ModelState("stopping")
+        finally:
+            if not coming.done() or coming.cancelled():
+                coming.cancel()
+                answer.cancel()  # type: ignore[no-untyped-call]
 
 
-def _look() -> tuple[Any, list[Node], dict[str, float]]:
-    """Serve's status, the nodes, and what is free on them in sum."""
-    return serve.status(), alive_nodes(), free_resources()
-
-
-def _reported(model: str) -> dict[str, Any]:
-    queued, gangs = reports.of_application(app_name(model))
-    return {"queued": queued, "gangs": gangs}
+def _applications() -> Collection[str]:
+    return serve.status().applications
 
 
 def _api_keys(variable: str | None) -> list[str] | None:

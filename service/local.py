@@ -56,7 +56,9 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        one = spec.gateway.model_copy(update={"replicas": 1})  # a second one survives nothing that this machine does not
+        one = spec.gateway.model_copy(
+            update={"replicas": 1}
+        )  # a second one survives nothing that this machine does not
         self.spec = derive_tasks(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""

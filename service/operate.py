@@ -20,9 +20,9 @@ from service.attach import attach
 from service.client import read_cluster, read_models, server_url
 from service.doctor import diagnose
 from service.local import LocalCluster, local_devices
+from service.preflight import derive_tasks, misplaced, verify_on_nodes, without_room
 from service.printing import UsageError, say
 from service.progress import LoadBars
-from service.preflight import derive_tasks, misplaced, verify_on_nodes, without_room
 from service.rollout import AT_WORK, Change, deploy, failures, pending, plan_changes, running_models, settled
 from service.table import cluster_table, models_table
 
@@ -77,7 +77,7 @@ def build(arguments: argparse.Namespace) -> None:
     """Print the config that Ray Serve takes."""
     spec = _load(arguments).spec
     if spec.gateway.host in ("127.0.0.1", "localhost"):
-        say(f"gateway.host is {spec.gateway.host}: on a cluster nothing but the node itself reaches it; 0.0.0.0 listens to all")
+        say(f"gateway.host is {spec.gateway.host}: on a cluster only the node itself reaches it; 0.0.0.0 is all of it")
     print(to_yaml(serve_config(derive_tasks(spec))), end="")
 
 
@@ -180,7 +180,7 @@ def _wait(spec: DeploymentSpec, changes: Sequence[Change]) -> None:
         if failed:
             raise SpecError("\n".join(failed))
         unfinished = pending(changes)
-        waiting = [line for line in misplaced(spec, unfinished)]
+        waiting = misplaced(spec, unfinished)
         if len(waiting) == len(unfinished):
             for line in waiting:
                 say(f"waiting: {line}")

@@ -79,7 +79,7 @@ def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collect
             reason = obstacle(model, nodes)
             if reason:
                 missing[model.name] = f"{model.name}: a new gang beside the old ones {reason} free"
-        if model.name in upgraded | added and not reason:
+        if (model.name in upgraded or model.name in added) and not reason:
             nodes = without(model, nodes)
     return missing
 

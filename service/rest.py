@@ -3,7 +3,6 @@
 Paths and bodies are OpenAI's; every error, also of an unknown path, is in OpenAI's envelope.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -38,9 +37,6 @@ from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 logger = logging.getLogger("ray.serve")
 
-PATIENCE_S = 5.0
-"""A stream says at least so often how things are; proxies close connections that are silent for long."""
-
 
 class Hall(Protocol):
     """What stands behind the doors; `service.gateway.Gateway` in a deployment."""
@@ -56,13 +52,13 @@ class Hall(Protocol):
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
-        """Run one request."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+        """Run one request; while it waits, the model's state comes now and then."""
 
-    async def states(self) -> dict[str, ModelState]:
+    def states(self) -> dict[str, ModelState]:
         """The state of each model by name."""
 
-    async def cluster(self) -> dict[str, Any]:
+    def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
 
 
@@ -84,7 +80,7 @@ def rest_app(hall: Hall) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        states = await hall.states()
+        states = hall.states()
         waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
         ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
         status = "draining" if hall.draining else "ok" if ready else "waiting"
@@ -93,18 +89,18 @@ def rest_app(hall: Hall) -> FastAPI:
 
     @app.get("/v1/cluster", dependencies=for_callers)
     async def cluster() -> dict[str, Any]:
-        return await hall.cluster()
+        return hall.cluster()
 
     @app.get("/v1/models", dependencies=for_callers)
     async def list_models() -> dict[str, Any]:
-        states = await hall.states()
+        states = hall.states()
         data = [model_object(model, states.get(name)) for name, model in hall.models().items()]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{name:path}", dependencies=for_callers)
     async def retrieve_model(name: str) -> dict[str, Any]:
         model = find_model(hall.models(), name)
-        return model_object(model, (await hall.states()).get(model.name))
+        return model_object(model, hall.states().get(model.name))
 
     @app.post("/v1/images/generations", dependencies=for_callers)
     async def generate_images(http: Request) -> Response:
@@ -167,7 +163,7 @@ class _Events(StreamingResponse):
 async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequest) -> AsyncGenerator[str]:
     """Server-sent events: progress (as comments, which clients skip, unless asked for), the pictures, `[DONE]`."""
     try:
-        async with contextlib.aclosing(_with_patience(hall, request)) as reports:
+        async with contextlib.aclosing(hall.generate(request)) as reports:
             async for report in reports:
                 if isinstance(report, ModelState):
                     yield f": {request.model} is {report.state}, {report.queued} wait\n\n"
@@ -182,32 +178,6 @@ async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequ
     except Exception as error:
         _log(error)
         yield f"data: {json.dumps(answer(error)[1])}\n\n"
-
-
-async def _with_patience(
-    hall: Hall, request: GenerationRequest
-) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-    """What `generate` reports, and the model's state whenever that takes long: a model may have to be woken first."""
-    reports = hall.generate(request)
-    coming = asyncio.ensure_future(anext(reports, None))
-    try:
-        while True:
-            done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
-            if not done:
-                state = (await hall.states()).get(request.model)
-                if state:
-                    yield state
-                continue
-            report = coming.result()
-            if report is None:
-                return
-            yield report
-            coming = asyncio.ensure_future(anext(reports, None))
-    finally:
-        coming.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await coming
-        await reports.aclose()
 
 
 def _event(event: dict[str, Any]) -> str:

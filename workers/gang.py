@@ -48,6 +48,7 @@ class Gang:
         self._losses = 0
         self._incarnation = itertools.count(1)
         self._ranks: RankGroup | None = None
+        self._replacing = False
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
 
@@ -66,19 +67,20 @@ class Gang:
         """
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
         if self._ranks is None:
-            folder = await asyncio.to_thread(fetch, model, self._args["models_folder"])
+            self._models_folder = user_config["models_folder"]
+            folder = await asyncio.to_thread(fetch, model, self._models_folder)
             self._kind = PIPELINES[pipeline_name(folder)]
-            self._model = model.model_copy(update={"source": str(folder)})
+            commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
+            self._model = model.model_copy(update=commit)
             self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them
+            began = time.monotonic()
             self._ranks = await self._start_ranks()
-            self._startup_s = time.monotonic() - self._started
+            self._startup_s = time.monotonic() - began
             return
-        loras, self._model = (
-            model.loras,
-            model.model_copy(update={"source": self._model.source, "loras": self._model.loras}),
-        )
-        if loras != self._model.loras:
-            self._swap = asyncio.create_task(self._swap_adapters(loras), context=self._context)
+        former = self._model
+        self._model = model.model_copy(update={"revision": former.revision, "loras": former.loras})
+        if model.loras != former.loras:
+            self._swap = asyncio.create_task(self._swap_adapters(model.loras), context=self._context)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
         """Run one request on all ranks: a `StepEvent` after each step, the result at last.
@@ -140,7 +142,9 @@ class Gang:
         return backlog.as_stats() | {"now": now}
 
     def _remaining_s(self) -> float:
-        """Seconds of work left; 0 while nothing of that kind was run before."""
+        """Seconds until the gang is free; 0 while nothing of that kind was run before."""
+        if self._replacing:
+            return self._startup_s
         if self._running is None or self._ranks is None:
             return 0.0
         done = self._ranks.statuses[0].step
@@ -152,7 +156,7 @@ class Gang:
     async def _start_ranks(self) -> RankGroup:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
-        return await RankGroup.start(self._model, name, self._on_lost)
+        return await RankGroup.start(self._model, self._models_folder, name, self._on_lost)
 
     async def _swap_adapters(self, loras: tuple[LoRA, ...]) -> None:
         async with self._turn:
@@ -169,6 +173,7 @@ class Gang:
 
     def _on_lost(self) -> None:
         self._losses += 1
+        self._replacing = True
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
 
     async def _replace_ranks(self) -> None:
@@ -176,6 +181,7 @@ class Gang:
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
+                    self._replacing = False
                     logger.warning("%s: all ranks are replaced", self._model.name)
                     return
                 except Exception:

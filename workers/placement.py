@@ -44,7 +44,7 @@ def alive_nodes() -> list[Node]:
 
 def free_nodes() -> list[Node]:
     """The living nodes with what nobody holds of them."""
-    free: dict[str, dict[str, float]] = available_resources_per_node()
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes if node["Alive"]]
 

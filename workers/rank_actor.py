@@ -12,6 +12,7 @@ import ray
 
 from deploy.spec import LoRA, ModelSpec
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.sources import fetch
 
 if TYPE_CHECKING:
     from workers.rank import Rank
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.rank.Rank`."""
 
-    def __init__(self, rank: int, model: ModelSpec) -> None:
+    def __init__(self, rank: int, model: ModelSpec, models_folder: str | None) -> None:
         logging.basicConfig(format="%(name)s: %(message)s")
         if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
             logging.getLogger("sp_core").setLevel(logging.INFO)
         node_id = ray.get_runtime_context().get_node_id()
-        self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, model, node_id=node_id)
+        folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
+        here = model.model_copy(update={"source": str(folder)})
+        self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, here, node_id=node_id)
 
     def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: the address where the ranks of this gang meet."""

@@ -39,11 +39,12 @@ class RankGroup:
 
     Args:
         model: what the ranks load.
+        models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
         name: prefix of the ranks' actor names, unique in the cluster.
         on_lost: called once, when the ranks are lost.
     """
 
-    def __init__(self, model: ModelSpec, name: str, on_lost: Callable[[], None]) -> None:
+    def __init__(self, model: ModelSpec, models_folder: str | None, name: str, on_lost: Callable[[], None]) -> None:
         self._model = model
         self._on_lost = on_lost
         self._lost: str | None = None
@@ -63,18 +64,18 @@ class RankGroup:
                 num_gpus=resources.get("GPU", 0),
                 runtime_env={"env_vars": model.env} if model.env else None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote(i, model)
+            ).remote(i, model, models_folder)
             for i, index in enumerate(order)
         ]
 
     @classmethod
-    async def start(cls, model: ModelSpec, name: str, on_lost: Callable[[], None]) -> Self:
+    async def start(cls, model: ModelSpec, models_folder: str | None, name: str, on_lost: Callable[[], None]) -> Self:
         """Start the ranks, let them meet and load, and begin to watch them.
 
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
-        group = cls(model, name, on_lost)
+        group = cls(model, models_folder, name, on_lost)
         limit = model.timeouts.startup_s
         try:
             group._statuses = await asyncio.wait_for(group._assemble(), limit)

@@ -35,6 +35,9 @@ CHECKS: tuple[Callable[[Path], object], ...] = (verify_weights, verify_checksums
 
 INDEX = "model_index.json"
 
+CHECKSUMS = "SHA256SUMS"
+"""Compared where a model has it."""
+
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
 """Ends of the names of files that a component is loaded from: configs, weights, tokenizers and their templates."""
 
@@ -101,7 +104,7 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
         raise ValueError(f"{what} has no {INDEX}; set source to a model in diffusers' format")
     pipeline_name(folder)  # before tens of gigabytes are fetched
     parts = _parts(folder)
-    folder = snapshot(folder.name, [INDEX, *(f"{part}/*.{kind}" for part in parts for kind in KINDS)])
+    folder = snapshot(folder.name, [INDEX, CHECKSUMS, *(f"{part}/*.{kind}" for part in parts for kind in KINDS)])
     absent = [part for part in parts if not (folder / part).is_dir()]
     if absent:  # a cache that others have filled does not say whether it is whole
         raise ValueError(f"{what} cannot be fetched: {folder} has no {', '.join(absent)}; {REASONS[-1][1]}")

@@ -27,7 +27,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import service.local  # isort: skip  # before any other import of Ray
 import httpx
 import yaml
 
