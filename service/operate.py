@@ -23,6 +23,7 @@ from service.local import LocalCluster, local_devices
 from service.printing import UsageError, say
 from service.progress import LoadBars
 from service.rollout import (
+    TOUCHED,
     Change,
     deploy,
     failures,
@@ -100,7 +101,7 @@ def roll_out(arguments: argparse.Namespace) -> None:
         changes = plan_changes(running, spec.models, arguments.prune)
         for change in changes:
             print(change, flush=True)
-        touched = {change.model for change in changes if change.action in ("add", "upgrade", "adjust")}
+        touched = {change.model for change in changes if change.action in TOUCHED}
         spec, obstacles = verify_on_nodes(spec, touched)
         if not arguments.allow_pending:
             obstacles += [f"{reason}; --allow-pending deploys it all the same" for reason in misplaced(spec, touched)]

@@ -27,6 +27,9 @@ from workers.sources import fetch
 
 Action = Literal["add", "upgrade", "adjust", "keep", "remove", "leave"]
 
+TOUCHED: frozenset[Action] = frozenset({"add", "upgrade", "adjust"})
+"""What is verified before it is done, and waited for afterwards."""
+
 WORDS: dict[Action, str] = {
     "add": "new",
     "upgrade": "new gangs, one by one; each old one stops when a new one serves",
@@ -192,28 +195,27 @@ def misplaced(spec: DeploymentSpec, touched: Collection[str]) -> list[str]:
 
 
 def pending(changes: Sequence[Change]) -> list[str]:
-    """What is not done yet of the changes, by model."""
+    """What is not done yet of the changes, by model, and whether the gateway knows of them."""
     applications = serve.status().applications
-    unfinished = []
-    for change in changes:
-        application = applications.get(app_name(change.model))
-        if change.action == "remove":
-            done = application is None
-        else:
-            done = application is not None and application.status == "RUNNING"
-        if not done and change.action != "leave":
-            unfinished.append(change.model)
-    return unfinished
+    running = {name for name, application in applications.items() if application.status == "RUNNING"}
+    unfinished = [
+        change.model for change in changes if change.action in TOUCHED and app_name(change.model) not in running
+    ]
+    unfinished += [
+        change.model for change in changes if change.action == "remove" and app_name(change.model) in applications
+    ]
+    return unfinished if GATEWAY_APP in running else [*unfinished, GATEWAY_APP]
 
 
 def failures(changes: Sequence[Change]) -> Iterator[str]:
-    """The models that were changed and cannot be started, with the reason."""
+    """What was changed and cannot be started, with the reason. Models that were left alone are not looked at."""
+    names = {change.model: app_name(change.model) for change in changes if change.action in TOUCHED}
     applications = serve.status().applications
-    for change in changes:
-        application = applications.get(app_name(change.model))
+    for name, of in (names | {GATEWAY_APP: GATEWAY_APP}).items():
+        application = applications.get(of)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            details = [deployment.message for deployment in application.deployments.values()]
-            yield f"{change.model}: {' '.join([application.message, *details])}"
+            details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+            yield f"{name}: {' '.join(detail for detail in details if detail)}"
 
 
 def _starved(spec: DeploymentSpec, changes: Sequence[Change]) -> dict[str, str]:
