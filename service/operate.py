@@ -23,7 +23,7 @@ from service.local import LocalCluster, local_devices
 from service.preflight import derive_tasks, misplaced, verify_on_nodes, without_room
 from service.printing import UsageError, say
 from service.progress import LoadBars
-from service.rollout import AT_WORK, Change, deploy, failures, pending, plan_changes, running_models, settled
+from service.rollout import TOUCHED, Change, deploy, failures, pending, plan_changes, running_models, settled
 from service.table import cluster_table, models_table
 
 
@@ -94,7 +94,7 @@ def roll_out(arguments: argparse.Namespace) -> None:
         changes = plan_changes(running, spec.models, arguments.prune)
         for change in changes:
             print(change, flush=True)
-        touched = {change.model for change in changes if change.action in AT_WORK}
+        touched = {change.model for change in changes if change.action in TOUCHED}
         spec, obstacles = verify_on_nodes(spec, touched)
         if not arguments.allow_pending:
             obstacles += [f"{reason}; --allow-pending deploys it all the same" for reason in misplaced(spec, touched)]

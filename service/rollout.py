@@ -29,7 +29,7 @@ WORDS: dict[Action, str] = {
     "leave": "not in the file, goes on; --prune removes it",
 }
 
-AT_WORK: tuple[Action, ...] = ("add", "upgrade", "adjust")
+TOUCHED: tuple[Action, ...] = ("add", "upgrade", "adjust")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSp
 
     def known(model: ModelSpec) -> ModelSpec:
         before = running.get(model.name)
-        return model.model_copy(update={"tasks": before.tasks}) if before and model.tasks is None else model
+        if before is None or model.tasks or (before.source, before.revision) != (model.source, model.revision):
+            return model
+        return model.model_copy(update={"tasks": before.tasks})
 
     return spec.model_copy(update={"models": tuple(known(model) for model in spec.models)})
 
@@ -149,7 +151,7 @@ def drain() -> None:
 def pending(changes: Sequence[Change]) -> list[str]:
     """The models whose changes are not done yet."""
     statuses = serve.status().applications
-    names = {change.model: app_name(change.model) for change in changes if change.action in AT_WORK}
+    names = {change.model: app_name(change.model) for change in changes if change.action in TOUCHED}
     unfinished = [model for model, name in names.items() if name not in statuses or statuses[name].status != "RUNNING"]
     return unfinished + [c.model for c in changes if c.action == "remove" and app_name(c.model) in statuses]
 
@@ -157,7 +159,7 @@ def pending(changes: Sequence[Change]) -> list[str]:
 def failures(changes: Sequence[Change]) -> Iterator[str]:
     """What was changed and cannot be started, with the reason."""
     statuses = serve.status().applications
-    names = {change.model: app_name(change.model) for change in changes if change.action in AT_WORK}
+    names = {change.model: app_name(change.model) for change in changes if change.action in TOUCHED}
     for model, name in {**names, "the gateway": GATEWAY_APP}.items():
         application = statuses.get(name)
         if application is not None and application.status == "DEPLOY_FAILED":

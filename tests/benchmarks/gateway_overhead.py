@@ -1,6 +1,6 @@
 """What the gateway itself costs a request, and a deployment file, with 1, 10 and 50 models in the table.
 
-    python -m tests.benchmarks.gateway_overhead [--turns 40] [--requests 25]
+    python -m tests.benchmarks.gateway_overhead [--turns 100] [--requests 25]
 
 A request goes through the REST door and the real `Gateway` in one process: the door parses, validates, finds the model,
 settles the request, admits it, and answers; only the call of the gang is replaced, by one that has a small picture at
@@ -57,7 +57,7 @@ class Alone(Gateway):
 def main() -> None:
     """Run both parts and print their tables."""
     parser = argparse.ArgumentParser(description="Cost of the gateway by the number of models.")
-    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--requests", type=int, default=25, help="per turn and table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,228 @@
+"""`spray deploy` without a cluster: what Serve is told when a file meets what runs, and what is refused before."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+    ServeStatus,
+)
+
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from service import cli, operate, rollout
+from service.app import serve_config
+from service.rollout import Change, deploy, failures, pending, plan_changes, running_models
+from sp_core.degrees import ParallelDegrees
+
+A = ModelSpec(name="a", source="/a", tasks=("text-to-image",), parallel=ParallelDegrees(ulysses_degree=2))
+B = A.model_copy(update={"name": "b"})
+FOREIGN = {"name": "not-ours", "import_path": "somebody:app", "route_prefix": "/else", "deployments": []}
+PLENTY = {"CPU": 64.0, "GPU": 8.0}
+
+
+class Cluster:
+    """A cluster that serves two models and an application of somebody else."""
+
+    def __init__(self) -> None:
+        config = serve_config(DeploymentSpec(models=(A, B)), "the instance")
+        self.applications = {application["name"]: application for application in [*config["applications"], FOREIGN]}
+        self.told: list[dict[str, Any]] = []
+        self.free = PLENTY
+
+    def tell(self, config: dict[str, Any]) -> None:
+        self.told.append({application["name"]: application for application in config["applications"]})
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(rollout, "_applications", lambda: cluster.applications)
+    monkeypatch.setattr(rollout, "apply_config", cluster.tell)
+    monkeypatch.setattr(rollout, "free_resources", lambda: cluster.free)
+    return cluster
+
+
+def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
+    deploy(DeploymentSpec(models=models), plan_changes(running_models(), models, prune), **options)
+
+
+def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
+    assert running_models() == {"a": A, "b": B}
+    cluster.applications = {"not-ours": FOREIGN}
+    assert running_models() == {}
+
+
+def in_table(told: dict[str, Any]) -> list[str]:
+    return [model["name"] for model in told["gateway"]["deployments"][0]["user_config"]["models"]]
+
+
+def test_one_upgraded_model_leaves_everything_else_as_it_is(cluster: Cluster) -> None:
+    carried_out(A.model_copy(update={"dtype": "float16"}))
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "model-b", "gateway", "not-ours"}
+    assert told["model-a"]["args"]["model"]["dtype"] == "float16"
+    assert told["model-a"]["deployments"][0]["max_surge_percent"] == 1
+    for name in ("model-b", "not-ours"):
+        assert told[name] == cluster.applications[name]
+    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would start anew
+    assert in_table(told) == ["a", "b"]
+
+
+def test_the_same_file_again_tells_serve_the_same(cluster: Cluster) -> None:
+    carried_out(A, B)
+    assert cluster.told == [cluster.applications]
+
+
+def test_a_new_model_beside_the_others(cluster: Cluster) -> None:
+    carried_out(B.model_copy(update={"name": "c"}))
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "model-b", "model-c", "gateway", "not-ours"}
+    assert sorted(in_table(told)) == ["a", "b", "c"]
+
+
+def test_pruning_removes_models_of_ours_and_no_others(cluster: Cluster) -> None:
+    carried_out(A, prune=True)
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "gateway", "not-ours"}
+    assert in_table(told) == ["a"]
+
+
+def test_an_upgrade_without_room_is_refused_unless_downtime_is_allowed(cluster: Cluster) -> None:
+    cluster.free = PLENTY | {"GPU": 1.0}
+    upgraded = A.model_copy(update={"dtype": "float16"})
+    with pytest.raises(SpecError, match="a: a new gang needs 2 GPU beside the old ones, 1 are free"):
+        carried_out(upgraded)
+    assert cluster.told == []
+    carried_out(upgraded, allow_downtime=True)
+    (told,) = cluster.told
+    assert told["model-a"]["deployments"][0]["max_surge_percent"] == 0
+    assert told["model-b"]["deployments"][0]["max_surge_percent"] == 1
+
+
+def test_an_adjusted_model_needs_no_room(cluster: Cluster) -> None:
+    cluster.free = {}
+    carried_out(A.model_copy(update={"max_queued": 5}))
+    (told,) = cluster.told
+    assert told["model-a"]["args"] == cluster.applications["model-a"]["args"]
+    assert told["model-a"]["deployments"][0]["max_queued_requests"] == 5
+
+
+def status(**applications: str) -> ServeStatus:
+    deployment = DeploymentStatusOverview(
+        DeploymentStatus.HEALTHY, DeploymentStatusTrigger.UNSPECIFIED, {}, "rank 1 died"
+    )
+    return ServeStatus(
+        applications={
+            name.replace("_", "-"): ApplicationStatusOverview(ApplicationStatus(state), "", 0.0, {"Gang": deployment})
+            for name, state in applications.items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "serve", "waits", "fails"),
+    [
+        ("add", {}, ["a"], []),
+        ("add", {"model_a": "DEPLOYING"}, ["a"], []),
+        ("upgrade", {"model_a": "RUNNING"}, [], []),
+        ("adjust", {"model_a": "DEPLOY_FAILED"}, ["a"], ["a: rank 1 died"]),
+        ("upgrade", {"model_a": "UNHEALTHY"}, ["a"], ["a: rank 1 died"]),
+        ("remove", {"model_a": "DELETING"}, ["a"], []),
+        ("remove", {}, [], []),
+        ("keep", {"model_a": "DEPLOY_FAILED"}, [], []),  # broken before, and none of this deployment's business
+        ("leave", {"model_a": "UNHEALTHY"}, [], []),
+        ("adjust", {"model_a": "RUNNING", "gateway": "DEPLOYING"}, ["gateway"], []),
+        ("adjust", {"model_a": "RUNNING", "gateway": "DEPLOY_FAILED"}, ["gateway"], ["gateway: rank 1 died"]),
+    ],
+)
+def test_what_a_deployment_waits_for(
+    monkeypatch: pytest.MonkeyPatch, action: Any, serve: dict[str, str], waits: list[str], fails: list[str]
+) -> None:
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(**{"gateway": "RUNNING"} | serve))
+    assert pending([Change("a", action)]) == waits
+    assert list(failures([Change("a", action)])) == fails
+
+
+FILE = "models: [{name: a, source: %s, parallel: {ulysses_degree: 2}, dtype: float16}]"
+
+
+@pytest.fixture
+def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`spray deploy` of model `a` in another dtype, with flags; `obstacles` and `misplaced` are what the nodes say."""
+    addresses: list[str | None] = []
+
+    @contextlib.contextmanager
+    def attach(address: str | None) -> Iterator[None]:
+        addresses.append(address)
+        yield
+
+    def run(
+        *flags: str, obstacles: tuple[str, ...] = (), misplaced: tuple[str, ...] = ()
+    ) -> tuple[int, list[str | None]]:
+        monkeypatch.setattr(operate, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
+        monkeypatch.setattr(operate, "misplaced", lambda spec, touched: list(misplaced))
+        file = tmp_path / "a.yaml"
+        file.write_text(FILE % "/a")
+        return cli.main(["deploy", str(file), *flags]), addresses
+
+    monkeypatch.setattr(operate, "attach", attach)
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
+    return run
+
+
+PLAN = [
+    "upgrade a: new gangs, one by one; each old one stops when a new one serves (dtype None -> float16)",
+    "leave   b: not in the file, goes on; --prune removes it",
+]
+
+
+def test_the_plan_is_printed_and_carried_out(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_ADDRESS", "10.0.0.1:6379")
+    assert command() == (0, ["10.0.0.1:6379"])
+    assert command("--address", "10.0.0.2:6379")[1][1:] == ["10.0.0.2:6379"]
+    assert capsys.readouterr() == ("\n".join(PLAN * 2) + "\n", "done\ndone\n")
+    assert len(cluster.told) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "reasons", "code"),
+    [
+        (["--dry-run"], {}, 0),
+        (["--dry-run"], {"obstacles": ("a: no model at /a",)}, 1),
+        ([], {"obstacles": ("a: no model at /a",)}, 1),
+        (["--allow-pending", "--allow-downtime"], {"obstacles": ("a: no model at /a",)}, 1),
+        ([], {"misplaced": ("a: needs 2 GPUs",)}, 1),
+    ],
+)
+def test_what_is_refused_or_only_tried_changes_nothing(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], flags: list[str], reasons: Any, code: int
+) -> None:
+    assert command(*flags, **reasons)[0] == code
+    out, err = capsys.readouterr()
+    assert out.splitlines() == PLAN
+    for said in (said for several in reasons.values() for said in several):
+        assert f"error: {said}" in err
+    assert ("nothing was changed" in err) == bool(code)
+    assert cluster.told == []
+
+
+def test_a_model_that_fits_nowhere_yet_is_deployed_on_demand(cluster: Cluster, command: Any) -> None:
+    assert command("--allow-pending", misplaced=("a: needs 2 GPUs",))[0] == 0
+    assert len(cluster.told) == 1
+
+
+def test_a_gang_that_cannot_start_is_the_commands_failure(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
+    assert command()[0] == 1
+    assert capsys.readouterr().err == "error: a: rank 1 died\n"
