@@ -14,7 +14,7 @@ from deploy.spec import ModelSpec
 from service.names import GANG, app_name
 from workers.placement import Node, obstacle
 
-State = Literal["running", "starting", "waiting", "asleep", "failed", "stopping"]
+State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
 STATES: Mapping[State, str] = {
     "running": "at least one gang answers",
@@ -22,7 +22,6 @@ STATES: Mapping[State, str] = {
     "waiting": "its gangs cannot be placed; the reason says what is missing",
     "asleep": "no gang runs; the first request wakes one",
     "failed": "its gangs cannot be started; the reason says why",
-    "stopping": "it was removed; its gangs finish what they compute",
 }
 
 

@@ -190,7 +190,8 @@ class Gateway:
                     raise ModelNotFound(f"the model {model!r} was removed")
                 if state is not None and state.state == "failed":
                     raise GangLost(f"{model!r} cannot be started: {state.reason}")
-                yield state or ModelState("stopping")
+                if state is not None:  # else it was removed, and its gangs finish what they compute
+                    yield state
         finally:
             if not coming.done() or coming.cancelled():
                 coming.cancel()

@@ -149,11 +149,13 @@ def drain() -> None:
 
 
 def pending(changes: Sequence[Change]) -> list[str]:
-    """The models whose changes are not done yet."""
+    """What is not done yet of the changes, by model; and the gateway, until it knows of them."""
     statuses = serve.status().applications
     names = {change.model: app_name(change.model) for change in changes if change.action in TOUCHED}
     unfinished = [model for model, name in names.items() if name not in statuses or statuses[name].status != "RUNNING"]
-    return unfinished + [c.model for c in changes if c.action == "remove" and app_name(c.model) in statuses]
+    unfinished += [c.model for c in changes if c.action == "remove" and app_name(c.model) in statuses]
+    gateway = statuses.get(GATEWAY_APP)
+    return unfinished if gateway is not None and gateway.status == "RUNNING" else [*unfinished, GATEWAY_APP]
 
 
 def failures(changes: Sequence[Change]) -> Iterator[str]:

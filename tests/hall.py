@@ -58,20 +58,22 @@ class Hall:
         """By name."""
         return {model.name: model for model in self._models}
 
-    async def states(self) -> dict[str, ModelState]:
+    def states(self) -> dict[str, ModelState]:
         """What a test has set."""
         return self.found
 
-    async def cluster(self) -> dict[str, Any]:
+    def cluster(self) -> dict[str, Any]:
         """Marked, so that a test sees it."""
         return {"object": "cluster", "mark": "of the hall"}
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult]:
-        """Raise what the prompt names; `slow` waits for `released` first, `endless` never ends."""
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+        """Raise what the prompt names; `asleep` tells its state first, `slow` waits first, `endless` never ends."""
         self.requests.append(request)
         if request.prompt in self.raises:
             raise self.raises[request.prompt]
         try:
+            if request.prompt == "asleep":
+                yield ModelState("starting", queued=3)
             if request.prompt == "slow":
                 await self.released.wait()
             yield StepEvent(1, 1, 0.5)

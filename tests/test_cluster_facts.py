@@ -31,8 +31,8 @@ SLEEPY = MODEL.model_copy(update={"autoscaling": Autoscaling(min_replicas=0)})
 HUGE = MODEL.model_copy(update={"parallel": ParallelDegrees(ulysses_degree=8)})
 HUNGRY = MODEL.model_copy(update={"placement": Placement(memory=40 << 30)})
 NODES = [Node({"CPU": 64, "GPU": 4, "memory": 200 << 30}, {})] * 2
-FREE = {"CPU": 128, "GPU": 8, "memory": 400 << 30}
-FULL = {"CPU": 128, "GPU": 1, "memory": 10 << 30}
+FREE = NODES
+FULL = [Node({"CPU": 64, "GPU": 1, "memory": 5 << 30}, {})] * 2
 NEVER = "needs 8 GPUs on one node, the largest node has 4"
 
 
@@ -48,18 +48,36 @@ def status(application: str, states: dict[str, int], message: str = "", of_deplo
 CASES = [
     (MODEL, status("RUNNING", {"RUNNING": 1}), FREE, "running", ""),
     (MODEL, status("UNHEALTHY", {"RUNNING": 1, "STARTING": 1}), FREE, "running", ""),  # one still answers
-    (MODEL, status("DEPLOYING", {"UPDATING": 1, "STARTING": 1}), FULL, "running", ""),
-    (HUGE, status("DEPLOYING", {"RUNNING": 1, "STARTING": 1}), FREE, "running", ""),
+    (
+        MODEL,
+        status("DEPLOYING", {"UPDATING": 1, "STARTING": 1}),
+        FULL,
+        "running",
+        "1 more: loading, or waiting: needs 2 GPUs on one node, the largest node has 1 free",
+    ),
+    (
+        HUGE,
+        status("DEPLOYING", {"RUNNING": 1, "STARTING": 1}),
+        FREE,
+        "running",
+        f"1 more: loading, or waiting: {NEVER} free",
+    ),
     (MODEL, status("DEPLOYING", {"STARTING": 1}), FREE, "starting", ""),
     (MODEL, status("DEPLOYING", {}), FREE, "starting", ""),
     (MODEL, ServeStatus(), FREE, "starting", ""),  # Serve does not know it yet
-    (MODEL, status("DEPLOYING", {"STARTING": 1}), FULL, "starting", "loading, or waiting for 2 GPUs; 1 GPUs are free"),
+    (
+        MODEL,
+        status("DEPLOYING", {"STARTING": 1}),
+        FULL,
+        "starting",
+        "loading, or waiting: needs 2 GPUs on one node, the largest node has 1 free",
+    ),
     (
         HUNGRY,
         status("DEPLOYING", {"STARTING": 1}),
-        FULL | {"GPU": 8},
+        [Node(NODES[0].resources | {"memory": 5 << 30}, {})],
         "starting",
-        "loading, or waiting for 80.0 GiB memory; 10.0 GiB memory are free",
+        "loading, or waiting: needs 80.0 GiB memory on one node, the largest node has 5.0 GiB free",
     ),
     (HUGE, status("DEPLOYING", {"STARTING": 1}), FREE, "waiting", NEVER),
     (HUGE, status("DEPLOYING", {}), FREE, "waiting", NEVER),
@@ -75,9 +93,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "serve", "free", "state", "reason"), CASES)
-def test_the_state_of_a_model(
-    model: ModelSpec, serve: ServeStatus, free: dict[str, float], state: str, reason: str
-) -> None:
+def test_the_state_of_a_model(model: ModelSpec, serve: ServeStatus, free: list[Node], state: str, reason: str) -> None:
     found = model_state(model, serve, NODES, free, queued=3, gangs=())
     assert (found.state, found.reason, found.queued) == (state, reason, 3)
 

@@ -8,9 +8,10 @@ import pytest
 from ray.serve.schema import ServeStatus
 
 from service import gateway
+from service.cluster import ModelState
 from service.gateway import Gateway
 from tests.hall import Hall, a_model
-from workers.errors import ShuttingDown, Unauthorized
+from workers.errors import GangLost, ModelNotFound, ShuttingDown, Unauthorized
 from workers.messages import GenerationRequest
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
@@ -20,15 +21,13 @@ TABLE = {"models": [], "draining": False, "max_body_bytes": 4096, "api_keys_env"
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """A gateway that sees no cluster."""
-
-    async def watch(self: Gateway) -> None: ...
-
-    monkeypatch.setattr(Gateway, "_watch", watch)
+    monkeypatch.setattr("service.watch._read", lambda: (ServeStatus(), [], []))
     return Gateway("test")
 
 
-@pytest.mark.parametrize("header", ["Bearer k1", "Bearer k2", "k2"])
+@pytest.mark.parametrize("header", ["Bearer k1", "Bearer k2", "bearer k2"])
 def test_each_of_several_keys_opens(opened: Gateway, monkeypatch: pytest.MonkeyPatch, header: str) -> None:
+    asyncio.run(opened.reconfigure(TABLE))
     opened.admit(None)  # until keys are asked for
     monkeypatch.setenv("KEYS", "k1, k2,")
     asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
@@ -36,7 +35,7 @@ def test_each_of_several_keys_opens(opened: Gateway, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer ", "Bearer k", "Bearer k1, k2,", "Bearer K1", "Basic k1", "Bearer é"]
+    "header", [None, "", "k1", "Bearer ", "Bearer k", "Bearer k1, k2,", "Bearer K1", "Basic k1", "Bearer é"]
 )
 def test_nothing_else_opens(opened: Gateway, monkeypatch: pytest.MonkeyPatch, header: str | None) -> None:
     monkeypatch.setenv("KEYS", "k1, k2,")
@@ -86,15 +85,59 @@ def test_a_draining_gateway_takes_nothing_and_finishes_what_it_has(
     assert len(inner.requests) == 1
 
 
-def test_a_model_that_goes_while_the_cluster_is_looked_at(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter(["first"])
-    opened._models = {name: a_model(name) for name in ("one", "two")}
+def test_keys_that_are_missing_later_leave_those_that_were(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", "k1")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "NO_KEYS"}))
+    opened.admit("Bearer k1")
+    with pytest.raises(Unauthorized):
+        opened.admit("Bearer k2")
 
-    def look() -> tuple[Any, list[Any], dict[str, float]]:
-        if next(looks, None) is None:
-            del opened._models["two"]
-        return ServeStatus(), [], {}
 
-    monkeypatch.setattr(gateway, "_look", look)
-    monkeypatch.setattr(opened, "_handle", lambda name: None)
-    assert [model["id"] for model in asyncio.run(opened.cluster())["models"]] == ["one"]
+class Answer:
+    """A gang's answer that never comes."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    async def __anext__(self) -> Any:
+        await asyncio.Event().wait()
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.mark.parametrize(
+    ("state", "raised"),
+    [
+        (
+            ModelState("failed", "rank 0: no memory"),
+            pytest.raises(GangLost, match="cannot be started: rank 0: no memory"),
+        ),
+        (None, pytest.raises(ModelNotFound, match="'one' was removed")),
+    ],
+)
+def test_a_request_that_waits_for_nothing_ends(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, state: ModelState | None, raised: Any
+) -> None:
+    found = {"one": ModelState("starting", queued=1)}
+    monkeypatch.setattr(gateway, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(gateway, "_applications", list)
+    monkeypatch.setattr(opened, "states", lambda: found)
+    answer = Answer()
+
+    async def story() -> None:
+        reports = opened._attended("one", answer)  # type: ignore[arg-type]
+        assert await anext(reports) == found["one"]
+        if state is None:
+            del found["one"]
+        else:
+            found["one"] = state
+        with raised:
+            await anext(reports)
+
+    asyncio.run(story())
+    assert answer.cancelled

@@ -107,8 +107,8 @@ def test_both_parts_of_a_model_make_the_whole() -> None:
     assert ModelSpec.model_validate(BEFORE.fixed | BEFORE.live) == BEFORE
     application = model_application(BEFORE, "/hub")
     (options,) = application["deployments"]
-    assert application["args"] == {"model": BEFORE.fixed, "models_folder": "/hub"}
-    assert options["user_config"] == BEFORE.live
+    assert application["args"] == BEFORE.fixed
+    assert options["user_config"] == {"model": BEFORE.live, "models_folder": "/hub"}
 
 
 @pytest.mark.parametrize(("prune", "last"), [(False, "leave"), (True, "remove")])
@@ -212,7 +212,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "auth": Auth(api_keys_env="KEYS"),
         }
     )
-    configs = serve_config(spec, "id"), serve_config(other, "id", draining=True)
+    configs = serve_config(spec, "id"), serve_config(other, "id")
     before, after = (config["applications"][-1] for config in configs)
     assert configs[0]["http_options"] == {"host": "0.0.0.0", "port": 1234}
     assert before["args"] == after["args"] == {"instance_id": "id"}
@@ -220,13 +220,16 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     (options,) = after["deployments"]
     assert options["num_replicas"] == 2
     table = options["user_config"]
-    assert [ModelSpec.model_validate(model) for model in table.pop("models")] == list(other.models)
-    assert table == {"draining": True, "max_body_bytes": 2048, "api_keys_env": "KEYS"}
+    without_env = [model.model_copy(update={"env": {}}) for model in other.models]
+    assert [ModelSpec.model_validate(model) for model in table.pop("models")] == without_env
+    assert table == {"draining": False, "max_body_bytes": 2048, "api_keys_env": "KEYS"}
 
 
-def test_where_models_are_kept_is_told_to_every_gang() -> None:
+def test_where_models_are_kept_restarts_nothing() -> None:
     spec = DeploymentSpec(models=(BEFORE,), storage=Storage(models="/hub"))
-    assert serve_config(spec)["applications"][0]["args"]["models_folder"] == "/hub"
+    application, _ = serve_config(spec)["applications"]
+    assert application["deployments"][0]["user_config"]["models_folder"] == "/hub"
+    assert application["args"] == serve_config(DeploymentSpec(models=(BEFORE,)))["applications"][0]["args"]
 
 
 def _schemas(applications: list[dict[str, Any]]) -> list[Any]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
 
 from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, rank
@@ -19,6 +20,7 @@ SHAPE = (512, 768, 1)
 def router() -> LeastBacklogRouter:
     """Without what Serve's constructor connects to."""
     made = LeastBacklogRouter.__new__(LeastBacklogRouter)
+    made._deployment_id = DeploymentID("Gang", app_name="model-m")
     made.initialize_state()
     return made
 
