@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import ray
 
+from service.client import read_cluster
 from service.local import LocalCluster
-from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
+from tests.deployments import deployment, model, on_rank, pixels, rank_statuses, ready
 
 pytestmark = pytest.mark.fault
 
-SERVES_AGAIN_S = 10.0
+SERVES_AGAIN = 4.0
+"""Times what a gang of this run took to start: new ranks are most of what a lost gang costs."""
 
 REQUEST = {"model": "struck", "prompt": "a cup of coffee", "seed": 7, "num_inference_steps": 6}
 
@@ -30,7 +32,7 @@ REQUEST = {"model": "struck", "prompt": "a cup of coffee", "seed": 7, "num_infer
 def server(demo_model: Path) -> Iterator[str]:
     struck, bystander = model(demo_model, "struck", ulysses_degree=2), model(demo_model, "bystander")
     with LocalCluster(deployment(struck, bystander)) as cluster:
-        cluster.wait_ready(timeout_s=300)
+        ready(cluster)
         yield cluster.url
 
 
@@ -82,7 +84,8 @@ def test_a_struck_rank_costs_seconds_and_no_request(server: str, fault: str, cap
     assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
     assert not any(alive(pid) for pid in ranks)
     assert [gateway_pid(), *(status.pid for status in rank_statuses("bystander"))] == others
-    assert seconds < SERVES_AGAIN_S
+    (gang,) = next(each["gangs"] for each in read_cluster(server)["models"] if each["id"] == "struck")
+    assert seconds < SERVES_AGAIN * gang["now"]["startup_s"]
     assert generate(server).status_code == 200
 
 

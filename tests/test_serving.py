@@ -21,7 +21,7 @@ from PIL import Image
 
 from service.local import LocalCluster
 from sp_core.verify import attention_kept_local
-from tests.deployments import deployment, model, on_rank, pixels, rank_statuses
+from tests.deployments import deployment, model, on_rank, pixels, rank_statuses, ready
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "demo-1": {},
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 def server(demo_model: Path) -> Iterator[str]:
     models = [model(demo_model, name, **degrees) for name, degrees in LAYOUTS.items()]
     with LocalCluster(deployment(*models)) as cluster:
-        cluster.wait_ready(timeout_s=300)
+        ready(cluster)
         yield cluster.url
 
 

@@ -26,18 +26,15 @@ REQUESTS = [
 ]
 
 
-def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA, live: bool) -> list[int]:
-    """How many compiled graphs there are after the start, with `live` without the adapter, after it has come, and after
-    each request.
-    """
+def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[int]:
+    """How many compiled graphs there are after the start, after an adapter has come, and after each request."""
     torch._dynamo.reset()
     counters.clear()
-    compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),), "loras": () if live else (ink,)}
+    compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),)}
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=compiled)
     rank = Rank(mesh.axis("gang").rank, spec)
     rank._mesh, rank._loaded = mesh, load_model(rank.model, mesh)
     rank._warm_up()
-    rank._warm_up_adapters(spec.loras)
     found = [counters["stats"]["unique_graphs"]]
     rank.set_loras((ink,))
     found.append(counters["stats"]["unique_graphs"])
@@ -48,16 +45,13 @@ def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA, live: bool) -> list[int]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
-@pytest.mark.parametrize("live", [False, True], ids=["there at the start", "come later"])
-def test_no_request_compiles(
-    demo_model: Path, ink: LoRA, live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_compiles(demo_model: Path, ink: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     pool = RankPool(2)  # new processes, with a cache of their own
     try:
-        for found in pool.run(ParallelDegrees(ulysses_degree=2), graphs, demo_model, ink, live):
+        for found in pool.run(ParallelDegrees(ulysses_degree=2), graphs, demo_model, ink):
             assert found[0] > 0
-            assert (found[1] > found[0]) == live
+            assert found[1] > found[0]
             assert found[2:] == [found[1]] * len(REQUESTS)
     finally:
         pool.stop()

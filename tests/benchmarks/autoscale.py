@@ -102,8 +102,11 @@ def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 1
             over.wait(PERIOD_S)
 
     def pids() -> Sequence[int]:
-        (still,) = (each for each in read_cluster(server)["models"] if each["id"] == "still")
-        return [pid for gang in still["gangs"] for pid in gang["now"]["pids"]]
+        while True:  # a gang reports every second
+            (still,) = (each for each in read_cluster(server)["models"] if each["id"] == "still")
+            if still["gangs"]:
+                return [pid for gang in still["gangs"] for pid in gang["now"]["pids"]]
+            time.sleep(PERIOD_S)
 
     def load() -> None:
         while time.monotonic() - began < seconds:
