@@ -36,7 +36,12 @@ class Hall:
         self._models = [
             a_model("one"),
             a_model("two"),
-            a_model("paint", tasks=("text-to-image",), aliases=("brush", "pencil")),
+            a_model(
+                "paint",
+                tasks=("text-to-image",),
+                aliases=("brush", "pencil"),
+                limits=Limits(max_work=1024 * 1024 * 50 * 2),
+            ),
             a_model("film", tasks=("text-to-video",), aliases=("movie",), limits=video_limits, defaults=SMALL),
         ]
         self.found = {model.name: ModelState("running", "", {"RUNNING": 1}) for model in self._models}

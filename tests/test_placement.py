@@ -54,7 +54,7 @@ OBSTACLES = [
     (a_model(4, **PACK), [node(gpus=2), node(gpus=1)], "needs 4 GPUs, all nodes have 3"),
     (a_model(), [node()], "needs 1 GPUs on one node, the largest node has 0"),
     (a_model(device="cpu"), [], "no nodes"),
-    (a_model(2, device="cpu", cpus_per_rank=0.1), [node(cpus=0.2)], None),  # fractions add up in spite of rounding
+    (a_model(3, device="cpu", cpus_per_rank=0.1), [node(cpus=0.3)], None),  # fractions add up in spite of rounding
     (a_model(3, device="cpu"), [node(cpus=2)], "needs 3 CPU cores on one node, the largest node has 2"),
     (a_model(2, cpus_per_rank=8), [node(cpus=12, gpus=8)], "needs 16 CPU cores on one node, the largest node has 12"),
     (
