@@ -92,7 +92,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signa
     )
     assert demo.stdout is not None
     for line in demo.stdout:
-        if line.startswith("waiting for demo"):
+        if line.startswith("demo: 0 % loaded"):
             break
     demo.send_signal(sign)
     rest = demo.stdout.read()

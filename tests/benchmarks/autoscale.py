@@ -82,8 +82,15 @@ def models(folder: Path) -> tuple[ModelSpec, ModelSpec]:
     return busy, model(folder, "still")
 
 
-def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 120) -> Run:
-    """Load the model `busy` for so long, then wait until it sleeps, then wake it."""
+def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 240) -> Run:
+    """Load the model `busy`, then wait until it sleeps, then wake it.
+
+    Args:
+        server: its base URL.
+        seconds: of load at least; it goes on until all the gangs that may run have come, or patience ends.
+        callers: that ask at once, each again when it is answered.
+        patience_s: for the gangs to come, and for them to go.
+    """
     run, began, over = Run(), time.monotonic(), threading.Event()
     client = httpx.Client(timeout=300, trust_env=False, limits=httpx.Limits(max_connections=callers + 1))
 
@@ -108,8 +115,11 @@ def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 1
                 return [pid for gang in still["gangs"] for pid in gang["now"]["pids"]]
             time.sleep(PERIOD_S)
 
+    def all_came() -> bool:
+        return any(sample.gangs["busy"] == SCALING.max_replicas for sample in run.samples)
+
     def load() -> None:
-        while time.monotonic() - began < seconds:
+        while (passed := time.monotonic() - began) < seconds or (passed < patience_s and not all_came()):
             ask()
 
     run.pids.append(pids())
