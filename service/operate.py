@@ -181,7 +181,7 @@ def _wait(spec: DeploymentSpec, changes: Sequence[Change]) -> None:
             raise SpecError("\n".join(failed))
         unfinished = pending(changes)
         waiting = misplaced(spec, unfinished)
-        if len(waiting) == len(unfinished):
+        if len(waiting) >= len(unfinished):
             for line in waiting:
                 say(f"waiting: {line}")
             say("done")

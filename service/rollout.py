@@ -162,7 +162,7 @@ def failures(changes: Sequence[Change]) -> Iterator[str]:
     """What was changed and cannot be started, with the reason."""
     statuses = serve.status().applications
     names = {change.model: app_name(change.model) for change in changes if change.action in TOUCHED}
-    for model, name in {**names, "the gateway": GATEWAY_APP}.items():
+    for model, name in {**names, GATEWAY_APP: GATEWAY_APP}.items():
         application = statuses.get(name)
         if application is not None and application.status == "DEPLOY_FAILED":
             details = [application.message, *(deployment.message for deployment in application.deployments.values())]

@@ -1,8 +1,9 @@
 """`spray deploy` without a cluster: what Serve is told when a file meets what runs, and what is refused before."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +17,15 @@ from ray.serve.schema import (
 )
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from service import cli, operate, rollout
+from service import cli, operate, preflight, rollout
 from service.app import serve_config
 from service.rollout import Change, deploy, failures, pending, plan_changes, running_models
 from sp_core.degrees import ParallelDegrees
+from workers.placement import Node
 
 A = ModelSpec(name="a", source="/a", tasks=("text-to-image",), parallel=ParallelDegrees(ulysses_degree=2))
 B = A.model_copy(update={"name": "b"})
 FOREIGN = {"name": "not-ours", "import_path": "somebody:app", "route_prefix": "/else", "deployments": []}
-PLENTY = {"CPU": 64.0, "GPU": 8.0}
 
 
 class Cluster:
@@ -34,18 +35,17 @@ class Cluster:
         config = serve_config(DeploymentSpec(models=(A, B)), "the instance")
         self.applications = {application["name"]: application for application in [*config["applications"], FOREIGN]}
         self.told: list[dict[str, Any]] = []
-        self.free = PLENTY
 
-    def tell(self, config: dict[str, Any]) -> None:
-        self.told.append({application["name"]: application for application in config["applications"]})
+    def tell(self, wanted: list[dict[str, Any]]) -> None:
+        self.told.append({application["name"]: application for application in wanted})
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(rollout, "_applications", lambda: cluster.applications)
+    monkeypatch.setattr(rollout, "applications", lambda: cluster.applications)
+    monkeypatch.setattr(rollout, "start_serve", lambda spec: None)
     monkeypatch.setattr(rollout, "apply_config", cluster.tell)
-    monkeypatch.setattr(rollout, "free_resources", lambda: cluster.free)
     return cluster
 
 
@@ -67,7 +67,7 @@ def test_one_upgraded_model_leaves_everything_else_as_it_is(cluster: Cluster) ->
     carried_out(A.model_copy(update={"dtype": "float16"}))
     (told,) = cluster.told
     assert set(told) == {"model-a", "model-b", "gateway", "not-ours"}
-    assert told["model-a"]["args"]["model"]["dtype"] == "float16"
+    assert told["model-a"]["args"]["dtype"] == "float16"
     assert told["model-a"]["deployments"][0]["max_surge_percent"] == 1
     for name in ("model-b", "not-ours"):
         assert told[name] == cluster.applications[name]
@@ -94,20 +94,58 @@ def test_pruning_removes_models_of_ours_and_no_others(cluster: Cluster) -> None:
     assert in_table(told) == ["a"]
 
 
-def test_an_upgrade_without_room_is_refused_unless_downtime_is_allowed(cluster: Cluster) -> None:
-    cluster.free = PLENTY | {"GPU": 1.0}
-    upgraded = A.model_copy(update={"dtype": "float16"})
-    with pytest.raises(SpecError, match="a: a new gang needs 2 GPU beside the old ones, 1 are free"):
-        carried_out(upgraded)
-    assert cluster.told == []
-    carried_out(upgraded, allow_downtime=True)
+def test_where_there_is_no_room_old_gangs_stop_first(cluster: Cluster) -> None:
+    carried_out(A.model_copy(update={"dtype": "float16"}), without_surge=("a",))
     (told,) = cluster.told
     assert told["model-a"]["deployments"][0]["max_surge_percent"] == 0
     assert told["model-b"]["deployments"][0]["max_surge_percent"] == 1
 
 
-def test_an_adjusted_model_needs_no_room(cluster: Cluster) -> None:
-    cluster.free = {}
+def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
+    with pytest.raises(SpecError, match="two models are called 'b'"):
+        carried_out(A.model_copy(update={"aliases": ("b",)}))
+    assert cluster.told == []
+
+
+NODE = Node({"CPU": 64.0, "GPU": 2.0}, {})
+
+
+@pytest.mark.parametrize(
+    ("free", "added", "upgraded", "asleep", "lack"),
+    [
+        ([NODE], [], ["a"], [], []),
+        ([NODE], ["b"], ["a"], [], []),  # in the file's order, a takes the room first
+        ([NODE], [], ["a", "b"], [], ["b"]),
+        ([NODE], [], ["a", "b"], ["a"], ["b"]),
+        ([NODE, NODE], [], ["a", "b"], [], []),
+        ([Node({"CPU": 64.0, "GPU": 1.0}, {})] * 2, [], ["a"], [], ["a"]),  # enough in sum, not on one node
+        ([], [], ["a"], ["a"], []),  # no old gang to stand beside
+    ],
+)
+def test_room_beside_the_old_gangs(
+    monkeypatch: pytest.MonkeyPatch,
+    free: list[Node],
+    added: list[str],
+    upgraded: list[str],
+    asleep: list[str],
+    lack: Any,
+) -> None:
+    states = {name: {} if name in asleep else {"RUNNING": 1} for name in "ab"}
+    statuses = {
+        f"model-{name}": SimpleNamespace(deployments={"Gang": SimpleNamespace(replica_states=states[name])})
+        for name in "ab"
+    }
+    monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
+    monkeypatch.setattr(preflight, "free_nodes", lambda: free)
+    missing = preflight.without_room(DeploymentSpec(models=(A, B)), added, upgraded)
+    assert list(missing) == lack
+    assert all(
+        line.startswith(f"{name}: a new gang beside the old ones needs 2 GPUs on one node")
+        for name, line in missing.items()
+    )
+
+
+def test_an_adjusted_model_keeps_its_arguments(cluster: Cluster) -> None:
     carried_out(A.model_copy(update={"max_queued": 5}))
     (told,) = cluster.told
     assert told["model-a"]["args"] == cluster.applications["model-a"]["args"]
@@ -133,7 +171,7 @@ def status(**applications: str) -> ServeStatus:
         ("add", {"model_a": "DEPLOYING"}, ["a"], []),
         ("upgrade", {"model_a": "RUNNING"}, [], []),
         ("adjust", {"model_a": "DEPLOY_FAILED"}, ["a"], ["a: rank 1 died"]),
-        ("upgrade", {"model_a": "UNHEALTHY"}, ["a"], ["a: rank 1 died"]),
+        ("upgrade", {"model_a": "UNHEALTHY"}, ["a"], []),  # its gang is being replaced
         ("remove", {"model_a": "DELETING"}, ["a"], []),
         ("remove", {}, [], []),
         ("keep", {"model_a": "DEPLOY_FAILED"}, [], []),  # broken before, and none of this deployment's business
@@ -164,10 +202,14 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         yield
 
     def run(
-        *flags: str, obstacles: tuple[str, ...] = (), misplaced: tuple[str, ...] = ()
+        *flags: str,
+        obstacles: tuple[str, ...] = (),
+        misplaced: tuple[str, ...] = (),
+        starved: Mapping[str, str] = {},
     ) -> tuple[int, list[str | None]]:
         monkeypatch.setattr(operate, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
         monkeypatch.setattr(operate, "misplaced", lambda spec, touched: list(misplaced))
+        monkeypatch.setattr(operate, "without_room", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
         return cli.main(["deploy", str(file), *flags]), addresses
@@ -201,6 +243,8 @@ def test_the_plan_is_printed_and_carried_out(
         ([], {"obstacles": ("a: no model at /a",)}, 1),
         (["--allow-pending", "--allow-downtime"], {"obstacles": ("a: no model at /a",)}, 1),
         ([], {"misplaced": ("a: needs 2 GPUs",)}, 1),
+        ([], {"starved": {"a: no room": "a: no room"}}, 1),
+        (["--dry-run"], {"starved": {"a: no room": "a: no room"}}, 1),
     ],
 )
 def test_what_is_refused_or_only_tried_changes_nothing(
