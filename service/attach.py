@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from deploy.spec import SpecError
+from service.rollout import forget
 
 
 @contextlib.contextmanager
@@ -41,6 +42,7 @@ def attach(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        forget()
 
 
 def _own_address(address: str) -> str:

@@ -37,7 +37,7 @@ from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
 from service.names import MODEL_APP_PREFIX
 from service.preflight import derive_tasks
-from service.rollout import apply_config, drain, start_serve
+from service.rollout import apply_config, drain, forget, start_serve
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
@@ -151,6 +151,7 @@ class LocalCluster:
         """End every process of the cluster and remove its folder. May be called more than once."""
         if ray.is_initialized():
             ray.shutdown()
+            forget()
         if self._reservation is not None:
             self._reservation.close()
             self._reservation = None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
@@ -139,6 +139,11 @@ def apply_config(wanted: Sequence[dict[str, Any]], **options: Any) -> None:
     client = _get_global_client()
     assert client is not None, "Serve runs here"
     client.deploy_apps(ServeDeploySchema.model_validate({"applications": list(wanted), **options}))
+
+
+def forget() -> None:
+    """Serve remembers a cluster's controller beyond `ray.shutdown`, and takes it for that of the next cluster."""
+    _disconnect()
 
 
 def drain() -> None:
