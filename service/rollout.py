@@ -143,7 +143,7 @@ def apply_config(wanted: Sequence[dict[str, Any]], **options: Any) -> None:
 
 def forget() -> None:
     """Serve remembers a cluster's controller beyond `ray.shutdown`, and takes it for that of the next cluster."""
-    _disconnect()
+    _disconnect()  # type: ignore[no-untyped-call]
 
 
 def drain() -> None:
