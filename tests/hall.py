@@ -1,6 +1,7 @@
 """A hall without Ray for tests of the doors: it answers at once, or does what the prompt names."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -72,13 +73,14 @@ class Hall:
         return {"object": "cluster", "mark": "of the hall"}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """Raise what the prompt names; `asleep` tells its state first, `slow` waits first, `endless` never ends."""
+        """Raise what the prompt names; `asleep` tells its state thrice first, `never` for ever; `slow` waits."""
         self.requests.append(request)
         if request.prompt in self.raises:
             raise self.raises[request.prompt]
         try:
-            if request.prompt == "asleep":
-                yield ModelState("starting", queued=3)
+            for _ in itertools.count() if request.prompt == "never" else range(3 * (request.prompt == "asleep")):
+                yield self.found[request.model]
+                await asyncio.sleep(0.01)
             if request.prompt == "slow":
                 await self.released.wait()
             yield StepEvent(1, 1, 0.5)

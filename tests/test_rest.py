@@ -157,11 +157,3 @@ def test_adapters_are_chosen_by_name(hall: Hall, client: TestClient) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "loras"
         assert said in answer.json()["error"]["message"]
-
-
-def test_a_stream_says_what_is_waited_for(client: TestClient) -> None:
-    body = {"model": "one", "prompt": "asleep", "stream": True}
-    lines = client.post("/v1/images/generations", json=body).text.split("\n\n")
-    assert lines[0] == ": one is starting, 3 wait"
-    assert lines[-2] == "data: [DONE]"
-    assert client.post("/v1/images/generations", json=body | {"stream": False}).status_code == 200

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 
-from service import rest
 from service.cluster import STATES, ModelState
 from service.rest import rest_app
 from tests.hall import Hall
@@ -182,23 +181,14 @@ def test_a_draining_gateway_is_taken_off_the_network(client: TestClient, hall: H
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_stream_says_what_it_waits_for(
-    hall: Hall, client: TestClient, monkeypatch: pytest.MonkeyPatch, state: Any
-) -> None:
-    monkeypatch.setattr(rest, "PATIENCE_S", 0.01)
-    looks: Iterator[int] = iter(range(3))
-
-    async def states() -> dict[str, ModelState]:
-        if next(looks, None) is None:
-            hall.released.set()
-        return {"paint": ModelState(state, queued=3)}
-
-    monkeypatch.setattr(hall, "states", states)
-    body = {"model": "brush", "prompt": "slow", "stream": True}
+def test_a_stream_says_what_it_waits_for(hall: Hall, client: TestClient, state: Any) -> None:
+    hall.found["paint"] = ModelState(state, queued=3)
+    body = {"model": "brush", "prompt": "asleep", "stream": True}
     lines = [line for line in client.post(IMAGES, json=body).text.splitlines() if line]
     assert lines[:3] == [f": paint is {state}, 3 wait"] * 3
+    assert lines[3] == ": step 1/1"
     assert lines[-1] == "data: [DONE]"
-    assert ": step 1/1" in lines
+    assert client.post(IMAGES, json=body | {"stream": False}).status_code == 200
 
 
 def test_a_stream_that_is_quick_says_nothing_of_states(client: TestClient) -> None:
@@ -206,11 +196,8 @@ def test_a_stream_that_is_quick_says_nothing_of_states(client: TestClient) -> No
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # servers tell of a client who left in two ways
-@pytest.mark.parametrize("prompt", ["slow", "endless"])
-def test_a_client_who_leaves_ends_the_work(
-    hall: Hall, monkeypatch: pytest.MonkeyPatch, prompt: str, spec_version: str
-) -> None:
-    monkeypatch.setattr(rest, "PATIENCE_S", 0.01)
+@pytest.mark.parametrize("prompt", ["never", "endless"])
+def test_a_client_who_leaves_ends_the_work(hall: Hall, prompt: str, spec_version: str) -> None:
     assert asyncio.run(_left_early(hall, prompt, spec_version))
 
 
