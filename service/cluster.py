@@ -101,7 +101,8 @@ def _state(
     lacking = obstacle(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
-    if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+    broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")  # else one is being replaced
+    if application is not None and application.status in broken:
         details = [application.message, *(deployment.message for deployment in application.deployments.values())]
         return "failed", " ".join(detail for detail in details if detail)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:

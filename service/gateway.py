@@ -23,7 +23,7 @@ from service.cluster import ModelState
 from service.names import GANG, app_name
 from service.rest import rest_app
 from service.watch import Watch
-from workers.errors import GangLost, ModelNotFound, QueueFull, ShuttingDown, SprayError, Unauthorized
+from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 logger = logging.getLogger("ray.serve")
@@ -109,7 +109,7 @@ class Gateway:
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
-            with contextlib.suppress(GangLost):  # it is being deployed
+            with contextlib.suppress(ModelUnavailable):  # it is being deployed
                 self._handle(name)  # its router hears what the gangs say
         return self._watch.cluster()
 
@@ -121,6 +121,8 @@ class Gateway:
             QueueFull: too many requests wait for the model.
             RequestError: the request does not suit the model.
             RequestFailed: it failed on a sound gang.
+            ModelUnavailable: no gang of the model runs, and none is on its way.
+            ModelNotFound: the model was removed while the request waited.
             GangLost: every gang it was given to was lost.
         """
         if self.draining:
@@ -148,7 +150,7 @@ class Gateway:
                     raise QueueFull(f"too many requests wait for {request.model!r}; try again later") from None
                 await asyncio.sleep(PAUSE_S)  # it was accepted before, so it waits for its place
             except DeploymentUnavailableError:
-                raise GangLost(f"{request.model!r} cannot be started; the server's log says why") from None
+                raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
             except (RayActorError, RayTaskError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if not isinstance(cause, GangLost | RayActorError):
@@ -163,7 +165,7 @@ class Gateway:
             try:
                 handle: DeploymentHandle[Any] = serve.get_deployment_handle(GANG, app_name(model))
             except KeyError:
-                raise GangLost(f"{model!r} is being deployed; try again in a moment") from None
+                raise ModelUnavailable(f"{model!r} is being deployed; try again in a moment") from None
             self._handles[model] = handle.options(stream=True)
         return self._handles[model]
 
@@ -189,7 +191,7 @@ class Gateway:
                 if state is None and app_name(model) not in await asyncio.to_thread(_applications):
                     raise ModelNotFound(f"the model {model!r} was removed")
                 if state is not None and state.state == "failed":
-                    raise GangLost(f"{model!r} cannot be started: {state.reason}")
+                    raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
                 if state is not None:  # else it was removed, and its gangs finish what they compute
                     yield state
         finally:

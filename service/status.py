@@ -11,6 +11,7 @@ from workers.errors import (
     GangLost,
     InvalidParameter,
     ModelNotFound,
+    ModelUnavailable,
     QueueFull,
     RequestCancelled,
     RequestError,
@@ -47,6 +48,7 @@ STATUS: dict[type[Exception], Status] = {
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
     RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
     RequestFailed: Status(500, "server_error", "generation_failed"),
+    ModelUnavailable: Status(503, "server_error", "model_unavailable", retry=True),
     GangLost: Status(503, "server_error", "worker_lost", retry=True),
 }
 

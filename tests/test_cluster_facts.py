@@ -89,6 +89,7 @@ CASES = [
     (MODEL, status("DEPLOY_FAILED", {}, "no weights"), FREE, "failed", "no weights"),
     (MODEL, status("DEPLOY_FAILED", {"STARTING": 1}, "it", "rank 1 died"), FREE, "failed", "it rank 1 died"),
     (SLEEPY, status("UNHEALTHY", {}, "", "rank 1 died"), FREE, "failed", "rank 1 died"),
+    (MODEL, status("UNHEALTHY", {"STARTING": 1}, "", "rank 1 died"), FREE, "starting", ""),  # it is being replaced
 ]
 
 

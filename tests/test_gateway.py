@@ -11,7 +11,7 @@ from service import gateway
 from service.cluster import ModelState
 from service.gateway import Gateway
 from tests.hall import Hall, a_model
-from workers.errors import GangLost, ModelNotFound, ShuttingDown, Unauthorized
+from workers.errors import ModelNotFound, ModelUnavailable, ShuttingDown, Unauthorized
 from workers.messages import GenerationRequest
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
@@ -115,7 +115,7 @@ class Answer:
     [
         (
             ModelState("failed", "rank 0: no memory"),
-            pytest.raises(GangLost, match="cannot be started: rank 0: no memory"),
+            pytest.raises(ModelUnavailable, match="cannot be started: rank 0: no memory"),
         ),
         (None, pytest.raises(ModelNotFound, match="'one' was removed")),
     ],

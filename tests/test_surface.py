@@ -116,6 +116,7 @@ ERRORS = {
     "RequestCancelled": (499, "cancelled"),
     "RequestFailed": (500, "generation_failed"),
     "ShuttingDown": (503, "shutting_down"),
+    "ModelUnavailable": (503, "model_unavailable"),
     "GangLost": (503, "worker_lost"),
 }
 

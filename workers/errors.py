@@ -7,6 +7,7 @@
     | + Unauthorized          the caller has no valid API key
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
+    + ModelUnavailable        no gang of the model can be started now; ask again later
     + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
     | + RequestCancelled      ... because the caller left
     | + PeerFailed            ... on another rank, which has the reason
@@ -61,6 +62,10 @@ class ShuttingDown(SprayError):
 
 class QueueFull(SprayError):
     """As many requests wait for the model as its `max_queued` allows."""
+
+
+class ModelUnavailable(SprayError):
+    """No gang of the model runs, and none is on its way."""
 
 
 class RequestFailed(SprayError):
