@@ -78,6 +78,7 @@ def _add_operating(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     check = commands.add_parser("check", parents=[of_file], help="validate a deployment file; what a replica takes")
     check.add_argument("file", type=Path)
     check.add_argument("--gpus", type=int, help="GPUs to check against; default: this machine's")
+    check.add_argument("--gpus_per_node", type=int, help="of the largest node; default: all GPUs are of one node")
     check.add_argument("--cpus", type=int, help="CPU cores to check against; default: this machine's")
     check.add_argument("--memory", help="memory of a GPU to check against, in GiB or as 80G; default: not checked")
     check.add_argument("--print_config", action="store_true", help="each value with where it comes from, and no check")

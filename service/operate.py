@@ -23,7 +23,17 @@ from service.local import LocalCluster, local_devices
 from service.preflight import derive_tasks, misplaced, verify_on_nodes, without_room
 from service.printing import UsageError, say
 from service.progress import LoadBars
-from service.rollout import TOUCHED, Change, deploy, failures, pending, plan_changes, running_models, settled
+from service.rollout import (
+    TOUCHED,
+    Change,
+    deploy,
+    failures,
+    pending,
+    plan_changes,
+    plan_gateway,
+    running_models,
+    settled,
+)
 from service.table import cluster_table, models_table
 
 
@@ -48,7 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
         memory = parse_memory(arguments.memory) if arguments.memory else None
     except ValueError as error:
         raise UsageError(f"--memory: {error}") from None
-    for line in check_deployment(loaded.spec, devices, memory):
+    for line in check_deployment(loaded.spec, devices, memory, arguments.gpus_per_node):
         print(line)
 
 
@@ -92,8 +102,8 @@ def roll_out(arguments: argparse.Namespace) -> None:
         running = running_models()
         spec = settled(spec, running)
         changes = plan_changes(running, spec.models, arguments.prune)
-        for change in changes:
-            print(change, flush=True)
+        for line in [*map(str, changes), *plan_gateway(spec)]:
+            print(line, flush=True)
         touched = {change.model for change in changes if change.action in TOUCHED}
         spec, obstacles = verify_on_nodes(spec, touched)
         if not arguments.allow_pending:

@@ -84,6 +84,27 @@ def plan_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], pru
     return changes
 
 
+def plan_gateway(spec: DeploymentSpec) -> list[str]:
+    """What becomes of the gateway, in lines to print; its table of models is not mentioned."""
+    present = applications().get(GATEWAY_APP)
+    if present is None:
+        return [f"add     {GATEWAY_APP}: at {spec.gateway.host}:{spec.gateway.port}"]
+    client = _get_global_client()
+    assert client is not None, "its application was just read"
+    options = present["deployments"][0]
+    before = {
+        "gateway": {"replicas": options["num_replicas"]},
+        "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
+        "auth": {"api_keys_env": options["user_config"]["api_keys_env"]},
+    }
+    changed = _differences(before, spec.model_dump(include={name: set(keys) for name, keys in before.items()}))
+    lines = [f"adjust  {GATEWAY_APP}: requests in flight go on ({', '.join(changed)})"] if changed else []
+    where = client.get_serve_details()["http_options"]
+    if (where["host"], where["port"]) != (spec.gateway.host, spec.gateway.port) and spec.gateway.port:
+        lines.append(f"keep    {GATEWAY_APP}: listens at {where['host']}:{where['port']} until Serve starts anew")
+    return lines
+
+
 def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
     """The spec with what was derived when its models were deployed, so that only the file's changes count."""
 

@@ -16,10 +16,10 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.spec import Auth, DeploymentSpec, GatewaySpec, ModelSpec, SpecError
 from service import cli, operate, preflight, rollout
 from service.app import serve_config
-from service.rollout import Change, deploy, failures, pending, plan_changes, running_models
+from service.rollout import Change, deploy, failures, pending, plan_changes, plan_gateway, running_models
 from sp_core.degrees import ParallelDegrees
 from workers.placement import Node
 
@@ -215,8 +215,23 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return cli.main(["deploy", str(file), *flags]), addresses
 
     monkeypatch.setattr(operate, "attach", attach)
+    monkeypatch.setattr(operate, "plan_gateway", lambda spec: [])
     monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
     return run
+
+
+def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    listens = SimpleNamespace(get_serve_details=lambda: {"http_options": {"host": "127.0.0.1", "port": 8000}})
+    monkeypatch.setattr(rollout, "_get_global_client", lambda: listens)
+    spec = DeploymentSpec(models=(A, B))
+    assert plan_gateway(spec) == []
+    other = spec.model_copy(update={"gateway": GatewaySpec(port=9000, replicas=2), "auth": Auth(api_keys_env="KEYS")})
+    assert plan_gateway(other) == [
+        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, auth.api_keys_env None -> KEYS)",
+        "keep    gateway: listens at 127.0.0.1:8000 until Serve starts anew",
+    ]
+    cluster.applications = {}
+    assert plan_gateway(other) == ["add     gateway: at 127.0.0.1:9000"]
 
 
 PLAN = [

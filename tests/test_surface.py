@@ -121,7 +121,7 @@ ERRORS = {
 }
 
 COMMANDS = {
-    "check": {"file", "set", "gpus", "cpus", "memory", "print_config"},
+    "check": {"file", "set", "gpus", "gpus_per_node", "cpus", "memory", "print_config"},
     "serve": {"file", "set", "port"},
     "build": {"file", "set"},
     "deploy": {"file", "set", "address", "prune", "dry_run", "allow_downtime", "allow_pending"},
