@@ -26,6 +26,10 @@ RENDEZVOUS_S = 240.0
 """Until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
 
 
+RUNS_PER_PROCESS = 60
+"""Then new processes take over: gloo's groups leave threads behind that wake up for ever, some eight for each run."""
+
+
 class RankFailed(RuntimeError):
     """A rank raised. The whole pool is replaced then, because the others may sit in a collective that will not end.
 
@@ -44,6 +48,7 @@ class RankPool:
     def __init__(self, size: int = 4) -> None:
         self.size = size
         self._workers: list[tuple[Any, Connection]] = []
+        self._runs = 0
 
     def run(self, degrees: ParallelDegrees, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Results of `fn(mesh, *args)` on each rank, in rank order.
@@ -51,8 +56,11 @@ class RankPool:
         Raises:
             RankFailed: it raised on some rank.
         """
+        if self._runs == RUNS_PER_PROCESS:
+            self.stop()
         if not self._workers:
             self._start()
+        self._runs += 1
         world = degrees.world_size
         port = _free_port()
         connections = [connection for _, connection in self._workers[:world]]
@@ -79,6 +87,7 @@ class RankPool:
         self._workers = []
 
     def _start(self) -> None:
+        self._runs = 0
         context = mp.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
