@@ -41,6 +41,9 @@ from service.rollout import apply_config, drain, forget, start_serve
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
+SILENT_LOOKS = 5
+"""A gateway that does not answer so often in a row is gone; once may mean that it is busy."""
+
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
@@ -141,10 +144,12 @@ class LocalCluster:
     def drain(self) -> None:
         """Refuse new requests, and return when those in flight are answered."""
         drain()
-        while True:
+        silent = 0
+        while silent < SILENT_LOOKS:
             answer = _readiness(self.url)
-            if not answer or (answer.get("status") == "draining" and not answer["in_flight"]):
+            if answer.get("status") == "draining" and not answer["in_flight"]:
                 return
+            silent = 0 if answer else silent + 1
             time.sleep(0.1)
 
     def stop(self) -> None:

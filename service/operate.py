@@ -73,7 +73,7 @@ def serve(arguments: argparse.Namespace) -> None:
             say(line)
         with LoadBars([model.name for model in spec.models]) as bars:
             cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
-        say(f"ready: {_curl(cluster.url, spec)}")
+        say(f"ready: {_curl(cluster.url, cluster.spec)}")
         try:
             while True:
                 time.sleep(3600)

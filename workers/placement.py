@@ -49,12 +49,6 @@ def free_nodes() -> list[Node]:
     return [Node(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes if node["Alive"]]
 
 
-def free_resources() -> dict[str, float]:
-    """What nobody holds, in sum over the nodes, by Ray's names."""
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return free
-
-
 def bundle(model: ModelSpec) -> dict[str, float]:
     """The resources of one rank, by Ray's names."""
     placement = model.placement
