@@ -44,7 +44,8 @@ class Memory:
         wanted: the decision.
         offered: gangs that the arriving work keeps busy.
         busy: gangs at work.
-        outstanding_s: seconds of work waiting and running.
+        queued: requests that waited.
+        remaining_s: seconds of work left of the running requests.
         request_s: seconds of a typical request.
         startup_s: seconds until a new gang serves.
         target_s: seconds that a request should wait at most.
@@ -54,7 +55,8 @@ class Memory:
     wanted: int = 0
     offered: float = 0.0
     busy: float = 0.0
-    outstanding_s: float = 0.0
+    queued: float = 0.0
+    remaining_s: float = 0.0
     request_s: float = 0.0
     startup_s: float = 0.0
     target_s: float = 0.0
@@ -77,24 +79,27 @@ def decide(
     learnt = [load.request_s for load in loads if load.request_s > 0]
     request_s = sum(learnt) / len(learnt) if learnt else (before and before.request_s) or target_s
     busy = sum(load.busy for load in loads)
-    outstanding_s = queued * request_s + sum(load.remaining_s for load in loads)
+    remaining_s = sum(load.remaining_s for load in loads)
     offered = busy
     if before is not None:
         passed_s = max(now_s - before.at_s, 1e-3)
-        arriving = before.busy + (outstanding_s - before.outstanding_s) / passed_s
+        # Requests are compared, not their seconds of then: a better estimate of a request is no work that came or went.
+        grown_s = (queued - before.queued) * request_s + remaining_s - before.remaining_s
+        arriving = before.busy + grown_s / passed_s
         weight = _weight(passed_s, startup_s, request_s)
         offered = max(0.0, before.offered + weight * (arriving - before.offered))
     waiting_then_s = queued * request_s + startup_s * (offered - len(loads) - starting / 2)  # half started, on average
     wanted = max(gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9))
     if wanted <= 1:
-        wanted = int(outstanding_s > 0 or busy > 0)
-    return Memory(now_s, wanted, offered, busy, outstanding_s, request_s, startup_s, target_s)
+        wanted = int(queued > 0 or remaining_s > 0 or busy > 0)
+    return Memory(now_s, wanted, offered, busy, queued, remaining_s, request_s, startup_s, target_s)
 
 
 def asleep(now_s: float, before: Memory) -> Memory:
     """What is remembered while no gang runs and nothing waits: the offered load fades, so that a wake-up starts low."""
     weight = _weight(now_s - before.at_s, before.startup_s, before.request_s)
-    return replace(before, at_s=now_s, wanted=0, offered=before.offered * (1 - weight), busy=0.0, outstanding_s=0.0)
+    offered = before.offered * (1 - weight)
+    return replace(before, at_s=now_s, wanted=0, offered=offered, busy=0.0, queued=0.0, remaining_s=0.0)
 
 
 def _weight(passed_s: float, startup_s: float, request_s: float) -> float:

@@ -116,7 +116,7 @@ def roll_out(arguments: argparse.Namespace) -> None:
             raise SpecError("\n".join([*obstacles, "nothing was changed"]))
         if arguments.dry_run:
             return
-        deploy(spec, changes, tuple(starved))
+        deploy(spec, changes, running, tuple(starved))
         _wait(spec, changes)
 
 

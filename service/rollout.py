@@ -117,18 +117,28 @@ def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSp
     return spec.model_copy(update={"models": tuple(known(model) for model in spec.models)})
 
 
-def deploy(spec: DeploymentSpec, changes: Sequence[Change], without_surge: Sequence[str] = ()) -> None:
+def deploy(
+    spec: DeploymentSpec,
+    changes: Sequence[Change],
+    planned_on: dict[str, ModelSpec],
+    without_surge: Sequence[str] = (),
+) -> None:
     """Carry out the changes; Serve works on them when this returns.
 
     Args:
         spec: what the file says.
         changes: of `plan_changes`, for this spec.
+        planned_on: the models that ran when the changes were planned.
         without_surge: models whose old gangs stop before the new ones start.
 
     Raises:
-        SpecError: a name of the file is that of a model that goes on. Nothing was changed then.
+        SpecError: a name of the file is that of a model that goes on, or somebody else has deployed since the changes
+            were planned (fetching weights takes its time). Nothing was changed then.
     """
     running, present = running_models(), applications()
+    if running != planned_on:
+        other = [name for name in {**running, **planned_on} if running.get(name) != planned_on.get(name)]
+        raise SpecError(f"another deployment changed {', '.join(other)} meanwhile; look at it, then deploy again")
     left = [running[change.model] for change in changes if change.action == "leave"]
     try:
         DeploymentSpec(models=(*spec.models, *left))

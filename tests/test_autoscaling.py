@@ -88,6 +88,12 @@ def test_a_growing_queue_shows_the_load_that_busy_gangs_hide() -> None:
     assert memory.offered == pytest.approx(2 + 0.1 * 20, rel=0.15)
 
 
+def test_a_better_estimate_of_a_request_is_no_work_that_went() -> None:
+    guessed = settled([gang(busy=1, request_s=20.0)] * 4, queued=6)
+    learnt = decide(3000, 6, [gang(busy=1, request_s=2.0)] * 4, 0, guessed)
+    assert learnt.offered == pytest.approx(guessed.offered) == pytest.approx(4)
+
+
 def test_the_number_is_steady_under_a_steady_load() -> None:
     memory, wanted = None, set()
     for tick in range(400):

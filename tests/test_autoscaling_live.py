@@ -13,10 +13,10 @@ def test_gangs_come_and_go_with_the_load(demo_models: dict[str, Path], tmp_path:
         run = measure(cluster.url, seconds=0)
     assert set(run.answers) == {200}
     counts = run.gangs("busy")
-    assert max(counts) == SCALING.max_replicas
+    assert counts[0] == 0 and max(counts) == SCALING.max_replicas
     peak = counts.index(SCALING.max_replicas)
-    assert counts[: peak + 1] == sorted(counts[: peak + 1]) and counts[0] == 0
-    assert 1 in counts[peak:] and counts[-2:] == [0, 1]  # down to one, to sleep, and woken by the last request
+    assert 0 not in counts[1:peak]  # how it climbs is the policy's; it does not sleep under load
+    assert counts[-3:] == [1, 0, 1]  # down to one, to sleep, and woken by the last request
     assert run.gangs("still") == [1]
     assert run.pids[0] == run.pids[1]
     plot(run, tmp_path / "plot.png")

@@ -50,7 +50,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
-    deploy(DeploymentSpec(models=models), plan_changes(running_models(), models, prune), **options)
+    running = running_models()
+    deploy(DeploymentSpec(models=models), plan_changes(running, models, prune), running, **options)
 
 
 def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
@@ -104,6 +105,16 @@ def test_where_there_is_no_room_old_gangs_stop_first(cluster: Cluster) -> None:
 def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
     with pytest.raises(SpecError, match="two models are called 'b'"):
         carried_out(A.model_copy(update={"aliases": ("b",)}))
+    assert cluster.told == []
+
+
+def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster) -> None:
+    planned_on = running_models()
+    changes = plan_changes(planned_on, [A, B])
+    applied = serve_config(DeploymentSpec(models=(A.model_copy(update={"max_queued": 9}), B)), "the instance")
+    cluster.applications |= {application["name"]: application for application in applied["applications"]}
+    with pytest.raises(SpecError, match="another deployment changed a meanwhile"):
+        deploy(DeploymentSpec(models=(A, B)), changes, planned_on)
     assert cluster.told == []
 
 

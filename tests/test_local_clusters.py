@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,3 +109,24 @@ def test_a_taken_port_is_refused() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(local.SpecError, match=f"gateway.port: 127.0.0.1:{port} cannot be bound"):
             local._reserve_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("busy", [1, local.SILENT_LOOKS - 1])
+def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
+    monkeypatch: pytest.MonkeyPatch, busy: int
+) -> None:
+    at_work = {"status": "draining", "in_flight": 1}
+    answers = [{"status": "ok", "in_flight": 1}, *[{}] * busy, at_work, *[{}] * busy, at_work | {"in_flight": 0}]
+    left = iter(answers)
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: next(left))
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    assert list(left) == []
+
+
+def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    assert len(looks) == local.SILENT_LOOKS
