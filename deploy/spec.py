@@ -246,6 +246,18 @@ class GatewayLimits(_Section):
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request's body")
 
 
+class Metrics(_Section):
+    """What Prometheus reads, from every node on its own."""
+
+    host: str | None = Field(None, description="address to bind on each node; absent: the gateway's")
+    port: int | None = Field(
+        9464,
+        ge=0,
+        le=65535,
+        description="port of each node for GET /metrics; 0 takes a free one, of a local cluster; null: no metrics",
+    )
+
+
 class Storage(_Section):
     """Where files are kept on each node."""
 
@@ -268,8 +280,14 @@ class DeploymentSpec(_Section):
     models: tuple[ModelSpec, ...] = Field(description="what is served; each may be added, changed and removed alone")
     gateway: GatewaySpec = Field(GatewaySpec(), description="where clients reach the deployment")
     limits: GatewayLimits = Field(GatewayLimits(), description="what any request may cost the gateway")
+    metrics: Metrics = Field(Metrics(), description="what Prometheus reads, from every node on its own")
     storage: Storage = Field(Storage(), description="where files are kept on each node")
     auth: Auth = Field(Auth(), description="who may call")
+
+    @property
+    def metrics_at(self) -> dict[str, Any]:
+        """Where each node answers Prometheus: `{"host": ..., "port": ... or None}`."""
+        return {"host": self.metrics.host or self.gateway.host, "port": self.metrics.port}
 
     @field_validator("models")
     @classmethod

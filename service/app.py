@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deploy.spec import DeploymentSpec, ModelSpec
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from workers.gang import Gang
@@ -54,8 +54,16 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
 
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
+
+    Raises:
+        SpecError: no port is named for the metrics.
     """
-    models = [model_application(model, spec.storage.models) for model in spec.models]
+    if spec.metrics.port == 0:
+        raise SpecError(
+            "metrics.port: 0 takes a free port of a local cluster; on a cluster name one, the same everywhere"
+        )
+    on_nodes = {"models_folder": spec.storage.models, "metrics": spec.metrics_at}
+    models = [model_application(model, on_nodes) for model in spec.models]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": spec.gateway.host, "port": spec.gateway.port},
@@ -63,17 +71,17 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
     }
 
 
-def model_application(model: ModelSpec, models_folder: str | None) -> dict[str, Any]:
+def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, Any]:
     """The application of one model.
 
     Args:
         model: with `tasks` derived, where its folder can be read.
-        models_folder: `storage.models`.
+        on_nodes: what all gangs have in common: `storage.models` and `DeploymentSpec.metrics_at`.
     """
     scaling = model.autoscaling
     options = {
         "name": GANG,
-        "user_config": {"model": model.live, "models_folder": models_folder},
+        "user_config": {"model": model.live, **on_nodes},
         "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
         "max_queued_requests": model.max_queued,
         "max_surge_percent": 1,  # Serve rounds up: new gangs come one by one, and an old one goes when a new one serves
@@ -120,6 +128,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "draining": False,
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
+            "metrics": spec.metrics_at,
         },
     }
     return {

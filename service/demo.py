@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.load import load_spec
-from deploy.spec import SpecError
+from deploy.spec import Metrics, SpecError
 from service.client import ServerError, generate_remotely
 from service.local import LocalCluster
 from service.progress import LoadBars, StepProgress
@@ -51,7 +51,8 @@ def _demo(output: Path) -> None:
     spec = load_spec(DEPLOYMENT)
     (model,) = spec.models
     _ensure_model(Path(model.source))
-    spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": 0})})
+    ports = {"gateway": spec.gateway.model_copy(update={"port": 0}), "metrics": Metrics(port=0)}
+    spec = spec.model_copy(update=ports)
     began = time.monotonic()
     _say(f"starting {model.name} ({model.parallel}, {model.device}) on a local Ray cluster")
     with LocalCluster(spec) as cluster:

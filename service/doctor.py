@@ -186,12 +186,15 @@ def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:
 
 
 def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
-    if spec and spec.gateway.port:
-        host, port = spec.gateway.host, spec.gateway.port
+    named = {"gateway": spec.gateway.model_dump(), "metrics": spec.metrics_at} if spec else {}
+    for part, where in named.items():
+        host, port = where["host"], where["port"]
+        if not port:
+            continue
         reason = _bind(host, port)
-        advice = "stop what listens there (ss -ltnp), or set gateway.port; 0 takes a free one" if reason else ""
+        advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one" if reason else ""
         level: Literal["ok", "fail"] = "fail" if reason else "ok"
-        yield Finding("gateway port", level, f"{host}:{port} is {reason or 'free'}", advice)
+        yield Finding(f"{part} port", level, f"{host}:{port} is {reason or 'free'}", advice)
     for port, use in PORTS.items():
         reason = _bind("127.0.0.1", port)
         advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""

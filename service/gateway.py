@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Collection
 from typing import Any
 
@@ -22,9 +23,12 @@ from deploy.spec import ModelSpec
 from service.cluster import ModelState
 from service.names import GANG, app_name
 from service.rest import rest_app
+from service.status import find_status
 from service.watch import Watch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
+from workers.exporter import Exporter
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.metrics import IN_FLIGHT, QUEUE_SECONDS, REQUEST_LOSSES, REQUEST_SECONDS, REQUESTS
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,6 +61,7 @@ class Gateway:
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._watch = Watch()
+        self._exporter = Exporter()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
@@ -76,6 +81,7 @@ class Gateway:
                 raise
             logger.error("%s; the former keys stay", error)
         self._watch.follow(self._models)
+        self._exporter.serve_at(**user_config["metrics"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The REST door; Serve asks for it once this replica is constructed."""
@@ -125,15 +131,25 @@ class Gateway:
             ModelNotFound: the model was removed while the request waited.
             GangLost: every gang it was given to was lost.
         """
-        if self.draining:
-            raise ShuttingDown("the server is about to stop and takes no new requests")
+        began, outcome = time.monotonic(), "cancelled"
         self.in_flight += 1
+        IN_FLIGHT.labels(request.model).inc()
         try:
+            if self.draining:
+                raise ShuttingDown("the server is about to stop and takes no new requests")
             async with contextlib.aclosing(self._generate(request)) as reports:
                 async for report in reports:
+                    if isinstance(report, GenerationResult):
+                        outcome = "ok"
+                        _observe(request.model, report, time.monotonic() - began)
                     yield report
+        except Exception as error:
+            outcome = find_status(error).code
+            raise
         finally:
             self.in_flight -= 1
+            IN_FLIGHT.labels(request.model).dec()
+            REQUESTS.labels(request.model, outcome).inc()
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
         losses = 0
@@ -156,6 +172,7 @@ class Gateway:
                 if not isinstance(cause, GangLost | RayActorError):
                     raise cause from None
                 losses += 1
+                REQUEST_LOSSES.labels(request.model).inc()
                 logger.warning("request %s lost its ranks, time %d: %s", request.request_id, losses, cause)
                 await asyncio.sleep(PAUSE_S)
         raise GangLost(f"{request.model!r} lost its ranks {ATTEMPTS} times over this request; it is not tried again")
@@ -198,6 +215,12 @@ class Gateway:
             if not coming.done() or coming.cancelled():
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
+
+
+def _observe(model: str, result: GenerationResult, seconds: float) -> None:
+    computed_s = result.encode_seconds + sum(result.step_seconds) + result.decode_seconds
+    REQUEST_SECONDS.labels(model).observe(seconds)
+    QUEUE_SECONDS.labels(model).observe(max(0.0, seconds - computed_s))
 
 
 def _applications() -> Collection[str]:

@@ -65,6 +65,7 @@ class LocalCluster:
         self.spec = derive_tasks(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
+        self.metrics_url = ""
         self.address = ""
         self._folder: Path | None = None
         self._reservation: socket.socket | None = None
@@ -76,8 +77,10 @@ class LocalCluster:
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
         self.url = f"http://{host}:{port}"
+        self._find_metrics_port()
         self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
         os.environ.pop("RAY_ADDRESS", None)
+        os.environ["SPRAY_METRICS_DIR"] = str(self._folder / "metrics")  # Ray's processes inherit it
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -163,6 +166,25 @@ class LocalCluster:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _find_metrics_port(self) -> None:
+        """Take a free port where the file says 0, and say so if the one that it names is taken."""
+        where = self.spec.metrics_at
+        if where["port"] is None:
+            return
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((where["host"], where["port"]))
+                port = probe.getsockname()[1]
+        except OSError as error:
+            self.stop()
+            raise SpecError(
+                f"metrics.port: {where['host']}:{where['port']} cannot be bound ({error.strerror}); choose another, "
+                "as with --set metrics.port=0"
+            ) from None
+        self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
+        self.metrics_url = f"http://{where['host']}:{port}/metrics"
 
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():

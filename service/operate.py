@@ -165,6 +165,8 @@ def _banner(spec: DeploymentSpec, cluster: LocalCluster) -> list[str]:
     lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
     if len(models) < len(spec.models):
         lines.append(f"  and {len(spec.models) - len(models)} models more")
+    if cluster.metrics_url:
+        lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
     return [*lines, f"change it while it runs: spray deploy FILE --address {cluster.address}"]
 
 

@@ -96,8 +96,10 @@ def plan_gateway(spec: DeploymentSpec) -> list[str]:
         "gateway": {"replicas": options["num_replicas"]},
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
         "auth": {"api_keys_env": options["user_config"]["api_keys_env"]},
+        "metrics": options["user_config"]["metrics"],
     }
-    changed = _differences(before, spec.model_dump(include={name: set(keys) for name, keys in before.items()}))
+    after = spec.model_dump(include={name: set(keys) for name, keys in before.items()}) | {"metrics": spec.metrics_at}
+    changed = _differences(before, after)
     lines = [f"adjust  {GATEWAY_APP}: requests in flight go on ({', '.join(changed)})"] if changed else []
     where = client.get_serve_details()["http_options"]
     if (where["host"], where["port"]) != (spec.gateway.host, spec.gateway.port) and spec.gateway.port:

@@ -15,11 +15,15 @@ from deploy.spec import ModelSpec
 from service import reports
 from service.cluster import ModelState, cluster_object, model_state
 from service.names import app_name
+from workers.metrics import GANGS, QUEUED
 from workers.placement import Node, alive_nodes, free_nodes
 
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 1.0
+
+GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
+"""Serve's names for the states of a replica."""
 
 
 class Watch:
@@ -65,7 +69,15 @@ class Watch:
             if state.reason and state.reason != self._told.get(name):
                 logger.warning("%s is %s: %s", name, state.state, state.reason)
             self._told[name] = state.reason
+        self._observe()
         self._states = {name: state for name, state in self._states.items() if name in self._models}
+
+    def _observe(self) -> None:
+        for name, state in self._states.items():  # of a model that has gone: zero, and it is not observed again
+            here = name in self._models
+            QUEUED.labels(name).set(state.queued if here else 0)
+            for gangs in GANG_STATES:
+                GANGS.labels(name, gangs.lower()).set(state.replicas.get(gangs, 0) if here else 0)
 
 
 def _read() -> tuple[Any, list[Node], list[Node]]:

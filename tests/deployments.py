@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, ModelSpec, Placement, Timeouts
+from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, Metrics, ModelSpec, Placement, Timeouts
 from service.local import LocalCluster
 from sp_core.degrees import ParallelDegrees
 from workers.messages import RankStatus
@@ -32,8 +32,8 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
 
 
 def deployment(*models: ModelSpec) -> DeploymentSpec:
-    """On a free port."""
-    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0))
+    """On free ports."""
+    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0), metrics=Metrics(port=0))
 
 
 def pixels(b64_json: str) -> np.ndarray[Any, np.dtype[np.int16]]:

@@ -16,7 +16,7 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
-from deploy.spec import Auth, DeploymentSpec, GatewaySpec, ModelSpec, SpecError
+from deploy.spec import Auth, DeploymentSpec, GatewaySpec, Metrics, ModelSpec, SpecError
 from service import cli, operate, preflight, rollout
 from service.app import serve_config
 from service.rollout import Change, deploy, failures, pending, plan_changes, plan_gateway, running_models
@@ -236,9 +236,11 @@ def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pyte
     monkeypatch.setattr(rollout, "_get_global_client", lambda: listens)
     spec = DeploymentSpec(models=(A, B))
     assert plan_gateway(spec) == []
-    other = spec.model_copy(update={"gateway": GatewaySpec(port=9000, replicas=2), "auth": Auth(api_keys_env="KEYS")})
+    gateway, auth = GatewaySpec(port=9000, replicas=2), Auth(api_keys_env="KEYS")
+    other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
     assert plan_gateway(other) == [
-        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, auth.api_keys_env None -> KEYS)",
+        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
+        "auth.api_keys_env None -> KEYS)",
         "keep    gateway: listens at 127.0.0.1:8000 until Serve starts anew",
     ]
     cluster.applications = {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.memory import GIB
-from deploy.spec import DeploymentSpec, GatewaySpec, ModelSpec
+from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec
 from service import doctor
 from service.doctor import Finding, Machine, diagnose
 from sp_core.degrees import ParallelDegrees
@@ -97,10 +97,12 @@ def test_ports(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        spec = served().model_copy(update={"gateway": GatewaySpec(port=listener.getsockname()[1])})
-        taken = found(a_machine(tmp_path), "gateway port", spec)
-    assert taken.level == "fail"
-    assert "set gateway.port" in taken.advice
+        port = listener.getsockname()[1]
+        spec = served().model_copy(update={"gateway": GatewaySpec(port=port), "metrics": Metrics(port=port)})
+        for part in ("gateway", "metrics"):
+            taken = found(a_machine(tmp_path), f"{part} port", spec)
+            assert taken.level == "fail"
+            assert f"set {part}.port" in taken.advice
     assert found(a_machine(tmp_path), "gateway port", spec).level == "ok"
 
 

@@ -15,7 +15,8 @@ from workers.errors import ModelNotFound, ModelUnavailable, ShuttingDown, Unauth
 from workers.messages import GenerationRequest
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
-TABLE = {"models": [], "draining": False, "max_body_bytes": 4096, "api_keys_env": None}
+METRICS = {"host": "127.0.0.1", "port": None}
+TABLE = {"models": [], "draining": False, "max_body_bytes": 4096, "api_keys_env": None, "metrics": METRICS}
 
 
 @pytest.fixture

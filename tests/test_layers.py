@@ -16,7 +16,7 @@ ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
     "deploy": {"pydantic", "yaml"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
-    | {"huggingface_hub"},
+    | {"huggingface_hub", "prometheus_client"},
     "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
 }
 """Packages of others, by layer; the standard library besides."""

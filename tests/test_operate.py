@@ -250,11 +250,12 @@ def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
 
 def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_spec(file)
-    cluster = SimpleNamespace(address="10.0.0.1:6379")
+    cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics")
     assert operate._banner(spec, cluster) == [  # type: ignore[arg-type]
         "spray on 16 CPU cores and 4 GPUs",
         "  a: ulysses_degree=4 on cuda",
         "  b.c: 1 rank on cpu",
+        "metrics for Prometheus: http://127.0.0.1:9464/metrics",
         "change it while it runs: spray deploy FILE --address 10.0.0.1:6379",
     ]
     many = spec.model_copy(update={"models": spec.models * 25})

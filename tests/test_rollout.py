@@ -19,8 +19,10 @@ from deploy.spec import (
     GatewaySpec,
     Limits,
     LoRA,
+    Metrics,
     ModelSpec,
     Placement,
+    SpecError,
     Storage,
     Timeouts,
     WarmupShape,
@@ -33,6 +35,8 @@ from sp_core.degrees import ParallelDegrees
 from workers.gang import Gang
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "deploy").glob("*.yaml"))
+
+ON_NODES = {"models_folder": "/hub", "metrics": {"host": "127.0.0.1", "port": 9464}}
 
 BEFORE = ModelSpec(name="a", source="/models/a", tasks=("text-to-image",))
 
@@ -87,7 +91,7 @@ def test_one_changed_key(key: str) -> None:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_serve_starts_new_gangs_for_a_fixed_key_and_for_no_live_one(key: str) -> None:
-    applications = [model_application(model, None) for model in (BEFORE, changed(key))]
+    applications = [model_application(model, ON_NODES) for model in (BEFORE, changed(key))]
     versions = {get_app_code_version(schema) for schema in _schemas(applications)}
     (before,), (after,) = (application["deployments"] for application in applications)
     differing = {option for option in after if before[option] != after[option]}
@@ -105,10 +109,10 @@ def test_serve_starts_new_gangs_for_a_fixed_key_and_for_no_live_one(key: str) ->
 def test_both_parts_of_a_model_make_the_whole() -> None:
     assert set(BEFORE.fixed) & set(BEFORE.live) == set()
     assert ModelSpec.model_validate(BEFORE.fixed | BEFORE.live) == BEFORE
-    application = model_application(BEFORE, "/hub")
+    application = model_application(BEFORE, ON_NODES)
     (options,) = application["deployments"]
     assert application["args"] == BEFORE.fixed
-    assert options["user_config"] == {"model": BEFORE.live, "models_folder": "/hub"}
+    assert options["user_config"] == {"model": BEFORE.live, **ON_NODES}
 
 
 @pytest.mark.parametrize(("prune", "last"), [(False, "leave"), (True, "remove")])
@@ -191,7 +195,7 @@ def test_bundles_and_options_of_a_model() -> None:
             "max_queued": 5,
         }
     )
-    (options,) = model_application(model, None)["deployments"]
+    (options,) = model_application(model, ON_NODES)["deployments"]
     assert options["placement_group_bundles"] == [{"CPU": 0.5, "GPU": 1}] * 4
     assert options["placement_group_strategy"] == "PACK"
     assert options["placement_group_bundle_label_selector"] == [{"zone": "a"}]
@@ -210,6 +214,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "models": (changed("max_queued"), BEFORE.model_copy(update={"name": "b"})),
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS"),
+            "metrics": Metrics(port=9500),
         }
     )
     configs = serve_config(spec, "id"), serve_config(other, "id")
@@ -222,7 +227,20 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     table = options["user_config"]
     without_env = [model.model_copy(update={"env": {}}) for model in other.models]
     assert [ModelSpec.model_validate(model) for model in table.pop("models")] == without_env
-    assert table == {"draining": False, "max_body_bytes": 2048, "api_keys_env": "KEYS"}
+    metrics = {"host": "0.0.0.0", "port": 9500}
+    assert table == {"draining": False, "max_body_bytes": 2048, "api_keys_env": "KEYS", "metrics": metrics}
+
+
+def test_where_metrics_are_read_restarts_nothing() -> None:
+    specs = [
+        DeploymentSpec(models=(BEFORE,), metrics=metrics) for metrics in (Metrics(), Metrics(host="::", port=None))
+    ]
+    before, after = (serve_config(spec)["applications"][0] for spec in specs)
+    assert before["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9464}
+    assert after["deployments"][0]["user_config"]["metrics"] == {"host": "::", "port": None}
+    assert len({get_app_code_version(schema) for schema in _schemas([before, after])}) == 1
+    with pytest.raises(SpecError, match=r"metrics\.port: 0 takes a free port of a local cluster"):
+        serve_config(DeploymentSpec(models=(BEFORE,), metrics=Metrics(port=0)))
 
 
 def test_where_models_are_kept_restarts_nothing() -> None:

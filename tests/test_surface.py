@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 
 import sp_core.hooks
@@ -22,7 +23,7 @@ from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import AXES, ParallelDegrees
 from sp_core.lora import Adapters
 from sp_core.mesh import ParallelMesh
-from workers import errors
+from workers import errors, metrics
 
 PLAN_API = {
     "SequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
@@ -75,7 +76,7 @@ SPEC_KEYS = frozenset(
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.replicas
-    limits limits.max_body_bytes storage storage.models auth auth.api_keys_env
+    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models auth auth.api_keys_env
     """.split()
 )
 
@@ -105,6 +106,23 @@ VIDEO_FIELDS = frozenset(
     negative_prompt num_inference_steps guidance_scale guidance_scale_2 seed loras
     """.split()
 )
+
+METRICS = {
+    "spray_step_seconds": {"model", "replica", "rank"},
+    "spray_stage_seconds": {"model", "replica", "rank", "stage"},
+    "spray_rank_memory_peak_bytes": {"model", "replica", "rank"},
+    "spray_gang_startup_seconds": {"model"},
+    "spray_gang_losses": {"model"},
+    "spray_gang_backlog_seconds": {"model", "replica"},
+    "spray_requests": {"model", "outcome"},
+    "spray_request_seconds": {"model"},
+    "spray_queue_seconds": {"model"},
+    "spray_request_losses": {"model"},
+    "spray_requests_in_flight": {"model"},
+    "spray_requests_queued": {"model"},
+    "spray_gangs": {"model", "state"},
+    "spray_build_info": {"version"},
+}
 
 MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
 
@@ -196,3 +214,8 @@ def _keys(section: Any, prefix: str = "") -> list[str]:
         inner = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
         keys += [prefix + name, *_keys(inner, f"{prefix}{name}.")]
     return keys
+
+
+def test_metrics() -> None:
+    defined = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+    assert {metric._name: set(metric._labelnames) for metric in defined} == METRICS

@@ -4,6 +4,7 @@
     errors.py       the one tree of errors
     placement.py    ModelSpec -> Serve options: which bundles a gang occupies, and why they cannot be had
     gang.py         Gang, the Serve deployment: its life, one request at a time, what it reports
+    metrics.py      every metric by name; exporter.py lets Prometheus read them, one port per node
     cost.py         seconds that a request costs, learnt from those that were run; load.py how they are reported
     rank_group.py   the processes of a gang: starts them, hands each request to all of them, watches them
     rank_actor.py   Rank as a Ray actor

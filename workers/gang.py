@@ -23,8 +23,10 @@ from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import LoRA, ModelSpec
 from workers.cost import CostModel
 from workers.errors import GangLost, RequestFailed
+from workers.exporter import Exporter
 from workers.load import GangBacklog, GangLoad
 from workers.messages import GenerationRequest, GenerationResult
+from workers.metrics import GANG_BACKLOG, GANG_LOSSES, GANG_STARTUP_SECONDS
 from workers.rank_group import RankGroup, Report
 from workers.sources import fetch
 
@@ -51,6 +53,7 @@ class Gang:
         self._replacing = False
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
+        self._exporter = Exporter()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
@@ -59,13 +62,16 @@ class Gang:
         of their own, ahead of the requests that come later.
 
         Args:
-            user_config: `{"model": ModelSpec.live, "models_folder": where models from the hub are kept, or None}`.
+            user_config: `{"model": ModelSpec.live, "models_folder": where models from the hub are kept, or None,
+                "metrics": DeploymentSpec.metrics_at}`.
 
         Raises:
             GangLost: a rank did not start, or could not load the model, within the start-up limit.
             ValueError: the model's files cannot be had, or are damaged.
         """
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
+        self._metrics_at = user_config["metrics"]
+        self._exporter.serve_at(**self._metrics_at)
         if self._ranks is None:
             self._models_folder = user_config["models_folder"]
             folder = await asyncio.to_thread(fetch, model, self._models_folder)
@@ -77,6 +83,7 @@ class Gang:
             self._ranks = await self._start_ranks()
             self._startup_s = time.monotonic() - began
             return
+        self._ranks.serve_metrics(**self._metrics_at)
         former = self._model
         self._model = model.model_copy(update={"revision": former.revision, "loras": former.loras})
         if model.loras != former.loras:
@@ -113,8 +120,10 @@ class Gang:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
+        remaining_s = self._remaining_s()
+        GANG_BACKLOG.labels(self._model.name, _replica_number()).set(remaining_s)
         return GangLoad(
-            remaining_s=self._remaining_s(),
+            remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
             busy=float(self._running is not None),
             startup_s=self._startup_s,
@@ -156,7 +165,10 @@ class Gang:
     async def _start_ranks(self) -> RankGroup:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
-        return await RankGroup.start(self._model, self._models_folder, name, self._on_lost)
+        with GANG_STARTUP_SECONDS.labels(self._model.name).time():
+            ranks = await RankGroup.start(self._model, self._models_folder, name, _replica_number(), self._on_lost)
+        ranks.serve_metrics(**self._metrics_at)
+        return ranks
 
     async def _swap_adapters(self, loras: tuple[LoRA, ...]) -> None:
         async with self._turn:
@@ -172,6 +184,7 @@ class Gang:
             self._model = self._model.model_copy(update={"loras": loras})
 
     def _on_lost(self) -> None:
+        GANG_LOSSES.labels(self._model.name).inc()
         self._losses += 1
         self._replacing = True
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
@@ -188,3 +201,8 @@ class Gang:
                     logger.exception("%s: the ranks cannot be replaced", self._model.name)
             logger.error("%s: the gang ends, so that Serve places another", self._model.name)
             os._exit(1)
+
+
+def _replica_number() -> str:
+    """This gang's number among those of its model, which another has after it: a label of few values."""
+    return str(serve.get_replica_context().rank.rank)

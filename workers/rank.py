@@ -9,6 +9,7 @@ gang is sound. Anything else may have left the others inside a collective: the g
 
 import itertools
 import os
+import resource
 import socket
 import sys
 import time
@@ -32,6 +33,7 @@ from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
+from workers.metrics import RANK_MEMORY, STAGE_SECONDS, STEP_SECONDS
 from workers.pipeline import LoadedModel, load_model
 
 Result = TypeVar("Result")
@@ -53,10 +55,14 @@ class Rank:
         model: what to load and how the gang looks.
         device_index: which of the visible CUDA devices it uses; no meaning on CPU.
         node_id: the Ray node it runs on; empty outside Ray.
+        replica: the gang's number among those of its model, for metrics.
     """
 
-    def __init__(self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "") -> None:
+    def __init__(
+        self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "", replica: str = "0"
+    ) -> None:
         self.rank = rank
+        self._labels = model.name, replica, str(rank)
         self.model = model
         self._node_id = node_id
         self._phase: Phase = "starting"
@@ -64,6 +70,7 @@ class Rank:
         self._step = 0
         self._read = 0.0
         self._cancelled: str | None = None
+        self._warm = False
         if model.device == "cuda":
             torch.cuda.set_device(device_index)
         else:
@@ -114,6 +121,7 @@ class Rank:
         self._loaded = load_model(self.model, self._mesh, self._on_progress)
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
+        self._warm = True
         self._phase = "idle"
         return self.status()
 
@@ -198,12 +206,16 @@ class Rank:
         seconds: list[float] = []
         for step, took in enumerate(self._denoise(denoising), 1):
             seconds.append(took)
+            if self._warm:
+                STEP_SECONDS.labels(*self._labels).observe(took)
             if reports and request.report_steps:
                 yield StepEvent(step, denoising.total_steps, took)
         self._phase = "decode"
         before = time.perf_counter()
         denoising.join_pictures()
         outputs = self._finish(denoising)
+        decode_seconds = time.perf_counter() - before
+        self._observe(encode=encoded - started, denoise=sum(seconds), decode=decode_seconds)
         if reports:
             yield GenerationResult(
                 outputs=outputs,
@@ -211,7 +223,7 @@ class Rank:
                 degrees=self.model.parallel,
                 encode_seconds=encoded - started,
                 step_seconds=tuple(seconds),
-                decode_seconds=time.perf_counter() - before,
+                decode_seconds=decode_seconds,
             )
 
     def status(self) -> RankStatus:
@@ -244,6 +256,16 @@ class Rank:
         denoising.share_encoded()
         self._together(request, denoising.prepare)
         return denoising
+
+    def _observe(self, **stages: float) -> None:
+        """Seconds by stage of a request that came from a caller: warming up counts nowhere."""
+        if not self._warm:
+            return
+        for stage, seconds in stages.items():
+            STAGE_SECONDS.labels(*self._labels, stage).observe(seconds)
+        RANK_MEMORY.labels(*self._labels).set(
+            torch.cuda.max_memory_allocated() if self.model.device == "cuda" else _peak_memory()
+        )
 
     def _denoise(self, denoising: Denoising) -> Iterator[float]:
         """All steps, and the seconds that each took."""
@@ -286,3 +308,9 @@ class Rank:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
         except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error
+
+
+def _peak_memory() -> int:
+    """The most bytes of main memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from deploy.spec import LoRA, ModelSpec
+from workers.exporter import Exporter
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.sources import fetch
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.rank.Rank`."""
 
-    def __init__(self, rank: int, model: ModelSpec, models_folder: str | None) -> None:
+    def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
         logging.basicConfig(format="%(name)s: %(message)s")
         if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
             logging.getLogger("sp_core").setLevel(logging.INFO)
         node_id = ray.get_runtime_context().get_node_id()
         folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
         here = model.model_copy(update={"source": str(folder)})
-        self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, here, node_id=node_id)
+        self._rank: Rank = importlib.import_module("workers.rank").Rank(rank, here, node_id=node_id, replica=replica)
+        self._exporter = Exporter()
 
     def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: the address where the ranks of this gang meet."""
@@ -52,6 +54,11 @@ class RankActor:
     def status(self) -> RankStatus:
         """See `Rank.status`."""
         return self._rank.status()
+
+    @ray.method(concurrency_group="control")
+    def serve_metrics(self, host: str, port: int | None) -> None:
+        """See `Exporter.serve_at`."""
+        self._exporter.serve_at(host, port)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:

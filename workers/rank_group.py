@@ -41,10 +41,13 @@ class RankGroup:
         model: what the ranks load.
         models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
         name: prefix of the ranks' actor names, unique in the cluster.
+        replica: the gang's number among those of its model, for metrics.
         on_lost: called once, when the ranks are lost.
     """
 
-    def __init__(self, model: ModelSpec, models_folder: str | None, name: str, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+    ) -> None:
         self._model = model
         self._on_lost = on_lost
         self._lost: str | None = None
@@ -64,18 +67,20 @@ class RankGroup:
                 num_gpus=resources.get("GPU", 0),
                 runtime_env={"env_vars": model.env} if model.env else None,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote(i, model, models_folder)
+            ).remote(i, model, models_folder, replica)
             for i, index in enumerate(order)
         ]
 
     @classmethod
-    async def start(cls, model: ModelSpec, models_folder: str | None, name: str, on_lost: Callable[[], None]) -> Self:
+    async def start(
+        cls, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+    ) -> Self:
         """Start the ranks, let them meet and load, and begin to watch them.
 
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
-        group = cls(model, models_folder, name, on_lost)
+        group = cls(model, models_folder, name, replica, on_lost)
         limit = model.timeouts.startup_s
         try:
             group._statuses = await asyncio.wait_for(group._assemble(), limit)
@@ -113,6 +118,13 @@ class RankGroup:
         """
         calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
         await asyncio.shield(asyncio.create_task(self._settle(calls)))  # whoever leaves early leaves no rank alone
+
+    def serve_metrics(self, host: str, port: int | None) -> None:
+        """Let ranks on nodes without a gang answer Prometheus; on this node the gang does. See `workers.exporter`."""
+        here = ray.get_runtime_context().get_node_id()
+        for status, rank in zip(self._statuses, self._ranks, strict=True):
+            if status.node_id != here:
+                rank.serve_metrics.remote(host, port)
 
     @property
     def statuses(self) -> Sequence[RankStatus]:

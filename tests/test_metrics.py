@@ -1,0 +1,174 @@
+"""What Prometheus reads: exact numbers from all processes of a node, from one port, whichever of them dies."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.local import LocalCluster
+from tests.deployments import deployment, model, ready
+from workers import exporter
+from workers.exporter import Exporter
+from workers.rank_group import RankGroup
+
+PROCESS = """
+import sys, time
+from workers.metrics import IN_FLIGHT, REQUESTS
+from workers.exporter import Exporter
+from workers.rank_group import RankGroup
+REQUESTS.labels("m", "ok").inc(int(sys.argv[1]))
+IN_FLIGHT.labels("m").inc(int(sys.argv[1]))
+Exporter().serve_at("127.0.0.1", int(sys.argv[2]))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scrape(url: str) -> Samples:
+    families = text_string_to_metric_families(httpx.get(url, timeout=30, trust_env=False).text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    """0 where nothing was observed yet."""
+    return samples.get((name, frozenset(labels.items())), 0.0)
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if holds():
+                return
+        except httpx.TransportError:  # between two processes nobody answers
+            pass
+        time.sleep(0.2)
+    raise AssertionError("it never came about")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Callable[[int, int], subprocess.Popen[str]]]:
+    """Starts processes of one node and cluster, each with some requests; `start(requests, port)`."""
+    running = []
+    env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "metrics")}
+
+    def start(requests: int, port: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROCESS, str(requests), str(port)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_one_port_answers_for_all_processes_and_outlives_each(
+    processes: Callable[[int, int], subprocess.Popen[str]],
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/metrics"
+    alive = {requests: processes(requests, port) for requests in (1, 20, 300)}
+    while alive:
+        until(lambda: value(scrape(url), "spray_requests_in_flight", model="m") == sum(alive))
+        assert value(scrape(url), "spray_requests_total", model="m", outcome="ok") == 321
+        requests, process = next(iter(alive.items()))  # the first came first to the port
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        del alive[requests]
+    with pytest.raises(httpx.TransportError):
+        scrape(url)
+
+
+def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(exporter, "FOLDER", tmp_path)
+    monkeypatch.setattr(exporter, "RETRY_S", 0.02)
+    said: list[str] = []
+    logger = SimpleNamespace(warning=lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(exporter, "logger", logger)
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = foreign.getsockname()[1]
+        mine = Exporter()
+        mine.serve_at("127.0.0.1", port)
+        until(lambda: bool(said))
+        time.sleep(0.5)
+        assert said == [f"metrics: this node cannot answer at 127.0.0.1:{port} (Address already in use)"]
+    url = f"http://127.0.0.1:{port}/metrics"
+    until(lambda: httpx.get(url, trust_env=False).status_code == 200)  # it has become free
+    other = free_port()
+    mine.serve_at("127.0.0.1", other)
+    until(lambda: httpx.get(f"http://127.0.0.1:{other}/metrics", trust_env=False).status_code == 200)
+    until(lambda: not _listens(port))
+    mine.serve_at("127.0.0.1", None)
+    until(lambda: not _listens(other))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, tuple[Any, ...]]] = []
+    group = object.__new__(RankGroup)
+    group._statuses = [SimpleNamespace(node_id=node) for node in ("here", "there")]  # type: ignore[misc]
+    for node in ("here", "there"):
+        remote = functools.partial(lambda node, *where: told.append((node, where)), node)
+        group.__dict__.setdefault("_ranks", []).append(SimpleNamespace(serve_metrics=SimpleNamespace(remote=remote)))
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr("workers.rank_group.ray.get_runtime_context", lambda: context)
+    group.serve_metrics("0.0.0.0", 9464)
+    assert told == [("there", ("0.0.0.0", 9464))]
+
+
+def test_what_requests_leave_behind(demo_model: Path) -> None:
+    """Counts and seconds of two requests and a refused one are, to the last bit, those that the caller was told."""
+    body = {"model": "demo", "prompt": "a", "size": "64x48"}
+    with LocalCluster(deployment(model(demo_model, ulysses_degree=2))) as cluster:
+        ready(cluster)
+        url = f"{cluster.url}/v1/images/generations"
+        told = [httpx.post(url, json=body, timeout=300, trust_env=False).json()["metrics"] for _ in range(2)]
+        refused = httpx.post(url, json=body | {"size": "72x64"}, timeout=300, trust_env=False)
+        assert refused.status_code == 400  # by the ranks: the deployment allows multiples of 8, the model of 16
+        until(lambda: value(scrape(cluster.metrics_url), "spray_gangs", model="demo", state="running") == 1)
+        samples = scrape(cluster.metrics_url)
+    for rank in "01":
+        here = {"model": "demo", "replica": "0", "rank": rank}
+        assert value(samples, "spray_step_seconds_count", **here) == 8
+        assert value(samples, "spray_stage_seconds_count", **here, stage="denoise") == 2
+        assert value(samples, "spray_rank_memory_peak_bytes", **here) > 1e8
+    first = {"model": "demo", "replica": "0", "rank": "0"}
+    steps = [seconds for metrics in told for seconds in metrics["step_seconds"]]
+    assert value(samples, "spray_step_seconds_sum", **first) == pytest.approx(sum(steps), rel=1e-9)
+    for stage in ("encode", "decode"):
+        seconds = sum(metrics[f"{stage}_seconds"] for metrics in told)
+        assert value(samples, "spray_stage_seconds_sum", **first, stage=stage) == pytest.approx(seconds, rel=1e-9)
+    assert value(samples, "spray_requests_total", model="demo", outcome="ok") == 2
+    assert value(samples, "spray_requests_total", model="demo", outcome="invalid_value") == 1
+    assert value(samples, "spray_request_seconds_count", model="demo") == 2
+    computed = sum(steps) + sum(metrics["encode_seconds"] + metrics["decode_seconds"] for metrics in told)
+    whole, queued = (value(samples, f"spray_{what}_seconds_sum", model="demo") for what in ("request", "queue"))
+    assert whole == pytest.approx(computed + queued, rel=1e-9)
+    assert value(samples, "spray_gang_startup_seconds_count", model="demo") == 1
+    assert value(samples, "spray_requests_in_flight", model="demo") == 0
