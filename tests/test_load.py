@@ -155,6 +155,7 @@ OTHERS = {
     "SPRAY_ADDRESS": "auto",
     "SPRAY_SERVER": "http://x",
     "SPRAY_API_KEYS": "a,b",
+    "SPRAY_METRICS_DIR": "/tmp/here",
     "SPRAY_API_KEY": "a",
     "SPRAY_SERVICE_HOST": "10.0.0.1",
     "SPRAY_SERVICE_PORT_HTTP": "8000",
