@@ -216,10 +216,10 @@ def _reserve_port(host: str, port: int) -> socket.socket:
         SpecError: the port is taken.
     """
     try:
-        with socket.socket() as probe:  # without SO_REUSEPORT: fails where anybody listens
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            port = probe.getsockname()[1]
+        if port:  # the system gives nobody's, and at once: nobody can come in between
+            with socket.socket() as probe:  # without SO_REUSEPORT: fails where anybody listens
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
         reservation = socket.socket()
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,9 +2,10 @@
 
 import base64
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -14,6 +15,15 @@ from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, Metrics, 
 from service.local import LocalCluster
 from sp_core.degrees import ParallelDegrees
 from workers.messages import RankStatus
+
+Seen = TypeVar("Seen")
+
+PATIENCE_S = 240.0
+"""For what is bound to come: far longer than it takes on a slow and busy machine, shorter than a test may take."""
+
+PING_S = 300.0
+"""After which a silent rank is given up. Longer than any machine is too busy for an answer, and than a test waits: what
+a test sees happen before was noticed by other means."""
 
 
 def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
@@ -27,7 +37,7 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
         limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8),
         max_queued=3,
         placement=Placement(cpus_per_rank=0.1),
-        timeouts=Timeouts(startup_s=550),
+        timeouts=Timeouts(startup_s=550, ping_s=PING_S),
     )
 
 
@@ -50,13 +60,37 @@ def rank_actors(name: str) -> list[Any]:
 
 def rank_statuses(name: str) -> list[RankStatus]:
     """Status of the model's running ranks."""
-    statuses: list[RankStatus] = ray.get([rank.status.remote() for rank in rank_actors(name)], timeout=10)
+    statuses: list[RankStatus] = ray.get([rank.status.remote() for rank in rank_actors(name)], timeout=120)
     return statuses
 
 
 def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
     """Run `work(rank_actor_instance, *args)` inside a rank's process."""
-    return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=30)
+    return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=120)
+
+
+def in_each_forward(actor: Any, work: Callable[[], object]) -> None:
+    """In a rank's process: do this inside every forward from now on."""
+
+    def before_block(*_: Any) -> None:
+        work()
+
+    actor._rank._loaded.pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(before_block)
+
+
+def wait_while(there: Path) -> None:
+    """As long as a file is there; a request whose forwards do this runs for as long as a test wants it to."""
+    while there.exists():
+        time.sleep(0.01)
+
+
+def wait_for(look: Callable[[], Seen], wanted: Callable[[Seen], bool]) -> Seen:
+    """Look until what is seen is what is wanted, and return it; it must be bound to come and to stay."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not wanted(seen := look()):
+        assert time.monotonic() < deadline, f"after {PATIENCE_S:g} s: {seen}"
+        time.sleep(0.1)
+    return seen
 
 
 def ready(cluster: LocalCluster) -> None:

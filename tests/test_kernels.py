@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sp_core import kernels
+from sp_core.verify import BAR
 
 CPU = torch.device("cpu")
 
@@ -30,13 +31,13 @@ def test_partial_attentions_merge_to_the_whole(masked: bool) -> None:
     merged = kernels.merge(*parts)
     output, lse = merged.output, merged.lse
     assert torch.isfinite(output).all()
-    assert (output - whole).abs().max() < 1e-6
+    assert (output - whole).abs().max() <= BAR
     if masked:
         assert output[1].abs().max() == 0
         assert torch.isneginf(lse[1]).all()
     else:
         scores = torch.einsum("bshd,bkhd->bshk", query, key) / math.sqrt(8)
-        assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+        assert (lse - scores.logsumexp(-1)).abs().max() <= BAR
 
 
 @pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min])
@@ -51,15 +52,15 @@ def test_rows_that_hide_all_keys_by_a_finite_mask(low: float) -> None:
         for chunk in (slice(0, 3), slice(3, 7), slice(7, 9))
     ]
     merged = kernels.merge(kernels.merge(parts[2], parts[0]), parts[1])
-    assert (merged.output[0] - kernels.attention(query, key, value)[0]).abs().max() < 2e-6
-    assert (merged.output[1] - value[1, 2]).abs().max() < 2e-6
+    assert (merged.output[0] - kernels.attention(query, key, value)[0]).abs().max() <= BAR
+    assert (merged.output[1] - value[1, 2]).abs().max() <= BAR
 
 
 def test_fewer_key_heads_and_masks_of_models() -> None:
     query, key, value = tokens(5, 0), tokens(9, 1)[:, :, :1], tokens(9, 2)[:, :, :1]
     mask = torch.arange(9).expand(2, 9) < 6
     expected = kernels.attention(query, *(t[:, :6].expand(-1, -1, 3, -1) for t in (key, value)))
-    assert (kernels.local_attention(query, key, value, mask) - expected).abs().max() < 1e-6
+    assert (kernels.local_attention(query, key, value, mask) - expected).abs().max() <= BAR
 
 
 def right(query: Any, key: Any, value: Any, scale: Any) -> Any:
@@ -68,7 +69,7 @@ def right(query: Any, key: Any, value: Any, scale: Any) -> Any:
 
 def wrong(query: Any, key: Any, value: Any, scale: Any) -> Any:
     output, lse = right(query, key, value, scale)
-    return output, lse * 0.99  # outputs are right, but would merge wrongly
+    return output, lse * 0.95  # outputs are right, but would merge wrongly
 
 
 def absent(query: Any, key: Any, value: Any, scale: Any) -> Any:
@@ -76,7 +77,7 @@ def absent(query: Any, key: Any, value: Any, scale: Any) -> Any:
 
 
 def test_only_right_kernels_are_chosen() -> None:
-    found = kernels.try_kernels({"right": right, "wrong": wrong, "absent": absent}, CPU, torch.float32, 16, tokens=300)
+    found = kernels.try_kernels({"right": right, "wrong": wrong, "absent": absent}, CPU, torch.float16, 16, tokens=300)
     assert isinstance(found["right"], float)
     assert str(found["wrong"]).startswith("is wrong by")
     assert found["absent"] == "ImportError: No module named 'flash_attn'"

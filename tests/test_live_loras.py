@@ -166,13 +166,14 @@ def test_a_transformer_that_the_model_has_not(demo_models: dict[str, Path], ink:
 
 
 class FakeRank:
-    """As far as `RankGroup.set_loras` calls it: answers after a while, or never."""
+    """As far as `RankGroup.set_loras` calls it: answers at once, or when told to."""
 
-    def __init__(self, error: Exception | None = None, seconds: float = 0) -> None:
-        self.set_loras, self.error, self.seconds, self.answered = self, error, seconds, False
+    def __init__(self, error: Exception | None = None, may: asyncio.Event | None = None) -> None:
+        self.set_loras, self.error, self.may, self.answered = self, error, may, False
 
     async def remote(self, _: tuple[LoRA, ...]) -> None:
-        await asyncio.sleep(self.seconds)
+        if self.may is not None:
+            await self.may.wait()
         self.answered = True
         if self.error:
             raise self.error
@@ -187,21 +188,26 @@ def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGrou
 
 
 def test_the_gang_hears_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = [FakeRank(PeerFailed("another")), FakeRank(RequestFailed("no file"), 0.1), FakeRank(PeerFailed("another"))]
-    with pytest.raises(RequestFailed, match="no file"):
-        asyncio.run(group_of(failed, monkeypatch).set_loras(()))
-    group = group_of([FakeRank(seconds=60), FakeRank(RuntimeError("a broken collective"))], monkeypatch)
+    failed = [FakeRank(PeerFailed("another")), FakeRank(PeerFailed("another")), FakeRank(RequestFailed("no file"))]
+    for ranks in (failed, failed[::-1]):  # whether it comes last or first
+        with pytest.raises(RequestFailed, match="no file"):
+            asyncio.run(group_of(ranks, monkeypatch).set_loras(()))
+    group = group_of([FakeRank(may=asyncio.Event()), FakeRank(RuntimeError("a broken collective"))], monkeypatch)
     with pytest.raises(GangLost, match="demo: RuntimeError: a broken collective"):
         asyncio.run(group.set_loras(()))
 
 
 def test_a_caller_that_leaves_leaves_no_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = [FakeRank(seconds=0.2), FakeRank(seconds=0.3)]
+    may = asyncio.Event()
+    ranks = [FakeRank(may=may), FakeRank(may=may)]
 
     async def leave() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(group_of(ranks, monkeypatch).set_loras(()), 0.05)
-        await asyncio.sleep(0.5)
+        may.set()
+        async with asyncio.timeout(60):
+            while not all(rank.answered for rank in ranks):
+                await asyncio.sleep(0.01)
 
     asyncio.run(leave())
     assert all(rank.answered for rank in ranks)

@@ -133,10 +133,10 @@ def test_parts_of_fused_features() -> None:
 @pytest.mark.parametrize("norm", [nn.RMSNorm(6, eps=1e-3), nn.RMSNorm(6)])
 def test_a_norm_over_one_rank_is_the_norm(norm: nn.RMSNorm) -> None:
     with torch.no_grad():
-        norm.weight.uniform_(1, 2)
-        x = torch.randn(2, 5, 6)
+        norm.weight.copy_(1 + examples.randn(6).abs())
+        x = examples.randn(2, 5, 6)
         ours = AcrossHeadsRMSNorm(norm, torch.arange(6), MeshAxis("tp", 0, 1, None, None))
-        assert (ours(x) - norm(x)).abs().max() < 1e-6
+        assert worst([ours(x)], [norm(x)]) <= BAR
 
 
 def test_plans_of_diffusers() -> None:
