@@ -7,6 +7,7 @@ own, listens on loopback only, and takes everything along when it stops. Any num
 import contextlib
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -43,6 +44,9 @@ from workers.errors import GangLost
 LOOPBACK = "127.0.0.1"
 SILENT_LOOKS = 5
 """A gateway that does not answer so often in a row is gone; once may mean that it is busy."""
+
+METRICS_PORTS = range(20000, 30000)
+"""Below those that systems give away by themselves: until the first process of ours binds it, nobody holds the port."""
 
 OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -169,22 +173,16 @@ class LocalCluster:
 
     def _find_metrics_port(self) -> None:
         """Take a free port where the file says 0, and say so if the one that it names is taken."""
-        where = self.spec.metrics_at
-        if where["port"] is None:
+        host, port = self.spec.metrics_at["host"], self.spec.metrics_at["port"]
+        if port is None:
             return
-        try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((where["host"], where["port"]))
-                port = probe.getsockname()[1]
-        except OSError as error:
+        candidates = [port] if port else random.sample(METRICS_PORTS, 20)
+        free = next((candidate for candidate in candidates if _is_free(host, candidate)), None)
+        if free is None:
             self.stop()
-            raise SpecError(
-                f"metrics.port: {where['host']}:{where['port']} cannot be bound ({error.strerror}); choose another, "
-                "as with --set metrics.port=0"
-            ) from None
-        self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
-        self.metrics_url = f"http://{where['host']}:{port}/metrics"
+            raise SpecError(f"metrics.port: {host}:{port} cannot be bound; choose another with --set metrics.port=0")
+        self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": free})})
+        self.metrics_url = f"http://{host}:{free}/metrics"
 
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
@@ -229,6 +227,16 @@ def _reserve_port(host: str, port: int) -> socket.socket:
             f"gateway.port: {host}:{port} cannot be bound ({error.strerror}); choose another with --port"
         ) from None
     return reservation
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError:
+        return False
+    return True
 
 
 def _loaded() -> dict[str, float]:

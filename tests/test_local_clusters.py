@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,9 @@ import pytest
 import ray
 from PIL import Image
 
+from deploy.spec import Metrics, SpecError
 from service import local
+from tests.deployments import deployment, model
 
 DEMO = [sys.executable, "-m", "service.demo"]
 
@@ -146,3 +149,15 @@ def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.M
     monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
     local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
     assert len(looks) == local.SILENT_LOOKS
+
+
+def test_a_port_of_metrics_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cluster = SimpleNamespace(spec=deployment(model(Path("/nowhere"))), stop=lambda: None, metrics_url="")
+        cluster.spec = cluster.spec.model_copy(update={"metrics": Metrics(port=port)})
+        with pytest.raises(SpecError, match=rf"metrics\.port: 127\.0\.0\.1:{port} cannot be bound"):
+            local.LocalCluster._find_metrics_port(cluster)
+    cluster.spec = cluster.spec.model_copy(update={"metrics": Metrics(port=0)})
+    local.LocalCluster._find_metrics_port(cluster)
+    assert cluster.metrics_url == f"http://127.0.0.1:{cluster.spec.metrics.port}/metrics"
