@@ -100,21 +100,32 @@ class ParallelMesh:
 
         A collective on the control group. Every rank of the gang must call it at the same point, with as many flags.
         """
-        if self.control is None:
+        if self.degrees.world_size == 1:
             return flags
+        assert self.control is not None
         word = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(word.tolist())
 
     def from_first(self, value: bytes | None) -> bytes:
         """What rank 0 passes, on all ranks; the others pass None. A collective on the control group."""
-        if self.control is None:
+        if self.degrees.world_size == 1:
             assert value is not None
             return value
+        assert self.control is not None
         carried = [value]
         dist.broadcast_object_list(carried, src=0, group=self.control)
         assert carried[0] is not None
         return carried[0]
+
+    def close(self) -> None:
+        """Let go of all groups, after which the mesh is of no use.
+
+        The threads of a group end only with the last reference to it, and what was parallelised over this mesh may be
+        kept for ever: diffusers caches methods by their module, with that module's hooks.
+        """
+        self._axes.clear()
+        self.control = None
 
 
 def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:
