@@ -4,7 +4,7 @@ Called once per rank by `workers.rank`, or by anyone who has initialised `torch.
 `MeshAxis`; nothing else in the package touches a process group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,7 @@ from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One rank's view of one axis.
+    """One rank's view of one axis. Axes of the same ranks share their groups, as one thread makes all calls in order.
 
     Attributes:
         name: the axis; `"sequence"` is ring and ulysses taken together, `"gang"` all ranks.
@@ -87,7 +87,10 @@ class ParallelMesh:
         )
         timeout = timedelta(seconds=timeout_s)
         groups = axis_groups(degrees)
-        axes = {name: _axis(name, groups[name], rank, timeout) for name in ("gang", "sequence", *AXES)}
+        axes: dict[AxisName, MeshAxis] = {}
+        for name in ("gang", "sequence", *AXES):
+            same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
+            axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout)
         control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         return cls(degrees, device, axes, control)
 
