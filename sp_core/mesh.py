@@ -4,7 +4,7 @@ Called once per rank by `workers.rank`, or by anyone who has initialised `torch.
 `MeshAxis`; nothing else in the package touches a process group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,7 @@ from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One rank's view of one axis.
+    """One rank's view of one axis. Axes of the same ranks share their groups, as one thread makes all calls in order.
 
     Attributes:
         name: the axis; `"sequence"` is ring and ulysses taken together, `"gang"` all ranks.
@@ -87,7 +87,10 @@ class ParallelMesh:
         )
         timeout = timedelta(seconds=timeout_s)
         groups = axis_groups(degrees)
-        axes = {name: _axis(name, groups[name], rank, timeout) for name in ("gang", "sequence", *AXES)}
+        axes: dict[AxisName, MeshAxis] = {}
+        for name in ("gang", "sequence", *AXES):
+            same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
+            axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout)
         control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         return cls(degrees, device, axes, control)
 
@@ -100,21 +103,32 @@ class ParallelMesh:
 
         A collective on the control group. Every rank of the gang must call it at the same point, with as many flags.
         """
-        if self.control is None:
+        if self.degrees.world_size == 1:
             return flags
+        assert self.control is not None
         word = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(word.tolist())
 
     def from_first(self, value: bytes | None) -> bytes:
         """What rank 0 passes, on all ranks; the others pass None. A collective on the control group."""
-        if self.control is None:
+        if self.degrees.world_size == 1:
             assert value is not None
             return value
+        assert self.control is not None
         carried = [value]
         dist.broadcast_object_list(carried, src=0, group=self.control)
         assert carried[0] is not None
         return carried[0]
+
+    def close(self) -> None:
+        """Let go of all groups, after which the mesh is of no use.
+
+        The threads of a group end only with the last reference to it, and what was parallelised over this mesh may be
+        kept for ever: diffusers caches methods by their module, with that module's hooks.
+        """
+        self._axes.clear()
+        self.control = None
 
 
 def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:

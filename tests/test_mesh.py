@@ -62,6 +62,17 @@ def test_one_decision(ranks: RankPool) -> None:
     assert ranks.run(ParallelDegrees(ulysses_degree=3), agree) == [(2, 5, 0)] * 3
 
 
+def shared_groups(mesh: ParallelMesh) -> tuple[bool, bool]:
+    gang, sequence, ulysses, ring = (mesh.axis(name) for name in ("gang", "sequence", "ulysses", "ring"))
+    return gang.group is sequence.group, sequence.group in (ulysses.group, ring.group)
+
+
+def test_axes_of_the_same_ranks_share_a_group(ranks: RankPool) -> None:
+    assert ranks.run(ParallelDegrees(ring_degree=3), shared_groups) == [(True, True)] * 3
+    assert ranks.run(ParallelDegrees(ulysses_degree=2, ring_degree=2), shared_groups) == [(True, False)] * 4
+    assert ranks.run(ParallelDegrees(ulysses_degree=2, cfg_parallel_size=2), shared_groups) == [(False, True)] * 4
+
+
 @pytest.mark.parametrize(
     ("heads", "degree", "shares", "cost"),
     [(12, 4, [3, 3, 3, 3], 1.0), (30, 4, [8, 8, 8, 6], 32 / 30), (5, 4, [2, 2, 1, 0], 1.6), (2, 4, [1, 1, 0, 0], 2.0)],
