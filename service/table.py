@@ -20,7 +20,8 @@ def cluster_table(cluster: dict[str, Any]) -> str:
         rows += [["", "", "", "", "", gang] for gang in gangs[1:]]
         if model["reason"]:
             notes.append(f"{model['id']}: {model['reason']}")
-    return "\n".join([f"{cluster['nodes']} nodes, {devices}", *_aligned(rows), *notes])
+    nodes = f"{cluster['nodes']} node{'s' if cluster['nodes'] != 1 else ''}"
+    return "\n".join([f"{nodes}, {devices}", *_aligned(rows), *notes])
 
 
 def models_table(listed: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The facts of a cluster: each model's state with its reason, and how a person sees them in tables and bars."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from service.schemas import model_object
 from service.table import cluster_table, models_table
 from sp_core.degrees import ParallelDegrees
 from tests.hall import Hall
-from workers.messages import StepEvent
+from workers.gang import Gang
+from workers.messages import GenerationRequest, StepEvent
 from workers.placement import Node
 
 MODEL = ModelSpec(name="a", source="/a", parallel=ParallelDegrees(ulysses_degree=2))
@@ -32,6 +34,7 @@ HUGE = MODEL.model_copy(update={"parallel": ParallelDegrees(ulysses_degree=8)})
 HUNGRY = MODEL.model_copy(update={"placement": Placement(memory=40 << 30)})
 NODES = [Node({"CPU": 64, "GPU": 4, "memory": 200 << 30}, {})] * 2
 FREE = NODES
+REQUEST = GenerationRequest("r", "a", "a cup", 64, 64, 4, seed=1)
 FULL = [Node({"CPU": 64, "GPU": 1, "memory": 5 << 30}, {})] * 2
 NEVER = "needs 8 GPUs on one node, the largest node has 4"
 
@@ -203,3 +206,22 @@ def test_steps_are_lines_where_no_terminal_is(capsys: pytest.CaptureFixture[str]
 def test_words_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     say("hello")
     assert capsys.readouterr() == ("", "hello\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "running", "now"),
+    [
+        (("idle", 4), None, ("idle", 0)),
+        (("idle", 4), REQUEST, ("encode", 0)),  # the rank has not said anything since it got the request
+        (("denoise", 2), REQUEST, ("denoise", 2)),
+        (("decode", 4), REQUEST, ("decode", 4)),
+    ],
+)
+def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
+    said: tuple[Any, int], running: GenerationRequest | None, now: tuple[str, int]
+) -> None:
+    gang = Gang({})
+    assert gang._progress() == ("starting", 0)
+    gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1])])  # type: ignore[assignment]
+    gang._running = running
+    assert gang._progress() == now

@@ -151,8 +151,15 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
         told = [httpx.post(url, json=body, timeout=300, trust_env=False).json()["metrics"] for _ in range(2)]
         refused = httpx.post(url, json=body | {"size": "72x64"}, timeout=300, trust_env=False)
         assert refused.status_code == 400  # by the ranks: the deployment allows multiples of 8, the model of 16
-        until(lambda: value(scrape(cluster.metrics_url), "spray_gangs", model="demo", state="running") == 1)
-        samples = scrape(cluster.metrics_url)
+        seen: Samples = {}
+
+        def counted() -> bool:
+            seen.update(scrape(cluster.metrics_url))
+            gangs = value(seen, "spray_gangs", model="demo", state="running")  # as of the last look
+            return gangs == 1 and value(seen, "spray_requests_in_flight", model="demo") == 0
+
+        until(counted)
+        samples = dict(seen)
     for rank in "01":
         here = {"model": "demo", "replica": "0", "rank": rank}
         assert value(samples, "spray_step_seconds_count", **here) == 8
@@ -171,4 +178,3 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
     whole, queued = (value(samples, f"spray_{what}_seconds_sum", model="demo") for what in ("request", "queue"))
     assert whole == pytest.approx(computed + queued, rel=1e-9)
     assert value(samples, "spray_gang_startup_seconds_count", model="demo") == 1
-    assert value(samples, "spray_requests_in_flight", model="demo") == 0

@@ -25,7 +25,7 @@ from workers.cost import CostModel
 from workers.errors import GangLost, RequestFailed
 from workers.exporter import Exporter
 from workers.load import GangBacklog, GangLoad
-from workers.messages import GenerationRequest, GenerationResult
+from workers.messages import GenerationRequest, GenerationResult, Phase
 from workers.metrics import GANG_BACKLOG, GANG_LOSSES, GANG_STARTUP_SECONDS
 from workers.rank_group import RankGroup, Report
 from workers.sources import fetch
@@ -139,12 +139,12 @@ class Gang:
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._model.warmup_shapes},
         )
-        statuses = self._ranks.statuses if self._ranks else []
+        phase, step = self._progress()
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
-            "pids": [status.pid for status in statuses],
-            "phase": statuses[0].phase if statuses else "starting",
-            "step": statuses[0].step if statuses and self._running else 0,
+            "pids": [status.pid for status in self._ranks.statuses] if self._ranks else [],
+            "phase": phase,
+            "step": step,
             "total_steps": self._running.num_inference_steps if self._running else 0,
             "startup_s": round(self._startup_s, 3),
         }
@@ -154,10 +154,21 @@ class Gang:
         """Seconds until the gang is free; 0 while nothing of that kind was run before."""
         if self._replacing:
             return self._startup_s
-        if self._running is None or self._ranks is None:
+        if self._running is None:
             return 0.0
-        done = self._ranks.statuses[0].step
-        return self._costs.seconds(self._running, self._forwards(self._running), done) or 0.0
+        _, step = self._progress()
+        return self._costs.seconds(self._running, self._forwards(self._running), step) or 0.0
+
+    def _progress(self) -> tuple[Phase, int]:
+        """What the gang is doing, and how many steps of the running request are done."""
+        if self._ranks is None:
+            return "starting", 0
+        said = self._ranks.statuses[0]
+        if self._running is None:
+            return said.phase, 0
+        if said.phase == "idle":  # that was before this request: what a rank said is some hundred milliseconds old
+            return "encode", 0
+        return said.phase, said.step
 
     def _forwards(self, request: GenerationRequest) -> int:
         return self._kind.branches(request.guidance_scale, request.negative_prompt)
