@@ -289,6 +289,12 @@ class DeploymentSpec(_Section):
         """Where each node answers Prometheus: `{"host": ..., "port": ... or None}`."""
         return {"host": self.metrics.host or self.gateway.host, "port": self.metrics.port}
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.metrics.port and self.metrics.port == self.gateway.port:
+            raise ValueError(f"metrics.port and gateway.port are both {self.metrics.port}; change one")
+        return self
+
     @field_validator("models")
     @classmethod
     def _names_are_unique(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:

@@ -8,6 +8,7 @@
     client.py    what a client of the REST door does
     progress.py  bars for steps and for loading; printing.py what else a person is told
     local.py     a Ray cluster of our own on this machine, for `spray serve`, the demo and the tests
+    ports.py     whether a port can be bound
     attach.py    a running Ray cluster, for `spray deploy`
     rollout.py   from what runs to what the file says: compared, verified on the nodes, applied
     app.py       DeploymentSpec -> Serve applications: one per model, one for the gateway; names.py what they are called

@@ -54,14 +54,7 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
 
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
-
-    Raises:
-        SpecError: no port is named for the metrics.
     """
-    if spec.metrics.port == 0:
-        raise SpecError(
-            "metrics.port: 0 takes a free port of a local cluster; on a cluster name one, the same everywhere"
-        )
     on_nodes = {"models_folder": spec.storage.models, "metrics": spec.metrics_at}
     models = [model_application(model, on_nodes) for model in spec.models]
     return {
@@ -69,6 +62,16 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
         "http_options": {"host": spec.gateway.host, "port": spec.gateway.port},
         "applications": [*models, gateway_application(spec, instance_id)],
     }
+
+
+def check_ports(spec: DeploymentSpec) -> None:
+    """Whether the nodes of a cluster can do with the ports of a deployment.
+
+    Raises:
+        SpecError: no port is named for the metrics; the processes of a node could not agree on one.
+    """
+    if spec.metrics.port == 0:
+        raise SpecError("metrics.port: 0 takes a free port for `spray serve`; on a cluster name one, or null")
 
 
 def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from deploy.hub_cache import cache_root
 from deploy.memory import GIB, format_bytes
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import DeploymentSpec
+from service.ports import obstacle
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """The oldest NVIDIA driver that runs a CUDA release, by their major versions."""
@@ -191,25 +191,16 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
         host, port = where["host"], where["port"]
         if not port:
             continue
-        reason = _bind(host, port)
-        advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one" if reason else ""
+        reason = obstacle(host, port)
+        advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one for spray serve"
         level: Literal["ok", "fail"] = "fail" if reason else "ok"
-        yield Finding(f"{part} port", level, f"{host}:{port} is {reason or 'free'}", advice)
+        said = f"{host}:{port} is {f'taken ({reason})' if reason else 'free'}"
+        yield Finding(f"{part} port", level, said, advice if reason else "")
     for port, use in PORTS.items():
-        reason = _bind("127.0.0.1", port)
+        reason = obstacle("127.0.0.1", port)
         advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""
-        yield Finding(f"port {port}", "warn" if reason else "ok", f"for {use}, is {reason or 'free'}", advice)
-
-
-def _bind(host: str, port: int) -> str:
-    """Why a port cannot be bound; empty where it can."""
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        return f"taken ({error.strerror})"
-    return ""
+        said = f"for {use}, is {f'taken ({reason})' if reason else 'free'}"
+        yield Finding(f"port {port}", "warn" if reason else "ok", said, advice)
 
 
 def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:

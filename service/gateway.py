@@ -23,12 +23,12 @@ from deploy.spec import ModelSpec
 from service.cluster import ModelState
 from service.names import GANG, app_name
 from service.rest import rest_app
-from service.status import find_status
+from service.status import STATUS, UNEXPECTED, find_status
 from service.watch import Watch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
-from workers.metrics import IN_FLIGHT, QUEUE_SECONDS, REQUEST_LOSSES, REQUEST_SECONDS, REQUESTS
+from workers.metrics import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +40,10 @@ PAUSE_S = 0.7
 
 PATIENCE_S = 5.0
 """A caller hears how things are at least so often; proxies close connections that are silent for long."""
+
+OK, CANCELLED = "ok", "cancelled"
+OUTCOMES = {OK, CANCELLED, UNEXPECTED.code, *(status.code for status in STATUS.values())}
+"""How a request can end, for metrics."""
 
 UNSET: list[str] = []
 """The API keys before the first configuration: nobody's."""
@@ -62,6 +66,7 @@ class Gateway:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._watch = Watch()
         self._exporter = Exporter()
+        self._metrics: dict[str, GatewayMetrics] = {}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
@@ -81,6 +86,8 @@ class Gateway:
                 raise
             logger.error("%s; the former keys stay", error)
         self._watch.follow(self._models)
+        for name in self._models:
+            self._metrics_of(name)
         self._exporter.serve_at(**user_config["metrics"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -131,25 +138,25 @@ class Gateway:
             ModelNotFound: the model was removed while the request waited.
             GangLost: every gang it was given to was lost.
         """
-        began, outcome = time.monotonic(), "cancelled"
+        began, outcome = time.monotonic(), CANCELLED
+        metrics = self._metrics_of(request.model)
         self.in_flight += 1
-        IN_FLIGHT.labels(request.model).inc()
+        metrics.began()
         try:
             if self.draining:
                 raise ShuttingDown("the server is about to stop and takes no new requests")
             async with contextlib.aclosing(self._generate(request)) as reports:
                 async for report in reports:
                     if isinstance(report, GenerationResult):
-                        outcome = "ok"
-                        _observe(request.model, report, time.monotonic() - began)
+                        outcome = OK
+                        metrics.answered(time.monotonic() - began, report.seconds)
                     yield report
         except Exception as error:
             outcome = find_status(error).code
             raise
         finally:
             self.in_flight -= 1
-            IN_FLIGHT.labels(request.model).dec()
-            REQUESTS.labels(request.model, outcome).inc()
+            metrics.ended(outcome)
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
         losses = 0
@@ -172,10 +179,15 @@ class Gateway:
                 if not isinstance(cause, GangLost | RayActorError):
                     raise cause from None
                 losses += 1
-                REQUEST_LOSSES.labels(request.model).inc()
+                self._metrics_of(request.model).lost()
                 logger.warning("request %s lost its ranks, time %d: %s", request.request_id, losses, cause)
                 await asyncio.sleep(PAUSE_S)
         raise GangLost(f"{request.model!r} lost its ranks {ATTEMPTS} times over this request; it is not tried again")
+
+    def _metrics_of(self, model: str) -> GatewayMetrics:
+        if model not in self._metrics:
+            self._metrics[model] = GatewayMetrics(model, OUTCOMES)
+        return self._metrics[model]
 
     def _handle(self, model: str) -> DeploymentHandle[Any]:
         if model not in self._handles:
@@ -215,12 +227,6 @@ class Gateway:
             if not coming.done() or coming.cancelled():
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
-
-
-def _observe(model: str, result: GenerationResult, seconds: float) -> None:
-    computed_s = result.encode_seconds + sum(result.step_seconds) + result.decode_seconds
-    REQUEST_SECONDS.labels(model).observe(seconds)
-    QUEUE_SECONDS.labels(model).observe(max(0.0, seconds - computed_s))
 
 
 def _applications() -> Collection[str]:

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +37,7 @@ from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
 from service.names import MODEL_APP_PREFIX
+from service.ports import obstacle
 from service.preflight import derive_tasks
 from service.rollout import apply_config, drain, forget, start_serve
 from workers.errors import GangLost
@@ -84,22 +85,22 @@ class LocalCluster:
         self._find_metrics_port()
         self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
         os.environ.pop("RAY_ADDRESS", None)
-        os.environ["SPRAY_METRICS_DIR"] = str(self._folder / "metrics")  # Ray's processes inherit it
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             devices = local_devices()
-            ray.init(
-                address="local",
-                num_cpus=int(devices["cpu"]),
-                num_gpus=int(devices["cuda"]),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(self._folder),
-            )
+            with _inherited("SPRAY_METRICS_DIR", self._folder / "metrics"):
+                ray.init(
+                    address="local",
+                    num_cpus=int(devices["cpu"]),
+                    num_gpus=int(devices["cuda"]),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(self._folder),
+                )
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
@@ -177,12 +178,15 @@ class LocalCluster:
         if port is None:
             return
         candidates = [port] if port else random.sample(METRICS_PORTS, 20)
-        free = next((candidate for candidate in candidates if _is_free(host, candidate)), None)
-        if free is None:
+        port = next((candidate for candidate in candidates if not obstacle(host, candidate)), candidates[0])
+        reason = obstacle(host, port)
+        if reason:
             self.stop()
-            raise SpecError(f"metrics.port: {host}:{port} cannot be bound; choose another with --set metrics.port=0")
-        self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": free})})
-        self.metrics_url = f"http://{host}:{free}/metrics"
+            raise SpecError(
+                f"metrics.port: {host}:{port} cannot be bound ({reason}); choose another port or metrics.host"
+            )
+        self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
+        self.metrics_url = f"http://{host}:{port}/metrics"
 
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
@@ -204,6 +208,19 @@ def local_devices() -> dict[str, float]:
     return {"cpu": float(os.cpu_count() or 1), "cuda": float(gpus)}
 
 
+@contextlib.contextmanager
+def _inherited(variable: str, value: Path) -> Iterator[None]:
+    """A variable that processes which are started here find in their environment, and this one does not keep."""
+    former = os.environ.get(variable)
+    os.environ[variable] = str(value)
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        if former is not None:
+            os.environ[variable] = former
+
+
 def _reserve_port(host: str, port: int) -> socket.socket:
     """A socket on `port`, or on a free one for 0, that keeps it from others until Serve has bound it and beyond.
 
@@ -213,30 +230,17 @@ def _reserve_port(host: str, port: int) -> socket.socket:
     Raises:
         SpecError: the port is taken.
     """
-    try:
-        if port:  # the system gives nobody's, and at once: nobody can come in between
-            with socket.socket() as probe:  # without SO_REUSEPORT: fails where anybody listens
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-        reservation = socket.socket()
-        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reservation.bind((host, port))
-    except OSError as error:
-        raise SpecError(
-            f"gateway.port: {host}:{port} cannot be bound ({error.strerror}); choose another with --port"
-        ) from None
-    return reservation
-
-
-def _is_free(host: str, port: int) -> bool:
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError:
-        return False
-    return True
+    reason = obstacle(host, port) if port else ""  # 0: the system gives nobody's, and at once
+    if not reason:
+        try:
+            reservation = socket.socket()
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reservation.bind((host, port))
+            return reservation
+        except OSError as error:
+            reason = str(error.strerror)
+    raise SpecError(f"gateway.port: {host}:{port} cannot be bound ({reason}); choose another with --port")
 
 
 def _loaded() -> dict[str, float]:

@@ -15,7 +15,7 @@ from deploy.memory import parse_memory
 from deploy.schema import json_schema
 from deploy.spec import DeploymentSpec, SpecError
 from deploy.yaml_text import to_yaml
-from service.app import serve_config
+from service.app import check_ports, serve_config
 from service.attach import attach
 from service.client import read_cluster, read_models, server_url
 from service.doctor import diagnose
@@ -26,6 +26,7 @@ from service.progress import LoadBars
 from service.rollout import (
     TOUCHED,
     Change,
+    applications,
     deploy,
     failures,
     pending,
@@ -88,6 +89,7 @@ def build(arguments: argparse.Namespace) -> None:
     spec = _load(arguments).spec
     if spec.gateway.host in ("127.0.0.1", "localhost"):
         say(f"gateway.host is {spec.gateway.host}: on a cluster only the node itself reaches it; 0.0.0.0 is all of it")
+    check_ports(spec)
     print(to_yaml(serve_config(derive_tasks(spec))), end="")
 
 
@@ -98,8 +100,10 @@ def roll_out(arguments: argparse.Namespace) -> None:
         SpecError: something in the file cannot work there; nothing was changed then.
     """
     spec = _load(arguments).spec
+    check_ports(spec)
     with attach(arguments.address or os.environ.get("SPRAY_ADDRESS")):
-        running = running_models()
+        present = applications()
+        running = running_models(present)
         spec = settled(spec, running)
         changes = plan_changes(running, spec.models, arguments.prune)
         for line in [*map(str, changes), *plan_gateway(spec)]:
@@ -116,7 +120,7 @@ def roll_out(arguments: argparse.Namespace) -> None:
             raise SpecError("\n".join([*obstacles, "nothing was changed"]))
         if arguments.dry_run:
             return
-        deploy(spec, changes, running, tuple(starved))
+        deploy(spec, changes, present, tuple(starved))
         _wait(spec, changes)
 
 

@@ -5,7 +5,7 @@ then told to Serve, all in one config. Models that the file does not change are 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,14 +51,14 @@ class Change:
         return f"{self.action:<8}{self.model}: {WORDS[self.action]}{keys}"
 
 
-def running_models() -> dict[str, ModelSpec]:
-    """The models that the cluster serves now, as they were deployed.
+def running_models(present: Mapping[str, dict[str, Any]]) -> dict[str, ModelSpec]:
+    """The models among Serve's applications, as they were deployed.
 
     Raises:
         SpecError: another version of spray deployed them, and this one cannot read it.
     """
     found = {}
-    for name, application in applications().items():
+    for name, application in present.items():
         if name.startswith(MODEL_APP_PREFIX):
             try:
                 model = ModelSpec.model_validate(application["args"] | _user_config(application)["model"])
@@ -122,7 +122,7 @@ def settled(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSp
 def deploy(
     spec: DeploymentSpec,
     changes: Sequence[Change],
-    planned_on: dict[str, ModelSpec],
+    planned_on: Mapping[str, dict[str, Any]],
     without_surge: Sequence[str] = (),
 ) -> None:
     """Carry out the changes; Serve works on them when this returns.
@@ -130,17 +130,18 @@ def deploy(
     Args:
         spec: what the file says.
         changes: of `plan_changes`, for this spec.
-        planned_on: the models that ran when the changes were planned.
+        planned_on: `applications()` when the changes were planned.
         without_surge: models whose old gangs stop before the new ones start.
 
     Raises:
         SpecError: a name of the file is that of a model that goes on, or somebody else has deployed since the changes
             were planned (fetching weights takes its time). Nothing was changed then.
     """
-    running, present = running_models(), applications()
-    if running != planned_on:
-        other = [name for name in {**running, **planned_on} if running.get(name) != planned_on.get(name)]
-        raise SpecError(f"another deployment changed {', '.join(other)} meanwhile; look at it, then deploy again")
+    present = applications()
+    changed = [name for name in {**present, **planned_on} if present.get(name) != planned_on.get(name)]
+    if changed:
+        raise SpecError(f"another deployment changed {', '.join(changed)} meanwhile; look at it, then deploy again")
+    running = running_models(present)
     left = [running[change.model] for change in changes if change.action == "leave"]
     try:
         DeploymentSpec(models=(*spec.models, *left))
@@ -153,6 +154,7 @@ def deploy(
         wanted[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
     for model in left:
         wanted[app_name(model.name)] = present[app_name(model.name)]
+        _user_config(wanted[app_name(model.name)])["metrics"] = spec.metrics_at  # of the node, whatever runs there
     wanted[GATEWAY_APP]["deployments"][0]["user_config"] |= gateway_table([*spec.models, *left])
     removed = {app_name(change.model) for change in changes if change.action == "remove"}
     others = {name: app for name, app in present.items() if name not in wanted and name not in removed}

@@ -1,6 +1,7 @@
 """`spray deploy` without a cluster: what Serve is told when a file meets what runs, and what is refused before."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,21 +44,21 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(rollout, "applications", lambda: cluster.applications)
+    for module in (rollout, operate):
+        monkeypatch.setattr(module, "applications", lambda: cluster.applications)
     monkeypatch.setattr(rollout, "start_serve", lambda spec: None)
     monkeypatch.setattr(rollout, "apply_config", cluster.tell)
     return cluster
 
 
 def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
-    running = running_models()
-    deploy(DeploymentSpec(models=models), plan_changes(running, models, prune), running, **options)
+    present = copy.deepcopy(rollout.applications())
+    deploy(DeploymentSpec(models=models), plan_changes(running_models(present), models, prune), present, **options)
 
 
 def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
-    assert running_models() == {"a": A, "b": B}
-    cluster.applications = {"not-ours": FOREIGN}
-    assert running_models() == {}
+    assert running_models(cluster.applications) == {"a": A, "b": B}
+    assert running_models({"not-ours": FOREIGN}) == {}
 
 
 def in_table(told: dict[str, Any]) -> list[str]:
@@ -108,14 +109,30 @@ def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
     assert cluster.told == []
 
 
-def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster) -> None:
-    planned_on = running_models()
-    changes = plan_changes(planned_on, [A, B])
-    applied = serve_config(DeploymentSpec(models=(A.model_copy(update={"max_queued": 9}), B)), "the instance")
-    cluster.applications |= {application["name"]: application for application in applied["applications"]}
-    with pytest.raises(SpecError, match="another deployment changed a meanwhile"):
+@pytest.mark.parametrize(
+    ("other", "changed"),
+    [
+        ({"models": (A.model_copy(update={"max_queued": 9}), B)}, "model-a, gateway"),
+        ({"models": (A, B), "gateway": GatewaySpec(replicas=2)}, "gateway"),
+    ],
+)
+def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster, other: dict[str, Any], changed: str) -> None:
+    planned_on = dict(cluster.applications)
+    changes = plan_changes(running_models(planned_on), [A, B])
+    applied = serve_config(DeploymentSpec(**other), "the instance")
+    cluster.applications = planned_on | {application["name"]: application for application in applied["applications"]}
+    with pytest.raises(SpecError, match=f"another deployment changed {changed} meanwhile"):
         deploy(DeploymentSpec(models=(A, B)), changes, planned_on)
     assert cluster.told == []
+
+
+def test_models_that_are_left_answer_prometheus_where_the_node_does(cluster: Cluster) -> None:
+    spec = DeploymentSpec(models=(A,), metrics=Metrics(port=9500))
+    present = copy.deepcopy(cluster.applications)
+    deploy(spec, plan_changes(running_models(present), spec.models), present)
+    (told,) = cluster.told
+    for name in ("model-a", "model-b", "gateway"):
+        assert told[name]["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9500}
 
 
 NODE = Node({"CPU": 64.0, "GPU": 2.0}, {})

@@ -27,7 +27,7 @@ from deploy.spec import (
     Timeouts,
     WarmupShape,
 )
-from service.app import gang_app, gateway_app, model_application, serve_config
+from service.app import check_ports, gang_app, gateway_app, model_application, serve_config
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rollout import Change, plan_changes, settled
@@ -239,8 +239,8 @@ def test_where_metrics_are_read_restarts_nothing() -> None:
     assert before["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9464}
     assert after["deployments"][0]["user_config"]["metrics"] == {"host": "::", "port": None}
     assert len({get_app_code_version(schema) for schema in _schemas([before, after])}) == 1
-    with pytest.raises(SpecError, match=r"metrics\.port: 0 takes a free port of a local cluster"):
-        serve_config(DeploymentSpec(models=(BEFORE,), metrics=Metrics(port=0)))
+    with pytest.raises(SpecError, match=r"metrics\.port: 0 takes a free port for `spray serve`"):
+        check_ports(DeploymentSpec(models=(BEFORE,), metrics=Metrics(port=0)))
 
 
 def test_where_models_are_kept_restarts_nothing() -> None:

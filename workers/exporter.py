@@ -1,31 +1,32 @@
 """Exporter: lets Prometheus read the metrics of a node. Started by gateways and gangs, and by ranks that are alone.
 
-All processes of spray on a node try to bind one port. Whoever has it answers for all of them; when that process ends,
-another takes over within `RETRY_S`. So there is nothing to deploy or to discover: every node answers at that port.
+All processes of spray on a node wait for one lock. Whoever has it answers for all of them at one port; when that
+process ends, another takes over within `RETRY_S`. So there is nothing to deploy or to discover.
 """
 
+import fcntl
 import importlib.metadata
 import logging
 import os
 import threading
-import urllib.request
 from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 
 from workers.metrics import BUILD, FOLDER  # first: it says where prometheus_client keeps values
 
 # isort: split
 from prometheus_client import CollectorRegistry, Metric, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_S = 2.0
 
-FOREIGN_LOOKS = 3
-"""So often in a row the port must be somebody else's before that is said; once, it may just have become free."""
+
+KEPT = "kept"
+"""In the place of a process's number, in the name of a file with what ended processes have counted."""
 
 
 class Exporter:
@@ -54,48 +55,68 @@ class Exporter:
 
 
 class NodeCollector(Collector):
-    """The metrics of all processes of a node, without the gauges of those that have died."""
+    """The metrics of all processes of a node, also of those that have ended, without the gauges of these."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._all = MultiProcessCollector(None, str(folder))
+        self._one_at_a_time = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
-        """Called for each scrape."""
-        for file in self._folder.glob("gauge_live*_*.db"):
-            pid = int(file.stem.rpartition("_")[2])
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                mark_process_dead(pid, str(self._folder))
-            except PermissionError:  # it lives, and belongs to somebody else
+        """Called for each scrape, from a thread of its own."""
+        with self._one_at_a_time:
+            self._bury()
+            return list(MultiProcessCollector(None, str(self._folder)).collect())
+
+    def _bury(self) -> None:
+        """Keep what ended processes have counted in one file for each kind, else their files would be more and more."""
+        for file in self._folder.glob("*_*.db"):
+            kind, _, process = file.stem.rpartition("_")
+            if process == KEPT or _lives(int(process)):
                 continue
-        yield from self._all.collect()
+            if not kind.startswith("gauge"):
+                kept = MmapedDict(str(self._folder / f"{kind}_{KEPT}.db"))
+                for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
+                    kept.write_value(key, kept.read_value(key)[0] + value, 0.0)
+                kept.close()
+            file.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _serve(host: str, port: int, folder: Path, over: threading.Event) -> None:
+    """Wait for the lock, then for the port, then answer; until it is over."""
     registry = CollectorRegistry()
     registry.register(NodeCollector(folder))
-    foreign = 0
-    while not over.is_set():
-        try:
-            server, _ = start_http_server(port, host, registry)
-        except OSError as error:
-            foreign = 0 if _is_spray(host, port) else foreign + 1
-            if foreign == FOREIGN_LOOKS:
-                logger.warning("metrics: this node cannot answer at %s:%d (%s)", host, port, error.strerror)
-            over.wait(RETRY_S)
-            continue
-        over.wait()
-        server.shutdown()
-        server.server_close()
+    told = False
+    with (folder / f"port-{port}.lock").open("a") as lock:
+        while not _has(lock.fileno()):
+            if over.wait(RETRY_S):
+                return
+        while not over.is_set():
+            try:
+                server, _ = start_http_server(port, host, registry)
+            except OSError as error:
+                if not told:
+                    logger.warning("metrics: this node cannot answer at %s:%d: %s", host, port, error.strerror)
+                told = True
+                over.wait(RETRY_S)
+                continue
+            over.wait()
+            server.shutdown()
+            server.server_close()
 
 
-def _is_spray(host: str, port: int) -> bool:
-    """Whether it is a process of spray that answers there."""
-    reachable = "127.0.0.1" if host == "0.0.0.0" else host
+def _has(lock: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{reachable}:{port}/metrics", timeout=RETRY_S) as answer:
-            return b"spray_build_info" in answer.read()
-    except (OSError, HTTPException):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    return True

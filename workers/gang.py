@@ -26,7 +26,7 @@ from workers.errors import GangLost, RequestFailed
 from workers.exporter import Exporter
 from workers.load import GangBacklog, GangLoad
 from workers.messages import GenerationRequest, GenerationResult, Phase
-from workers.metrics import GANG_BACKLOG, GANG_LOSSES, GANG_STARTUP_SECONDS
+from workers.metrics import GangMetrics
 from workers.rank_group import RankGroup, Report
 from workers.sources import fetch
 
@@ -72,18 +72,22 @@ class Gang:
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
         self._metrics_at = user_config["metrics"]
         self._exporter.serve_at(**self._metrics_at)
+        number = str(serve.get_replica_context().rank.rank)
         if self._ranks is None:
+            self._metrics = GangMetrics(model.name, number)
             self._models_folder = user_config["models_folder"]
             folder = await asyncio.to_thread(fetch, model, self._models_folder)
             self._kind = PIPELINES[pipeline_name(folder)]
             commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
             self._model = model.model_copy(update=commit)
             self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them
-            began = time.monotonic()
             self._ranks = await self._start_ranks()
-            self._startup_s = time.monotonic() - began
             return
         self._ranks.serve_metrics(**self._metrics_at)
+        if number != self._metrics.replica:  # Serve numbers the gangs of a model anew when one stops
+            self._metrics.backlog(0.0)
+            self._metrics = GangMetrics(model.name, number)
+            self._ranks.number(number)
         former = self._model
         self._model = model.model_copy(update={"revision": former.revision, "loras": former.loras})
         if model.loras != former.loras:
@@ -121,7 +125,7 @@ class Gang:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
         remaining_s = self._remaining_s()
-        GANG_BACKLOG.labels(self._model.name, _replica_number()).set(remaining_s)
+        self._metrics.backlog(remaining_s)
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
@@ -176,9 +180,14 @@ class Gang:
     async def _start_ranks(self) -> RankGroup:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
-        with GANG_STARTUP_SECONDS.labels(self._model.name).time():
-            ranks = await RankGroup.start(self._model, self._models_folder, name, _replica_number(), self._on_lost)
+        began = time.monotonic()
+        number = self._metrics.replica
+        ranks = await RankGroup.start(self._model, self._models_folder, name, number, self._on_lost)
+        self._startup_s = time.monotonic() - began
+        self._metrics.started(self._startup_s)
         ranks.serve_metrics(**self._metrics_at)
+        if number != self._metrics.replica:
+            ranks.number(self._metrics.replica)
         return ranks
 
     async def _swap_adapters(self, loras: tuple[LoRA, ...]) -> None:
@@ -195,10 +204,10 @@ class Gang:
             self._model = self._model.model_copy(update={"loras": loras})
 
     def _on_lost(self) -> None:
-        GANG_LOSSES.labels(self._model.name).inc()
         self._losses += 1
         self._replacing = True
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
+        self._metrics.lost()
 
     async def _replace_ranks(self) -> None:
         async with self._turn:  # requests wait meanwhile
@@ -212,8 +221,3 @@ class Gang:
                     logger.exception("%s: the ranks cannot be replaced", self._model.name)
             logger.error("%s: the gang ends, so that Serve places another", self._model.name)
             os._exit(1)
-
-
-def _replica_number() -> str:
-    """This gang's number among those of its model, which another has after it: a label of few values."""
-    return str(serve.get_replica_context().rank.rank)

@@ -92,6 +92,11 @@ class GenerationResult:
     step_seconds: tuple[float, ...]
     decode_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole on rank 0."""
+        return self.encode_seconds + sum(self.step_seconds) + self.decode_seconds
+
 
 @dataclass(frozen=True)
 class RankStatus:

@@ -33,7 +33,7 @@ from workers.denoising import Denoising
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
-from workers.metrics import RANK_MEMORY, STAGE_SECONDS, STEP_SECONDS
+from workers.metrics import RankMetrics
 from workers.pipeline import LoadedModel, load_model
 
 Result = TypeVar("Result")
@@ -62,7 +62,8 @@ class Rank:
         self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "", replica: str = "0"
     ) -> None:
         self.rank = rank
-        self._labels = model.name, replica, str(rank)
+        self._replica = replica
+        self._metrics: RankMetrics | None = None
         self.model = model
         self._node_id = node_id
         self._phase: Phase = "starting"
@@ -70,7 +71,6 @@ class Rank:
         self._step = 0
         self._read = 0.0
         self._cancelled: str | None = None
-        self._warm = False
         if model.device == "cuda":
             torch.cuda.set_device(device_index)
         else:
@@ -121,7 +121,7 @@ class Rank:
         self._loaded = load_model(self.model, self._mesh, self._on_progress)
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
-        self._warm = True
+        self.number(self._replica)  # what was run until now counts nowhere
         self._phase = "idle"
         return self.status()
 
@@ -206,8 +206,8 @@ class Rank:
         seconds: list[float] = []
         for step, took in enumerate(self._denoise(denoising), 1):
             seconds.append(took)
-            if self._warm:
-                STEP_SECONDS.labels(*self._labels).observe(took)
+            if self._metrics:
+                self._metrics.step(took)
             if reports and request.report_steps:
                 yield StepEvent(step, denoising.total_steps, took)
         self._phase = "decode"
@@ -215,7 +215,11 @@ class Rank:
         denoising.join_pictures()
         outputs = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
-        self._observe(encode=encoded - started, denoise=sum(seconds), decode=decode_seconds)
+        if self._metrics:
+            self._metrics.stage("encode", encoded - started)
+            self._metrics.stage("denoise", sum(seconds))
+            self._metrics.stage("decode", decode_seconds)
+            self._metrics.memory(self._peak_memory())
         if reports:
             yield GenerationResult(
                 outputs=outputs,
@@ -239,6 +243,12 @@ class Rank:
             step=self._step,
         )
 
+    def number(self, replica: str) -> None:
+        """Metrics go under another number of the gang from now on."""
+        if self._metrics:
+            self._metrics.memory(0)
+        self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)
+
     def cancel(self, request_id: str) -> None:
         """Stop the request at the next boundary, together with all ranks. Another request is not touched."""
         self._cancelled = request_id
@@ -257,15 +267,12 @@ class Rank:
         self._together(request, denoising.prepare)
         return denoising
 
-    def _observe(self, **stages: float) -> None:
-        """Seconds by stage of a request that came from a caller: warming up counts nowhere."""
-        if not self._warm:
-            return
-        for stage, seconds in stages.items():
-            STAGE_SECONDS.labels(*self._labels, stage).observe(seconds)
-        RANK_MEMORY.labels(*self._labels).set(
-            torch.cuda.max_memory_allocated() if self.model.device == "cuda" else _peak_memory()
-        )
+    def _peak_memory(self) -> int:
+        """The most bytes that torch has reserved on this rank's GPU, or its process in main memory."""
+        if self.model.device == "cuda":
+            return torch.cuda.max_memory_reserved()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
     def _denoise(self, denoising: Denoising) -> Iterator[float]:
         """All steps, and the seconds that each took."""
@@ -308,9 +315,3 @@ class Rank:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
         except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error
-
-
-def _peak_memory() -> int:
-    """The most bytes of main memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -61,6 +61,11 @@ class RankActor:
         self._exporter.serve_at(host, port)
 
     @ray.method(concurrency_group="control")
+    def number(self, replica: str) -> None:
+        """See `Rank.number`."""
+        self._rank.number(replica)
+
+    @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:
         """See `Rank.cancel`."""
         self._rank.cancel(request_id)

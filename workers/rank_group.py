@@ -126,6 +126,11 @@ class RankGroup:
             if status.node_id != here:
                 rank.serve_metrics.remote(host, port)
 
+    def number(self, replica: str) -> None:
+        """Let the ranks observe under another number of their gang."""
+        for rank in self._ranks:
+            rank.number.remote(replica)
+
     @property
     def statuses(self) -> Sequence[RankStatus]:
         """What each rank said last; some hundred milliseconds old."""
