@@ -59,11 +59,11 @@ class NodeCollector(Collector):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._one_at_a_time = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
         """Called for each scrape, from a thread of its own."""
-        with self._one_at_a_time:
+        with (self._folder / "collect.lock").open("a") as lock:  # files go while they are read
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
             self._bury()
             return list(MultiProcessCollector(None, str(self._folder)).collect())
 
