@@ -13,6 +13,7 @@
     rollout.py   from what runs to what the file says: compared, verified on the nodes, applied
     app.py       DeploymentSpec -> Serve applications: one per model, one for the gateway; names.py what they are called
     gateway.py   the hall: model table, admission, retry on a lost gang
+    prefetch.py  models from the hub are on a node before a gang is
     routing.py   which gang a request goes to
     autoscaling.py  how many gangs a model needs
     reports.py   what the gangs say of themselves, from the routers to the gateway

@@ -132,6 +132,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
             "metrics": spec.metrics_at,
+            "models_folder": spec.storage.models,
         },
     }
     return {

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from deploy.spec import ModelSpec
 from service.cluster import ModelState
 from service.names import GANG, app_name
+from service.prefetch import Prefetch
 from service.rest import rest_app
 from service.status import STATUS, UNEXPECTED, find_status
 from service.watch import Watch
@@ -65,6 +66,7 @@ class Gateway:
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._watch = Watch()
+        self._prefetch = Prefetch()
         self._exporter = Exporter()
         self._metrics: dict[str, GatewayMetrics] = {}
 
@@ -86,6 +88,7 @@ class Gateway:
                 raise
             logger.error("%s; the former keys stay", error)
         self._watch.follow(self._models)
+        self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
             self._metrics_of(name)
         self._exporter.serve_at(**user_config["metrics"])

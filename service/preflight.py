@@ -17,7 +17,7 @@ from deploy.check import check_deployment, model_folder
 from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import DeploymentSpec, ModelSpec, Task
 from service.names import GANG, app_name
-from workers.placement import Node, alive_nodes, free_nodes, may_host, obstacle, without
+from workers.placement import alive_nodes, free_nodes, hosts, obstacle, without
 from workers.sources import fetch
 
 
@@ -41,15 +41,13 @@ def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[Dep
     Returns:
         The spec with the tasks of these models filled in, and what keeps them from running, a line each.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     models: list[ModelSpec] = []
     obstacles: dict[str, None] = {}
     for model in spec.models:
         if model.name not in touched:
             models.append(model)
             continue
-        hosts = [node["NodeID"] for node in nodes if may_host(model, Node(node["Resources"], node.get("Labels", {})))]
-        answers = [_answer(model, spec.storage.models, host) for host in hosts]
+        answers = _answers(model, spec.storage.models)
         obstacles |= dict.fromkeys(line for _, line in answers if line)
         tasks = next((tasks for tasks, line in answers if not line), None)
         models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
@@ -84,15 +82,20 @@ def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collect
     return missing
 
 
-def _answer(model: ModelSpec, models_folder: str | None, host: str) -> tuple[tuple[Task, ...], str]:
-    on_host = NodeAffinitySchedulingStrategy(host, soft=False)
-    try:
-        answer: tuple[tuple[Task, ...], str] = ray.get(
-            _prepare.options(scheduling_strategy=on_host).remote(model, models_folder)
-        )
-    except RayError as error:
-        return (), f"{model.name}: cannot be checked on node {host[:8]}: {str(error).splitlines()[0]}"
-    return answer
+def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Task, ...], str]]:
+    """What each node that may run the model says; all of them fetch at once."""
+    asked = {}
+    for host in hosts(model):
+        on_host = NodeAffinitySchedulingStrategy(host, soft=False)
+        asked[host] = _prepare.options(scheduling_strategy=on_host).remote(model, models_folder)
+    answers: list[tuple[tuple[Task, ...], str]] = []
+    for host, answer in asked.items():
+        try:
+            answers.append(ray.get(answer))
+        except RayError as error:
+            said = str(error).splitlines()[0]
+            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {said}"))
+    return answers
 
 
 @ray.remote(num_cpus=0)

@@ -61,3 +61,22 @@ def ink(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRA:
     file = tmp_path_factory.mktemp("loras") / "ink.safetensors"
     save_file(tensors, file)
     return LoRA(name="ink", source=str(file))
+
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+"""Of the model in the `hub`: main, and the tag v1."""
+
+
+@pytest.fixture
+def hub(demo_model: Path, tmp_path: Path) -> Path:
+    """The cache of somebody who has fetched acme/demo: main, and a tag of another commit."""
+    repo = tmp_path / "hub" / "models--acme--demo"
+    for commit, ref in ((COMMIT, "main"), (OTHER, "v1")):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+        for file in demo_model.rglob("*"):
+            if file.is_file():
+                place = repo / "snapshots" / commit / file.relative_to(demo_model)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(file)
+    return repo.parent

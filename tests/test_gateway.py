@@ -16,7 +16,14 @@ from workers.messages import GenerationRequest
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
 METRICS = {"host": "127.0.0.1", "port": None}
-TABLE = {"models": [], "draining": False, "max_body_bytes": 4096, "api_keys_env": None, "metrics": METRICS}
+TABLE = {
+    "models": [],
+    "draining": False,
+    "max_body_bytes": 4096,
+    "api_keys_env": None,
+    "metrics": METRICS,
+    "models_folder": None,
+}
 
 
 @pytest.fixture

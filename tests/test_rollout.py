@@ -228,7 +228,13 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     without_env = [model.model_copy(update={"env": {}}) for model in other.models]
     assert [ModelSpec.model_validate(model) for model in table.pop("models")] == without_env
     metrics = {"host": "0.0.0.0", "port": 9500}
-    assert table == {"draining": False, "max_body_bytes": 2048, "api_keys_env": "KEYS", "metrics": metrics}
+    assert table == {
+        "draining": False,
+        "max_body_bytes": 2048,
+        "api_keys_env": "KEYS",
+        "metrics": metrics,
+        "models_folder": None,
+    }
 
 
 def test_where_metrics_are_read_restarts_nothing() -> None:

@@ -10,10 +10,10 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from deploy.spec import ModelSpec
+from tests.conftest import COMMIT, OTHER
 from workers import sources
 from workers.sources import fetch
 
-COMMIT, OTHER = "a" * 40, "b" * 40
 PARTS = ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
 
 
@@ -24,21 +24,6 @@ def spec(source: str, revision: str | None = None) -> ModelSpec:
 @pytest.fixture(autouse=True)
 def _own_temporaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-
-
-@pytest.fixture
-def hub(demo_model: Path, tmp_path: Path) -> Path:
-    """The cache of somebody who has fetched acme/demo: main, and a tag of another commit."""
-    repo = tmp_path / "hub" / "models--acme--demo"
-    for commit, ref in ((COMMIT, "main"), (OTHER, "v1")):
-        (repo / "refs").mkdir(parents=True, exist_ok=True)
-        (repo / "refs" / ref).write_text(commit)
-        for file in demo_model.rglob("*"):
-            if file.is_file():
-                place = repo / "snapshots" / commit / file.relative_to(demo_model)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(file)
-    return repo.parent
 
 
 def test_a_hub_id_is_its_snapshot(hub: Path) -> None:

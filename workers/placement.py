@@ -89,6 +89,13 @@ def may_host(model: ModelSpec, node: Node) -> bool:
     return all(node.labels.get(key) == value for key, value in labels.items()) and _places(node, bundle(model)) > 0
 
 
+def hosts(model: ModelSpec) -> list[str]:
+    """Ids of the living nodes on which a rank of the model may be placed."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    living = {node["NodeID"]: Node(node["Resources"], node.get("Labels", {})) for node in nodes if node["Alive"]}
+    return [node_id for node_id, node in living.items() if may_host(model, node)]
+
+
 def without(model: ModelSpec, nodes: Sequence[Node]) -> list[Node]:
     """What is left of the nodes when a gang of the model is placed on them, as far as they hold it."""
     wanted, missing, left = bundle(model), model.parallel.world_size, []
