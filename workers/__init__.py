@@ -9,6 +9,7 @@
     rank_group.py   the processes of a gang: starts them, hands each request to all of them, watches them
     rank_actor.py   Rank as a Ray actor
     rank.py         Rank, one process on one device: joins the group, loads the model, generates
+    warm_up.py      what a rank runs at its start
     sources.py      where a model's files are on this node: fetched from the hub once, checked once
     pipeline.py     loads a model folder; weights.py reads a transformer's share
     denoising.py    one request in progress, step by step

@@ -7,7 +7,6 @@ What it raises tells the gang what to do. A `RequestError` or `RequestFailed` is
 gang is sound. Anything else may have left the others inside a collective: the gang is lost.
 """
 
-import itertools
 import os
 import resource
 import socket
@@ -15,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +23,6 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
 from sp_core.tile_parallel import PeerTileFailed
@@ -35,11 +32,9 @@ from workers.media import encode
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.metrics import RankMetrics
 from workers.pipeline import LoadedModel, load_model
+from workers.warm_up import warm_up_requests
 
 Result = TypeVar("Result")
-
-WARMUP_STEPS = 4
-"""So many that a model with two transformers gets to the second."""
 
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
@@ -168,7 +163,7 @@ class Rank:
 
     def _warm_up(self) -> None:
         """Run the spec's shapes once, so that no caller waits for what a first run prepares."""
-        for request in self._warmup_requests(()):
+        for request in warm_up_requests(self.model):
             for _ in self._generate(request):
                 pass
 
@@ -176,27 +171,9 @@ class Rank:
         """Compile what these need. Up to the last step: behind it rank 0 is alone, and could not fail together."""
         names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
         for name in names:
-            for request in self._warmup_requests(((name, 1.0),)):
+            for request in warm_up_requests(self.model, ((name, 1.0),)):
                 for _ in self._denoise(self._begin(request)):
                     pass
-
-    def _warmup_requests(self, loras: tuple[tuple[str, float], ...]) -> Iterator[GenerationRequest]:
-        """Each of the spec's shapes, with prompts of two lengths: torch compiles for any length after the second."""
-        kind = PIPELINES[pipeline_name(Path(self.model.source))]
-        for shape, prompt in itertools.product(self.model.warmup_shapes, ("warm", "warm up " * 8)):
-            yield GenerationRequest(
-                request_id="warm-up",
-                model=self.model.name,
-                prompt=prompt,
-                width=shape.width,
-                height=shape.height,
-                num_frames=shape.num_frames,
-                num_inference_steps=WARMUP_STEPS,
-                guidance_scale=self.model.defaults.guidance_scale,
-                loras=loras,
-                seed=0,
-                output_format="mp4" if kind.makes == "video" else "png",
-            )
 
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
         reports = self.rank == 0
