@@ -12,6 +12,9 @@ from deploy.pipelines import PIPELINES, pipeline_name, read_config
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
 
+BRANCHES = 2
+"""Of guidance, in every pipeline that is served: with the prompt, and without it or with the negative one."""
+
 
 def check_deployment(
     spec: DeploymentSpec, devices: dict[str, float], memory_per_gpu: int | None = None, gpus_per_node: int | None = None
@@ -69,8 +72,14 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
             "unchecked until it is deployed"
         )
         return lines
-    advice = layout_advice(model.parallel, _num_heads(_transformer_config(folder)))
-    return [*lines, *([f"{model.name}: {advice}"] if advice else [])]
+    advice = [layout_advice(model.parallel, _num_heads(_transformer_config(folder)))]
+    groups = model.parallel.cfg_parallel_size
+    if groups > BRANCHES:
+        advice.append(
+            f"cfg_parallel_size={groups}, but guidance has {BRANCHES} branches: {groups - BRANCHES} of {groups} groups "
+            f"idle in guided requests; cfg_parallel_size={BRANCHES} and more replicas cost less"
+        )
+    return [*lines, *(f"{model.name}: {line}" for line in advice if line)]
 
 
 def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, str]:
@@ -105,6 +114,8 @@ def _groups(model: ModelSpec) -> list[str]:
 
 
 def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
+    if model.revision and not model.from_hub:
+        return [f"{model.name}: revision is of a hub id, but source is the folder {model.source}; remove one"]
     absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
     adapters = [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
     if folder is None:

@@ -118,7 +118,7 @@ def _explain(mistake: Any, origins: Mapping[KeyPath, str]) -> str:
     within = [key for key in origins if len(key) > len(path) and key[: len(path)] == path and str(key[-1]) in message]
     single = [key for key in within if not any(key == other[: len(key)] for other in within if other != key)]
     others = [f"{dotted(key)} is from {origins[key]}" for key in single if not origins[key].startswith("file ")]
-    said = f"{origins[nearest].removeprefix('file ')}: {dotted(path)}: {message}"
+    said = ": ".join(part for part in (origins[nearest].removeprefix("file "), dotted(path), message) if part)
     return f"{said} ({', '.join(others)})" if others else said
 
 

@@ -71,3 +71,16 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def verify_configs(folder: Path) -> None:
+    """Whether the configs of a model's components are JSON.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for file in sorted(folder.glob("*/*config.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON ({error}); fetch or copy it again") from None

@@ -13,6 +13,8 @@ from ray.exceptions import RayError
 from deploy.spec import SpecError
 from service.rollout import forget
 
+ANSWERS_WITHIN_S = 10.0
+
 
 @contextlib.contextmanager
 def attach(address: str | None) -> Iterator[None]:
@@ -48,10 +50,11 @@ def attach(address: str | None) -> Iterator[None]:
 def _own_address(address: str) -> str:
     """This machine's address as seen from the head: Ray finds the node of a driver by it."""
     host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, int(port)))  # sends nothing
-        except (OSError, ValueError) as error:
-            raise SpecError(f"no Ray cluster at {address!r}: {error}") from None
-        own: str = probe.getsockname()[0]
+    try:
+        with socket.create_connection((host, int(port)), ANSWERS_WITHIN_S) as probe:  # Ray would try for ever
+            own: str = probe.getsockname()[0]
+    except (OSError, ValueError, OverflowError) as error:
+        raise SpecError(
+            f"no Ray cluster at {address!r}: {error}; --address takes HOST:PORT of its head; `spray serve` prints it"
+        ) from None
     return own

@@ -4,17 +4,22 @@ Comes from three places: Serve's status (how many gangs are in which state), Ray
 and what the gangs say of themselves (`service.reports`).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ray.serve.schema import ServeStatus
+from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
 from workers.placement import Node, obstacle
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Lost|Failed|Unavailable): (.+)$", re.MULTILINE)
+"""The line of a traceback that says what it is about."""
 
 STATES: Mapping[State, str] = {
     "running": "at least one gang answers",
@@ -31,7 +36,7 @@ class ModelState:
 
     Attributes:
         state: see `STATES`.
-        reason: why it does not run; empty if it does.
+        reason: why it does not run, or not as it should; empty if it does.
         replicas: gangs by Serve's state: RUNNING, STARTING, STOPPING, ...
         queued: requests that wait in this gateway.
         gangs: what each running gang says of itself.
@@ -61,7 +66,18 @@ def model_state(
     states = deployment.replica_states if deployment else {}  # typed as an enum's members, in fact their names
     replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
     state, reason = _state(model, application, replicas, nodes, free)
+    if state == "running":
+        troubles = [gang["now"]["trouble"] for gang in reported.get("gangs", ())]
+        reason = "; ".join(dict.fromkeys(said for said in [reason, *troubles] if said))
     return ModelState(state, reason, replicas, **reported)
+
+
+def failure(application: ApplicationStatusOverview) -> str:
+    """Why Serve could not start an application: what was raised, without the traceback around it; the log has that."""
+    details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    said = COLOUR.sub("", " ".join(detail for detail in details if detail))
+    raised = RAISED.findall(said)
+    return str(raised[-1]) if raised else said
 
 
 def cluster_object(
@@ -103,8 +119,7 @@ def _state(
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
     broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")  # else one is being replaced
     if application is not None and application.status in broken:
-        details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-        return "failed", " ".join(detail for detail in details if detail)
+        return "failed", failure(application)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:
         return "asleep", ""
     never = obstacle(model, nodes)

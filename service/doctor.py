@@ -34,7 +34,7 @@ ROOM_FOR_LOGS = 5 * GIB
 FEW_FILES = 4096
 """File descriptors below which Ray itself warns."""
 
-PORTS = {8265: "Ray's dashboard", 9464: "metrics"}
+PORTS = {8265: "Ray's dashboard"}
 
 TORCH_FACTS = """
 import json, torch
@@ -121,6 +121,7 @@ def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> lis
         *_disks(machine, spec),
         *_ray(machine),
         _open_files(machine),
+        *(_keys(machine, spec) if spec else ()),
         *(_weights(spec) if spec else ()),
     ]
 
@@ -201,6 +202,15 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
         advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""
         said = f"for {use}, is {f'taken ({reason})' if reason else 'free'}"
         yield Finding(f"port {port}", "warn" if reason else "ok", said, advice)
+
+
+def _keys(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
+    variable = spec.auth.api_keys_env
+    if variable and not machine.environment.get(variable):
+        advice = "set it where the gateway runs, as keys by comma; or remove auth.api_keys_env, and anybody may call"
+        yield Finding("API keys", "warn", f"{variable} is not set here", advice)
+    elif variable:
+        yield Finding("API keys", "ok", f"{variable} is set", "")
 
 
 def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:

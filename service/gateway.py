@@ -43,8 +43,8 @@ PATIENCE_S = 5.0
 """A caller hears how things are at least so often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-OUTCOMES = {OK, CANCELLED, UNEXPECTED.code, *(status.code for status in STATUS.values())}
-"""How a request can end, for metrics."""
+OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error is not Unauthorized)}
+"""How a request that was let in can end, for metrics; CANCELLED is among the errors."""
 
 UNSET: list[str] = []
 """The API keys before the first configuration: nobody's."""
@@ -82,7 +82,7 @@ class Gateway:
         self.draining = user_config["draining"]
         self.max_body_bytes = user_config["max_body_bytes"]
         try:
-            self._keys = _api_keys(user_config["api_keys_env"])
+            self._keys = api_keys(user_config["api_keys_env"])
         except RuntimeError as error:
             if self._keys is UNSET:
                 raise
@@ -236,7 +236,12 @@ def _applications() -> Collection[str]:
     return serve.status().applications
 
 
-def _api_keys(variable: str | None) -> list[str] | None:
+def api_keys(variable: str | None) -> list[str] | None:
+    """The API keys that an environment variable holds, by comma; None without one: anybody may call.
+
+    Raises:
+        RuntimeError: it holds none.
+    """
     if variable is None:
         return None
     keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]

@@ -36,6 +36,8 @@ from ray.exceptions import RayError
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
+from service.cluster import failure
+from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.ports import obstacle
 from service.preflight import derive_tasks
@@ -79,6 +81,10 @@ class LocalCluster:
         if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]
             raise RuntimeError("service.local must be imported before ray, or the cluster would not stay on loopback")
         check_deployment(self.spec, local_devices())
+        try:
+            api_keys(self.spec.auth.api_keys_env)
+        except RuntimeError as error:  # the gateway inherits this environment
+            raise SpecError(f"{error}; set it, as keys by comma") from None
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
         self.url = f"http://{host}:{port}"
@@ -191,12 +197,7 @@ class LocalCluster:
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                details = [
-                    application.message,
-                    *(deployment.message for deployment in application.deployments.values()),
-                ]
-                model = name.removeprefix(MODEL_APP_PREFIX)
-                raise GangLost(f"{model} cannot be started: {' '.join(detail for detail in details if detail)}")
+                raise GangLost(f"{name.removeprefix(MODEL_APP_PREFIX)} cannot be started: {failure(application)}")
 
 
 def local_devices() -> dict[str, float]:

@@ -5,6 +5,7 @@ Parsed arguments come in from `service.cli`; results go to standard output, all 
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ def check(arguments: argparse.Namespace) -> None:
             print(line)
         return
     devices = local_devices()
-    if arguments.gpus is not None:
-        devices["cuda"] = float(arguments.gpus)
+    if arguments.gpus is not None:  # another machine than this one, with CPU cores enough unless they are counted too
+        devices = {"cpu": math.inf, "cuda": float(arguments.gpus)}
     if arguments.cpus is not None:
         devices["cpu"] = float(arguments.cpus)
     try:
@@ -179,7 +180,8 @@ def _curl(url: str, spec: DeploymentSpec) -> str:
     video = model.tasks is not None and "text-to-image" not in model.tasks
     body = f'{{"model": "{model.name}", "prompt": "a cup of coffee"}}'
     path, output = ("videos/sync", " -o video.mp4") if video else ("images/generations", "")
-    return f"curl {url}/v1/{path} -H 'content-type: application/json' -d '{body}'{output}"
+    key = " -H 'authorization: Bearer KEY'" if spec.auth.api_keys_env else ""
+    return f"curl {url}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'{output}"
 
 
 def _wait(spec: DeploymentSpec, changes: Sequence[Change]) -> None:

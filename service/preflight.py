@@ -103,11 +103,13 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, .
     """On a node: what the model is for, and what keeps it from running there."""
     try:
         folder: Path = fetch(model, models_folder)
-        here = model.model_copy(update={"source": str(folder)})
+        here = model.model_copy(update={"source": str(folder), "revision": None})
         check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
         if model.plan or model.transformer_class:  # by name, because it brings torch
             own = importlib.import_module("workers.out_of_tree")
             own.transformer_class(here), own.sequence_plan(here)
+        for lora in model.loras:
+            importlib.import_module("workers.lora").check_lora(lora, folder)
     except (ValueError, OSError) as error:
         message = str(error)
         return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"

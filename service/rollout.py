@@ -16,6 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service.app import gateway_table, serve_config
+from service.cluster import failure
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 
 Action = Literal["add", "upgrade", "adjust", "keep", "remove", "leave"]
@@ -140,7 +141,8 @@ def deploy(
     present = applications()
     changed = [name for name in {**present, **planned_on} if present.get(name) != planned_on.get(name)]
     if changed:
-        raise SpecError(f"another deployment changed {', '.join(changed)} meanwhile; look at it, then deploy again")
+        names = ", ".join(name.removeprefix(MODEL_APP_PREFIX) for name in changed)
+        raise SpecError(f"another deployment changed {names} meanwhile; look at it, then deploy again")
     running = running_models(present)
     left = [running[change.model] for change in changes if change.action == "leave"]
     try:
@@ -205,8 +207,7 @@ def failures(changes: Sequence[Change]) -> Iterator[str]:
     for model, name in {**names, GATEWAY_APP: GATEWAY_APP}.items():
         application = statuses.get(name)
         if application is not None and application.status == "DEPLOY_FAILED":
-            details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-            yield f"{model}: {' '.join(detail for detail in details if detail)}"
+            yield f"{model}: {failure(application)}"
 
 
 def applications() -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ def _replicas(model: dict[str, Any]) -> str:
 
 def _gang(now: dict[str, Any]) -> str:
     if not now["total_steps"]:
-        return "idle"
+        return str(now["phase"])
     done = BAR_WIDTH * now["step"] // now["total_steps"]
     return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}] {now['phase']} {now['step']}/{now['total_steps']}"
 

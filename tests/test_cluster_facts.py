@@ -113,12 +113,37 @@ def test_replicas_are_counted_by_the_names_of_their_states(spelt: Any) -> None:
 
 
 def gang(step: int, total_steps: int, phase: str = "denoise") -> dict[str, Any]:
-    return {"backlog_s": 1.0, "now": {"phase": phase, "step": step, "total_steps": total_steps, "pids": [1, 2]}}
+    return {
+        "backlog_s": 1.0,
+        "now": {"phase": phase, "step": step, "total_steps": total_steps, "pids": [1, 2], "trouble": ""},
+    }
 
 
 def a_cluster() -> dict[str, Any]:
     busy = ModelState("running", "", {"RUNNING": 2, "STARTING": 1}, 3, (gang(5, 20), gang(0, 0, "idle")))
     return cluster_object([(MODEL, busy), (SLEEPY.model_copy(update={"name": "b"}), ModelState("asleep"))], NODES, FREE)
+
+
+def test_a_running_models_trouble_is_its_reason() -> None:
+    gangs = [gang(1, 4), gang(0, 0, "starting"), gang(0, 0, "starting")]
+    for troubled in gangs[1:]:
+        troubled["now"]["trouble"] = "lost its ranks"
+    running = status("RUNNING", {"RUNNING": 3})
+    assert model_state(MODEL, running, NODES, FREE, gangs=gangs).reason == "lost its ranks"
+    assert model_state(MODEL, running, NODES, FREE, gangs=gangs[:1]).reason == ""
+
+
+def test_why_a_model_failed_comes_without_its_traceback() -> None:
+    said = (
+        "The deployment failed to start 3 times in a row. This may be due to a problem with its constructor. See "
+        "controller logs for details. Error:\n\x1b[36mray::ServeReplica:model-a:Gang()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+        '  File "gang.py", line 1, in reconfigure\nworkers.errors.GangLost: a: bad.safetensors: expected weights\n\n'
+        "During handling of the above exception, another exception occurred:\n\n"
+        '  File "replica.py", line 2, in initialize\n    raise RuntimeError\nRuntimeError: a: no scheduler: {broken\n'
+    )
+    assert model_state(MODEL, status("DEPLOY_FAILED", {}, of_deployment=said), NODES, FREE).reason == (
+        "a: no scheduler: {broken"
+    )
 
 
 def test_the_body_of_a_cluster() -> None:

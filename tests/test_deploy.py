@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -16,12 +19,15 @@ from ray.serve.schema import (
     DeploymentStatusTrigger,
     ServeStatus,
 )
+from safetensors.torch import save_file
 
-from deploy.spec import Auth, DeploymentSpec, GatewaySpec, Metrics, ModelSpec, SpecError
+from deploy.spec import Auth, DeploymentSpec, GatewaySpec, LoRA, Metrics, ModelSpec, SpecError
 from service import cli, operate, preflight, rollout
 from service.app import serve_config
+from service.attach import attach
 from service.rollout import Change, deploy, failures, pending, plan_changes, plan_gateway, running_models
 from sp_core.degrees import ParallelDegrees
+from tests.deployments import model as a_demo
 from workers.placement import Node
 
 A = ModelSpec(name="a", source="/a", tasks=("text-to-image",), parallel=ParallelDegrees(ulysses_degree=2))
@@ -112,7 +118,7 @@ def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("other", "changed"),
     [
-        ({"models": (A.model_copy(update={"max_queued": 9}), B)}, "model-a, gateway"),
+        ({"models": (A.model_copy(update={"max_queued": 9}), B)}, "a, gateway"),
         ({"models": (A, B), "gateway": GatewaySpec(replicas=2)}, "gateway"),
     ],
 )
@@ -315,3 +321,28 @@ def test_a_gang_that_cannot_start_is_the_commands_failure(
     monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
     assert command()[0] == 1
     assert capsys.readouterr().err == "error: a: rank 1 died\n"
+
+
+def test_a_head_that_does_not_answer_is_said_at_once() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(SpecError, match=f"no Ray cluster at '{address}': .*refused"), attach(address):
+            pass
+    with pytest.raises(SpecError, match="no Ray cluster at 'host:x'"), attach("host:x"):
+        pass
+
+
+def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp_path: Path) -> None:
+    prepare = preflight._prepare._function
+    sound = a_demo(demo_model, "demo").model_copy(update={"loras": (ink,)})
+    assert prepare(sound, None) == (("text-to-image",), "")
+    pinned = sound.model_copy(update={"source": "acme/demo", "revision": "v1"})
+    assert prepare(pinned, str(hub)) == (("text-to-image",), "")
+    save_file({"nonsense.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
+    bad = sound.model_copy(update={"loras": (ink.model_copy(update={"source": str(tmp_path / "bad.safetensors")}),)})
+    assert "demo: " in prepare(bad, None)[1] and "bad.safetensors" in prepare(bad, None)[1]
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_model, broken)
+    (broken / "scheduler" / "scheduler_config.json").write_text("{broken")
+    assert "scheduler_config.json is no JSON" in prepare(a_demo(broken, "demo"), None)[1]

@@ -19,7 +19,7 @@ import pytest
 import ray
 from PIL import Image
 
-from deploy.spec import Metrics, SpecError
+from deploy.spec import Auth, Metrics, SpecError
 from service import local
 from tests.deployments import deployment, model
 
@@ -149,6 +149,16 @@ def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.M
     monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
     local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
     assert len(looks) == local.SILENT_LOOKS
+
+
+def test_keys_that_are_missing_are_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, demo_model: Path
+) -> None:
+    monkeypatch.delenv("NO_KEYS", raising=False)
+    spec = deployment(model(demo_model)).model_copy(update={"auth": Auth(api_keys_env="NO_KEYS")})
+    with pytest.raises(SpecError, match="api_keys_env is NO_KEYS, but .*; set it"), local.LocalCluster(spec):
+        pass
+    assert not ray.is_initialized()
 
 
 def test_a_port_of_metrics_that_is_taken_is_said() -> None:

@@ -52,6 +52,7 @@ def a_model(**changes: Any) -> dict[str, Any]:
         (a_model(loras=[{"name": "b", "source": "b"}] * 2), "two adapters for transformer are called 'b'"),
         ({"models": []}, "at least one model is needed"),
         ({"models": a_model()["models"] * 2}, "two models are called 'a'"),
+        (a_model() | {"metrics": {"port": 8000}}, "yaml: metrics.port and gateway.port are both 8000"),
         ({"model": []}, "model: unknown key; did you mean 'models'?"),
         ([], "expected a mapping with the key 'models', got list"),
         ("{", "is not YAML"),
@@ -228,6 +229,34 @@ def test_check_says_who_works_with_whom_and_what_heads_cost(
         "a: ulysses_degree=4 shares 6 attention heads as 2, 2, 2, 0, so attention takes 1.33x an even share's time; "
         "ulysses_degree=2 x ring_degree=2 x tensor_parallel_size=2 x cfg_parallel_size=2 shares them evenly",
     ]
+
+
+def test_check_says_when_groups_of_guidance_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "local_devices", lambda: dict(DEVICES))
+    a_folder(tmp_path, heads=12)
+    for groups, idle in ((2, False), (3, True)):
+        file = write(tmp_path, a_model(parallel={"cfg_parallel_size": groups}, placement={"cpus_per_rank": 0.125}))
+        assert cli.main(["check", str(file)]) == 0
+        assert ("guidance has 2 branches: 1 of 3 groups idle" in capsys.readouterr().out) is idle
+
+
+def test_another_machine_has_cpu_cores_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operate, "local_devices", lambda: {"cpu": 1.0, "cuda": 0.0})
+    a_folder(tmp_path, heads=12)
+    file = write(tmp_path, a_model(device="cuda", parallel={"ulysses_degree": 4}))
+    assert cli.main(["check", str(file), "--gpus", "4"]) == 0
+    assert cli.main(["check", str(file), "--gpus", "4", "--cpus", "3"]) == 1
+    assert "4 CPU cores are needed (a 4), 3 are there" in capsys.readouterr().err
+
+
+def test_a_folder_has_no_revision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_folder(tmp_path, heads=12)
+    assert cli.main(["check", str(write(tmp_path, a_model(revision="main"))), "--cpus", "1"]) == 1
+    assert "a: revision is of a hub id, but source is the folder" in capsys.readouterr().err
 
 
 GANGS = [

@@ -51,6 +51,7 @@ class Gang:
         self._incarnation = itertools.count(1)
         self._ranks: RankGroup | None = None
         self._replacing = False
+        self._trouble = ""
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
         self._exporter = Exporter()
@@ -146,9 +147,10 @@ class Gang:
         phase, step = self._progress()
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
-            "pids": [status.pid for status in self._ranks.statuses] if self._ranks else [],
+            "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
             "phase": phase,
             "step": step,
+            "trouble": self._trouble,
             "total_steps": self._running.num_inference_steps if self._running else 0,
             "startup_s": round(self._startup_s, 3),
         }
@@ -165,7 +167,7 @@ class Gang:
 
     def _progress(self) -> tuple[Phase, int]:
         """What the gang is doing, and how many steps of the running request are done."""
-        if self._ranks is None:
+        if self._ranks is None or self._replacing:
             return "starting", 0
         said = self._ranks.statuses[0]
         if self._running is None:
@@ -196,16 +198,19 @@ class Gang:
             try:
                 await self._ranks.set_loras(loras)
             except RequestFailed as error:  # all ranks keep the adapters they had
-                logger.error("%s: the adapters cannot be changed: %s", self._model.name, error)
+                self._trouble = f"the adapters cannot be changed: {error}"
+                logger.error("%s: %s", self._model.name, self._trouble)
                 return
             except GangLost as error:  # the ranks that follow get the adapters that were there
                 logger.error("%s: lost while the adapters were changed: %s", self._model.name, error)
                 return
             self._model = self._model.model_copy(update={"loras": loras})
+            self._trouble = ""
 
     def _on_lost(self) -> None:
         self._losses += 1
         self._replacing = True
+        self._trouble = "a gang has lost its ranks, new ones start"
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
         self._metrics.lost()
 
@@ -214,7 +219,7 @@ class Gang:
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
-                    self._replacing = False
+                    self._replacing, self._trouble = False, ""
                     logger.warning("%s: all ranks are replaced", self._model.name)
                     return
                 except Exception:

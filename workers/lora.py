@@ -14,10 +14,13 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 
+from deploy.pipelines import pipeline_name
+from deploy.spec import LoRA
 from sp_core.lora import LowRank
 
 WEIGHT = re.compile(r"lora.*\.weight$|alpha$")
@@ -75,6 +78,16 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
     if surplus or not found:
         raise ValueError(f"{path}: expected weights for {' or '.join(denoisers)}, got {surplus[:3] or 'none'}")
     return found
+
+
+def check_lora(lora: LoRA, folder: Path) -> None:
+    """Whether an adapter of a deployment can be read for the model in a folder; its layers are not compared.
+
+    Raises:
+        ValueError: see `read_lora`.
+        OSError: there is no such file.
+    """
+    read_lora(Path(lora.source), getattr(diffusers, pipeline_name(folder)), lora.component)
 
 
 def _check_file(path: Path) -> int:

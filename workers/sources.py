@@ -24,13 +24,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from deploy.pipelines import pipeline_name, read_config
+from deploy.pipelines import pipeline_name, read_config, verify_configs
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
-CHECKS: tuple[Callable[[Path], object], ...] = (verify_weights, verify_checksums)
+CHECKS: tuple[Callable[[Path], object], ...] = (verify_configs, verify_weights, verify_checksums)
 """What a model folder must pass, once per node; each raises ValueError or OSError."""
 
 INDEX = "model_index.json"
