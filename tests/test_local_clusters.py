@@ -156,7 +156,7 @@ def test_keys_that_are_missing_are_said_before_anything_starts(
 ) -> None:
     monkeypatch.delenv("NO_KEYS", raising=False)
     spec = deployment(model(demo_model)).model_copy(update={"auth": Auth(api_keys_env="NO_KEYS")})
-    with pytest.raises(SpecError, match="api_keys_env is NO_KEYS, but .*; set it"), local.LocalCluster(spec):
+    with pytest.raises(SpecError, match=r"api_keys_env is NO_KEYS, but .*; set it"), local.LocalCluster(spec):
         pass
     assert not ray.is_initialized()
 

@@ -15,6 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
+from deploy.spec import Auth
 from service import cli, operate
 from service.app import serve_config
 from service.cluster import ModelState, cluster_object
@@ -278,3 +279,5 @@ def test_the_ready_line_can_be_pasted(file: Path, tasks: Any, path: str, end: st
     assert words[:2] == ["curl", f"http://127.0.0.1:8000{path}"]
     assert json.loads(words[words.index("-d") + 1]) == {"model": "a", "prompt": "a cup of coffee"}
     assert operate._curl("http://127.0.0.1:8000", spec).endswith(end)
+    with_keys = spec.model_copy(update={"auth": Auth(api_keys_env="KEYS")})
+    assert "authorization: Bearer KEY" in shlex.split(operate._curl("http://127.0.0.1:8000", with_keys))
