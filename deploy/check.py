@@ -3,6 +3,7 @@
 A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per obstacle.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,6 @@ from deploy.memory import format_bytes, rank_memory, what_fits
 from deploy.pipelines import PIPELINES, pipeline_name, read_config
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
-
-BRANCHES = 2
-"""Of guidance, in every pipeline that is served: with the prompt, and without it or with the negative one."""
 
 
 def check_deployment(
@@ -73,11 +71,11 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
         )
         return lines
     advice = [layout_advice(model.parallel, _num_heads(_transformer_config(folder)))]
-    groups = model.parallel.cfg_parallel_size
-    if groups > BRANCHES:
+    groups, branches = model.parallel.cfg_parallel_size, PIPELINES[pipeline_name(folder)].branches(math.inf, "")
+    if groups > branches:
         advice.append(
-            f"cfg_parallel_size={groups}, but guidance has {BRANCHES} branches: {groups - BRANCHES} of {groups} groups "
-            f"idle in guided requests; cfg_parallel_size={BRANCHES} and more replicas cost less"
+            f"cfg_parallel_size={groups}, but guidance has {branches} branches: {groups - branches} of {groups} groups "
+            f"idle in guided requests; cfg_parallel_size={branches} leaves them to other replicas"
         )
     return [*lines, *(f"{model.name}: {line}" for line in advice if line)]
 

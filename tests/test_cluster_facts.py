@@ -1,9 +1,12 @@
 """The facts of a cluster: each model's state with its reason, and how a person sees them in tables and bars."""
 
+import asyncio
+import contextvars
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import prometheus_client
 import pytest
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
@@ -26,6 +29,7 @@ from sp_core.degrees import ParallelDegrees
 from tests.hall import Hall
 from workers.gang import Gang
 from workers.messages import GenerationRequest, StepEvent
+from workers.metrics import GangMetrics
 from workers.placement import Node
 
 MODEL = ModelSpec(name="a", source="/a", parallel=ParallelDegrees(ulysses_degree=2))
@@ -250,3 +254,34 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
     gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1])])  # type: ignore[assignment]
     gang._running = running
     assert gang._progress() == now
+
+
+def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(name="unlucky", source="/a")
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
+    monkeypatch.setattr("workers.gang.serve.get_replica_context", lambda: context)
+
+    async def story() -> list[dict[str, Any]]:
+        gang, ready = Gang(spec.fixed), asyncio.Event()
+        gang._model, gang._metrics, gang._startup_s = spec, GangMetrics("unlucky", "0"), 1.0
+        gang._context, gang._refused = contextvars.copy_context(), "no such file"
+        ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)])
+        gang._ranks = ranks  # type: ignore[assignment]
+
+        async def start() -> Any:
+            await ready.wait()
+            return ranks
+
+        monkeypatch.setattr(gang, "_start_ranks", start)
+        gang._on_lost()
+        await asyncio.sleep(0)
+        lost = gang.record_routing_stats()["now"]
+        ready.set()
+        await gang._replacement
+        return [lost, gang.record_routing_stats()["now"]]
+
+    lost, back = asyncio.run(story())
+    assert (lost["phase"], lost["pids"]) == ("starting", [])
+    assert lost["trouble"] == "a gang has lost its ranks, new ones start"
+    assert (back["pids"], back["trouble"]) == ([7], "no such file")
+    assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1

@@ -1,18 +1,24 @@
 """The gateway itself, without Serve: who is let in, its table while it runs, and what it still takes when it drains."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import prometheus_client
 import pytest
+from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
 from service import gateway
 from service.cluster import ModelState
 from service.gateway import Gateway
+from sp_core.degrees import ParallelDegrees
 from tests.hall import Hall, a_model
-from workers.errors import ModelNotFound, ModelUnavailable, ShuttingDown, Unauthorized
-from workers.messages import GenerationRequest
+from workers.errors import GangLost, ModelNotFound, ModelUnavailable, RequestFailed, ShuttingDown, Unauthorized
+from workers.messages import GenerationRequest, GenerationResult
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
 METRICS = {"host": "127.0.0.1", "port": None}
@@ -149,3 +155,40 @@ def test_a_request_that_waits_for_nothing_ends(
 
     asyncio.run(story())
     assert answer.cancelled
+
+
+def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = a_model("counted")
+    request = replace(REQUEST, model="counted")
+    result = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
+    answers: list[GenerationResult | Exception] = [GangLost("ranks"), result, RequestFailed("no"), result]
+    answer = object.__new__(DeploymentResponseGenerator)
+    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda request: answer))
+
+    async def attended(*_: Any) -> AsyncGenerator[GenerationResult]:
+        coming = answers.pop(0)
+        if isinstance(coming, Exception):
+            raise coming
+        yield coming
+        yield coming
+
+    monkeypatch.setattr(gateway, "PAUSE_S", 0)
+    monkeypatch.setattr(opened, "_handle", lambda model: handle)
+    monkeypatch.setattr(opened, "_attended", attended)
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [counted.model_dump(mode="json")]})
+        async with contextlib.aclosing(opened.generate(request)) as reports:  # lost once, then answered
+            assert await anext(reports) is result
+            assert count("requests_in_flight") == 1
+        with pytest.raises(RequestFailed):
+            await anext(opened.generate(request))
+
+    def count(name: str, **labels: str) -> float | None:
+        return prometheus_client.REGISTRY.get_sample_value(f"spray_{name}", {"model": "counted", **labels})
+
+    asyncio.run(story())
+    outcomes = [count("requests_total", outcome=outcome) for outcome in ("ok", "generation_failed", "cancelled")]
+    assert outcomes == [1, 1, 0]
+    assert (count("request_losses_total"), count("requests_in_flight")) == (1, 0)
+    assert (count("request_seconds_count"), count("queue_seconds_sum")) == (1, 0)  # computed longer than it took

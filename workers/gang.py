@@ -51,7 +51,7 @@ class Gang:
         self._incarnation = itertools.count(1)
         self._ranks: RankGroup | None = None
         self._replacing = False
-        self._trouble = ""
+        self._refused = ""
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
         self._exporter = Exporter()
@@ -150,7 +150,7 @@ class Gang:
             "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
             "phase": phase,
             "step": step,
-            "trouble": self._trouble,
+            "trouble": "a gang has lost its ranks, new ones start" if self._replacing else self._refused,
             "total_steps": self._running.num_inference_steps if self._running else 0,
             "startup_s": round(self._startup_s, 3),
         }
@@ -198,19 +198,18 @@ class Gang:
             try:
                 await self._ranks.set_loras(loras)
             except RequestFailed as error:  # all ranks keep the adapters they had
-                self._trouble = f"the adapters cannot be changed: {error}"
-                logger.error("%s: %s", self._model.name, self._trouble)
+                self._refused = f"the adapters cannot be changed: {error}"
+                logger.error("%s: %s", self._model.name, self._refused)
                 return
             except GangLost as error:  # the ranks that follow get the adapters that were there
                 logger.error("%s: lost while the adapters were changed: %s", self._model.name, error)
                 return
             self._model = self._model.model_copy(update={"loras": loras})
-            self._trouble = ""
+            self._refused = ""
 
     def _on_lost(self) -> None:
         self._losses += 1
         self._replacing = True
-        self._trouble = "a gang has lost its ranks, new ones start"
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
         self._metrics.lost()
 
@@ -219,7 +218,7 @@ class Gang:
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
-                    self._replacing, self._trouble = False, ""
+                    self._replacing = False
                     logger.warning("%s: all ranks are replaced", self._model.name)
                     return
                 except Exception:

@@ -5,7 +5,7 @@ they stay in the process. Labels are bounded: `replica` is Serve's number of the
 changes when another stops.
 
 `RankMetrics`, `GangMetrics` and `GatewayMetrics` hold what one process observes. They are made before it serves: from
-then on no file is opened any more, so that observing cannot fail, and every series begins at zero.
+then on no file is opened any more, so that observing raises nothing, and every series begins at zero.
 """
 
 import logging

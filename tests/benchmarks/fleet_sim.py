@@ -4,10 +4,10 @@
 
 Four models, 100 gangs at most. Both policies are tuned per model by grid, on the same training days. Serve's gets the
 setting with the fewest replica-hours whose p95 wait keeps the model's goal. Ours gets the setting with the shortest
-p95 wait that still saves `SAVED` of those hours; if none does, the cheapest that keeps the goal. Both are then judged
-on days that neither has seen, some of another shape of traffic. Beside it stands what Serve could do at best: of all
-settings on its frontier the cheapest that reaches our p95 on that very day, chosen in hindsight.
-Tables as markdown to stdout.
+p95 wait that still saves `SAVED` of those hours; if none does, the cheapest that keeps the goal. Its two constants were
+chosen on these days too. Both are then judged on days that neither has seen, some of another shape of traffic. Beside
+it stands what Serve could do at best: of all settings on its frontier the cheapest that reaches our p95 on that very
+day, chosen in hindsight. Tables as markdown to stdout.
 """
 
 import argparse
