@@ -7,7 +7,7 @@ READY := $(ROOT).venv/ready
 .PHONY: demo test lint bench fault soak clean
 
 demo: $(READY)
-	cd $(ROOT) && $(BIN)/python -m service.demo
+	cd $(ROOT) && $(BIN)/python -m service.cli.demo
 
 test: $(READY) lint
 	cd $(ROOT) && $(BIN)/python -m pytest

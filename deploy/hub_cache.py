@@ -1,7 +1,8 @@
 """Where the Hugging Face cache of this machine keeps a model, if it has it. Nothing is fetched.
 
-A hub id and a revision come in; a snapshot's folder comes out, for `deploy.check` and `service.doctor`. The cache is
-laid out as `models--org--name/snapshots/COMMIT/`, and `models--org--name/refs/BRANCH` says which commit a branch is at.
+A hub id and a revision come in; a snapshot's folder comes out, for `deploy.check` and `service.cli.doctor`. The cache
+is laid out as `models--org--name/snapshots/COMMIT/`, and `models--org--name/refs/BRANCH` says which commit a branch is
+at.
 """
 
 import os

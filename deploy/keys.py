@@ -1,7 +1,7 @@
 """The keys of a deployment file, read off its schema.
 
-A type out of `deploy.spec` comes in, the keys inside it go out, each with its own type. `deploy.layers` finds its way
-through variables and flags by them, `deploy.load` the keys that were meant.
+A type out of `deploy.spec` comes in, the keys inside it go out, each with its own type. `deploy.overrides` finds its
+way through variables and flags by them, `deploy.load` the keys that were meant.
 """
 
 import types

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.keys import keys_at, section_keys
-from deploy.layers import Layers, dotted
+from deploy.overrides import Layers, dotted
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
@@ -43,7 +43,7 @@ def load_spec(path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides
 
     Args:
         path: the YAML file.
-        environ: variables, of which `SPRAY_*` go before the file; `deploy.layers` says how they are spelt.
+        environ: variables, of which `SPRAY_*` go before the file; `deploy.overrides` says how they are spelt.
         overrides: `PATH=VALUE`, such as `models.qwen-image.parallel.ulysses_degree=4`; they go before all others.
 
     Raises:

@@ -1,6 +1,7 @@
 """Which of diffusers' pipelines spray runs, and what can be said of each without loading it.
 
-A model folder comes in; `deploy.check` and `workers.pipeline` ask. How each runs is in `workers.recipes`.
+A model folder comes in; `deploy.check` and `workers.model.loader` ask. How each runs is in
+`workers.model.adapters.pipeline_adapter`.
 """
 
 import json

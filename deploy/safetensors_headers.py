@@ -1,7 +1,7 @@
 """What weight files say of themselves: names, shapes, types and bytes of their tensors, without reading the tensors.
 
 A model folder in diffusers' format comes in; headers come out, or a `ValueError` that names the file, what was found
-and what to do. `deploy.memory` sums the bytes up, `service.doctor` verifies the files. Standard library only.
+and what to do. `deploy.memory` sums the bytes up, `service.cli.doctor` verifies the files. Standard library only.
 
 A safetensors file is: 8 bytes, little-endian, the length of the header; the header, a JSON object with each tensor's
 type, shape and place; the tensors, without gaps. A model in several files has an index beside them, which says in

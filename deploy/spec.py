@@ -1,7 +1,8 @@
 """The schema of a deployment file: DeploymentSpec > ModelSpec > Defaults, Limits, Autoscaling, Placement, ...
 
-YAML comes in through `deploy.load`; the frozen objects go to `service.app` (what to deploy), `workers.placement` (what
-a gang occupies) and `workers.rank` (what to load). Unknown keys are errors. Every field says what it is, and its unit.
+YAML comes in through `deploy.load`; the frozen objects go to `service.app` (what to deploy), `workers.gang.placement`
+(what a gang occupies) and `workers.gang.rank` (what to load). Unknown keys are errors. Every field says what it is, and
+its unit.
 """
 
 from typing import Annotated, Any, Literal, Self

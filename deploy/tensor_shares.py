@@ -1,7 +1,7 @@
 """Which weights the ranks of a tensor-parallel group share out, and which stay wide, by name. For `deploy.memory`.
 
 Loading itself asks the tensor plans of `sp_core.models` and the model classes, which bring torch; this is the same as
-data, so that a deployment can be checked without it. `tests/test_memory.py` compares the two, byte by byte.
+data, so that a deployment can be checked without it. `tests/deploy/test_memory.py` compares the two, byte by byte.
 """
 
 from fnmatch import fnmatchcase

@@ -1,7 +1,7 @@
 """Reads YAML more strictly than PyYAML does, and remembers lines; writes it without shorthands.
 
 Text comes in; values go out together with the line of each key, or a `YamlMistake` that names the line. `deploy.load`
-reads files by it, `deploy.layers` the values of variables and flags, and `spray build` writes.
+reads files by it, `deploy.overrides` the values of variables and flags, and `spray build` writes.
 """
 
 from collections.abc import Iterator

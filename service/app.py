@@ -1,7 +1,7 @@
 """DeploymentSpec -> the config that Ray Serve takes: one application per model, and the gateway.
 
-`serve_config` is what `spray build` prints, what KubeRay's `serveConfigV2` holds and what `service.rollout` applies. On
-the cluster, Serve imports `gang_app` and `gateway_app` from here to build each application.
+`serve_config` is what `spray build` prints, what KubeRay's `serveConfigV2` holds and what `service.rollout.changes`
+applies. On the cluster, Serve imports `gang_app` and `gateway_app` from here to build each application.
 
 One application per model, because Serve restarts all of an application when its arguments change. So the arguments hold
 what a gang cannot change while it runs; all else is in options that Serve applies to running gangs.
@@ -16,8 +16,8 @@ from ray.serve import Application, Deployment
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
-from workers.gang import Gang
-from workers.placement import placement_group
+from workers.gang.gang import Gang
+from workers.gang.placement import placement_group
 
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 20.0

@@ -23,7 +23,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from workers.load import GangLoad
+from workers.gang.stats import GangLoad
 
 LATE = 0.2
 """Share of requests that may wait for longer than the target, as far as the steady load decides."""

@@ -20,12 +20,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.spec import ModelSpec
-from service.cluster import ModelState
+from service.api.errors import STATUS, UNEXPECTED, find_status
+from service.api.rest import rest_app
 from service.names import GANG, app_name
-from service.prefetch import Prefetch
-from service.rest import rest_app
-from service.status import STATUS, UNEXPECTED, find_status
-from service.watch import Watch
+from service.state.model_states import ModelState
+from service.state.poller import Watch
+from service.state.prefetch import Prefetch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter
 from workers.messages import GenerationRequest, GenerationResult, StepEvent

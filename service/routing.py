@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from service.reports import publish
-from workers.cost import shape_of
-from workers.load import GangBacklog
+from service.state.router_registry import publish
+from workers.gang.cost import shape_of
+from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
 COMPARABLE_S = 2.0

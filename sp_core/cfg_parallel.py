@@ -3,7 +3,7 @@
 Each group of the `cfg` axis evaluates its share of the branches of a step (with a prompt and without, say); then all
 exchange what they have predicted and combine it exactly as one process would. Not the model is wrapped but the guider,
 diffusers' object that makes the branches and combines them: so every kind of guidance works that it knows, with any
-number of branches, which may differ from step to step. Called by `workers.denoising`.
+number of branches, which may differ from step to step. Called by `workers.model.denoising`.
 """
 
 from typing import Any

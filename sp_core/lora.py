@@ -9,7 +9,8 @@ After LoRA (arXiv 2106.09685). A layer that is shared out by columns has B share
 by rows has A, and its B (A x) is a part of the partial sum, so no layer communicates more than without adapters. All
 ranks must load and activate the same. The sequence axes need nothing: the layers work token by token.
 
-`workers.lora` reads the weights from files; whoever serves a request activates. Neither diffusers nor PEFT is needed.
+`workers.model.lora` reads the weights from files; whoever serves a request activates. Neither diffusers nor PEFT is
+needed.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The live process groups of one rank. Intent (`ParallelDegrees`) goes in; groups with explicit timeouts come out.
 
-Called once per rank by `workers.rank`, or by anyone who has initialised `torch.distributed`. Collectives take a
+Called once per rank by `workers.gang.rank`, or by anyone who has initialised `torch.distributed`. Collectives take a
 `MeshAxis`; nothing else in the package touches a process group.
 """
 

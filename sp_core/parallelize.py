@@ -5,7 +5,7 @@
     ...
     handle.remove()
 
-Called by `workers.weights` when a rank loads its model, or by anyone else: neither Ray nor a file is needed.
+Called by `workers.model.weights` when a rank loads its model, or by anyone else: neither Ray nor a file is needed.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sp_core import kernels
-from sp_core.attention.diffusers_seam import bind_attention
+from sp_core.attention.diffusers_backend import bind_attention
 from sp_core.degrees import check_layout, layout_advice
 from sp_core.hooks import Handle, apply_sequence_parallel
 from sp_core.mesh import ParallelMesh

@@ -3,7 +3,7 @@
 diffusers' VAEs cut large latents into overlapping tiles, decode each and blend the seams. We leave the cutting and the
 blending to them and take over the calls of the decoder between: in a first pass they are only written down, then every
 rank makes its share of them, rank 0 collects the results, and a second pass of the same code finds each call answered.
-So the picture is the one that the VAE's own tiled decode makes on one process. Called by `workers.denoising`.
+So the picture is the one that the VAE's own tiled decode makes on one process. Called by `workers.model.denoising`.
 """
 
 from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-import service.local  # noqa: F401  # before any other import of Ray: it keeps clusters on loopback
+import service.rollout.local_cluster  # noqa: F401  # before any other import of Ray: it keeps clusters on loopback
 
 # isort: split
 import pytest
@@ -19,8 +19,8 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from deploy.spec import LoRA
-from sp_core.rank_pool import RankPool
-from workers.demo_model import FAMILIES, write_demo_model
+from sp_core.verify.rank_pool import RankPool
+from workers.demo_models.__main__ import FAMILIES, write_demo_model
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def ranks() -> Iterator[RankPool]:
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's folder, written once."""
     folder = tmp_path_factory.mktemp("models") / "demo"
-    subprocess.run([sys.executable, "-m", "workers.demo_model", str(folder)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "workers.demo_models.__main__", str(folder)], check=True, capture_output=True)
     return folder
 
 

@@ -21,17 +21,17 @@ ALLOWED = {
 }
 """Packages of others, by layer; the standard library besides."""
 
-DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_seam.py", "sp_core/models/examples.py"]
+DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_backend.py", "sp_core/verify/examples.py"]
 
-OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_core.verify"}}
+OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_core.verify.verify"}}
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
 WITHOUT_TORCH = tuple(
     """
     deploy.spec deploy.load deploy.check deploy.schema deploy.memory
-    workers.messages workers.gang workers.placement workers.sources
-    workers.cost workers.load service.autoscaling service.routing
-    service.schemas service.rest service.app service.cli service.doctor
+    workers.messages workers.gang.gang workers.gang.placement workers.model.files
+    workers.gang.cost workers.gang.stats service.autoscaling service.routing
+    service.api.schemas service.api.rest service.app service.cli.main service.cli.doctor
     """.split()
 )
 

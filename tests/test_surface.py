@@ -15,10 +15,11 @@ import sp_core.parallelize
 import sp_core.sp_plan
 import sp_core.sp_sharding
 from deploy.spec import DeploymentSpec
-from service import cli, status
-from service.cluster import STATES
-from service.rest import rest_app
-from service.schemas import ImageGenerationBody, VideoGenerationBody
+from service.api import errors as status
+from service.api.rest import rest_app
+from service.api.schemas import ImageGenerationBody, VideoGenerationBody
+from service.cli import main as cli
+from service.state.model_states import STATES
 from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import AXES, ParallelDegrees
 from sp_core.lora import Adapters
@@ -191,7 +192,7 @@ def test_every_error_has_its_row() -> None:
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, errors.SprayError) and not kind.__subclasses__():
             rows = [base for base in kind.__mro__ if base in status.STATUS]
-            assert rows, f"{kind.__name__} has no row in service.status"
+            assert rows, f"{kind.__name__} has no row in service.api.errors"
 
 
 def test_commands() -> None:

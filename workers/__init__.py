@@ -21,5 +21,5 @@
     demo_model.py   writes a tiny model, for the demo and the tests to serve
     demo_models/    what it writes, one file per family of models
 
-This file imports nothing, so that `workers.messages` and `workers.gang` load without torch.
+This file imports nothing, so that `workers.messages` and `workers.gang.gang` load without torch.
 """

@@ -13,7 +13,7 @@
     | + PeerFailed            ... on another rank, which has the reason
     + GangLost                a rank died, hung or broke; the gang is replaced, the request can run elsewhere
 
-`service.status` maps each to its HTTP answer. They cross process boundaries, so each is rebuilt from its arguments.
+`service.api.errors` maps each to its HTTP answer. They cross process boundaries, so each is rebuilt from its arguments.
 """
 
 

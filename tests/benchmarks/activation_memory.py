@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
-from sp_core.rank_pool import RankPool
 from sp_core.tile_parallel import TileParallelVAE
+from sp_core.verify.rank_pool import RankPool
 
 DTYPE = torch.bfloat16
 TEXT = 64

@@ -15,16 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import service.local  # first: it keeps Ray on loopback
+import service.rollout.local_cluster  # first: it keeps Ray on loopback
 
 # isort: split
 import httpx
 import matplotlib.pyplot as plt
 
 from deploy.spec import Autoscaling, Defaults, ModelSpec
-from service.client import read_cluster
-from tests.deployments import deployment, model, ready
-from workers.demo_model import write_demo_model
+from service.cli.client import read_cluster
+from tests.support.deployments import deployment, model, ready
+from workers.demo_models.__main__ import write_demo_model
 
 PERIOD_S = 0.5
 
@@ -169,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "demo"
         write_demo_model(folder, "z-image")
-        with service.local.LocalCluster(deployment(*models(folder))) as cluster:
+        with service.rollout.local_cluster.LocalCluster(deployment(*models(folder))) as cluster:
             ready(cluster)
             run = measure(cluster.url, arguments.seconds)
     file = arguments.output / f"{time.strftime('%Y-%m-%d')}-autoscale.png"

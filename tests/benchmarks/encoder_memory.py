@@ -21,13 +21,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from sp_core.rank_pool import RankPool
+from sp_core.verify.rank_pool import RankPool
 from tests.benchmarks.load_memory import status
-from tests.deployments import model
+from tests.support.deployments import model
 from workers.demo_models import qwen_image
-from workers.denoising import Denoising
 from workers.messages import GenerationRequest
-from workers.pipeline import load_model
+from workers.model.denoising import Denoising
+from workers.model.loader import load_model
 
 MB = 2**20
 REQUEST = GenerationRequest("a", "demo", "a cup of coffee", width=64, height=64, num_inference_steps=2, seed=1)

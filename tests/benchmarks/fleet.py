@@ -1,8 +1,9 @@
 """One model's gangs over a day of traffic, simulated event by event. Called by `tests.benchmarks.fleet_sim`.
 
 A `Fleet` gets the requests of a day and a `Control`: what scales and what routes. Ours are the very
-`service.autoscaling`, `service.routing` and `workers.cost`; Serve's are Ray's own default policy function and any free
-gang, as each takes one request at a time. Both run inside Ray's own wrapper, which applies scaling factors and delays.
+`service.autoscaling`, `service.routing` and `workers.gang.cost`; Serve's are Ray's own default policy function and any
+free gang, as each takes one request at a time. Both run inside Ray's own wrapper, which applies scaling factors and
+delays.
 
 As in Serve: requests wait in one gateway, first come first served; gangs and gateway report every ten seconds, and
 numbers are means over the look-back period; a gang that is to stop is a starting one if there is, else the newest,
@@ -23,8 +24,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from service.autoscaling import BacklogPolicy
 from service.routing import rank
 from tests.benchmarks.fleet_traffic import DAY_S, Arrival, Load
-from workers.cost import CostModel, shape_of
-from workers.load import GangLoad
+from workers.gang.cost import CostModel, shape_of
+from workers.gang.stats import GangLoad
 
 REPORT_S = 10.0
 

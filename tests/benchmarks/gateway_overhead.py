@@ -34,9 +34,9 @@ from ray.serve.schema import ServeStatus
 
 from deploy.check import check_deployment
 from deploy.load import load_spec
+from service.api.rest import rest_app
 from service.app import serve_config
 from service.gateway import Gateway
-from service.rest import rest_app
 from sp_core.degrees import ParallelDegrees
 from workers.messages import GenerationRequest, GenerationResult
 
@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--requests", type=int, default=25, help="per turn and table")
     arguments = parser.parse_args()
-    sees_no_cluster = mock.patch("service.watch._read", lambda: (ServeStatus(), [], []))  # looking would start Ray
+    sees_no_cluster = mock.patch(
+        "service.state.poller._read", lambda: (ServeStatus(), [], [])
+    )  # looking would start Ray
     with tempfile.TemporaryDirectory() as folder, sees_no_cluster:
         files = {size: write(Path(folder), size) for size in SIZES}
         configs = {str(size): serve_config(load_spec(file)) for size, file in files.items()}

@@ -12,8 +12,8 @@ them one process alone and, for Qwen-Image, diffusers' own tensor parallelism ov
 list of devices that is lengthened here; last its ratio to ours, turn by turn.
 
 Sent: of the rank that sends most, in one step, counted where calls reach the process group, beside what arithmetic on
-the shape says. What counts as sent, and all that is assumed, says `tests.traffic`. "equal" means on every rank, in
-every kind of exchange, to the byte; else the largest difference is printed. The first step of a model, in which the
+the shape says. What counts as sent, and all that is assumed, says `tests.support.traffic`. "equal" means on every rank,
+in every kind of exchange, to the byte; else the largest difference is printed. The first step of a model, in which the
 ranks also agree on its attentions, is over by then.
 
 Memory: of the rank with most, in new processes for each layout that load their share of the weights from files and run
@@ -48,15 +48,15 @@ from diffusers.models._modeling_parallel import TensorParallelConfig
 from torch import nn
 
 from sp_core.degrees import ParallelDegrees
-from sp_core.divergence import error
 from sp_core.mesh import MeshAxis, ParallelMesh
 from sp_core.parallelize import parallelize
-from sp_core.rank_pool import RankPool
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankPool
 from tests.benchmarks.load_memory import MB, status
 from tests.benchmarks.sp_vs_diffusers import seeded, timed
-from tests.guided import guided_step
-from tests.traffic import Bytes, Meter, Shape, of_qwen_image, of_wan, predicted
-from workers.weights import load_transformer
+from tests.support.guided import guided_step
+from tests.support.traffic import Bytes, Meter, Shape, of_qwen_image, of_wan, predicted
+from workers.model.weights import load_transformer
 
 ALONE = MeshAxis("cfg", 0, 1, None, None)
 ONE = "1 process"

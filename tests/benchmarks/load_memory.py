@@ -21,8 +21,8 @@ from diffusers import QwenImageTransformer2DModel
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
-from sp_core.rank_pool import RankPool
-from workers.weights import load_transformer
+from sp_core.verify.rank_pool import RankPool
+from workers.model.weights import load_transformer
 
 MB = 2**20
 

@@ -18,16 +18,16 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import service.local  # isort: skip  # before any other import of Ray
+import service.rollout.local_cluster  # isort: skip  # before any other import of Ray
 import httpx
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from tests.deployments import deployment, model
-from workers.denoising import Denoising
-from workers.media import encode
+from tests.support.deployments import deployment, model
 from workers.messages import GenerationRequest
-from workers.pipeline import load_model
+from workers.model.denoising import Denoising
+from workers.model.loader import load_model
+from workers.model.media import encode
 
 STEPS = (4, 30)
 SIZE = 128
@@ -40,11 +40,13 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "demo"
-        subprocess.run([sys.executable, "-m", "workers.demo_model", str(source)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "workers.demo_models.__main__", str(source)], check=True, capture_output=True
+        )
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         direct = multiprocessing.get_context("spawn").Process(target=serve_directly, args=(source, theirs), daemon=True)
         direct.start()
-        with service.local.LocalCluster(deployment(model(source))) as cluster:
+        with service.rollout.local_cluster.LocalCluster(deployment(model(source))) as cluster:
             cluster.wait_ready(timeout_s=120)
             rows = [measure(cluster.url, ours, steps, repeats) for steps in STEPS]
         direct.kill()

@@ -35,13 +35,13 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from sp_core.attention.diffusers_seam import bind_attention
+from sp_core.attention.diffusers_backend import bind_attention
 from sp_core.degrees import ParallelDegrees
 from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.parallelize import parallelize
-from sp_core.rank_pool import RankPool
+from sp_core.verify.rank_pool import RankPool
 
 TEXT = 64
 MODES = ("ours, ulysses 2", "ours, ring 2", "diffusers, ulysses 2", "diffusers, anything 2", "1 thread", "2 threads")

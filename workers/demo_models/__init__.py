@@ -1,4 +1,5 @@
-"""The demo models: tiny pipelines with random weights, one file per family, for `workers.demo_model` to write.
+"""The demo models: tiny pipelines with random weights, one file per family, for `workers.demo_models.__main__` to
+write.
 
     parts.py        what several of them share: gains on weights, the image VAE
     vocabulary.py   tokenizers made on the spot, without files or network

@@ -1,5 +1,5 @@
-"""The demo model of the family Flux, guidance-distilled like FLUX.1-dev. `pipeline()` makes it; `workers.demo_model`
-writes it."""
+"""The demo model of the family Flux, guidance-distilled like FLUX.1-dev. `pipeline()` makes it;
+`workers.demo_models.__main__` writes it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The demo model of the family Qwen-Image. `pipeline()` makes it; `workers.demo_model` writes it."""
+"""The demo model of the family Qwen-Image. `pipeline()` makes it; `workers.demo_models.__main__` writes it."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""The demo model of the family Wan 2.2 (text to video, two transformers). `pipeline()` makes it; `workers.demo_model`
-writes it."""
+"""The demo model of the family Wan 2.2 (text to video, two transformers). `pipeline()` makes it;
+`workers.demo_models.__main__` writes it."""
 
 from typing import Any
 

@@ -1,0 +1,289 @@
+"""REST bodies <-> messages: OpenAI's image generation in, `GenerationRequest` out; results and events back.
+
+Called by `service.api.rest`. Unknown fields are refused with the nearest known one; fields that OpenAI has and
+diffusion has no use for are accepted, and named in the answer's `x-ignored-params`.
+"""
+
+import base64
+import difflib
+import re
+import secrets
+import time
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploy.spec import ModelSpec, Task
+from service.state.model_states import ModelState
+from workers.errors import InvalidParameter, ModelNotFound
+from workers.messages import GenerationRequest, GenerationResult, ImageFormat, StepEvent
+
+MAX_SEED = 2**53 - 1
+"""The largest integer that JSON numbers carry exactly in every language."""
+
+IGNORED = frozenset({"quality", "style", "moderation", "user", "safety_identifier"})
+
+Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains besides the picture."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_progress: bool = False
+
+
+class LoRAChoice(BaseModel):
+    """An adapter of the model, by its name in the deployment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str
+    scale: float = Field(1.0, ge=-4, le=4)
+
+
+class GenerationBody(BaseModel):
+    """What every generation may say. Absent fields get the model's defaults."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: Prompt
+    model: str | None = None
+    size: str = "auto"
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    negative_prompt: Prompt | Literal[""] | None = None
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=30)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    loras: Annotated[list[LoRAChoice], Field(max_length=8)] = []
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of this body that have no effect."""
+        return sorted(IGNORED & self.model_fields_set)
+
+
+class ImageGenerationBody(GenerationBody):
+    """Body of `POST /v1/images/generations`: OpenAI's fields and those of diffusion."""
+
+    n: int = Field(1, ge=1, le=10)
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: ImageFormat = "png"
+    output_compression: int = Field(100, ge=0, le=100)
+    background: Literal["auto", "opaque"] = "auto"
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    partial_images: Literal[0] = 0
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+
+
+class VideoGenerationBody(GenerationBody):
+    """Body of `POST /v1/videos/sync`."""
+
+    num_frames: int | None = Field(None, ge=1)
+    fps: int | None = Field(None, ge=1, le=120)
+    guidance_scale_2: float | None = Field(None, ge=0, le=30)
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+def parse_body(raw: object, kind: type[Body]) -> Body:
+    """A checked body of this kind.
+
+    Raises:
+        InvalidParameter: names the first field that is wrong.
+    """
+    if not isinstance(raw, dict):
+        raise InvalidParameter(None, "the body must be a JSON object", "invalid_body")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+        raise _invalid(mistakes[0], kind) from None  # a misspelt field first: it explains the missing one
+
+
+def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
+    param = ".".join(str(part) for part in mistake["loc"] if part != "constrained-str")
+    if mistake["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(param, kind.model_fields, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return InvalidParameter(param, f"unknown parameter {param!r}{hint}", "unknown_parameter")
+    if mistake["type"] == "missing":
+        return InvalidParameter(param, f"{param!r} is required", "missing_required_parameter")
+    return InvalidParameter(param, f"{param}: {mistake['msg']}")
+
+
+def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
+    """The model that a request names; without a name, the only one there is.
+
+    Raises:
+        ModelNotFound: no such model.
+        InvalidParameter: no name, and several models.
+    """
+    known = ", ".join(models)
+    if name is None:
+        if len(models) != 1:
+            raise InvalidParameter("model", f"'model' is required; available: {known}", "missing_required_parameter")
+        return next(iter(models.values()))
+    found = models.get(name) or next((model for model in models.values() if name in model.aliases), None)
+    if found is None:
+        raise ModelNotFound(f"the model {name!r} does not exist; available: {known}")
+    return found
+
+
+def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
+    """Everything settled: defaults filled in, limits kept, the seed drawn.
+
+    Raises:
+        InvalidParameter: the request is outside the model's limits, or the model is for something else.
+    """
+    defaults, limits = model.defaults, model.limits
+    width, height = _size(body.size, model)
+    request = GenerationRequest(
+        request_id=request_id,
+        model=model.name,
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=body.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        guidance_scale_2=defaults.guidance_scale_2,
+        loras=_loras(body.loras, model),
+        seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+    )
+    if isinstance(body, ImageGenerationBody):
+        _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")
+        request = replace(
+            request,
+            n=body.n,
+            output_format=body.output_format,
+            output_compression=body.output_compression,
+            report_steps=body.stream,
+        )
+    elif isinstance(body, VideoGenerationBody):
+        _for("text-to-video", model, "it makes pictures: ask at /v1/images/generations")
+        request = replace(
+            request,
+            num_frames=body.num_frames or defaults.num_frames,
+            fps=body.fps or defaults.fps,
+            guidance_scale_2=defaults.guidance_scale_2 if body.guidance_scale_2 is None else body.guidance_scale_2,
+            output_format="mp4",
+        )
+    _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
+    _at_most("num_frames", request.num_frames, limits.max_num_frames)
+    _at_most("n", request.n, limits.max_n)
+    work = width * height * request.num_frames * request.num_inference_steps * request.n
+    if limits.max_work is not None and work > limits.max_work:
+        raise InvalidParameter(
+            None,
+            f"width x height x num_frames x num_inference_steps x n is {work}, at most {limits.max_work} is allowed; "
+            "lower one of them",
+            "too_much_work",
+        )
+    return request
+
+
+def _for(task: Task, model: ModelSpec, instead: str) -> None:
+    if model.tasks is not None and task not in model.tasks:
+        raise InvalidParameter("model", f"{model.name!r} is not for {task}; {instead}", "wrong_task")
+
+
+def _size(size: str, model: ModelSpec) -> tuple[int, int]:
+    if size == "auto":
+        return model.defaults.width, model.defaults.height
+    limits = model.limits
+    allowed = f"WIDTHxHEIGHT up to {limits.max_width}x{limits.max_height} in multiples of {limits.size_multiple}"
+    numbers = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
+    if numbers is None:
+        raise InvalidParameter("size", f"size {size!r} is not of the form {allowed}, or 'auto'", "invalid_size")
+    width, height = int(numbers[1]), int(numbers[2])
+    fits = 0 < width <= limits.max_width and 0 < height <= limits.max_height
+    if not fits or width % limits.size_multiple or height % limits.size_multiple:
+        raise InvalidParameter("size", f"size {size} is not allowed; allowed: {allowed}", "invalid_size")
+    return width, height
+
+
+def _loras(chosen: list[LoRAChoice], model: ModelSpec) -> tuple[tuple[str, float], ...]:
+    known = list(dict.fromkeys(lora.name for lora in model.loras))
+    names = [choice.name for choice in chosen]
+    for name in names:
+        if name not in known:
+            available = ", ".join(known) or "none"
+            raise InvalidParameter("loras", f"{model.name!r} has no adapter {name!r}; available: {available}")
+        if names.count(name) > 1:
+            raise InvalidParameter("loras", f"the adapter {name!r} is named twice")
+    return tuple((choice.name, choice.scale) for choice in chosen)
+
+
+def _at_most(param: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise InvalidParameter(param, f"{param} must be at most {limit}, got {value}")
+
+
+def images_response(request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+    """OpenAI's ImagesResponse; seeds, layout and timings are extra keys, which its client keeps."""
+    return {
+        "created": int(time.time()),
+        "data": [
+            {"b64_json": base64.b64encode(image).decode(), "seed": seed}
+            for image, seed in zip(result.outputs, result.seeds, strict=True)
+        ],
+        "size": f"{request.width}x{request.height}",
+        "output_format": request.output_format,
+        "background": "opaque",
+        "metrics": metrics(result),
+    }
+
+
+def metrics(result: GenerationResult) -> dict[str, Any]:
+    """How a picture came about: seconds by stage, and the layout that computed it."""
+    return {
+        "layout": str(result.degrees),
+        "encode_seconds": result.encode_seconds,
+        "step_seconds": list(result.step_seconds),
+        "decode_seconds": result.decode_seconds,
+    }
+
+
+def progress_event(event: StepEvent) -> dict[str, Any]:
+    """Stream event after each step; only on request, because OpenAI's clients do not know it."""
+    return {
+        "type": "image_generation.progress",
+        "step": event.step,
+        "total_steps": event.total_steps,
+        "seconds": event.seconds,
+    }
+
+
+def completed_events(request: GenerationRequest, result: GenerationResult) -> list[dict[str, Any]]:
+    """OpenAI's stream event for each finished picture."""
+    response = images_response(request, result)
+    shared = {key: response[key] for key in ("size", "output_format", "background", "metrics")}
+    shared |= {"type": "image_generation.completed", "created_at": response["created"], "quality": "auto"}
+    return [shared | picture for picture in response["data"]]
+
+
+def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
+    """OpenAI's Model; state, layout and limits are extra keys."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "spray",
+        "aliases": list(model.aliases),
+        "tasks": list(model.tasks or ()),
+        "state": state.state if state else "starting",
+        "reason": state.reason if state else "",
+        "layout": str(model.parallel),
+        "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
+        "defaults": model.defaults.model_dump(),
+        "limits": model.limits.model_dump(),
+    }

@@ -1,0 +1,105 @@
+"""`make demo`: the main job on this machine, from a deployment file to a picture, and nothing left behind.
+
+    python -m service.cli.demo
+
+Writes the demo model if it is not there, serves `deploy/local.yaml` on a private cluster, asks for one picture over
+REST, prints where it is, and stops what it started, also on Ctrl-C or failure.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.load import load_spec
+from deploy.spec import Metrics, SpecError
+from service.cli.client import ServerError, generate_remotely
+from service.cli.progress import LoadBars, StepProgress
+from service.rollout.local_cluster import LocalCluster
+from workers.errors import SprayError
+
+PROJECT = Path(__file__).resolve().parents[2]
+DEPLOYMENT = PROJECT / "deploy" / "local.yaml"
+PROMPT = "a cup of coffee on the table"
+SEED = 7
+
+
+def main() -> int:
+    """Command line: `python -m service.cli.demo [--output FILE]`."""
+    parser = argparse.ArgumentParser(description="Generate one picture through a local cluster.")
+    parser.add_argument("--output", type=Path, default=PROJECT / ".demo" / "picture.png", help="where to save it")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _demo(arguments.output.resolve())
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
+    except (SpecError, SprayError, ServerError, TimeoutError, OSError) as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+def _demo(output: Path) -> None:
+    spec = load_spec(DEPLOYMENT)
+    (model,) = spec.models
+    _ensure_model(Path(model.source))
+    ports = {"gateway": spec.gateway.model_copy(update={"port": 0}), "metrics": Metrics(port=0)}
+    spec = spec.model_copy(update=ports)
+    began = time.monotonic()
+    _say(f"starting {model.name} ({model.parallel}, {model.device}) on a local Ray cluster")
+    with LocalCluster(spec) as cluster:
+        with LoadBars([model.name]) as bars:
+            cluster.wait_ready(timeout_s=300, on_wait=bars.show)
+        _say(f"ready at {cluster.url} after {time.monotonic() - began:.1f} s")
+        body = {"prompt": PROMPT, "seed": SEED}
+        with StepProgress() as progress:
+            (picture,) = generate_remotely(cluster.url, body, progress.show)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(picture.content)
+        unfinished.replace(output)
+        _report(output, picture.metrics, body)
+    _say("stopped the cluster")
+
+
+def _ensure_model(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another demo may be writing it right now
+        if not (folder / "model_index.json").is_file():
+            _say(f"writing the demo model to {folder}")
+            command = [sys.executable, "-m", "workers.demo_models.__main__", str(folder)]
+            written = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+            if written.returncode:
+                raise OSError(f"the demo model cannot be written: {written.stderr.strip().splitlines()[-1]}")
+
+
+def _report(output: Path, metrics: dict[str, Any], body: dict[str, Any]) -> None:
+    steps = metrics["step_seconds"]
+    _say(f"picture:  {output}")
+    _say(f"layout:   {metrics['layout']}")
+    _say(f"seconds:  encode {metrics['encode_seconds']:.3f}, decode {metrics['decode_seconds']:.3f}")
+    _say("steps:    " + " ".join(f"{seconds:.3f}" for seconds in steps))
+    _say("the same by hand, while `spray serve deploy/local.yaml` runs:")
+    _say(
+        "  curl -s http://127.0.0.1:8000/v1/images/generations -H 'content-type: application/json' "
+        f"-d '{json.dumps(body)}' | python3 -c "
+        "'import base64, json, sys; "
+        'open("picture.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\''
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

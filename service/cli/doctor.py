@@ -1,0 +1,277 @@
+"""Facts about this machine that decide whether gangs can run on it, each with what to do about it. For `spray doctor`.
+
+A deployment comes in, or none; findings come out. Nothing is changed and no Ray cluster is started or asked. What is
+looked at is in `Machine`, so that tests can put another in its place.
+"""
+
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deploy.check import model_folder
+from deploy.hub_cache import cache_root
+from deploy.memory import GIB, format_bytes
+from deploy.safetensors_headers import verify_checksums, verify_weights
+from deploy.spec import DeploymentSpec
+from service.rollout.ports import obstacle
+
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""The oldest NVIDIA driver that runs a CUDA release, by their major versions."""
+
+SHM_PER_RANK = GIB
+"""Bytes of shared memory: NCCL's buffers between the ranks of a node, and Ray's object store."""
+
+ROOM_FOR_MODELS = 100 * GIB
+ROOM_FOR_LOGS = 5 * GIB
+FEW_FILES = 4096
+"""File descriptors below which Ray itself warns."""
+
+PORTS = {8265: "Ray's dashboard"}
+
+TORCH_FACTS = """
+import json, torch
+cuda = torch.version.cuda
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+print(json.dumps({"torch": torch.__version__, "cuda": cuda, "nccl": nccl, "usable": torch.cuda.device_count()}))
+"""
+"""Run in a process of its own: this layer does without torch."""
+
+GPU_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what it is about.
+        level: `ok`; `warn`: some deployments will suffer; `fail`: gangs cannot run like this.
+        found: what is there.
+        advice: what to do; empty where all is well.
+    """
+
+    name: str
+    level: Literal["ok", "warn", "fail"]
+    found: str
+    advice: str = ""
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; empty where it is missing, fails or takes more than two minutes."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _environment_at_start() -> dict[str, str]:
+    """As the operator set it: `service.rollout.local_cluster` sets some of Ray's variables for clusters of its own on
+    import."""
+    try:
+        entries = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return dict(os.environ)
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where facts are looked up.
+
+    Attributes:
+        dev: the folder of device files.
+        shm: shared memory.
+        tmp: where Ray keeps sessions, logs and what it spills.
+        home: the user's folder.
+        environment: the environment of the command.
+        run: a command to what it prints; empty where it fails.
+        disk: a folder to its file system's size, with `total` and `free` in bytes.
+        files: the limit of open files.
+    """
+
+    dev: Path = Path("/dev")
+    shm: Path = Path("/dev/shm")
+    tmp: Path = Path("/tmp")
+    home: Path = field(default_factory=Path.home)
+    environment: Mapping[str, str] = field(default_factory=_environment_at_start)
+    run: Callable[[list[str]], str] = _output
+    disk: Callable[[Path], Any] = shutil.disk_usage
+    files: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> list[Finding]:
+    """Look at this machine, and at the weights of a deployment's models, which may take as long as reading them.
+
+    Args:
+        spec: the deployment; None looks at the machine alone.
+        machine: where to look; None is this one.
+    """
+    machine = machine or Machine()
+    return [
+        *_devices(machine, spec),
+        _shared_memory(machine, spec),
+        *_ports(spec),
+        *_disks(machine, spec),
+        *_ray(machine),
+        _open_files(machine),
+        *(_keys(machine, spec) if spec else ()),
+        *(_weights(spec) if spec else ()),
+    ]
+
+
+def _devices(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
+    """The GPUs, their driver, and whether torch and NCCL suit them."""
+    gpus = len([path for path in machine.dev.glob("nvidia*") if path.name[6:].isdigit()])
+    asked = max((m.parallel.world_size for m in spec.models if m.device == "cuda"), default=0) if spec else 0
+    if not gpus:
+        advice = "run this on a node with GPUs; in a container, start it with --gpus all" if asked else ""
+        yield Finding("devices", "warn" if asked else "ok", f"no GPU; the largest gang takes {asked}", advice)
+    lines = machine.run(GPU_QUERY).strip().splitlines() if gpus else []
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 2]
+    if gpus and not rows:
+        yield Finding(
+            "devices", "fail", f"{gpus} device files, but nvidia-smi does not answer",
+            "install the NVIDIA driver; in a container, give it NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        )  # fmt: skip
+    elif gpus:
+        few = f"the largest gang takes {asked}: lower its degrees or add GPUs" if gpus < asked else ""
+        yield Finding("devices", "warn" if few else "ok", f"{gpus} x {rows[0][0]}, {rows[0][2]} each", few)
+    printed = machine.run([sys.executable, "-c", TORCH_FACTS]).strip()
+    if not printed:
+        yield Finding("torch", "fail", "torch cannot be imported", "install spray again with pip, and read its errors")
+        return
+    yield from _driver_and_nccl(gpus, rows[0][1] if rows else None, json.loads(printed.splitlines()[-1]))
+
+
+def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the driver suits torch's CUDA, and whether ranks can talk."""
+    found = f"torch {torch['torch']}, CUDA {torch['cuda'] or 'none'}, driver {driver or 'none'}"
+    oldest = OLDEST_DRIVER.get(int(torch["cuda"].split(".")[0]), 0) if torch["cuda"] else 0
+    if gpus and not torch["cuda"]:
+        yield Finding("driver", "fail", found, "this torch is for CPUs only: install a build for CUDA (pytorch.org)")
+    elif driver and int(driver.split(".")[0]) < oldest:
+        advice = f"CUDA {torch['cuda']} needs driver {oldest} or newer: update it, or install torch for an older CUDA"
+        yield Finding("driver", "fail", found, advice)
+    elif torch["usable"] < gpus:
+        advice = "look at CUDA_VISIBLE_DEVICES, and at dmesg for driver errors"
+        yield Finding("driver", "warn", f"{found}; torch sees {torch['usable']} of {gpus} GPUs", advice)
+    else:
+        yield Finding("driver", "ok", found)
+    if gpus and torch["cuda"] and not torch["nccl"]:
+        yield Finding("nccl", "fail", "torch has no NCCL", "install torch's Linux build, which brings NCCL")
+    else:
+        yield Finding("nccl", "ok", torch["nccl"] or "none; ranks on CPUs talk by gloo")
+
+
+def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:
+    ranks = 1
+    if spec:
+        ranks = sum(model.parallel.world_size * max(1, model.autoscaling.min_replicas) for model in spec.models)
+    total, wanted = machine.disk(machine.shm).total, SHM_PER_RANK * ranks
+    found = f"{machine.shm} has {format_bytes(total)}; {ranks} ranks want {format_bytes(wanted)}"
+    if total >= wanted:
+        return Finding("shared memory", "ok", found)
+    size = -(-wanted // GIB)
+    advice = (
+        f"start the container with --shm-size={size}g (docker), or mount an emptyDir of medium Memory and sizeLimit "
+        f"{size}Gi at /dev/shm (Kubernetes)"
+    )
+    return Finding("shared memory", "fail" if total < SHM_PER_RANK else "warn", found, advice)
+
+
+def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
+    named = {"gateway": spec.gateway.model_dump(), "metrics": spec.metrics_at} if spec else {}
+    for part, where in named.items():
+        host, port = where["host"], where["port"]
+        if not port:
+            continue
+        reason = obstacle(host, port)
+        advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one for spray serve"
+        level: Literal["ok", "fail"] = "fail" if reason else "ok"
+        said = f"{host}:{port} is {f'taken ({reason})' if reason else 'free'}"
+        yield Finding(f"{part} port", level, said, advice if reason else "")
+    for port, use in PORTS.items():
+        reason = obstacle("127.0.0.1", port)
+        advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""
+        said = f"for {use}, is {f'taken ({reason})' if reason else 'free'}"
+        yield Finding(f"port {port}", "warn" if reason else "ok", said, advice)
+
+
+def _keys(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
+    variable = spec.auth.api_keys_env
+    if variable and not machine.environment.get(variable):
+        advice = "set it where the gateway runs, as keys by comma; or remove auth.api_keys_env, and anybody may call"
+        yield Finding("API keys", "warn", f"{variable} is not set here", advice)
+    elif variable:
+        yield Finding("API keys", "ok", f"{variable} is set", "")
+
+
+def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
+    absent = [model.source for model in spec.models if model_folder(spec, model) is None] if spec else []
+    root = cache_root(spec.storage.models if spec else None)
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = machine.disk(there).free
+    found = f"{format_bytes(free)} free for models at {root}"
+    if absent and free < ROOM_FOR_MODELS:
+        advice = f"{', '.join(absent)} are yet to be fetched: set storage.models to a folder with more room"
+        yield Finding("disk for models", "warn", found, advice)
+    else:
+        yield Finding("disk for models", "ok", found)
+    free = machine.disk(machine.tmp).free
+    found = f"{format_bytes(free)} free at {machine.tmp}"
+    advice = "Ray keeps logs and spilled objects there: make room, or mount a larger volume"
+    few = free < ROOM_FOR_LOGS
+    yield Finding("disk for logs", "warn" if few else "ok", found, advice if few else "")
+
+
+def _ray(machine: Machine) -> Iterator[Finding]:
+    environment, token = machine.environment, machine.home / ".ray" / "auth_token"
+    yield Finding("ray", "ok", f"Ray {importlib.metadata.version('ray')}")
+    address = environment.get("RAY_ADDRESS")
+    if address:
+        advice = "Ray's own commands go to that cluster; unset it unless you mean to (spray serve ignores it)"
+        yield Finding("RAY_ADDRESS", "warn", address, advice)
+    mode = environment.get("RAY_AUTH_MODE")
+    has_token = token.exists() or any(environment.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if mode == "token" and not has_token:
+        advice = f"set RAY_AUTH_TOKEN, or write the cluster's token to {token}"
+        yield Finding("RAY_AUTH_MODE", "fail", "token, but there is no token", advice)
+    elif mode is None and token.exists():
+        advice = (
+            "Ray turns authentication on where it finds one: set RAY_AUTH_MODE to token or to disabled, on all nodes"
+        )
+        yield Finding("RAY_AUTH_MODE", "warn", f"not set, but {token} exists", advice)
+    else:
+        yield Finding("RAY_AUTH_MODE", "ok", mode or "not set, and there is no token")
+
+
+def _open_files(machine: Machine) -> Finding:
+    if 0 <= machine.files < FEW_FILES:
+        advice = "raise it with ulimit -n 65536, or --ulimit nofile=65536 (docker)"
+        return Finding("open files", "warn", f"at most {machine.files}", advice)
+    return Finding("open files", "ok", f"at most {machine.files}" if machine.files >= 0 else "no limit")
+
+
+def _weights(spec: DeploymentSpec) -> Iterator[Finding]:
+    for model in spec.models:
+        name, folder = f"weights of {model.name}", model_folder(spec, model)
+        if folder is None:
+            advice = "they are fetched when the model is deployed; this needs the network and room on the disk"
+            yield Finding(name, "warn", f"{model.source} is not on this machine", advice)
+            continue
+        try:
+            verify_weights(folder)
+            compared = verify_checksums(folder)
+        except ValueError as error:
+            yield Finding(name, "fail", str(error), f"fetch {model.source} again, or correct source")
+        else:
+            sums = f", {compared} checksums agree" if compared else ", by headers and sizes; it has no SHA256SUMS"
+            yield Finding(name, "ok", f"{folder} is whole{sums}")

@@ -1,0 +1,116 @@
+"""What must be known of a cluster before Serve is told to change it: weights on its nodes, and room for the gangs.
+
+A spec and the names of the models that it changes come in; lines that say what is missing come out. For `spray deploy`.
+"""
+
+import importlib
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deploy.check import check_deployment, model_folder
+from deploy.pipelines import PIPELINES, pipeline_name
+from deploy.spec import DeploymentSpec, ModelSpec, Task
+from service.names import GANG, app_name
+from workers.gang.placement import alive_nodes, free_nodes, hosts, obstacle, without
+from workers.model.files import fetch
+
+
+def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
+    """The spec with the tasks of those models filled in whose folders can be read on this machine."""
+
+    def derived(model: ModelSpec) -> ModelSpec:
+        folder = model_folder(spec, model)
+        try:
+            tasks = model.tasks or ((PIPELINES[pipeline_name(folder)].task,) if folder else None)
+        except ValueError:
+            return model
+        return model.model_copy(update={"tasks": tasks})
+
+    return spec.model_copy(update={"models": tuple(derived(model) for model in spec.models)})
+
+
+def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[DeploymentSpec, list[str]]:
+    """Fetch and check the weights of the touched models on every node that may run them, before any device is taken.
+
+    Returns:
+        The spec with the tasks of these models filled in, and what keeps them from running, a line each.
+    """
+    models: list[ModelSpec] = []
+    obstacles: dict[str, None] = {}
+    for model in spec.models:
+        if model.name not in touched:
+            models.append(model)
+            continue
+        answers = _answers(model, spec.storage.models)
+        obstacles |= dict.fromkeys(line for _, line in answers if line)
+        tasks = next((tasks for tasks, line in answers if not line), None)
+        models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
+    return spec.model_copy(update={"models": tuple(models)}), list(obstacles)
+
+
+def misplaced(spec: DeploymentSpec, touched: Collection[str]) -> list[str]:
+    """For each touched model whose gangs cannot be placed on any node of the cluster, why."""
+    nodes = alive_nodes()
+    reasons = ((model, obstacle(model, nodes)) for model in spec.models if model.name in touched)
+    return [f"{model.name}: {reason}" for model, reason in reasons if reason]
+
+
+def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
+    """For each model to be upgraded that has no room for a new gang beside the old ones: what is missing.
+
+    A model whose gangs sleep has none to stand beside. New models, and upgrades that come earlier, take room away.
+    """
+    nodes = free_nodes()
+    statuses = serve.status().applications if upgraded else {}
+    missing = {}
+    for model in spec.models:
+        application = statuses.get(app_name(model.name))
+        asleep = application is not None and not application.deployments[GANG].replica_states
+        reason = None
+        if model.name in upgraded and not asleep:
+            reason = obstacle(model, nodes)
+            if reason:
+                missing[model.name] = f"{model.name}: a new gang beside the old ones {reason} free"
+        if (model.name in upgraded or model.name in added) and not reason:
+            nodes = without(model, nodes)
+    return missing
+
+
+def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Task, ...], str]]:
+    """What each node that may run the model says; all of them fetch at once."""
+    asked = {}
+    for host in hosts(model):
+        on_host = NodeAffinitySchedulingStrategy(host, soft=False)
+        asked[host] = _prepare.options(scheduling_strategy=on_host).remote(model, models_folder)
+    answers: list[tuple[tuple[Task, ...], str]] = []
+    for host, answer in asked.items():
+        try:
+            answers.append(ray.get(answer))
+        except RayError as error:
+            said = str(error).splitlines()[0]
+            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {said}"))
+    return answers
+
+
+@ray.remote(num_cpus=0)
+def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, ...], str]:
+    """On a node: what the model is for, and what keeps it from running there."""
+    try:
+        folder: Path = fetch(model, models_folder)
+        here = model.model_copy(update={"source": str(folder), "revision": None})
+        check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
+        if model.plan or model.transformer_class:  # by name, because it brings torch
+            own = importlib.import_module("workers.model.out_of_tree")
+            own.transformer_class(here), own.sequence_plan(here)
+        for lora in model.loras:
+            importlib.import_module("workers.model.lora").check_lora(lora, folder)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
+    return (PIPELINES[pipeline_name(folder)].task,), ""

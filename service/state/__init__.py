@@ -1,0 +1,7 @@
+"""What the cluster is doing, as the gateway sees it.
+
+model_states.py     the state of each model, with its reason
+poller.py           reads that state every second
+router_registry.py  what the routers know of their gangs, shared with the gateway
+prefetch.py         fetches hub models onto nodes before a gang needs them
+"""

@@ -1,0 +1,132 @@
+"""What the cluster is doing, model by model: for `GET /v1/cluster`, `GET /v1/models`, `/readyz` and `spray ps`.
+
+Comes from three places: Serve's status (how many gangs are in which state), Ray's nodes (whether a gang can be placed),
+and what the gangs say of themselves (`service.state.router_registry`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray.serve.schema import ApplicationStatusOverview, ServeStatus
+
+from deploy.spec import ModelSpec
+from service.names import GANG, app_name
+from workers.gang.placement import Node, obstacle
+
+State = Literal["running", "starting", "waiting", "asleep", "failed"]
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Lost|Failed|Unavailable): (.+)$", re.MULTILINE)
+"""The line of a traceback that says what it is about."""
+
+STATES: Mapping[State, str] = {
+    "running": "at least one gang answers",
+    "starting": "its gangs are loading",
+    "waiting": "its gangs cannot be placed; the reason says what is missing",
+    "asleep": "no gang runs; the first request wakes one",
+    "failed": "its gangs cannot be started; the reason says why",
+}
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One model as it runs.
+
+    Attributes:
+        state: see `STATES`.
+        reason: why it does not run, or not as it should; empty if it does.
+        replicas: gangs by Serve's state: RUNNING, STARTING, STOPPING, ...
+        queued: requests that wait in this gateway.
+        gangs: what each running gang says of itself.
+    """
+
+    state: State
+    reason: str = ""
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    queued: int = 0
+    gangs: Sequence[Mapping[str, Any]] = ()
+
+
+def model_state(
+    model: ModelSpec, status: ServeStatus, nodes: Sequence[Node], free: Sequence[Node], **reported: Any
+) -> ModelState:
+    """The state of one model.
+
+    Args:
+        model: as it was deployed.
+        status: Serve's.
+        nodes: of the cluster.
+        free: the same with what nobody holds of them.
+        reported: `queued` and `gangs` of `ModelState`.
+    """
+    application = status.applications.get(app_name(model.name))
+    deployment = application.deployments.get(GANG) if application else None
+    states = deployment.replica_states if deployment else {}  # typed as an enum's members, in fact their names
+    replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
+    state, reason = _state(model, application, replicas, nodes, free)
+    if state == "running":
+        troubles = [gang["now"]["trouble"] for gang in reported.get("gangs", ())]
+        reason = "; ".join(dict.fromkeys(said for said in [reason, *troubles] if said))
+    return ModelState(state, reason, replicas, **reported)
+
+
+def failure(application: ApplicationStatusOverview) -> str:
+    """Why Serve could not start an application: what was raised, without the traceback around it; the log has that."""
+    details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    said = COLOUR.sub("", " ".join(detail for detail in details if detail))
+    raised = RAISED.findall(said)
+    return str(raised[-1]) if raised else said
+
+
+def cluster_object(
+    models: Iterable[tuple[ModelSpec, ModelState]], nodes: Sequence[Node], free: Sequence[Node]
+) -> dict[str, Any]:
+    """The body of `GET /v1/cluster`."""
+    return {
+        "object": "cluster",
+        "nodes": len(nodes),
+        "devices": {name: {"total": _sum(nodes, name), "free": _sum(free, name)} for name in ("CPU", "GPU")},
+        "models": [state_object(model, state) for model, state in models],
+    }
+
+
+def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
+    """One model of `GET /v1/cluster`."""
+    scaling = model.autoscaling
+    return {
+        "id": model.name,
+        "state": state.state,
+        "reason": state.reason,
+        "layout": str(model.parallel),
+        "ranks": model.parallel.world_size,
+        "device": model.device,
+        "replicas": dict(state.replicas),
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "queued": state.queued,
+        "gangs": [dict(gang) for gang in state.gangs],
+    }
+
+
+def _state(
+    model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Sequence[Node]
+) -> tuple[State, str]:
+    starting = replicas.get("STARTING", 0)
+    lacking = obstacle(model, free) if starting else None
+    if replicas.get("RUNNING") or replicas.get("UPDATING"):
+        return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
+    broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")  # else one is being replaced
+    if application is not None and application.status in broken:
+        return "failed", failure(application)
+    if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:
+        return "asleep", ""
+    never = obstacle(model, nodes)
+    if never:
+        return "waiting", never
+    return "starting", f"loading, or waiting: {lacking} free" if lacking else ""
+
+
+def _sum(nodes: Sequence[Node], resource: str) -> float:
+    return round(sum(node.resources.get(resource, 0.0) for node in nodes), 3)

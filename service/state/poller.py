@@ -1,0 +1,85 @@
+"""Watch: looks at the cluster every second, so that nobody who asks for its state has to wait. For `service.gateway`.
+
+Serve's controller, Ray's nodes and what the gangs report come in; `ModelState` goes out. When the controller does not
+answer, the last state stays; requests go on without it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+
+from deploy.spec import ModelSpec
+from service.names import app_name
+from service.state import router_registry as reports
+from service.state.model_states import ModelState, cluster_object, model_state
+from workers.gang.placement import Node, alive_nodes, free_nodes
+from workers.metrics import GANGS, QUEUED
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 1.0
+
+GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
+"""Serve's names for the states of a replica."""
+
+
+class Watch:
+    """The state of each model, as of about a second ago."""
+
+    def __init__(self) -> None:
+        self._models: Mapping[str, ModelSpec] = {}
+        self._states: dict[str, ModelState] = {}
+        self._nodes: list[Node] = []
+        self._free: list[Node] = []
+        self._told: dict[str, str] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    def follow(self, models: Mapping[str, ModelSpec]) -> None:
+        """Look at these models from now on."""
+        self._models = models
+        self._looking = self._looking or asyncio.create_task(self._look_for_ever())
+
+    @property
+    def states(self) -> dict[str, ModelState]:
+        """By model; one that was not looked at yet is being started."""
+        return {name: self._states.get(name, ModelState("starting")) for name in self._models}
+
+    def cluster(self) -> dict[str, Any]:
+        """The body of `GET /v1/cluster`."""
+        states = self.states
+        return cluster_object([(model, states[name]) for name, model in self._models.items()], self._nodes, self._free)
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except Exception as error:
+                logger.warning("the state of the cluster cannot be read: %s", error)
+            await asyncio.sleep(PERIOD_S)
+
+    async def _look(self) -> None:
+        status, self._nodes, self._free = await asyncio.to_thread(_read)
+        for name, model in self._models.items():
+            queued, gangs = reports.of_application(app_name(name))
+            state = model_state(model, status, self._nodes, self._free, queued=queued, gangs=gangs)
+            self._states[name] = state
+            if state.reason and state.reason != self._told.get(name):
+                logger.warning("%s is %s: %s", name, state.state, state.reason)
+            self._told[name] = state.reason
+        self._observe()
+        self._states = {name: state for name, state in self._states.items() if name in self._models}
+
+    def _observe(self) -> None:
+        for name, state in self._states.items():  # of a model that has gone: zero, and it is not observed again
+            here = name in self._models
+            QUEUED.labels(name).set(state.queued if here else 0)
+            for gangs in GANG_STATES:
+                GANGS.labels(name, gangs.lower()).set(state.replicas.get(gangs, 0) if here else 0)
+
+
+def _read() -> tuple[Any, list[Node], list[Node]]:
+    """Serve's status, the nodes, and what is free of them."""
+    return serve.status(), alive_nodes(), free_nodes()

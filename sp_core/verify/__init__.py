@@ -1,0 +1,7 @@
+"""Does a model give the same answer on every layout?
+
+verify.py      the proof, for `spray verify` and the tests
+divergence.py  the first module whose output differs
+rank_pool.py   gloo ranks on this machine, for proofs and benchmarks
+examples.py    a tiny transformer of each known class, with inputs
+"""

@@ -1,0 +1,110 @@
+"""Where a parallel forward leaves the plain one: the outputs of all modules, compared share by share.
+
+`sp_core.verify.verify` records a plain forward and a parallel one of the same model and inputs on each rank, and asks
+for the first module whose output is not the plain one's, or this rank's part of it.
+"""
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sp_core.sp_sharding import SequenceShards
+from sp_core.token_layout import TokenLayout
+
+
+class Recording:
+    """All tensors that the modules of a model return while it is active, in order of return.
+
+    Args:
+        model: the model. Its modules may be called several times.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[Any] = []
+        self.outputs: list[tuple[str, torch.Tensor]] = []
+        """By module name."""
+        self._places: list[list[tuple[torch.Tensor, int]]] = []
+        """For each output: where the tokens of a share may stand in the whole, -1 for padding, and their number."""
+
+    def __enter__(self) -> "Recording":
+        for name, module in self._model.named_modules():
+            if name:
+                self._handles.append(module.register_forward_hook(self._recorder(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor in tensors_of(output):
+                self.outputs.append((name, tensor.detach().clone()))
+                self._places.append(_places())
+
+        return record
+
+    def first_divergence(self, plain: "Recording", bar: float) -> str:
+        """The first module whose output differs from that of a plain forward by more than `bar`, and how."""
+        for (name, share), places, (plain_name, whole) in zip(self.outputs, self._places, plain.outputs, strict=False):
+            if name != plain_name:
+                return f"{name!r}, which is called where one process calls {plain_name!r}"
+            by = _difference(share, whole, places)
+            if by is not None and not by <= bar:
+                return f"{name!r}, whose output {tuple(share.shape)} differs by {by:.1e}"
+        return "the model's own output, behind all of its modules"
+
+
+def _places() -> list[tuple[torch.Tensor, int]]:
+    """Index and count for each stream, and for all of them side by side, of the forward that is running."""
+    shards = SequenceShards.running()
+    layout = shards.layout(gathered=True) if shards is not None else None
+    if shards is None or layout is None:
+        return []
+    cpu = torch.device("cpu")
+    streams = dict.fromkeys([*shards.streams.values(), *shards.companions])
+    layouts = [TokenLayout((stream,), layout.rank) for stream in streams]
+    return [(each.own_order(cpu), each.local) for each in ([*layouts, layout] if layout.order_known else layouts)]
+
+
+def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[torch.Tensor, int]]) -> float | None:
+    """The least difference over all parts of `whole` that `share` may be; None where it can be none of them."""
+    found = [error(share, whole)] if share.shape == whole.shape else []
+    dims = [d for d in range(min(share.ndim, whole.ndim)) if share.shape[d] != whole.shape[d]]
+    if share.ndim == whole.ndim and len(dims) <= 1:
+        for dim in dims or range(share.ndim):
+            for index, local in places:
+                if share.shape[dim] == local and whole.shape[dim] > int(index.max()):
+                    real = index >= 0
+                    mine = share.index_select(dim, real.nonzero().flatten())
+                    found.append(error(mine, whole.index_select(dim, index[real])))
+    return min(found, default=None)
+
+
+def error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference, in units of max(1, max|reference|); infinite where either holds what is no number.
+
+    NaN must not come out: Python's max and min let it vanish.
+    """
+    if not reference.numel():
+        return 0.0
+    output, reference = (
+        t.double() if not t.is_complex() else torch.view_as_real(t).double() for t in (output, reference)
+    )
+    by = float((output - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+    return math.inf if math.isnan(by) else by
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors of a module's output, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]

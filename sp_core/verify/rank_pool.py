@@ -1,0 +1,143 @@
+"""A pool of gloo ranks on this machine: real processes, started once, reused for many runs of different world sizes.
+
+`pool.run(degrees, fn, *args)` calls `fn(mesh, *args)` on `degrees.world_size` ranks at once and returns their results
+in rank order. `fn` must be a module-level function. Used by `sp_core.verify.verify`, by benchmarks and by the tests.
+"""
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+
+TIMEOUT_S = 180.0
+"""Of each exchange; long, because the ranks of a pool may share few cores with other work."""
+
+RENDEZVOUS_S = 240.0
+"""Until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
+
+AFTERMATH_S = 5.0
+"""For the other ranks to end when one has failed; about as long as new processes take."""
+
+DIED = (False, ("the process died", "the process died"))
+"""The answer of a rank that gave none."""
+
+
+class RankFailed(RuntimeError):
+    """A rank raised. The pool is replaced if another does not end soon: it may sit in a collective that never will.
+
+    Attributes:
+        said: what it raised, in a line.
+    """
+
+    def __init__(self, rank: int, said: str, trace: str) -> None:
+        super().__init__(f"rank {rank} failed:\n{trace}")
+        self.said = said
+
+
+class RankPool:
+    """Up to `size` ranks, with one thread each; started on first use."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self._workers: list[tuple[Any, Connection]] = []
+        self._store: Any = None
+        self._runs = 0
+
+    def run(self, degrees: ParallelDegrees, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of `fn(mesh, *args)` on each rank, in rank order.
+
+        Raises:
+            RankFailed: it raised on some rank.
+        """
+        if not self._workers:
+            self._start()
+        self._runs += 1
+        connections = [connection for _, connection in self._workers[: degrees.world_size]]
+        for connection in connections:
+            connection.send((self._runs, degrees, fn, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        failed: int | None = None
+        while len(answers) < len(connections):
+            waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in answers}
+            ready = wait(list(waiting), None if failed is None else AFTERMATH_S)
+            for answering in ready:
+                rank = waiting[answering]  # type: ignore[index]
+                answers[rank] = _receive(connections[rank])
+                if failed is None and not answers[rank][0]:
+                    failed = rank
+            if not ready or any(answer is DIED for answer in answers.values()):
+                self.stop()
+                break
+        if failed is not None:
+            raise RankFailed(failed, *answers[failed][1])
+        return [answers[rank][1] for rank in range(len(connections))]
+
+    def stop(self) -> None:
+        """End all ranks, whatever they are doing."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+        self._store = None
+
+    def _start(self) -> None:
+        # one store for all runs: with one for each, ranks that come before it listens try again only after seconds
+        self._store = _store(0, is_master=True)
+        context = mp.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return connection.recv()  # type: ignore[no-any-return]
+    except (EOFError, ConnectionResetError):
+        return DIED
+
+
+def _serve(rank: int, port: int, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    store = _store(port, is_master=False)
+    while True:
+        try:
+            run, degrees, fn, args = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            own = dist.PrefixStore(f"run {run}", store)  # type: ignore[attr-defined]
+            connection.send((True, _run(rank, degrees, own, fn, args)))
+        except Exception as error:
+            connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+
+
+def _run(rank: int, degrees: ParallelDegrees, store: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    timeout = timedelta(seconds=RENDEZVOUS_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=degrees.world_size, timeout=timeout)
+    mesh: ParallelMesh | None = None
+    try:
+        mesh = ParallelMesh.create(degrees, device_type="cpu", timeout_s=TIMEOUT_S)
+        mesh.agree(0)  # all have met: else a quick `fn` would hang up on ranks that are still connecting
+        return fn(mesh, *args)
+    finally:
+        if mesh is not None:
+            mesh.close()
+        dist.destroy_process_group()
+
+
+def _store(port: int, *, is_master: bool) -> Any:
+    timeout = timedelta(seconds=RENDEZVOUS_S)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=is_master, wait_for_workers=False, timeout=timeout
+    )

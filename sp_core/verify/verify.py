@@ -1,0 +1,336 @@
+"""Does a model give the same answer on every layout? The proof that somebody who adds a model needs.
+
+    for is_good, line in verify("my_package.my_module:MyTransformer", worlds=(2, 3, 4)): print(line)
+
+The class is built small with random weights and run on one process and on gloo ranks of this machine, on every layout
+of each world size; where the answers differ, the first module whose output does is named. Classes of diffusers that
+`sp_core.verify.examples` knows need nothing more. Any other class says what its forward takes, in a class attribute or
+in a file:
+
+    class MyTransformer(nn.Module):
+        _sp_example = {"hidden_states": ["B", "S", 64], "text": ["B", "T", 64], "text_mask": ["B", "T"], "scale": 2.0}
+
+`B` is the batch; any other capital letter is a number of tokens. Lists are shapes of random tensors, boolean where the
+name ends in `mask`; all else is passed as it is. `init` in the file holds keyword arguments of the constructor.
+
+Called by `spray verify`; needs neither Ray nor a deployment.
+"""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from sp_core import kernels
+from sp_core.attention import diffusers_backend, layer
+from sp_core.attention.masks import mask_for_ranks
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import parallelize
+from sp_core.sp_sharding import SequenceShards
+from sp_core.verify.divergence import Recording, error, tensors_of
+from sp_core.verify.rank_pool import RankFailed, RankPool
+
+BAR = 1e-5
+"""Largest difference allowed, times max(1, max|reference|)."""
+
+BLIND = 100 * BAR
+"""With attention kept local the answer must differ by this much, or sameness proves nothing."""
+
+LENGTHS: dict[str, dict[str, int]] = {
+    "even": {"B": 1, "S": 24},
+    "uneven, batch of 2": {"B": 2, "S": 17, "T": 7},
+    "short": {"B": 1, "S": 3, "T": 1},
+}
+"""What the letters of an example stand for; other letters than these are tokens as many as `T`, by default 12."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One model with several inputs.
+
+    Attributes:
+        build: makes the model, the same on every rank.
+        inputs: keyword arguments of a forward, by the name of the case.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Outcome:
+    """What came of one layout.
+
+    Attributes:
+        differences: to one process, in units of the bar's scale, by case.
+        controls: the same with attention kept local.
+        diverged: the first module whose output differs, by case; only where the answer does.
+    """
+
+    differences: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, float] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)
+
+
+class Unverifiable(ValueError):
+    """The class cannot be found, built or called as it is described."""
+
+
+def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 3, 4)) -> Iterator[tuple[bool, str]]:
+    """Prove a class on all layouts of some world sizes.
+
+    Args:
+        target: `package.module:Class`.
+        config: a JSON file with `init` and `inputs`, or a diffusers config (which is `init`).
+        worlds: numbers of ranks.
+
+    Yields:
+        Lines of a report, each with whether it is good news.
+
+    Raises:
+        Unverifiable: see there.
+    """
+    arguments = (target, None if config is None else config.read_text())
+    proofs = find_proofs(*arguments)
+    with closing_pool(max(worlds)) as pool:
+        for name, proof in proofs.items():
+            _run_alone(name, proof)
+            yield True, f"{name}: {len(proof.inputs)} inputs"
+            for degrees in (degrees for world in worlds for degrees in layouts(world)):
+                yield _report(pool, degrees, (*arguments, name))
+
+
+def layouts(world: int) -> list[ParallelDegrees]:
+    """All layouts of so many ranks, Ulysses first."""
+    divisors = [d for d in range(world, 0, -1) if world % d == 0]
+    return [ParallelDegrees(ulysses_degree=d, ring_degree=world // d) for d in divisors]
+
+
+@contextmanager
+def closing_pool(size: int) -> Iterator[RankPool]:
+    """A pool of ranks that ends with the block."""
+    pool = RankPool(size)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
+def _run_alone(name: str, proof: Proof) -> None:
+    """Raise where the model does not even run on one process, so that the layouts are not blamed."""
+    model = proof.build()
+    for case, inputs in proof.inputs.items():
+        try:
+            with torch.no_grad():
+                outputs = tensors_of(model(**inputs))
+        except Exception as error:
+            raise Unverifiable(
+                f"{name} does not run on one process ({case}): {type(error).__name__}: {error}"
+            ) from error
+        if not outputs:
+            raise Unverifiable(f"{name} returns no tensor ({case})")
+
+
+def _report(pool: RankPool, degrees: ParallelDegrees, arguments: tuple[Any, ...]) -> tuple[bool, str]:
+    head = f"  {degrees!s:<32}"
+    try:
+        outcomes = pool.run(degrees, compare, *arguments)
+    except RankFailed as failure:
+        return False, f"{head} failed: {failure.said}"
+    worst = {case: max(o.differences[case] for o in outcomes) for case in outcomes[0].differences}
+    control = {case: max(o.controls[case] for o in outcomes) for case in outcomes[0].controls}
+    wrong = {case: by for case, by in worst.items() if not by <= BAR}
+    if wrong:
+        case = next(iter(wrong))
+        first = next(o.diverged[case] for o in outcomes if case in o.diverged)
+        return False, f"{head} differs by {wrong[case]:.1e} ({case}); first at {first}"
+    seen = max(control.values())
+    if not seen > BLIND:
+        return False, (
+            f"{head} proves nothing: with attention kept local the answer differs by {seen:.1e} only; "
+            "give the model weights with which attention matters"
+        )
+    return True, f"{head} same within {max(worst.values()):.1e} (with attention kept local: {seen:.1e})"
+
+
+def compare(mesh: ParallelMesh, target: str, config: str | None, name: str) -> Outcome:
+    """On one rank: every case of a proof, parallel and plain."""
+    proof = find_proofs(target, config)[name]
+    outcome = Outcome()
+    model = proof.build()
+    with torch.no_grad():
+        plain = {case: tensors_of(model(**inputs)) for case, inputs in proof.inputs.items()}
+        handle = parallelize(model, mesh)
+        for case, inputs in proof.inputs.items():
+            outcome.differences[case] = difference(tensors_of(model(**inputs)), plain[case])
+        with attention_kept_local():
+            for case, inputs in proof.inputs.items():
+                outcome.controls[case] = difference(tensors_of(model(**inputs)), plain[case])
+        handle.remove()
+        wrong = [case for case, by in outcome.differences.items() if not by <= BAR]
+        for case in [case for case in proof.inputs if mesh.agree(int(case in wrong))[0]]:
+            outcome.diverged[case] = _first_divergence(model, mesh, proof.inputs[case])
+    return outcome
+
+
+def _first_divergence(model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str, Any]) -> str:
+    with Recording(model) as plain:
+        model(**inputs)
+    handle = parallelize(model, mesh)
+    with Recording(model) as across:
+        model(**inputs)
+    handle.remove()
+    return across.first_divergence(plain, BAR)
+
+
+def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> float:
+    """Largest difference, in units of max(1, max|reference|); infinite where shapes differ or a number is none."""
+    if [output.shape for output in outputs] != [reference.shape for reference in references]:
+        return math.inf
+    return max((error(output, reference) for output, reference in zip(outputs, references, strict=True)), default=0.0)
+
+
+@contextmanager
+def attention_kept_local() -> Iterator[None]:
+    """The negative control: inside, each rank attends to its own tokens only, with its own part of the mask."""
+
+    def keep_local(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        shards: SequenceShards,
+        *,
+        name: str,
+        stream: str = "",
+        joint: int = 0,
+    ) -> torch.Tensor:
+        shards.attended = True
+        layout = shards.layout(stream, joint)
+        if layout is None:
+            return shards.local_attention(query, key, value, mask, scale)
+        own = mask_for_ranks(name, mask, layout, query)
+        return kernels.local_attention(query, key, value, own.keys, scale)
+
+    with (
+        mock.patch.object(diffusers_backend, "region_attention", keep_local),
+        mock.patch.object(layer, "region_attention", keep_local),
+    ):
+        yield
+
+
+def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
+    """What to prove of a class, by the name of a variant.
+
+    Raises:
+        Unverifiable: see there.
+    """
+    kind = _load(target)
+    described = _described(config)
+    shapes = described.get("inputs", getattr(kind, "_sp_example", None))
+    if shapes is None:
+        return _known(kind, target)
+    init = described.get("init", {})
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        try:
+            model: nn.Module = kind(**init)
+        except TypeError as error:
+            raise Unverifiable(f"{target} cannot be built with {init}: {error}; give init in --config FILE") from error
+        _randomise(model)
+        return model.eval()
+
+    inputs = {case: _make_inputs(shapes, lengths) for case, lengths in LENGTHS.items()}
+    return {kind.__name__: Proof(build, inputs)}
+
+
+def _load(target: str) -> type[nn.Module]:
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise Unverifiable(f"expected package.module:Class, got {target!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the working directory, as for python -m
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unverifiable(f"{target} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise Unverifiable(f"{target} is no torch.nn.Module class")
+    return kind
+
+
+def _described(config: str | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        described = json.loads(config)
+    except ValueError as error:
+        raise Unverifiable(f"the config is no JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise Unverifiable("the config must be an object with init and inputs")
+    if "_class_name" in described:
+        return {"init": {key: value for key, value in described.items() if not key.startswith("_")}}
+    unknown = set(described) - {"init", "inputs"}
+    if unknown:
+        raise Unverifiable(f"the config has {', '.join(sorted(unknown))}; allowed: init, inputs")
+    return described
+
+
+def _known(kind: type[nn.Module], target: str) -> dict[str, Proof]:
+    """The examples of a class of diffusers. Loaded by name, because they bring all of its transformers."""
+    examples = importlib.import_module("sp_core.verify.examples")
+    known = {
+        name: Proof(
+            lambda tiny=tiny: tiny.model,  # type: ignore[misc]
+            {
+                "{} length, {} mask, batch {}".format(*cell): examples.inputs(name, *cell) | {"return_dict": False}
+                for cell in examples.cells(name)
+            },
+        )
+        for name, tiny in examples.TINY.items()
+        if type(tiny.model).__name__ == kind.__name__
+    }
+    if not known:
+        raise Unverifiable(
+            f"{target} does not say what its forward takes: give it a class attribute _sp_example, or --config FILE "
+            'with {"init": {...}, "inputs": {"hidden_states": ["B", "S", 64]}}'
+        )
+    return known
+
+
+def _make_inputs(shapes: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    made: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list | tuple):
+            made[name] = shape
+            continue
+        sizes = [size if isinstance(size, int) else lengths.get(size, lengths.get("T", 12)) for size in shape]
+        random = torch.randn(sizes, generator=generator)
+        if name.endswith("mask"):
+            random = random > -0.5
+            random[..., 0] = True
+        made[name] = random
+    return made
+
+
+def _randomise(model: nn.Module) -> None:
+    """Norm weights away from one, and matrices large enough that attention is no plain average."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand_like(parameter) * 0.5)
+            else:
+                parameter.mul_(2)

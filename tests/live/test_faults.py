@@ -1,0 +1,158 @@
+"""A rank dies, stops or raises in the middle of a forward: no request is lost, nothing but its gang restarts.
+
+Prints the seconds from the fault to the answer of the request that was in flight.
+"""
+
+import concurrent.futures
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import ray
+
+from service.cli.client import read_cluster
+from service.rollout.local_cluster import LocalCluster
+from tests.support.deployments import (
+    PING_S,
+    deployment,
+    in_each_forward,
+    model,
+    on_rank,
+    pixels,
+    rank_statuses,
+    ready,
+    wait_for,
+    wait_while,
+)
+
+pytestmark = pytest.mark.fault
+
+REQUEST = {"model": "struck", "prompt": "a cup of coffee", "seed": 7, "num_inference_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[str]:
+    struck, bystander = model(demo_model, "struck", ulysses_degree=2), model(demo_model, "bystander")
+    with LocalCluster(deployment(struck, bystander)) as cluster:
+        ready(cluster)
+        yield cluster.url
+
+
+def generate(server: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server}/v1/images/generations", json=REQUEST | body, timeout=PING_S + 60, trust_env=False)
+
+
+def strike(actor: Any, fault: str, after: Path | None = None) -> None:
+    """In the rank's process: let the fault happen inside the fourth forward from now, once a file is gone."""
+    forwards = 0
+
+    def count() -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 4:
+            if after is not None:
+                wait_while(after)
+            if fault == "raise":
+                raise ValueError("struck")
+            os.kill(os.getpid(), getattr(signal, fault))
+
+    in_each_forward(actor, count)
+
+
+def gateway_pid() -> int:
+    (name,) = (
+        a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("SERVE_REPLICA::gateway#")
+    )
+    gateway = ray.get_actor(name["name"], namespace=name["namespace"])
+    return int(ray.get(gateway.__ray_call__.remote(lambda _: os.getpid()), timeout=120))
+
+
+def wait_ended(pids: list[int]) -> None:
+    """Killed processes are there until their parent looks."""
+    wait_for(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()], lambda alive: not alive)
+
+
+def of_struck(server: str) -> dict[str, Any]:
+    """The struck model in `GET /v1/cluster`."""
+    return next(each for each in read_cluster(server)["models"] if each["id"] == "struck")
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "raise"])
+def test_a_struck_rank_costs_seconds_and_no_request(server: str, fault: str, capsys: Any) -> None:
+    reference = pixels(generate(server).json()["data"][0]["b64_json"])
+    ranks = [status.pid for status in rank_statuses("struck")]
+    others = [gateway_pid(), *(status.pid for status in rank_statuses("bystander"))]
+    on_rank("struck", 1, strike, fault)
+
+    began = time.monotonic()
+    answer = generate(server)
+    seconds = time.monotonic() - began
+    with capsys.disabled():
+        print(f" {fault}: the request in flight was answered after {seconds:.1f} s;", end="")
+    assert seconds < PING_S, "the fault was noticed by patience only"
+
+    assert answer.status_code == 200, answer.text
+    assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
+    wait_ended(ranks)
+    assert [gateway_pid(), *(status.pid for status in rank_statuses("bystander"))] == others
+    assert generate(server).status_code == 200
+
+
+def test_requests_that_wait_are_answered_as_well(server: str, tmp_path: Path) -> None:
+    reference = pixels(generate(server).json()["data"][0]["b64_json"])
+    (calm := tmp_path / "calm").touch()
+    on_rank("struck", 0, strike, "SIGKILL", calm)
+    before = rank_statuses("struck")[0].progress
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        try:
+            asked = [callers.submit(generate, server)]
+            wait_for(lambda: rank_statuses("struck")[0].progress, lambda progress: progress > before)
+            asked += [callers.submit(generate, server) for _ in range(3)]
+            wait_for(lambda: of_struck(server)["queued"], lambda waiting: waiting == 3)  # the queue is full
+        finally:
+            calm.unlink()
+        answers = [answer.result() for answer in asked]
+    assert [answer.status_code for answer in answers] == [200] * 4, [answer.text[:200] for answer in answers]
+    for answer in answers:
+        assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
+
+
+def test_a_failure_between_steps_is_the_requests_own(server: str) -> None:
+    """An exception while a request is prepared is agreed by all ranks: the caller hears of it, the gang goes on."""
+    ranks = [status.pid for status in rank_statuses("struck")]
+    on_rank("struck", 1, break_scheduler)
+    answer = generate(server)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
+    assert "struck scheduler" in answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text
+    on_rank("struck", 1, mend_scheduler)
+    assert generate(server).status_code == 200
+    assert [status.pid for status in rank_statuses("struck")] == ranks
+
+
+def break_scheduler(actor: Any) -> None:
+    def set_timesteps(self: Any, sigmas: Any = None, **_: Any) -> None:
+        raise MemoryError("struck scheduler")
+
+    type(actor._rank._loaded.pipeline.scheduler).sound = type(actor._rank._loaded.pipeline.scheduler).set_timesteps
+    type(actor._rank._loaded.pipeline.scheduler).set_timesteps = set_timesteps
+
+
+def mend_scheduler(actor: Any) -> None:
+    type(actor._rank._loaded.pipeline.scheduler).set_timesteps = type(actor._rank._loaded.pipeline.scheduler).sound
+
+
+def test_a_gang_whose_own_process_dies_is_placed_anew(server: str) -> None:
+    replicas = [a for a in ray.util.list_named_actors(all_namespaces=True) if "model-struck#" in a["name"]]
+    gang = ray.get_actor(replicas[0]["name"], namespace=replicas[0]["namespace"])
+    pid = ray.get(gang.__ray_call__.remote(lambda _: os.getpid()), timeout=120)
+    ranks = [status.pid for status in rank_statuses("struck")]
+    os.kill(pid, signal.SIGKILL)
+    assert generate(server).status_code == 200
+    wait_ended(ranks)

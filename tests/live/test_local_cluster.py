@@ -1,0 +1,173 @@
+"""Local clusters leave each other alone, and leave nothing behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from deploy.spec import Auth, Metrics, SpecError
+from service.rollout import local_cluster as local
+from tests.support.deployments import deployment, model
+
+DEMO = [sys.executable, "-m", "service.cli.demo"]
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An environment variable's value that all processes of the test's subprocesses carry."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("SPRAY_TEST_MARK", value)
+    return value
+
+
+@pytest.fixture
+def foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody else's Ray cluster, which `RAY_ADDRESS` points at."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the living processes that carry the mark, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes() and int(process.name) != os.getpid():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
+def wait_gone(mark: str, seconds: float = 120) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return marked(mark)
+
+
+def end(demos: list[subprocess.Popen[str]]) -> None:
+    """Those that have not ended, with all that is theirs, so that later tests have the machine for themselves."""
+    for demo in demos:
+        if demo.poll() is None:
+            demo.terminate()
+            demo.wait(timeout=120)
+
+
+def test_two_demos_at_once_beside_a_foreign_cluster(foreign_cluster: None, mark: str, tmp_path: Path) -> None:
+    demos = [
+        subprocess.Popen(
+            [*DEMO, "--output", str(tmp_path / name)],
+            cwd=tmp_path,  # works from any directory
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("one.png", "two.png")
+    ]
+    try:
+        says = [demo.communicate(timeout=280)[0] for demo in demos]
+    finally:
+        end(demos)
+    assert [demo.returncode for demo in demos] == [0, 0], says
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "two.png")]
+    assert pictures[0].shape == (256, 256, 3)
+    assert pictures[0].min() != pictures[0].max()
+    assert np.array_equal(*pictures)
+    for said in says:
+        assert "layout:   ulysses_degree=2" in said
+        assert "step 20/20" in said  # plain lines, since no terminal is there
+        assert "curl" in said
+    assert wait_gone(mark) == []
+    assert ray.cluster_resources()["CPU"] == 1  # the foreign cluster is untouched
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signals, tmp_path: Path) -> None:
+    demo = subprocess.Popen(
+        [*DEMO, "--output", str(tmp_path / "x.png")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert demo.stdout is not None
+    try:
+        for line in demo.stdout:
+            if line.startswith("demo: ") and line.endswith("% loaded\n"):
+                break
+        folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+        demo.send_signal(sign)
+        rest = demo.stdout.read()
+        assert demo.wait(timeout=120) == 130, rest
+    finally:
+        end([demo])
+    assert "Traceback" not in rest
+    assert wait_gone(mark) == []
+    assert len(folders) == 1  # its own: others come and go here as well
+    assert not any(Path(folder).exists() for folder in folders)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_taken_port_is_refused() -> None:
+    with local.socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(local.SpecError, match=f"gateway.port: 127.0.0.1:{port} cannot be bound"):
+            local._reserve_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("busy", [1, local.SILENT_LOOKS - 1])
+def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
+    monkeypatch: pytest.MonkeyPatch, busy: int
+) -> None:
+    at_work = {"status": "draining", "in_flight": 1}
+    answers = [{"status": "ok", "in_flight": 1}, *[{}] * busy, at_work, *[{}] * busy, at_work | {"in_flight": 0}]
+    left = iter(answers)
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: next(left))
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    assert list(left) == []
+
+
+def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    assert len(looks) == local.SILENT_LOOKS
+
+
+def test_keys_that_are_missing_are_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, demo_model: Path
+) -> None:
+    monkeypatch.delenv("NO_KEYS", raising=False)
+    spec = deployment(model(demo_model)).model_copy(update={"auth": Auth(api_keys_env="NO_KEYS")})
+    with pytest.raises(SpecError, match=r"api_keys_env is NO_KEYS, but .*; set it"), local.LocalCluster(spec):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_a_port_of_metrics_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cluster = SimpleNamespace(spec=deployment(model(Path("/nowhere"))), stop=lambda: None, metrics_url="")
+        cluster.spec = cluster.spec.model_copy(update={"metrics": Metrics(port=port)})
+        with pytest.raises(SpecError, match=rf"metrics\.port: 127\.0\.0\.1:{port} cannot be bound"):
+            local.LocalCluster._find_metrics_port(cluster)
+    cluster.spec = cluster.spec.model_copy(update={"metrics": Metrics(port=0)})
+    local.LocalCluster._find_metrics_port(cluster)
+    assert cluster.metrics_url == f"http://127.0.0.1:{cluster.spec.metrics.port}/metrics"

@@ -1,0 +1,232 @@
+"""What Prometheus reads: exact numbers from all processes of a node, from one port, whichever of them dies."""
+
+import asyncio
+import functools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
+from service.rollout.ports import obstacle
+from tests.support.deployments import deployment, model, ready
+from workers import exporter
+from workers.exporter import Exporter
+from workers.gang.gang import Gang
+from workers.gang.rank import Rank
+from workers.gang.rank_group import RankGroup
+from workers.metrics import GangMetrics
+
+PROCESS = """
+import sys, time
+from workers.exporter import Exporter
+from workers.metrics import GatewayMetrics
+metrics = GatewayMetrics("m", ["ok"])
+for request in range(int(sys.argv[1])):
+    metrics.began()
+    metrics.began()
+    metrics.ended("ok")
+Exporter().serve_at("127.0.0.1", int(sys.argv[2]))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scrape(url: str) -> Samples:
+    families = text_string_to_metric_families(httpx.get(url, timeout=30, trust_env=False).text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    """0 where nothing was observed yet."""
+    return samples.get((name, frozenset(labels.items())), 0.0)
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if holds():
+                return
+        except httpx.TransportError:  # between two processes nobody answers
+            pass
+        time.sleep(0.2)
+    raise AssertionError("it never came about")
+
+
+def free_port() -> int:
+    """One that the system gives to nobody while it is free."""
+    return next(port for port in random.sample(METRICS_PORTS, 20) if not obstacle("127.0.0.1", port))
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Callable[[int, int], subprocess.Popen[str]]]:
+    """Starts processes of one node and cluster, each with some requests; `start(requests, port)`."""
+    running = []
+    env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "metrics")}
+
+    def start(requests: int, port: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROCESS, str(requests), str(port)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_one_port_answers_for_all_processes_and_outlives_each(
+    processes: Callable[[int, int], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/metrics"
+    alive = {requests: processes(requests, port) for requests in (1, 20, 300)}
+    while alive:
+        until(lambda: value(scrape(url), "spray_requests_in_flight", model="m") == sum(alive))
+        with ThreadPoolExecutor(8) as scrapers:  # at once, also in the moment when one has died
+            counted = [
+                value(each, "spray_requests_total", model="m", outcome="ok")
+                for each in scrapers.map(scrape, [url] * 16)
+            ]
+        assert set(counted) == {321}
+        assert len(list((tmp_path / "metrics").glob("*.db"))) <= 4 * len(alive) + 2  # those of the dead are kept in two
+        requests, process = next(iter(alive.items()))  # the first came first to the port
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        del alive[requests]
+    with pytest.raises(httpx.TransportError):
+        scrape(url)
+
+
+def test_a_folder_that_cannot_be_used_costs_the_metrics_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "file")}
+    work = """
+from workers.exporter import Exporter
+from workers.metrics import FOLDER, RankMetrics
+RankMetrics("m", "0", 0).step(1.0)
+Exporter().serve_at("127.0.0.1", 1)
+print(FOLDER)
+"""
+    run = subprocess.run([sys.executable, "-c", work], env=env, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
+    assert "this process exports no metrics" in run.stderr
+
+
+def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(exporter, "FOLDER", tmp_path)
+    monkeypatch.setattr(exporter, "RETRY_S", 0.02)
+    said: list[str] = []
+    logger = SimpleNamespace(warning=lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(exporter, "logger", logger)
+    port, other = free_port(), free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        mine = Exporter()
+        mine.serve_at("127.0.0.1", port)
+        until(lambda: bool(said))
+        time.sleep(0.5)
+        assert said == [f"metrics: this node cannot answer at 127.0.0.1:{port}: Address already in use"]
+    until(lambda: scrape(f"http://127.0.0.1:{port}/metrics") is not None)  # it has become free
+    mine.serve_at("127.0.0.1", other)
+    until(lambda: scrape(f"http://127.0.0.1:{other}/metrics") is not None)
+    until(lambda: not obstacle("127.0.0.1", port))
+    mine.serve_at("127.0.0.1", None)
+    until(lambda: not obstacle("127.0.0.1", other))
+
+
+def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, tuple[Any, ...]]] = []
+    group = object.__new__(RankGroup)
+    group._statuses = [SimpleNamespace(node_id=node) for node in ("here", "there")]  # type: ignore[misc]
+    for node in ("here", "there"):
+        remote = functools.partial(lambda node, *where: told.append((node, where)), node)
+        group.__dict__.setdefault("_ranks", []).append(SimpleNamespace(serve_metrics=SimpleNamespace(remote=remote)))
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr("workers.gang.rank_group.ray.get_runtime_context", lambda: context)
+    group.serve_metrics("0.0.0.0", 9464)
+    assert told == [("there", ("0.0.0.0", 9464))]
+
+
+def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model(demo_model, "renumbered")
+    told: list[str] = []
+    context = SimpleNamespace(rank=SimpleNamespace(rank=0))
+    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    gang = Gang(spec.fixed)
+    gang._model, gang._metrics = spec, GangMetrics("renumbered", "1")
+    gang._metrics.backlog(5.0)
+    gang._ranks = SimpleNamespace(number=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
+    configured = {"model": spec.live, "models_folder": None, "metrics": {"host": "127.0.0.1", "port": None}}
+    for _ in range(2):  # the second time nothing has changed
+        asyncio.run(gang.reconfigure(configured))
+    assert told == ["0"]
+    gang._metrics.backlog(7.0)
+    sample = prometheus_client.REGISTRY.get_sample_value
+    labels = [{"model": "renumbered", "replica": replica} for replica in "01"]
+    assert [sample("spray_gang_backlog_seconds", each) for each in labels] == [7.0, 0.0]
+    monkeypatch.setattr(
+        "workers.gang.rank.torch.set_num_threads", lambda threads: None
+    )  # of this process, for all tests
+    rank = Rank(0, spec, replica="1")
+    for replica in "10":
+        rank.number(replica)
+        assert rank._metrics is not None
+        rank._metrics.memory(9)
+    labels = [each | {"rank": "0"} for each in labels]
+    assert [sample("spray_rank_memory_peak_bytes", each) for each in labels] == [9.0, 0.0]
+
+
+def test_what_requests_leave_behind(demo_model: Path) -> None:
+    """Counts and seconds of two requests and a refused one are, to the last bit, those that the caller was told."""
+    body = {"model": "demo", "prompt": "a", "size": "64x48"}
+    with LocalCluster(deployment(model(demo_model, ulysses_degree=2))) as cluster:
+        ready(cluster)
+        url = f"{cluster.url}/v1/images/generations"
+        told = [httpx.post(url, json=body, timeout=300, trust_env=False).json()["metrics"] for _ in range(2)]
+        refused = httpx.post(url, json=body | {"size": "72x64"}, timeout=300, trust_env=False)
+        assert refused.status_code == 400  # by the ranks: the deployment allows multiples of 8, the model of 16
+        samples: Samples = {}
+
+        def settled() -> bool:
+            samples.update(scrape(cluster.metrics_url))
+            gangs = value(samples, "spray_gangs", model="demo", state="running")
+            return gangs == 1 and value(samples, "spray_requests_in_flight", model="demo") == 0
+
+        until(settled)
+    for rank in "01":
+        here = {"model": "demo", "replica": "0", "rank": rank}
+        assert value(samples, "spray_step_seconds_count", **here) == 8
+        assert value(samples, "spray_stage_seconds_count", **here, stage="denoise") == 2
+        assert value(samples, "spray_rank_memory_peak_bytes", **here) > 1e8
+    first = {"model": "demo", "replica": "0", "rank": "0"}
+    steps = [seconds for metrics in told for seconds in metrics["step_seconds"]]
+    assert value(samples, "spray_step_seconds_sum", **first) == pytest.approx(sum(steps), rel=1e-9)
+    for stage in ("encode", "decode"):
+        seconds = sum(metrics[f"{stage}_seconds"] for metrics in told)
+        assert value(samples, "spray_stage_seconds_sum", **first, stage=stage) == pytest.approx(seconds, rel=1e-9)
+    assert value(samples, "spray_requests_total", model="demo", outcome="ok") == 2
+    assert value(samples, "spray_requests_total", model="demo", outcome="invalid_value") == 1
+    assert value(samples, "spray_request_seconds_count", model="demo") == 2
+    computed = sum(steps) + sum(metrics["encode_seconds"] + metrics["decode_seconds"] for metrics in told)
+    whole, queued = (value(samples, f"spray_{what}_seconds_sum", model="demo") for what in ("request", "queue"))
+    assert whole == pytest.approx(computed + queued, rel=1e-9)
+    assert value(samples, "spray_gang_startup_seconds_count", model="demo") == 1
+    assert ("spray_gang_losses_total", frozenset({("model", "demo")})) in samples  # from the start: 0, not nothing

@@ -1,0 +1,266 @@
+"""What a change of the file does to running models, and what Serve is told: no gang restarts without a reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve import Application
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.load import load_spec
+from deploy.spec import (
+    LIVE,
+    Auth,
+    Autoscaling,
+    Defaults,
+    DeploymentSpec,
+    GatewayLimits,
+    GatewaySpec,
+    Limits,
+    LoRA,
+    Metrics,
+    ModelSpec,
+    Placement,
+    SpecError,
+    Storage,
+    Timeouts,
+    WarmupShape,
+)
+from service.app import check_ports, gang_app, gateway_app, model_application, serve_config
+from service.gateway import Gateway
+from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
+from service.rollout.changes import Change, plan_changes, settled
+from sp_core.degrees import ParallelDegrees
+from workers.gang.gang import Gang
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "deploy").glob("*.yaml"))
+
+ON_NODES = {"models_folder": "/hub", "metrics": {"host": "127.0.0.1", "port": 9464}}
+
+BEFORE = ModelSpec(name="a", source="/models/a", tasks=("text-to-image",))
+
+CHANGES: dict[str, tuple[Any, str, str]] = {
+    "source": ("/models/b", "upgrade", "source /models/a -> /models/b"),
+    "revision": ("v2", "upgrade", "revision None -> v2"),
+    "device": ("cpu", "upgrade", "device cuda -> cpu"),
+    "dtype": ("float16", "upgrade", "dtype None -> float16"),
+    "parallel": (ParallelDegrees(ulysses_degree=2), "upgrade", "parallel.ulysses_degree 1 -> 2"),
+    "compile": (True, "upgrade", "compile False -> True"),
+    "warmup_shapes": ((WarmupShape(width=64, height=64),), "upgrade", "warmup_shapes"),
+    "text_encoder": ("replicate", "upgrade", "text_encoder rank0 -> replicate"),
+    "vae": ("rank0", "upgrade", "vae all -> rank0"),
+    "vae_tiling_above": (0, "upgrade", "vae_tiling_above 4194304 -> 0"),
+    "plan": ("a.b:C", "upgrade", "plan None -> a.b:C"),
+    "transformer_class": ("a.b:C", "upgrade", "transformer_class None -> a.b:C"),
+    "env": ({"A": "1"}, "upgrade", "env"),
+    "placement": (Placement(cpus_per_rank=2), "upgrade", "placement.cpus_per_rank 1.0 -> 2.0"),
+    "timeouts": (Timeouts(ping_s=5), "upgrade", "timeouts.ping_s 10.0 -> 5.0"),
+    "aliases": (("b",), "adjust", "aliases"),
+    "tasks": (("text-to-video",), "adjust", "tasks"),
+    "loras": ((LoRA(name="ink", source="/ink"),), "adjust", "loras"),
+    "defaults": (Defaults(width=512), "adjust", "defaults.width 1024 -> 512"),
+    "limits": (Limits(max_n=2), "adjust", "limits.max_n 4 -> 2"),
+    "autoscaling": (Autoscaling(max_replicas=3), "adjust", "autoscaling.max_replicas 1 -> 3"),
+    "grace_period_s": (60.0, "adjust", "grace_period_s 900.0 -> 60.0"),
+    "max_queued": (8, "adjust", "max_queued 64 -> 8"),
+}
+"""By field: another value, what a change of it does to running gangs, and how it is told."""
+
+RESTARTING = {
+    "ray_actor_options", "max_replicas_per_node", "placement_group_bundles", "placement_group_strategy",
+    "placement_group_bundle_label_selector", "gang_scheduling_config", "request_router_config", "name",
+}  # fmt: skip
+"""Options of a deployment for which Serve starts new replicas."""
+
+
+def changed(key: str) -> ModelSpec:
+    return BEFORE.model_copy(update={key: CHANGES[key][0]})
+
+
+def test_of_every_field_it_is_known_what_its_change_does() -> None:
+    assert set(CHANGES) == set(ModelSpec.model_fields) - {"name"}
+    assert {key for key, (_, action, _) in CHANGES.items() if action == "adjust"} == LIVE
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_one_changed_key(key: str) -> None:
+    _, action, told = CHANGES[key]
+    assert plan_changes({"a": BEFORE}, [changed(key)]) == [Change("a", action, (told,))]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_serve_starts_new_gangs_for_a_fixed_key_and_for_no_live_one(key: str) -> None:
+    applications = [model_application(model, ON_NODES) for model in (BEFORE, changed(key))]
+    versions = {get_app_code_version(schema) for schema in _schemas(applications)}
+    (before,), (after,) = (application["deployments"] for application in applications)
+    differing = {option for option in after if before[option] != after[option]}
+    if CHANGES[key][1] == "adjust":
+        assert applications[0]["args"] == applications[1]["args"]
+        assert len(versions) == 1
+        assert differing >= {"user_config"}  # so the gang hears of it
+        assert not differing & RESTARTING
+    else:
+        assert applications[0]["args"] != applications[1]["args"]
+        assert len(versions) == 2
+        assert "user_config" not in differing
+
+
+def test_both_parts_of_a_model_make_the_whole() -> None:
+    assert set(BEFORE.fixed) & set(BEFORE.live) == set()
+    assert ModelSpec.model_validate(BEFORE.fixed | BEFORE.live) == BEFORE
+    application = model_application(BEFORE, ON_NODES)
+    (options,) = application["deployments"]
+    assert application["args"] == BEFORE.fixed
+    assert options["user_config"] == {"model": BEFORE.live, **ON_NODES}
+
+
+@pytest.mark.parametrize(("prune", "last"), [(False, "leave"), (True, "remove")])
+def test_a_whole_plan(prune: bool, last: Any) -> None:
+    running = {
+        name: BEFORE.model_copy(update={"name": name}) for name in ("kept", "adjusted", "upgraded", "both", "gone")
+    }
+    wanted = [
+        running["kept"],
+        running["adjusted"].model_copy(update={"max_queued": 8}),
+        running["upgraded"].model_copy(update={"dtype": "float16"}),
+        running["both"].model_copy(update={"max_queued": 8, "dtype": "float16"}),
+        BEFORE.model_copy(update={"name": "added"}),
+    ]
+    queued, dtype = "max_queued 64 -> 8", "dtype None -> float16"
+    assert plan_changes(running, wanted, prune) == [
+        Change("kept", "keep"),
+        Change("adjusted", "adjust", (queued,)),
+        Change("upgraded", "upgrade", (dtype,)),
+        Change("both", "upgrade", (dtype, queued)),
+        Change("added", "add"),
+        Change("gone", last),
+    ]
+
+
+def test_a_change_is_told_in_a_line() -> None:
+    assert str(Change("a", "keep")) == "keep    a: unchanged"
+    assert str(Change("a", "adjust", ("max_queued 64 -> 8", "loras"))) == (
+        "adjust  a: its gangs go on (max_queued 64 -> 8, loras)"
+    )
+    assert "--prune" in str(Change("a", "leave"))
+
+
+@pytest.mark.parametrize(
+    ("written", "change", "tasks"),
+    [
+        (None, {}, ("text-to-image",)),
+        (None, {"max_queued": 8}, ("text-to-image",)),
+        (None, {"dtype": "float16"}, ("text-to-image",)),
+        (None, {"source": "/models/b"}, None),  # another model, perhaps for something else
+        (None, {"revision": "v2"}, None),
+        (None, {"name": "b"}, None),
+        (("text-to-video",), {}, ("text-to-video",)),
+    ],
+)
+def test_what_was_derived_is_no_change(written: Any, change: dict[str, Any], tasks: Any) -> None:
+    wanted = BEFORE.model_copy(update={"tasks": written} | change)
+    (model,) = settled(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
+    assert model == wanted.model_copy(update={"tasks": tasks})
+    if not change and written is None:
+        assert plan_changes({"a": BEFORE}, [model]) == [Change("a", "keep")]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_deployments_build_and_bind(file: Path) -> None:
+    spec = load_spec(file)
+    schema = ServeDeploySchema.model_validate(serve_config(spec, "id"))
+    assert [application.name for application in schema.applications] == [
+        *(app_name(model.name) for model in spec.models),
+        GATEWAY_APP,
+    ]
+    assert [application.route_prefix for application in schema.applications] == [None] * len(spec.models) + ["/"]
+    for application in schema.applications:
+        build = {"service.app:gang_app": gang_app, "service.app:gateway_app": gateway_app}[application.import_path]
+        bound = build(application.args)
+        name, kind = (GATEWAY, Gateway) if application.name == GATEWAY_APP else (GANG, Gang)
+        assert isinstance(bound, Application)
+        assert bound._bound_deployment.name == name
+        assert issubclass(bound._bound_deployment.func_or_class, kind)
+        assert [deployment.name for deployment in application.deployments] == [name]
+
+
+def test_bundles_and_options_of_a_model() -> None:
+    model = BEFORE.model_copy(
+        update={
+            "parallel": ParallelDegrees(ulysses_degree=2, cfg_parallel_size=2),
+            "placement": Placement(strategy="PACK", cpus_per_rank=0.5, node_labels={"zone": "a"}),
+            "autoscaling": Autoscaling(min_replicas=0, max_replicas=3, downscale_to_zero_delay_s=7),
+            "grace_period_s": 12.0,
+            "max_queued": 5,
+        }
+    )
+    (options,) = model_application(model, ON_NODES)["deployments"]
+    assert options["placement_group_bundles"] == [{"CPU": 0.5, "GPU": 1}] * 4
+    assert options["placement_group_strategy"] == "PACK"
+    assert options["placement_group_bundle_label_selector"] == [{"zone": "a"}]
+    assert options["max_ongoing_requests"] == 1
+    assert options["max_queued_requests"] == 5
+    assert options["graceful_shutdown_timeout_s"] == 12.0
+    scaling = options["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 3)
+    assert scaling["downscale_to_zero_delay_s"] == 7
+
+
+def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
+    spec = DeploymentSpec(models=(BEFORE,), gateway=GatewaySpec(replicas=2, port=1234, host="0.0.0.0"))
+    other = spec.model_copy(
+        update={
+            "models": (changed("max_queued"), BEFORE.model_copy(update={"name": "b"})),
+            "limits": GatewayLimits(max_body_bytes=2048),
+            "auth": Auth(api_keys_env="KEYS"),
+            "metrics": Metrics(port=9500),
+        }
+    )
+    configs = serve_config(spec, "id"), serve_config(other, "id")
+    before, after = (config["applications"][-1] for config in configs)
+    assert configs[0]["http_options"] == {"host": "0.0.0.0", "port": 1234}
+    assert before["args"] == after["args"] == {"instance_id": "id"}
+    assert len({get_app_code_version(schema) for schema in _schemas([before, after])}) == 1
+    (options,) = after["deployments"]
+    assert options["num_replicas"] == 2
+    table = options["user_config"]
+    without_env = [model.model_copy(update={"env": {}}) for model in other.models]
+    assert [ModelSpec.model_validate(model) for model in table.pop("models")] == without_env
+    metrics = {"host": "0.0.0.0", "port": 9500}
+    assert table == {
+        "draining": False,
+        "max_body_bytes": 2048,
+        "api_keys_env": "KEYS",
+        "metrics": metrics,
+        "models_folder": None,
+    }
+
+
+def test_where_metrics_are_read_restarts_nothing() -> None:
+    specs = [
+        DeploymentSpec(models=(BEFORE,), metrics=metrics) for metrics in (Metrics(), Metrics(host="::", port=None))
+    ]
+    before, after = (serve_config(spec)["applications"][0] for spec in specs)
+    assert before["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9464}
+    assert after["deployments"][0]["user_config"]["metrics"] == {"host": "::", "port": None}
+    assert len({get_app_code_version(schema) for schema in _schemas([before, after])}) == 1
+    with pytest.raises(SpecError, match=r"metrics\.port: 0 takes a free port for `spray serve`"):
+        check_ports(DeploymentSpec(models=(BEFORE,), metrics=Metrics(port=0)))
+
+
+def test_where_models_are_kept_restarts_nothing() -> None:
+    spec = DeploymentSpec(models=(BEFORE,), storage=Storage(models="/hub"))
+    application, _ = serve_config(spec)["applications"]
+    assert application["deployments"][0]["user_config"]["models_folder"] == "/hub"
+    assert application["args"] == serve_config(DeploymentSpec(models=(BEFORE,)))["applications"][0]["args"]
+
+
+def _schemas(applications: list[dict[str, Any]]) -> list[Any]:
+    return ServeDeploySchema.model_validate(
+        {
+            "applications": [
+                application | {"name": str(i), "route_prefix": None} for i, application in enumerate(applications)
+            ]
+        }
+    ).applications

@@ -1,0 +1,284 @@
+"""The operator's commands without a cluster: what they print, and that a mistake is one line and exit code 1."""
+
+import json
+import shlex
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.load import load_spec
+from deploy.spec import Auth
+from service.api.schemas import model_object
+from service.app import serve_config
+from service.cli import commands
+from service.cli.doctor import Finding
+from service.cli.main import main
+from service.cli.table import cluster_table, models_table
+from service.state.model_states import ModelState, cluster_object
+from tests.support.backend import Hall
+from workers.gang.placement import Node
+
+SHIPPED = Path(__file__).resolve().parents[2] / "deploy"
+
+TWO = """
+models:
+  - {name: a, source: org/a, parallel: {ulysses_degree: 4}}
+  - {name: b.c, source: org/b, device: cpu, max_queued: 7}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    written = tmp_path / "two.yaml"
+    written.write_text(TWO)
+    return written
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of its own for every test, whatever this one has and is told."""
+    monkeypatch.setattr(commands, "local_devices", lambda: {"cpu": 16.0, "cuda": 4.0})
+    for variable in ("SPRAY_SERVER", "SPRAY_ADDRESS", "SPRAY_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    return (code, *capsys.readouterr())
+
+
+def test_build_prints_what_serve_takes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "build", str(file))
+    assert code == 0 and "gateway.host is 127.0.0.1" in err
+    config = yaml.safe_load(out)
+    assert config == serve_config(load_spec(file))
+    assert [application["name"] for application in config["applications"]] == ["model-a", "model-b.c", "gateway"]
+    assert "&id" not in out  # four equal bundles are written four times; not all readers of YAML know shorthands
+    ServeDeploySchema.model_validate(config)
+
+
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.name)
+def test_build_takes_every_shipped_file(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "build", str(shipped))
+    assert code == 0
+    assert len(ServeDeploySchema.model_validate(yaml.safe_load(out)).applications) > 1
+
+
+def test_schema_is_a_schema_that_knows_the_files(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "schema")
+    assert code == 0
+    schema = json.loads(out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"models": [{"nam": "a"}]}, schema)
+
+
+def test_each_value_with_where_it_comes_from(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_GATEWAY__PORT", "9000")
+    monkeypatch.setenv("SPRAY_MODELS__A__MAX_QUEUED", "5")
+    arguments = [
+        "check",
+        str(file),
+        "--print-config",
+        "--set",
+        "models.a.max_queued=6",
+        "--set=models.b.c.dtype=float16",
+    ]
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    lines = dict(line.rsplit("  # ", 1) for line in out.splitlines())
+    origins = {value.strip(): origin for value, origin in lines.items()}
+    assert origins["models.a.max_queued = 6"] == "--set"
+    assert origins['models.b.c.dtype = "float16"'] == "--set"
+    assert origins["gateway.port = 9000"] == "SPRAY_GATEWAY__PORT"
+    assert origins["models.b.c.max_queued = 7"] == f"file {file}:4"
+    assert origins["models.a.grace_period_s = 900.0"] == "default"
+
+
+@pytest.mark.parametrize("command", ["check", "build"])
+def test_set_overrules_the_file(file: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = run(capsys, command, str(file), "--set", "models.a.parallel.ulysses_degree=3")
+    assert code == 0
+    if command == "check":
+        assert out.startswith("a: ulysses_degree=3, each replica takes 3 GPUs")
+    else:
+        assert yaml.safe_load(out)["applications"][0]["args"]["parallel"]["ulysses_degree"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gpus", "3"], "4 GPUs are needed (a 4), 3 are there"),
+        (["--gpus", "4"], None),
+        (["--gpus", "7", "--set", "models.a.parallel.ring_degree=2"], "8 GPUs are needed (a 8), 7 are there"),
+        (["--cpus", "4"], "5 CPU cores are needed (a 4, b.c 1), 4 are there"),
+        (["--set", "models.nobody.max_queued=3"], "nobody"),
+        (["--set", "models.a.max_queud=3"], "did you mean"),
+        (["--set", "models.a.max_queued=0"], "--set"),
+        (["--set", "max_queued"], "max_queued"),
+    ],
+)
+def test_check_against_other_devices_and_values(
+    file: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str | None
+) -> None:
+    code, out, err = run(capsys, "check", str(file), *flags)
+    assert code == (0 if says is None else 1)
+    if says is None:
+        assert "ulysses_degree=4" in out
+    else:
+        assert says in err
+        assert err.startswith("error: ")
+        assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("size", ["plenty", "0", "-3G"])
+def test_a_memory_that_is_no_size_is_wrong_usage(file: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    code, out, err = run(capsys, "check", str(file), f"--memory={size}")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --memory: expected a size")
+
+
+BODIES: dict[str, Any] = {
+    "/v1/cluster": cluster_object(
+        [(Hall().models()["one"], ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2"))],
+        [Node({"CPU": 2}, {})],
+        [Node({"CPU": 2}, {})],
+    ),
+    "/v1/models": {"object": "list", "data": [model_object(Hall().models()["film"], ModelState("asleep"))]},
+}
+REFUSAL = {"error": {"message": "a valid API key is needed", "type": "", "param": None, "code": "invalid_api_key"}}
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What a server with the key `sesame` says."""
+
+    def do_GET(self) -> None:
+        allowed = self.headers.get("authorization") == "Bearer sesame"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps(BODIES[self.path] if allowed else REFUSAL).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Answers) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "table"), [("ps", "/v1/cluster", cluster_table), ("models", "/v1/models", models_table)]
+)
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_looking_at_a_server(
+    server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, path: str,
+    table: Any, by: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SPRAY_API_KEY", "sesame")
+    if by == "variable":
+        monkeypatch.setenv("SPRAY_SERVER", server)
+    at = ["--server", server + "/"] if by == "flag" else []
+    assert run(capsys, command, *at) == (0, table(BODIES[path]) + "\n", "")
+    code, out, _ = run(capsys, command, *at, "--json")
+    assert (code, json.loads(out)) == (0, BODIES[path])
+
+
+@pytest.mark.parametrize("command", ["ps", "models"])
+def test_a_server_that_refuses_or_does_not_answer(
+    server: str, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(capsys, command, "--server", server) == (1, "", "error: a valid API key is needed\n")
+    code, out, err = run(capsys, command, "--server", "http://127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: no answer from http://127.0.0.1:1")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build", "/nowhere.yaml"],
+        ["check", "/nowhere.yaml"],
+        ["check", "/nowhere.yaml", "--print-config"],
+        ["serve", "/nowhere.yaml"],
+        ["deploy", "/nowhere.yaml"],
+        ["doctor", "/nowhere.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err == "error: /nowhere.yaml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("arguments", [["ps", "--address", "x"], ["deploy"], ["build"], ["no_such_command"], []])
+def test_wrong_usage_has_its_own_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seen", "code"), [((), 0), (("warn",), 0), (("ok", "fail"), 1)])
+def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seen: tuple[Any, ...], code: int
+) -> None:
+    findings = [Finding(f"thing {i}", level, "found", "do this") for i, level in enumerate(seen)]
+    monkeypatch.setattr(commands, "diagnose", lambda spec: [Finding("room", "ok", "plenty", ""), *findings])
+    found, out, err = run(capsys, "doctor")
+    assert found == code
+    assert out.splitlines()[0].split() == ["ok", "room", "plenty"]
+    assert out.count("-> do this") == len(seen)
+    assert err == ("error: not in order: thing 1\n" if code else "")
+
+
+def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_spec(file)
+    cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics")
+    assert commands._banner(spec, cluster) == [  # type: ignore[arg-type]
+        "spray on 16 CPU cores and 4 GPUs",
+        "  a: ulysses_degree=4 on cuda",
+        "  b.c: 1 rank on cpu",
+        "metrics for Prometheus: http://127.0.0.1:9464/metrics",
+        "change it while it runs: spray deploy FILE --address 10.0.0.1:6379",
+    ]
+    many = spec.model_copy(update={"models": spec.models * 25})
+    assert len(commands._banner(many, cluster)) <= 6  # type: ignore[arg-type]
+    assert "  and 48 models more" in commands._banner(many, cluster)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "path", "end"),
+    [
+        (None, "/v1/images/generations", "'"),
+        (("text-to-image",), "/v1/images/generations", "'"),
+        (("text-to-video",), "/v1/videos/sync", " -o video.mp4"),
+    ],
+)
+def test_the_ready_line_can_be_pasted(file: Path, tasks: Any, path: str, end: str) -> None:
+    spec = load_spec(file)
+    spec = spec.model_copy(update={"models": (spec.models[0].model_copy(update={"tasks": tasks}),)})
+    words = shlex.split(commands._curl("http://127.0.0.1:8000", spec))
+    assert words[:2] == ["curl", f"http://127.0.0.1:8000{path}"]
+    assert json.loads(words[words.index("-d") + 1]) == {"model": "a", "prompt": "a cup of coffee"}
+    assert commands._curl("http://127.0.0.1:8000", spec).endswith(end)
+    with_keys = spec.model_copy(update={"auth": Auth(api_keys_env="KEYS")})
+    assert "authorization: Bearer KEY" in shlex.split(commands._curl("http://127.0.0.1:8000", with_keys))

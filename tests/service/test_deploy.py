@@ -1,0 +1,351 @@
+"""`spray deploy` without a cluster: what Serve is told when a file meets what runs, and what is refused before."""
+
+import contextlib
+import copy
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+    ServeStatus,
+)
+from safetensors.torch import save_file
+
+from deploy.spec import Auth, DeploymentSpec, GatewaySpec, LoRA, Metrics, ModelSpec, SpecError
+from service.app import serve_config
+from service.cli import commands
+from service.cli.main import main
+from service.rollout import changes as rollout
+from service.rollout import preflight
+from service.rollout.attach import attach
+from service.rollout.changes import Change, deploy, failures, pending, plan_changes, plan_gateway, running_models
+from sp_core.degrees import ParallelDegrees
+from tests.support.deployments import model as a_demo
+from workers.gang.placement import Node
+
+A = ModelSpec(name="a", source="/a", tasks=("text-to-image",), parallel=ParallelDegrees(ulysses_degree=2))
+B = A.model_copy(update={"name": "b"})
+FOREIGN = {"name": "not-ours", "import_path": "somebody:app", "route_prefix": "/else", "deployments": []}
+
+
+class Cluster:
+    """A cluster that serves two models and an application of somebody else."""
+
+    def __init__(self) -> None:
+        config = serve_config(DeploymentSpec(models=(A, B)), "the instance")
+        self.applications = {application["name"]: application for application in [*config["applications"], FOREIGN]}
+        self.told: list[dict[str, Any]] = []
+
+    def tell(self, wanted: list[dict[str, Any]]) -> None:
+        self.told.append({application["name"]: application for application in wanted})
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    for module in (rollout, commands):
+        monkeypatch.setattr(module, "applications", lambda: cluster.applications)
+    monkeypatch.setattr(rollout, "start_serve", lambda spec: None)
+    monkeypatch.setattr(rollout, "apply_config", cluster.tell)
+    return cluster
+
+
+def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
+    present = copy.deepcopy(rollout.applications())
+    deploy(DeploymentSpec(models=models), plan_changes(running_models(present), models, prune), present, **options)
+
+
+def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
+    assert running_models(cluster.applications) == {"a": A, "b": B}
+    assert running_models({"not-ours": FOREIGN}) == {}
+
+
+def in_table(told: dict[str, Any]) -> list[str]:
+    return [model["name"] for model in told["gateway"]["deployments"][0]["user_config"]["models"]]
+
+
+def test_one_upgraded_model_leaves_everything_else_as_it_is(cluster: Cluster) -> None:
+    carried_out(A.model_copy(update={"dtype": "float16"}))
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "model-b", "gateway", "not-ours"}
+    assert told["model-a"]["args"]["dtype"] == "float16"
+    assert told["model-a"]["deployments"][0]["max_surge_percent"] == 1
+    for name in ("model-b", "not-ours"):
+        assert told[name] == cluster.applications[name]
+    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would start anew
+    assert in_table(told) == ["a", "b"]
+
+
+def test_the_same_file_again_tells_serve_the_same(cluster: Cluster) -> None:
+    carried_out(A, B)
+    assert cluster.told == [cluster.applications]
+
+
+def test_a_new_model_beside_the_others(cluster: Cluster) -> None:
+    carried_out(B.model_copy(update={"name": "c"}))
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "model-b", "model-c", "gateway", "not-ours"}
+    assert sorted(in_table(told)) == ["a", "b", "c"]
+
+
+def test_pruning_removes_models_of_ours_and_no_others(cluster: Cluster) -> None:
+    carried_out(A, prune=True)
+    (told,) = cluster.told
+    assert set(told) == {"model-a", "gateway", "not-ours"}
+    assert in_table(told) == ["a"]
+
+
+def test_where_there_is_no_room_old_gangs_stop_first(cluster: Cluster) -> None:
+    carried_out(A.model_copy(update={"dtype": "float16"}), without_surge=("a",))
+    (told,) = cluster.told
+    assert told["model-a"]["deployments"][0]["max_surge_percent"] == 0
+    assert told["model-b"]["deployments"][0]["max_surge_percent"] == 1
+
+
+def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
+    with pytest.raises(SpecError, match="two models are called 'b'"):
+        carried_out(A.model_copy(update={"aliases": ("b",)}))
+    assert cluster.told == []
+
+
+@pytest.mark.parametrize(
+    ("other", "changed"),
+    [
+        ({"models": (A.model_copy(update={"max_queued": 9}), B)}, "a, gateway"),
+        ({"models": (A, B), "gateway": GatewaySpec(replicas=2)}, "gateway"),
+    ],
+)
+def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster, other: dict[str, Any], changed: str) -> None:
+    planned_on = dict(cluster.applications)
+    changes = plan_changes(running_models(planned_on), [A, B])
+    applied = serve_config(DeploymentSpec(**other), "the instance")
+    cluster.applications = planned_on | {application["name"]: application for application in applied["applications"]}
+    with pytest.raises(SpecError, match=f"another deployment changed {changed} meanwhile"):
+        deploy(DeploymentSpec(models=(A, B)), changes, planned_on)
+    assert cluster.told == []
+
+
+def test_models_that_are_left_answer_prometheus_where_the_node_does(cluster: Cluster) -> None:
+    spec = DeploymentSpec(models=(A,), metrics=Metrics(port=9500))
+    present = copy.deepcopy(cluster.applications)
+    deploy(spec, plan_changes(running_models(present), spec.models), present)
+    (told,) = cluster.told
+    for name in ("model-a", "model-b", "gateway"):
+        assert told[name]["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9500}
+
+
+NODE = Node({"CPU": 64.0, "GPU": 2.0}, {})
+
+
+@pytest.mark.parametrize(
+    ("free", "added", "upgraded", "asleep", "lack"),
+    [
+        ([NODE], [], ["a"], [], []),
+        ([NODE], ["b"], ["a"], [], []),  # in the file's order, a takes the room first
+        ([NODE], [], ["a", "b"], [], ["b"]),
+        ([NODE], [], ["a", "b"], ["a"], ["b"]),
+        ([NODE, NODE], [], ["a", "b"], [], []),
+        ([Node({"CPU": 64.0, "GPU": 1.0}, {})] * 2, [], ["a"], [], ["a"]),  # enough in sum, not on one node
+        ([], [], ["a"], ["a"], []),  # no old gang to stand beside
+    ],
+)
+def test_room_beside_the_old_gangs(
+    monkeypatch: pytest.MonkeyPatch,
+    free: list[Node],
+    added: list[str],
+    upgraded: list[str],
+    asleep: list[str],
+    lack: Any,
+) -> None:
+    states = {name: {} if name in asleep else {"RUNNING": 1} for name in "ab"}
+    statuses = {
+        f"model-{name}": SimpleNamespace(deployments={"Gang": SimpleNamespace(replica_states=states[name])})
+        for name in "ab"
+    }
+    monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
+    monkeypatch.setattr(preflight, "free_nodes", lambda: free)
+    missing = preflight.without_room(DeploymentSpec(models=(A, B)), added, upgraded)
+    assert list(missing) == lack
+    assert all(
+        line.startswith(f"{name}: a new gang beside the old ones needs 2 GPUs on one node")
+        for name, line in missing.items()
+    )
+
+
+def test_an_adjusted_model_keeps_its_arguments(cluster: Cluster) -> None:
+    carried_out(A.model_copy(update={"max_queued": 5}))
+    (told,) = cluster.told
+    assert told["model-a"]["args"] == cluster.applications["model-a"]["args"]
+    assert told["model-a"]["deployments"][0]["max_queued_requests"] == 5
+
+
+def status(**applications: str) -> ServeStatus:
+    deployment = DeploymentStatusOverview(
+        DeploymentStatus.HEALTHY, DeploymentStatusTrigger.UNSPECIFIED, {}, "rank 1 died"
+    )
+    return ServeStatus(
+        applications={
+            name.replace("_", "-"): ApplicationStatusOverview(ApplicationStatus(state), "", 0.0, {"Gang": deployment})
+            for name, state in applications.items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "serve", "waits", "fails"),
+    [
+        ("add", {}, ["a"], []),
+        ("add", {"model_a": "DEPLOYING"}, ["a"], []),
+        ("upgrade", {"model_a": "RUNNING"}, [], []),
+        ("adjust", {"model_a": "DEPLOY_FAILED"}, ["a"], ["a: rank 1 died"]),
+        ("upgrade", {"model_a": "UNHEALTHY"}, ["a"], []),  # its gang is being replaced
+        ("remove", {"model_a": "DELETING"}, ["a"], []),
+        ("remove", {}, [], []),
+        ("keep", {"model_a": "DEPLOY_FAILED"}, [], []),  # broken before, and none of this deployment's business
+        ("leave", {"model_a": "UNHEALTHY"}, [], []),
+        ("adjust", {"model_a": "RUNNING", "gateway": "DEPLOYING"}, ["gateway"], []),
+        ("adjust", {"model_a": "RUNNING", "gateway": "DEPLOY_FAILED"}, ["gateway"], ["gateway: rank 1 died"]),
+    ],
+)
+def test_what_a_deployment_waits_for(
+    monkeypatch: pytest.MonkeyPatch, action: Any, serve: dict[str, str], waits: list[str], fails: list[str]
+) -> None:
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(**{"gateway": "RUNNING"} | serve))
+    assert pending([Change("a", action)]) == waits
+    assert list(failures([Change("a", action)])) == fails
+
+
+FILE = "models: [{name: a, source: %s, parallel: {ulysses_degree: 2}, dtype: float16}]"
+
+
+@pytest.fixture
+def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`spray deploy` of model `a` in another dtype, with flags; `obstacles` and `misplaced` are what the nodes say."""
+    addresses: list[str | None] = []
+
+    @contextlib.contextmanager
+    def attach(address: str | None) -> Iterator[None]:
+        addresses.append(address)
+        yield
+
+    def run(
+        *flags: str,
+        obstacles: tuple[str, ...] = (),
+        misplaced: tuple[str, ...] = (),
+        starved: Mapping[str, str] = {},
+    ) -> tuple[int, list[str | None]]:
+        monkeypatch.setattr(commands, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
+        monkeypatch.setattr(commands, "misplaced", lambda spec, touched: list(misplaced))
+        monkeypatch.setattr(commands, "without_room", lambda spec, added, upgraded: starved)
+        file = tmp_path / "a.yaml"
+        file.write_text(FILE % "/a")
+        return main(["deploy", str(file), *flags]), addresses
+
+    monkeypatch.setattr(commands, "attach", attach)
+    monkeypatch.setattr(commands, "plan_gateway", lambda spec: [])
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
+    return run
+
+
+def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    listens = SimpleNamespace(get_serve_details=lambda: {"http_options": {"host": "127.0.0.1", "port": 8000}})
+    monkeypatch.setattr(rollout, "_get_global_client", lambda: listens)
+    spec = DeploymentSpec(models=(A, B))
+    assert plan_gateway(spec) == []
+    gateway, auth = GatewaySpec(port=9000, replicas=2), Auth(api_keys_env="KEYS")
+    other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
+    assert plan_gateway(other) == [
+        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
+        "auth.api_keys_env None -> KEYS)",
+        "keep    gateway: listens at 127.0.0.1:8000 until Serve starts anew",
+    ]
+    cluster.applications = {}
+    assert plan_gateway(other) == ["add     gateway: at 127.0.0.1:9000"]
+
+
+PLAN = [
+    "upgrade a: new gangs, one by one; each old one stops when a new one serves (dtype None -> float16)",
+    "leave   b: not in the file, goes on; --prune removes it",
+]
+
+
+def test_the_plan_is_printed_and_carried_out(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_ADDRESS", "10.0.0.1:6379")
+    assert command() == (0, ["10.0.0.1:6379"])
+    assert command("--address", "10.0.0.2:6379")[1][1:] == ["10.0.0.2:6379"]
+    assert capsys.readouterr() == ("\n".join(PLAN * 2) + "\n", "done\ndone\n")
+    assert len(cluster.told) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "reasons", "code"),
+    [
+        (["--dry-run"], {}, 0),
+        (["--dry-run"], {"obstacles": ("a: no model at /a",)}, 1),
+        ([], {"obstacles": ("a: no model at /a",)}, 1),
+        (["--allow-pending", "--allow-downtime"], {"obstacles": ("a: no model at /a",)}, 1),
+        ([], {"misplaced": ("a: needs 2 GPUs",)}, 1),
+        ([], {"starved": {"a: no room": "a: no room"}}, 1),
+        (["--dry-run"], {"starved": {"a: no room": "a: no room"}}, 1),
+    ],
+)
+def test_what_is_refused_or_only_tried_changes_nothing(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], flags: list[str], reasons: Any, code: int
+) -> None:
+    assert command(*flags, **reasons)[0] == code
+    out, err = capsys.readouterr()
+    assert out.splitlines() == PLAN
+    for said in (said for several in reasons.values() for said in several):
+        assert f"error: {said}" in err
+    assert ("nothing was changed" in err) == bool(code)
+    assert cluster.told == []
+
+
+def test_a_model_that_fits_nowhere_yet_is_deployed_on_demand(cluster: Cluster, command: Any) -> None:
+    assert command("--allow-pending", misplaced=("a: needs 2 GPUs",))[0] == 0
+    assert len(cluster.told) == 1
+
+
+def test_a_gang_that_cannot_start_is_the_commands_failure(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
+    assert command()[0] == 1
+    assert capsys.readouterr().err == "error: a: rank 1 died\n"
+
+
+def test_a_head_that_does_not_answer_is_said_at_once() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(SpecError, match=f"no Ray cluster at '{address}': .*refused"), attach(address):
+            pass
+    with pytest.raises(SpecError, match="no Ray cluster at 'host:x'"), attach("host:x"):
+        pass
+
+
+def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp_path: Path) -> None:
+    prepare = preflight._prepare._function
+    sound = a_demo(demo_model, "demo").model_copy(update={"loras": (ink,)})
+    assert prepare(sound, None) == (("text-to-image",), "")
+    pinned = sound.model_copy(update={"source": "acme/demo", "revision": "v1"})
+    assert prepare(pinned, str(hub)) == (("text-to-image",), "")
+    save_file({"nonsense.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
+    bad = sound.model_copy(update={"loras": (ink.model_copy(update={"source": str(tmp_path / "bad.safetensors")}),)})
+    assert "demo: " in prepare(bad, None)[1] and "bad.safetensors" in prepare(bad, None)[1]
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_model, broken)
+    (broken / "scheduler" / "scheduler_config.json").write_text("{broken")
+    assert "scheduler_config.json is no JSON" in prepare(a_demo(broken, "demo"), None)[1]

@@ -1,0 +1,159 @@
+"""The REST door alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.api.rest import rest_app
+from service.api.schemas import MAX_SEED
+from tests.support.backend import Hall
+
+
+@pytest.fixture
+def hall() -> Hall:
+    return Hall()
+
+
+@pytest.fixture
+def client(hall: Hall) -> TestClient:
+    return TestClient(rest_app(hall))  # whatever the app does not answer itself is raised in the test
+
+
+def post(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body)
+
+
+REFUSED = [
+    ({"prompt": 3}, "prompt", "invalid_value"),
+    ({"prompt": ""}, "prompt", "invalid_value"),
+    ({"prompt": ["a"]}, "prompt", "invalid_value"),
+    ({"prompt": "a" * 32_001}, "prompt", "invalid_value"),
+    ({"num_infrence_steps": 3}, "num_infrence_steps", "unknown_parameter"),
+    ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
+    ({"num_inference_steps": 101}, "num_inference_steps", "invalid_value"),
+    ({"num_inference_steps": "4"}, "num_inference_steps", "invalid_value"),
+    ({"size": "63x64"}, "size", "invalid_size"),
+    ({"size": "0x64"}, "size", "invalid_size"),
+    ({"size": "4096x64"}, "size", "invalid_size"),
+    ({"size": "64"}, "size", "invalid_size"),
+    ({"size": "٦٤x64"}, "size", "invalid_size"),
+    ({"size": 64}, "size", "invalid_value"),
+    ({"n": 0}, "n", "invalid_value"),
+    ({"n": 5}, "n", "invalid_value"),
+    ({"n": True}, "n", "invalid_value"),
+    ({"seed": -1}, "seed", "invalid_value"),
+    ({"seed": MAX_SEED + 1}, "seed", "invalid_value"),
+    ({"seed": 1.5}, "seed", "invalid_value"),
+    ({"guidance_scale": "x"}, "guidance_scale", "invalid_value"),
+    ({"guidance_scale": 31}, "guidance_scale", "invalid_value"),
+    ({"negative_prompt": 3}, "negative_prompt", "invalid_value"),
+    ({"response_format": "url"}, "response_format", "invalid_value"),
+    ({"output_format": "gif"}, "output_format", "invalid_value"),
+    ({"background": "transparent"}, "background", "invalid_value"),
+    ({"partial_images": 2}, "partial_images", "invalid_value"),
+    ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+    ({"model": None}, "model", "missing_required_parameter"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "code"), REFUSED, ids=[str(row[0])[:40] for row in REFUSED])
+def test_refused(client: TestClient, hall: Hall, body: dict[str, Any], param: str, code: str) -> None:
+    answer = post(client, **body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert param.split(".")[0] in error["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    assert hall.requests == []
+
+
+def test_a_misspelt_field_is_named_before_the_one_it_leaves_missing(client: TestClient) -> None:
+    answer = client.post("/v1/images/generations", json={"promt": "a"})
+    assert answer.json()["error"]["message"] == "unknown parameter 'promt'; did you mean 'prompt'?"
+
+
+def test_unknown_model(client: TestClient) -> None:
+    answer = post(client, model="three")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "model"
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/three").status_code == 404
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"a"', b'{"prompt": NaN}', b"\xff", b"[" * 100_000])
+def test_bodies_that_are_no_request(client: TestClient, content: bytes) -> None:
+    answer = client.post("/v1/images/generations", content=content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos/sync"])
+def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, hall: Hall, path: str) -> None:
+    body = b'{"model": "%s", "prompt": "a"' % (b"film" if "videos" in path else b"one")
+    hall.max_body_bytes = 2048
+    assert client.post(path, content=body.ljust(2047) + b"}").status_code == 200
+    answer = client.post(path, content=body.ljust(2048) + b"}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_large")
+    assert "larger than 2048 bytes" in answer.json()["error"]["message"]
+    hall.max_body_bytes = 2049
+    assert client.post(path, content=body.ljust(2048) + b"}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "code", "retry"),
+    [
+        ("full", 429, "queue_full", True),
+        ("lost", 503, "worker_lost", True),
+        ("draining", 503, "shutting_down", True),
+        ("failed", 500, "generation_failed", False),
+        ("peer", 500, "generation_failed", False),
+        ("bug", 500, "internal_error", False),
+    ],
+)
+def test_failures(hall: Hall, prompt: str, status: int, code: str, retry: bool) -> None:
+    client = TestClient(rest_app(hall), raise_server_exceptions=prompt != "bug")
+    answer = post(client, prompt=prompt)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert ("retry-after" in answer.headers) == retry
+    assert (answer.headers.get("x-should-retry") == "false") == (not retry)
+    assert "secret" not in answer.text
+    streamed = post(client, prompt=prompt, stream=True)
+    assert code in streamed.text
+    assert "secret" not in streamed.text
+
+
+def test_defaults_are_settled_at_admission(client: TestClient, hall: Hall) -> None:
+    assert post(client).status_code == 200
+    (request,) = hall.requests
+    assert (request.width, request.height, request.num_inference_steps) == (1024, 1024, 50)
+    assert request.negative_prompt is None
+    assert 0 <= request.seed <= MAX_SEED
+
+
+def test_paths_and_methods_that_do_not_exist(client: TestClient) -> None:
+    for answer, status in ((client.get("/v2"), 404), (client.get("/v1/images/generations"), 405)):
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_stream_without_options_has_progress_as_comments(client: TestClient) -> None:
+    lines = post(client, stream=True).text.splitlines()
+    assert lines[0] == ": step 1/1"
+    assert "event: image_generation.completed" in lines
+    assert lines[-2] == "data: [DONE]"
+
+
+def test_adapters_are_chosen_by_name(hall: Hall, client: TestClient) -> None:
+    body = {"model": "one", "prompt": "a", "loras": [{"name": "ink", "scale": 0.5}]}
+    assert client.post("/v1/images/generations", json=body).status_code == 200
+    assert hall.requests[0].loras == (("ink", 0.5),)
+    assert client.get("/v1/models/one").json()["loras"] == ["ink"]
+    for loras, said in (
+        ([{"name": "pencil"}], "'one' has no adapter 'pencil'; available: ink"),
+        ([{"name": "ink"}, {"name": "ink"}], "the adapter 'ink' is named twice"),
+    ):
+        answer = client.post("/v1/images/generations", json=body | {"loras": loras})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "loras"
+        assert said in answer.json()["error"]["message"]

@@ -1,0 +1,232 @@
+"""The REST door and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
+
+import asyncio
+import json
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
+
+from service.api.rest import rest_app
+from service.state.model_states import STATES, ModelState
+from tests.support.backend import Hall
+
+IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
+
+
+@pytest.fixture
+def hall() -> Hall:
+    return Hall()
+
+
+@pytest.fixture
+def client(hall: Hall) -> TestClient:
+    return TestClient(rest_app(hall))
+
+
+def error_of(answer: Any) -> tuple[int, str | None, str]:
+    error = answer.json()["error"]
+    return answer.status_code, error["param"], error["code"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "name"),
+    [(IMAGES, "brush", "paint"), (IMAGES, "pencil", "paint"), (IMAGES, "paint", "paint"), (VIDEOS, "movie", "film")],
+)
+def test_a_model_answers_to_its_aliases(client: TestClient, hall: Hall, path: str, asked: str, name: str) -> None:
+    assert client.post(path, json={"model": asked, "prompt": "a"}).status_code == 200
+    assert hall.requests[0].model == name
+    assert client.get(f"/v1/models/{asked}").json()["id"] == name
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "instead"), [(IMAGES, "film", VIDEOS), (IMAGES, "movie", VIDEOS), (VIDEOS, "paint", IMAGES)]
+)
+def test_a_model_is_asked_only_for_what_it_is_for(
+    client: TestClient, hall: Hall, path: str, model: str, instead: str
+) -> None:
+    answer = client.post(path, json={"model": model, "prompt": "a"})
+    assert error_of(answer) == (400, "model", "wrong_task")
+    assert instead in answer.json()["error"]["message"]
+    assert hall.requests == []
+
+
+@pytest.mark.parametrize("path", [IMAGES, VIDEOS])
+def test_a_model_whose_tasks_are_unknown_may_be_asked_for_all(client: TestClient, path: str) -> None:
+    assert client.post(path, json={"model": "one", "prompt": "a"}).status_code == 200
+
+
+def test_a_video_is_the_file_itself(client: TestClient, hall: Hall) -> None:
+    body = {"model": "film", "prompt": "a", "seed": 5, "fps": 8, "guidance_scale_2": 2.5, "user": "me"}
+    answer = client.post(VIDEOS, json=body)
+    assert (answer.status_code, answer.content) == (200, b"picture")
+    assert answer.headers["content-type"] == "video/mp4"
+    assert answer.headers["x-seed"] == "5"
+    assert answer.headers["x-ignored-params"] == "user"
+    assert json.loads(answer.headers["x-metrics"])["step_seconds"] == [0.5]
+    (request,) = hall.requests
+    assert (request.width, request.height, request.num_frames, request.num_inference_steps) == (64, 64, 5, 4)
+    assert (request.fps, request.guidance_scale_2, request.output_format, request.n) == (8, 2.5, "mp4", 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"num_frames": 10}, "num_frames", "invalid_value"),
+        ({"num_frames": 0}, "num_frames", "invalid_value"),
+        ({"num_frames": 2.5}, "num_frames", "invalid_value"),
+        ({"fps": 121}, "fps", "invalid_value"),
+        ({"guidance_scale_2": -1}, "guidance_scale_2", "invalid_value"),
+        ({"n": 2}, "n", "unknown_parameter"),
+        ({"stream": True}, "stream", "unknown_parameter"),
+        ({"output_format": "mp4"}, "output_format", "unknown_parameter"),
+        ({"num_frames": 9, "num_inference_steps": 11}, None, "too_much_work"),
+        ({"size": "128x128", "num_inference_steps": 5}, None, "too_much_work"),
+    ],
+    ids=str,
+)
+def test_videos_that_are_refused(
+    client: TestClient, hall: Hall, body: dict[str, Any], param: str | None, code: str
+) -> None:
+    answer = client.post(VIDEOS, json={"model": "film", "prompt": "a"} | body)
+    assert error_of(answer) == (400, param, code)
+    assert hall.requests == []
+
+
+def test_work_is_refused_above_its_limit_and_not_at_it(client: TestClient) -> None:
+    most = {"model": "film", "prompt": "a", "num_frames": 9, "num_inference_steps": 10}
+    assert client.post(VIDEOS, json=most).status_code == 200
+    answer = client.post(VIDEOS, json=most | {"num_inference_steps": 11})
+    assert f"is {64 * 64 * 9 * 11}, at most {64 * 64 * 9 * 10} is allowed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("n", "status"), [(2, 200), (3, 400)])
+def test_every_picture_of_a_request_is_work(client: TestClient, n: int, status: int) -> None:
+    assert client.post(IMAGES, json={"model": "paint", "prompt": "a", "n": n}).status_code == status
+
+
+def test_models_are_listed_with_their_state_and_the_reason(client: TestClient, hall: Hall) -> None:
+    hall.found["two"] = ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2")
+    del hall.found["film"]  # added a moment ago; nobody has looked yet
+    listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    assert {name: (model["state"], model["reason"]) for name, model in listed.items()} == {
+        "one": ("running", ""),
+        "two": ("waiting", "needs 4 GPUs on one node, the largest node has 2"),
+        "paint": ("running", ""),
+        "film": ("starting", ""),
+    }
+    assert listed["film"]["tasks"] == ["text-to-video"]
+    assert listed["paint"]["aliases"] == ["brush", "pencil"]
+    assert client.get("/v1/models/two").json() == listed["two"]
+
+
+def test_the_cluster_is_the_halls_own_account(client: TestClient) -> None:
+    assert client.get("/v1/cluster").json() == {"object": "cluster", "mark": "of the hall"}
+
+
+PROTECTED = [
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/one"),
+    ("GET", "/v1/cluster"),
+    ("POST", IMAGES),
+    ("POST", VIDEOS),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), PROTECTED)
+def test_callers_need_a_key_where_keys_are_asked_for(client: TestClient, hall: Hall, method: str, path: str) -> None:
+    hall.key = "sesame"
+    body = {"model": "one", "prompt": "a"} if method == "POST" else None
+    for headers in ({}, {"authorization": "Bearer other"}):
+        answer = client.request(method, path, json=body, headers=headers)
+        assert error_of(answer) == (401, None, "invalid_api_key")
+        assert answer.headers["x-should-retry"] == "false"
+    assert client.request(method, path, content=b"{").status_code == 401  # before anything is said of the body
+    assert hall.requests == []
+    answer = client.request(method, path, json=body, headers={"authorization": "Bearer sesame"})
+    assert answer.status_code == 200
+    for probe in ("/livez", "/readyz"):
+        assert client.get(probe).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("states", "status", "waiting"),
+    [
+        ({"one": "running", "two": "running"}, 200, []),
+        ({"one": "running", "two": "failed"}, 200, ["two"]),
+        ({"one": "asleep", "two": "waiting"}, 200, ["two"]),
+        ({"one": "asleep", "two": "asleep"}, 200, []),
+        ({"one": "starting", "two": "failed"}, 503, ["one", "two"]),
+        ({}, 503, []),
+    ],
+)
+def test_ready_as_long_as_one_model_answers(
+    client: TestClient, hall: Hall, states: dict[str, Any], status: int, waiting: list[str]
+) -> None:
+    hall.found = {name: ModelState(state) for name, state in states.items()}
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["waiting_for"]) == (status, waiting)
+    assert answer.json()["status"] == ("ok" if status == 200 else "waiting")
+    assert answer.json()["instance_id"] == "test"
+
+
+def test_a_draining_gateway_is_taken_off_the_network(client: TestClient, hall: Hall) -> None:
+    hall.draining, hall.in_flight = True, 2
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"], answer.json()["in_flight"]) == (503, "draining", 2)
+    assert client.get("/livez").status_code == 200  # or it would be killed with what it still computes
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_stream_says_what_it_waits_for(hall: Hall, client: TestClient, state: Any) -> None:
+    hall.found["paint"] = ModelState(state, queued=3)
+    body = {"model": "brush", "prompt": "asleep", "stream": True}
+    lines = [line for line in client.post(IMAGES, json=body).text.splitlines() if line]
+    assert lines[:3] == [f": paint is {state}, 3 wait"] * 3
+    assert lines[3] == ": step 1/1"
+    assert lines[-1] == "data: [DONE]"
+    assert client.post(IMAGES, json=body | {"stream": False}).status_code == 200
+
+
+def test_a_stream_that_is_quick_says_nothing_of_states(client: TestClient) -> None:
+    assert " wait" not in client.post(IMAGES, json={"model": "one", "prompt": "a", "stream": True}).text
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # servers tell of a client who left in two ways
+@pytest.mark.parametrize("prompt", ["never", "endless"])
+def test_a_client_who_leaves_ends_the_work(hall: Hall, prompt: str, spec_version: str) -> None:
+    assert asyncio.run(_left_early(hall, prompt, spec_version))
+
+
+async def _left_early(hall: Hall, prompt: str, spec_version: str) -> bool:
+    """Whether the hall's generator was closed although it had not come to its end."""
+    body = json.dumps({"model": "one", "prompt": prompt, "stream": True}).encode()
+    came, sent = asyncio.Event(), 0
+
+    async def receive() -> MutableMapping[str, Any]:
+        if not came.is_set():
+            came.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+        while sent < 3:
+            await asyncio.sleep(0.005)
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal sent
+        sent += message["type"] == "http.response.body"
+        if sent >= 3 and spec_version == "2.4":
+            raise OSError("the client is gone")
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": spec_version}, "http_version": "1.1",
+        "method": "POST", "path": IMAGES, "raw_path": IMAGES.encode(), "root_path": "", "query_string": b"",
+        "scheme": "http", "headers": [], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    assert not hall.closed
+    with suppress(ClientDisconnect):  # what the app says to a server whose client is gone
+        await rest_app(hall)(scope, receive, send)  # in this task: the work has ended when it returns, not soon after
+    assert sent >= 3
+    return hall.closed

@@ -1,0 +1,129 @@
+"""The router: least backlog in seconds first, a warm gang among equals, corrected by what it sent itself."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.config import RequestRouterConfig
+
+from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, rank
+from workers.gang.stats import GangBacklog
+from workers.messages import GenerationRequest
+
+REQUEST = GenerationRequest("r", "m", "a cup", 512, 768, 10, seed=1)
+SHAPE = (512, 768, 1)
+
+
+def router() -> LeastBacklogRouter:
+    """Without what Serve's constructor connects to."""
+    made = LeastBacklogRouter.__new__(LeastBacklogRouter)
+    made._deployment_id = DeploymentID("Gang", app_name="model-m")
+    made.initialize_state()
+    return made
+
+
+def replica(name: str, backlog_s: float = 0.0, shapes: frozenset[Any] = frozenset()) -> Any:
+    stats = GangBacklog(backlog_s, time.time() - 1, 20.0, shapes).as_stats()
+    return SimpleNamespace(replica_id=name, routing_stats=stats)
+
+
+def pending(*args: Any, request_id: str = "a") -> Any:
+    context = SimpleNamespace(should_backoff=False)
+    return SimpleNamespace(
+        args=list(args), routing_context=context, metadata=SimpleNamespace(internal_request_id=request_id)
+    )
+
+
+def chosen(router: LeastBacklogRouter, replicas: list[Any], request: Any) -> list[list[str]]:
+    ranks = asyncio.run(router.choose_replicas(replicas, request))
+    return [[str(replica.replica_id) for replica in some] for some in ranks]
+
+
+def test_the_least_backlog_leads() -> None:
+    backlogs = {"a": 300.0, "b": 5.0, "c": 90.0}
+    assert rank(list(backlogs), backlogs, frozenset()) == [["b"], ["c", "a"]]
+
+
+def test_a_warm_gang_leads_among_comparable_ones_only() -> None:
+    backlogs = {"a": 0.0, "b": 1.0, "c": 30.0}
+    assert rank(list(backlogs), backlogs, frozenset("bc")) == [["b"], ["a"], ["c"]]
+
+
+def test_equals_keep_their_order_and_ranks_stay_small() -> None:
+    backlogs = {str(number): 0.0 for number in range(100)}
+    assert rank(list(backlogs), backlogs, frozenset()) == [list(backlogs)[:OFFERED]]
+    assert rank([], {}, frozenset()) == []
+
+
+@pytest.mark.parametrize(
+    ("report", "sent", "seconds"),
+    [
+        (GangBacklog(), Sent(), 0.0),  # nothing is known of it
+        (GangBacklog(50, 95, 20), Sent(), 45.0),  # five seconds have passed since the report
+        (GangBacklog(0, 95, 20), Sent("a", sent_at=98), 18.0),  # sent after the report
+        (GangBacklog(30, 95, 20), Sent("a", sent_at=90), 25.0),  # the report knows of it
+        (GangBacklog(30, 95, 20), Sent(freed_at=98), 0.0),  # done after the report
+        (GangBacklog(0, 95, 0), Sent("a", sent_at=98), 58.0),  # cost not learnt
+    ],
+)
+def test_reports_are_corrected_by_what_was_sent_since(report: GangBacklog, sent: Sent, seconds: float) -> None:
+    assert backlog_s(report, sent, now=100.0) == pytest.approx(seconds)
+
+
+def test_a_request_that_takes_longer_than_typical_still_occupies_its_gang() -> None:
+    late = backlog_s(GangBacklog(0, 10, 20), Sent("a", sent_at=11), now=500.0)
+    assert rank(["late", "free"], {"late": late, "free": 0.0}, frozenset(["late"])) == [["free"], ["late"]]
+
+
+def test_reports_survive_the_way_through_serve() -> None:
+    report = GangBacklog(3.0, 4.0, 5.0, frozenset([SHAPE]))
+    assert GangBacklog.from_stats(report.as_stats()) == report
+    assert GangBacklog.from_stats({}) == GangBacklog()
+    assert GangBacklog.from_stats({**report.as_stats(), "of_a_later_version": 1}) == report
+
+
+def test_requests_go_to_the_warm_free_gang() -> None:
+    gangs = [replica("cold"), replica("warm", shapes=frozenset([SHAPE])), replica("busy", 90.0)]
+    request = pending(REQUEST)
+    assert chosen(router(), gangs, request) == [["warm"], ["cold"], ["busy"]]
+    assert request.routing_context.should_backoff  # without it Serve asks again and again without a pause
+
+
+def test_what_it_sent_counts_until_it_is_done() -> None:
+    ours, gangs = router(), [replica("a"), replica("b", 10.0)]
+    ours.on_request_routed(pending(REQUEST, request_id="first"), "a", None)  # type: ignore[arg-type]
+    assert chosen(ours, gangs, pending(REQUEST)) == [["b"], ["a"]]
+    ours.on_request_completed("a", "refused")  # type: ignore[arg-type]  # of another request
+    assert chosen(ours, gangs, pending(REQUEST)) == [["b"], ["a"]]
+    ours.on_request_completed("a", "first")  # type: ignore[arg-type]
+    assert chosen(ours, gangs, pending(REQUEST)) == [["a"], ["b"]]
+
+
+def test_calls_that_are_no_generation_fit_any_gang_and_cost_nothing() -> None:
+    ours, gangs = router(), [replica("a"), replica("b", 10.0)]
+    for call in (pending(), pending("x"), None):
+        assert chosen(ours, gangs, call) == [["a"], ["b"]]
+    ours.on_request_routed(pending(), "a", None)  # type: ignore[arg-type]
+    assert chosen(ours, gangs, pending(REQUEST)) == [["a"], ["b"]]
+
+
+def test_gangs_that_never_reported_are_taken_for_free() -> None:
+    new = SimpleNamespace(replica_id="new", routing_stats={})
+    assert chosen(router(), [replica("busy", 50.0), new], pending(REQUEST)) == [["new"], ["busy"]]
+
+
+def test_gangs_that_are_gone_are_forgotten() -> None:
+    ours = router()
+    for name in "abc":
+        ours.on_request_routed(pending(REQUEST, request_id=name), name, None)  # type: ignore[arg-type]
+        ours.on_request_completed(name, name)  # type: ignore[arg-type]
+    chosen(ours, [replica("a")], pending(REQUEST))
+    assert list(ours._sent) == ["a"]
+
+
+def test_serve_finds_it_by_name() -> None:
+    config = RequestRouterConfig(request_router_class="service.routing:LeastBacklogRouter")
+    assert config.get_request_router_class() is LeastBacklogRouter

@@ -1,0 +1,119 @@
+"""Every layout sends what arithmetic on the model's shape says, byte for byte, on every rank and in every kind."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import parallelize
+from sp_core.verify import examples
+from sp_core.verify.rank_pool import RankPool
+from tests.support import qwen
+from tests.support.guided import guided_step
+from tests.support.traffic import Bytes, Meter, Shape, of_qwen_image, of_wan, predicted
+
+LAYOUTS = {
+    "ulysses 2": ParallelDegrees(ulysses_degree=2),
+    "ulysses 3": ParallelDegrees(ulysses_degree=3),
+    "ring 2": ParallelDegrees(ring_degree=2),
+    "tp 2": ParallelDegrees(tensor_parallel_size=2),
+    "cfg 2": ParallelDegrees(cfg_parallel_size=2),
+    "ulysses 2 x ring 2": ParallelDegrees(ulysses_degree=2, ring_degree=2),
+    "tp 2 x ulysses 2": ParallelDegrees(tensor_parallel_size=2, ulysses_degree=2),
+    "cfg 2 x ulysses 2": ParallelDegrees(cfg_parallel_size=2, ulysses_degree=2),
+}
+CASES: dict[str, tuple[str, str, int]] = {
+    "even": ("even", "none", 1),
+    "uneven": ("uneven", "none", 2),
+    "padded": ("short", "none", 1),
+    "masked": ("uneven", "per row", 2),
+}
+"""Length, mask and batch, as `examples` names them."""
+
+
+def the_model(name: str, heads: int) -> Any:
+    return qwen.transformer(heads=heads) if heads != 12 else copy.deepcopy(examples.TINY[name].model)
+
+
+def shape_of(name: str, case: str, heads: int = 12, dtype: torch.dtype = torch.float32) -> Shape:
+    length, mask, batch = CASES[case]
+    (frames, height, width), text = examples.SIZES[length]
+    config = the_model(name, heads).config
+    rest = {"batch": batch, "itemsize": dtype.itemsize, "masked": mask != "none"}
+    of_family = of_wan if name == "wan" else of_qwen_image
+    return of_family(config, text, frames * height * width, **rest)
+
+
+def measure(
+    mesh: ParallelMesh, name: str, cases: list[str], heads: int = 12, dtype: torch.dtype = torch.float32
+) -> dict[str, list[Bytes]]:
+    """Of each case what this rank sends in two guided steps, one after the other."""
+    found: dict[str, list[Bytes]] = {}
+    for case in cases:
+        model = the_model(name, heads).to(dtype)
+        parallelize(model, mesh)
+        given = examples.inputs(name, *CASES[case])
+        given |= {k: v.to(dtype) for k, v in given.items() if torch.is_tensor(v) and v.is_floating_point()}
+        found[case] = []
+        for _ in range(2):
+            with Meter() as meter:
+                guided_step(model, (given, given), mesh.axis("cfg"))
+            found[case].append(meter.sent)
+    return found
+
+
+def check(pool: RankPool, layout: str, name: str, cases: list[str], *options: Any) -> None:
+    for rank, found in enumerate(pool.run(LAYOUTS[layout], measure, name, cases, *options)):
+        for case, (first, second) in found.items():
+            shape = shape_of(name, case, *options)
+            assert first == predicted(shape, LAYOUTS[layout], rank, first=True), (rank, case)
+            assert second == predicted(shape, LAYOUTS[layout], rank), (rank, case)
+            assert sum(second.values()) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen-image", "wan"])
+def test_bytes_are_those_of_the_formula(ranks: RankPool, name: str, layout: str) -> None:
+    check(ranks, layout, name, [case for case in CASES if name != "wan" or case != "masked"])
+
+
+@pytest.mark.parametrize("layout", ["ulysses 3", "ulysses 2 x ring 2"])
+def test_bytes_of_heads_that_the_ranks_do_not_divide(ranks: RankPool, layout: str) -> None:
+    check(ranks, layout, "qwen-image", ["uneven", "masked"], 5)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("wan", "tp 2"), ("qwen-image", "ulysses 2 x ring 2")])
+def test_bytes_in_half_precision(ranks: RankPool, name: str, layout: str) -> None:
+    check(ranks, layout, name, ["uneven"], 12, torch.bfloat16)
+
+
+def test_formulas_of_the_literature() -> None:
+    """Even shares of one long stream, elements of 2 bytes: the formulas as they are known, for one layer of a forward.
+    For tensor parallelism they count two row-wise layers."""
+    tokens, width, layers = 4096, 3072, 60
+    shape = Shape(layers, 24, 128, out=0, split=(tokens,), row_layers=2, itemsize=2)
+    for size in (2, 4, 8):
+        everything = tokens * width * (size - 1)
+        for kind, degrees, expected in (
+            ("exchange", ParallelDegrees(ulysses_degree=size), 8 * everything / size**2),
+            ("shift", ParallelDegrees(ring_degree=size), 4 * everything / size),
+            ("sum", ParallelDegrees(tensor_parallel_size=size), 8 * everything / size),
+        ):
+            assert predicted(shape, degrees, 0)[kind] == 2 * layers * expected
+    both = predicted(shape, ParallelDegrees(ulysses_degree=4, ring_degree=2), 0)
+    assert both["exchange"] == 2 * layers * 8 * tokens * width / 8 * 3 / 4
+    assert both["shift"] == 2 * layers * 4 * tokens * width / 8
+
+
+def uncounted(mesh: ParallelMesh) -> None:
+    with Meter():
+        dist.broadcast(torch.ones(1), 0)
+
+
+def test_a_call_that_is_not_counted_is_an_error(ranks: RankPool) -> None:
+    with pytest.raises(RuntimeError, match="the traffic of broadcast_ is not counted"):
+        ranks.run(LAYOUTS["tp 2"], uncounted)

@@ -1,0 +1,172 @@
+"""Compiled blocks: one full graph each, no recompilation for new lengths, the same answer."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import parallelize
+from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from sp_core.sp_sharding import SequenceShards
+from sp_core.verify import examples as families
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankPool
+from sp_core.verify.verify import BAR
+from tests.support import qwen
+
+PROMPTS = [5, 9, *range(10, 30)]
+"""Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
+
+
+def compiled_blocks(mesh: ParallelMesh, masked: bool, first: str) -> tuple[float, list[int]]:
+    """The worst difference to the plain model, and the number of graphs after each prompt."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = qwen.transformer(), qwen.transformer()
+    for step in ("parallelize", "compile") if first == "parallelize" else ("compile", "parallelize"):
+        if step == "parallelize":
+            parallelize(model, mesh)
+        else:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    worst, graphs = 0.0, []
+    with torch.no_grad():
+        for text in PROMPTS:
+            inputs = qwen.inputs(4, 3, text, mask=[[True] * (text - 2) + [False] * 2] if masked else None)
+            reference = plain(**inputs, return_dict=False)[0]
+            worst = max(worst, error(model(**inputs, return_dict=False)[0], reference))
+            graphs.append(counters["stats"]["unique_graphs"])
+    return worst, graphs
+
+
+@pytest.mark.parametrize("first", ["parallelize", "compile"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("degrees", [ParallelDegrees(ulysses_degree=2), ParallelDegrees(ring_degree=2)], ids=str)
+def test_twenty_new_prompt_lengths_need_no_new_graph(
+    ranks: RankPool, degrees: ParallelDegrees, masked: bool, first: str
+) -> None:
+    for worst, graphs in ranks.run(degrees, compiled_blocks, masked, first):
+        assert worst <= BAR
+        assert graphs[0] > 0
+        assert graphs[1:] == [graphs[1]] * (len(PROMPTS) - 1)
+
+
+def check_operators(mesh: ParallelMesh) -> list[str]:
+    """torch's own check: shapes that are traced are those that come, and nothing is aliased or changed."""
+    shards = SequenceShards(mesh)
+    x = torch.rand(1, 7, 3, 4)
+    axis = mesh.axis("sequence")
+    split = (x.flatten(2), 1, shards.number, "x", False, 0, axis.rank, axis.size)
+    own = x[:, : 4 - axis.rank].clone()
+    attend = (own, own * 2, own, None, None, shards.number, "", 0)
+    return [
+        outcome
+        for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))
+        for outcome in torch.library.opcheck(
+            operator.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        ).values()
+    ]
+
+
+def test_operators_are_what_is_traced(ranks: RankPool) -> None:
+    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 6] * 2
+
+
+def inductor(mesh: ParallelMesh) -> float:
+    """Ranks share a cache of compiled graphs on disk; none may be handed a graph with another rank's shares."""
+    torch._dynamo.reset()
+    plain, model = qwen.transformer(layers=1), qwen.transformer(layers=1)
+    parallelize(model, mesh)
+    model.compile_repeated_blocks(fullgraph=True)
+    with torch.no_grad():
+        inputs = qwen.inputs(3, 3, 7, mask=[[True] * 5 + [False] * 2])
+        reference = plain(**inputs, return_dict=False)[0]
+        return error(model(**inputs, return_dict=False)[0], reference)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = RankPool(2)  # new processes, with a cache of their own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    try:
+        assert max(pool.run(ParallelDegrees(ulysses_degree=2), inductor)) <= BAR
+    finally:
+        pool.stop()
+
+
+def compiled_family(mesh: ParallelMesh, name: str) -> float:
+    torch._dynamo.reset()
+    model = copy.deepcopy(families.TINY[name].model)
+    worst = 0.0
+    with torch.no_grad():
+        inputs = [families.inputs(name, *cell) for cell in families.cells(name) if cell[2] == 1][:3]
+        references = [model(**each, return_dict=False)[0] for each in inputs]
+        parallelize(model, mesh)
+        for block in model.transformer_blocks if name == "sd3.5" else []:  # diffusers does not name its blocks
+            block.compile(fullgraph=True, backend="aot_eager")
+        if name != "sd3.5":
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        for each, reference in zip(inputs, references, strict=True):
+            output = model(**each, return_dict=False)[0]
+            worst = max(worst, *(error(a, b) for a, b in zip(list(output), list(reference), strict=True)))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "name", ["flux control", "flux-2", "hunyuan-video", "ltx", "wan per token", "z-image", "sd3.5"]
+)
+def test_blocks_of_other_families_compile(ranks: RankPool, name: str) -> None:
+    assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_family, name)) <= BAR
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SequenceParallelAttention()
+
+    def forward(self, x: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
+        heads, extra = x.unflatten(2, (2, 4)), joint.unflatten(2, (2, 4))
+        joined = self.attention(heads, heads, heads, joint_query=extra, joint_key=extra, joint_value=extra)
+        return x + joined[:, joint.shape[1] :].flatten(2)
+
+
+class Own(nn.Module):
+    _sp_plan: ClassVar[dict[str, object]] = {
+        "blocks.0": {"x": SequenceParallelInput(1)},
+        "blocks.-1": SequenceParallelOutput(1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, joint)
+        return x
+
+
+def compiled_layer(mesh: ParallelMesh) -> float:
+    torch._dynamo.reset()
+    model, joint = Own(), torch.ones(1, 3, 8)
+    worst = 0.0
+    tokens = [torch.randn(1, n, 8, generator=torch.Generator().manual_seed(n)) for n in (9, 12, 17)]
+    references = [model(x, joint) for x in tokens]
+    parallelize(model, mesh)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for x, reference in zip(tokens, references, strict=True):
+            worst = max(worst, error(model(x, joint), reference))
+    return worst
+
+
+def test_blocks_with_our_layer_compile(ranks: RankPool) -> None:
+    assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_layer)) <= BAR

@@ -1,0 +1,102 @@
+"""Attention on one device: partial attentions merge, and only right kernels are chosen."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from sp_core import kernels
+from sp_core.verify.verify import BAR
+
+CPU = torch.device("cpu")
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(2, count, 3, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_partial_attentions_merge_to_the_whole(masked: bool) -> None:
+    query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
+    mask = torch.zeros(2, 1, 1, 9)
+    if masked:
+        mask[0, ..., :4] = -math.inf  # the first chunk is hidden as a whole
+        mask[1] = -math.inf  # and this row sees nothing
+    whole = kernels.attention(query, key, value, mask)
+    parts = [
+        kernels.partial_attention(query, key[:, chunk], value[:, chunk], mask[..., chunk] if masked else None)
+        for chunk in (slice(0, 4), slice(4, 9))
+    ]
+    merged = kernels.merge(*parts)
+    output, lse = merged.output, merged.lse
+    assert torch.isfinite(output).all()
+    assert (output - whole).abs().max() <= BAR
+    if masked:
+        assert output[1].abs().max() == 0
+        assert torch.isneginf(lse[1]).all()
+    else:
+        scores = torch.einsum("bshd,bkhd->bshk", query, key) / math.sqrt(8)
+        assert (lse - scores.logsumexp(-1)).abs().max() <= BAR
+
+
+@pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min])
+def test_rows_that_hide_all_keys_by_a_finite_mask(low: float) -> None:
+    """Such a mask hides nothing, as the softmax sees differences only: they are not lost in the merge. (They are in one
+    kernel's scores: plain attention answers with a mean there, which nobody looks at.)"""
+    query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
+    mask = torch.full((2, 1, 1, 9), low)
+    mask[1, ..., 2] = 0
+    parts = [
+        kernels.partial_attention(query, key[:, chunk], value[:, chunk], mask[..., chunk])
+        for chunk in (slice(0, 3), slice(3, 7), slice(7, 9))
+    ]
+    merged = kernels.merge(kernels.merge(parts[2], parts[0]), parts[1])
+    assert (merged.output[0] - kernels.attention(query, key, value)[0]).abs().max() <= BAR
+    assert (merged.output[1] - value[1, 2]).abs().max() <= BAR
+
+
+def test_fewer_key_heads_and_masks_of_models() -> None:
+    query, key, value = tokens(5, 0), tokens(9, 1)[:, :, :1], tokens(9, 2)[:, :, :1]
+    mask = torch.arange(9).expand(2, 9) < 6
+    expected = kernels.attention(query, *(t[:, :6].expand(-1, -1, 3, -1) for t in (key, value)))
+    assert (kernels.local_attention(query, key, value, mask) - expected).abs().max() <= BAR
+
+
+def right(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    return kernels.attention_with_lse(query, key, value, scale=scale)
+
+
+def wrong(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    output, lse = right(query, key, value, scale)
+    return output, lse * 0.95  # outputs are right, but would merge wrongly
+
+
+def absent(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    raise ImportError("No module named 'flash_attn'\nlong explanation")
+
+
+def test_only_right_kernels_are_chosen() -> None:
+    found = kernels.try_kernels({"right": right, "wrong": wrong, "absent": absent}, CPU, torch.float16, 16, tokens=300)
+    assert isinstance(found["right"], float)
+    assert str(found["wrong"]).startswith("is wrong by")
+    assert found["absent"] == "ImportError: No module named 'flash_attn'"
+
+
+def test_without_any_kernel_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", {"absent": absent})
+    with pytest.raises(RuntimeError, match=r"no attention kernel works on cpu .* head size 8: .*flash_attn"):
+        kernels.choose(CPU, torch.float16, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of what is there; whatever is chosen is right, by the way it is chosen."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = kernels.try_kernels(kernels.KERNELS, device, torch.bfloat16, 128)
+    with capsys.disabled():
+        for name, line in found.items():
+            flops = 4 * 4096**2 * 8 * 128
+            print(f"{name:<16} {flops / line / 1e12:.0f} TFLOP/s" if isinstance(line, float) else f"{name:<16} {line}")
+    assert any(isinstance(line, float) for line in found.values())

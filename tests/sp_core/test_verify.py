@@ -1,0 +1,129 @@
+"""`spray verify`: the README's models pass their proof, wrong ones are told where they go wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from service.cli.main import main
+from sp_core.verify.verify import Unverifiable, find_proofs, verify
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+WRONG = '''
+class Pool(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states - hidden_states.mean(1, keepdim=True)
+
+
+class MixesTokens(Standard):
+    """A module between split and gather that looks at other tokens without attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = Pool()
+
+    def forward(self, hidden_states):
+        hidden_states = self.pool(self.blocks[0](hidden_states))
+        return self.proj_out(self.blocks[1](hidden_states))
+
+
+class ForgetsPositions(WithRope):
+    _sp_plan = Standard._sp_plan
+
+
+class Blind(Standard):
+    def forward(self, hidden_states):
+        return self.proj_out(self.blocks[0](hidden_states) * 0)
+
+
+class FailsAlone(Standard):
+    _sp_example = {"hidden_states": ["B", "S", 47]}
+
+
+class NoNumber(Standard):
+    def forward(self, hidden_states):
+        output = super().forward(hidden_states)
+        return output, output * float("nan")
+
+
+class Silent(Standard):
+    _sp_example = None
+
+
+class NeedsWidth(Standard):
+    def __init__(self, width):
+        super().__init__()
+'''
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The README's classes, and wrong ones, as the module `readme_models` in the working directory."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    (source,) = [block for block in blocks if "class Standard" in block]
+    (tmp_path / "readme_models.py").write_text(source + WRONG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_the_patterns_of_the_readme(models: Path) -> None:
+    for name in ("Standard", "WithRope", "Unified", "Intrusive"):
+        lines = list(verify(f"readme_models:{name}", worlds=(3,)))
+        assert [good for good, _ in lines] == [True] * 3
+        assert all("same within" in line for _, line in lines[1:])
+
+
+def test_models_that_go_wrong(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, says in (
+        ("MixesTokens", "first at 'pool', whose output (1, 12, 48) differs by"),
+        ("ForgetsPositions", "failed: RuntimeError: The size of tensor a (12) must match"),
+        ("NoNumber", "differs by inf"),
+        ("Blind", "proves nothing: with attention kept local the answer differs by 0.0e+00 only"),
+    ):
+        assert main(["verify", f"readme_models:{name}", "--world", "2"]) == 1
+        said = capsys.readouterr()
+        assert says in said.out
+        assert "not every layout gives the answer of one process" in said.err
+
+
+def test_classes_of_diffusers_need_no_description(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "diffusers:WanVACETransformer3DModel", "--world", "2"]) == 0
+    assert capsys.readouterr().out.count("same within") == 2
+
+
+def test_what_cannot_be_verified(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (models / "list.json").write_text("[]")
+    (models / "typo.json").write_text('{"int": {}}')
+    for arguments, says in (
+        (["readme_models"], "expected package.module:Class, got 'readme_models'"),
+        (["nowhere:Class"], "nowhere:Class cannot be imported: No module named 'nowhere'"),
+        (["readme_models:Nothing"], "has no attribute 'Nothing'"),
+        (["readme_models:SPLIT"], "has no attribute 'SPLIT'"),
+        (["readme_models:sp_shard"], "is no torch.nn.Module class"),
+        (["readme_models:Silent"], "does not say what its forward takes"),
+        (["readme_models:NeedsWidth"], "cannot be built with {}"),
+        (["readme_models:FailsAlone"], "does not run on one process (even): RuntimeError: mat1 and mat2"),
+        (["readme_models:Standard", "--config", "list.json"], "must be an object with init and inputs"),
+        (["readme_models:Standard", "--config", "typo.json"], "the config has int; allowed: init, inputs"),
+    ):
+        assert main(["verify", *arguments, "--world", "2"]) == 2
+        assert says in capsys.readouterr().err
+    for worlds in ("1", "2,x", ""):
+        with pytest.raises(SystemExit):
+            main(["verify", "readme_models:Standard", "--world", worlds])
+        assert "expected numbers of at least 2 by comma" in capsys.readouterr().err
+
+
+def test_a_config_file_says_how_to_build_and_call(models: Path) -> None:
+    config = '{"init": {"width": 3}, "inputs": {"hidden_states": ["B", "S", 48]}}'
+    (proof,) = find_proofs("readme_models:NeedsWidth", config).values()
+    assert {case: tuple(given["hidden_states"].shape) for case, given in proof.inputs.items()} == {
+        "even": (1, 24, 48),
+        "uneven, batch of 2": (2, 17, 48),
+        "short": (1, 3, 48),
+    }
+    proof.build()
+    with pytest.raises(Unverifiable, match="cannot be built with"):
+        find_proofs("readme_models:NeedsWidth", '{"_class_name": "x", "w": 1}')["NeedsWidth"].build()

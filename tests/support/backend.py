@@ -1,0 +1,93 @@
+"""A hall without Ray for tests of the doors: it answers at once, or does what the prompt names."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from deploy.spec import Defaults, Limits, LoRA, ModelSpec
+from service.state.model_states import ModelState
+from sp_core.degrees import ParallelDegrees
+from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed, ShuttingDown, Unauthorized
+from workers.messages import GenerationRequest, GenerationResult, StepEvent
+
+SMALL = Defaults(width=64, height=64, num_inference_steps=4, num_frames=5)
+INK = LoRA(name="ink", source="/nowhere/ink.safetensors")
+
+
+def a_model(name: str, **changes: Any) -> ModelSpec:
+    """A model that nobody loads."""
+    return ModelSpec(name=name, source="/nowhere", device="cpu", loras=(INK,), **changes)
+
+
+class Hall:
+    """Two models for anything; `paint` is for pictures only and `film` for videos only, each with an alias."""
+
+    instance_id = "test"
+
+    def __init__(self) -> None:
+        self.requests: list[GenerationRequest] = []
+        self.max_body_bytes = 1 << 20
+        self.draining = False
+        self.in_flight = 0
+        self.key: str | None = None
+        self.closed = False
+        self.released = asyncio.Event()
+        video_limits = Limits(max_num_frames=9, max_work=64 * 64 * 9 * 10)
+        self._models = [
+            a_model("one"),
+            a_model("two"),
+            a_model(
+                "paint",
+                tasks=("text-to-image",),
+                aliases=("brush", "pencil"),
+                limits=Limits(max_work=1024 * 1024 * 50 * 2),
+            ),
+            a_model("film", tasks=("text-to-video",), aliases=("movie",), limits=video_limits, defaults=SMALL),
+        ]
+        self.found = {model.name: ModelState("running", "", {"RUNNING": 1}) for model in self._models}
+        self.raises = {
+            "full": QueueFull("too many requests wait"),
+            "lost": GangLost("gone"),
+            "draining": ShuttingDown("about to stop"),
+            "failed": RequestFailed("rank 1: MemoryError"),
+            "peer": PeerFailed("rank 0 stopped"),
+            "bug": ZeroDivisionError("secret detail"),
+        }
+
+    def admit(self, authorization: str | None) -> None:
+        """With a key, only who has it."""
+        if self.key is not None and authorization != f"Bearer {self.key}":
+            raise Unauthorized("a valid API key is needed")
+
+    def models(self) -> dict[str, ModelSpec]:
+        """By name."""
+        return {model.name: model for model in self._models}
+
+    def states(self) -> dict[str, ModelState]:
+        """What a test has set."""
+        return self.found
+
+    def cluster(self) -> dict[str, Any]:
+        """Marked, so that a test sees it."""
+        return {"object": "cluster", "mark": "of the hall"}
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+        """Raise what the prompt names; `asleep` tells its state thrice first, `never` for ever; `slow` waits."""
+        self.requests.append(request)
+        if request.prompt in self.raises:
+            raise self.raises[request.prompt]
+        try:
+            for _ in itertools.count() if request.prompt == "never" else range(3 * (request.prompt == "asleep")):
+                yield self.found[request.model]
+                await asyncio.sleep(0.01)
+            if request.prompt == "slow":
+                await self.released.wait()
+            yield StepEvent(1, 1, 0.5)
+            while request.prompt == "endless":
+                await asyncio.sleep(0.01)
+                yield StepEvent(1, 1, 0.5)
+            seeds = tuple(request.seed + i for i in range(request.n))
+            yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2)
+        finally:
+            self.closed = True

@@ -1,0 +1,98 @@
+"""Deployments of the demo model for tests, and what tests look up in a running cluster."""
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+from PIL import Image
+
+from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, Metrics, ModelSpec, Placement, Timeouts
+from service.rollout.local_cluster import LocalCluster
+from sp_core.degrees import ParallelDegrees
+from workers.messages import RankStatus
+
+Seen = TypeVar("Seen")
+
+PATIENCE_S = 240.0
+"""For what is bound to come: far longer than it takes on a slow and busy machine, shorter than a test may take."""
+
+PING_S = 300.0
+"""After which a silent rank is given up. Longer than any machine is too busy for an answer, and than a test waits: what
+a test sees happen before was noticed by other means."""
+
+
+def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
+    """The demo model on so many ranks, each with a small fraction of a CPU."""
+    return ModelSpec(
+        name=name,
+        source=str(folder),
+        device="cpu",
+        parallel=ParallelDegrees(**degrees),
+        defaults=Defaults(width=64, height=48, num_inference_steps=4),
+        limits=Limits(max_width=256, max_height=256, max_n=2, size_multiple=8),
+        max_queued=3,
+        placement=Placement(cpus_per_rank=0.1),
+        timeouts=Timeouts(startup_s=550, ping_s=PING_S),
+    )
+
+
+def deployment(*models: ModelSpec) -> DeploymentSpec:
+    """On free ports."""
+    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0), metrics=Metrics(port=0))
+
+
+def pixels(b64_json: str) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """The picture of an answer, `(H, W, 3)`."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB"), dtype=np.int16)
+
+
+def rank_actors(name: str) -> list[Any]:
+    """Handles of the model's running ranks, in rank order."""
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(f"{name}-")]
+    actors.sort(key=lambda actor: actor["name"])
+    return [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
+
+
+def rank_statuses(name: str) -> list[RankStatus]:
+    """Status of the model's running ranks."""
+    statuses: list[RankStatus] = ray.get([rank.status.remote() for rank in rank_actors(name)], timeout=120)
+    return statuses
+
+
+def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work(rank_actor_instance, *args)` inside a rank's process."""
+    return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=120)
+
+
+def in_each_forward(actor: Any, work: Callable[[], object]) -> None:
+    """In a rank's process: do this inside every forward from now on."""
+
+    def before_block(*_: Any) -> None:
+        work()
+
+    actor._rank._loaded.pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(before_block)
+
+
+def wait_while(there: Path) -> None:
+    """As long as a file is there; a request whose forwards do this runs for as long as a test wants it to."""
+    while there.exists():
+        time.sleep(0.01)
+
+
+def wait_for(look: Callable[[], Seen], wanted: Callable[[Seen], bool]) -> Seen:
+    """Look until what is seen is what is wanted, and return it; it must be bound to come and to stay."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not wanted(seen := look()):
+        assert time.monotonic() < deadline, f"after {PATIENCE_S:g} s: {seen}"
+        time.sleep(0.1)
+    return seen
+
+
+def ready(cluster: LocalCluster) -> None:
+    """Wait until a cluster answers. Patiently: ranks import for seconds each, on few and busy cores."""
+    cluster.wait_ready(timeout_s=560)

@@ -1,0 +1,167 @@
+"""Every pipeline, stepped, makes what diffusers' classic pipeline makes, and the same on every layout."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from deploy.pipelines import PIPELINES, pipeline_name
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankPool
+from sp_core.verify.verify import BAR
+from tests.support.deployments import model
+from tests.workers.test_denoising import ALONE, Generated, generate, pixels
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+from workers.model.adapters.pipeline_adapter import RECIPES
+from workers.model.denoising import Denoising
+from workers.model.loader import load_model
+from workers.model.media import encode
+
+PICTURES = GenerationRequest(
+    "a", "demo", "a cup of coffee", width=80, height=112, num_inference_steps=4, seed=3, n=2, guidance_scale=3.5
+)
+VIDEO = replace(
+    PICTURES, width=64, height=48, num_frames=9, num_inference_steps=2, guidance_scale=2.0, output_format="mp4"
+)
+
+REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {
+    "z-image": ("z-image", replace(PICTURES, guidance_scale=2.0), {"guidance_scale": 2.0}),
+    "z-image, unguided": ("z-image", replace(PICTURES, guidance_scale=0.0), {"guidance_scale": 0.0}),
+    "wan": (
+        "wan",
+        replace(VIDEO, negative_prompt="blurry", guidance_scale_2=1.5),
+        {"guidance_scale": 2.0, "guidance_scale_2": 1.5, "negative_prompt": "blurry", "num_frames": 9},
+    ),
+    "wan, unguided": ("wan", replace(VIDEO, guidance_scale=1.0), {"guidance_scale": 1.0, "num_frames": 9}),
+    "flux": ("flux", PICTURES, {"guidance_scale": 3.5}),
+}
+"""For each a family, our request, and what the classic pipeline is told."""
+
+LAYOUTS = {
+    "ulysses 2": ParallelDegrees(ulysses_degree=2),
+    "ring 3": ParallelDegrees(ring_degree=3),
+    "tp 2 x ulysses 2": ParallelDegrees(tensor_parallel_size=2, ulysses_degree=2),
+    "cfg 2 x ulysses 2": ParallelDegrees(cfg_parallel_size=2, ulysses_degree=2),
+}
+
+
+def alone(folder: Path, request: GenerationRequest) -> Generated:
+    return generate(ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60), folder, request)
+
+
+def differ(first: list[Any], second: list[Any]) -> int:
+    """The largest difference of two lists of pictures or videos, in steps of 1/255."""
+    return max(int(np.abs(a - b).max()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: str) -> None:
+    family, request, told = REQUESTS[name]
+    _, made = alone(demo_models[family], request)
+    classic = DiffusionPipeline.from_pretrained(demo_models[family], local_files_only=True)
+    classic.set_progress_bar_config(disable=True)
+    count = RECIPES[type(classic).__name__].count_input
+    expected = classic(
+        request.prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.n)],
+        output_type="np",
+        **{count: request.n},
+        **told,
+    )[0]
+    reference = [(each * 255).round().astype(np.int16) for each in expected]
+    assert differ(made, reference) <= 1
+
+
+CASES = [(name, layout) for name in ("z-image", "wan", "flux") for layout in LAYOUTS]
+CASES += [(name, "cfg 2 x ulysses 2") for name in ("z-image, unguided", "wan, unguided")]
+CASES.remove(("flux", "cfg 2 x ulysses 2"))  # it has one branch
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_every_layout_makes_the_same(ranks: RankPool, demo_models: dict[str, Path], name: str, layout: str) -> None:
+    family, request, _ = REQUESTS[name]
+    ((latents, made),) = ranks.run(ALONE, generate, demo_models[family], request)
+    for rank, (got, drawn) in enumerate(ranks.run(LAYOUTS[layout], generate, demo_models[family], request)):
+        assert error(got, latents) <= BAR
+        assert len(drawn) == (request.n if rank == 0 else 0)
+        assert rank or differ(drawn, made) <= 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", REQUESTS)
+def test_eight_ranks_on_three_axes(demo_models: dict[str, Path], name: str) -> None:
+    family, request, _ = REQUESTS[name]
+    cfg = 1 if family == "flux" else 2
+    layout = ParallelDegrees(cfg_parallel_size=cfg, ulysses_degree=4 // cfg, tensor_parallel_size=2)
+    pool = RankPool(layout.world_size)
+    try:
+        ((latents, made),) = pool.run(ALONE, generate, demo_models[family], request)
+        found = pool.run(layout, generate, demo_models[family], request)
+    finally:
+        pool.stop()
+    assert max(error(got, latents) for got, _ in found) <= BAR
+    assert differ(found[0][1], made) <= 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_timesteps_are_not_rounded_in_bfloat16(demo_models: dict[str, Path], scale: float) -> None:
+    request = replace(PICTURES, guidance_scale=scale)
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    _, made = generate(mesh, demo_models["z-image"], request, dtype="bfloat16")
+    classic = DiffusionPipeline.from_pretrained(demo_models["z-image"], torch_dtype=torch.bfloat16)
+    classic.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
+    size = {"width": request.width, "height": request.height, "num_inference_steps": request.num_inference_steps}
+    expected = classic(
+        request.prompt, guidance_scale=scale, generator=generators, num_images_per_prompt=request.n, **size
+    ).images
+    assert differ(made, [pixels(each) for each in expected]) <= 1
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "frames": ("wan", {"num_frames": 8}, r"multiple of 4, plus 1 \(such as 5 or 9\), got 8"),
+    "frames of a picture": ("flux", {"num_frames": 5, "output_format": "png"}, "makes pictures, got num_frames=5"),
+    "size": ("wan", {"width": 56}, "width must be a multiple of 16, got 56"),
+    "format": ("wan", {"output_format": "png"}, r"makes videos \(mp4\), got 'png'"),
+    "format of a picture": ("z-image", {"num_frames": 1}, r"makes images \(png, jpeg, webp\), got 'mp4'"),
+    "negative prompt": (
+        "flux", {"num_frames": 1, "output_format": "png", "negative_prompt": "x"}, "not guided by a negative prompt",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_model_cannot_do_is_the_callers_mistake(demo_models: dict[str, Path], name: str) -> None:
+    family, changes, said = REFUSALS[name]
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    loaded = load_model(model(demo_models[family]), mesh)
+    with pytest.raises(InvalidParameter, match=said):
+        Denoising(loaded, replace(VIDEO, **changes))
+
+
+def test_every_pipeline_has_a_recipe(demo_models: dict[str, Path]) -> None:
+    assert RECIPES.keys() == PIPELINES.keys() == {pipeline_name(folder) for folder in demo_models.values()}
+
+
+def test_a_video_file_has_the_frames() -> None:
+    frames = [Image.new("RGB", (64, 48), (40 * i, 100, 200)) for i in range(5)]
+    with av.open(io.BytesIO(encode(frames, replace(VIDEO, fps=8)))) as container:
+        (stream,) = container.streams
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert stream.average_rate == 8
+    assert [frame.shape for frame in found] == [(48, 64, 3)] * 5
+    for i, frame in enumerate(found):
+        assert np.abs(frame.mean(axis=(0, 1)) - [40 * i, 100, 200]).max() < 6

@@ -1,0 +1,89 @@
+"""The cost model: what a gang has run it knows, the rest it scales."""
+
+import dataclasses
+
+import pytest
+
+from sp_core.degrees import ParallelDegrees
+from workers.gang.cost import SHAPES_KEPT, CostModel
+from workers.messages import GenerationRequest, GenerationResult
+
+SQUARE = GenerationRequest("r", "m", "a cup", 512, 512, 10, seed=1)
+
+
+def took(step_s: float, steps: int = 10, outside_s: float = 1.0) -> GenerationResult:
+    return GenerationResult((), (), ParallelDegrees(), outside_s / 4, (step_s,) * steps, outside_s * 3 / 4)
+
+
+def test_nothing_is_known_before_the_first_request() -> None:
+    cost = CostModel()
+    assert cost.seconds(SQUARE, 1) is None
+    assert cost.mean_request_s is None
+    assert cost.shapes == ()
+
+
+def test_a_known_shape_costs_what_it_took() -> None:
+    cost = CostModel()
+    cost.observe(SQUARE, 2, took(0.5))
+    assert cost.seconds(SQUARE, 2) == pytest.approx(10 * 0.5 + 1)
+    assert cost.seconds(SQUARE, 2, steps_done=7) == pytest.approx(3 * 0.5 + 1)
+    assert cost.seconds(dataclasses.replace(SQUARE, num_inference_steps=30), 2) == pytest.approx(30 * 0.5 + 1)
+    assert cost.mean_request_s == pytest.approx(6.0)
+    assert cost.shapes == ((512, 512, 1),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "forwards", "times"),
+    [({"width": 1024}, 1, 2), ({"num_frames": 9}, 1, 9), ({"n": 3}, 1, 3), ({}, 2, 2), ({"height": 256}, 2, 1)],
+)
+def test_an_unseen_request_is_scaled_by_forwards_and_tokens(changes: dict[str, int], forwards: int, times: int) -> None:
+    cost = CostModel()
+    cost.observe(SQUARE, 1, took(0.5))
+    request = dataclasses.replace(SQUARE, **changes)
+    assert cost.seconds(request, forwards) == pytest.approx(10 * 0.5 * times + 1)
+
+
+def test_the_nearest_known_shape_is_scaled_not_the_latest() -> None:
+    cost = CostModel()
+    large = dataclasses.replace(SQUARE, width=2048, height=2048)
+    cost.observe(large, 1, took(16.0, outside_s=8.0))  # twice as slow per token as the small one
+    cost.observe(SQUARE, 1, took(0.5))
+    near_large = dataclasses.replace(SQUARE, width=2048, height=1024)
+    near_small = dataclasses.replace(SQUARE, width=512, height=1024)
+    assert cost.seconds(near_large, 1) == pytest.approx(10 * 8.0 + 8)
+    assert cost.seconds(near_small, 1) == pytest.approx(10 * 1.0 + 1)
+
+
+def test_it_follows_a_gang_that_becomes_slower() -> None:
+    cost = CostModel()
+    for step_s in [0.5] * 5 + [1.0] * 20:
+        cost.observe(SQUARE, 1, took(step_s))
+    assert cost.seconds(SQUARE, 1) == pytest.approx(11.0, rel=0.01)
+
+
+def test_a_first_step_that_compiles_is_not_the_price_of_a_step() -> None:
+    cost = CostModel()
+    result = dataclasses.replace(took(0.5), step_seconds=(60.0, *(0.5,) * 9))
+    cost.observe(SQUARE, 1, result)
+    assert cost.seconds(SQUARE, 1) == pytest.approx(6.0)
+
+
+def test_the_typical_request_is_the_mean_at_first_and_then_follows() -> None:
+    cost = CostModel()
+    for steps in (10, 30):
+        cost.observe(dataclasses.replace(SQUARE, num_inference_steps=steps), 1, took(0.5, steps))
+    assert cost.mean_request_s == pytest.approx((6 + 16) / 2)
+    for _ in range(100):
+        cost.observe(SQUARE, 1, took(0.5))
+    assert cost.mean_request_s == pytest.approx(6.0, rel=0.02)
+
+
+def test_shapes_are_forgotten_by_age_of_use() -> None:
+    cost = CostModel()
+    for side in range(16, 16 * (SHAPES_KEPT + 1), 16):
+        cost.observe(dataclasses.replace(SQUARE, width=side), 1, took(0.5))
+    cost.observe(dataclasses.replace(SQUARE, width=16), 1, took(0.5))  # used again: young
+    cost.observe(dataclasses.replace(SQUARE, width=16, num_frames=5), 1, took(0.5))
+    assert len(cost.shapes) == SHAPES_KEPT
+    assert (16, 512, 1) in cost.shapes
+    assert (32, 512, 1) not in cost.shapes

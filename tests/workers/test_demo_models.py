@@ -1,0 +1,54 @@
+"""The demo models are worth testing with: diffusers' own pipelines run them, and what is asked shows in the pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from workers.demo_models.__main__ import FAMILIES, write_demo_model
+
+SIZE = {"width": 64, "height": 48, "num_inference_steps": 6, "output_type": "np"}
+FAMILY_SIZE: dict[str, dict[str, Any]] = {"wan": {"num_frames": 9}}
+UNGUIDED = {"z-image": {"guidance_scale": 0.0}, "wan": {"guidance_scale": 1.0}}
+GUIDED = {"qwen-image": {"true_cfg_scale": 4.0}, "flux": {"true_cfg_scale": 4.0}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / family
+    write_demo_model(out, family)
+    return out
+
+
+def test_what_is_asked_shows(family: str, folder: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str, **options: Any) -> Any:
+        size = SIZE | FAMILY_SIZE.get(family, {})
+        drawn = pipeline(prompt, generator=torch.Generator().manual_seed(1), **size, **options)
+        pixels = 255 * np.asarray(drawn[0])
+        assert np.isfinite(pixels).all()
+        assert pixels.std() > 20 and ((pixels < 1) | (pixels > 254)).mean() < 0.1  # neither flat nor saturated
+        return pixels
+
+    plain = draw("a cup of coffee", **UNGUIDED.get(family, {}))
+    other = draw("a red fox in the snow", **UNGUIDED.get(family, {}))
+    guided = draw("a cup of coffee", negative_prompt="blurry", **GUIDED.get(family, {"guidance_scale": 4.0}))
+    assert np.abs(plain - other).mean() > 10
+    assert np.abs(plain - guided).mean() > 3
+
+
+def test_the_same_call_writes_the_same_files(family: str, folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / family
+    write_demo_model(again, family)
+    written = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert written == {file.relative_to(again): file.read_bytes() for file in again.rglob("*") if file.is_file()}

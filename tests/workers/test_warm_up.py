@@ -1,0 +1,57 @@
+"""After the warm-up of a compiled model, no request of a warm shape compiles anything, whatever its prompt."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from deploy.spec import LoRA, WarmupShape
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.verify.rank_pool import RankPool
+from tests.support.deployments import model
+from workers.gang.rank import Rank
+from workers.messages import GenerationRequest, GenerationResult
+from workers.model.loader import load_model
+
+FIRST = GenerationRequest("a", "demo", "a cup of coffee on a table", width=64, height=48, num_inference_steps=2, seed=1)
+REQUESTS = [
+    FIRST,
+    replace(FIRST, prompt="x", negative_prompt="a long list of things that nobody wants to see"),
+    replace(FIRST, prompt="a much longer prompt than any before, with many words in it", negative_prompt=""),
+    replace(FIRST, prompt="a prompt of yet another length", loras=(("ink", 0.5),)),
+]
+
+
+def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[int]:
+    """How many compiled graphs there are after the start, after an adapter has come, and after each request."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),)}
+    spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=compiled)
+    rank = Rank(mesh.axis("gang").rank, spec)
+    rank._mesh, rank._loaded = mesh, load_model(rank.model, mesh)
+    rank._warm_up()
+    found = [counters["stats"]["unique_graphs"]]
+    rank.set_loras((ink,))
+    found.append(counters["stats"]["unique_graphs"])
+    for request in REQUESTS:
+        assert any(isinstance(report, GenerationResult) for report in rank.generate(request)) == (rank.rank == 0)
+        found.append(counters["stats"]["unique_graphs"])
+    return found
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+def test_no_request_compiles(demo_model: Path, ink: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    pool = RankPool(2)  # new processes, with a cache of their own
+    try:
+        for found in pool.run(ParallelDegrees(ulysses_degree=2), graphs, demo_model, ink):
+            assert found[0] > 0
+            assert found[1] > found[0]
+            assert found[2:] == [found[1]] * len(REQUESTS)
+    finally:
+        pool.stop()

@@ -1,0 +1,294 @@
+"""Rank: one process, one device, one place in the mesh.
+
+The same method is called on all ranks at once (SPMD), through `workers.gang.rank_actor` by a gang on Ray, or by
+`workers.gang.local` without it. `status` and `cancel` may be called from another thread while `generate` computes.
+
+What it raises tells the gang what to do. A `RequestError` or `RequestFailed` is agreed by all ranks at a boundary: the
+gang is sound. Anything else may have left the others inside a collective: the gang is lost.
+"""
+
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+
+from deploy.spec import LoRA, ModelSpec
+from sp_core.mesh import ParallelMesh
+from sp_core.tile_parallel import PeerTileFailed
+from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.gang.warm_up import warm_up_requests
+from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
+from workers.metrics import RankMetrics
+from workers.model.denoising import Denoising
+from workers.model.loader import LoadedModel, load_model
+from workers.model.media import encode
+
+Result = TypeVar("Result")
+
+diffusers.logging.set_verbosity_error()
+diffusers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class Rank:
+    """One rank of a gang.
+
+    Args:
+        rank: its number, `0 <= rank < model.parallel.world_size`.
+        model: what to load and how the gang looks.
+        device_index: which of the visible CUDA devices it uses; no meaning on CPU.
+        node_id: the Ray node it runs on; empty outside Ray.
+        replica: the gang's number among those of its model, for metrics.
+    """
+
+    def __init__(
+        self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "", replica: str = "0"
+    ) -> None:
+        self.rank = rank
+        self._replica = replica
+        self._metrics: RankMetrics | None = None
+        self.model = model
+        self._node_id = node_id
+        self._phase: Phase = "starting"
+        self._progress = 0
+        self._step = 0
+        self._read = 0.0
+        self._cancelled: str | None = None
+        if model.device == "cuda":
+            torch.cuda.set_device(device_index)
+        else:
+            torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
+
+    def open_rendezvous(self, host: str) -> int:
+        """Rank 0: host the store where the ranks of this gang meet; its port.
+
+        Args:
+            host: the address to bind, reachable by all ranks.
+        """
+        listener = socket.create_server((host, 0))
+        port = int(listener.getsockname()[1])
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self.model.timeouts.startup_s),
+            master_listen_fd=listener.detach(),
+        )
+        return port
+
+    def join(self, host: str, port: int) -> RankStatus:
+        """Meet the other ranks, form the mesh, load the model. All ranks must call it at once.
+
+        Raises:
+            ValueError: the model cannot be loaded or the layout does not fit it.
+            RuntimeError: the ranks did not meet within the start-up limit.
+        """
+        if host.startswith("127.") and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        limits = self.model.timeouts
+        if self.rank != 0:
+            startup = timedelta(seconds=limits.startup_s)
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                host, port, is_master=False, wait_for_workers=False, timeout=startup
+            )
+        degrees = self.model.parallel
+        dist.init_process_group(
+            "nccl" if self.model.device == "cuda" else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=degrees.world_size,
+            timeout=timedelta(seconds=limits.startup_s),
+        )
+        self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        self._loaded = load_model(self.model, self._mesh, self._on_progress)
+        self._warm_up()
+        self._warm_up_adapters(self.model.loras)
+        self.number(self._replica)  # what was run until now counts nowhere
+        self._phase = "idle"
+        return self.status()
+
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        """Run one request; rank 0 yields its steps, if asked to, and the result at last; the others yield nothing.
+
+        Raises:
+            RequestError: the request does not suit the model.
+            RequestFailed: it failed on some rank, or was cancelled; all ranks have stopped at the same boundary.
+        """
+        try:
+            yield from self._generate(request)
+        finally:
+            self._phase = "idle"
+            if self._cancelled == request.request_id:
+                self._cancelled = None
+
+    def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """Have exactly these adapters from the next request on. All ranks must call it at once, between requests.
+
+        Those that are new, or new under a name, are read, and warmed up where blocks are compiled.
+
+        Raises:
+            RequestFailed: some rank could not read or run one; every rank has the adapters that it had before.
+        """
+        former = self._loaded
+        self._phase = "load"
+        try:
+            self._have(self._together(None, lambda: former.with_loras(loras)))
+            try:
+                self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
+            except (RequestError, RequestFailed):
+                self._have(former)
+                raise
+        finally:
+            self._phase = "idle"
+
+    def _on_progress(self, loaded: float) -> None:
+        self._read = loaded
+
+    def _have(self, loaded: LoadedModel) -> None:
+        loaded.use_loras()
+        self._loaded, self.model = loaded, loaded.spec
+
+    def _warm_up(self) -> None:
+        """Run the spec's shapes once, so that no caller waits for what a first run prepares."""
+        for request in warm_up_requests(self.model):
+            for _ in self._generate(request):
+                pass
+
+    def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
+        """Compile what these need. Up to the last step: behind it rank 0 is alone, and could not fail together."""
+        names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
+        for name in names:
+            for request in warm_up_requests(self.model, ((name, 1.0),)):
+                for _ in self._denoise(self._begin(request)):
+                    pass
+
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        reports = self.rank == 0
+        started = time.perf_counter()
+        denoising = self._begin(request)
+        encoded = time.perf_counter()
+        seconds: list[float] = []
+        for step, took in enumerate(self._denoise(denoising), 1):
+            seconds.append(took)
+            if self._metrics:
+                self._metrics.step(took)
+            if reports and request.report_steps:
+                yield StepEvent(step, denoising.total_steps, took)
+        self._phase = "decode"
+        before = time.perf_counter()
+        denoising.join_pictures()
+        outputs = self._finish(denoising)
+        decode_seconds = time.perf_counter() - before
+        if self._metrics:
+            self._metrics.stage("encode", encoded - started)
+            self._metrics.stage("denoise", sum(seconds))
+            self._metrics.stage("decode", decode_seconds)
+            self._metrics.memory(self._peak_memory())
+        if reports:
+            yield GenerationResult(
+                outputs=outputs,
+                seeds=tuple(request.seed + i for i in range(request.n)),
+                degrees=self.model.parallel,
+                encode_seconds=encoded - started,
+                step_seconds=tuple(seconds),
+                decode_seconds=decode_seconds,
+            )
+
+    def status(self) -> RankStatus:
+        """What this rank is doing; answers while it computes."""
+        return RankStatus(
+            rank=self.rank,
+            pid=os.getpid(),
+            node_id=self._node_id,
+            phase=self._phase,
+            progress=self._progress,
+            model=self.model.name,
+            loaded=self._read,
+            step=self._step,
+        )
+
+    def number(self, replica: str) -> None:
+        """Metrics go under another number of the gang from now on."""
+        if self._metrics:
+            self._metrics.memory(0)
+        self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the request at the next boundary, together with all ranks. Another request is not touched."""
+        self._cancelled = request_id
+
+    def _begin(self, request: GenerationRequest) -> Denoising:
+        self._phase = "encode"
+        self._step = 0
+
+        def encode() -> Denoising:
+            denoising = Denoising(self._loaded, request)
+            denoising.encode()
+            return denoising
+
+        denoising = self._together(request, encode)
+        denoising.share_encoded()
+        self._together(request, denoising.prepare)
+        return denoising
+
+    def _peak_memory(self) -> int:
+        """The most bytes that torch has reserved on this rank's GPU, or its process in main memory."""
+        if self.model.device == "cuda":
+            return torch.cuda.max_memory_reserved()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+    def _denoise(self, denoising: Denoising) -> Iterator[float]:
+        """All steps, and the seconds that each took."""
+        self._phase = "denoise"
+        while not denoising.done:
+            before = time.perf_counter()
+            denoising.step()
+            self._boundary(denoising.request)
+            self._step += 1
+            yield time.perf_counter() - before
+
+    def _together(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
+        """What every rank does for itself, and then learns whether it worked on all."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        self._boundary(request, failure)
+        return result
+
+    def _boundary(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
+        """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
+        self._progress += 1
+        stop = request is not None and self._cancelled == request.request_id
+        failed, cancelled = self._mesh.agree(failure is not None, stop)
+        if isinstance(failure, RequestError):
+            raise failure
+        if failure is not None:
+            raise RequestFailed(f"rank {self.rank}: {type(failure).__name__}: {failure}") from failure
+        if failed:
+            raise PeerFailed(f"rank {self.rank} stopped because another rank failed")
+        if request and cancelled:
+            raise RequestCancelled(f"request {request.request_id} was cancelled")
+
+    def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:
+        try:
+            return tuple(encode(made, denoising.request) for made in denoising.finish())
+        except PeerTileFailed as error:
+            raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
+        except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them
+            raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

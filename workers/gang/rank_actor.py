@@ -1,0 +1,73 @@
+"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang.gang`, which must start fast and so never imports torch.
+
+`status` and `cancel` are in a concurrency group of their own: they answer while a step computes.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import ray
+
+from deploy.spec import LoRA, ModelSpec
+from workers.exporter import Exporter
+from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.model.files import fetch
+
+if TYPE_CHECKING:
+    from workers.gang.rank import Rank
+
+
+@ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
+class RankActor:
+    """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`."""
+
+    def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
+            logging.getLogger("sp_core").setLevel(logging.INFO)
+        node_id = ray.get_runtime_context().get_node_id()
+        folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
+        here = model.model_copy(update={"source": str(folder)})
+        self._rank: Rank = importlib.import_module("workers.gang.rank").Rank(
+            rank, here, node_id=node_id, replica=replica
+        )
+        self._exporter = Exporter()
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Rank 0: the address where the ranks of this gang meet."""
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return host, self._rank.open_rendezvous(host)
+
+    def join(self, host: str, port: int) -> RankStatus:
+        """See `Rank.join`."""
+        return self._rank.join(host, port)
+
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+        """See `Rank.generate`."""
+        yield from self._rank.generate(request)
+
+    def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """See `Rank.set_loras`."""
+        self._rank.set_loras(loras)
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> RankStatus:
+        """See `Rank.status`."""
+        return self._rank.status()
+
+    @ray.method(concurrency_group="control")
+    def serve_metrics(self, host: str, port: int | None) -> None:
+        """See `Exporter.serve_at`."""
+        self._exporter.serve_at(host, port)
+
+    @ray.method(concurrency_group="control")
+    def number(self, replica: str) -> None:
+        """See `Rank.number`."""
+        self._rank.number(replica)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, request_id: str) -> None:
+        """See `Rank.cancel`."""
+        self._rank.cancel(request_id)

@@ -1,0 +1,307 @@
+"""RankGroup: the processes of one gang, from their start to their loss. Never repaired, only replaced as a whole.
+
+`Gang` starts one and runs requests on it. When a rank dies, hangs or raises inside a forward, its peers may wait in a
+collective that will never end: then all of them are killed by pid at once, and `on_lost` is told.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deploy.spec import LoRA, ModelSpec
+from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
+from workers.gang.placement import bundle, bundles_by_node
+from workers.gang.rank_actor import RankActor
+from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+
+logger = logging.getLogger("ray.serve")
+
+PING_PERIOD_S = 0.25
+
+PROC = Path("/proc")
+
+Report = StepEvent | GenerationResult
+
+
+class RankGroup:
+    """As many ranks as the model's layout says, one per bundle of the current placement group.
+
+    Args:
+        model: what the ranks load.
+        models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
+        name: prefix of the ranks' actor names, unique in the cluster.
+        replica: the gang's number among those of its model, for metrics.
+        on_lost: called once, when the ranks are lost.
+    """
+
+    def __init__(
+        self, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+    ) -> None:
+        self._model = model
+        self._on_lost = on_lost
+        self._lost: str | None = None
+        self._statuses: list[RankStatus] = []
+        # Ray cancels whatever a cancelled request has called, rank by rank, and one of them would be left alone in a
+        # collective. Calls made in this context belong to the start of the ranks and not to a request.
+        self._context = contextvars.copy_context()
+        self._watcher: asyncio.Task[None] | None = None
+        group = get_current_placement_group()
+        assert group is not None, "a gang runs in the placement group of its Serve replica"
+        resources = bundle(model)
+        order = bundles_by_node(placement_group_table(group)["bundles_to_node_id"])
+        self._ranks: list[Any] = [
+            RankActor.options(  # type: ignore[attr-defined]
+                name=f"{name}-rank{i}",
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                runtime_env={"env_vars": model.env} if model.env else None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            ).remote(i, model, models_folder, replica)
+            for i, index in enumerate(order)
+        ]
+
+    @classmethod
+    async def start(
+        cls, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+    ) -> Self:
+        """Start the ranks, let them meet and load, and begin to watch them.
+
+        Raises:
+            GangLost: a rank died, could not load the model, or was not ready in time.
+        """
+        group = cls(model, models_folder, name, replica, on_lost)
+        limit = model.timeouts.startup_s
+        try:
+            group._statuses = await asyncio.wait_for(group._assemble(), limit)
+        except TimeoutError:
+            raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
+        except RayTaskError as error:
+            raise GangLost(f"{model.name}: {error.cause}") from None
+        except RayActorError as error:
+            raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
+        group._watcher = asyncio.create_task(group._watch())
+        return group
+
+    async def run(self, request: GenerationRequest) -> AsyncIterator[Report]:
+        """One request on all ranks; when the caller leaves early, the ranks stop at their next boundary.
+
+        Raises:
+            RequestError: the request does not suit the model.
+            RequestFailed: it failed, or was cancelled; the ranks go on.
+            GangLost: the ranks are lost.
+        """
+        run = _Run(self._ranks, request, self._context)
+        try:
+            async for report in self._collect(run):
+                yield report
+        finally:
+            if run.running:
+                await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+
+    async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """Let all ranks have exactly these adapters. Only between requests; those already there are not read again.
+
+        Raises:
+            RequestFailed: some rank could not read or run one; all ranks have the adapters that they had before.
+            GangLost: the ranks are lost.
+        """
+        calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
+        await asyncio.shield(asyncio.create_task(self._settle(calls)))  # whoever leaves early leaves no rank alone
+
+    def serve_metrics(self, host: str, port: int | None) -> None:
+        """Let ranks on nodes without a gang answer Prometheus; on this node the gang does. See `workers.exporter`."""
+        here = ray.get_runtime_context().get_node_id()
+        for status, rank in zip(self._statuses, self._ranks, strict=True):
+            if status.node_id != here:
+                rank.serve_metrics.remote(host, port)
+
+    def number(self, replica: str) -> None:
+        """Let the ranks observe under another number of their gang."""
+        for rank in self._ranks:
+            rank.number.remote(replica)
+
+    @property
+    def statuses(self) -> Sequence[RankStatus]:
+        """What each rank said last; some hundred milliseconds old."""
+        return self._statuses
+
+    def check_watched(self) -> None:
+        """Whether the ranks are watched, or lost and known to be.
+
+        Raises:
+            GangLost: the watch has ended by itself.
+        """
+        if not self._lost and (self._watcher is None or self._watcher.done()):
+            raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
+
+    async def _assemble(self) -> list[RankStatus]:
+        host, port = await self._ranks[0].open_rendezvous.remote()
+        return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in self._ranks)))
+
+    async def _collect(self, run: "_Run") -> AsyncIterator[Report]:
+        """What the ranks report, until all of them are done with the request."""
+        failures: list[SprayError] = []
+        while run.running:
+            report = await run.reports.get()
+            if not isinstance(report, _RankDone):
+                yield report
+                continue
+            run.running -= 1
+            if report.error is not None:
+                failures.append(self._agreed(report.error))
+        _raise_reason(failures)
+
+    async def _settle(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
+        """The end of a call of all ranks. The first that is lost ends it: the others may never return."""
+        failures: list[SprayError] = []
+        for call in asyncio.as_completed(calls):
+            error = await call
+            if error is not None:
+                failures.append(self._agreed(error))
+        _raise_reason(failures)
+
+    def _agreed(self, error: Exception) -> SprayError:
+        """The error, if all ranks agree on it and go on.
+
+        Raises:
+            GangLost: it is of another kind, and the ranks are lost.
+        """
+        if isinstance(error, RequestError | RequestFailed):
+            return error
+        self._give_up(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise GangLost(f"{self._model.name}: {self._lost}")
+
+    async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
+        """Stop the ranks at their next boundary, and see that all of them arrive there."""
+        if self._lost:
+            return
+        for rank in self._ranks:
+            rank.cancel.remote(request.request_id)
+        with contextlib.suppress(SprayError):
+            async for _ in self._collect(run):
+                pass
+
+    async def _watch(self) -> None:
+        await asyncio.gather(self._watch_processes(), self._watch_progress())
+
+    async def _watch_processes(self) -> None:
+        """Give the ranks up when one is stopped or dead, as far as this node can see; that takes no patience."""
+        here = ray.get_runtime_context().get_node_id()
+        near = [status for status in self._statuses if status.node_id == here]
+        suspects: set[int] = set()
+        while not self._lost:
+            halted = {status.rank for status in near if _is_halted(status.pid)}
+            for rank in halted & suspects:  # twice in a row: a debugger may stop a process for a moment
+                self._give_up(f"the process of rank {rank} is stopped or dead")
+            suspects = halted
+            await asyncio.sleep(PING_PERIOD_S)
+
+    async def _watch_progress(self) -> None:
+        """Give the ranks up when one does not answer, or passes no boundary for too long."""
+        limits = self._model.timeouts
+        clock = asyncio.get_running_loop().time
+        moved = [(status.progress, clock()) for status in self._statuses]
+        while not self._lost:
+            pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
+            for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
+                if isinstance(status, BaseException):
+                    self._give_up(f"rank {i} does not answer ({type(status).__name__})")
+                    continue
+                self._statuses[i] = status
+                if status.phase == "idle" or status.progress != moved[i][0]:
+                    moved[i] = (status.progress, clock())
+                elif clock() - moved[i][1] > limits.phase_s:
+                    self._give_up(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+            await asyncio.sleep(PING_PERIOD_S)
+
+    def _give_up(self, reason: str) -> None:
+        if self._lost:
+            return
+        self._lost = reason
+        logger.error("%s: ranks lost: %s", self._model.name, reason)
+        here = ray.get_runtime_context().get_node_id()
+        for status, rank in zip(self._statuses, self._ranks, strict=True):
+            if status.node_id == here:
+                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
+            else:
+                ray.kill(rank)
+        self._on_lost()
+
+
+class _Run:
+    """One request on all ranks: what they report, and how many of them still run."""
+
+    def __init__(self, ranks: list[Any], request: GenerationRequest, context: contextvars.Context) -> None:
+        self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
+        self.running = len(ranks)
+        self._drains = [asyncio.create_task(_drain(rank, request, self.reports), context=context) for rank in ranks]
+
+
+class _RankDone:
+    """A rank's last word about a request: None, or what it raised."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+async def _drain(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]") -> None:
+    try:
+        async for reference in rank.generate.options(num_returns="streaming").remote(request):
+            reports.put_nowait(await reference)
+    except RayTaskError as error:
+        reports.put_nowait(_RankDone(error.cause))
+    except Exception as error:
+        reports.put_nowait(_RankDone(error))
+    else:
+        reports.put_nowait(_RankDone(None))
+
+
+async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:
+    """None, or what the rank raised."""
+    try:
+        await rank.set_loras.remote(loras)
+    except RayTaskError as error:
+        cause: Exception = error.cause
+        return cause
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_reason(failures: list[SprayError]) -> None:
+    """Raise, if any: all ranks have stopped together, at least one of them with the reason."""
+    if failures:
+        raise min(failures, key=lambda error: isinstance(error, PeerFailed))
+
+
+async def _status(rank: Any) -> RankStatus:
+    status: RankStatus = await rank.status.remote()
+    return status
+
+
+def _is_halted(pid: int) -> bool:
+    """Whether a process of this machine is stopped, a zombie or gone; False where the system does not tell."""
+    if not PROC.is_dir():
+        return False
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        logger.info("rank process %d was gone already", pid)

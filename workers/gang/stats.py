@@ -1,0 +1,58 @@
+"""What a gang tells about its load: to the autoscaler every few seconds, to the routers every ten.
+
+`workers.gang.gang` returns these from `record_autoscaling_stats` and `record_routing_stats`, which Ray Serve calls;
+`service.autoscaling` and `service.routing` read them. Plain numbers, for they cross Serve as dictionaries.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GangLoad:
+    """For the autoscaler. The model's target comes along, since a policy of Serve cannot get arguments that change.
+
+    Attributes:
+        remaining_s: seconds of work left of the running request; 0 when idle or unknown.
+        request_s: seconds of a typical request; 0 before one was learnt.
+        busy: 1 while a request runs, else 0. Serve averages it over its look-back period.
+        startup_s: seconds that this gang took from the start of its constructor until it could serve.
+        target_s: `autoscaling.target_backlog_seconds` of the model.
+    """
+
+    remaining_s: float
+    request_s: float
+    busy: float
+    startup_s: float
+    target_s: float
+
+    def as_stats(self) -> dict[str, float]:
+        """What `record_autoscaling_stats` returns: one number per attribute, by its name."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class GangBacklog:
+    """For the routers.
+
+    Attributes:
+        backlog_s: seconds of work that the gang had accepted and not finished.
+        reported_at: when, in seconds since the epoch. 0: never; nothing is known of the gang.
+        request_s: seconds of a typical request; 0 before one was learnt.
+        shapes: (width, height, num_frames) that the gang has run.
+    """
+
+    backlog_s: float = 0.0
+    reported_at: float = 0.0
+    request_s: float = 0.0
+    shapes: frozenset[tuple[int, int, int]] = frozenset()
+
+    def as_stats(self) -> dict[str, Any]:
+        """What `record_routing_stats` returns; shapes as lists of three numbers."""
+        return {**vars(self), "shapes": [list(shape) for shape in sorted(self.shapes)]}
+
+    @classmethod
+    def from_stats(cls, stats: dict[str, Any]) -> "GangBacklog":
+        """The inverse of `as_stats`. Before the first report Serve has an empty dictionary: the defaults."""
+        known = {field.name: stats[field.name] for field in fields(cls) if field.name in stats}
+        return cls(**{**known, "shapes": frozenset(tuple(shape) for shape in known.get("shapes", ()))})

@@ -1,0 +1,1 @@
+"""Pipeline adapters: how each diffusers pipeline is run step by step."""
