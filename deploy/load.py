@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.keys import keys_at, section_keys
-from deploy.overrides import Layers, dotted
+from deploy.overrides import Overrides, dotted
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
@@ -60,19 +60,19 @@ def load_with_origins(
     Raises:
         SpecError: see `load_spec`.
     """
-    layers = _read(path)
-    layers.add_environment(environ)
-    layers.add_flags(overrides)
-    mistakes = layers.mistakes
+    overridden = _read(path)
+    overridden.add_environment(environ)
+    overridden.add_flags(overrides)
+    mistakes = overridden.mistakes
     try:
-        spec = DeploymentSpec.model_validate(layers.raw)
+        spec = DeploymentSpec.model_validate(overridden.raw)
     except ValidationError as error:
-        mistakes += [_explain(mistake, layers.origins) for mistake in error.errors()]
+        mistakes += [_explain(mistake, overridden.origins) for mistake in error.errors()]
     if mistakes:
         raise SpecError("\n".join(mistakes))
     folder = path.resolve().parent
     spec = spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
-    origins = {name: layers.origins.get(at, "default") for at, name, _ in _values(spec)}
+    origins = {name: overridden.origins.get(at, "default") for at, name, _ in _values(spec)}
     return LoadedSpec(spec, origins)
 
 
@@ -83,7 +83,7 @@ def print_config(loaded: LoadedSpec) -> list[str]:
     return [f"{line:<{width}}  # {origin}" for line, origin in lines]
 
 
-def _read(path: Path) -> Layers:
+def _read(path: Path) -> Overrides:
     try:
         raw, lines = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -95,7 +95,7 @@ def _read(path: Path) -> Layers:
     if not isinstance(raw, dict):
         got = "nothing" if raw is None else type(raw).__name__
         raise SpecError(f"{path}: expected a mapping with the key 'models', got {got}")
-    return Layers(raw, {(): f"file {path}"} | {key: f"file {path}:{line}" for key, line in lines.items()})
+    return Overrides(raw, {(): f"file {path}"} | {key: f"file {path}:{line}" for key, line in lines.items()})
 
 
 def _beside(folder: Path, model: ModelSpec) -> ModelSpec:

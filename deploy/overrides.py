@@ -37,7 +37,7 @@ _VARIABLE = _Spelling("__", lambda text, key: text.upper() == _as_variable(key))
 _FLAG = _Spelling(".", lambda text, key: text == key)
 
 
-class Layers:
+class Overrides:
     """Values of a deployment, the later ones over the earlier ones.
 
     Args:

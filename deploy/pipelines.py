@@ -13,7 +13,7 @@ from deploy.spec import Task
 
 
 @dataclass(frozen=True)
-class PipelineKind:
+class PipelineFamily:
     """One of diffusers' pipeline classes.
 
     Attributes:
@@ -40,10 +40,10 @@ class PipelineKind:
 
 
 PIPELINES = {
-    "FluxPipeline": PipelineKind("image", guided_above=None),
-    "QwenImagePipeline": PipelineKind("image", guided_by_negative_prompt=True),
-    "WanPipeline": PipelineKind("video"),
-    "ZImagePipeline": PipelineKind("image", guided_above=0.0),
+    "FluxPipeline": PipelineFamily("image", guided_above=None),
+    "QwenImagePipeline": PipelineFamily("image", guided_by_negative_prompt=True),
+    "WanPipeline": PipelineFamily("video"),
+    "ZImagePipeline": PipelineFamily("image", guided_above=0.0),
 }
 """By the class name in a model folder's `model_index.json`."""
 

@@ -36,7 +36,7 @@ EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
-class Memory:
+class PolicyState:
     """What the policy keeps from one decision to the next; plain numbers, as Serve stores it.
 
     Attributes:
@@ -63,8 +63,8 @@ class Memory:
 
 
 def decide(
-    now_s: float, queued: float, loads: Sequence[GangLoad], starting: int, before: Memory | None = None
-) -> Memory:
+    now_s: float, queued: float, loads: Sequence[GangLoad], starting: int, before: PolicyState | None = None
+) -> PolicyState:
     """The number of gangs wanted, and what to remember until the next decision.
 
     Args:
@@ -92,10 +92,10 @@ def decide(
     wanted = max(gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9))
     if wanted <= 1:
         wanted = int(queued > 0 or remaining_s > 0 or busy > 0)
-    return Memory(now_s, wanted, offered, busy, queued, remaining_s, request_s, startup_s, target_s)
+    return PolicyState(now_s, wanted, offered, busy, queued, remaining_s, request_s, startup_s, target_s)
 
 
-def asleep(now_s: float, before: Memory) -> Memory:
+def asleep(now_s: float, before: PolicyState) -> PolicyState:
     """What is remembered while no gang runs and nothing waits: the offered load fades, so that a wake-up starts low."""
     weight = _weight(now_s - before.at_s, before.startup_s, before.request_s)
     offered = before.offered * (1 - weight)
@@ -151,9 +151,9 @@ class BacklogPolicy:
         waits, and what was asked for stays.
         """
         now_s = ctx.current_time or 0.0
-        known = {field.name for field in fields(Memory)}
+        known = {field.name for field in fields(PolicyState)}
         state = {name: value for name, value in ctx.policy_state.items() if name in known}
-        before = Memory(**state) if state else None
+        before = PolicyState(**state) if state else None
         if before is not None and 0 <= now_s - before.at_s < EVERY_S and ctx.current_num_replicas:
             return before.wanted, state
         loads = loads_in(ctx.aggregated_metrics or {})
@@ -164,5 +164,5 @@ class BacklogPolicy:
                 state = dict(vars(asleep(now_s, before)))
             return max(wanted, int(queued > 0)), state
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
-        memory = decide(now_s, queued, loads, starting, before)
-        return memory.wanted, dict(vars(memory))
+        decision = decide(now_s, queued, loads, starting, before)
+        return decision.wanted, dict(vars(decision))

@@ -24,7 +24,7 @@ from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
 from service.state.model_states import ModelState
-from service.state.poller import Watch
+from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter
@@ -65,7 +65,7 @@ class Gateway:
         self._keys: list[str] | None = UNSET
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._watch = Watch()
+        self._poller = Poller()
         self._prefetch = Prefetch()
         self._exporter = Exporter()
         self._metrics: dict[str, GatewayMetrics] = {}
@@ -87,7 +87,7 @@ class Gateway:
             if self._keys is UNSET:
                 raise
             logger.error("%s; the former keys stay", error)
-        self._watch.follow(self._models)
+        self._poller.follow(self._models)
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
             self._metrics_of(name)
@@ -120,14 +120,14 @@ class Gateway:
 
     def states(self) -> dict[str, ModelState]:
         """The state of each model by name."""
-        return self._watch.states
+        return self._poller.states
 
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
             with contextlib.suppress(ModelUnavailable):  # it is being deployed
                 self._handle(name)  # its router hears what the gangs say
-        return self._watch.cluster()
+        return self._poller.cluster()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
         """Run one request, on another gang if the first is lost. While it waits, the model's state comes now and then.

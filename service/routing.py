@@ -2,7 +2,7 @@
 
 Ray Serve runs a `LeastBacklogRouter` per model in every gateway; it is named in the deployment's `RequestRouterConfig`.
 It reads what `GangBacklog.as_stats` gave (each gang's `record_routing_stats`, every ten seconds), corrected by what
-this gateway itself has sent and seen finished since. `rank` is the decision and knows nothing of Ray.
+this gateway itself has sent and seen finished since. `tiers` is the decision and knows nothing of Ray.
 
 A gang takes one request at a time and refuses others, so that requests wait in the gateway, first come first served,
 and the routing says which free gang takes the next one. Gangs of other gateways' requests look free until they report:
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from service.state.router_registry import publish
+from service.state.router_registry import register
 from workers.gang.cost import shape_of
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
@@ -64,7 +64,7 @@ def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
     return max(0.0, reported_s, own_s)
 
 
-def rank(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
+def tiers(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
     """The gangs to ask, in ranks; the first rank with a free gang takes the request.
 
     The least backlog leads. Gangs within `COMPARABLE_S` of it come in two ranks, the warm ones first; what is left
@@ -93,7 +93,7 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
     def initialize_state(self, **_kwargs: Any) -> None:
         """Called by Serve once, before any request."""
         self._sent: dict[ReplicaID, Sent] = {}
-        publish(self.app_name, self)
+        register(self.app_name, self)
 
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """What each running gang last said of itself."""
@@ -114,7 +114,7 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
         backlogs = {gang: backlog_s(report, self._sent.get(gang, Sent()), now) for gang, report in reports.items()}
         warm = frozenset(gang for gang, report in reports.items() if shape in report.shapes)
         shuffled = random.sample(list(replicas), len(replicas))
-        return [[replicas[gang] for gang in some] for some in rank(shuffled, backlogs, warm)]
+        return [[replicas[gang] for gang in some] for some in tiers(shuffled, backlogs, warm)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a gang has accepted a request."""

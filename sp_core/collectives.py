@@ -76,7 +76,7 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     return list(gathered.chunk(axis.size))
 
 
-def gather_to_first(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tensor]]:
+def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tensor]]:
     """Every rank's tensors, by rank, on the axis's first rank; the others get an empty list.
 
     Args:

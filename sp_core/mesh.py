@@ -110,7 +110,7 @@ class ParallelMesh:
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(word.tolist())
 
-    def from_first(self, value: bytes | None) -> bytes:
+    def broadcast(self, value: bytes | None) -> bytes:
         """What rank 0 passes, on all ranks; the others pass None. A collective on the control group."""
         if self.degrees.world_size == 1:
             assert value is not None

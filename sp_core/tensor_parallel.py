@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from sp_core import collectives
 from sp_core.mesh import MeshAxis
-from sp_core.tp_plan import AcrossHeads, Channels, Columns, Heads, TensorParallelPlan, TensorParallelStyle
+from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, TensorParallelPlan, TensorParallelStyle
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -127,7 +127,7 @@ def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle
         replacement = lambda: AcrossHeadsRMSNorm(module, index, axis)  # noqa: E731
     elif not isinstance(module, nn.Linear):
         raise ValueError(f"{name!r} is a {type(module).__name__}; only nn.Linear can be shared out by columns or rows")
-    elif isinstance(style, Columns):
+    elif isinstance(style, Colwise):
         blocks = style.blocks or tuple(getattr(module, "_tp_packed_col_blocks", ()))
         index = part_of(name, module.out_features, blocks, axis)
         replacement = lambda: ColumnParallelLinear(module, index)  # noqa: E731

@@ -68,7 +68,7 @@ class TileParallelVAE:
             raise failure
         if failed:
             raise PeerTileFailed("another rank could not decode its tiles")
-        gathered = collectives.gather_to_first(mine, axis)
+        gathered = collectives.gather(mine, axis)
         if axis.rank != 0:
             raise TilesHandedOver
         outputs: list[list[torch.Tensor]] = [[]] * len(record.tiles)

@@ -19,7 +19,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Columns:
+class Colwise:
     """A linear layer of which each rank computes a part of the output features (Megatron-LM's column parallel).
 
     Attributes:
@@ -31,7 +31,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rowwise:
     """A linear layer that takes a part of the input features on each rank; the outputs are summed, the bias once.
 
     Attributes:
@@ -62,7 +62,7 @@ class Channels:
     dim: int = -1
 
 
-TensorParallelStyle = Columns | Rows | AcrossHeads | Heads | Channels
+TensorParallelStyle = Colwise | Rowwise | AcrossHeads | Heads | Channels
 TensorParallelPlan = Mapping[str, TensorParallelStyle]
 
 
@@ -79,7 +79,7 @@ def _style_from_diffusers(name: str, entry: Any) -> TensorParallelStyle:
     kind = entry if isinstance(entry, str) else type(entry).__name__
     blocks = tuple(getattr(entry, "blocks", None) or ())
     if kind in ("colwise", "PackedColwiseParallel"):
-        return Columns(blocks)
+        return Colwise(blocks)
     if kind in ("rowwise", "PackedRowwiseParallel"):
-        return Rows(blocks)
+        return Rowwise(blocks)
     raise ValueError(f"_tp_plan[{name!r}] is {entry!r}, expected 'colwise', 'rowwise' or a packed style")

@@ -1,4 +1,4 @@
-"""The REST door: routes only. `rest_app(hall)` turns HTTP into calls of the hall and back; it runs without Ray.
+"""The REST door: routes only. `rest_app(backend)` turns HTTP into calls of the hall and back; it runs without Ray.
 
 Paths and bodies are OpenAI's; every error, also of an unknown path, is in OpenAI's envelope.
 """
@@ -38,7 +38,7 @@ from workers.messages import GenerationRequest, GenerationResult, StepEvent
 logger = logging.getLogger("ray.serve")
 
 
-class Hall(Protocol):
+class Backend(Protocol):
     """What stands behind the doors; `service.gateway.Gateway` in a deployment."""
 
     instance_id: str
@@ -62,7 +62,7 @@ class Hall(Protocol):
         """The body of `GET /v1/cluster`."""
 
 
-def rest_app(hall: Hall) -> FastAPI:
+def rest_app(backend: Backend) -> FastAPI:
     """The application behind the HTTP port."""
     app = FastAPI(title="spray", openapi_url=None)
     app.add_exception_handler(HTTPException, _http_error)
@@ -70,7 +70,7 @@ def rest_app(hall: Hall) -> FastAPI:
     app.add_exception_handler(Exception, _error)
 
     async def admit(http: Request) -> None:
-        hall.admit(http.headers.get("authorization"))
+        backend.admit(http.headers.get("authorization"))
 
     for_callers = [Depends(admit)]
 
@@ -80,50 +80,55 @@ def rest_app(hall: Hall) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        states = hall.states()
+        states = backend.states()
         waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
         ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
-        status = "draining" if hall.draining else "ok" if ready else "waiting"
-        body = {"status": status, "waiting_for": waiting, "in_flight": hall.in_flight, "instance_id": hall.instance_id}
+        status = "draining" if backend.draining else "ok" if ready else "waiting"
+        body = {
+            "status": status,
+            "waiting_for": waiting,
+            "in_flight": backend.in_flight,
+            "instance_id": backend.instance_id,
+        }
         return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
     @app.get("/v1/cluster", dependencies=for_callers)
     async def cluster() -> dict[str, Any]:
-        return hall.cluster()
+        return backend.cluster()
 
     @app.get("/v1/models", dependencies=for_callers)
     async def list_models() -> dict[str, Any]:
-        states = hall.states()
-        data = [model_object(model, states.get(name)) for name, model in hall.models().items()]
+        states = backend.states()
+        data = [model_object(model, states.get(name)) for name, model in backend.models().items()]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{name:path}", dependencies=for_callers)
     async def retrieve_model(name: str) -> dict[str, Any]:
-        model = find_model(hall.models(), name)
-        return model_object(model, hall.states().get(model.name))
+        model = find_model(backend.models(), name)
+        return model_object(model, backend.states().get(model.name))
 
     @app.post("/v1/images/generations", dependencies=for_callers)
     async def generate_images(http: Request) -> Response:
-        body = parse_body(await _json(http, hall.max_body_bytes), ImageGenerationBody)
-        request = to_request(body, find_model(hall.models(), body.model), uuid.uuid4().hex)
+        body = parse_body(await _json(http, backend.max_body_bytes), ImageGenerationBody)
+        request = to_request(body, find_model(backend.models(), body.model), uuid.uuid4().hex)
         headers = _ignored(body)
         if body.stream:
-            return _Events(_stream(hall, body, request), media_type="text/event-stream", headers=headers)
-        return JSONResponse(images_response(request, await _result(hall, request)), headers=headers)
+            return _Events(_stream(backend, body, request), media_type="text/event-stream", headers=headers)
+        return JSONResponse(images_response(request, await _result(backend, request)), headers=headers)
 
     @app.post("/v1/videos/sync", dependencies=for_callers)
     async def generate_video(http: Request) -> Response:
-        body = parse_body(await _json(http, hall.max_body_bytes), VideoGenerationBody)
-        request = to_request(body, find_model(hall.models(), body.model), uuid.uuid4().hex)
-        result = await _result(hall, request)
+        body = parse_body(await _json(http, backend.max_body_bytes), VideoGenerationBody)
+        request = to_request(body, find_model(backend.models(), body.model), uuid.uuid4().hex)
+        result = await _result(backend, request)
         headers = {"x-seed": str(result.seeds[0]), "x-metrics": json.dumps(metrics(result))} | _ignored(body)
         return Response(result.outputs[0], media_type="video/mp4", headers=headers)
 
     return app
 
 
-async def _result(hall: Hall, request: GenerationRequest) -> GenerationResult:
-    reports = [report async for report in hall.generate(request)]  # to the end: leaving early means cancelling
+async def _result(backend: Backend, request: GenerationRequest) -> GenerationResult:
+    reports = [report async for report in backend.generate(request)]  # to the end: leaving early means cancelling
     if not reports or not isinstance(reports[-1], GenerationResult):
         raise GangLost("the ranks ended without a result")
     return reports[-1]
@@ -160,10 +165,10 @@ class _Events(StreamingResponse):
             await super().stream_response(send)
 
 
-async def _stream(hall: Hall, body: ImageGenerationBody, request: GenerationRequest) -> AsyncGenerator[str]:
+async def _stream(backend: Backend, body: ImageGenerationBody, request: GenerationRequest) -> AsyncGenerator[str]:
     """Server-sent events: progress (as comments, which clients skip, unless asked for), the pictures, `[DONE]`."""
     try:
-        async with contextlib.aclosing(hall.generate(request)) as reports:
+        async with contextlib.aclosing(backend.generate(request)) as reports:
             async for report in reports:
                 if isinstance(report, ModelState):
                     yield f": {request.model} is {report.state}, {report.queued} wait\n\n"

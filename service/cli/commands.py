@@ -29,9 +29,9 @@ from service.rollout.changes import (
     applications,
     deploy,
     failures,
+    find_changes,
+    find_gateway_changes,
     pending,
-    plan_changes,
-    plan_gateway,
     running_models,
     settled,
 )
@@ -106,8 +106,8 @@ def roll_out(arguments: argparse.Namespace) -> None:
         present = applications()
         running = running_models(present)
         spec = settled(spec, running)
-        changes = plan_changes(running, spec.models, arguments.prune)
-        for line in [*map(str, changes), *plan_gateway(spec)]:
+        changes = find_changes(running, spec.models, arguments.prune)
+        for line in [*map(str, changes), *find_gateway_changes(spec)]:
             print(line, flush=True)
         touched = {change.model for change in changes if change.action in TOUCHED}
         spec, obstacles = verify_on_nodes(spec, touched)

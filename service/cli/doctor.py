@@ -21,7 +21,7 @@ from deploy.hub_cache import cache_root
 from deploy.memory import GIB, format_bytes
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import DeploymentSpec
-from service.rollout.ports import obstacle
+from service.rollout.ports import bind_error
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """The oldest NVIDIA driver that runs a CUDA release, by their major versions."""
@@ -193,13 +193,13 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
         host, port = where["host"], where["port"]
         if not port:
             continue
-        reason = obstacle(host, port)
+        reason = bind_error(host, port)
         advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one for spray serve"
         level: Literal["ok", "fail"] = "fail" if reason else "ok"
         said = f"{host}:{port} is {f'taken ({reason})' if reason else 'free'}"
         yield Finding(f"{part} port", level, said, advice if reason else "")
     for port, use in PORTS.items():
-        reason = obstacle("127.0.0.1", port)
+        reason = bind_error("127.0.0.1", port)
         advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""
         said = f"for {use}, is {f'taken ({reason})' if reason else 'free'}"
         yield Finding(f"port {port}", "warn" if reason else "ok", said, advice)

@@ -69,7 +69,7 @@ def running_models(present: Mapping[str, dict[str, Any]]) -> dict[str, ModelSpec
     return found
 
 
-def plan_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], prune: bool = False) -> list[Change]:
+def find_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], prune: bool = False) -> list[Change]:
     """What it takes to get from the models that run to those that are wanted."""
     changes = []
     for model in wanted:
@@ -85,7 +85,7 @@ def plan_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], pru
     return changes
 
 
-def plan_gateway(spec: DeploymentSpec) -> list[str]:
+def find_gateway_changes(spec: DeploymentSpec) -> list[str]:
     """What becomes of the gateway, in lines to print; its table of models is not mentioned."""
     present = applications().get(GATEWAY_APP)
     if present is None:
@@ -130,7 +130,7 @@ def deploy(
 
     Args:
         spec: what the file says.
-        changes: of `plan_changes`, for this spec.
+        changes: of `find_changes`, for this spec.
         planned_on: `applications()` when the changes were planned.
         without_surge: models whose old gangs stop before the new ones start.
 

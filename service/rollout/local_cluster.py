@@ -39,7 +39,7 @@ from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.rollout.changes import apply_config, drain, forget, start_serve
-from service.rollout.ports import obstacle
+from service.rollout.ports import bind_error
 from service.rollout.preflight import derive_tasks
 from service.state.model_states import failure
 from workers.errors import GangLost
@@ -186,8 +186,8 @@ class LocalCluster:
         if port is None:
             return
         candidates = [port] if port else random.sample(METRICS_PORTS, 20)
-        port = next((candidate for candidate in candidates if not obstacle(host, candidate)), candidates[0])
-        reason = obstacle(host, port)
+        port = next((candidate for candidate in candidates if not bind_error(host, candidate)), candidates[0])
+        reason = bind_error(host, port)
         if reason:
             self.stop()
             raise SpecError(
@@ -233,7 +233,7 @@ def _reserve_port(host: str, port: int) -> socket.socket:
     Raises:
         SpecError: the port is taken.
     """
-    reason = obstacle(host, port) if port else ""  # 0: the system gives nobody's, and at once
+    reason = bind_error(host, port) if port else ""  # 0: the system gives nobody's, and at once
     if not reason:
         try:
             reservation = socket.socket()

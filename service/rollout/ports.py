@@ -3,7 +3,7 @@
 import socket
 
 
-def obstacle(host: str, port: int) -> str:
+def bind_error(host: str, port: int) -> str:
     """Why `host:port` cannot be bound, such as `Address already in use`; empty where it can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

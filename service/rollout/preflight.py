@@ -17,7 +17,7 @@ from deploy.check import check_deployment, model_folder
 from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import DeploymentSpec, ModelSpec, Task
 from service.names import GANG, app_name
-from workers.gang.placement import alive_nodes, free_nodes, hosts, obstacle, without
+from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
 from workers.model.files import fetch
 
 
@@ -57,7 +57,7 @@ def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[Dep
 def misplaced(spec: DeploymentSpec, touched: Collection[str]) -> list[str]:
     """For each touched model whose gangs cannot be placed on any node of the cluster, why."""
     nodes = alive_nodes()
-    reasons = ((model, obstacle(model, nodes)) for model in spec.models if model.name in touched)
+    reasons = ((model, unschedulable(model, nodes)) for model in spec.models if model.name in touched)
     return [f"{model.name}: {reason}" for model, reason in reasons if reason]
 
 
@@ -74,7 +74,7 @@ def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collect
         asleep = application is not None and not application.deployments[GANG].replica_states
         reason = None
         if model.name in upgraded and not asleep:
-            reason = obstacle(model, nodes)
+            reason = unschedulable(model, nodes)
             if reason:
                 missing[model.name] = f"{model.name}: a new gang beside the old ones {reason} free"
         if (model.name in upgraded or model.name in added) and not reason:

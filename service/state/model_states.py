@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
-from workers.gang.placement import Node, obstacle
+from workers.gang.placement import Node, unschedulable
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
@@ -114,7 +114,7 @@ def _state(
     model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Sequence[Node]
 ) -> tuple[State, str]:
     starting = replicas.get("STARTING", 0)
-    lacking = obstacle(model, free) if starting else None
+    lacking = unschedulable(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
     broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")  # else one is being replaced
@@ -122,7 +122,7 @@ def _state(
         return "failed", failure(application)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:
         return "asleep", ""
-    never = obstacle(model, nodes)
+    never = unschedulable(model, nodes)
     if never:
         return "waiting", never
     return "starting", f"loading, or waiting: {lacking} free" if lacking else ""

@@ -13,7 +13,7 @@ from ray import serve
 
 from deploy.spec import ModelSpec
 from service.names import app_name
-from service.state import router_registry as reports
+from service.state import router_registry as router_registry
 from service.state.model_states import ModelState, cluster_object, model_state
 from workers.gang.placement import Node, alive_nodes, free_nodes
 from workers.metrics import GANGS, QUEUED
@@ -26,7 +26,7 @@ GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PEN
 """Serve's names for the states of a replica."""
 
 
-class Watch:
+class Poller:
     """The state of each model, as of about a second ago."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Watch:
     def follow(self, models: Mapping[str, ModelSpec]) -> None:
         """Look at these models from now on."""
         self._models = models
-        self._looking = self._looking or asyncio.create_task(self._look_for_ever())
+        self._looking = self._looking or asyncio.create_task(self._run())
 
     @property
     def states(self) -> dict[str, ModelState]:
@@ -52,18 +52,18 @@ class Watch:
         states = self.states
         return cluster_object([(model, states[name]) for name, model in self._models.items()], self._nodes, self._free)
 
-    async def _look_for_ever(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
-                await self._look()
+                await self._poll()
             except Exception as error:
                 logger.warning("the state of the cluster cannot be read: %s", error)
             await asyncio.sleep(PERIOD_S)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         status, self._nodes, self._free = await asyncio.to_thread(_read)
         for name, model in self._models.items():
-            queued, gangs = reports.of_application(app_name(name))
+            queued, gangs = router_registry.lookup(app_name(name))
             state = model_state(model, status, self._nodes, self._free, queued=queued, gangs=gangs)
             self._states[name] = state
             if state.reason and state.reason != self._told.get(name):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
-class Reporter(Protocol):
+class GangRouter(Protocol):
     """A request router of one model; `service.routing.LeastBacklogRouter`."""
 
     @property
@@ -20,15 +20,15 @@ class Reporter(Protocol):
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
 
 
-_reporters: "weakref.WeakValueDictionary[str, Reporter]" = weakref.WeakValueDictionary()
+_routers: "weakref.WeakValueDictionary[str, GangRouter]" = weakref.WeakValueDictionary()
 
 
-def publish(application: str, reporter: Reporter) -> None:
+def register(application: str, router: GangRouter) -> None:
     """Called by a router when it is made; the last one of an application counts."""
-    _reporters[application] = reporter
+    _routers[application] = router
 
 
-def of_application(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
+def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
     """How many requests wait in this process for a Serve application, and what its gangs last said."""
-    reporter = _reporters.get(application)
-    return (reporter.num_pending_requests, reporter.gang_reports()) if reporter else (0, ())
+    router = _routers.get(application)
+    return (router.num_pending_requests, router.gang_reports()) if router else (0, ())

@@ -11,7 +11,7 @@ Peculiarities:
 
 from sp_core.models.family import ModelFamily
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
-from sp_core.tp_plan import AcrossHeads, Channels, Columns, Heads, Rows
+from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, Rowwise
 
 LTX = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
@@ -29,11 +29,11 @@ LTX = ModelFamily(
     tp_plan={
         "rope": Channels(),  # features of all heads
         "*.attn[12]": Heads(),
-        "*.attn[12].to_[qkv]": Columns(),
+        "*.attn[12].to_[qkv]": Colwise(),
         "*.attn[12].norm_[qk]": AcrossHeads(),
-        "*.attn[12].to_out.0": Rows(),
-        "*.ff.net.0.proj": Columns(),
-        "*.ff.net.2": Rows(),
+        "*.attn[12].to_out.0": Rowwise(),
+        "*.ff.net.0.proj": Colwise(),
+        "*.ff.net.2": Rowwise(),
     },
     local_attention=("*.attn2",),
 )

@@ -23,7 +23,7 @@ from sp_core.sp_plan import (
     SequenceParallelModelPlan,
     SequenceParallelOutput,
 )
-from sp_core.tp_plan import AcrossHeads, Columns, Heads, Rows, TensorParallelPlan
+from sp_core.tp_plan import AcrossHeads, Colwise, Heads, Rowwise, TensorParallelPlan
 
 _ROPE_AND_OUTPUT: SequenceParallelModelPlan = {
     "rope": {
@@ -35,11 +35,11 @@ _ROPE_AND_OUTPUT: SequenceParallelModelPlan = {
 
 _TP: TensorParallelPlan = {
     "*blocks.*.attn[12]": Heads(),
-    "*blocks.*.attn[12].to_[qkv]": Columns(),
+    "*blocks.*.attn[12].to_[qkv]": Colwise(),
     "*blocks.*.attn[12].norm_[qk]": AcrossHeads(),
-    "*blocks.*.attn[12].to_out.0": Rows(),
-    "*blocks.*.ffn.net.0.proj": Columns(),
-    "*blocks.*.ffn.net.2": Rows(),
+    "*blocks.*.attn[12].to_out.0": Rowwise(),
+    "*blocks.*.ffn.net.0.proj": Colwise(),
+    "*blocks.*.ffn.net.2": Rowwise(),
 }
 
 
@@ -47,7 +47,7 @@ def _tp_plan(config: Mapping[str, Any]) -> TensorParallelPlan:
     if config.get("added_kv_proj_dim") is None:
         return _TP
     of_images: TensorParallelPlan = {
-        "*blocks.*.attn2.add_[kv]_proj": Columns(),
+        "*blocks.*.attn2.add_[kv]_proj": Colwise(),
         "*blocks.*.attn2.norm_added_k": AcrossHeads(),
     }
     return {**_TP, **of_images}

@@ -11,7 +11,7 @@ Peculiarities:
 
 from sp_core.models.family import ModelFamily
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
-from sp_core.tp_plan import Columns, Heads, Rows
+from sp_core.tp_plan import Colwise, Heads, Rowwise
 
 
 def _stack(name: str) -> SequenceParallelModelPlan:
@@ -31,9 +31,9 @@ Z_IMAGE = ModelFamily(
     sp_plan=_stack("noise_refiner") | _stack("context_refiner") | _stack("layers"),
     tp_plan={
         "*.attention": Heads(),
-        "*.attention.to_[qkv]": Columns(),
-        "*.attention.to_out.0": Rows(),
-        "*.feed_forward.w[13]": Columns(),
-        "*.feed_forward.w2": Rows(),
+        "*.attention.to_[qkv]": Colwise(),
+        "*.attention.to_out.0": Rowwise(),
+        "*.feed_forward.w[13]": Colwise(),
+        "*.feed_forward.w2": Rowwise(),
     },
 )

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
-from service.rollout.ports import obstacle
+from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
 from workers import exporter
 from workers.exporter import Exporter
@@ -71,7 +71,7 @@ def until(holds: Callable[[], bool], seconds: float = 120) -> None:
 
 def free_port() -> int:
     """One that the system gives to nobody while it is free."""
-    return next(port for port in random.sample(METRICS_PORTS, 20) if not obstacle("127.0.0.1", port))
+    return next(port for port in random.sample(METRICS_PORTS, 20) if not bind_error("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -147,9 +147,9 @@ def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch,
     until(lambda: scrape(f"http://127.0.0.1:{port}/metrics") is not None)  # it has become free
     mine.serve_at("127.0.0.1", other)
     until(lambda: scrape(f"http://127.0.0.1:{other}/metrics") is not None)
-    until(lambda: not obstacle("127.0.0.1", port))
+    until(lambda: not bind_error("127.0.0.1", port))
     mine.serve_at("127.0.0.1", None)
-    until(lambda: not obstacle("127.0.0.1", other))
+    until(lambda: not bind_error("127.0.0.1", other))
 
 
 def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> None:

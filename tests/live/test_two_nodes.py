@@ -24,7 +24,7 @@ from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placeme
 from deploy.yaml_text import to_yaml
 from service.cli.main import main
 from service.rollout.attach import attach
-from service.rollout.ports import obstacle
+from service.rollout.ports import bind_error
 from service.state import prefetch
 from tests.support.deployments import in_each_forward, model, on_rank, pixels, rank_statuses, wait_for
 
@@ -49,7 +49,7 @@ def spec(demo_model: Path) -> DeploymentSpec:
     wide, narrow = model(demo_model, "wide", ulysses_degree=2), model(demo_model, "narrow")
     wide = wide.model_copy(update={"placement": Placement(strategy="PACK", cpus_per_rank=0.8)})
     ports = random.sample(service.rollout.local_cluster.METRICS_PORTS, 20)
-    port = next(port for port in ports if not obstacle(service.rollout.local_cluster.LOOPBACK, port))
+    port = next(port for port in ports if not bind_error(service.rollout.local_cluster.LOOPBACK, port))
     return DeploymentSpec(models=(wide, narrow), gateway=GatewaySpec(port=port), metrics=Metrics(port=None))
 
 

@@ -6,7 +6,7 @@ import pytest
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from service.autoscaling import BacklogPolicy, Memory, decide, gangs_for_load, loads_in
+from service.autoscaling import BacklogPolicy, PolicyState, decide, gangs_for_load, loads_in
 from workers.gang.stats import GangLoad
 
 
@@ -41,7 +41,7 @@ def context(loads: list[GangLoad], queued: float = 0.0, **changes: Any) -> Autos
     return AutoscalingContext(**{**given, **changes})
 
 
-def settled(loads: list[GangLoad], queued: float = 0.0, seconds: int = 3000) -> Memory:
+def settled(loads: list[GangLoad], queued: float = 0.0, seconds: int = 3000) -> PolicyState:
     """The decision after the same picture for a long time."""
     memory = None
     for at_s in range(0, seconds, 10):
@@ -156,6 +156,6 @@ def test_serve_finds_it_by_name_and_keeps_its_state_beside_its_own() -> None:
     wrapped = _apply_autoscaling_config(policy())
     wanted, state = wrapped(context([gang(busy=1, remaining_s=10)] * 2, queued=9))
     assert wanted > 2
-    assert set(vars(Memory(0.0))) < set(state)  # Serve adds its counters
+    assert set(vars(PolicyState(0.0))) < set(state)  # Serve adds its counters
     again, _ = wrapped(context([gang(busy=1, remaining_s=10)] * 2, queued=9, policy_state=state, current_time=1010.0))
     assert again > 2

@@ -30,7 +30,7 @@ from deploy.spec import (
 from service.app import check_ports, gang_app, gateway_app, model_application, serve_config
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
-from service.rollout.changes import Change, plan_changes, settled
+from service.rollout.changes import Change, find_changes, settled
 from sp_core.degrees import ParallelDegrees
 from workers.gang.gang import Gang
 
@@ -86,7 +86,7 @@ def test_of_every_field_it_is_known_what_its_change_does() -> None:
 @pytest.mark.parametrize("key", CHANGES)
 def test_one_changed_key(key: str) -> None:
     _, action, told = CHANGES[key]
-    assert plan_changes({"a": BEFORE}, [changed(key)]) == [Change("a", action, (told,))]  # type: ignore[arg-type]
+    assert find_changes({"a": BEFORE}, [changed(key)]) == [Change("a", action, (told,))]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -128,7 +128,7 @@ def test_a_whole_plan(prune: bool, last: Any) -> None:
         BEFORE.model_copy(update={"name": "added"}),
     ]
     queued, dtype = "max_queued 64 -> 8", "dtype None -> float16"
-    assert plan_changes(running, wanted, prune) == [
+    assert find_changes(running, wanted, prune) == [
         Change("kept", "keep"),
         Change("adjusted", "adjust", (queued,)),
         Change("upgraded", "upgrade", (dtype,)),
@@ -163,7 +163,7 @@ def test_what_was_derived_is_no_change(written: Any, change: dict[str, Any], tas
     (model,) = settled(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
     assert model == wanted.model_copy(update={"tasks": tasks})
     if not change and written is None:
-        assert plan_changes({"a": BEFORE}, [model]) == [Change("a", "keep")]
+        assert find_changes({"a": BEFORE}, [model]) == [Change("a", "keep")]
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

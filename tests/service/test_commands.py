@@ -23,7 +23,7 @@ from service.cli.doctor import Finding
 from service.cli.main import main
 from service.cli.table import cluster_table, models_table
 from service.state.model_states import ModelState, cluster_object
-from tests.support.backend import Hall
+from tests.support.backend import FakeBackend
 from workers.gang.placement import Node
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy"
@@ -151,11 +151,11 @@ def test_a_memory_that_is_no_size_is_wrong_usage(file: Path, capsys: pytest.Capt
 
 BODIES: dict[str, Any] = {
     "/v1/cluster": cluster_object(
-        [(Hall().models()["one"], ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2"))],
+        [(FakeBackend().models()["one"], ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2"))],
         [Node({"CPU": 2}, {})],
         [Node({"CPU": 2}, {})],
     ),
-    "/v1/models": {"object": "list", "data": [model_object(Hall().models()["film"], ModelState("asleep"))]},
+    "/v1/models": {"object": "list", "data": [model_object(FakeBackend().models()["film"], ModelState("asleep"))]},
 }
 REFUSAL = {"error": {"message": "a valid API key is needed", "type": "", "param": None, "code": "invalid_api_key"}}
 

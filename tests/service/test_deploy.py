@@ -28,7 +28,15 @@ from service.cli.main import main
 from service.rollout import changes as rollout
 from service.rollout import preflight
 from service.rollout.attach import attach
-from service.rollout.changes import Change, deploy, failures, pending, plan_changes, plan_gateway, running_models
+from service.rollout.changes import (
+    Change,
+    deploy,
+    failures,
+    find_changes,
+    find_gateway_changes,
+    pending,
+    running_models,
+)
 from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model as a_demo
 from workers.gang.placement import Node
@@ -62,7 +70,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
     present = copy.deepcopy(rollout.applications())
-    deploy(DeploymentSpec(models=models), plan_changes(running_models(present), models, prune), present, **options)
+    deploy(DeploymentSpec(models=models), find_changes(running_models(present), models, prune), present, **options)
 
 
 def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
@@ -127,7 +135,7 @@ def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
 )
 def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster, other: dict[str, Any], changed: str) -> None:
     planned_on = dict(cluster.applications)
-    changes = plan_changes(running_models(planned_on), [A, B])
+    changes = find_changes(running_models(planned_on), [A, B])
     applied = serve_config(DeploymentSpec(**other), "the instance")
     cluster.applications = planned_on | {application["name"]: application for application in applied["applications"]}
     with pytest.raises(SpecError, match=f"another deployment changed {changed} meanwhile"):
@@ -138,7 +146,7 @@ def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster, other: 
 def test_models_that_are_left_answer_prometheus_where_the_node_does(cluster: Cluster) -> None:
     spec = DeploymentSpec(models=(A,), metrics=Metrics(port=9500))
     present = copy.deepcopy(cluster.applications)
-    deploy(spec, plan_changes(running_models(present), spec.models), present)
+    deploy(spec, find_changes(running_models(present), spec.models), present)
     (told,) = cluster.told
     for name in ("model-a", "model-b", "gateway"):
         assert told[name]["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9500}
@@ -252,7 +260,7 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return main(["deploy", str(file), *flags]), addresses
 
     monkeypatch.setattr(commands, "attach", attach)
-    monkeypatch.setattr(commands, "plan_gateway", lambda spec: [])
+    monkeypatch.setattr(commands, "find_gateway_changes", lambda spec: [])
     monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
     return run
 
@@ -261,16 +269,16 @@ def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pyte
     listens = SimpleNamespace(get_serve_details=lambda: {"http_options": {"host": "127.0.0.1", "port": 8000}})
     monkeypatch.setattr(rollout, "_get_global_client", lambda: listens)
     spec = DeploymentSpec(models=(A, B))
-    assert plan_gateway(spec) == []
+    assert find_gateway_changes(spec) == []
     gateway, auth = GatewaySpec(port=9000, replicas=2), Auth(api_keys_env="KEYS")
     other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
-    assert plan_gateway(other) == [
+    assert find_gateway_changes(other) == [
         "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
         "auth.api_keys_env None -> KEYS)",
         "keep    gateway: listens at 127.0.0.1:8000 until Serve starts anew",
     ]
     cluster.applications = {}
-    assert plan_gateway(other) == ["add     gateway: at 127.0.0.1:9000"]
+    assert find_gateway_changes(other) == ["add     gateway: at 127.0.0.1:9000"]
 
 
 PLAN = [

@@ -16,7 +16,7 @@ from service import gateway
 from service.gateway import Gateway
 from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
-from tests.support.backend import Hall, a_model
+from tests.support.backend import FakeBackend, a_model
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, RequestFailed, ShuttingDown, Unauthorized
 from workers.messages import GenerationRequest, GenerationResult
 
@@ -78,7 +78,7 @@ def test_the_table_of_a_gateway_changes_while_it_runs(opened: Gateway) -> None:
 def test_a_draining_gateway_takes_nothing_and_finishes_what_it_has(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = Hall()
+    inner = FakeBackend()
     monkeypatch.setattr(opened, "_generate", inner.generate)
     models = [model.model_dump(mode="json") for model in inner.models().values()]
 

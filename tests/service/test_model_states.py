@@ -26,7 +26,7 @@ from service.cli.table import cluster_table, models_table
 from service.names import GANG, app_name
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
-from tests.support.backend import Hall
+from tests.support.backend import FakeBackend
 from workers.gang.gang import Gang
 from workers.gang.placement import Node
 from workers.messages import GenerationRequest, StepEvent
@@ -194,7 +194,7 @@ def test_reasons_stand_below_the_table() -> None:
 
 
 def test_models_has_a_line_per_model_with_what_may_be_asked() -> None:
-    models = Hall().models()
+    models = FakeBackend().models()
     listed = {"data": [model_object(models[name], ModelState("running")) for name in ("one", "paint", "film")]}
     assert models_table(listed).splitlines() == [
         "MODEL  TASKS          STATE    DEFAULT SIZE  STEPS  ADAPTERS  ALSO CALLED",

@@ -7,17 +7,17 @@ from fastapi.testclient import TestClient
 
 from service.api.rest import rest_app
 from service.api.schemas import MAX_SEED
-from tests.support.backend import Hall
+from tests.support.backend import FakeBackend
 
 
 @pytest.fixture
-def hall() -> Hall:
-    return Hall()
+def backend() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture
-def client(hall: Hall) -> TestClient:
-    return TestClient(rest_app(hall))  # whatever the app does not answer itself is raised in the test
+def client(backend: FakeBackend) -> TestClient:
+    return TestClient(rest_app(backend))  # whatever the app does not answer itself is raised in the test
 
 
 def post(client: TestClient, **body: Any) -> Any:
@@ -58,14 +58,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("body", "param", "code"), REFUSED, ids=[str(row[0])[:40] for row in REFUSED])
-def test_refused(client: TestClient, hall: Hall, body: dict[str, Any], param: str, code: str) -> None:
+def test_refused(client: TestClient, backend: FakeBackend, body: dict[str, Any], param: str, code: str) -> None:
     answer = post(client, **body)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
     assert param.split(".")[0] in error["message"]
     assert answer.headers["x-should-retry"] == "false"
-    assert hall.requests == []
+    assert backend.requests == []
 
 
 def test_a_misspelt_field_is_named_before_the_one_it_leaves_missing(client: TestClient) -> None:
@@ -89,14 +89,14 @@ def test_bodies_that_are_no_request(client: TestClient, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos/sync"])
-def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, hall: Hall, path: str) -> None:
+def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, backend: FakeBackend, path: str) -> None:
     body = b'{"model": "%s", "prompt": "a"' % (b"film" if "videos" in path else b"one")
-    hall.max_body_bytes = 2048
+    backend.max_body_bytes = 2048
     assert client.post(path, content=body.ljust(2047) + b"}").status_code == 200
     answer = client.post(path, content=body.ljust(2048) + b"}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_large")
     assert "larger than 2048 bytes" in answer.json()["error"]["message"]
-    hall.max_body_bytes = 2049
+    backend.max_body_bytes = 2049
     assert client.post(path, content=body.ljust(2048) + b"}").status_code == 200
 
 
@@ -111,8 +111,8 @@ def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, hal
         ("bug", 500, "internal_error", False),
     ],
 )
-def test_failures(hall: Hall, prompt: str, status: int, code: str, retry: bool) -> None:
-    client = TestClient(rest_app(hall), raise_server_exceptions=prompt != "bug")
+def test_failures(backend: FakeBackend, prompt: str, status: int, code: str, retry: bool) -> None:
+    client = TestClient(rest_app(backend), raise_server_exceptions=prompt != "bug")
     answer = post(client, prompt=prompt)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert ("retry-after" in answer.headers) == retry
@@ -123,9 +123,9 @@ def test_failures(hall: Hall, prompt: str, status: int, code: str, retry: bool) 
     assert "secret" not in streamed.text
 
 
-def test_defaults_are_settled_at_admission(client: TestClient, hall: Hall) -> None:
+def test_defaults_are_settled_at_admission(client: TestClient, backend: FakeBackend) -> None:
     assert post(client).status_code == 200
-    (request,) = hall.requests
+    (request,) = backend.requests
     assert (request.width, request.height, request.num_inference_steps) == (1024, 1024, 50)
     assert request.negative_prompt is None
     assert 0 <= request.seed <= MAX_SEED
@@ -144,10 +144,10 @@ def test_stream_without_options_has_progress_as_comments(client: TestClient) -> 
     assert lines[-2] == "data: [DONE]"
 
 
-def test_adapters_are_chosen_by_name(hall: Hall, client: TestClient) -> None:
+def test_adapters_are_chosen_by_name(backend: FakeBackend, client: TestClient) -> None:
     body = {"model": "one", "prompt": "a", "loras": [{"name": "ink", "scale": 0.5}]}
     assert client.post("/v1/images/generations", json=body).status_code == 200
-    assert hall.requests[0].loras == (("ink", 0.5),)
+    assert backend.requests[0].loras == (("ink", 0.5),)
     assert client.get("/v1/models/one").json()["loras"] == ["ink"]
     for loras, said in (
         ([{"name": "pencil"}], "'one' has no adapter 'pencil'; available: ink"),

@@ -12,19 +12,19 @@ from starlette.requests import ClientDisconnect
 
 from service.api.rest import rest_app
 from service.state.model_states import STATES, ModelState
-from tests.support.backend import Hall
+from tests.support.backend import FakeBackend
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
 
 
 @pytest.fixture
-def hall() -> Hall:
-    return Hall()
+def backend() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture
-def client(hall: Hall) -> TestClient:
-    return TestClient(rest_app(hall))
+def client(backend: FakeBackend) -> TestClient:
+    return TestClient(rest_app(backend))
 
 
 def error_of(answer: Any) -> tuple[int, str | None, str]:
@@ -36,9 +36,11 @@ def error_of(answer: Any) -> tuple[int, str | None, str]:
     ("path", "asked", "name"),
     [(IMAGES, "brush", "paint"), (IMAGES, "pencil", "paint"), (IMAGES, "paint", "paint"), (VIDEOS, "movie", "film")],
 )
-def test_a_model_answers_to_its_aliases(client: TestClient, hall: Hall, path: str, asked: str, name: str) -> None:
+def test_a_model_answers_to_its_aliases(
+    client: TestClient, backend: FakeBackend, path: str, asked: str, name: str
+) -> None:
     assert client.post(path, json={"model": asked, "prompt": "a"}).status_code == 200
-    assert hall.requests[0].model == name
+    assert backend.requests[0].model == name
     assert client.get(f"/v1/models/{asked}").json()["id"] == name
 
 
@@ -46,12 +48,12 @@ def test_a_model_answers_to_its_aliases(client: TestClient, hall: Hall, path: st
     ("path", "model", "instead"), [(IMAGES, "film", VIDEOS), (IMAGES, "movie", VIDEOS), (VIDEOS, "paint", IMAGES)]
 )
 def test_a_model_is_asked_only_for_what_it_is_for(
-    client: TestClient, hall: Hall, path: str, model: str, instead: str
+    client: TestClient, backend: FakeBackend, path: str, model: str, instead: str
 ) -> None:
     answer = client.post(path, json={"model": model, "prompt": "a"})
     assert error_of(answer) == (400, "model", "wrong_task")
     assert instead in answer.json()["error"]["message"]
-    assert hall.requests == []
+    assert backend.requests == []
 
 
 @pytest.mark.parametrize("path", [IMAGES, VIDEOS])
@@ -59,7 +61,7 @@ def test_a_model_whose_tasks_are_unknown_may_be_asked_for_all(client: TestClient
     assert client.post(path, json={"model": "one", "prompt": "a"}).status_code == 200
 
 
-def test_a_video_is_the_file_itself(client: TestClient, hall: Hall) -> None:
+def test_a_video_is_the_file_itself(client: TestClient, backend: FakeBackend) -> None:
     body = {"model": "film", "prompt": "a", "seed": 5, "fps": 8, "guidance_scale_2": 2.5, "user": "me"}
     answer = client.post(VIDEOS, json=body)
     assert (answer.status_code, answer.content) == (200, b"picture")
@@ -67,7 +69,7 @@ def test_a_video_is_the_file_itself(client: TestClient, hall: Hall) -> None:
     assert answer.headers["x-seed"] == "5"
     assert answer.headers["x-ignored-params"] == "user"
     assert json.loads(answer.headers["x-metrics"])["step_seconds"] == [0.5]
-    (request,) = hall.requests
+    (request,) = backend.requests
     assert (request.width, request.height, request.num_frames, request.num_inference_steps) == (64, 64, 5, 4)
     assert (request.fps, request.guidance_scale_2, request.output_format, request.n) == (8, 2.5, "mp4", 1)
 
@@ -89,11 +91,11 @@ def test_a_video_is_the_file_itself(client: TestClient, hall: Hall) -> None:
     ids=str,
 )
 def test_videos_that_are_refused(
-    client: TestClient, hall: Hall, body: dict[str, Any], param: str | None, code: str
+    client: TestClient, backend: FakeBackend, body: dict[str, Any], param: str | None, code: str
 ) -> None:
     answer = client.post(VIDEOS, json={"model": "film", "prompt": "a"} | body)
     assert error_of(answer) == (400, param, code)
-    assert hall.requests == []
+    assert backend.requests == []
 
 
 def test_work_is_refused_above_its_limit_and_not_at_it(client: TestClient) -> None:
@@ -108,9 +110,9 @@ def test_every_picture_of_a_request_is_work(client: TestClient, n: int, status: 
     assert client.post(IMAGES, json={"model": "paint", "prompt": "a", "n": n}).status_code == status
 
 
-def test_models_are_listed_with_their_state_and_the_reason(client: TestClient, hall: Hall) -> None:
-    hall.found["two"] = ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2")
-    del hall.found["film"]  # added a moment ago; nobody has looked yet
+def test_models_are_listed_with_their_state_and_the_reason(client: TestClient, backend: FakeBackend) -> None:
+    backend.found["two"] = ModelState("waiting", "needs 4 GPUs on one node, the largest node has 2")
+    del backend.found["film"]  # added a moment ago; nobody has looked yet
     listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     assert {name: (model["state"], model["reason"]) for name, model in listed.items()} == {
         "one": ("running", ""),
@@ -137,15 +139,17 @@ PROTECTED = [
 
 
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
-def test_callers_need_a_key_where_keys_are_asked_for(client: TestClient, hall: Hall, method: str, path: str) -> None:
-    hall.key = "sesame"
+def test_callers_need_a_key_where_keys_are_asked_for(
+    client: TestClient, backend: FakeBackend, method: str, path: str
+) -> None:
+    backend.key = "sesame"
     body = {"model": "one", "prompt": "a"} if method == "POST" else None
     for headers in ({}, {"authorization": "Bearer other"}):
         answer = client.request(method, path, json=body, headers=headers)
         assert error_of(answer) == (401, None, "invalid_api_key")
         assert answer.headers["x-should-retry"] == "false"
     assert client.request(method, path, content=b"{").status_code == 401  # before anything is said of the body
-    assert hall.requests == []
+    assert backend.requests == []
     answer = client.request(method, path, json=body, headers={"authorization": "Bearer sesame"})
     assert answer.status_code == 200
     for probe in ("/livez", "/readyz"):
@@ -164,25 +168,25 @@ def test_callers_need_a_key_where_keys_are_asked_for(client: TestClient, hall: H
     ],
 )
 def test_ready_as_long_as_one_model_answers(
-    client: TestClient, hall: Hall, states: dict[str, Any], status: int, waiting: list[str]
+    client: TestClient, backend: FakeBackend, states: dict[str, Any], status: int, waiting: list[str]
 ) -> None:
-    hall.found = {name: ModelState(state) for name, state in states.items()}
+    backend.found = {name: ModelState(state) for name, state in states.items()}
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["waiting_for"]) == (status, waiting)
     assert answer.json()["status"] == ("ok" if status == 200 else "waiting")
     assert answer.json()["instance_id"] == "test"
 
 
-def test_a_draining_gateway_is_taken_off_the_network(client: TestClient, hall: Hall) -> None:
-    hall.draining, hall.in_flight = True, 2
+def test_a_draining_gateway_is_taken_off_the_network(client: TestClient, backend: FakeBackend) -> None:
+    backend.draining, backend.in_flight = True, 2
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["status"], answer.json()["in_flight"]) == (503, "draining", 2)
     assert client.get("/livez").status_code == 200  # or it would be killed with what it still computes
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_stream_says_what_it_waits_for(hall: Hall, client: TestClient, state: Any) -> None:
-    hall.found["paint"] = ModelState(state, queued=3)
+def test_a_stream_says_what_it_waits_for(backend: FakeBackend, client: TestClient, state: Any) -> None:
+    backend.found["paint"] = ModelState(state, queued=3)
     body = {"model": "brush", "prompt": "asleep", "stream": True}
     lines = [line for line in client.post(IMAGES, json=body).text.splitlines() if line]
     assert lines[:3] == [f": paint is {state}, 3 wait"] * 3
@@ -197,11 +201,11 @@ def test_a_stream_that_is_quick_says_nothing_of_states(client: TestClient) -> No
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # servers tell of a client who left in two ways
 @pytest.mark.parametrize("prompt", ["never", "endless"])
-def test_a_client_who_leaves_ends_the_work(hall: Hall, prompt: str, spec_version: str) -> None:
-    assert asyncio.run(_left_early(hall, prompt, spec_version))
+def test_a_client_who_leaves_ends_the_work(backend: FakeBackend, prompt: str, spec_version: str) -> None:
+    assert asyncio.run(_left_early(backend, prompt, spec_version))
 
 
-async def _left_early(hall: Hall, prompt: str, spec_version: str) -> bool:
+async def _left_early(backend: FakeBackend, prompt: str, spec_version: str) -> bool:
     """Whether the hall's generator was closed although it had not come to its end."""
     body = json.dumps({"model": "one", "prompt": prompt, "stream": True}).encode()
     came, sent = asyncio.Event(), 0
@@ -225,8 +229,8 @@ async def _left_early(hall: Hall, prompt: str, spec_version: str) -> bool:
         "method": "POST", "path": IMAGES, "raw_path": IMAGES.encode(), "root_path": "", "query_string": b"",
         "scheme": "http", "headers": [], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
     }  # fmt: skip
-    assert not hall.closed
+    assert not backend.closed
     with suppress(ClientDisconnect):  # what the app says to a server whose client is gone
-        await rest_app(hall)(scope, receive, send)  # in this task: the work has ended when it returns, not soon after
+        await rest_app(backend)(scope, receive, send)  # in this task: when it returns, the work has ended
     assert sent >= 3
-    return hall.closed
+    return backend.closed

@@ -9,7 +9,7 @@ import pytest
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
 
-from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, rank
+from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, tiers
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -44,18 +44,18 @@ def chosen(router: LeastBacklogRouter, replicas: list[Any], request: Any) -> lis
 
 def test_the_least_backlog_leads() -> None:
     backlogs = {"a": 300.0, "b": 5.0, "c": 90.0}
-    assert rank(list(backlogs), backlogs, frozenset()) == [["b"], ["c", "a"]]
+    assert tiers(list(backlogs), backlogs, frozenset()) == [["b"], ["c", "a"]]
 
 
 def test_a_warm_gang_leads_among_comparable_ones_only() -> None:
     backlogs = {"a": 0.0, "b": 1.0, "c": 30.0}
-    assert rank(list(backlogs), backlogs, frozenset("bc")) == [["b"], ["a"], ["c"]]
+    assert tiers(list(backlogs), backlogs, frozenset("bc")) == [["b"], ["a"], ["c"]]
 
 
 def test_equals_keep_their_order_and_ranks_stay_small() -> None:
     backlogs = {str(number): 0.0 for number in range(100)}
-    assert rank(list(backlogs), backlogs, frozenset()) == [list(backlogs)[:OFFERED]]
-    assert rank([], {}, frozenset()) == []
+    assert tiers(list(backlogs), backlogs, frozenset()) == [list(backlogs)[:OFFERED]]
+    assert tiers([], {}, frozenset()) == []
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_reports_are_corrected_by_what_was_sent_since(report: GangBacklog, sent:
 
 def test_a_request_that_takes_longer_than_typical_still_occupies_its_gang() -> None:
     late = backlog_s(GangBacklog(0, 10, 20), Sent("a", sent_at=11), now=500.0)
-    assert rank(["late", "free"], {"late": late, "free": 0.0}, frozenset(["late"])) == [["free"], ["late"]]
+    assert tiers(["late", "free"], {"late": late, "free": 0.0}, frozenset(["late"])) == [["free"], ["late"]]
 
 
 def test_reports_survive_the_way_through_serve() -> None:

@@ -13,7 +13,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import MeshAxis, ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.tensor_parallel import AcrossHeadsRMSNorm, apply_tensor_parallel, part_of
-from sp_core.tp_plan import Columns, Rows, tp_plan_from_diffusers
+from sp_core.tp_plan import Colwise, Rowwise, tp_plan_from_diffusers
 from sp_core.verify import examples
 from sp_core.verify.examples import Cell
 from sp_core.verify.rank_pool import RankPool
@@ -101,10 +101,10 @@ def refusals(mesh: ParallelMesh) -> list[str]:
     tries: list[Any] = [
         lambda: parallelize(model, mesh),
         lambda: parallelize(odd, mesh),
-        lambda: apply_tensor_parallel(linear, {"2": Columns()}, mesh.axis("tp")),
-        lambda: apply_tensor_parallel(linear, {"1": Columns()}, mesh.axis("tp")),
-        lambda: apply_tensor_parallel(linear, {"0": Columns((1, 1))}, mesh.axis("tp")),
-        lambda: apply_tensor_parallel(linear, {"0": Rows((1, 2))}, mesh.axis("tp")),
+        lambda: apply_tensor_parallel(linear, {"2": Colwise()}, mesh.axis("tp")),
+        lambda: apply_tensor_parallel(linear, {"1": Colwise()}, mesh.axis("tp")),
+        lambda: apply_tensor_parallel(linear, {"0": Colwise((1, 1))}, mesh.axis("tp")),
+        lambda: apply_tensor_parallel(linear, {"0": Rowwise((1, 2))}, mesh.axis("tp")),
     ]
     for attempt in tries:
         with pytest.raises(ValueError) as refused:

@@ -80,11 +80,11 @@ def decoded(mesh: ParallelMesh, name: str, blanked: bool = False) -> tuple[torch
         output: torch.Tensor = forward(*args, **kwargs)
         return output
 
-    gather = collectives.gather_to_first
+    gather = collectives.gather
     last = mesh.axis("gang").rank == mesh.axis("gang").size - 1
     blank = (lambda tensors, axis: gather([t * 0 for t in tensors], axis)) if blanked and last else gather
     counted = mock.patch.object(type(made.decoder), "forward", count)
-    with torch.no_grad(), counted, mock.patch.object(collectives, "gather_to_first", blank):
+    with torch.no_grad(), counted, mock.patch.object(collectives, "gather", blank):
         try:
             return TileParallelVAE(made, mesh).decode(latents, return_dict=False)[0], runs
         except TilesHandedOver:

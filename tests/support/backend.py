@@ -20,7 +20,7 @@ def a_model(name: str, **changes: Any) -> ModelSpec:
     return ModelSpec(name=name, source="/nowhere", device="cpu", loras=(INK,), **changes)
 
 
-class Hall:
+class FakeBackend:
     """Two models for anything; `paint` is for pictures only and `film` for videos only, each with an alias."""
 
     instance_id = "test"

@@ -6,7 +6,7 @@ import pytest
 
 from deploy.spec import ModelSpec, Placement
 from sp_core.degrees import ParallelDegrees
-from workers.gang.placement import Node, bundle, bundles_by_node, may_host, obstacle, placement_group
+from workers.gang.placement import Node, bundle, bundles_by_node, may_host, placement_group, unschedulable
 
 
 def a_model(ranks: int = 1, device: Any = "cuda", **placement: Any) -> ModelSpec:
@@ -96,7 +96,7 @@ OBSTACLES = [
 
 @pytest.mark.parametrize(("model", "nodes", "says"), OBSTACLES, ids=[str(row[2]) for row in OBSTACLES])
 def test_what_keeps_a_gang_from_being_placed(model: ModelSpec, nodes: list[Node], says: str | None) -> None:
-    found = obstacle(model, nodes)
+    found = unschedulable(model, nodes)
     assert found is None if says is None else str(found).startswith(says)
 
 

@@ -107,7 +107,7 @@ def without(model: ModelSpec, nodes: Sequence[Node]) -> list[Node]:
     return left
 
 
-def obstacle(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
+def unschedulable(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
     """Why no gang of the model can ever be placed on these nodes, even if they were empty; None: it can be."""
     wanted = bundle(model)
     ranks, labels, accelerator = (

@@ -145,7 +145,7 @@ class Rank:
         former = self._loaded
         self._phase = "load"
         try:
-            self._have(self._together(None, lambda: former.with_loras(loras)))
+            self._have(self._run_on_all_ranks(None, lambda: former.with_loras(loras)))
             try:
                 self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
             except (RequestError, RequestFailed):
@@ -239,9 +239,9 @@ class Rank:
             denoising.encode()
             return denoising
 
-        denoising = self._together(request, encode)
+        denoising = self._run_on_all_ranks(request, encode)
         denoising.share_encoded()
-        self._together(request, denoising.prepare)
+        self._run_on_all_ranks(request, denoising.prepare)
         return denoising
 
     def _peak_memory(self) -> int:
@@ -257,21 +257,21 @@ class Rank:
         while not denoising.done:
             before = time.perf_counter()
             denoising.step()
-            self._boundary(denoising.request)
+            self._sync_point(denoising.request)
             self._step += 1
             yield time.perf_counter() - before
 
-    def _together(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
+    def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
         """What every rank does for itself, and then learns whether it worked on all."""
         failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
             failure = error
-        self._boundary(request, failure)
+        self._sync_point(request, failure)
         return result
 
-    def _boundary(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
+    def _sync_point(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
         """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
         self._progress += 1
         stop = request is not None and self._cancelled == request.request_id

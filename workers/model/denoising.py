@@ -44,13 +44,13 @@ class Denoising:
         self.request = request
         self._adapters = loaded.adapters
         self._check_adapters()
-        self._recipe = RECIPES[pipeline_name(Path(model.source))]
-        self._recipe.check(pipeline, request)
+        self._adapter = RECIPES[pipeline_name(Path(model.source))]
+        self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        self._guided = self._recipe.guided(request)
-        self._set_guiders(self._recipe.guiders_to_encode(request))
+        self._guided = self._adapter.guided(request)
+        self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._encodes = encodes_here(model, mesh)
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
@@ -96,7 +96,7 @@ class Denoising:
         packed = io.BytesIO()
         if self._encodes:
             torch.save((self._encoded, self._state.kwargs_mapping), packed)
-        received = self._mesh.from_first(packed.getvalue() if self._encodes else None)
+        received = self._mesh.broadcast(packed.getvalue() if self._encodes else None)
         if not self._encodes:
             values, mapping = torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=False)
             self._state.values.update(values)
@@ -105,14 +105,14 @@ class Denoising:
     @torch.no_grad()
     def prepare(self) -> None:
         """Draw the initial latents, set the timesteps."""
-        self._set_guiders(self._recipe.guiders(self.request))
+        self._set_guiders(self._adapter.guiders(self.request))
         for block in self._ahead:
             self._run(block)
         _forget_full_masks(self._state)
         self._body = self._loop.get_block_state(self._state)
         self._body.additional_cond_kwargs = {}
         self._body.num_warmup_steps = 0
-        if self._recipe.rounds_timestep:
+        if self._adapter.rounds_timestep:
             self._body.dtype = torch.float32  # see `workers.model.adapters.pipeline_adapter.keep_timestep_exact`
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class Denoising:
                 self._run(block)
         except TilesHandedOver:
             return []
-        outputs: list[Any] = self._state.get(self._recipe.output)
+        outputs: list[Any] = self._state.get(self._adapter.output)
         return outputs
 
     def _check_adapters(self) -> None:
@@ -177,10 +177,10 @@ class Denoising:
             "width": request.width,
             "height": request.height,
             "num_inference_steps": request.num_inference_steps,
-            self._recipe.count_input: len(seeds),
+            self._adapter.count_input: len(seeds),
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": "pil",
-            **self._recipe.inputs(request),
+            **self._adapter.inputs(request),
         }
         workflow = pipeline.blocks.get_execution_blocks(**given)
         self._state = PipelineState()

@@ -77,7 +77,7 @@ def fetch(model: ModelSpec, cache: str | None) -> Path:
         OSError: a file cannot be read.
     """
     notes = _notes_folder(cache)
-    with _alone(notes / f"{_key(f'{model.source}@{model.revision}')}.lock", model.name):
+    with _lock(notes / f"{_key(f'{model.source}@{model.revision}')}.lock", model.name):
         folder = _download(model, cache) if model.from_hub else Path(model.source)
         pipeline_name(folder)  # refuses what is no model
         _check_once(folder, notes)
@@ -153,7 +153,7 @@ def _notes_folder(cache: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, name: str) -> Iterator[None]:
+def _lock(lock: Path, name: str) -> Iterator[None]:
     """One process of this node at a time; the lock ends with the process, however that ends."""
     with lock.open("w") as file:
         try:

@@ -100,7 +100,7 @@ def load_model(
 
 def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]) -> ModularPipeline:
     folder = Path(model.source)
-    recipe = RECIPES[pipeline_name(folder)]
+    adapter = RECIPES[pipeline_name(folder)]
     kind, plan = transformer_class(model), sequence_plan(model)  # first: diffusers asks for a class that was imported
     pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
     dtype = getattr(torch, model.torch_dtype)
@@ -112,7 +112,7 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
         behind = sum(sizes[earlier] for earlier in transformers[:at])
         tell = _part(on_progress, behind / sum(sizes.values()), sizes[name] / sum(sizes.values()))
         transformer: Any = load_transformer(folder / name, mesh, dtype, kind, plan, tell)
-        if recipe.rounds_timestep and dtype != torch.float32:
+        if adapter.rounds_timestep and dtype != torch.float32:
             keep_timestep_exact(transformer, dtype)
         if model.compile:
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
-from deploy.pipelines import PIPELINES, PipelineKind
+from deploy.pipelines import PIPELINES, PipelineFamily
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 
 
-class Recipe:
+class PipelineAdapter:
     """How a pipeline of pictures is run; others change what they must.
 
     Attributes:
@@ -28,7 +28,7 @@ class Recipe:
     output = "images"
     rounds_timestep = False
 
-    def __init__(self, kind: PipelineKind) -> None:
+    def __init__(self, kind: PipelineFamily) -> None:
         self.kind = kind
 
     def guided(self, request: GenerationRequest) -> bool:
@@ -78,7 +78,7 @@ class Recipe:
         return multiple
 
 
-class Flux(Recipe):
+class Flux(PipelineAdapter):
     """Guidance is distilled into the transformer, which takes the scale as a number: there is no second branch."""
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
@@ -90,13 +90,13 @@ class Flux(Recipe):
         return {"guidance_scale": request.guidance_scale}
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
-        """See `Recipe.check`."""
+        """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
         if request.negative_prompt:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
 
 
-class Wan(Recipe):
+class Wan(PipelineAdapter):
     """Guided without a negative prompt as well; from version 2.2 on with two transformers, each with its scale."""
 
     count_input = "num_videos_per_prompt"
@@ -118,7 +118,7 @@ class Wan(Recipe):
         return {"negative_prompt": request.negative_prompt, "num_frames": request.num_frames}
 
     def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
-        """See `Recipe.check`."""
+        """See `PipelineAdapter.check`."""
         multiple = pipeline.vae_scale_factor_temporal
         if (request.num_frames - 1) % multiple:
             below = (request.num_frames - 1) // multiple * multiple + 1
@@ -129,12 +129,12 @@ class Wan(Recipe):
             )
 
     def size_multiple(self, pipeline: Any) -> int:
-        """See `Recipe.size_multiple`."""
+        """See `PipelineAdapter.size_multiple`."""
         multiple: int = pipeline.vae_scale_factor_spatial * pipeline.patch_size_spatial
         return multiple
 
 
-class ZImage(Recipe):
+class ZImage(PipelineAdapter):
     """Guided from a scale of 0 on, without a negative prompt as well: prompt + scale x (prompt - negative)."""
 
     rounds_timestep = True
@@ -144,9 +144,9 @@ class ZImage(Recipe):
         return {"guider": ClassifierFreeGuidance(guidance_scale=request.guidance_scale, use_original_formulation=True)}
 
 
-PECULIAR: Mapping[str, type[Recipe]] = {"FluxPipeline": Flux, "WanPipeline": Wan, "ZImagePipeline": ZImage}
+PECULIAR: Mapping[str, type[PipelineAdapter]] = {"FluxPipeline": Flux, "WanPipeline": Wan, "ZImagePipeline": ZImage}
 
-RECIPES = {name: PECULIAR.get(name, Recipe)(kind) for name, kind in PIPELINES.items()}
+RECIPES = {name: PECULIAR.get(name, PipelineAdapter)(kind) for name, kind in PIPELINES.items()}
 """By the name in `deploy.pipelines.PIPELINES`."""
 
 
