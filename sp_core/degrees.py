@@ -4,8 +4,9 @@ Comes from the deployment YAML or from command-line flags; goes to every layer. 
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
 
     single = {axis: grouped({axis}) for axis in AXES}
     return {"gang": grouped(set(AXES)), "sequence": grouped({"ring", "ulysses"}), **single}
+
+
+def num_heads(config: Mapping[str, Any]) -> int | None:
+    """The attention heads of a transformer, by its `config.json`; None where it does not say."""
+    heads = config.get("num_attention_heads", config.get("n_heads"))
+    return heads if isinstance(heads, int) else None
 
 
 def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sp_core.mesh import ParallelMesh
+from sp_core.module_paths import resolve_modules
 from sp_core.sp_plan import (
     AnyInput,
     InputSpec,
@@ -25,7 +26,6 @@ from sp_core.sp_plan import (
     SequenceParallelModelPlan,
     SequenceParallelOutput,
     SequenceParallelPartialInput,
-    resolve_modules,
     validate_sp_plan,
 )
 from sp_core.sp_sharding import SequenceShards

@@ -18,18 +18,11 @@ from torch import nn
 
 from sp_core import kernels
 from sp_core.attention.diffusers_backend import bind_attention
-from sp_core.degrees import check_layout, layout_advice
+from sp_core.degrees import check_layout, layout_advice, num_heads
 from sp_core.hooks import Handle, apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
-from sp_core.models.flux import FLUX
-from sp_core.models.flux_2 import FLUX_2
-from sp_core.models.hunyuan_video import HUNYUAN_VIDEO
-from sp_core.models.ltx import LTX
-from sp_core.models.qwen_image import QWEN_IMAGE
-from sp_core.models.stable_diffusion_3 import STABLE_DIFFUSION_3
-from sp_core.models.wan import WAN, WAN_VACE
-from sp_core.models.z_image import Z_IMAGE
+from sp_core.models.lookup import families, find_family
 from sp_core.sp_plan import (
     SequenceParallelModelPlan,
     SequenceParallelOutput,
@@ -38,14 +31,6 @@ from sp_core.sp_plan import (
 )
 from sp_core.tensor_parallel import apply_tensor_parallel
 from sp_core.tp_plan import TensorParallelPlan, tp_plan_from_diffusers
-
-FAMILIES = (FLUX, FLUX_2, HUNYUAN_VIDEO, LTX, QWEN_IMAGE, STABLE_DIFFUSION_3, WAN, WAN_VACE, Z_IMAGE)
-
-REFUSED = {
-    "HeliosTransformer3DModel": "its attention slices shares by lengths of the whole sequence",
-    "LTX2VideoTransformer3DModel": "diffusers' _cp_plan sends its cross-attention across ranks",
-}
-"""Classes that would be silently wrong by the `_cp_plan` that diffusers ships, and why."""
 
 _parallelised: WeakSet[nn.Module] = WeakSet()
 
@@ -73,8 +58,8 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     if model in _parallelised:
         raise ValueError(f"{type(model).__name__} is parallelised already; remove() that first")
     config = _config(model)
-    check_layout(mesh.degrees, _num_heads(config))
-    family = _family(model)
+    check_layout(mesh.degrees, num_heads(config))
+    family = find_family(_class_names(model))
     undo: list[Callable[[], None]] = []
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
@@ -100,10 +85,8 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     return Handle([lambda: _parallelised.discard(model), *undo, hooks.remove, release], hooks.shards)
 
 
-def _family(model: nn.Module) -> ModelFamily | None:
-    """By the names of the model's class and its bases: a subclass is of the family."""
-    names = [kind.__name__ for kind in type(model).__mro__]
-    return next((family for name in names for family in FAMILIES if name in family.transformer_classes), None)
+def _class_names(model: nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(model).__mro__]
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
@@ -112,15 +95,9 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _num_heads(config: Mapping[str, Any]) -> int | None:
-    """Attention heads by a transformer's config, None where it does not say."""
-    heads = config.get("num_attention_heads", config.get("n_heads"))
-    return heads if isinstance(heads, int) else None
-
-
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
     """Say how the model will run: the kernel, and what the layout costs needlessly."""
-    heads, head_size = _num_heads(config), config.get("attention_head_dim")
+    heads, head_size = num_heads(config), config.get("attention_head_dim")
     if head_size is None and heads and "dim" in config:
         head_size = config["dim"] // heads
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
@@ -136,14 +113,13 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
     own = get_sp_plan_from_model(model)
     if own is not None:
         return own, True
+    if family is not None and family.refused:
+        raise ValueError(f"{type(model).__name__} is not supported yet: {family.refused}; pass plan=")
     if family is not None:
-        return family.sp_plan(_config(model)) if callable(family.sp_plan) else family.sp_plan, True
-    for kind in type(model).__mro__:
-        if kind.__name__ in REFUSED:
-            raise ValueError(f"{type(model).__name__} is not supported yet: {REFUSED[kind.__name__]}; pass plan=")
+        return family.sequence_plan(_config(model)), True
     if getattr(model, "_cp_plan", None):
         return plan_from_diffusers(model._cp_plan), False  # type: ignore[arg-type]
-    known = ", ".join(name for family in FAMILIES for name in family.transformer_classes)
+    known = ", ".join(name for family in families() if not family.refused for name in family.transformer_classes)
     raise ValueError(
         f"{type(model).__name__} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. "
         f"Known: {known}"
@@ -152,7 +128,7 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
 
 def _find_tp_plan(model: nn.Module, family: ModelFamily | None) -> TensorParallelPlan:
     if family is not None and family.tp_plan:
-        return family.tp_plan(_config(model)) if callable(family.tp_plan) else family.tp_plan
+        return family.tensor_plan(_config(model))
     if getattr(model, "_tp_plan", None):
         return tp_plan_from_diffusers(model._tp_plan)  # type: ignore[arg-type]
     raise ValueError(

@@ -15,16 +15,13 @@ joins several streams, the plan names them in the order in which it does. A para
 list of entries (None leaves one whole), or one companion entry for all of it. `{}` says that the model's forward shards
 itself, by `sp_core.sp_sharding`.
 
-Written on model classes and in `sp_core.models`; validated here; put to work by `sp_core.hooks`. diffusers' `_cp_plan`
-says the same in other words; `plan_from_diffusers` reads it.
+Written on model classes and in `sp_core.models`; validated here; applied by `sp_core.hooks`. diffusers' `_cp_plan` says
+the same in other words; `plan_from_diffusers` reads it. No torch: `deploy` reads plans too.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def _validate_output(name: str, entry: object) -> None:
         )
 
 
-def get_sp_plan_from_model(model: nn.Module) -> SequenceParallelModelPlan | None:
+def get_sp_plan_from_model(model: object) -> SequenceParallelModelPlan | None:
     """The `_sp_plan` that the model or its class carries, validated; None where it has none.
 
     Raises:
@@ -235,41 +232,3 @@ def _output_from_diffusers(name: str, entry: Any, stream: str | None) -> Sequenc
     if not hasattr(entry, "gather_dim"):
         raise ValueError(f"_cp_plan[{name!r}] has a {type(entry).__name__}, expected ContextParallelOutput")
     return SequenceParallelOutput(entry.gather_dim, entry.expected_dims, stream)
-
-
-def resolve_modules(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that a plan key names, in order.
-
-    Raises:
-        ValueError: no such submodule, more than one `*`, or `*` on something that is not a ModuleList.
-    """
-    if name.count("*") > 1:
-        raise ValueError(f"Wildcard '*' can only be used once in a plan key, got {name!r}")
-    found = [model]
-    for atom in name.split(".") if name else []:
-        if atom == "*":
-            parent = found[0]
-            if not isinstance(parent, nn.ModuleList):
-                raise ValueError(
-                    f"Wildcard '*' can only be used with ModuleList, but in {name!r} it is applied to a "
-                    f"{type(parent).__name__}"
-                )
-            found = list(parent)
-        else:
-            found = [_child(model, module, atom, name) for module in found]
-    if not found:
-        raise ValueError(f"the plan key {name!r} names no module: that ModuleList of {type(model).__name__} is empty")
-    return found
-
-
-def _child(model: nn.Module, module: nn.Module, atom: str, name: str) -> nn.Module:
-    if isinstance(module, nn.ModuleList) and re.fullmatch(r"-[0-9]+", atom):
-        atom = str(len(module) + int(atom))  # "blocks.-1" is the last block
-    child = module._modules.get(atom)
-    if child is None:
-        here = ", ".join(module._modules) or "nothing"
-        raise ValueError(
-            f"{atom!r} is not a submodule of {type(module).__name__} in {type(model).__name__} (plan key {name!r}); "
-            f"it has: {here}"
-        )
-    return child

@@ -66,6 +66,17 @@ TensorParallelStyle = Colwise | Rowwise | AcrossHeads | Heads | Channels
 TensorParallelPlan = Mapping[str, TensorParallelStyle]
 
 
+def sharded_tensors(plan: TensorParallelPlan) -> list[str]:
+    """Patterns of the names of the tensors of which each rank holds only a part.
+
+    A row-wise layer keeps its bias whole: it is added once, after the sum.
+    """
+    leaves: dict[type, tuple[str, ...]] = {
+        Colwise: ("weight", "bias"), Rowwise: ("weight",), AcrossHeads: ("weight",), Heads: (), Channels: (),
+    }  # fmt: skip
+    return [f"{pattern}.{leaf}" for pattern, style in plan.items() for leaf in leaves[type(style)]]
+
+
 def tp_plan_from_diffusers(tp_plan: Mapping[str, Any]) -> TensorParallelPlan:
     """diffusers' `_tp_plan` as a plan.
 

@@ -1,1 +1,7 @@
-"""One file per model family: its sequence plan, and what is peculiar to it. `family.py` says what a family is."""
+"""One file per model family: its plans, its peculiarities, and the examples that prove them. All of it is plain data.
+
+family.py   what a family's file declares
+lookup.py   finds the family of a transformer class
+
+A family that spray serves also has a file of the same name in `deploy.families` and in `workers.model.adapters`.
+"""

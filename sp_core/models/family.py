@@ -1,35 +1,118 @@
-"""What a model family's file declares. Read by `sp_core.parallelize` and the diffusers seam; no torch, no diffusers."""
+"""What the file of a model family declares. Plain data: no torch, no diffusers, so that `deploy` reads it too.
+
+`sp_core.models.lookup` finds the families. `sp_core.parallelize` and the attention backend apply their plans,
+`sp_core.verify` proves them on their examples, `deploy.memory` derives from the tensor plan which weights are sharded.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from sp_core.sp_plan import SequenceParallelModelPlan
 from sp_core.tp_plan import TensorParallelPlan
 
+Config = Mapping[str, Any]
+"""The `config.json` of a transformer."""
+
+
+class Tokens(Protocol):
+    """The size of one example forward, in tokens, and tensors for it. Made by `sp_core.verify.examples`.
+
+    Attributes:
+        frames: of a video; 1 for an image.
+        height: of a frame.
+        width: of a frame.
+        text: tokens of the prompt.
+        batch: samples.
+        mask: the kind of text mask that the example is proved with, one of `sp_core.verify.examples.MASKS`.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text: int
+    batch: int
+    mask: str
+
+    def normal(self, *shape: int, seed: int = 1) -> Any:
+        """Normal numbers of this shape, the same on every rank."""
+
+    def full(self, value: float, *shape: int) -> Any:
+        """A tensor of this shape that holds one value."""
+
+    def ramp(self, last: float, *shape: int) -> Any:
+        """Evenly spaced numbers from 0 to `last`, in this shape."""
+
+    def tensor(self, values: object) -> Any:
+        """A tensor of nested lists of numbers."""
+
+    def text_mask(self, kind: str) -> Any:
+        """A mask of the prompt, `(batch, text)`, boolean; None for the kind "none"."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One variant of a family, small enough to prove on a laptop.
+
+    Attributes:
+        transformer_class: the diffusers class.
+        init: its constructor's arguments.
+        inputs: the keyword arguments of one forward.
+        gains: factors on the random weights, by a part of the parameter's name. With the default initialization a tiny
+            model hardly uses its attention, and a proof without attention proves nothing.
+        mask_input: the input that holds the text mask, if there is one.
+        own_masks: kinds of mask that the model makes by itself, without such an input.
+        counts_mask: the model reads only how many tokens the mask shows, not which.
+        no_mask: why masks do not apply.
+        no_length: why a length of `sp_core.verify.examples.SIZES` does not apply.
+    """
+
+    transformer_class: str
+    init: Mapping[str, Any]
+    inputs: Callable[[Tokens], dict[str, Any]]
+    gains: Mapping[str, float] = field(default_factory=dict)
+    mask_input: str | None = None
+    own_masks: tuple[str, ...] = ()
+    counts_mask: bool = False
+    no_mask: str = "it has no mask"
+    no_length: Mapping[str, str] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """How one family of transformers is parallelised.
+    """How one family of transformers is parallelized.
 
-    Module names are patterns, in which `*` stands for anything (`"*.attn2"`).
+    Module names are patterns in which `*` matches anything (`"*.attn2"`).
 
     Attributes:
         transformer_classes: names of the diffusers classes that it covers.
-        sp_plan: their sequence plan, or what makes it from the model's config.
-        tp_plan: their tensor plan, or what makes it from the model's config; empty: diffusers' `_tp_plan` is right.
-        local_attention: modules that attend to tokens which are whole on every rank, although their processor would
-            join in, or could not (cross-attention, refiners in front of the region).
-        own_stream: modules whose attention sees one of the streams only, and the parameter name of that stream.
-        captured_processors: class names of processors that call torch's attention themselves instead of going through
-            diffusers' dispatch; all of that attention is over the region's own tokens.
-        refused_processors: class names of processors that would be silently wrong, and why.
+        sp_plan: their sequence plan, or a function that makes it from the model's config.
+        tp_plan: their tensor plan, or a function that makes it from the model's config. Empty: diffusers' own
+            `_tp_plan` is right.
+        local_attention: modules whose tokens are whole on every rank (cross-attention, refiners before the region),
+            although their processor would send them across ranks, or could not.
+        own_stream: modules whose attention sees one stream only, with the parameter name of that stream.
+        captured_processors: class names of processors that call torch's attention directly instead of diffusers'
+            dispatch. All of that attention must be over the region's own tokens.
+        refused_processors: class names of processors that would be silently wrong, with the reason.
+        refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
+        examples: what the family is proved with, by the name of the variant.
     """
 
     transformer_classes: tuple[str, ...]
-    sp_plan: SequenceParallelModelPlan | Callable[[Mapping[str, Any]], SequenceParallelModelPlan]
-    tp_plan: TensorParallelPlan | Callable[[Mapping[str, Any]], TensorParallelPlan] = field(default_factory=dict)
+    sp_plan: SequenceParallelModelPlan | Callable[[Config], SequenceParallelModelPlan] = field(default_factory=dict)
+    tp_plan: TensorParallelPlan | Callable[[Config], TensorParallelPlan] = field(default_factory=dict)
     local_attention: tuple[str, ...] = ()
     own_stream: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
+    refused: str = ""
+    examples: Mapping[str, Example] = field(default_factory=dict)
+
+    def sequence_plan(self, config: Config) -> SequenceParallelModelPlan:
+        """The sequence plan of a model with this config."""
+        return self.sp_plan(config) if callable(self.sp_plan) else self.sp_plan
+
+    def tensor_plan(self, config: Config) -> TensorParallelPlan:
+        """The tensor plan of a model with this config."""
+        return self.tp_plan(config) if callable(self.tp_plan) else self.tp_plan

@@ -8,10 +8,32 @@ Peculiarities:
 - Reference images are more image tokens with other positions; nothing changes.
 """
 
-from sp_core.models.family import ModelFamily
+from typing import Any
+
+from sp_core.models.family import Example, ModelFamily, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 
 _CACHED = "its cache of reference tokens counts tokens of the whole sequence"
+
+
+def _inputs(tokens: Tokens) -> dict[str, Any]:
+    """Floating positions, which look like a stream."""
+    width, image = tokens.width, tokens.height * tokens.width
+    positions = [[0.0, i // width, i % width, 0.0] for i in range(image)]
+    return {
+        "hidden_states": tokens.normal(tokens.batch, image, 8),
+        "encoder_hidden_states": tokens.normal(tokens.batch, tokens.text, 16, seed=2),
+        "timestep": tokens.full(0.5, tokens.batch),
+        "guidance": tokens.full(4.0, tokens.batch),
+        "img_ids": tokens.tensor([positions] * tokens.batch),
+        "txt_ids": tokens.tensor([[[0.0, 0.0, 0.0, float(i)] for i in range(tokens.text)]] * tokens.batch),
+    }
+
+
+_TINY = {
+    "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 12,
+    "joint_attention_dim": 16, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
+}  # fmt: skip
 
 FLUX_2 = ModelFamily(
     transformer_classes=("Flux2Transformer2DModel",),
@@ -25,4 +47,5 @@ FLUX_2 = ModelFamily(
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     refused_processors={"Flux2KVAttnProcessor": _CACHED, "Flux2KVParallelSelfAttnProcessor": _CACHED},
+    examples={"flux-2": Example("Flux2Transformer2DModel", _TINY, _inputs, {"modulation": 4})},
 )

@@ -9,9 +9,43 @@ Peculiarities:
 - The timestep comes as `(B,)`, `(B, 1)`, `(B, S)` or `(B, S, 1)`: split where it has one value per token.
 """
 
-from sp_core.models.family import ModelFamily
+import functools
+from typing import Any, Literal
+
+from sp_core.models.family import Example, ModelFamily, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, Rowwise
+
+
+def _inputs(tokens: Tokens, timestep: Literal["column", "token", "deep"] = "column") -> dict[str, Any]:
+    """Timesteps as `(B, 1)`, `(B, S)` or `(B, S, 1)`."""
+    batch, count = tokens.batch, tokens.frames * tokens.height * tokens.width
+    ramp = tokens.tensor(
+        [[900.0 * (row * count + i) / (batch * count - 1) for i in range(count)] for row in range(batch)]
+    )
+    timesteps = {"column": tokens.full(500.0, batch, 1), "token": ramp, "deep": ramp[..., None]}
+    return {
+        "hidden_states": tokens.normal(batch, count, 8),
+        "encoder_hidden_states": tokens.normal(batch, tokens.text, 16, seed=2),
+        "encoder_attention_mask": tokens.text_mask("per row").long(),
+        "timestep": timesteps[timestep],
+        "num_frames": tokens.frames,
+        "height": tokens.height,
+        "width": tokens.width,
+        "rope_interpolation_scale": (8 / 25, 32, 32),
+    }
+
+
+_example = functools.partial(
+    Example,
+    "LTXVideoTransformer3DModel",
+    {
+        "in_channels": 8, "out_channels": 8, "cross_attention_dim": 144, "num_layers": 2, "caption_channels": 16,
+        "attention_head_dim": 12, "num_attention_heads": 12,
+    },
+    gains={"attn1.to_out": 4, "scale_shift_table": 6},
+    no_mask="its mask is that of cross-attention, which stays local",
+)  # fmt: skip
 
 LTX = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
@@ -36,4 +70,9 @@ LTX = ModelFamily(
         "*.ff.net.2": Rowwise(),
     },
     local_attention=("*.attn2",),
+    examples={
+        "ltx": _example(_inputs),
+        "ltx per token": _example(functools.partial(_inputs, timestep="token")),
+        "ltx per token, deep": _example(functools.partial(_inputs, timestep="deep")),
+    },
 )

@@ -12,8 +12,48 @@ Peculiarities:
 - The ragged split is what a native size needs: 1328x1328 pixels are 83x83 = 6889 tokens, an odd number.
 """
 
-from sp_core.models.family import ModelFamily
+from collections.abc import Callable
+from typing import Any
+
+from sp_core.models.family import Example, ModelFamily, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
+from sp_core.tp_plan import Colwise, Rowwise
+
+
+def _inputs(tokens: Tokens) -> dict[str, Any]:
+    return {
+        "hidden_states": tokens.normal(tokens.batch, tokens.height * tokens.width, 16),
+        "encoder_hidden_states": tokens.normal(tokens.batch, tokens.text, 16, seed=2),
+        "timestep": tokens.full(0.5, tokens.batch),
+        "img_shapes": [[(1, tokens.height, tokens.width)]] * tokens.batch,
+    }
+
+
+def _edit_inputs(tokens: Tokens) -> dict[str, Any]:
+    """One reference image, as large as the image."""
+    return _inputs(tokens) | {
+        "hidden_states": tokens.normal(tokens.batch, 2 * tokens.height * tokens.width, 16),
+        "img_shapes": [[(1, tokens.height, tokens.width)] * 2] * tokens.batch,
+    }
+
+
+def _control_inputs(tokens: Tokens) -> dict[str, Any]:
+    """One residual for two blocks."""
+    residual = tokens.normal(tokens.batch, tokens.height * tokens.width, 144, seed=10)
+    return _inputs(tokens) | {"controlnet_block_samples": [residual]}
+
+
+_TINY = {
+    "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 16,
+    "axes_dims_rope": (4, 4, 4), "attention_head_dim": 12, "num_attention_heads": 12,
+}  # fmt: skip
+
+
+def _example(inputs: Callable[[Tokens], dict[str, Any]], **init: object) -> Example:
+    return Example(
+        "QwenImageTransformer2DModel", _TINY | init, inputs, {"_mod.": 4}, mask_input="encoder_hidden_states_mask"
+    )
+
 
 QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
@@ -32,5 +72,18 @@ QWEN_IMAGE = ModelFamily(
             "modulate_index": SequenceParallelInput(split_dim=1, expected_dims=2),
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
+    },
+    tp_plan={
+        "transformer_blocks.*.attn.to_[qkv]": Colwise(),
+        "transformer_blocks.*.attn.add_[qkv]_proj": Colwise(),
+        "transformer_blocks.*.attn.to_out.0": Rowwise(),
+        "transformer_blocks.*.attn.to_add_out": Rowwise(),
+        "transformer_blocks.*.*_mlp.net.0.proj": Colwise(),
+        "transformer_blocks.*.*_mlp.net.2": Rowwise(),
+    },
+    examples={
+        "qwen-image": _example(_inputs),
+        "qwen-image edit": _example(_edit_inputs, zero_cond_t=True),
+        "qwen-image control": _example(_control_inputs),
     },
 )

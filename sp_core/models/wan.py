@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Mapping
 from typing import Any
 
-from sp_core.models.family import ModelFamily
+from sp_core.models.family import Example, ModelFamily, Tokens
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     SequenceParallelCompanion,
@@ -53,6 +53,44 @@ def _tp_plan(config: Mapping[str, Any]) -> TensorParallelPlan:
     return {**_TP, **of_images}
 
 
+def _inputs(tokens: Tokens, frames: int | None = None, text: int | None = None) -> dict[str, Any]:
+    frames, text = frames or tokens.frames, text or tokens.text
+    return {
+        "hidden_states": tokens.normal(tokens.batch, 4, frames, 2 * tokens.height, 2 * tokens.width),
+        "timestep": tokens.full(500.0, tokens.batch),
+        "encoder_hidden_states": tokens.normal(tokens.batch, text, 16, seed=2),
+    }
+
+
+def _per_token_inputs(tokens: Tokens) -> dict[str, Any]:
+    count = tokens.frames * tokens.height * tokens.width
+    return _inputs(tokens) | {"timestep": tokens.ramp(900.0, tokens.batch, count)}
+
+
+def _image_inputs(tokens: Tokens) -> dict[str, Any]:
+    """Always 512 tokens of text: the model takes everything before the last 512 for the image's."""
+    return _inputs(tokens, text=512) | {
+        "hidden_states": tokens.normal(tokens.batch, 9, tokens.frames, 2 * tokens.height, 2 * tokens.width),
+        "encoder_hidden_states_image": tokens.normal(tokens.batch, 5, 8, seed=3),
+    }
+
+
+def _vace_inputs(tokens: Tokens) -> dict[str, Any]:
+    """Two frames, and control for the first; the model pads the control."""
+    size = tokens.frames, 2 * tokens.height, 2 * tokens.width
+    return _inputs(tokens, frames=2 * tokens.frames) | {
+        "control_hidden_states": tokens.normal(tokens.batch, 6, *size, seed=3),
+        "control_hidden_states_scale": tokens.tensor([1.0, 0.5]),
+    }
+
+
+_TINY = {
+    "num_attention_heads": 12, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 32, "ffn_dim": 64, "num_layers": 2, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}  # fmt: skip
+_GAINS = {"attn1.to_out": 4, "scale_shift_table": 4}
+
 WAN = ModelFamily(
     transformer_classes=("WanTransformer3DModel",),
     sp_plan=_ROPE_AND_OUTPUT
@@ -62,6 +100,16 @@ WAN = ModelFamily(
     },
     tp_plan=_tp_plan,
     local_attention=("*.attn2",),
+    examples={
+        "wan": Example("WanTransformer3DModel", _TINY, _inputs, _GAINS),
+        "wan per token": Example("WanTransformer3DModel", _TINY, _per_token_inputs, _GAINS),
+        "wan image": Example(
+            "WanTransformer3DModel",
+            _TINY | {"in_channels": 9, "image_dim": 8, "added_kv_proj_dim": 144},
+            _image_inputs,
+            _GAINS,
+        ),
+    },
 )
 
 WAN_VACE = ModelFamily(
@@ -76,4 +124,12 @@ WAN_VACE = ModelFamily(
     },
     tp_plan=_tp_plan,
     local_attention=("*.attn2",),
+    examples={
+        "wan vace": Example(
+            "WanVACETransformer3DModel",
+            _TINY | {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 6},
+            _vace_inputs,
+            _GAINS,
+        ),
+    },
 )

@@ -9,7 +9,9 @@ Peculiarities:
 - 30 heads: Ulysses degrees 2, 3, 5, 6; for 4 and 8 ranks mix in a ring.
 """
 
-from sp_core.models.family import ModelFamily
+from typing import Any
+
+from sp_core.models.family import Example, ModelFamily, Tokens
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Heads, Rowwise
 
@@ -26,6 +28,21 @@ def _stack(name: str) -> SequenceParallelModelPlan:
     }
 
 
+def _inputs(tokens: Tokens) -> dict[str, Any]:
+    """Captions of unequal length where a mask is asked for: a rank's whole chunk may then be hidden for a row."""
+    captions = [5, 40][: tokens.batch] if tokens.mask == "per row" else [20] * tokens.batch
+    return {
+        "x": [tokens.normal(4, 1, 2 * tokens.height, 2 * tokens.width, seed=i) for i in range(tokens.batch)],
+        "t": tokens.full(0.5, tokens.batch),
+        "cap_feats": [tokens.normal(length, 16, seed=length + i) for i, length in enumerate(captions)],
+    }
+
+
+_TINY = {
+    "in_channels": 4, "dim": 96, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 6, "n_kv_heads": 6,
+    "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [256, 64, 64],
+}  # fmt: skip
+
 Z_IMAGE = ModelFamily(
     transformer_classes=("ZImageTransformer2DModel",),
     sp_plan=_stack("noise_refiner") | _stack("context_refiner") | _stack("layers"),
@@ -35,5 +52,15 @@ Z_IMAGE = ModelFamily(
         "*.attention.to_out.0": Rowwise(),
         "*.feed_forward.w[13]": Colwise(),
         "*.feed_forward.w2": Rowwise(),
+    },
+    examples={
+        "z-image": Example(
+            "ZImageTransformer2DModel",
+            _TINY,
+            _inputs,
+            own_masks=("per row",),
+            no_mask="only batches of captions of unequal length have a mask",
+            no_length={"short": "the model pads image and caption to multiples of 32"},
+        ),
     },
 )

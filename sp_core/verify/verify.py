@@ -289,18 +289,20 @@ def _described(config: str | None) -> dict[str, Any]:
 
 
 def _known(kind: type[nn.Module], target: str) -> dict[str, Proof]:
-    """The examples of a class of diffusers. Loaded by name, because they bring all of its transformers."""
-    examples = importlib.import_module("sp_core.verify.examples")
+    """The examples of a class of diffusers."""
+    from sp_core.verify import examples  # only here: they load diffusers, which a class of one's own does not need
+
+    examples.quiet_diffusers()
     known = {
         name: Proof(
             lambda tiny=tiny: tiny.model,  # type: ignore[misc]
             {
-                "{} length, {} mask, batch {}".format(*cell): examples.inputs(name, *cell) | {"return_dict": False}
+                "{} length, {} mask, batch {}".format(*cell): tiny.inputs(*cell) | {"return_dict": False}
                 for cell in examples.cells(name)
             },
         )
         for name, tiny in examples.TINY.items()
-        if type(tiny.model).__name__ == kind.__name__
+        if tiny.example.transformer_class == kind.__name__
     }
     if not known:
         raise Unverifiable(

@@ -16,7 +16,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from sp_core.sp_sharding import SequenceShards
-from sp_core.verify import examples as families
+from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
@@ -103,10 +103,10 @@ def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def compiled_family(mesh: ParallelMesh, name: str) -> float:
     torch._dynamo.reset()
-    model = copy.deepcopy(families.TINY[name].model)
+    model = copy.deepcopy(examples.TINY[name].model)
     worst = 0.0
     with torch.no_grad():
-        inputs = [families.inputs(name, *cell) for cell in families.cells(name) if cell[2] == 1][:3]
+        inputs = [examples.inputs(name, *cell) for cell in examples.cells(name) if cell[2] == 1][:3]
         references = [model(**each, return_dict=False)[0] for each in inputs]
         parallelize(model, mesh)
         for block in model.transformer_blocks if name == "sd3.5" else []:  # diffusers does not name its blocks

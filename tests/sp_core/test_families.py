@@ -1,16 +1,20 @@
 """Law 1 on diffusers' transformers of every family: all layouts x the cells of `sp_core.verify.examples`."""
 
+import fnmatch
 import functools
 from contextlib import nullcontext
 
+import diffusers
 import pytest
 import torch
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from sp_core.parallelize import FAMILIES, parallelize
+from sp_core.models.lookup import families, find_family
+from sp_core.parallelize import parallelize
 from sp_core.sp_plan import plan_from_diffusers
-from sp_core.verify import examples as families
+from sp_core.tp_plan import tp_plan_from_diffusers
+from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.examples import Cell
 from sp_core.verify.rank_pool import RankPool
@@ -22,7 +26,7 @@ from tests.support import qwen
 def forward(name: str, cell: Cell) -> list[torch.Tensor]:
     """The model's output, one tensor per sample."""
     with torch.no_grad():
-        return list(families.TINY[name].model(**families.inputs(name, *cell), return_dict=False)[0])
+        return list(examples.TINY[name].model(**examples.inputs(name, *cell), return_dict=False)[0])
 
 
 @functools.cache
@@ -37,8 +41,8 @@ def worst(outputs: list[torch.Tensor], references: list[torch.Tensor]) -> float:
 
 def differences(mesh: ParallelMesh, name: str, local: bool = False) -> dict[Cell, float]:
     """For every cell of a family, how far the ranks' answer is from one process's."""
-    references = {cell: reference(name, cell) for cell in families.cells(name)}
-    handle = parallelize(families.TINY[name].model, mesh)
+    references = {cell: reference(name, cell) for cell in examples.cells(name)}
+    handle = parallelize(examples.TINY[name].model, mesh)
     with attention_kept_local() if local else nullcontext():
         found = {cell: worst(forward(name, cell), reference) for cell, reference in references.items()}
     handle.remove()
@@ -51,7 +55,7 @@ FOR_VARIANTS = ("ulysses 3", "ring 3", "ulysses 2 x ring 2")
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, layout) for name in families.TINY for layout in LAYOUTS if " " not in name or layout in FOR_VARIANTS],
+    [(name, layout) for name in examples.TINY for layout in LAYOUTS if " " not in name or layout in FOR_VARIANTS],
 )
 def test_every_layout_gives_the_answer_of_one_process(ranks: RankPool, name: str, layout: str) -> None:
     for found in ranks.run(LAYOUTS[layout], differences, name):
@@ -59,7 +63,7 @@ def test_every_layout_gives_the_answer_of_one_process(ranks: RankPool, name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [(name, world) for name in families.TINY for world in ([3] if " " in name else [2, 3, 4])]
+    ("name", "world"), [(name, world) for name in examples.TINY for world in ([3] if " " in name else [2, 3, 4])]
 )
 def test_local_attention_would_be_seen(ranks: RankPool, name: str, world: int) -> None:
     found = ranks.run(ParallelDegrees(ulysses_degree=world), differences, name, True)
@@ -68,24 +72,37 @@ def test_local_attention_would_be_seen(ranks: RankPool, name: str, world: int) -
 
 
 def test_every_family_is_proved() -> None:
-    proved = {type(tiny.model).__name__ for tiny in families.TINY.values()}
-    assert proved == {name for family in FAMILIES for name in family.transformer_classes}
+    proved = {type(tiny.model).__name__ for tiny in examples.TINY.values()}
+    assert proved == {name for family in families() if not family.refused for name in family.transformer_classes}
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "QwenImageTransformer2DModel"])
+def test_a_tensor_plan_that_diffusers_has_too_says_the_same(name: str) -> None:
+    kind, family = getattr(diffusers, name), find_family([name])
+    assert family is not None
+    config = next(example.init for example in family.examples.values())
+    modules = [module for module, _ in kind(**config).named_modules()]
+    ours, theirs = (
+        {module: style for pattern, style in plan.items() for module in fnmatch.filter(modules, pattern)}
+        for plan in (family.tensor_plan(config), tp_plan_from_diffusers(kind._tp_plan))
+    )
+    assert ours == theirs
 
 
 def test_cells_that_do_not_apply_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    families.main()
+    examples.main()
     table = capsys.readouterr().out
     with capsys.disabled():
         print(f"\n{table}")
-    for name in families.TINY:
+    for name in examples.TINY:
         assert name in table
-        assert len(families.cells(name)) >= 4
+        assert len(examples.cells(name)) >= 4
 
 
 def two_in_turn(mesh: ParallelMesh) -> float:
     """Two transformers that take turns, at different lengths, as Wan 2.2's do."""
-    first, second = families.TINY["wan"].model, families.Tiny(families.wan, families.wan_inputs).model
-    long, short = (families.inputs("wan", length, "none", 1) for length in ("even", "uneven"))
+    first, second = examples.TINY["wan"].model, examples.TINY["wan"].build()
+    long, short = (examples.inputs("wan", length, "none", 1) for length in ("even", "uneven"))
     turns = [(first, long), (second, short), (first, short), (second, long)]
     with torch.no_grad():
         references = [model(**inputs, return_dict=False)[0] for model, inputs in turns]

@@ -15,7 +15,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from sp_core.sp_sharding import sp_active, sp_gather, sp_shard
-from sp_core.verify import examples as families
+from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
@@ -200,9 +200,9 @@ def test_an_empty_plan_that_is_passed_on_one_rank() -> None:
 
 def refused_processors(mesh: ParallelMesh) -> list[str]:
     said = []
-    flux = families.TINY["flux"].build()
+    flux = examples.TINY["flux"].build()
     flux.transformer_blocks[1].attn.processor = type("FluxIPAdapterAttnProcessor", (), {"_parallel_config": None})()
-    sd3 = families.TINY["sd3"].build()
+    sd3 = examples.TINY["sd3"].build()
     sd3.transformer_blocks[0].attn.processor = type("FusedJointAttnProcessor2_0", (), {})()
     helios = type("HeliosTransformer3DModel", (nn.Module,), {})()
     for model in (flux, sd3, helios):
@@ -221,7 +221,7 @@ def test_processors_that_would_be_wrong(ranks: RankPool) -> None:
 
 def capture_and_release(mesh: ParallelMesh) -> list[str]:
     """SD3's processors, which two modules share, are the same objects afterwards."""
-    model = families.TINY["sd3.5"].build()
+    model = examples.TINY["sd3.5"].build()
     before = [module.processor for module in model.modules() if hasattr(module, "processor")]
     handle = parallelize(model, mesh)
     with pytest.raises(ValueError, match="is parallelised already"):
@@ -309,8 +309,8 @@ def test_streams_are_joined_in_the_order_of_the_plan(ranks: RankPool) -> None:
 
 def meddle(mesh: ParallelMesh) -> list[str]:
     said = []
-    model = copy.deepcopy(families.TINY["flux"].model)
-    arguments = families.inputs("flux", "uneven", "none", 1)
+    model = copy.deepcopy(examples.TINY["flux"].model)
+    arguments = examples.inputs("flux", "uneven", "none", 1)
     parallelize(model, mesh)
     model.transformer_blocks[1].attn.set_processor(type(model.transformer_blocks[1].attn.processor).__mro__[0]())
     for attempt in (lambda: model(**arguments), lambda: parallelize(model, mesh)):
@@ -334,9 +334,9 @@ def test_what_is_changed_afterwards_or_never_gathered(ranks: RankPool) -> None:
 
 def shared_processor(mesh: ParallelMesh) -> float:
     """diffusers' set_attn_processor gives one object to all modules, those that stay local too."""
-    model = copy.deepcopy(families.TINY["ltx"].model)
+    model = copy.deepcopy(examples.TINY["ltx"].model)
     model.set_attn_processor(type(next(iter(model.attn_processors.values())))())
-    arguments = families.inputs("ltx", "uneven", "none", 1)
+    arguments = examples.inputs("ltx", "uneven", "none", 1)
     with torch.no_grad():
         reference = model(**arguments, return_dict=False)[0]
         parallelize(model, mesh)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from sp_core.module_paths import resolve_modules
 from sp_core.sp_plan import (
     SequenceParallelCompanion,
     SequenceParallelInput,
@@ -11,7 +12,6 @@ from sp_core.sp_plan import (
     SequenceParallelOutput,
     SequenceParallelPartialInput,
     get_sp_plan_from_model,
-    resolve_modules,
     validate_sp_plan,
 )
 from tests.support.toys import SPLIT, Toy
