@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deploy.hub_cache import cache_root, cached_folder
+from deploy.families.lookup import find_family
 from deploy.memory import format_bytes, rank_memory, what_fits
-from deploy.pipelines import PIPELINES, pipeline_name, read_config
+from deploy.model_folder import model_folder, read_config
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice
+from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_heads
 
 
 def check_deployment(
@@ -50,13 +50,6 @@ def check_deployment(
     return [line for report in reports for line in report]
 
 
-def model_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
-    """Where the model's files are on this machine; None for one from the hub that is not here. Nothing is fetched."""
-    if not model.from_hub:
-        return Path(model.source)
-    return cached_folder(model.source, model.revision, cache_root(spec.storage.models))
-
-
 def _report(model: ModelSpec, folder: Path | None) -> list[str]:
     lines = [
         f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
@@ -70,8 +63,8 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
             "unchecked until it is deployed"
         )
         return lines
-    advice = [layout_advice(model.parallel, _num_heads(_transformer_config(folder)))]
-    groups, branches = model.parallel.cfg_parallel_size, PIPELINES[pipeline_name(folder)].branches(math.inf, "")
+    advice = [layout_advice(model.parallel, num_heads(_transformer_config(folder)))]
+    groups, branches = model.parallel.cfg_parallel_size, find_family(folder).branches(math.inf, "")
     if groups > branches:
         advice.append(
             f"cfg_parallel_size={groups}, but guidance has {branches} branches: {groups - branches} of {groups} groups "
@@ -93,7 +86,7 @@ def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, s
         line += f" of {format_bytes(memory)}"
         if needed.total <= memory:
             return True, line
-        changes = what_fits(model, folder, memory, _num_heads(config), _ffn_dim(config))
+        changes = what_fits(model, folder, memory, num_heads(config), find_family(folder).ffn_dim(config))
     except ValueError as error:
         return False, f"{model.name}: {error}"
     return False, f"{line}; " + (f"what fits: {'; or '.join(changes)}" if changes else "take GPUs with more memory")
@@ -119,12 +112,12 @@ def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
     if folder is None:
         return adapters
     try:
-        kind = PIPELINES[pipeline_name(folder)]
+        family = find_family(folder)
         config = _transformer_config(folder)
-        check_layout(model.parallel, _num_heads(config), _ffn_dim(config))
+        check_layout(model.parallel, num_heads(config), family.ffn_dim(config))
     except ValueError as error:
         return [f"{model.name}: {error}"]
-    if kind.guided_above is None and model.parallel.cfg_parallel_size > 1:
+    if family.guided_above is None and model.parallel.cfg_parallel_size > 1:
         return [
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
             "only; use Ulysses or ring ranks"
@@ -134,19 +127,6 @@ def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
 
 def _transformer_config(folder: Path) -> dict[str, Any]:
     return read_config(folder / "transformer" / "config.json")
-
-
-def _num_heads(config: dict[str, Any]) -> int | None:
-    heads = config.get("num_attention_heads", config.get("n_heads"))
-    return heads if isinstance(heads, int) else None
-
-
-def _ffn_dim(config: dict[str, Any]) -> int | None:
-    """Hidden features of the feed-forward layers, where they do not follow from the heads."""
-    if config.get("_class_name") == "ZImageTransformer2DModel":
-        return int(config["dim"] / 3 * 8)
-    width = config.get("ffn_dim")
-    return width if isinstance(width, int) else None
 
 
 def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:

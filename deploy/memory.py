@@ -5,19 +5,26 @@ much. The largest rank is always the first: whatever the layout, it has the text
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from deploy.activations import activation_bytes, largest_request
-from deploy.pipelines import read_config
-from deploy.safetensors_headers import component_folders, read_header, read_headers
+from deploy.families.lookup import kept_in_fp32
+from deploy.model_folder import component_folders, read_config
+from deploy.safetensors_headers import read_header, read_headers
 from deploy.spec import ModelSpec
-from deploy.tensor_shares import can_share, is_shared, stays_wide
 from sp_core.degrees import ParallelDegrees, check_layout
+from sp_core.models.lookup import find_family
+from sp_core.tp_plan import sharded_tensors
 
 GIB = 2**30
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+ENCODERS_IN_FP32 = {"T5EncoderModel": frozenset({"wo"}), "UMT5EncoderModel": frozenset({"wo"})}
+"""What transformers keeps in fp32 where a text encoder is loaded in fp16."""
 
 CUDA_RESERVE = 3 * GIB // 2
 """Bytes that a rank on a GPU needs besides: CUDA's context, NCCL's buffers, gaps between allocations. Assumed, not
@@ -117,14 +124,32 @@ def _component_bytes(model: ModelSpec, name: str, folder: Path) -> int:
     config = read_config(folder / "config.json")
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or [""])))
     size = model.parallel.tensor_parallel_size if name.startswith("transformer") else 1
-    if size > 1 and not can_share(kind):
-        raise ValueError(f"{folder}: it is not known which weights of a {kind} tensor-parallel ranks share")
+    sharded = _sharded_tensors(folder, kind, config) if size > 1 else []
+    in_fp32 = _stays_in_fp32(kind, model.torch_dtype)
     total = 0
     for tensor, info in read_headers(folder).items():
-        element = 4 if stays_wide(kind, tensor, model.torch_dtype) else ELEMENT_BYTES[model.torch_dtype]
+        element = ELEMENT_BYTES[model.torch_dtype] if in_fp32.isdisjoint(tensor.split(".")) else 4
         whole = info.elements * element if info.is_floating else info.nbytes
-        total += whole // size if size > 1 and is_shared(kind, tensor) else whole
+        total += whole // size if any(fnmatchcase(tensor, pattern) for pattern in sharded) else whole
     return total
+
+
+def _sharded_tensors(folder: Path, kind: str, config: Mapping[str, Any]) -> list[str]:
+    """Patterns of the tensors that tensor-parallel ranks share, by the tensor plan of the transformer's family."""
+    family = find_family([kind])
+    plan = family.tensor_plan(config) if family else {}
+    if not plan:
+        raise ValueError(f"{folder}: it is not known which weights of a {kind} tensor-parallel ranks share")
+    return sharded_tensors(plan)
+
+
+def _stays_in_fp32(kind: str, dtype: str) -> frozenset[str]:
+    """Path components of the tensors that are loaded in fp32 although the model is loaded in `dtype`."""
+    if dtype == "float32":
+        return frozenset()
+    if kind in ENCODERS_IN_FP32 and dtype == "float16":
+        return ENCODERS_IN_FP32[kind]
+    return kept_in_fp32(kind)
 
 
 def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None, ffn_dim: int | None) -> list[str]:

@@ -1,30 +1,19 @@
-"""What weight files say of themselves: names, shapes, types and bytes of their tensors, without reading the tensors.
+"""What weight files say of themselves: names, shapes, types and bytes of their tensors. No tensor is read.
 
-A model folder in diffusers' format comes in; headers come out, or a `ValueError` that names the file, what was found
-and what to do. `deploy.memory` sums the bytes up, `service.cli.doctor` verifies the files. Standard library only.
-
-A safetensors file is: 8 bytes, little-endian, the length of the header; the header, a JSON object with each tensor's
-type, shape and place; the tensors, without gaps. A model in several files has an index beside them, which says in
-which file each tensor lies.
+A model folder in diffusers' format comes in; headers come out, or a `ValueError` that names the file, what is wrong and
+what to do. `deploy.memory` adds the bytes up, `service.cli.doctor` and `workers.model.files` verify the files.
 """
 
 import hashlib
 import json
 import math
-import struct
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
-    "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
-    "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-"""Bits of an element, by the name of its type in a header."""
+from safetensors import SafetensorError, safe_open
 
-MAX_HEADER = 100_000_000
-"""Bytes; the format's own bound. A longer one is no header."""
+from deploy.model_folder import component_folders
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files without their endings: diffusers' and transformers'."""
@@ -39,78 +28,45 @@ class TensorInfo:
     """A tensor by its header.
 
     Attributes:
-        dtype: the format's name of its type, such as `BF16`.
+        dtype: the format's name of its type, such as `BF16` or `F8_E4M3`.
         shape: its dimensions.
-        nbytes: its size in the file, in bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
 
     @property
     def elements(self) -> int:
-        """The number of its elements."""
+        """How many elements it has."""
         return math.prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        """Its size in the file, in bytes."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.elements * (int(bits[0]) if bits else 8) // 8  # BOOL alone has no number: a byte
+
+    @property
     def is_floating(self) -> bool:
-        """Whether loading casts it to the model's type."""
+        """True if loading casts it to the model's type."""
         return "F" in self.dtype
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, by name. The file is verified by its header and its size.
+    """The tensors of one safetensors file, by name. The library verifies that header and size agree.
 
     Raises:
-        ValueError: the file cannot be read, is cut short or too long, or its header is none.
+        ValueError: the file cannot be read, or is not whole.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            first = opened.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError(f"{file} has {size} bytes and no safetensors header; {FETCH_AGAIN}")
-            content = opened.read(length)
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+            return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        size, what = file.stat().st_size, str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"{file} ({size} bytes) is not a whole safetensors file: {what}; {FETCH_AGAIN}") from None
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}; {FETCH_AGAIN}") from None
-    try:
-        header = json.loads(content)
-        assert isinstance(header, dict)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _tensor(entry) for name, entry in entries.items()}
-        places = sorted(tuple(entry["data_offsets"]) for entry in entries.values())
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise ValueError(f"{file} has a header that is not safetensors'; {FETCH_AGAIN}") from None
-    end = _end(file, places)
-    if size != 8 + length + end:
-        what = "cut short" if size < 8 + length + end else "too long"
-        raise ValueError(f"{file} is {what}: {size} bytes, its header says {8 + length + end}; {FETCH_AGAIN}")
-    return tensors
-
-
-def _tensor(entry: Any) -> TensorInfo:
-    """An entry of a header.
-
-    Raises:
-        ValueError: the tensor's type is unknown, or its size does not follow from its type and shape.
-    """
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] not in BITS or math.prod(shape) * BITS[entry["dtype"]] != 8 * (end - begin):
-        raise ValueError
-    return TensorInfo(entry["dtype"], shape, end - begin)
-
-
-def _end(file: Path, places: list[tuple[int, ...]]) -> int:
-    """Where the last tensor ends, if there are no gaps and no overlaps between them."""
-    at = 0
-    for begin, end in places:
-        if begin != at:
-            raise ValueError(f"{file} has a header with a gap or an overlap at byte {at} of its data; {FETCH_AGAIN}")
-        at = end
-    return at
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}; {FETCH_AGAIN}") from None
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -153,31 +109,8 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def component_folders(model: Path) -> dict[str, Path]:
-    """Folders of the components of a model that have weights, by name: what `model_index.json` names, and has a config.
-
-    Schedulers and tokenizers have other files.
-
-    Args:
-        model: a folder in diffusers' format.
-
-    Raises:
-        ValueError: `model_index.json` is missing or no JSON object, or a component has no folder.
-    """
-    file = model / "model_index.json"
-    try:
-        index = json.loads(file.read_text())
-        named = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
-    except (OSError, ValueError, AttributeError, IndexError):
-        raise ValueError(f"{file} is missing or damaged; set source to a folder in diffusers' format") from None
-    absent = [name for name in named if not (model / name).is_dir()]
-    if absent:
-        raise ValueError(f"{model / absent[0]} is missing, but model_index.json names it; fetch the model again")
-    return {name: model / name for name in named if (model / name / "config.json").is_file()}
-
-
 def verify_weights(model: Path) -> None:
-    """Whether the weights of all components are there and whole, by headers and sizes. No tensor is read.
+    """Reject a model whose weights are not all there and whole, by headers and sizes.
 
     Args:
         model: a folder in diffusers' format.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from deploy.spec import LoRA
 from sp_core.verify.rank_pool import RankPool
-from workers.demo_models.__main__ import FAMILIES, write_demo_model
+from workers.demo_models.writer import FAMILIES, write_demo_model
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,8 @@ def ranks() -> Iterator[RankPool]:
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's folder, written once."""
     folder = tmp_path_factory.mktemp("models") / "demo"
-    subprocess.run([sys.executable, "-m", "workers.demo_models.__main__", str(folder)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "workers.demo_models", str(folder), "--family", "qwen-image"]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 

@@ -14,7 +14,7 @@ LAYERS = ("sp_core", "deploy", "workers", "service")
 
 ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
-    "deploy": {"pydantic", "yaml"},
+    "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client"},
     "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "tqdm"},
@@ -23,7 +23,10 @@ ALLOWED = {
 
 DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_backend.py", "sp_core/verify/examples.py"]
 
-OF_SP_CORE = {"deploy": {"sp_core.degrees"}, "service": {"sp_core.degrees", "sp_core.verify.verify"}}
+OF_SP_CORE = {
+    "deploy": {"sp_core.degrees", "sp_core.models.lookup", "sp_core.tp_plan"},
+    "service": {"sp_core.degrees", "sp_core.verify.verify"},
+}
 """Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
 
 WITHOUT_TORCH = tuple(

@@ -76,7 +76,7 @@ def _ensure_model(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another demo may be writing it right now
         if not (folder / "model_index.json").is_file():
             _say(f"writing the demo model to {folder}")
-            command = [sys.executable, "-m", "workers.demo_models.__main__", str(folder)]
+            command = [sys.executable, "-m", "workers.demo_models", str(folder), "--family", folder.name]
             written = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
             if written.returncode:
                 raise OSError(f"the demo model cannot be written: {written.stderr.strip().splitlines()[-1]}")

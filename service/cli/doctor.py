@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy.check import model_folder
-from deploy.hub_cache import cache_root
 from deploy.memory import GIB, format_bytes
+from deploy.model_folder import cache_root, model_folder
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import DeploymentSpec
 from service.rollout.ports import bind_error

@@ -13,8 +13,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.check import check_deployment, model_folder
-from deploy.pipelines import PIPELINES, pipeline_name
+from deploy.check import check_deployment
+from deploy.families.lookup import find_family
+from deploy.model_folder import model_folder
 from deploy.spec import DeploymentSpec, ModelSpec, Task
 from service.names import GANG, app_name
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
@@ -27,7 +28,7 @@ def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
     def derived(model: ModelSpec) -> ModelSpec:
         folder = model_folder(spec, model)
         try:
-            tasks = model.tasks or ((PIPELINES[pipeline_name(folder)].task,) if folder else None)
+            tasks = model.tasks or ((find_family(folder).task,) if folder else None)
         except ValueError:
             return model
         return model.model_copy(update={"tasks": tasks})
@@ -113,4 +114,4 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, .
     except (ValueError, OSError) as error:
         message = str(error)
         return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
-    return (PIPELINES[pipeline_name(folder)].task,), ""
+    return (find_family(folder).task,), ""

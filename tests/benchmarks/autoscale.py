@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from deploy.spec import Autoscaling, Defaults, ModelSpec
 from service.cli.client import read_cluster
 from tests.support.deployments import deployment, model, ready
-from workers.demo_models.__main__ import write_demo_model
+from workers.demo_models.writer import write_demo_model
 
 PERIOD_S = 0.5
 

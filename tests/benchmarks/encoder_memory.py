@@ -24,8 +24,8 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool
 from tests.benchmarks.load_memory import status
 from tests.support.deployments import model
-from workers.demo_models import qwen_image
 from workers.messages import GenerationRequest
+from workers.model.adapters import qwen_image
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 def write_model(folder: Path) -> None:
     """The demo model, its text encoder much wider."""
-    pipeline = qwen_image.pipeline()
+    pipeline = qwen_image.demo_pipeline()
     config = pipeline.text_encoder.config.to_dict()
     config["text_config"]["intermediate_size"] = 2**18
     pipeline.text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config)).eval()

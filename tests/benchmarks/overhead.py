@@ -41,7 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "demo"
         subprocess.run(
-            [sys.executable, "-m", "workers.demo_models.__main__", str(source)], check=True, capture_output=True
+            [sys.executable, "-m", "workers.demo_models", str(source), "--family", "qwen-image"],
+            check=True,
+            capture_output=True,
         )
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         direct = multiprocessing.get_context("spawn").Process(target=serve_directly, args=(source, theirs), daemon=True)

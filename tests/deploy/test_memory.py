@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.activations import DECODES, FORWARDS, Request, activation_bytes, largest_request
+from deploy.activations import Request, activation_bytes, largest_request
+from deploy.families.family import DecodeBytes, ForwardBytes
+from deploy.families.lookup import decode_bytes, families, forward_bytes
 from deploy.memory import GIB, format_bytes, parse_memory, rank_memory, weight_bytes, what_fits
-from deploy.pipelines import PIPELINES
 from deploy.spec import Limits, ModelSpec
-from deploy.tensor_shares import can_share
 from sp_core.mesh import ParallelMesh
+from sp_core.models.lookup import find_family
 from sp_core.verify import examples
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
@@ -59,8 +60,9 @@ def test_shares_are_those_of_the_tensor_plans(ranks: RankPool, tmp_path: Path, n
 
 
 def test_every_served_family_is_known() -> None:
-    assert len(FORWARDS) == len(PIPELINES)
-    assert all(can_share(kind) for kind in FORWARDS)
+    for family in families().values():
+        assert family.forward_bytes and family.decode_bytes
+        assert all(find_family([kind]).tp_plan for kind in family.forward_bytes)  # type: ignore[union-attr]
 
 
 def test_a_class_that_is_not_known_cannot_be_shared(tmp_path: Path) -> None:
@@ -76,7 +78,8 @@ def a_model(folder: Path, kind: str = "QwenImageTransformer2DModel", **config: A
     """A model of real width, by its configs."""
     pipeline = "WanPipeline" if kind.startswith("Wan") else "QwenImagePipeline"
     vae = "AutoencoderKLWan" if kind.startswith("Wan") else "AutoencoderKLQwenImage"
-    heads = {"num_attention_heads": FORWARDS[kind].width // 128 if kind in FORWARDS else 1, "attention_head_dim": 128}
+    measured = forward_bytes(kind)
+    heads = {"num_attention_heads": measured.width // 128 if measured else 1, "attention_head_dim": 128}
     for part, content in {
         "transformer": {"_class_name": kind, **heads, **config},
         "vae": {"_class_name": vae, "base_dim": 96},
@@ -97,21 +100,31 @@ def spec_of(folder: Path, tiling_above: int = 2**40, **degrees: int) -> ModelSpe
     return model(folder, **degrees).model_copy(update={"dtype": "bfloat16", "vae_tiling_above": tiling_above})
 
 
+def measured_forward(kind: str) -> ForwardBytes:
+    found = forward_bytes(kind)
+    assert found is not None
+    return found
+
+
+def measured_decode(kind: str) -> DecodeBytes:
+    found = decode_bytes(kind)
+    assert found is not None
+    return found
+
+
 LARGE = Request(2048, 2048, 1, 4)
 
 
 def forward_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, request: Request = LARGE, **degrees: int) -> int:
     """Bytes of the forward, with a decode that takes nothing."""
-    for name, decode in DECODES.items():
-        nothing = type(decode)(decode.width, picture=0, video=0, frame=0, tiles=0)
-        monkeypatch.setitem(DECODES, name, nothing)
+    monkeypatch.setattr("deploy.activations.decode_bytes", lambda kind: DecodeBytes(96, 0, 0, 0, 0))
     found = activation_bytes(spec_of(folder, **degrees), folder, request)
     assert found is not None
     return found
 
 
 def test_a_forward_follows_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, measured = with_vae(a_model(tmp_path)), FORWARDS["QwenImageTransformer2DModel"]
+    folder, measured = with_vae(a_model(tmp_path)), measured_forward("QwenImageTransformer2DModel")
     tokens = 4 * (128 * 128 + 1024)
     assert forward_alone(folder, monkeypatch) == tokens * measured.alone
     assert forward_alone(folder, monkeypatch, ulysses_degree=4) == tokens // 4 * measured.ulysses
@@ -125,11 +138,11 @@ def test_a_forward_follows_the_layout(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_forward_of_a_video_counts_latent_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_vae(a_model(tmp_path, "WanTransformer3DModel"))
     found = forward_alone(folder, monkeypatch, Request(832, 480, 81, 1))
-    assert found == 52 * 30 * 21 * FORWARDS["WanTransformer3DModel"].alone
+    assert found == 52 * 30 * 21 * measured_forward("WanTransformer3DModel").alone
 
 
 def test_a_decode_in_tiles_needs_less(tmp_path: Path) -> None:
-    folder, decode = with_vae(a_model(tmp_path)), DECODES["AutoencoderKLQwenImage"]
+    folder, decode = with_vae(a_model(tmp_path)), measured_decode("AutoencoderKLQwenImage")
     request = Request(4096, 4096, 1, 1)
     whole = activation_bytes(spec_of(folder), folder, request)
     assert whole == 4096 * 4096 * decode.picture

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 
 from deploy.check import check_deployment
-from deploy.hub_cache import cache_root, cached_folder
 from deploy.load import load_spec
 from deploy.memory import rank_memory
+from deploy.model_folder import cache_root, cached_folder
 from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placement, SpecError, Storage
 from service.cli import commands
 from service.cli.main import main
@@ -306,7 +307,7 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
     (snapshot / "model" / "model_index.json").rename(snapshot / "model_index.json")
     (snapshot / "model" / "transformer").rename(snapshot / "transformer")
     (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "v1").write_text("0123\n")
+    (tmp_path / "models--org--name" / "refs" / "v1").write_text("0123")
     assert cached_folder("org/name", "v1", tmp_path) == cached_folder("org/name", "0123", tmp_path) == snapshot
     assert cached_folder("org/name", None, tmp_path) is None
     assert len(check_deployment(spec, DEVICES)) == 1
@@ -315,14 +316,9 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
         check_deployment(spec.model_copy(update={"models": (shared,)}), DEVICES)
 
 
-def test_where_the_hubs_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_root(None) == Path.home() / ".cache" / "huggingface" / "hub"
-    monkeypatch.setenv("HF_HOME", "/h")
-    assert cache_root(None) == Path("/h/hub")
-    monkeypatch.setenv("HF_HUB_CACHE", "/c")
-    assert (cache_root(None), cache_root("/m")) == (Path("/c"), Path("/m"))
+def test_where_the_hubs_cache_is() -> None:
+    assert cache_root(None) == Path(huggingface_hub.constants.HF_HUB_CACHE)
+    assert cache_root("/m") == Path("/m")
 
 
 def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:
@@ -341,5 +337,5 @@ def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(demo_model, damaged)
     (damaged / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    with pytest.raises(SpecError, match=r"a: .*/vae/.*safetensors has 0 bytes and no safetensors header"):
+    with pytest.raises(SpecError, match=r"a: .*/vae/.*safetensors \(0 bytes\) is not a whole safetensors file"):
         check_deployment(DeploymentSpec(models=(model.model_copy(update={"source": str(damaged)}),)), devices, 2**40)

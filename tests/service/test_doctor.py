@@ -117,7 +117,7 @@ def test_weights(tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPat
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     damaged = found(machine, "weights of a", spec)
-    assert (damaged.level, "is cut short" in damaged.found) == ("fail", True)
+    assert (damaged.level, "is not a whole safetensors file" in damaged.found) == ("fail", True)
     assert found(machine, "weights of a", served(source="org/name")).level == "warn"
     small = a_machine(tmp_path, disk=lambda path: SimpleNamespace(total=64 * GIB, free=GIB))
     assert "org/name are yet to be fetched" in found(small, "disk for models", served(source="org/name")).advice

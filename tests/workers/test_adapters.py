@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from deploy.pipelines import PIPELINES, pipeline_name
+from deploy.families.lookup import families, family_name
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
@@ -22,7 +22,7 @@ from tests.support.deployments import model
 from tests.workers.test_denoising import ALONE, Generated, generate, pixels
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
-from workers.model.adapters.pipeline_adapter import RECIPES
+from workers.model.adapters.lookup import find_adapter
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 from workers.model.media import encode
@@ -70,7 +70,7 @@ def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: st
     _, made = alone(demo_models[family], request)
     classic = DiffusionPipeline.from_pretrained(demo_models[family], local_files_only=True)
     classic.set_progress_bar_config(disable=True)
-    count = RECIPES[type(classic).__name__].count_input
+    count = find_adapter(demo_models[family]).count_input
     expected = classic(
         request.prompt,
         width=request.width,
@@ -152,8 +152,8 @@ def test_what_a_model_cannot_do_is_the_callers_mistake(demo_models: dict[str, Pa
         Denoising(loaded, replace(VIDEO, **changes))
 
 
-def test_every_pipeline_has_a_recipe(demo_models: dict[str, Path]) -> None:
-    assert RECIPES.keys() == PIPELINES.keys() == {pipeline_name(folder) for folder in demo_models.values()}
+def test_every_family_has_a_demo_model(demo_models: dict[str, Path]) -> None:
+    assert families().keys() == {family_name(folder) for folder in demo_models.values()}
 
 
 def test_a_video_file_has_the_frames() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from workers.demo_models.__main__ import FAMILIES, write_demo_model
+from workers.demo_models.writer import FAMILIES, write_demo_model
 
 SIZE = {"width": 64, "height": 48, "num_inference_steps": 6, "output_type": "np"}
 FAMILY_SIZE: dict[str, dict[str, Any]] = {"wan": {"num_frames": 9}}

@@ -1,10 +1,10 @@
-"""The demo models: tiny pipelines with random weights, one file per family, for `workers.demo_models.__main__` to
-write.
+"""The demo models: tiny pipelines with random weights, offline, from a seed. They draw patterns, not things.
 
-    parts.py        what several of them share: gains on weights, the image VAE
-    vocabulary.py   tokenizers made on the spot, without files or network
-    qwen_image.py, z_image.py, wan.py, flux.py
-                    `pipeline()` of the family, the same weights at every call
+    __main__.py    python -m workers.demo_models OUT --family NAME
+    writer.py      writes one as a model folder
+    parts.py       what several of them share: gains on weights, the image VAE
+    vocabulary.py  tokenizers made in memory, without files or network
 
-All have 12 attention heads, so that 1, 2, 3 and 4 ranks can share them, and the real models' reduction of sizes.
+What a family's model is made of is in its file in `workers.model.adapters`. All have 12 attention heads, so that 1, 2,
+3 and 4 ranks can share them, and the real models' reduction of sizes.
 """

@@ -19,7 +19,7 @@ from typing import Any
 
 from ray import serve
 
-from deploy.pipelines import PIPELINES, pipeline_name
+from deploy.families.lookup import find_family
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, RequestFailed
 from workers.exporter import Exporter
@@ -78,7 +78,7 @@ class Gang:
             self._metrics = GangMetrics(model.name, number)
             self._models_folder = user_config["models_folder"]
             folder = await asyncio.to_thread(fetch, model, self._models_folder)
-            self._kind = PIPELINES[pipeline_name(folder)]
+            self._kind = find_family(folder)
             commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
             self._model = model.model_copy(update=commit)
             self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them

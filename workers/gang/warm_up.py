@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.pipelines import PIPELINES, pipeline_name
+from deploy.families.lookup import find_family
 from deploy.spec import ModelSpec
 from workers.messages import GenerationRequest
 
@@ -22,7 +22,7 @@ def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()
         model: whose `source` is a folder of this node.
         loras: adapters by name, each with its scale.
     """
-    kind = PIPELINES[pipeline_name(Path(model.source))]
+    kind = find_family(Path(model.source))
     for shape, prompt in itertools.product(model.warmup_shapes, PROMPTS):
         yield GenerationRequest(
             request_id="warm-up",

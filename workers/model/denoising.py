@@ -14,13 +14,12 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
 
-from deploy.pipelines import pipeline_name
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
-from workers.model.adapters.pipeline_adapter import RECIPES
+from workers.model.adapters.lookup import find_adapter
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
 
 
@@ -44,7 +43,7 @@ class Denoising:
         self.request = request
         self._adapters = loaded.adapters
         self._check_adapters()
-        self._adapter = RECIPES[pipeline_name(Path(model.source))]
+        self._adapter = find_adapter(Path(model.source))
         self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)

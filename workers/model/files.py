@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from deploy.pipelines import pipeline_name, read_config, verify_configs
+from deploy.families.lookup import family_name
+from deploy.model_folder import read_config, verify_configs
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
 
@@ -79,7 +80,7 @@ def fetch(model: ModelSpec, cache: str | None) -> Path:
     notes = _notes_folder(cache)
     with _lock(notes / f"{_key(f'{model.source}@{model.revision}')}.lock", model.name):
         folder = _download(model, cache) if model.from_hub else Path(model.source)
-        pipeline_name(folder)  # refuses what is no model
+        family_name(folder)  # refuses what is no model
         _check_once(folder, notes)
     return folder
 
@@ -103,7 +104,7 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
     folder = snapshot(model.revision, [INDEX])
     if not (folder / INDEX).is_file():
         raise ValueError(f"{what} has no {INDEX}; set source to a model in diffusers' format")
-    pipeline_name(folder)  # before tens of gigabytes are fetched
+    family_name(folder)  # before tens of gigabytes are fetched
     parts = _parts(folder)
     folder = snapshot(folder.name, [INDEX, CHECKSUMS, *(f"{part}/*.{kind}" for part in parts for kind in KINDS)])
     absent = [part for part in parts if not (folder / part).is_dir()]

@@ -15,11 +15,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModularPipeline
 
-from deploy.pipelines import pipeline_name, read_config
+from deploy.families.lookup import find_family
+from deploy.model_folder import read_config
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
-from workers.model.adapters.pipeline_adapter import RECIPES, keep_timestep_exact
+from workers.model.adapters.lookup import find_adapter
+from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.lora import read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import load_transformer
@@ -68,7 +70,7 @@ class LoadedModel:
             adapters.replace({lora.name: parts[component] for lora, parts in self.shares.items() if component in parts})
 
     def _read(self, lora: LoRA) -> dict[str, AdapterShare]:
-        kind = getattr(diffusers, pipeline_name(Path(self.spec.source)))
+        kind = getattr(diffusers, find_family(Path(self.spec.source)).pipeline)
         found = read_lora(Path(lora.source), kind, lora.component)
         absent = sorted(set(found) - set(self.adapters))
         if absent:
@@ -100,7 +102,7 @@ def load_model(
 
 def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]) -> ModularPipeline:
     folder = Path(model.source)
-    adapter = RECIPES[pipeline_name(folder)]
+    adapter = find_adapter(folder)
     kind, plan = transformer_class(model), sequence_plan(model)  # first: diffusers asks for a class that was imported
     pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
     dtype = getattr(torch, model.torch_dtype)

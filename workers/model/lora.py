@@ -19,7 +19,7 @@ import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 
-from deploy.pipelines import pipeline_name
+from deploy.families.lookup import find_family
 from deploy.spec import LoRA
 from sp_core.lora import LowRank
 
@@ -87,7 +87,7 @@ def check_lora(lora: LoRA, folder: Path) -> None:
         ValueError: see `read_lora`.
         OSError: there is no such file.
     """
-    read_lora(Path(lora.source), getattr(diffusers, pipeline_name(folder)), lora.component)
+    read_lora(Path(lora.source), getattr(diffusers, find_family(folder).pipeline), lora.component)
 
 
 def _check_file(path: Path) -> int:

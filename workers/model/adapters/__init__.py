@@ -1,1 +1,5 @@
-"""Pipeline adapters: how each diffusers pipeline is run step by step."""
+"""Pipeline adapters, one file per served family: how its pipeline is run step by step, and its demo model.
+
+pipeline_adapter.py  what an adapter can change, and the behavior that most pipelines share
+lookup.py            finds the adapter of a model folder
+"""

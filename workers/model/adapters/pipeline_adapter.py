@@ -1,22 +1,25 @@
-"""What is peculiar to each pipeline when its modular twin is run step by step: inputs, guidance, sizes.
+"""How a diffusers pipeline is run step by step: inputs, guidance, sizes.
 
 diffusers' modular pipelines differ from one another in names, and from its classic pipelines in when and how strongly
-they guide; a recipe gives the classic pipeline's answer. `workers.model.denoising` asks `RECIPES`.
+they guide; an adapter gives the classic pipeline's answer. `workers.model.denoising` asks the adapter of the model's
+family, which changes what this class does for pictures.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
-from deploy.pipelines import PIPELINES, PipelineFamily
+from deploy.families.family import PipelineFamily
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 
 
 class PipelineAdapter:
-    """How a pipeline of pictures is run; others change what they must.
+    """How a pipeline of pictures is run.
+
+    Args:
+        family: what can be said of it without torch.
 
     Attributes:
         count_input: name of the input that says how many pictures or videos.
@@ -28,16 +31,16 @@ class PipelineAdapter:
     output = "images"
     rounds_timestep = False
 
-    def __init__(self, kind: PipelineFamily) -> None:
-        self.kind = kind
+    def __init__(self, family: PipelineFamily) -> None:
+        self.family = family
 
     def guided(self, request: GenerationRequest) -> bool:
         """Whether the request is evaluated with and without its prompt."""
-        return self.kind.branches(request.guidance_scale, request.negative_prompt) > 1
+        return self.family.branches(request.guidance_scale, request.negative_prompt) > 1
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """The guiders by component name."""
-        return {"guider": self._guider(request, request.guidance_scale)}
+        return {"guider": self.guider(request, request.guidance_scale)}
 
     def guiders_to_encode(self, request: GenerationRequest) -> dict[str, Any]:
         """Those that the text encoder asks whether to make a second branch."""
@@ -48,10 +51,10 @@ class PipelineAdapter:
         return {"negative_prompt": request.negative_prompt}
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
-        """Whether the model can do what is asked.
+        """Reject a request that the model cannot run.
 
         Raises:
-            InvalidParameter: it cannot.
+            InvalidParameter: names the parameter.
         """
         multiple = self.size_multiple(pipeline)
         for param, value in (("width", request.width), ("height", request.height)):
@@ -69,85 +72,14 @@ class PipelineAdapter:
         if request.num_frames != 1:
             raise InvalidParameter("num_frames", f"this model makes pictures, got num_frames={request.num_frames}")
 
-    def _guider(self, request: GenerationRequest, scale: float, **options: Any) -> ClassifierFreeGuidance:
+    def guider(self, request: GenerationRequest, scale: float, **options: Any) -> ClassifierFreeGuidance:
+        """Classifier-free guidance, off where the classic pipeline evaluates one branch only."""
         return ClassifierFreeGuidance(guidance_scale=scale, enabled=self.guided(request), **options)
 
     def size_multiple(self, pipeline: Any) -> int:
         """Pixels of which width and height must be multiples: the VAE's reduction, times the transformer's patch."""
         multiple: int = 2 * pipeline.vae_scale_factor
         return multiple
-
-
-class Flux(PipelineAdapter):
-    """Guidance is distilled into the transformer, which takes the scale as a number: there is no second branch."""
-
-    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def inputs(self, request: GenerationRequest) -> dict[str, Any]:
-        """The scale."""
-        return {"guidance_scale": request.guidance_scale}
-
-    def check(self, pipeline: Any, request: GenerationRequest) -> None:
-        """See `PipelineAdapter.check`."""
-        super().check(pipeline, request)
-        if request.negative_prompt:
-            raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
-
-
-class Wan(PipelineAdapter):
-    """Guided without a negative prompt as well; from version 2.2 on with two transformers, each with its scale."""
-
-    count_input = "num_videos_per_prompt"
-    output = "videos"
-    rounds_timestep = True
-
-    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
-        """One for each transformer."""
-        second = request.guidance_scale if request.guidance_scale_2 is None else request.guidance_scale_2
-        scales = {"guider": request.guidance_scale, "guider_2": second}
-        return {name: self._guider(request, scale) for name, scale in scales.items()}
-
-    def guiders_to_encode(self, request: GenerationRequest) -> dict[str, Any]:
-        """A real one: the encoder fails without a second branch, which the loop then asks for but does not use."""
-        return {"guider": ClassifierFreeGuidance()}
-
-    def inputs(self, request: GenerationRequest) -> dict[str, Any]:
-        """The number of frames."""
-        return {"negative_prompt": request.negative_prompt, "num_frames": request.num_frames}
-
-    def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
-        """See `PipelineAdapter.check`."""
-        multiple = pipeline.vae_scale_factor_temporal
-        if (request.num_frames - 1) % multiple:
-            below = (request.num_frames - 1) // multiple * multiple + 1
-            raise InvalidParameter(
-                "num_frames",
-                f"num_frames must be a multiple of {multiple}, plus 1 (such as {below} or {below + multiple}), "
-                f"got {request.num_frames}",
-            )
-
-    def size_multiple(self, pipeline: Any) -> int:
-        """See `PipelineAdapter.size_multiple`."""
-        multiple: int = pipeline.vae_scale_factor_spatial * pipeline.patch_size_spatial
-        return multiple
-
-
-class ZImage(PipelineAdapter):
-    """Guided from a scale of 0 on, without a negative prompt as well: prompt + scale x (prompt - negative)."""
-
-    rounds_timestep = True
-
-    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
-        """The formula of the classic pipeline."""
-        return {"guider": ClassifierFreeGuidance(guidance_scale=request.guidance_scale, use_original_formulation=True)}
-
-
-PECULIAR: Mapping[str, type[PipelineAdapter]] = {"FluxPipeline": Flux, "WanPipeline": Wan, "ZImagePipeline": ZImage}
-
-RECIPES = {name: PECULIAR.get(name, PipelineAdapter)(kind) for name, kind in PIPELINES.items()}
-"""By the name in `deploy.pipelines.PIPELINES`."""
 
 
 def keep_timestep_exact(transformer: torch.nn.Module, dtype: torch.dtype) -> None:

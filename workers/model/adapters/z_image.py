@@ -1,14 +1,17 @@
-"""The demo model of the family Z-Image. `pipeline()` makes it; `workers.demo_models.__main__` writes it."""
+"""Z-Image: how its pipeline is run, and its demo model."""
 
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.messages import GenerationRequest
+from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -17,7 +20,20 @@ CHAT_TEMPLATE = (
 TRANSFORMER_GAINS = {"adaLN": 2, "attention_norm2": 3, "attention.norm_k": 2, "final_layer.2-1.linear": 2}
 
 
-def pipeline() -> Any:
+class ZImageAdapter(PipelineAdapter):
+    """Guided from a scale of 0 on, without a negative prompt as well: prompt + scale x (prompt - negative)."""
+
+    rounds_timestep = True
+
+    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
+        """The formula of the classic pipeline."""
+        return {"guider": ClassifierFreeGuidance(guidance_scale=request.guidance_scale, use_original_formulation=True)}
+
+
+ADAPTER = ZImageAdapter
+
+
+def demo_pipeline() -> Any:
     """A `ZImagePipeline`, the same weights at every call."""
     tokenizer = vocabulary.qwen2(chat_template=CHAT_TEMPLATE)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The demo model of the family Qwen-Image. `pipeline()` makes it; `workers.demo_models.__main__` writes it."""
+"""Qwen-Image: how its pipeline is run, and its demo model."""
 
 from typing import Any
 
@@ -13,11 +13,19 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 TRANSFORMER_GAINS = {"_mod.": 3, "norm_": 1.5, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 4}
 
 
-def pipeline() -> Any:
+class QwenImageAdapter(PipelineAdapter):
+    """Nothing differs from the base."""
+
+
+ADAPTER = QwenImageAdapter
+
+
+def demo_pipeline() -> Any:
     """A `QwenImagePipeline`, the same weights at every call."""
     tokenizer = vocabulary.qwen2()
     torch.manual_seed(0)

@@ -1,5 +1,4 @@
-"""The demo model of the family Flux, guidance-distilled like FLUX.1-dev. `pipeline()` makes it;
-`workers.demo_models.__main__` writes it."""
+"""Flux.1: how its pipeline is run, and its demo model."""
 
 from typing import Any
 
@@ -9,11 +8,35 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 3}
 
 
-def pipeline() -> Any:
+class FluxAdapter(PipelineAdapter):
+    """Guidance is distilled into the transformer, which takes the scale as a number: there is no second branch."""
+
+    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def inputs(self, request: GenerationRequest) -> dict[str, Any]:
+        """The scale."""
+        return {"guidance_scale": request.guidance_scale}
+
+    def check(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `PipelineAdapter.check`."""
+        super().check(pipeline, request)
+        if request.negative_prompt:
+            raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
+
+
+ADAPTER = FluxAdapter
+
+
+def demo_pipeline() -> Any:
     """A `FluxPipeline`, the same weights at every call."""
     words, characters = vocabulary.clip(), vocabulary.t5()
     torch.manual_seed(0)

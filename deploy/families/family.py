@@ -1,0 +1,102 @@
+"""What the file of a served family declares. Plain data: read by `deploy.check`, `deploy.memory` and the workers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from deploy.spec import Task
+
+Config = Mapping[str, Any]
+"""A `config.json`, or `model_index.json`."""
+
+
+@dataclass(frozen=True)
+class ForwardBytes:
+    """Bytes per token that a rank holds, in a forward of a transformer.
+
+    Measured by `python -m tests.benchmarks.activation_memory` in bfloat16.
+
+    Attributes:
+        width: features of a token, at which it was measured.
+        alone: on one rank.
+        ulysses: with Ulysses ranks.
+        ring: with ring ranks.
+        shared: the part of these that tensor-parallel ranks divide.
+        text: tokens of the longest text that joins the picture's tokens in the sequence.
+    """
+
+    width: int
+    alone: int
+    ulysses: int
+    ring: int
+    shared: int
+    text: int
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes per pixel of a frame, in a decode of a VAE. Measured as `ForwardBytes`.
+
+    Attributes:
+        width: base channels, at which it was measured.
+        picture: of one frame.
+        video: of the first five frames together, or `picture` where it makes no video.
+        frame: of each further frame.
+        tiles: per frame of the output, what is held of all tiles while one of them is decoded.
+    """
+
+    width: int
+    picture: int
+    video: int
+    frame: int
+    tiles: int
+
+
+AUTOENCODER_KL = DecodeBytes(128, picture=1536, video=1536, frame=0, tiles=10)
+"""Of the image VAE that several families share."""
+
+
+def _ffn_dim(config: Config) -> int | None:
+    width = config.get("ffn_dim")
+    return width if isinstance(width, int) else None
+
+
+@dataclass(frozen=True)
+class PipelineFamily:
+    """One of diffusers' pipeline classes, as spray serves it.
+
+    Attributes:
+        pipeline: the class name in `model_index.json`.
+        makes: what it generates.
+        guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
+            never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
+        guided_by_negative_prompt: guidance needs a negative prompt as well.
+        forward_bytes: activations of a forward, by transformer class.
+        decode_bytes: activations of a decode, by VAE class.
+        ffn_dim: hidden features of the feed-forward layers, by the transformer's config; None where they follow from
+            the heads.
+        kept_in_fp32: modules and parameters that diffusers loads in fp32 although the others are loaded in half
+            precision, by transformer class; as path components of their names.
+        refused: keys of `model_index.json` that must not be set, with the reason.
+    """
+
+    pipeline: str
+    makes: Literal["image", "video"]
+    guided_above: float | None = 1.0
+    guided_by_negative_prompt: bool = False
+    forward_bytes: Mapping[str, ForwardBytes] = field(default_factory=dict)
+    decode_bytes: Mapping[str, DecodeBytes] = field(default_factory=dict)
+    ffn_dim: Callable[[Config], int | None] = _ffn_dim
+    kept_in_fp32: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """What a request may ask of it."""
+        return "text-to-image" if self.makes == "image" else "text-to-video"
+
+    def branches(self, guidance_scale: float, negative_prompt: str | None) -> int:
+        """Forwards of the transformer per step."""
+        if self.guided_above is None or guidance_scale <= self.guided_above:
+            return 1
+        return 1 if self.guided_by_negative_prompt and negative_prompt is None else 2

@@ -1,0 +1,15 @@
+"""Flux.1: guidance is distilled into the transformer, so each step has one branch."""
+
+from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
+
+FAMILY = PipelineFamily(
+    pipeline="FluxPipeline",
+    makes="image",
+    guided_above=None,
+    forward_bytes={
+        "FluxTransformer2DModel": ForwardBytes(
+            3072, alone=105_484, ulysses=105_484, ring=136_780, shared=86_016, text=512
+        ),
+    },
+    decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
+)

@@ -1,0 +1,66 @@
+"""Finds the family of a model folder, and facts about a class. New files in this folder are found without a list.
+
+Called by `deploy.check`, `deploy.memory`, `service.rollout.preflight` and the workers.
+"""
+
+import functools
+import importlib
+import pkgutil
+from pathlib import Path
+
+from deploy import families as room
+from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
+from deploy.model_folder import read_config
+
+
+@functools.cache
+def families() -> dict[str, PipelineFamily]:
+    """The served families, by the name of their files."""
+    names = [found.name for found in pkgutil.iter_modules(room.__path__)]
+    modules = {name: importlib.import_module(f"{room.__name__}.{name}") for name in names}
+    return {name: module.FAMILY for name, module in modules.items() if hasattr(module, "FAMILY")}
+
+
+def family_name(folder: Path) -> str:
+    """The name of the family that a model folder belongs to.
+
+    Raises:
+        ValueError: the folder is not a model, or one that spray cannot run.
+    """
+    index = read_config(folder / "model_index.json")
+    if not index:
+        raise ValueError(f"no model at {folder}: model_index.json is missing; set source to a diffusers folder")
+    pipeline = str(index.get("_class_name"))
+    name = next((name for name, family in families().items() if family.pipeline == pipeline), None)
+    if name is None:
+        known = ", ".join(family.pipeline for family in families().values())
+        raise ValueError(f"{folder} is for {pipeline}, which spray cannot run step by step; it can run: {known}")
+    for key, reason in families()[name].refused.items():
+        if index.get(key):
+            raise ValueError(f"{folder} {reason}")
+    return name
+
+
+def find_family(folder: Path) -> PipelineFamily:
+    """The family that a model folder belongs to.
+
+    Raises:
+        ValueError: the folder is not a model, or one that spray cannot run.
+    """
+    return families()[family_name(folder)]
+
+
+def forward_bytes(transformer: str) -> ForwardBytes | None:
+    """Activations of a transformer class; None where it was not measured."""
+    return next((f.forward_bytes[transformer] for f in families().values() if transformer in f.forward_bytes), None)
+
+
+def decode_bytes(vae: str) -> DecodeBytes | None:
+    """Activations of a VAE class; None where it was not measured."""
+    return next((f.decode_bytes[vae] for f in families().values() if vae in f.decode_bytes), None)
+
+
+def kept_in_fp32(transformer: str) -> frozenset[str]:
+    """What of a transformer class stays in fp32 in half precision, as path components of tensor names."""
+    named = (family.kept_in_fp32.get(transformer, frozenset()) for family in families().values())
+    return frozenset[str]().union(*named)

@@ -1,0 +1,15 @@
+"""Qwen-Image: guided only where a negative prompt is given, as its classic pipeline."""
+
+from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
+
+FAMILY = PipelineFamily(
+    pipeline="QwenImagePipeline",
+    makes="image",
+    guided_by_negative_prompt=True,
+    forward_bytes={
+        "QwenImageTransformer2DModel": ForwardBytes(
+            3072, alone=93_184, ulysses=100_352, ring=137_792, shared=49_152, text=1024
+        ),
+    },
+    decode_bytes={"AutoencoderKLQwenImage": DecodeBytes(96, picture=3465, video=3465, frame=0, tiles=10)},
+)

@@ -1,0 +1,16 @@
+"""Z-Image: guided from a scale of 0 on."""
+
+from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
+
+FAMILY = PipelineFamily(
+    pipeline="ZImagePipeline",
+    makes="image",
+    guided_above=0.0,
+    forward_bytes={
+        "ZImageTransformer2DModel": ForwardBytes(
+            3840, alone=121_357, ulysses=137_754, ring=156_394, shared=81_920, text=512
+        ),
+    },
+    decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
+    ffn_dim=lambda config: int(config["dim"] / 3 * 8),
+)

@@ -1,0 +1,31 @@
+"""Writes a demo model: a tiny pipeline in diffusers' folder format, with every part of the real one.
+
+Used by `python -m workers.demo_models` and by the tests.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from deploy.families.lookup import families
+from workers.model.adapters.lookup import demo_pipeline
+
+FAMILIES = tuple(name.replace("_", "-") for name in families())
+
+
+def write_demo_model(out: Path, family: str) -> None:
+    """Write the model folder `out`, whole or not at all. The same call always writes the same weights.
+
+    Args:
+        out: the folder; one that is there already is replaced.
+        family: one of `FAMILIES`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=out.parent))
+    try:
+        demo_pipeline(family.replace("-", "_"))().save_pretrained(unfinished)
+        if out.exists():
+            shutil.rmtree(out)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
