@@ -3,23 +3,32 @@ ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
+PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench fault soak clean
+.PHONY: demo check test fault soak gpu lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
 
+# The quick loop: lint, types, the tests that start no processes, and one same-answer case per mechanism.
+check: $(READY) lint
+	$(PYTEST) -q -m "(not processes or mechanism) and not fault and not soak and not gpu"
+
+# Everything but the three targets that follow.
 test: $(READY) lint
-	cd $(ROOT) && $(BIN)/python -m pytest
+	$(PYTEST)
+
+fault: $(READY)
+	$(PYTEST) -m fault -s
+
+soak: $(READY)
+	$(PYTEST) -m soak -s
+
+gpu: $(READY)
+	$(PYTEST) -m gpu -s
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-
-fault: $(READY)
-	cd $(ROOT) && $(BIN)/python -m pytest -m fault -s
-
-soak: $(READY)
-	cd $(ROOT) && $(BIN)/python -m pytest -m soak -s
 
 bench: $(READY)
 	cd $(ROOT) && $(BIN)/python -m tests.benchmarks.overhead && $(BIN)/python -m tests.benchmarks.sp_vs_diffusers \

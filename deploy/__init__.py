@@ -1,17 +1,17 @@
 """deploy: what the operator writes, and whether it can work.
 
-    spec.py      DeploymentSpec: the one schema of a deployment file
-    schema.py    the same as JSON schema, for editors
-    load.py      file < environment < command line, in one DeploymentSpec, with where each value comes from
-    layers.py    the three over one another, before they are checked
-    keys.py      which keys the schema has, and where
-    yaml_text.py YAML without keys given twice, with lines
-    pipelines.py which of diffusers' pipelines can be served
-    check.py     does it fit the model and the machine? what each replica takes
-    memory.py    bytes of the largest rank; activations.py what requests need, tensor_shares.py what ranks share
+    spec.py       DeploymentSpec: the one schema of a deployment file
+    schema.py     the same as JSON schema, for editors
+    load.py       file < environment < command line, into one DeploymentSpec that knows where each value comes from
+    overrides.py  how the three are merged before they are validated
+    keys.py       which keys the schema has, and where
+    yaml_text.py  YAML that rejects duplicate keys and remembers lines
+    families/     one file per served family: facts that need no torch
+    model_folder.py  where a model's files are on this machine, and what its configs say
     safetensors_headers.py  what weight files say of themselves, and whether they are whole
-    hub_cache.py where this machine's Hugging Face cache has a model
-    *.yaml       deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
+    check.py      does it fit the model and the machine? what does each replica take?
+    memory.py     bytes of the largest rank; activations.py what a request adds to the weights
+    *.yaml        deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
 
-Needs pydantic and yaml only. This file imports nothing.
+No torch. This file imports nothing.
 """

@@ -6,7 +6,7 @@ takes twice as much.
 
 The phases of a request follow one another, so the largest counts: a forward of the transformer, or the VAE's decode.
 Text encoders see some hundred tokens and stay below both. A forward evaluates one branch of guidance at a time,
-whether or not groups of ranks share out the branches, so `cfg_parallel_size` changes nothing here.
+also where groups of ranks divide the branches, so `cfg_parallel_size` changes nothing here.
 """
 
 import math
@@ -29,7 +29,7 @@ TOKEN_FRAMES = 4
 
 @dataclass(frozen=True)
 class Request:
-    """The size of a request: pixels, frames, and how many pictures or videos."""
+    """The size of a request."""
 
     width: int
     height: int
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def pixels(self) -> int:
-        """Of one frame."""
+        """Pixels of one frame."""
         return self.width * self.height
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class Request:
 
 
 def largest_request(model: ModelSpec, folder: Path) -> Request:
-    """The request within the model's limits that needs most. `max_work` is taken as with a single step.
+    """The request within the model's limits that needs most memory. `max_work` counts as for a single step.
 
     Raises:
-        ValueError: the folder is none that spray can run.
+        ValueError: spray cannot run the folder's pipeline.
     """
     limits = model.limits
     frames = limits.max_num_frames if find_family(folder).makes == "video" else 1
@@ -62,11 +62,11 @@ def largest_request(model: ModelSpec, folder: Path) -> Request:
 
 
 def activation_bytes(model: ModelSpec, folder: Path, request: Request) -> int | None:
-    """Bytes of the largest phase of a request on the first rank; None where a class of the model was not measured.
+    """Bytes of the largest phase of a request on the first rank; None if a class of the model was not measured.
 
     Args:
         model: the model, with its layout.
-        folder: its files, of which the configs of the transformer and the VAE are read.
+        folder: its files; only the configs of the transformer and the VAE are read.
         request: its size.
     """
     transformer = read_config(folder / "transformer" / "config.json")
@@ -95,7 +95,7 @@ def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str
 
 
 def _decode_bytes(measured: DecodeBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:
-    """Of the largest output, in tiles if it is above the model's bound for them, and of the largest that is not."""
+    """The largest output decodes in tiles above the model's bound; the largest one below it decodes whole."""
     width = config.get("base_dim") or config["block_out_channels"][0]
     above = model.vae_tiling_above
     if request.pixels * request.frames <= above:

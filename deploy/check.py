@@ -17,18 +17,18 @@ from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_
 def check_deployment(
     spec: DeploymentSpec, devices: dict[str, float], memory_per_gpu: int | None = None, gpus_per_node: int | None = None
 ) -> list[str]:
-    """For each model its layout and the devices that each of its replicas takes, and what the layout costs needlessly.
+    """Each model's layout, the devices of a replica, and what the layout costs needlessly; a line each.
 
-    The gangs that always run must fit together: `min_replicas` of each model. A model that sleeps (`min_replicas` 0)
-    needs room for one gang beside those, or it could never wake; two that sleep may have to take turns.
+    The gangs that always run (`min_replicas` of each model) must fit together. A model that sleeps (`min_replicas` 0)
+    needs room for one gang beside them, or it could never wake; two that sleep may take turns.
 
-    A model from the hub whose files are not on this machine is no obstacle: its layout and memory stay unchecked.
+    The layout and memory of a hub model whose files are not on this machine stay unchecked.
 
     Args:
         spec: the deployment.
         devices: how many devices there are, by kind: `{"cpu": 2.0, "cuda": 0.0}`.
-        memory_per_gpu: bytes of memory of each GPU; None: what models need is not looked at.
-        gpus_per_node: GPUs of the largest node, for gangs that must not span nodes; None: all GPUs are of one node.
+        memory_per_gpu: bytes of memory of each GPU; None leaves memory unchecked.
+        gpus_per_node: GPUs of the largest node, for gangs that must not span nodes; None: one node has all GPUs.
 
     Raises:
         SpecError: a model folder is missing, a layout does not fit its model, all gangs together do not fit, or a
@@ -36,7 +36,7 @@ def check_deployment(
     """
     folders = {model.name: model_folder(spec, model) for model in spec.models}
     obstacles = [obstacle for model in spec.models for obstacle in _obstacles(model, folders[model.name])]
-    obstacles += _missing_devices(spec, devices) + _torn_gangs(spec, gpus_per_node)
+    obstacles += _missing_devices(spec, devices) + _gangs_wider_than_a_node(spec, gpus_per_node)
     memory = []
     if memory_per_gpu is not None and not obstacles:
         found = [_memory(model, folders[model.name], memory_per_gpu) for model in spec.models]
@@ -74,7 +74,7 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
 
 
 def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, str]:
-    """Whether the largest rank fits, and the line that says so; an empty one where nothing can be said."""
+    """True if the largest rank fits, and a line that says so; an empty line where nothing is known."""
     if folder is None:
         return True, ""
     config = _transformer_config(folder)
@@ -93,7 +93,7 @@ def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, s
 
 
 def _groups(model: ModelSpec) -> list[str]:
-    """Which ranks work together on which axis, where there is more than one axis."""
+    """The ranks of each group, if the layout has more than one axis."""
     groups = {axis: of_axis for axis, of_axis in axis_groups(model.parallel).items() if axis in AXES}
     wide = {axis: of_axis for axis, of_axis in groups.items() if len(of_axis[0]) > 1}
     if len(wide) < 2:
@@ -106,7 +106,7 @@ def _groups(model: ModelSpec) -> list[str]:
 
 def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
     if model.revision and not model.from_hub:
-        return [f"{model.name}: revision is of a hub id, but source is the folder {model.source}; remove one"]
+        return [f"{model.name}: revision belongs to a hub id, but source is the folder {model.source}; remove one"]
     absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
     adapters = [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
     if folder is None:
@@ -119,8 +119,8 @@ def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
         return [f"{model.name}: {error}"]
     if family.guided_above is None and model.parallel.cfg_parallel_size > 1:
         return [
-            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates one branch "
-            "only; use Ulysses or ring ranks"
+            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates only "
+            "one branch; use Ulysses or ring ranks"
         ]
     return adapters
 
@@ -130,7 +130,7 @@ def _transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
-    """For each kind of device of which there are too few: how many are needed, by whom, and what to change."""
+    """A line per kind of device that falls short: how many are needed, by which models, and what to change."""
     obstacles = []
     for kind, there in devices.items():
         takers = [(model, _per_replica(model, kind)) for model in spec.models if _per_replica(model, kind)]
@@ -146,15 +146,15 @@ def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[st
         ] + ([f"{largest[0].name} {largest[1]:g} when it wakes"] if largest else [])
         several = any(model.autoscaling.min_replicas > 1 for model, _ in always)
         obstacles.append(
-            f"{wanted:g} {_unit(kind)} are needed ({', '.join(names)}), {there:g} are there; lower the degrees"
+            f"{wanted:g} {_unit(kind)} are needed ({', '.join(names)}), {there:g} are available; lower the degrees"
             + (", autoscaling.min_replicas" if several else "")
             + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
         )
     return obstacles
 
 
-def _torn_gangs(spec: DeploymentSpec, gpus_per_node: int | None) -> list[str]:
-    """Gangs that must stay on one node and have more ranks than a node has GPUs."""
+def _gangs_wider_than_a_node(spec: DeploymentSpec, gpus_per_node: int | None) -> list[str]:
+    """A line per gang that must stay on one node but has more ranks than a node has GPUs."""
     return [
         f"{model.name}: its {model.parallel.world_size} ranks must be on one node (placement.strategy STRICT_PACK), "
         f"which has {gpus_per_node} GPUs; lower the degrees, or set placement.strategy to PACK"

@@ -1,6 +1,6 @@
-"""The keys of a deployment file, read off its schema.
+"""The keys of a deployment file, as its schema has them.
 
-A type out of `deploy.spec` comes in, the keys inside it go out, each with its own type. `deploy.overrides` finds its
+A type of `deploy.spec` comes in; its keys go out, each with its own type. `deploy.overrides` finds its
 way through variables and flags by them, `deploy.load` the keys that were meant.
 """
 
@@ -16,7 +16,7 @@ from deploy.yaml_text import KeyPath
 
 
 def section_keys(kind: Any) -> dict[str, Any]:
-    """The keys of a section, each with its type; none of what is no section."""
+    """The keys of a section with their types; empty for a type that is not a section."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     if is_dataclass(kind):
@@ -36,22 +36,22 @@ def keys_at(path: KeyPath) -> list[str]:
 
 
 def takes_text(kind: Any) -> bool:
-    """Whether any text is a value of this type."""
+    """True if any text is a value of this type."""
     return str in _alternatives(kind)
 
 
 def has_free_keys(kind: Any) -> bool:
-    """Whether the keys are the operator's own: environment variables, node labels."""
+    """True if the operator chooses the keys: environment variables, node labels."""
     return get_origin(kind) is dict
 
 
 def children(kind: Any, raw: Any) -> Iterator[tuple[str, str | int, Any, Any]]:
-    """What is inside a section or a list, as (its name, its key, its type, its value or None).
+    """The content of a section or a list, as (name, key, type, value or None).
 
     Args:
-        kind: the type in the schema.
-        raw: the value so far, which may break the schema. A list has as many items as are there; a model is called by
-            its name, and any item by its index where no model has it for a name.
+        kind: the type in the schema. raw: the value so far, which may break the schema. A model in a list is called by
+        its name; any item is called by
+            its index, unless a model has that name.
     """
     for name, inner in section_keys(kind).items():
         yield name, name, inner, raw.get(name) if isinstance(raw, dict) else None
@@ -71,7 +71,7 @@ def _items(kind: Any) -> list[Any]:
 
 
 def _alternatives(kind: Any) -> list[Any]:
-    """The types of a union; a single type is its own only one."""
+    """The types of a union, or the type itself."""
     if get_origin(kind) is Annotated:
         return _alternatives(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):

@@ -1,7 +1,7 @@
 """Reads a deployment: a YAML file, `SPRAY_*` variables and flags in, `DeploymentSpec` out.
 
-A later one of these goes before an earlier one: default, file, environment, command line. The command line, the demo
-and the tests call; what cannot be used is a `SpecError` with one line per mistake that says where the value came from.
+Precedence, lowest first: default, file, environment, command line. Called by the command line, the demo and the tests.
+A mistake is a line of a `SpecError` and says where the value came from.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
 NO_ENVIRONMENT: Mapping[str, str] = {}
 ALIGNED_UP_TO = 88
-"""Characters of a value above which its origin is not aligned with the others."""
+"""Characters. The origins of longer values are not aligned."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class LoadedSpec:
 
 
 def load_spec(path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides: Sequence[str] = ()) -> DeploymentSpec:
-    """Read a deployment; relative model folders are taken from the file's own folder.
+    """Read a deployment. Relative paths start at the file's folder.
 
     Args:
         path: the YAML file.
-        environ: variables, of which `SPRAY_*` go before the file; `deploy.overrides` says how they are spelt.
-        overrides: `PATH=VALUE`, such as `models.qwen-image.parallel.ulysses_degree=4`; they go before all others.
+        environ: its `SPRAY_*` variables override the file; `deploy.overrides` says how they are spelled.
+        overrides: `PATH=VALUE`, such as `models.qwen-image.parallel.ulysses_degree=4`; they override everything else.
 
     Raises:
-        SpecError: the file cannot be read or is not YAML, or a value breaks the schema.
+        SpecError: the file is not readable YAML, or a value breaks the schema.
     """
     return load_with_origins(path, environ, overrides).spec
 
@@ -55,7 +55,7 @@ def load_spec(path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides
 def load_with_origins(
     path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides: Sequence[str] = ()
 ) -> LoadedSpec:
-    """The same as `load_spec`, with where each value comes from.
+    """As `load_spec`, with the origin of each value.
 
     Raises:
         SpecError: see `load_spec`.
@@ -99,14 +99,14 @@ def _read(path: Path) -> Overrides:
 
 
 def _beside(folder: Path, model: ModelSpec) -> ModelSpec:
-    """The model with whole paths; a hub id stays one."""
+    """The model with absolute paths. A hub id stays as it is."""
 
-    def whole(source: str) -> str:
+    def absolute(source: str) -> str:
         return str((folder / source).resolve())
 
-    loras = tuple(lora.model_copy(update={"source": whole(lora.source)}) for lora in model.loras)
+    loras = tuple(lora.model_copy(update={"source": absolute(lora.source)}) for lora in model.loras)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.source) and not (folder / model.source).exists()
-    source = model.source if is_hub_id else whole(model.source)
+    source = model.source if is_hub_id else absolute(model.source)
     return model.model_copy(update={"source": source, "loras": loras})
 
 
@@ -114,7 +114,7 @@ def _explain(mistake: Any, origins: Mapping[KeyPath, str]) -> str:
     path: KeyPath = mistake["loc"]
     message = _message(mistake)
     nearest = next(path[:depth] for depth in range(len(path), -1, -1) if path[:depth] in origins)
-    # A mistake between several values is a section's; those that the message speaks of may come from elsewhere.
+    # A rule between several values reports the section; the values that its message names may come from elsewhere.
     within = [key for key in origins if len(key) > len(path) and key[: len(path)] == path and str(key[-1]) in message]
     single = [key for key in within if not any(key == other[: len(key)] for other in within if other != key)]
     others = [f"{dotted(key)} is from {origins[key]}" for key in single if not origins[key].startswith("file ")]
@@ -138,7 +138,7 @@ def _message(mistake: Any) -> str:
 
 
 def _values(spec: DeploymentSpec) -> list[tuple[KeyPath, str, Any]]:
-    """Every single value as (its path, its path with models by name, it); an empty list or mapping counts as one."""
+    """Every value as (path, path with models by name, value); an empty list or mapping counts as a value."""
 
     def inside(value: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         items: list[tuple[str | int, Any]]

@@ -1,7 +1,7 @@
-"""Bytes that the largest rank of a gang needs: weights, by the headers of their files, and activations, as measured.
+"""Bytes that the largest rank of a gang needs: weights by the headers of their files, activations as measured.
 
-A `ModelSpec` and its folder come in; `deploy.check` prints what comes out, and says what to change where it is too
-much. The largest rank is always the first: whatever the layout, it has the text encoders and the VAE.
+A `ModelSpec` and its folder come in; `deploy.check` prints the result, and what to change if it is too much. The
+largest rank is always the first: in every layout it holds the text encoders and the VAE.
 """
 
 import re
@@ -27,14 +27,14 @@ ENCODERS_IN_FP32 = {"T5EncoderModel": frozenset({"wo"}), "UMT5EncoderModel": fro
 """What transformers keeps in fp32 where a text encoder is loaded in fp16."""
 
 CUDA_RESERVE = 3 * GIB // 2
-"""Bytes that a rank on a GPU needs besides: CUDA's context, NCCL's buffers, gaps between allocations. Assumed, not
+"""Bytes that a rank on a GPU needs on top: CUDA's context, NCCL's buffers, gaps between allocations. Assumed, not
 measured."""
 
 UNITS = {"": GIB, "G": GIB, "GIB": GIB, "M": 2**20, "MIB": 2**20, "T": 2**40, "TIB": 2**40}
 UNITS |= {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 MOST_RANKS = 16
-"""Layouts of up to so many ranks are tried when one that fits is looked for."""
+"""The search for a layout that fits tries up to this many ranks."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class RankMemory:
     """What the largest rank of a gang needs, in bytes.
 
     Attributes:
-        weights: of all parts of the model that it holds, and at most of its adapters.
-        activations: at the largest request that the limits allow; None where the model's class was not measured.
-        request: that request, in words.
-        reserve: for what CUDA and NCCL take.
+        weights: all parts of the model that it holds, and an upper bound for its adapters.
+        activations: at the largest request that the limits allow; None if the model's class was not measured.
+        request: that request, as text.
+        reserve: for CUDA and NCCL.
     """
 
     weights: int
@@ -55,12 +55,12 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """All of it; without activations where they are not known."""
+        """The sum, without activations if they are not known."""
         return self.weights + (self.activations or 0) + self.reserve
 
     def __str__(self) -> str:
         activations = (
-            "activations that are not known"
+            "unknown activations"
             if self.activations is None
             else f"{format_bytes(self.activations)} of activations at {self.request}"
         )
@@ -77,7 +77,7 @@ def parse_memory(text: str) -> int:
     """Bytes of `80`, `80G`, `80GiB` (2^30 each), `80GB` (10^9) or `80000MB` (10^6), and so on with M and T.
 
     Raises:
-        ValueError: it is no such size, or 0.
+        ValueError: the text is not such a size, or the size is 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
@@ -96,8 +96,8 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
         folder: its files, in diffusers' format.
 
     Raises:
-        ValueError: a weight file is missing or damaged, or the layout shares the weights of a class for which it is
-            not known how.
+        ValueError: a weight file is missing or damaged, or the layout is tensor parallel and the class has no tensor
+            plan.
     """
     request = largest_request(model, folder)
     return RankMemory(
@@ -109,7 +109,7 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
 
 
 def weight_bytes(model: ModelSpec, folder: Path) -> int:
-    """Bytes of the weights on the first rank. Adapters count as if the ranks did not share them.
+    """Bytes of the weights on the first rank. Adapters count as if each rank held all of them.
 
     Raises:
         ValueError: see `rank_memory`.
@@ -139,7 +139,7 @@ def _sharded_tensors(folder: Path, kind: str, config: Mapping[str, Any]) -> list
     family = find_family([kind])
     plan = family.tensor_plan(config) if family else {}
     if not plan:
-        raise ValueError(f"{folder}: it is not known which weights of a {kind} tensor-parallel ranks share")
+        raise ValueError(f"{folder}: a {kind} has no tensor plan; use tensor_parallel_size=1")
     return sharded_tensors(plan)
 
 
@@ -153,14 +153,14 @@ def _stays_in_fp32(kind: str, dtype: str) -> frozenset[str]:
 
 
 def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None, ffn_dim: int | None) -> list[str]:
-    """Changes by which the largest rank gets along with `memory` bytes, the cheapest first; empty where none was found.
+    """Changes after which the largest rank fits into `memory` bytes, the cheapest first; empty if none was found.
 
     Args:
-        model: the model, which needs more.
+        model: the model that needs more.
         folder: its files.
         memory: bytes of a device.
-        num_heads: attention heads of the transformer, or None where its config does not say.
-        ffn_dim: hidden features of its feed-forward layers, or None where they follow from the heads.
+        num_heads: attention heads of the transformer; None if its config does not say.
+        ffn_dim: hidden features of its feed-forward layers; None if they follow from the heads.
 
     Raises:
         ValueError: see `rank_memory`.
@@ -182,9 +182,9 @@ def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None
 
 
 def _layouts(model: ModelSpec, num_heads: int | None, ffn_dim: int | None) -> list[ParallelDegrees]:
-    """Layouts that the model can run in, other than its own: with few ranks first, then with little tensor parallelism.
+    """Other layouts that the model can run in: fewest ranks first, then least tensor parallelism.
 
-    Groups for guidance stay as they are, since they save no memory.
+    The guidance degree stays: it saves no memory.
     """
     layouts = []
     cfg = model.parallel.cfg_parallel_size
@@ -203,7 +203,7 @@ def _layouts(model: ModelSpec, num_heads: int | None, ffn_dim: int | None) -> li
 
 
 def _lower_limits(model: ModelSpec) -> Iterator[dict[str, int]]:
-    """Lower limits that still allow the defaults: fewer pictures at once, then smaller ones, then fewer frames."""
+    """Lower limits that still allow the defaults: fewer pictures, then smaller ones, then fewer frames."""
     limits, defaults = model.limits, model.defaults
     yield from ({"max_n": n} for n in range(limits.max_n - 1, 0, -1))
     multiple = limits.size_multiple

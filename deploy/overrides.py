@@ -1,11 +1,11 @@
-"""A deployment before it is checked: what the file says, over it the environment, over that the command line.
+"""A deployment before validation: the file, overridden by the environment, overridden by the command line.
 
-Raw values, `SPRAY_*` variables and `PATH=VALUE` flags come in; `deploy.load` takes out one mapping to validate, with
-where each value in it came from.
+Raw values, `SPRAY_*` variables and `PATH=VALUE` flags come in; one mapping to validate goes out to `deploy.load`, with
+the origin of each value.
 
-A variable names its key with two underscores between parts, and a model by its name with every character other than
-letters and digits as `_`: `SPRAY_MODELS__QWEN_IMAGE__PARALLEL__ULYSSES_DEGREE=4`. A flag has the dotted path:
-`models.qwen-image.parallel.ulysses_degree=4`. Values are YAML; one for a key that takes text is taken as written.
+A variable separates the parts of a key by two underscores and spells a model's name with `_` for every character that
+is neither letter nor digit: `SPRAY_MODELS__QWEN_IMAGE__PARALLEL__ULYSSES_DEGREE=4`. A flag takes the dotted path:
+`models.qwen-image.parallel.ulysses_degree=4`. Values are YAML, except that a key which takes text takes it as written.
 """
 
 import difflib
@@ -21,13 +21,13 @@ from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 PREFIX = "SPRAY_"
 
 NOT_CONFIGURATION = frozenset({"SPRAY_ADDRESS", "SPRAY_SERVER", "SPRAY_API_KEYS", "SPRAY_API_KEY", "SPRAY_METRICS_DIR"})
-"""Variables of other purposes: the cluster and the server to talk to, the keys that a gateway accepts, a caller's own.
-The variable that `auth.api_keys_env` names is no configuration either."""
+"""Variables with other purposes: the cluster and the server to talk to, the keys that a gateway accepts, a caller's
+key. The variable that `auth.api_keys_env` names is not configuration either."""
 
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How a key path is written: the sign between its parts, and whether a text stands for a key."""
+    """How a key path is written: the separator, and a test of whether a text stands for a key."""
 
     separator: str
     is_key: Callable[[str, str], bool]
@@ -38,15 +38,15 @@ _FLAG = _Spelling(".", lambda text, key: text == key)
 
 
 class Overrides:
-    """Values of a deployment, the later ones over the earlier ones.
+    """The values of a deployment; later ones override earlier ones.
 
     Args:
         raw: what the file says.
-        origins: where each key of it stands.
+        origins: where each of its keys stands.
 
     Attributes:
         raw: all values so far, not validated.
-        origins: by key path, where the value came from.
+        origins: where each value came from, by key path.
     """
 
     def __init__(self, raw: dict[str, Any], origins: dict[KeyPath, str]) -> None:
@@ -62,7 +62,7 @@ class Overrides:
         return [f"{said}: {why}" for said, why in self._mistakes.items() if said != keys]
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
-        """Put the `SPRAY_*` variables over the values so far, those of whole sections before those of single keys."""
+        """Apply the `SPRAY_*` variables: whole sections first, then single keys."""
         mine = [name for name, value in environ.items() if name.startswith(PREFIX) and not _is_other(name, value)]
         takers: dict[KeyPath, str] = {}
         # A model is found by its name, so a new name for it is put last.
@@ -74,7 +74,7 @@ class Overrides:
                 takers[path] = name
 
     def add_flags(self, flags: Sequence[str]) -> None:
-        """Put `PATH=VALUE` flags over the values so far, in their order."""
+        """Apply `PATH=VALUE` flags in their order."""
         for flag in flags:
             path, equals, text = flag.partition("=")
             if equals:
@@ -83,7 +83,7 @@ class Overrides:
                 self._mistakes[f"--set {flag}"] = "expected PATH=VALUE, such as gateway.port=9000"
 
     def _put(self, name: str, text: str, spelling: _Spelling, origin: str, said: str) -> KeyPath:
-        """Put one value where its name says; the empty path if it cannot be."""
+        """Set one value; returns its path, or an empty one if the name cannot be used."""
         ways = dict(_ways(name, DeploymentSpec, self.raw, spelling))
         if len(ways) != 1:
             self._mistakes[said] = _ambiguous(ways) if ways else self._unknown(name, spelling)
@@ -104,7 +104,7 @@ class Overrides:
                 at[part] = {}
             at = at[part]
             if not isinstance(at, dict | list):
-                return  # the file has something else than a section here, which the schema will refuse
+                return  # not a section; the schema rejects it
         at[path[-1]] = value
         self.origins = {key: was for key, was in self.origins.items() if key[: len(path)] != path}
         self.origins.update((key, origin) for key in _paths(value, path))
@@ -117,12 +117,12 @@ class Overrides:
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as errors and flags have it."""
+    """A key path as errors and flags write it."""
     return ".".join(str(part) for part in path)
 
 
 def _ways(name: str, kind: Any, raw: Any, spelling: _Spelling) -> Iterator[tuple[KeyPath, Any]]:
-    """Every key path that a name can mean, with its type; a model's own name may contain the separator."""
+    """Every key path that a name can mean, with its type. A model's own name may contain the separator."""
     if has_free_keys(kind) and name:
         yield (name,), str
     for spelt, key, inner, value in children(kind, raw):
@@ -150,12 +150,12 @@ def _as_variable(key: str) -> str:
 
 def _value(text: str, kind: Any) -> Any:
     if takes_text(kind) and text and text not in ("null", "~") and text[0] not in "'\"":
-        return text  # else a revision of digits would be a number
+        return text  # as YAML, a revision made of digits would become a number
     return parse_yaml(text)[0]
 
 
 def _paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
-    """The path of a value and of all that is in it."""
+    """The paths of a value and of everything in it."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
@@ -167,7 +167,7 @@ def _ambiguous(ways: Mapping[KeyPath, Any]) -> str:
 
 
 def _is_other(name: str, value: str) -> bool:
-    """Whether a variable has another purpose, or is one that Kubernetes sets for a Service called spray-something."""
+    """True for a variable with another purpose, or one that Kubernetes sets for a Service called spray-something."""
     if name in NOT_CONFIGURATION:
         return True
     of_service = r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"

@@ -76,8 +76,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         folder: such as `transformer` or `text_encoder` of a model folder.
 
     Raises:
-        ValueError: there are no safetensors, a file of the index is missing or damaged, or a tensor is not in the file
-            that the index names.
+        ValueError: the folder has no safetensors, a file of the index is missing or damaged, or a tensor is not in the
+            file that the index names.
     """
     for stem in STEMS:
         index, file = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
@@ -104,7 +104,7 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
         listed = {tensor for tensor, where in weight_map.items() if where == name}
         absent = sorted(listed - tensors.keys())
         if absent:
-            raise ValueError(f"{file} has no {absent[0]}, but {index.name} says so; fetch both files again")
+            raise ValueError(f"{file} does not contain {absent[0]}, but {index.name} says so; fetch both files again")
         found |= {tensor: tensors[tensor] for tensor in listed}
     return found
 
@@ -132,10 +132,10 @@ def verify_checksums(model: Path) -> int:
     """Compare every file that `SHA256SUMS` in the folder names with its checksum. Reads all of them.
 
     Returns:
-        How many files were compared; 0 where the folder has no `SHA256SUMS`.
+        How many files were compared; 0 without a `SHA256SUMS`.
 
     Raises:
-        ValueError: a file differs or is missing, or a line is no checksum. The message has one line per mistake.
+        ValueError: a file differs or is missing, or a line is not a checksum. The message has one line per mistake.
     """
     sums = model / CHECKSUMS
     if not sums.is_file():
@@ -146,7 +146,7 @@ def verify_checksums(model: Path) -> int:
         expected, _, name = line.partition(" ")
         file = model / name.strip().removeprefix("*")
         if len(expected) != 64 or not name.strip():
-            mistakes.append(f"{sums} has a line that is no checksum: {line!r}; write it with sha256sum")
+            mistakes.append(f"{sums} has a line that is not a checksum: {line!r}; write it with sha256sum")
         elif not file.is_file():
             mistakes.append(f"{file} is missing, but {CHECKSUMS} names it; {FETCH_AGAIN}")
         else:

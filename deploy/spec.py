@@ -17,11 +17,11 @@ Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Task = Literal["text-to-image", "text-to-video"]
 
 LIVE = frozenset({"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued"})
-"""Keys of a model that change while its gangs run. A change of any other makes new gangs."""
+"""Keys of a model that change while its gangs run. A change of any other key starts new gangs."""
 
 
 class SpecError(ValueError):
-    """A deployment file that cannot be used. The message has one line per mistake."""
+    """A deployment file cannot be used. The message has one line per mistake."""
 
 
 class _Section(BaseModel):
@@ -29,21 +29,21 @@ class _Section(BaseModel):
 
 
 class Defaults(_Section):
-    """What a request gets where it does not say."""
+    """What a request gets for fields that it leaves out."""
 
     width: Pixels = Field(1024, description="pixels")
     height: Pixels = Field(1024, description="pixels")
     num_inference_steps: int = Field(50, ge=1, description="denoising steps")
     guidance_scale: float = Field(
-        4.0, ge=0, le=30, description="strength of guidance; what is off depends on the model"
+        4.0, ge=0, le=30, description="strength of guidance; the value that turns it off depends on the model"
     )
-    guidance_scale_2: float | None = Field(None, ge=0, le=30, description="of a second transformer; absent: the same")
+    guidance_scale_2: float | None = Field(None, ge=0, le=30, description="for a second transformer; absent: the same")
     num_frames: int = Field(1, ge=1, description="frames of a video; 1 for pictures")
     fps: int = Field(16, ge=1, le=120, description="frames of a video per second")
 
 
 class Limits(_Section):
-    """What a request may ask for at most."""
+    """The most that a request may ask for."""
 
     max_width: Pixels = Field(2048, description="pixels")
     max_height: Pixels = Field(2048, description="pixels")
@@ -57,24 +57,26 @@ class Limits(_Section):
 
 
 class Autoscaling(_Section):
-    """How many gangs of a model run. The work that waits decides, in seconds, not in requests."""
+    """How many gangs of a model run. Waiting work decides, in seconds, not in requests."""
 
-    min_replicas: int = Field(1, ge=0, description="gangs that always run; 0 lets the model sleep until it is asked")
+    min_replicas: int = Field(
+        1, ge=0, description="gangs that always run; 0 lets the model sleep until a request comes"
+    )
     max_replicas: int = Field(1, ge=1, description="gangs that may run at once")
     target_backlog_seconds: float = Field(
-        30.0, gt=0, description="seconds of work per gang above which further gangs are started"
+        30.0, gt=0, description="seconds of work per gang above which more gangs start"
     )
     upscale_delay_s: float = Field(
-        5.0, ge=0, description="seconds for which more gangs must be wanted before they start"
+        5.0, ge=0, description="seconds for which more gangs must be needed before they start"
     )
-    downscale_delay_s: float = Field(300.0, ge=0, description="seconds for which fewer must be wanted before one stops")
+    downscale_delay_s: float = Field(300.0, ge=0, description="seconds for which fewer must be enough before one stops")
     downscale_to_zero_delay_s: float = Field(900.0, ge=0, description="the same for the last gang, in seconds")
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
-                f"min_replicas is {self.min_replicas}, more than max_replicas, {self.max_replicas}; change one"
+                f"min_replicas is {self.min_replicas}, above max_replicas, {self.max_replicas}; change one"
             )
         return self
 
@@ -94,7 +96,7 @@ class Placement(_Section):
 
 
 class WarmupShape(_Section):
-    """A size that is run once at start, so that no caller waits for what a first run prepares."""
+    """A size that runs once at start, so that no caller waits for what a first run prepares."""
 
     width: Pixels = Field(description="pixels")
     height: Pixels = Field(description="pixels")
@@ -102,50 +104,53 @@ class WarmupShape(_Section):
 
 
 class LoRA(_Section):
-    """An adapter that a request may ask for by its name."""
+    """An adapter that requests may name."""
 
-    name: Name = Field(description="what a request calls it")
+    name: Name = Field(description="the name that requests use")
     source: str = Field(description="safetensors file; relative to the deployment file")
     component: Literal["transformer", "transformer_2"] = Field(
-        "transformer", description="the transformer that it is for, where a model has two"
+        "transformer", description="the transformer that it belongs to, if a model has two"
     )
 
 
 class Timeouts(_Section):
-    """When a gang is given up."""
+    """How long a gang may take before it is replaced."""
 
-    startup_s: float = Field(1800.0, gt=0, description="seconds for start, rendezvous and loading of a gang")
+    startup_s: float = Field(1800.0, gt=0, description="seconds for the start, rendezvous and loading of a gang")
     phase_s: float = Field(600.0, gt=0, description="seconds for one encode, one step or one decode")
-    ping_s: float = Field(10.0, gt=0, description="seconds after which a rank that does not answer hangs")
+    ping_s: float = Field(10.0, gt=0, description="seconds without an answer after which a rank counts as hung")
 
 
 class ModelSpec(_Section):
     """One model: where its weights are and how its gangs look."""
 
-    name: Name = Field(description="what a request calls it")
+    name: Name = Field(description="the name that requests use")
     source: str = Field(
         description="model folder in diffusers' format, relative to the deployment file, or a hub id (org/name)"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; absent: its main branch")
-    aliases: tuple[Name, ...] = Field((), description="further names by which a request may call it")
-    tasks: tuple[Task, ...] | None = Field(None, description="what it may be asked for; absent: all that it can")
+    aliases: tuple[Name, ...] = Field((), description="other names that requests may use")
+    tasks: tuple[Task, ...] | None = Field(
+        None, description="what requests may ask for; absent: everything that it can do"
+    )
     device: Literal["cuda", "cpu"] = Field("cuda", description="one device per rank")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of weights and activations; default bfloat16 on cuda, float32 on cpu"
     )
-    parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: its ranks, by axis")
-    compile: bool = Field(False, description="compile the transformer's blocks; name warmup_shapes with it")
-    warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that are run once at start")
+    parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: ranks per axis")
+    compile: bool = Field(False, description="compile the transformer's blocks; needs warmup_shapes")
+    warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that run once at start")
     text_encoder: Literal["rank0", "replicate"] = Field(
-        "rank0", description="which ranks hold the text encoders: the first, which sends what it encodes, or all"
+        "rank0",
+        description="which ranks hold the text encoders: the first, which sends its embeddings to the others, or all",
     )
     vae: Literal["rank0", "all"] = Field(
-        "all", description="which ranks hold the VAE: the first, or all, which then share the tiles of large outputs"
+        "all", description="which ranks hold the VAE: the first, or all, to share the tiles of large outputs"
     )
     vae_tiling_above: int = Field(
         2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"
     )
-    loras: tuple[LoRA, ...] = Field((), description="adapters that requests may ask for")
+    loras: tuple[LoRA, ...] = Field((), description="adapters that requests may name")
     plan: Symbol | None = Field(
         None, description="package.module:NAME of a sequence-parallel plan; absent: spray's own for the class"
     )
@@ -153,13 +158,13 @@ class ModelSpec(_Section):
         None, description="package.module:NAME of the transformer's class; absent: what its config.json says"
     )
     env: dict[str, str] = Field({}, description="environment variables of the ranks")
-    defaults: Defaults = Field(Defaults(), description="what a request gets where it does not say")
-    limits: Limits = Field(Limits(), description="what a request may ask for at most")
+    defaults: Defaults = Field(Defaults(), description="what a request gets for fields that it leaves out")
+    limits: Limits = Field(Limits(), description="the most that a request may ask for")
     autoscaling: Autoscaling = Field(Autoscaling(), description="how many gangs run")
     placement: Placement = Field(Placement(), description="what each gang occupies, and where")
-    timeouts: Timeouts = Field(Timeouts(), description="when a gang is given up")
+    timeouts: Timeouts = Field(Timeouts(), description="how long a gang may take before it is replaced")
     grace_period_s: float = Field(
-        900.0, gt=0, description="seconds that a gang which is to stop may take to finish its request"
+        900.0, gt=0, description="seconds that a stopping gang may take to finish its request"
     )
     max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
 
@@ -167,7 +172,7 @@ class ModelSpec(_Section):
     @classmethod
     def _degrees_are_whole(cls, value: Any) -> Any:
         for name, degree in value.items() if isinstance(value, dict) else ():
-            if not isinstance(degree, int) or isinstance(degree, bool):
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {degree!r}")
         return value
 
@@ -181,10 +186,10 @@ class ModelSpec(_Section):
         ]
         for name, default, limit in pairs:
             if default > limit:
-                raise ValueError(f"defaults.{name} is {default}, more than limits.max_{name}, {limit}; change one")
+                raise ValueError(f"defaults.{name} is {default}, above limits.max_{name}, {limit}; change one")
         for name, default, _ in pairs[:2]:
             if default % self.limits.size_multiple:
-                raise ValueError(f"defaults.{name} is {default}, no multiple of {self.limits.size_multiple}")
+                raise ValueError(f"defaults.{name} is {default}, not a multiple of {self.limits.size_multiple}")
         return self
 
     @field_validator("loras")
@@ -201,20 +206,18 @@ class ModelSpec(_Section):
         limits = self.limits
         for i, shape in enumerate(self.warmup_shapes):
             if shape.width > limits.max_width or shape.height > limits.max_height:
-                raise ValueError(
-                    f"warmup_shapes.{i} is {shape.width}x{shape.height}, more than limits allow; change one"
-                )
+                raise ValueError(f"warmup_shapes.{i} is {shape.width}x{shape.height}, above the limits; change one")
             if shape.width % limits.size_multiple or shape.height % limits.size_multiple:
-                raise ValueError(f"warmup_shapes.{i} is no multiple of {limits.size_multiple} pixels")
+                raise ValueError(f"warmup_shapes.{i} is not a multiple of {limits.size_multiple} pixels")
             if shape.num_frames > limits.max_num_frames:
-                raise ValueError(f"warmup_shapes.{i}.num_frames is more than limits.max_num_frames; change one")
+                raise ValueError(f"warmup_shapes.{i}.num_frames is above limits.max_num_frames; change one")
         if self.compile and not self.warmup_shapes:
             raise ValueError("compile needs warmup_shapes, or the first callers would wait for the compiler")
         return self
 
     @property
     def from_hub(self) -> bool:
-        """Whether `source` is a hub id and not a folder."""
+        """True if `source` is a hub id, not a folder."""
         return not self.source.startswith("/")
 
     @property
@@ -224,7 +227,7 @@ class ModelSpec(_Section):
 
     @property
     def live(self) -> dict[str, Any]:
-        """What changes while gangs run, as JSON. Together with `fixed` it is the whole model."""
+        """What changes while gangs run, as JSON. `fixed` and `live` together are the whole model."""
         return self.model_dump(mode="json", include=set(LIVE))
 
     @property
@@ -242,25 +245,25 @@ class GatewaySpec(_Section):
 
 
 class GatewayLimits(_Section):
-    """What any request may cost the gateway."""
+    """Limits of any request to the gateway."""
 
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request's body")
 
 
 class Metrics(_Section):
-    """What Prometheus reads, from every node on its own."""
+    """What Prometheus reads, from each node separately."""
 
     host: str | None = Field(None, description="address to bind on each node; absent: the gateway's")
     port: int | None = Field(
         9464,
         ge=0,
         le=65535,
-        description="port of each node for GET /metrics; 0 takes a free one, of a local cluster; null: no metrics",
+        description="port of each node for GET /metrics; 0 takes a free one, on a local cluster only; null: no metrics",
     )
 
 
 class Storage(_Section):
-    """Where files are kept on each node."""
+    """Where each node keeps files."""
 
     models: str | None = Field(
         None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
@@ -271,18 +274,20 @@ class Auth(_Section):
     """Who may call."""
 
     api_keys_env: str | None = Field(
-        None, description="environment variable of the gateway with API keys by comma; absent: anybody may call"
+        None, description="environment variable of the gateway with comma-separated API keys; absent: anybody may call"
     )
 
 
 class DeploymentSpec(_Section):
     """A whole deployment file."""
 
-    models: tuple[ModelSpec, ...] = Field(description="what is served; each may be added, changed and removed alone")
+    models: tuple[ModelSpec, ...] = Field(
+        description="what is served; each model can be added, changed and removed alone"
+    )
     gateway: GatewaySpec = Field(GatewaySpec(), description="where clients reach the deployment")
-    limits: GatewayLimits = Field(GatewayLimits(), description="what any request may cost the gateway")
-    metrics: Metrics = Field(Metrics(), description="what Prometheus reads, from every node on its own")
-    storage: Storage = Field(Storage(), description="where files are kept on each node")
+    limits: GatewayLimits = Field(GatewayLimits(), description="limits of any request to the gateway")
+    metrics: Metrics = Field(Metrics(), description="what Prometheus reads, from each node separately")
+    storage: Storage = Field(Storage(), description="where each node keeps files")
     auth: Auth = Field(Auth(), description="who may call")
 
     @property

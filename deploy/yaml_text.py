@@ -1,7 +1,7 @@
-"""Reads YAML more strictly than PyYAML does, and remembers lines; writes it without shorthands.
+"""Reads YAML more strictly than PyYAML and remembers lines; writes it without anchors.
 
-Text comes in; values go out together with the line of each key, or a `YamlMistake` that names the line. `deploy.load`
-reads files by it, `deploy.overrides` the values of variables and flags, and `spray build` writes.
+Text comes in; values go out with the line of each key, or a `YamlMistake` that names the line. `deploy.load` reads
+files with it, `deploy.overrides` the values of variables and flags; `spray build` writes with it.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ import yaml
 from yaml.reader import ReaderError
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a deployment: keys of mappings, indices of lists."""
+"""The place of a value in a deployment: keys of mappings, indices of lists."""
 
 
 class YamlMistake(ValueError):
-    """Text that is not YAML, or in which a key is given twice.
+    """Text that is not YAML, or repeats a key.
 
     Attributes:
-        line: where, counted from 1.
+        line: of the mistake, counted from 1.
     """
 
     def __init__(self, line: int, message: str) -> None:
@@ -27,10 +27,10 @@ class YamlMistake(ValueError):
 
 
 def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
-    """The value that a text says, and the line of every key and list item in it.
+    """The value of a text, and the line of every key and list item in it.
 
     Raises:
-        YamlMistake: it is not YAML, has a key twice in one mapping, or an anchor that contains itself.
+        YamlMistake: the text is not YAML, repeats a key in one mapping, or has an anchor that contains itself.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -48,13 +48,13 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def to_yaml(value: Any) -> str:
-    """Plain values as a text in which nothing refers to another place; keys stay in order."""
+    """Plain values as text without anchors; keys stay in order."""
     text: str = yaml.safe_dump(_unshared(value), sort_keys=False)
     return text
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what an anchor names stands once for each alias, so that one can change without the others."""
+    """A copy in which each alias has a value of its own, so that one can change without the others."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
@@ -80,7 +80,7 @@ def _refuse_duplicates(node: yaml.Node, inside: tuple[yaml.Node, ...]) -> None:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in lines:
                     first = lines[key.tag, key.value]
-                    raise YamlMistake(line, f"{key.value!r} is given twice, first in line {first}; keep one")
+                    raise YamlMistake(line, f"{key.value!r} is repeated; it is first in line {first}; keep one")
                 lines[key.tag, key.value] = line
             _refuse_duplicates(value, (*inside, node))
     elif isinstance(node, yaml.SequenceNode):
@@ -90,7 +90,7 @@ def _refuse_duplicates(node: yaml.Node, inside: tuple[yaml.Node, ...]) -> None:
 
 def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:  # merged keys come first, so that a key of its own is the one that counts
+        for key, value in node.value:  # merged keys come first, so a mapping's own key wins
             yield (*path, key.value), key.start_mark.line + 1
             yield from _lines(value, (*path, key.value))
     elif isinstance(node, yaml.SequenceNode):

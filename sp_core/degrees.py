@@ -1,32 +1,35 @@
-"""How many ranks one model copy spans, along each axis. Intent only: the live groups are `sp_core.mesh`.
+"""How many ranks one model copy spans along each axis. Intent only: `sp_core.mesh` makes the live groups.
 
-Comes from the deployment YAML or from command-line flags; goes to every layer. Standard library only.
+Degrees come from the deployment YAML or from command-line flags and go to every layer. Standard library only.
 """
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
+
+
+def _degree(description: str) -> int:
+    """A field that `deploy.schema` can describe: pydantic reads the metadata of a dataclass."""
+    return field(default=1, metadata={"description": description, "ge": 1})
 
 
 @dataclass(frozen=True)
 class ParallelDegrees:
     """The degrees of one gang; their product is its number of ranks.
 
-    Attributes:
-        ulysses_degree: ranks that trade sequence for heads around each attention (DeepSpeed-Ulysses, arXiv 2309.14509).
-        ring_degree: ranks that pass keys and values round a ring (Ring Attention, arXiv 2310.01889).
-        tensor_parallel_size: ranks that share each layer's weights (Megatron-LM, arXiv 1909.08053).
-        cfg_parallel_size: groups of ranks that evaluate the branches of classifier-free guidance side by side.
-
     Raises:
         ValueError: a degree is not a whole number of at least 1.
     """
 
-    ulysses_degree: int = 1
-    ring_degree: int = 1
-    tensor_parallel_size: int = 1
-    cfg_parallel_size: int = 1
+    ulysses_degree: int = _degree(
+        "ranks that trade sequence for heads around each attention (DeepSpeed-Ulysses, arXiv 2309.14509)"
+    )
+    ring_degree: int = _degree("ranks that pass keys and values around a ring (Ring Attention, arXiv 2310.01889)")
+    tensor_parallel_size: int = _degree("ranks that share each layer's weights (Megatron-LM, arXiv 1909.08053)")
+    cfg_parallel_size: int = _degree(
+        "groups of ranks that evaluate the branches of classifier-free guidance side by side"
+    )
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -55,9 +58,9 @@ AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
 
 
 def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
-    """The global ranks that form each group of each axis, in the order in which all ranks must create them.
+    """The global ranks of each group of each axis, in the order in which all ranks must create them.
 
-    Besides the four axes there are `"sequence"`, ring and ulysses taken together, and `"gang"`, all ranks.
+    Besides the four axes: `"sequence"` joins ring and ulysses, `"gang"` is all ranks.
     """
     sizes = [degrees.cfg_parallel_size, degrees.ring_degree, degrees.ulysses_degree, degrees.tensor_parallel_size]
     places = list(itertools.product(*(range(size) for size in sizes)))  # the rank is the index
@@ -80,18 +83,18 @@ def num_heads(config: Mapping[str, Any]) -> int | None:
 
 
 def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:
-    """Heads that each Ulysses rank attends for: equal shares, of which the last ones may be smaller or empty."""
+    """Heads per Ulysses rank: equal shares; the last ones may be smaller or empty."""
     share = -(-num_heads // ulysses_degree)
     return [max(0, min(share, num_heads - rank * share)) for rank in range(ulysses_degree)]
 
 
 def head_cost(num_heads: int, ulysses_degree: int) -> float:
-    """Time of attention relative to an even share of the heads: the rank with most heads is waited for."""
+    """Time of attention relative to an even share of the heads: all ranks wait for the one with most heads."""
     return max(head_shares(num_heads, ulysses_degree)) * ulysses_degree / num_heads
 
 
 def check_layout(degrees: ParallelDegrees, num_heads: int | None, ffn_dim: int | None = None) -> None:
-    """Refuse a layout that cannot run, before any process is started.
+    """Reject a layout that cannot run, before any process starts.
 
     Args:
         degrees: the layout.
@@ -115,7 +118,7 @@ def check_layout(degrees: ParallelDegrees, num_heads: int | None, ffn_dim: int |
 
 
 def layout_advice(degrees: ParallelDegrees, num_heads: int | None) -> str | None:
-    """What an uneven share of the heads costs, and the layout of as many ranks that has even ones.
+    """What an uneven share of the heads costs, and a layout with the same ranks and even shares.
 
     Args:
         degrees: the layout.

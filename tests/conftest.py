@@ -81,3 +81,35 @@ def hub(demo_model: Path, tmp_path: Path) -> Path:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(file)
     return repo.parent
+
+
+ONE_PER_MECHANISM = {
+    "ulysses": "sp_core/test_same_answer.py::test_every_layout_gives_the_answer_of_one_process[uneven-ulysses 2]",
+    "ring": "sp_core/test_same_answer.py::test_every_layout_gives_the_answer_of_one_process[uneven-ring 2]",
+    "control": "sp_core/test_same_answer.py::test_local_attention_would_be_seen[uneven-2]",
+    "hooks": "sp_core/test_hooks.py::test_a_model_may_shard_itself",
+    "tensor": "sp_core/test_tensor_parallel.py::test_shared_weights_give_the_answer_of_one_process[wan-tp 2]",
+    "guidance": "sp_core/test_cfg_parallel.py::test_every_guider_combines_the_same[plain-2]",
+    "tiles": "sp_core/test_tile_parallel.py::test_shared_tiles_are_the_tiles_of_one_process[qwen-image-2]",
+    "adapters": "sp_core/test_lora.py::test_any_layout_is_peft_on_one_process[flux-tp 2]",
+    "compile": "sp_core/test_compile.py::test_operators_are_what_is_traced",
+    "request": "workers/test_denoising.py::test_every_degree_draws_the_same[uneven, guided-2]",
+}
+"""What `make check` runs of the tests that start ranks."""
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what the quick loop leaves out, by what it uses: ranks, or a live cluster."""
+    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()) or item.path.is_relative_to(TESTS / "live"):
+            item.add_marker(pytest.mark.processes)
+    for mechanism, name in ONE_PER_MECHANISM.items():
+        if name in found:
+            found[name].add_marker(pytest.mark.mechanism)
+        elif "mechanism" in config.getoption("markexpr"):
+            raise pytest.UsageError(
+                f"no test is called {name}, the quick case of {mechanism}; correct tests/conftest.py"
+            )

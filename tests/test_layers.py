@@ -1,6 +1,8 @@
 """The import law: four layers, imports point down only, third-party packages stay where they belong."""
 
 import ast
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,10 +104,54 @@ def test_package_maps_import_nothing(layer: str) -> None:
         assert len(tree.body) == 1, path
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_loads_without_torch(module: str) -> None:
-    check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+WITH_TORCH_AFTER = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{name} loads torch")
+"""
+
+
+def test_loads_without_torch() -> None:
+    """One interpreter for all: the first that loads torch is named."""
+    found = subprocess.run([sys.executable, "-c", WITH_TORCH_AFTER, *WITHOUT_TORCH], cwd=ROOT, capture_output=True)
+    assert found.returncode == 0, found.stderr.decode()
+
+
+CHANGED_BY_IMPORT = """
+import importlib, os, signal, sys
+theirs, ours = (names.split(",") for names in sys.argv[1:])
+for name in theirs:  # what other packages do at import is theirs
+    importlib.import_module(name)
+
+def state():
+    return dict(os.environ), {number: signal.getsignal(number) for number in signal.valid_signals()}, list(sys.path)
+
+for name in ours:
+    before = state()
+    importlib.import_module(name)
+    if state() != before:
+        print(name)
+"""
+
+
+def test_imports_change_nothing_of_the_process() -> None:
+    """Neither environment nor signal handlers nor the path: an entry point does that, by an explicit call."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()]
+    ours = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    theirs = sorted({n for path in modules() for n in imports(path.read_text()) if installed(n)})
+    command = [sys.executable, "-c", CHANGED_BY_IMPORT, ",".join(theirs), ",".join(ours)]
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}  # not what tests set
+    found = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == ""
+
+
+def installed(name: str) -> bool:
+    """True for a module of another package that is there; flash-attn, say, is optional."""
+    root = name.split(".")[0]
+    return root not in LAYERS and root not in sys.stdlib_module_names and importlib.util.find_spec(root) is not None
 
 
 def test_nothing_points_outside_the_project() -> None:

@@ -192,7 +192,7 @@ def test_variables_of_other_purposes(file: Path) -> None:
         ({PORT: "x"}, [], f"{PORT}: gateway.port: Input should be a valid integer, unable to parse string"),
         ({PORT: ""}, [], f"{PORT}: gateway.port: Input should be a valid integer, got nothing"),
         ({PORT: "["}, [], f"{PORT}: is not YAML: "),
-        ({PORT: "{a: 1, a: 2}"}, [], f"{PORT}: 'a' is given twice, first in line 1; keep one"),
+        ({PORT: "{a: 1, a: 2}"}, [], f"{PORT}: 'a' is repeated; it is first in line 1; keep one"),
         ({f"{QWEN}COMPILE": "maybe"}, [], f"{QWEN}COMPILE: models.0.compile: Input should be a valid boolean"),
         ({f"{QWEN}ALIASES": "[a b]"}, [], f"{QWEN}ALIASES: models.0.aliases.0: String should match"),
         (
@@ -210,7 +210,7 @@ def test_variables_of_other_purposes(file: Path) -> None:
         (
             {f"{QWEN}LIMITS__MAX_WIDTH": "512", f"{QWEN}MAX_QUEUED": "1"},
             ["models.qwen-image.defaults.width=640"],
-            "d.yaml:2: models.0: defaults.width is 640, more than limits.max_width, 512; change one "
+            "d.yaml:2: models.0: defaults.width is 640, above limits.max_width, 512; change one "
             f"(models.0.limits.max_width is from {QWEN}LIMITS__MAX_WIDTH, models.0.defaults.width is from --set)",
         ),
     ],
@@ -233,9 +233,9 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
     [
         (
             "models:\n  - name: a\n    source: b\n    name: c\n",
-            "d.yaml:4: 'name' is given twice, first in line 2; keep one",
+            "d.yaml:4: 'name' is repeated; it is first in line 2; keep one",
         ),
-        ("models: []\nmodels: []\n", "d.yaml:2: 'models' is given twice, first in line 1; keep one"),
+        ("models: []\nmodels: []\n", "d.yaml:2: 'models' is repeated; it is first in line 1; keep one"),
         (
             "models:\n\t- name: a\n",
             "found character '\\t' that cannot start any token; indent with spaces, not with tabs",

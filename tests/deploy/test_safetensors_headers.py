@@ -93,7 +93,9 @@ def test_an_index_names_files_that_are_there_and_hold_what_it_says(tmp_path: Pat
     folder = sharded(tmp_path / "text_encoder")
     assert {name: info.nbytes for name, info in read_headers(folder).items()} == {"a": 8, "b": 12}
     save_file({"c": torch.zeros(3)}, folder / "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match=r"00002-of-00002.safetensors has no b, but model.safetensors.index.json says"):
+    with pytest.raises(
+        ValueError, match=r"00002-of-00002.safetensors does not contain b, but model.safetensors.index.json says"
+    ):
         read_headers(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing, but .*index.json names it"):
@@ -153,4 +155,4 @@ def test_checksums(tmp_path: Path) -> None:
     wrong, absent, nonsense = str(refused.value).splitlines()
     assert f"has the checksum {right}, SHA256SUMS says {right[::-1]}" in wrong
     assert "absent is missing, but SHA256SUMS names it" in absent
-    assert "a line that is no checksum: 'nonsense'" in nonsense
+    assert "a line that is not a checksum: 'nonsense'" in nonsense

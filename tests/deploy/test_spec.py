@@ -44,12 +44,12 @@ def a_model(**changes: Any) -> dict[str, Any]:
         (a_model(name="a b"), "models.0.name"),
         (a_model(max_queued=0), "models.0.max_queued"),
         (a_model(timeouts={"startup_s": float("inf")}), "models.0.timeouts.startup_s: Input should be a finite number"),
-        (a_model(limits={"max_width": 512}), "defaults.width is 1024, more than limits.max_width, 512"),
-        (a_model(defaults={"height": 100}), "defaults.height is 100, no multiple of 16"),
+        (a_model(limits={"max_width": 512}), "defaults.width is 1024, above limits.max_width, 512"),
+        (a_model(defaults={"height": 100}), "defaults.height is 100, not a multiple of 16"),
         (a_model(compile=True), "compile needs warmup_shapes, or the first callers would wait"),
-        (a_model(warmup_shapes=[{"width": 4096, "height": 64}]), "warmup_shapes.0 is 4096x64, more than limits allow"),
-        (a_model(warmup_shapes=[{"width": 100, "height": 64}]), "warmup_shapes.0 is no multiple of 16 pixels"),
-        (a_model(warmup_shapes=[{"width": 64, "height": 64, "num_frames": 500}]), "more than limits.max_num_frames"),
+        (a_model(warmup_shapes=[{"width": 4096, "height": 64}]), "warmup_shapes.0 is 4096x64, above the limits"),
+        (a_model(warmup_shapes=[{"width": 100, "height": 64}]), "warmup_shapes.0 is not a multiple of 16 pixels"),
+        (a_model(warmup_shapes=[{"width": 64, "height": 64, "num_frames": 500}]), "above limits.max_num_frames"),
         (a_model(text_encoder="rank1"), "models.0.text_encoder: Input should be 'rank0' or 'replicate', got 'rank1'"),
         (a_model(loras=[{"name": "b", "source": "b"}] * 2), "two adapters for transformer are called 'b'"),
         ({"models": []}, "at least one model is needed"),
@@ -91,9 +91,9 @@ def a_folder(tmp_path: Path, heads: int) -> Path:
             {"parallel": {"tensor_parallel_size": 5}},
             "a: tensor_parallel_size=5 does not divide the model's 12 attention heads; allowed: 1, 2, 3, 4, 6, 12",
         ),
-        ({"parallel": {"ulysses_degree": 3}}, "3 CPU cores are needed (a 3), 2 are there; lower the degrees"),
-        ({"device": "cuda"}, "1 GPUs are needed (a 1), 0 are there"),
-        ({"device": "cuda", "placement": {"cpus_per_rank": 8}}, "8 CPU cores are needed (a 8), 2 are there"),
+        ({"parallel": {"ulysses_degree": 3}}, "3 CPU cores are needed (a 3), 2 are available; lower the degrees"),
+        ({"device": "cuda"}, "1 GPUs are needed (a 1), 0 are available"),
+        ({"device": "cuda", "placement": {"cpus_per_rank": 8}}, "8 CPU cores are needed (a 8), 2 are available"),
         ({"source": "elsewhere"}, "model_index.json is missing"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_pipeline_that_spray_cannot_run_is_refused_by_name(tmp_path: Path) -> 
             "FluxPipeline",
             {},
             {"cfg_parallel_size": 2},
-            "a: cfg_parallel_size=2, but the model evaluates one branch only",
+            "a: cfg_parallel_size=2, but the model evaluates only one branch",
         ),
         (
             "WanPipeline",
@@ -252,20 +252,20 @@ def test_another_machine_has_cpu_cores_enough(
     file = write(tmp_path, a_model(device="cuda", parallel={"ulysses_degree": 4}))
     assert main(["check", str(file), "--gpus", "4"]) == 0
     assert main(["check", str(file), "--gpus", "4", "--cpus", "3"]) == 1
-    assert "4 CPU cores are needed (a 4), 3 are there" in capsys.readouterr().err
+    assert "4 CPU cores are needed (a 4), 3 are available" in capsys.readouterr().err
 
 
 def test_a_folder_has_no_revision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_folder(tmp_path, heads=12)
     assert main(["check", str(write(tmp_path, a_model(revision="main"))), "--cpus", "1"]) == 1
-    assert "a: revision is of a hub id, but source is the folder" in capsys.readouterr().err
+    assert "a: revision belongs to a hub id, but source is the folder" in capsys.readouterr().err
 
 
 GANGS = [
     ("min 1, two models", [{}, {}], 2.0, None),
     ("two sleepers take turns", [{"min": 0}, {"min": 0}], 1.0, None),
     ("one beside a sleeper", [{}, {"min": 0}], 2.0, None),
-    ("a sleeper could not wake", [{}, {"min": 0}], 1.0, r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are there"),
+    ("a sleeper could not wake", [{}, {"min": 0}], 1.0, r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are available"),
     ("several replicas", [{"min": 3}], 2.0, r"3 GPUs are needed \(m0 1 x 3\), 2 .* autoscaling.min_replicas"),
 ]
 

@@ -119,10 +119,10 @@ def test_set_overrules_the_file(file: Path, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--gpus", "3"], "4 GPUs are needed (a 4), 3 are there"),
+        (["--gpus", "3"], "4 GPUs are needed (a 4), 3 are available"),
         (["--gpus", "4"], None),
-        (["--gpus", "7", "--set", "models.a.parallel.ring_degree=2"], "8 GPUs are needed (a 8), 7 are there"),
-        (["--cpus", "4"], "5 CPU cores are needed (a 4, b.c 1), 4 are there"),
+        (["--gpus", "7", "--set", "models.a.parallel.ring_degree=2"], "8 GPUs are needed (a 8), 7 are available"),
+        (["--cpus", "4"], "5 CPU cores are needed (a 4, b.c 1), 4 are available"),
         (["--set", "models.nobody.max_queued=3"], "nobody"),
         (["--set", "models.a.max_queud=3"], "did you mean"),
         (["--set", "models.a.max_queued=0"], "--set"),
