@@ -2,12 +2,16 @@
 
 `SequenceShards` (`sp_core.sp_sharding`) makes these when something is split; attention reads them.
 
-Shapes: R tokens that every rank holds, L tokens that this rank holds (R among them), S tokens of all streams.
+Shapes: R replicated tokens, which every rank holds; L tokens that this rank holds (R among them); S tokens of all
+streams.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from sp_core.mesh import MeshAxis, ParallelMesh
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,21 @@ class Stream:
         return self.replicated + self.length
 
 
+@dataclass(frozen=True)
+class AxisLayout:
+    """How the tokens of one attention lie on the ranks of one mesh axis.
+
+    Attributes:
+        axis: the ranks.
+        lengths: split tokens of each rank, padding included.
+        replicated: R, tokens in front of them that every rank holds.
+    """
+
+    axis: MeshAxis
+    lengths: tuple[int, ...]
+    replicated: int
+
+
 @dataclass(eq=False)
 class TokenLayout:
     """The streams that an attention finds side by side, seen from one rank.
@@ -80,8 +99,7 @@ class TokenLayout:
     order_known: bool = True
     _order: torch.Tensor | None = field(default=None, repr=False)
     _real: torch.Tensor | None = field(default=None, repr=False)
-    last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
-    """The mask that was last made ready for these ranks, its version, and what came of it: layers often share one."""
+    _last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         split = False
@@ -109,6 +127,26 @@ class TokenLayout:
             return self
         front = Stream(0, self.streams[0].size, replicated=joint)
         return TokenLayout((front, *self.streams), self.rank, self.order_known)
+
+    def over(self, mesh: ParallelMesh) -> tuple[AxisLayout, AxisLayout]:
+        """The same tokens by axis: those of this rank's Ulysses group, and the chunk of each group on the ring.
+
+        Sequence ranks count Ulysses innermost, so a group's tokens are neighbors in `lengths`.
+        """
+        ulysses, ring = mesh.axis("ulysses"), mesh.axis("ring")
+        starts = range(0, len(self.lengths), ulysses.size)
+        groups = [tuple(self.lengths[start : start + ulysses.size]) for start in starts]
+        chunks = tuple(sum(group) for group in groups)
+        return (
+            AxisLayout(ulysses, groups[ring.rank], self.replicated),
+            AxisLayout(ring, chunks, self.replicated),
+        )
+
+    def once_per_mask(self, mask: torch.Tensor | None, version: int | None, prepare: Callable[[], object]) -> object:
+        """What `prepare` returns for this mask and version. The last result is kept: a model's layers share a mask."""
+        if self._last_mask is None or self._last_mask[0] is not mask or self._last_mask[1] != version:
+            self._last_mask = (mask, version, prepare())
+        return self._last_mask[2]
 
     def order(self, device: torch.device) -> torch.Tensor:
         """`(R + sum(lengths),)`: where the tokens that the ranks hold, rank by rank, stand in the whole sequence, its

@@ -221,7 +221,7 @@ def attention_kept_local() -> Iterator[None]:
         if layout is None:
             return shards.local_attention(query, key, value, mask, scale)
         own = mask_for_ranks(name, mask, layout, query)
-        return kernels.local_attention(query, key, value, own.keys, scale)
+        return kernels.local_attention(query, key, value, own.key_mask, scale)
 
     with (
         mock.patch.object(diffusers_backend, "region_attention", keep_local),
