@@ -8,7 +8,7 @@ number of branches, which may differ from step to step. Called by `workers.model
 
 from typing import Any
 
-from sp_core import collectives
+from sp_core import collectives, diffusers_private
 from sp_core.mesh import MeshAxis
 
 
@@ -48,7 +48,7 @@ class ParallelGuider:
 
     def prepare_models(self, denoiser: Any) -> None:
         """The next of this group's branches is about to run: the guider counts them to know which one it is."""
-        self._guider._count_prepared = self._mine[self._prepared]
+        diffusers_private.set_branch(self._guider, self._mine[self._prepared])
         self._prepared += 1
         self._guider.prepare_models(denoiser)
 

@@ -1,5 +1,5 @@
 """Every collective of sp_core, but for decisions of the gang (`mesh`). Callers: `sp_sharding` (gather),
-`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region` (does it fit everywhere?),
+`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region_attention` (does it fit everywhere?),
 `tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
 
 Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 
+from sp_core import torch_private
 from sp_core.mesh import MeshAxis, ParallelMesh
 
 
@@ -38,7 +38,7 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
     if axis.size == 1 or axis.group is None:
         return tensor
     if torch.compiler.is_compiling():
-        return funcol.all_reduce(tensor, "sum", axis.group)  # type: ignore[no-any-return]
+        return torch_private.traceable_sum(tensor, axis.group)
     dist.all_reduce(tensor, group=axis.group)
     return tensor
 

@@ -21,12 +21,9 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_logger = logging.getLogger(__name__)
+from sp_core import torch_private
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
-_cudnn_cuda = torch.ops.aten._scaled_dot_product_cudnn_attention
-_efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
+_logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -122,10 +119,10 @@ def attention_with_lse(
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if query.device.type == "cpu":
-        output, lse = _flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        output, lse = torch_private.flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     else:
         bias = None if mask is None else _aligned(mask).expand(*query.shape[:3], key.shape[2])
-        output, lse, *_ = _efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
+        output, lse, *_ = torch_private.efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
         lse = lse[..., : query.shape[2]]  # padded to whole tiles
     output, lse = output.transpose(1, 2), lse.transpose(1, 2)
     if mask is not None:
@@ -176,13 +173,13 @@ def _has_choice(query: torch.Tensor) -> bool:
 
 def _torch_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output, lse, *_ = _flash_cuda(*heads_first, 0.0, False, False, scale=scale)
+    output, lse, *_ = torch_private.flash_cuda(*heads_first, 0.0, False, False, scale=scale)
     return output.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _torch_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output, lse, *_ = _cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
+    output, lse, *_ = torch_private.cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
     return output.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2)
 
 

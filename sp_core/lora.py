@@ -1,6 +1,6 @@
 """LoRA adapters beside the linear layers of a model, under any layout, without merging: W x + sum of scale B (A x).
 
-    adapters = Adapters(model)                # parallelised, with its weights, compiled or not
+    adapters = Adapters(model)                # parallelized, with its weights, compiled or not
     adapters.load("ink", weights)             # module name -> LowRank, whole; each rank keeps its part
     adapters.activate({"ink": 0.8})           # from the next forward on
     adapters.activate({})                     # the plain model again, to the bit
@@ -46,7 +46,7 @@ class Adapters:
     """The adapters of one model. Those that are not active cost memory, and no time.
 
     Args:
-        model: parallelised already, because tensor parallelism replaces layers, and with its weights.
+        model: parallelized already, because tensor parallelism replaces layers, and with its weights.
     """
 
     def __init__(self, model: nn.Module) -> None:

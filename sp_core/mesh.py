@@ -124,7 +124,7 @@ class ParallelMesh:
     def close(self) -> None:
         """Let go of all groups, after which the mesh is of no use.
 
-        The threads of a group end only with the last reference to it, and what was parallelised over this mesh may be
+        The threads of a group end only with the last reference to it, and what was parallelized over this mesh may be
         kept for ever: diffusers caches methods by their module, with that module's hooks.
         """
         self._axes.clear()

@@ -9,7 +9,7 @@ Called by `workers.model.weights` when a rank loads its model, or by anyone else
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from sp_core import kernels
 from sp_core.attention.diffusers_backend import bind_attention
+from sp_core.attention.discovery import find_attention
 from sp_core.degrees import check_layout, layout_advice
-from sp_core.hooks import Handle, apply_sequence_parallel
+from sp_core.hooks import Handle, context_of_plan, install_hooks
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.models.flux import FLUX
@@ -47,7 +48,7 @@ REFUSED = {
 }
 """Classes that would be silently wrong by the `_cp_plan` that diffusers ships, and why."""
 
-_parallelised: WeakSet[nn.Module] = WeakSet()
+_parallelized: WeakSet[nn.Module] = WeakSet()
 
 _logger = logging.getLogger(__name__)
 
@@ -70,34 +71,30 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
     """
-    if model in _parallelised:
-        raise ValueError(f"{type(model).__name__} is parallelised already; remove() that first")
+    if model in _parallelized:
+        raise ValueError(f"{type(model).__name__} is parallelized already; remove() that first")
     config = _config(model)
     check_layout(mesh.degrees, _num_heads(config))
     family = _family(model)
-    undo: list[Callable[[], None]] = []
+    irreversible = ""
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
-        undo.append(_refuse_removal)
+        irreversible = "a tensor-parallel model holds only a part of its weights; load it again to have it whole"
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        return Handle(undo)
+        return Handle([], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
     _report(model, mesh, config)
-    hooks = apply_sequence_parallel(model, found, mesh)
-    assert hooks.shards is not None
-    hooks.shards.order_known = order_known
-    try:
-        release = bind_attention(model, hooks.shards, family, optional=found == {})
-    except Exception:
-        hooks.remove()
-        raise
-    _parallelised.add(model)
-    return Handle([lambda: _parallelised.discard(model), *undo, hooks.remove, release], hooks.shards)
+    attention = find_attention(model, family, optional=found == {})
+    context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
+    hooks = install_hooks(model, found, context)
+    release = bind_attention(model, attention, context)
+    _parallelized.add(model)
+    return Handle([lambda: _parallelized.discard(model), hooks.remove, release], context, irreversible)
 
 
 def _family(model: nn.Module) -> ModelFamily | None:
@@ -158,7 +155,3 @@ def _find_tp_plan(model: nn.Module, family: ModelFamily | None) -> TensorParalle
     raise ValueError(
         f"{type(model).__name__} has no tensor-parallel plan; use tensor_parallel_size=1 and more Ulysses or ring ranks"
     )
-
-
-def _refuse_removal() -> None:
-    raise RuntimeError("a tensor-parallel model holds only a part of its weights; load it anew to have it whole")

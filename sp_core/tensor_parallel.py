@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from sp_core import collectives
+from sp_core import collectives, diffusers_private
 from sp_core.mesh import MeshAxis
 from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, TensorParallelPlan, TensorParallelStyle
 
@@ -128,14 +128,14 @@ def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle
     elif not isinstance(module, nn.Linear):
         raise ValueError(f"{name!r} is a {type(module).__name__}; only nn.Linear can be shared out by columns or rows")
     elif isinstance(style, Colwise):
-        blocks = style.blocks or tuple(getattr(module, "_tp_packed_col_blocks", ()))
+        blocks = style.blocks or diffusers_private.packed_columns(module)
         index = part_of(name, module.out_features, blocks, axis)
         replacement = lambda: ColumnParallelLinear(module, index)  # noqa: E731
     else:
-        blocks = style.blocks or tuple(getattr(module, "_tp_packed_row_blocks", ()))
+        blocks = style.blocks or diffusers_private.packed_rows(module)
         index = part_of(name, module.in_features, blocks, axis)
         replacement = lambda: RowParallelLinear(module, index, axis)  # noqa: E731
-    return lambda: parent._modules.__setitem__(child, replacement())
+    return lambda: parent.add_module(child, replacement())
 
 
 def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """How token streams lie on the sequence ranks: arithmetic on lengths, the same on every rank, without communication.
 
-`SequenceShards` (`sp_core.sp_sharding`) makes these when something is split; attention reads them.
+A `Region` (`sp_core.region`) makes these when something is split; attention reads them.
 
 Shapes: R replicated tokens, which every rank holds; L tokens that this rank holds (R among them); S tokens of all
 streams.

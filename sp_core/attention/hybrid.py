@@ -4,7 +4,7 @@ The ranks of a Ulysses group trade sequence for heads; each then holds one chunk
 heads, and the ring carries those chunks. After USP (arXiv 2405.07719). Ulysses is the inner one because its exchanges
 block, so its ranks should be neighbors; shifts of the ring run while kernels compute.
 
-Called by `sp_core.attention.region`.
+Called by `sp_core.attention.region_attention`.
 
 Shapes: B batch, R tokens that every rank holds, L this rank's tokens, H query heads, K key heads, D head size.
 """

@@ -2,7 +2,7 @@
 
 In: a mask as the model made it, for this rank's tokens or for the whole sequence. Out: an additive `RankMask`. A mask
 that is the same for all queries and heads becomes a key mask, which travels with its keys; only others become a bias,
-which every rank holds whole. Called by `sp_core.attention.region`.
+which every rank holds whole. Called by `sp_core.attention.region_attention`.
 
 Shapes: B batch, H heads, L tokens that this rank holds, S tokens of the whole sequence, its streams side by side.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sp_core import torch_private
 from sp_core.token_layout import TokenLayout
 
 
@@ -44,8 +45,7 @@ def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, qu
     Raises:
         ValueError: a mask of another kind or shape.
     """
-    # The version changes when somebody writes into the mask in place. Inference tensors have none.
-    version = None if mask is None or mask.is_inference() else mask._version
+    version = None if mask is None else torch_private.version(mask)
     prepared = layout.once_per_mask(mask, version, lambda: _for_ranks(name, mask, layout, query))
     assert isinstance(prepared, RankMask)
     return prepared

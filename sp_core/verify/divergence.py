@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sp_core.sp_sharding import SequenceShards
+from sp_core.region import RunningForward
 from sp_core.token_layout import TokenLayout
 
 
@@ -64,12 +64,12 @@ class Recording:
 
 def _places() -> list[tuple[torch.Tensor, int]]:
     """Index and count for each stream, and for all of them side by side, of the forward that is running."""
-    shards = SequenceShards.running()
-    layout = shards.layout(gathered=True) if shards is not None else None
-    if shards is None or layout is None:
+    forward = RunningForward.innermost()
+    layout = forward.region.layout(gathered=True) if forward is not None else None
+    if forward is None or layout is None:
         return []
     cpu = torch.device("cpu")
-    streams = dict.fromkeys([*shards.streams.values(), *shards.companions])
+    streams = dict.fromkeys([*forward.region.streams.values(), *forward.region.companions])
     layouts = [TokenLayout((stream,), layout.rank) for stream in streams]
     return [(each.own_order(cpu), each.local) for each in ([*layouts, layout] if layout.order_known else layouts)]
 

@@ -25,18 +25,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
-from sp_core import kernels
-from sp_core.attention import diffusers_backend, layer
-from sp_core.attention.masks import mask_for_ranks
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
-from sp_core.sp_sharding import SequenceShards
 from sp_core.verify.divergence import Recording, error, tensors_of
 from sp_core.verify.rank_pool import RankFailed, RankPool
 
@@ -198,36 +194,6 @@ def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tenso
     if [output.shape for output in outputs] != [reference.shape for reference in references]:
         return math.inf
     return max((error(output, reference) for output, reference in zip(outputs, references, strict=True)), default=0.0)
-
-
-@contextmanager
-def attention_kept_local() -> Iterator[None]:
-    """The negative control: inside, each rank attends to its own tokens only, with its own part of the mask."""
-
-    def keep_local(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        shards: SequenceShards,
-        *,
-        name: str,
-        stream: str = "",
-        joint: int = 0,
-    ) -> torch.Tensor:
-        shards.attended = True
-        layout = shards.layout(stream, joint)
-        if layout is None:
-            return shards.local_attention(query, key, value, mask, scale)
-        own = mask_for_ranks(name, mask, layout, query)
-        return kernels.local_attention(query, key, value, own.key_mask, scale)
-
-    with (
-        mock.patch.object(diffusers_backend, "region_attention", keep_local),
-        mock.patch.object(layer, "region_attention", keep_local),
-    ):
-        yield
 
 
 def find_proofs(target: str, config: str | None) -> dict[str, Proof]:

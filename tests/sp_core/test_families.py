@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import FAMILIES, parallelize
@@ -14,7 +15,7 @@ from sp_core.verify import examples as families
 from sp_core.verify.divergence import error
 from sp_core.verify.examples import Cell
 from sp_core.verify.rank_pool import RankPool
-from sp_core.verify.verify import BAR, attention_kept_local
+from sp_core.verify.verify import BAR
 from tests.sp_core.test_same_answer import LAYOUTS
 from tests.support import qwen
 
