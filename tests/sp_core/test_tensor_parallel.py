@@ -56,6 +56,26 @@ def differences(mesh: ParallelMesh, name: str, unsummed: bool = False) -> tuple[
     return {cell: worst(found[cell], references[cell]) for cell in cells}, held / size
 
 
+def refuse_removal(mesh: ParallelMesh) -> list[bool]:
+    """Whether the model still computes the same in parallel after its handle refused to make it plain, twice."""
+    cells: list[Cell] = [("uneven", "none", 1)]
+    model = copy.deepcopy(examples.TINY["qwen-image"].model)
+    handle = parallelize(model, mesh)
+    before = outputs(model, "qwen-image", cells)[cells[0]]
+    same = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="holds only a part of its weights"):
+            handle.remove()
+        same += map(torch.equal, outputs(model, "qwen-image", cells)[cells[0]], before)
+    return same
+
+
+@pytest.mark.parametrize("layout", ["tp 2", "tp 2 x ulysses 2"])
+def test_a_refused_removal_undoes_nothing(ranks: RankPool, layout: str) -> None:
+    for same in ranks.run(LAYOUTS[layout], refuse_removal):
+        assert same == [True] * 2
+
+
 def suits(name: str, layout: str) -> bool:
     if name in VARIANTS:  # the same layers as their family's, with other inputs: one product proves these
         return layout == "tp 2 x ulysses 2"
