@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sp_core import kernels
+from sp_core.handle import Handle
 from sp_core.mesh import ParallelMesh
 from sp_core.region import SequenceContext
 from sp_core.sp_plan import (
@@ -34,34 +36,6 @@ from sp_core.sp_plan import (
     validate_sp_plan,
 )
 from sp_core.sp_sharding import gather, leading, shard
-
-
-class Handle:
-    """Undoes what was applied to a model, last thing first. `remove()` may be called more than once.
-
-    Args:
-        undo: what to call, in the order in which things were applied.
-        context: the model's, for the attention that runs between split and gather; None where nothing is split.
-        irreversible: why the model cannot be made plain again; empty: it can.
-    """
-
-    def __init__(
-        self, undo: list[Callable[[], None]], context: SequenceContext | None = None, irreversible: str = ""
-    ) -> None:
-        self._undo = undo
-        self._irreversible = irreversible
-        self.context = context
-
-    def remove(self) -> None:
-        """Give the plain model back.
-
-        Raises:
-            RuntimeError: it cannot be given back. Nothing is undone then: the model goes on computing in parallel.
-        """
-        if self._irreversible:
-            raise RuntimeError(self._irreversible)
-        while self._undo:
-            self._undo.pop()()
 
 
 class SequenceParallelSplitHook:
@@ -91,7 +65,10 @@ class SequenceParallelSplitHook:
                 )
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: `(args, kwargs)` with this rank's shares in the parameters' places."""
+        """Forward pre-hook: `(args, kwargs)` with this rank's shares in place of the whole parameters.
+
+        Positional or named as the caller passed them; a parameter that was left out stays out.
+        """
         positional, named = list(args), dict(kwargs)
         for key, entry in self.inputs.items():
             if key in kwargs:
@@ -102,7 +79,7 @@ class SequenceParallelSplitHook:
         return tuple(positional), named
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: the output with this rank's shares in the numbered places."""
+        """Forward hook: the output with this rank's shares in place of the numbered ones."""
         split = _parts(self.name, output)
         for key, entry in self.outputs.items():
             if key >= len(split):
@@ -111,7 +88,7 @@ class SequenceParallelSplitHook:
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One parameter or output: a tensor, a list of them, or None where this call does without."""
+        """One parameter or output: a tensor, a list of them, or None where this call passes none."""
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
@@ -148,7 +125,7 @@ class SequenceParallelSplitHook:
         if _stays_whole(value, entry):
             return value  # type: ignore[no-any-return]
         _check_tensor(where, value, entry.expected_dims)
-        # (B, S, D); masks, rotations and what the plan calls a companion only go along
+        # (B, S, D): masks and rotations have another shape or type; for what looks alike the plan says companion
         is_stream = value.ndim == 3 and value.is_floating_point() and not isinstance(entry, SequenceParallelCompanion)
         name = f"{self.name}.{key}" if is_stream else None
         if isinstance(entry, SequenceParallelPartialInput):
@@ -216,13 +193,14 @@ def apply_sequence_parallel(model: nn.Module, plan: SequenceParallelModelPlan, m
     return install_hooks(model, plan, context_of_plan(plan, mesh))
 
 
-def context_of_plan(plan: SequenceParallelModelPlan, mesh: ParallelMesh, **of_model: Any) -> SequenceContext:
-    """The context of a model that is split by this plan.
-
-    Args:
-        plan: whose streams attention joins in the order of the plan.
-        mesh: the sequence ranks.
-        **of_model: further fields of `SequenceContext`.
+def context_of_plan(
+    plan: SequenceParallelModelPlan,
+    mesh: ParallelMesh,
+    *,
+    order_known: bool = True,
+    local_attention: Callable[..., torch.Tensor] = kernels.local_attention,
+) -> SequenceContext:
+    """The context of a model that is split by this plan. See there for the arguments.
 
     Raises:
         ValueError: the plan is malformed.
@@ -239,7 +217,7 @@ def context_of_plan(plan: SequenceParallelModelPlan, mesh: ParallelMesh, **of_mo
     # If one split pads, all do: a companion of a padded stream must be as long as the stream's shares.
     auto_pad = any(getattr(entry, "auto_pad", False) for _, _, entry in splits)
     places = {stream: place for place, stream in enumerate(streams)}
-    return SequenceContext(mesh, places, auto_pad, **of_model)
+    return SequenceContext(mesh, places, auto_pad, order_known, local_attention)
 
 
 def install_hooks(model: nn.Module, plan: SequenceParallelModelPlan, context: SequenceContext) -> Handle:
@@ -273,7 +251,7 @@ def _hook(
 
 
 def _stays_whole(value: Any, entry: AnyInput) -> bool:
-    """Whether the entry is an optional one that is not about this tensor."""
+    """Whether the entry is optional and does not apply to this tensor."""
     if not isinstance(value, torch.Tensor):
         return False
     if not (isinstance(entry, OptionalSequenceParallelInput) or getattr(entry, "optional", False)):
@@ -284,7 +262,7 @@ def _stays_whole(value: Any, entry: AnyInput) -> bool:
 
 
 def _text_sources(spec: InputSpec) -> list[str]:
-    """The forward parameters by which the plan knows the length of a text."""
+    """The forward parameters from which the plan takes the length of a text."""
     entries = [e for entry in spec.values() for e in (entry if isinstance(entry, list | tuple) else [entry])]
     sources = [entry.text_len_source for entry in entries if isinstance(entry, SequenceParallelPartialInput)]
     return [source for source in sources if isinstance(source, str)]

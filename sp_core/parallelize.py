@@ -1,11 +1,11 @@
-"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, plan hooks, attention.
+"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, attention.
 
     mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
     handle = parallelize(model, mesh)
     ...
     handle.remove()
 
-Called by `workers.model.weights` when a rank loads its model, or by anyone else: neither Ray nor a file is needed.
+Called by `workers.model.weights` when a rank loads its model, or by anyone else: it needs neither Ray nor a file.
 """
 
 import logging
@@ -20,7 +20,8 @@ from sp_core import kernels
 from sp_core.attention.diffusers_backend import bind_attention
 from sp_core.attention.discovery import find_attention
 from sp_core.degrees import check_layout, layout_advice
-from sp_core.hooks import Handle, context_of_plan, install_hooks
+from sp_core.handle import Handle
+from sp_core.hooks import context_of_plan, install_hooks
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.models.flux import FLUX
@@ -56,8 +57,8 @@ _logger = logging.getLogger(__name__)
 def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
     """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
 
-    Every rank must call it, on models with equal weights. The model's code is not touched, nor are its weights, unless
-    the layout is tensor parallel: then each rank keeps its part of them.
+    Every rank must call it, on models with equal weights. The model's code does not change, nor do its weights, unless
+    the layout is tensor parallel: then each rank keeps only its part of them.
 
     Args:
         model: a diffusers transformer.
@@ -66,7 +67,7 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
             diffusers' `_cp_plan`.
 
     Returns:
-        The handle whose `remove()` gives the plain model back; it raises for a tensor-parallel one.
+        The handle whose `remove()` gives the plain model back; for a tensor-parallel model it raises and does nothing.
 
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
@@ -116,7 +117,7 @@ def _num_heads(config: Mapping[str, Any]) -> int | None:
 
 
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
-    """Say how the model will run: the kernel, and what the layout costs needlessly."""
+    """Log how the model will run: the kernel, and what the layout costs needlessly."""
     heads, head_size = _num_heads(config), config.get("attention_head_dim")
     if head_size is None and heads and "dim" in config:
         head_size = config["dim"] // heads

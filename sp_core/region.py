@@ -257,7 +257,7 @@ class Region:
                 raise ValueError(f"attention over the stream {stream!r}, but only {list(split)} are split")
             rank = self._context.mesh.axis("sequence").rank
             joined = TokenLayout(tuple(streams), rank, self._context.order_known or len(streams) == 1)
-            self._layouts[key] = joined.behind(joint)
+            self._layouts[key] = joined.after(joint)
         return self._layouts[key]
 
     def _place(self, name: str) -> int:

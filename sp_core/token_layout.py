@@ -18,14 +18,14 @@ from sp_core.mesh import MeshAxis, ParallelMesh
 class Stream:
     """How a sequence of tokens lies on `size` ranks.
 
-    Ragged: as even as can be, the longer shares first. Padded: equal shares, zeros behind the last token. Every rank
-    holds at least one token of a stream that has any, because model code reshapes with -1 and fails on empty tensors: a
-    stream with fewer tokens than ranks is padded in any case.
+    Ragged: shares differ by at most one token, the longer ones first. Padded: equal shares, zeros after the last token.
+    Every rank holds at least one token of a non-empty stream, because model code reshapes with -1 and fails on empty
+    tensors: a stream with fewer tokens than ranks is always padded.
 
     Attributes:
         length: tokens that are split, without padding.
         size: ranks.
-        padded: whether the shares are equal by padding.
+        padded: pad to equal shares.
         replicated: tokens in front of them that every rank holds.
     """
 
@@ -83,15 +83,15 @@ class AxisLayout:
 
 @dataclass(eq=False)
 class TokenLayout:
-    """The streams that an attention finds side by side, seen from one rank.
+    """The streams of one attention side by side, seen from one rank.
 
     Attributes:
-        streams: in the order in which attention joins them. Tokens that every rank holds stand in front.
+        streams: in the order in which attention joins them. Tokens that every rank holds come first.
         rank: this rank.
-        order_known: whether the order of the streams is that of attention.
+        order_known: whether that order is known.
 
     Raises:
-        ValueError: tokens that every rank holds stand behind others.
+        ValueError: tokens that every rank holds come after others.
     """
 
     streams: tuple[Stream, ...]
@@ -106,8 +106,8 @@ class TokenLayout:
         for stream in self.streams:
             if split and stream.replicated:
                 raise ValueError(
-                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only the first "
-                    "stream's can, because attention expects these tokens in front"
+                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only those of the "
+                    "first stream can, because attention expects them in front"
                 )
             split = split or stream.length > 0
         self.replicated = sum(stream.replicated for stream in self.streams)
@@ -121,8 +121,8 @@ class TokenLayout:
         self.has_padding = any(stream.shares != stream.real for stream in self.streams)
         """Whether any rank holds padding."""
 
-    def behind(self, joint: int) -> "TokenLayout":
-        """This layout with `joint` more tokens in front that every rank holds."""
+    def after(self, joint: int) -> "TokenLayout":
+        """This layout after `joint` more tokens that every rank holds."""
         if not joint:
             return self
         front = Stream(0, self.streams[0].size, replicated=joint)
@@ -149,11 +149,11 @@ class TokenLayout:
         return self._last_mask[2]
 
     def order(self, device: torch.device) -> torch.Tensor:
-        """`(R + sum(lengths),)`: where the tokens that the ranks hold, rank by rank, stand in the whole sequence, its
-        streams side by side; -1 for padding.
+        """`(R + sum(lengths),)`: the positions in the whole sequence, its streams side by side, of the tokens that the
+        ranks hold, rank by rank; -1 for padding.
 
         Raises:
-            ValueError: it depends on the order of the streams, and that is not known.
+            ValueError: it depends on the order of the streams, which is not known.
         """
         if self._order is None:
             self._require_order("a mask of the whole sequence is given")
@@ -178,10 +178,10 @@ class TokenLayout:
         return torch.cat((order[: self.replicated], order[first : first + self.lengths[self.rank]]))
 
     def real(self, device: torch.device) -> torch.Tensor | None:
-        """`(L,)`, True for this rank's tokens that are no padding; None where no rank has any.
+        """`(L,)`, False for this rank's padding; None if no rank has any.
 
         Raises:
-            ValueError: it depends on the order of the streams, and that is not known.
+            ValueError: it depends on the order of the streams, which is not known.
         """
         if not self.has_padding:
             return None

@@ -138,8 +138,8 @@ def test_what_cannot_be_shared(ranks: RankPool) -> None:
     for said in ranks.run(LAYOUTS["tp 2"], refusals):
         assert "HunyuanVideoTransformer3DModel has no tensor-parallel plan" in said[0]
         assert "tensor_parallel_size=2 does not divide the model's 3 attention heads; allowed: 1, 3" in said[1]
-        assert "names '2', which it has not" in said[2]
-        assert "'1' is a ReLU; only nn.Linear can be shared out" in said[3]
+        assert "names '2', which the model does not have" in said[2]
+        assert "'1' is a ReLU; only nn.Linear can be shared" in said[3]
         assert "does not divide the 6 features of '0', which are 3 + 3" in said[4]
         assert "does not divide the 4 features of '0'" in said[5]
 
