@@ -1,25 +1,25 @@
 """Guidance parallelism: the branches of classifier-free guidance run on separate groups of ranks, at once.
 
-Each group of the `cfg` axis evaluates its share of the branches of a step (with a prompt and without, say); then all
-exchange what they have predicted and combine it exactly as one process would. Not the model is wrapped but the guider,
-diffusers' object that makes the branches and combines them: so every kind of guidance works that it knows, with any
-number of branches, which may differ from step to step. Called by `workers.model.denoising`.
+Each group of the `cfg` axis evaluates its share of a step's branches (with the prompt and without it, say); then all
+exchange their predictions and combine them exactly as one process would. We wrap the guider, diffusers' object that
+makes the branches and combines them, and not the model: so every kind of guidance works, with any number of branches,
+and the number may change from step to step. Called by `workers.model.denoising`.
 """
 
 from typing import Any
 
-from sp_core import collectives
+from sp_core import collectives, diffusers_private
 from sp_core.mesh import MeshAxis
 
 
 class ParallelGuider:
-    """A guider of which this rank evaluates some branches only.
+    """A guider that gives this rank only its group's branches.
 
-    A step with fewer branches than groups leaves groups over; these evaluate the first branch again, and their
-    predictions are not used.
+    In a step with fewer branches than groups, the spare groups evaluate the first branch again, so that all enter the
+    same collectives; their predictions are dropped.
 
     Args:
-        guider: any of `diffusers.guiders`; owned by one request.
+        guider: any of `diffusers.guiders`; belongs to one request.
         axis: the groups.
     """
 
@@ -47,8 +47,8 @@ class ParallelGuider:
         return self._share(self._guider.prepare_inputs_from_block_state(data, input_fields))
 
     def prepare_models(self, denoiser: Any) -> None:
-        """The next of this group's branches is about to run: the guider counts them to know which one it is."""
-        self._guider._count_prepared = self._mine[self._prepared]
+        """This group's next branch is about to run. The guider identifies a branch by counting these calls."""
+        diffusers_private.set_branch(self._guider, self._mine[self._prepared])
         self._prepared += 1
         self._guider.prepare_models(denoiser)
 
@@ -68,6 +68,6 @@ class ParallelGuider:
     def _share(self, branches: list[Any]) -> list[Any]:
         self._branches = branches
         turns = -(-len(branches) // self._axis.size)
-        wanted = (turn * self._axis.size + self._axis.rank for turn in range(turns))
-        self._mine = [branch if branch < len(branches) else 0 for branch in wanted]
+        dealt = (turn * self._axis.size + self._axis.rank for turn in range(turns))
+        self._mine = [branch if branch < len(branches) else 0 for branch in dealt]
         return [branches[branch] for branch in self._mine]

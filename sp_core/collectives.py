@@ -1,18 +1,21 @@
-"""Every collective of sp_core, but for decisions of the gang (`mesh`). Callers: `sp_sharding` (gather),
-`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region` (does it fit everywhere?),
-`tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
+"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather), `attention.ulysses`
+(exchange), `attention.ring` (shift), `attention.region_attention` (does it fit on all ranks?), `tensor_parallel` (sum),
+`cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
 
-Shapes: B batch, S sequence, H heads, D head size, P ranks of the axis. Lengths may differ from rank to rank; whoever
-calls must know all of them, because a collective whose sizes disagree hangs or corrupts instead of failing.
-Callers skip them on an axis of size 1, which has no group.
+Lengths may differ from rank to rank. Callers must know all of them, because a collective whose sizes disagree hangs or
+corrupts instead of failing. On an axis of size 1, which has no group, nothing is sent.
+
+Each call is asynchronous on a GPU: NCCL runs it on its own stream, after the work that the current stream has queued,
+and the current stream waits for the result, not the host. Lengths and flags go over gloo (`host_group`): reading them
+back from the device would make the host wait for everything in the queue.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 
+from sp_core import torch_private
 from sp_core.mesh import MeshAxis, ParallelMesh
 
 
@@ -20,13 +23,13 @@ def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[
     """Exchange one message with every rank of the axis, itself included.
 
     Args:
-        packed: flat; the messages to rank 0, 1, ... behind each other.
+        packed: flat; the messages to rank 0, 1, ... one after another.
         send_sizes: elements of each message to send.
         receive_sizes: elements of each message to receive.
         axis: the ranks.
 
     Returns:
-        Flat; the messages from rank 0, 1, ... behind each other.
+        Flat; the messages from rank 0, 1, ... one after another.
     """
     received = packed.new_empty(sum(receive_sizes))
     dist.all_to_all_single(received, packed, receive_sizes, send_sizes, group=axis.group)
@@ -34,11 +37,11 @@ def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[
 
 
 def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
-    """The sum of all ranks' tensors. In place, except where torch.compile traces."""
+    """The sum of all ranks' tensors. In place, except while torch.compile traces, which wants pure functions."""
     if axis.size == 1 or axis.group is None:
         return tensor
     if torch.compiler.is_compiling():
-        return funcol.all_reduce(tensor, "sum", axis.group)  # type: ignore[no-any-return]
+        return torch_private.traceable_sum(tensor, axis.group)
     dist.all_reduce(tensor, group=axis.group)
     return tensor
 
@@ -46,8 +49,8 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
 def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torch.Tensor, list[int]]:
     """Concatenate the sequence ranks' tensors along `dim`, in rank order; their lengths along `dim` may differ.
 
-    One small exchange of lengths on the host and one gather, padded to the longest because gloo gathers only equal
-    shapes. Ragged shares differ by one token at most, so the padding is next to nothing.
+    One small exchange of lengths on the host and one gather, padded to the longest share because gloo gathers only
+    equal shapes. Ragged shares differ by at most one token, so there is hardly any padding.
 
     Returns:
         The joined tensor, and each rank's length.
@@ -57,7 +60,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torc
         return tensor, [tensor.shape[dim]]
     lengths = _all_lengths(tensor.shape[dim], axis)
     longest = max(lengths)
-    local = tensor.movedim(dim, 0)
+    local = tensor.movedim(dim, 0)  # ranks' shares are then contiguous in what is gathered
     padded = local.new_empty((longest, *local.shape[1:]))
     padded[: local.shape[0]] = local
     padded[local.shape[0] :] = 0
@@ -68,7 +71,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torc
 
 
 def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]:
-    """All ranks' tensors, in rank order; they must be of one shape."""
+    """All ranks' tensors, in rank order; they must have the same shape."""
     if axis.size == 1:
         return [tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
@@ -80,7 +83,7 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     """Every rank's tensors, by rank, on the axis's first rank; the others get an empty list.
 
     Args:
-        tensors: of one dtype on all ranks; any number of any shapes.
+        tensors: any number, of any shapes, but of one dtype on all ranks.
         axis: the ranks.
     """
     if axis.size == 1:
@@ -93,7 +96,7 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
         return []
     gathered = [tensors]
     for rank in range(1, axis.size):
-        # where rank 0 has nothing, nobody has: rank 0 is given work first
+        # tensors[0] exists: rank 0 is given work first, so if it has none, nobody has
         gathered.append([tensors[0].new_empty(shape) for shape in shapes[rank]])
         for tensor in gathered[rank]:
             dist.recv(tensor, group_src=rank, group=axis.group)
@@ -101,7 +104,7 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
 
 
 def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
-    """Whether the flag is set on any rank of the axis. On the host."""
+    """Whether the flag is set on any rank of the axis."""
     if axis.size == 1:
         return flag
     word = torch.tensor([int(flag)])
@@ -116,11 +119,13 @@ def _all_lengths(length: int, axis: MeshAxis) -> list[int]:
 
 
 class RingShift:
-    """A tensor on its way to the next rank of an axis, while the previous rank's comes in. Started on construction.
+    """Sends a tensor to the next rank of an axis and receives the previous rank's. Starts on construction.
+
+    Both directions are one batch: with NCCL, ranks that all send first and receive later would wait for each other.
 
     Args:
-        tensor: to send; must not be written to before `wait`.
-        receive_shape: shape of what the previous rank sends.
+        tensor: must not be written to before `wait`.
+        receive_shape: of the tensor that the previous rank sends.
         axis: the ranks, at least two.
     """
 
@@ -136,7 +141,7 @@ class RingShift:
         )
 
     def wait(self) -> torch.Tensor:
-        """What the previous rank has sent."""
+        """The previous rank's tensor. The current stream waits for it; the host does not."""
         for work in self._work:
             work.wait()
         return self._received

@@ -54,7 +54,7 @@ class ParallelDegrees:
 AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence", "gang"]
 
 AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
-"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbours."""
+"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbors."""
 
 
 def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:

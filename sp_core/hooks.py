@@ -1,7 +1,11 @@
 """The plan at work: torch hooks that split and gather tensors at module boundaries.
 
-`apply_sequence_parallel(model, plan, mesh)` installs them and returns a handle that takes them off again. Called by
-`sp_core.parallelize`. Only hooks: the attention between split and gather is bound by the recipe, not here.
+`apply_sequence_parallel(model, plan, mesh)` installs them and returns a handle that removes them again;
+`sp_core.parallelize` calls its two halves. Only hooks: the attention between split and gather is bound elsewhere.
+
+Each forward of a module in the plan passes here, on the host only: nothing is copied that torch does not copy itself,
+and a split is a view. Hooks see `is_compiling` inside a compiled block; the operators of `sp_core.sp_sharding` take
+over there.
 
     input -> [SequenceParallelSplitHook, before the module] -> module -> [split of its outputs, or gather] -> output
 """
@@ -14,8 +18,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sp_core import kernels
+from sp_core.handle import Handle
 from sp_core.mesh import ParallelMesh
 from sp_core.module_paths import resolve_modules
+from sp_core.region import SequenceContext
 from sp_core.sp_plan import (
     AnyInput,
     InputSpec,
@@ -28,25 +35,7 @@ from sp_core.sp_plan import (
     SequenceParallelPartialInput,
     validate_sp_plan,
 )
-from sp_core.sp_sharding import SequenceShards
-
-
-class Handle:
-    """Undoes what was applied to a model, last thing first. `remove()` may be called more than once.
-
-    Attributes:
-        shards: the model's record of what is split, for the attention that runs between split and gather; None where
-            nothing is.
-    """
-
-    def __init__(self, undo: list[Callable[[], None]], shards: SequenceShards | None = None) -> None:
-        self._undo = undo
-        self.shards = shards
-
-    def remove(self) -> None:
-        """Give the plain model back."""
-        while self._undo:
-            self._undo.pop()()
+from sp_core.sp_sharding import gather, leading, shard
 
 
 class SequenceParallelSplitHook:
@@ -56,20 +45,17 @@ class SequenceParallelSplitHook:
         name: the module's plan key, for messages.
         module: the module; its forward's signature tells where a positional parameter stands.
         spec: str keys are parameters, int keys are outputs.
-        shards: the model's record of what is split.
+        context: the model's.
 
     Raises:
         ValueError: a key names no parameter of the module's forward.
     """
 
-    def __init__(self, name: str, module: nn.Module, spec: InputSpec, shards: SequenceShards) -> None:
+    def __init__(self, name: str, module: nn.Module, spec: InputSpec, context: SequenceContext) -> None:
         self.name = name
-        self.shards = shards
+        self.context = context
         self.outputs = {key: entry for key, entry in spec.items() if isinstance(key, int)}
         self.inputs = {key: entry for key, entry in spec.items() if isinstance(key, str)}
-        for key, entry in spec.items():
-            for stream in [f"{key}.{i}" for i in range(len(entry))] if isinstance(entry, list | tuple) else [key]:
-                shards.places.setdefault(f"{name}.{stream}", len(shards.places))
         self.positions = {p: i for i, p in enumerate(inspect.signature(module.forward).parameters)}
         for key in [*self.inputs, *_text_sources(spec)]:
             if key not in self.positions:
@@ -79,7 +65,10 @@ class SequenceParallelSplitHook:
                 )
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: `(args, kwargs)` with this rank's shares in the parameters' places."""
+        """Forward pre-hook: `(args, kwargs)` with this rank's shares in place of the whole parameters.
+
+        Positional or named as the caller passed them; a parameter that was left out stays out.
+        """
         positional, named = list(args), dict(kwargs)
         for key, entry in self.inputs.items():
             if key in kwargs:
@@ -90,7 +79,7 @@ class SequenceParallelSplitHook:
         return tuple(positional), named
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: the output with this rank's shares in the numbered places."""
+        """Forward hook: the output with this rank's shares in place of the numbered ones."""
         split = _parts(self.name, output)
         for key, entry in self.outputs.items():
             if key >= len(split):
@@ -99,14 +88,14 @@ class SequenceParallelSplitHook:
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One parameter or output: a tensor, a list of them, or None where this call does without."""
+        """One parameter or output: a tensor, a list of them, or None where this call passes none."""
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
         if isinstance(entry, SequenceParallelLeadingCount):
             if not isinstance(value, int):
                 raise ValueError(f"{where} is {type(value).__name__}, but the plan says that it counts tokens")
-            return self.shards.leading(value, entry.stream)
+            return leading(self.context, value, entry.stream)
         if isinstance(value, torch.Tensor):
             if isinstance(entry, list | tuple):
                 raise ValueError(f"Expected SequenceParallelInput for tensor parameter {where}, the plan has a list")
@@ -136,13 +125,13 @@ class SequenceParallelSplitHook:
         if _stays_whole(value, entry):
             return value  # type: ignore[no-any-return]
         _check_tensor(where, value, entry.expected_dims)
-        # (B, S, D); masks, rotations and what the plan calls a companion only go along
+        # (B, S, D): masks and rotations have another shape or type; for what looks alike the plan says companion
         is_stream = value.ndim == 3 and value.is_floating_point() and not isinstance(entry, SequenceParallelCompanion)
         name = f"{self.name}.{key}" if is_stream else None
         if isinstance(entry, SequenceParallelPartialInput):
             text = self._text_length(entry.text_len_source, args, kwargs)
-            return self.shards.shard(value, entry.split_dim, stream=name, replicated=text)
-        return self.shards.shard(value, entry.split_dim, stream=name, padded=entry.auto_pad)
+            return shard(self.context, value, entry.split_dim, stream=name, replicated=text)
+        return shard(self.context, value, entry.split_dim, stream=name, padded=entry.auto_pad)
 
     def _text_length(self, source: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(source, int):
@@ -167,13 +156,13 @@ class SequenceParallelGatherHook:
     Args:
         name: the module's plan key, for messages.
         spec: one entry for a single output, or a list with one entry per output.
-        shards: the model's record of what is split.
+        context: the model's.
     """
 
-    def __init__(self, name: str, spec: OutputSpec, shards: SequenceShards) -> None:
+    def __init__(self, name: str, spec: OutputSpec, context: SequenceContext) -> None:
         self.name = name
         self.spec = [spec] if isinstance(spec, SequenceParallelOutput) else list(spec)
-        self.shards = shards
+        self.context = context
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the output, whole again."""
@@ -183,7 +172,7 @@ class SequenceParallelGatherHook:
         for i, entry in enumerate(self.spec):
             if entry is not None:
                 _check_tensor(f"output {i} of {self.name!r}", parts[i], entry.expected_dims)
-                parts[i] = self.shards.gather(parts[i], entry.gather_dim, stream=entry.stream)
+                parts[i] = gather(self.context, parts[i], entry.gather_dim, stream=entry.stream)
         return _like(output, parts)
 
 
@@ -196,35 +185,63 @@ def apply_sequence_parallel(model: nn.Module, plan: SequenceParallelModelPlan, m
         mesh: the sequence ranks.
 
     Returns:
-        The handle that removes the hooks; it has the model's record of what is split.
+        The handle that removes the hooks.
 
     Raises:
-        ValueError: the plan is malformed, or names what the model does not have. No hook is left behind.
+        ValueError: the plan is malformed, or names what the model does not have. No hook is left installed.
     """
-    shards = SequenceShards(mesh, auto_pad=_pads(validate_sp_plan(plan)))
+    return install_hooks(model, plan, context_of_plan(plan, mesh))
+
+
+def context_of_plan(
+    plan: SequenceParallelModelPlan,
+    mesh: ParallelMesh,
+    *,
+    order_known: bool = True,
+    local_attention: Callable[..., torch.Tensor] = kernels.local_attention,
+) -> SequenceContext:
+    """The context of a model that is split by this plan. See there for the arguments.
+
+    Raises:
+        ValueError: the plan is malformed.
+    """
+    validate_sp_plan(plan)
+    splits = [
+        (name, key, entry) for name, spec in plan.items() if isinstance(spec, dict) for key, entry in spec.items()
+    ]
+    streams = [
+        f"{name}.{key}{part}"
+        for name, key, entry in splits
+        for part in ([f".{i}" for i in range(len(entry))] if isinstance(entry, list | tuple) else [""])
+    ]
+    # If one split pads, all do: a companion of a padded stream must be as long as the stream's shares.
+    auto_pad = any(getattr(entry, "auto_pad", False) for _, _, entry in splits)
+    places = {stream: place for place, stream in enumerate(streams)}
+    return SequenceContext(mesh, places, auto_pad, order_known, local_attention)
+
+
+def install_hooks(model: nn.Module, plan: SequenceParallelModelPlan, context: SequenceContext) -> Handle:
+    """See `apply_sequence_parallel`."""
     installed: list[RemovableHandle] = []
     try:
-        installed.append(model.register_forward_pre_hook(lambda *_: shards.begin()))
+        installed.append(model.register_forward_pre_hook(lambda *_: context.begin()))
         for name, entry in plan.items():
             for module in resolve_modules(model, name):
-                installed += _hook(name, module, entry, shards)
-        installed.append(model.register_forward_hook(lambda *_: shards.end(), always_call=True))
+                installed += _hook(name, module, entry, context)
+        installed.append(model.register_forward_hook(lambda *_: context.end(), always_call=True))
     except Exception:
         for hook in installed:
             hook.remove()
         raise
-    return Handle([shards.abandon, *(hook.remove for hook in installed)], shards)
+    return Handle([context.abandon, *(hook.remove for hook in installed)], context)
 
 
-def _pads(plan: SequenceParallelModelPlan) -> bool:
-    """Whether any split pads. Then all do: what goes along with a padded stream must be as long as its shares."""
-    return any(getattr(e, "auto_pad", False) for spec in plan.values() if isinstance(spec, dict) for e in spec.values())
-
-
-def _hook(name: str, module: nn.Module, entry: InputSpec | OutputSpec, shards: SequenceShards) -> list[RemovableHandle]:
+def _hook(
+    name: str, module: nn.Module, entry: InputSpec | OutputSpec, context: SequenceContext
+) -> list[RemovableHandle]:
     if not isinstance(entry, dict):
-        return [module.register_forward_hook(SequenceParallelGatherHook(name, entry, shards).after)]
-    split = SequenceParallelSplitHook(name, module, entry, shards)
+        return [module.register_forward_hook(SequenceParallelGatherHook(name, entry, context).after)]
+    split = SequenceParallelSplitHook(name, module, entry, context)
     hooks = []
     if split.inputs:
         hooks.append(module.register_forward_pre_hook(split.before, with_kwargs=True))
@@ -234,7 +251,7 @@ def _hook(name: str, module: nn.Module, entry: InputSpec | OutputSpec, shards: S
 
 
 def _stays_whole(value: Any, entry: AnyInput) -> bool:
-    """Whether the entry is an optional one that is not about this tensor."""
+    """Whether the entry is optional and does not apply to this tensor."""
     if not isinstance(value, torch.Tensor):
         return False
     if not (isinstance(entry, OptionalSequenceParallelInput) or getattr(entry, "optional", False)):
@@ -245,7 +262,7 @@ def _stays_whole(value: Any, entry: AnyInput) -> bool:
 
 
 def _text_sources(spec: InputSpec) -> list[str]:
-    """The forward parameters by which the plan knows the length of a text."""
+    """The forward parameters from which the plan takes the length of a text."""
     entries = [e for entry in spec.values() for e in (entry if isinstance(entry, list | tuple) else [entry])]
     sources = [entry.text_len_source for entry in entries if isinstance(entry, SequenceParallelPartialInput)]
     return [source for source in sources if isinstance(source, str)]

@@ -1,16 +1,15 @@
 """Attention on one device. The only place that picks a kernel.
 
 Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, heads, D)`, whose
-heads divide H: each serves the queries' heads that follow one another.
+heads divide H: each serves consecutive heads of the queries.
 Masks are additive (-inf hides a key), broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
 
-On CPU, torch's flash attention for CPU. On CUDA, attention with a mask or in fp32 by torch's memory-efficient kernel,
-and all other by the fastest of several: `choose` tries them once on the device, drops those that are not there or do
-not give the right answer, and says what it found.
+On CPU: torch's flash attention for CPU. On CUDA: torch's memory-efficient kernel for attention with a mask or in fp32,
+else the fastest of several. `choose` tries these once on the device, drops those that are missing or give a wrong
+answer, and logs what it found.
 """
 
 import functools
-import importlib
 import logging
 import math
 import time
@@ -21,12 +20,9 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_logger = logging.getLogger(__name__)
+from sp_core import torch_private
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
-_cudnn_cuda = torch.ops.aten._scaled_dot_product_cudnn_attention
-_efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
+_logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,8 +37,8 @@ class Partial:
     Attributes:
         output: `(B, S, H, D)`; 0 in rows without a visible key.
         lse: `(B, S, H)`, the log of the softmax's denominator, in fp32; -inf in these rows.
-        base: what has to be added to `lse` for the truth, broadcastable to it; None: nothing. Kept apart, because a
-            mask of -1e4 or the least number of its type, if it hides all of the keys, would swallow the rest.
+        base: to be added to `lse` for its true value, broadcastable to it; None: nothing. Kept apart, because a mask of
+            -1e4 or the least number of its type that hides all of the keys would swallow the digits of `lse`.
     """
 
     output: torch.Tensor
@@ -73,7 +69,7 @@ def attention(
     key, value = _for_all_heads(query, key, value)
     if mask is None and _has_choice(query) and not torch.compiler.is_compiling():
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)[0]
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # torch wants heads first
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # heads first, as views
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -115,17 +111,17 @@ def attention_with_lse(
 
     Returns:
         The output `(B, S, H, D)`, and the log of the softmax's denominator `(B, S, H)` in fp32. Rows without a visible
-        key have output 0 and log -inf: the kernels themselves answer NaN or 0 there, which would poison a merge.
+        key have output 0 and log -inf; the kernels themselves return NaN or 0 there, which would poison a merge.
     """
     key, value = _for_all_heads(query, key, value)
     if mask is None and _has_choice(query):
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if query.device.type == "cpu":
-        output, lse = _flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        output, lse = torch_private.flash_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     else:
         bias = None if mask is None else _aligned(mask).expand(*query.shape[:3], key.shape[2])
-        output, lse, *_ = _efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
+        output, lse, *_ = torch_private.efficient_cuda(query, key, value, bias, True, 0.0, False, scale=scale)
         lse = lse[..., : query.shape[2]]  # padded to whole tiles
     output, lse = output.transpose(1, 2), lse.transpose(1, 2)
     if mask is not None:
@@ -136,8 +132,10 @@ def attention_with_lse(
 
 
 def merge(one: Partial, other: Partial) -> Partial:
-    """Attention over two sets of keys from attention over each, in fp32. A row that sees no key of a set takes the
-    other's output as it is; one that sees none of either is 0."""
+    """Attention over two sets of keys from attention over each, in fp32.
+
+    A row that sees no key of one set takes the other's output unchanged; a row that sees none of either is 0.
+    """
     one_lse, other_lse, base = _on_one_base(one, other)
     both = torch.logaddexp(one_lse, other_lse)
     reference = both.masked_fill(torch.isneginf(both), 0)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN
@@ -146,7 +144,7 @@ def merge(one: Partial, other: Partial) -> Partial:
 
 
 def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The logs of both above the higher of their bases."""
+    """Both logs, relative to the higher of their bases."""
     if one.base is None or other.base is None:
         return one.lse, other.lse, None
     base = torch.maximum(one.base, other.base)
@@ -163,7 +161,7 @@ def _for_all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 
 def _aligned(mask: torch.Tensor) -> torch.Tensor:
-    """The same mask in rows of a multiple of 16 elements, as torch's memory-efficient kernel wants it."""
+    """The same mask in rows of a multiple of 16 elements, as torch's memory-efficient kernel needs it."""
     keys = mask.shape[-1]
     rows = mask.new_zeros((*mask.shape[:-1], -(-keys // 16) * 16))
     rows[..., :keys] = mask
@@ -176,25 +174,27 @@ def _has_choice(query: torch.Tensor) -> bool:
 
 def _torch_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output, lse, *_ = _flash_cuda(*heads_first, 0.0, False, False, scale=scale)
+    output, lse, *_ = torch_private.flash_cuda(*heads_first, 0.0, False, False, scale=scale)
     return output.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _torch_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output, lse, *_ = _cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
+    output, lse, *_ = torch_private.cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
     return output.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2)
 
 
 def _flash_attn_2(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
-    run = importlib.import_module("flash_attn").flash_attn_func
-    output, lse, *_ = run(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    from flash_attn import flash_attn_func  # only here: the package is optional, and tried like any kernel
+
+    output, lse, *_ = flash_attn_func(query, key, value, softmax_scale=scale, return_attn_probs=True)
     return output, lse.transpose(1, 2)
 
 
 def _flash_attn_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
-    run = importlib.import_module("flash_attn_interface").flash_attn_func
-    output, lse, *_ = run(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    from flash_attn_interface import flash_attn_func  # only here: optional as well
+
+    output, lse, *_ = flash_attn_func(query, key, value, softmax_scale=scale, return_attn_probs=True)
     return output, lse.transpose(1, 2)
 
 
@@ -222,10 +222,10 @@ def name_of_choice(device: torch.device, dtype: torch.dtype, head_size: int | No
 
 @functools.cache
 def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
-    """The fastest kernel that is there and right, tried once per device, dtype and head size; logged.
+    """The fastest kernel that is installed and right. Tried once per device, dtype and head size, and logged.
 
     Raises:
-        RuntimeError: none is.
+        RuntimeError: no kernel is.
     """
     found = try_kernels(KERNELS, device, dtype, head_size)
     for name, line in found.items():
@@ -242,7 +242,7 @@ def try_kernels(
 ) -> dict[str, float | str]:
     """Seconds of each kernel, or why it cannot be used.
 
-    Right is what agrees with plain arithmetic in fp32 as far as `dtype` can: output and log-sum-exp.
+    A kernel is right if output and log-sum-exp agree with plain arithmetic in fp32, within the precision of `dtype`.
     """
     shape = (1, tokens, 8, head_size)
     generator = torch.Generator(device).manual_seed(0)
@@ -258,7 +258,7 @@ def try_kernels(
                 found[name] = f"is wrong by {max(wrong):.1e}"
             else:
                 found[name] = _seconds(lambda kernel=kernel: kernel(query, key, value, None), device)  # type: ignore[misc]
-        except Exception as error:  # not installed, or not for this device
+        except Exception as error:  # it is not installed, or not for this device
             found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return found
 
@@ -274,7 +274,7 @@ def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The least of several runs."""
+    """The shortest of several runs."""
     least = math.inf
     for _ in range(repeats):
         if device.type == "cuda":

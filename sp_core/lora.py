@@ -1,15 +1,15 @@
 """LoRA adapters beside the linear layers of a model, under any layout, without merging: W x + sum of scale B (A x).
 
-    adapters = Adapters(model)                # parallelised, with its weights, compiled or not
+    adapters = Adapters(model)                # parallelized, with its weights, compiled or not
     adapters.load("ink", weights)             # module name -> LowRank, whole; each rank keeps its part
     adapters.activate({"ink": 0.8})           # from the next forward on
     adapters.activate({})                     # the plain model again, to the bit
 
-After LoRA (arXiv 2106.09685). A layer that is shared out by columns has B shared out likewise; one that is shared out
-by rows has A, and its B (A x) is a part of the partial sum, so no layer communicates more than without adapters. All
-ranks must load and activate the same. The sequence axes need nothing: the layers work token by token.
+After LoRA (arXiv 2106.09685). A layer shared by columns has its B shared likewise; a layer shared by rows has its A
+shared, and its B (A x) is a term of the partial sum, so no layer communicates more than without adapters. All ranks
+must load and activate the same adapters. The sequence axes need nothing: the layers work token by token.
 
-`workers.model.lora` reads the weights from files; whoever serves a request activates. Neither diffusers nor PEFT is
+`workers.model.lora` reads the weights from files; `workers.model.denoising` activates them for a request. PEFT is not
 needed.
 """
 
@@ -25,12 +25,12 @@ from sp_core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to one linear layer: `scaling * b @ a` to its weight `(out, in)`.
+    """An adapter's term for one linear layer: adds `scaling * b @ a` to its weight `(out, in)`.
 
     Attributes:
         a: `(rank, in)`.
         b: `(out, rank)`.
-        scaling: alpha / rank, or alpha / sqrt(rank) where the adapter was trained so.
+        scaling: alpha / rank, or alpha / sqrt(rank) for an adapter that was trained with it.
     """
 
     a: torch.Tensor
@@ -43,10 +43,10 @@ AdapterShare = dict[str, LowRank]
 
 
 class Adapters:
-    """The adapters of one model. Those that are not active cost memory, and no time.
+    """The adapters of one model. Inactive ones cost memory, but no time.
 
     Args:
-        model: parallelised already, because tensor parallelism replaces layers, and with its weights.
+        model: parallelized already, because tensor parallelism replaces layers, and with its weights loaded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,7 +56,7 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Of all that are loaded, in order of loading."""
+        """All loaded adapters, in order of loading."""
         return list(self._loaded)
 
     @property
@@ -65,7 +65,7 @@ class Adapters:
         return dict(self._active)
 
     def load(self, name: str, weights: Mapping[str, LowRank]) -> None:
-        """Keep this rank's part of an adapter, beside its layers and in their type. It is not active yet.
+        """Keep this rank's part of an adapter, on the device and in the dtype of its layers. It is not active yet.
 
         Args:
             name: what `activate` will call it.
@@ -96,19 +96,19 @@ class Adapters:
         return {module: _part(given, layers[module]) for module, given in weights.items()}
 
     def replace(self, shares: Mapping[str, AdapterShare]) -> None:
-        """Have exactly these adapters, none of them active. Cannot fail, so that all ranks do it or none.
+        """Have exactly these adapters, none of them active. Cannot fail, so that either all ranks do it or none.
 
         Args:
-            shares: what `share` has made of each, by name.
+            shares: the result of `share` for each, by name.
         """
         self.activate({})
         self._loaded = dict(shares)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; if it is active, the others stay so.
+        """Forget an adapter. Other active adapters stay active.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no adapter has this name.
         """
         self._check_names([name])
         self.activate({other: scale for other, scale in self._active.items() if other != name})
@@ -117,58 +117,61 @@ class Adapters:
     def activate(self, scales: Mapping[str, float]) -> None:
         """Make these adapters active, each as strong as its scale, and no others.
 
-        However many there are, a layer makes two thin products more: their A stand below each other, their B side by
-        side and times their scales. Compiled blocks are compiled again for every new choice of layers that have
-        adapters, and once for other ranks than the first; not for other scales, nor for what was there before.
+        However many are active, a layer computes only two more thin products: their As are stacked, their Bs stand
+        side by side, scaled. Compiled blocks are compiled again for every new set of adapted layers, and once for
+        another sum of ranks than the first; not for other scales, nor for a combination that was compiled before.
 
         Args:
-            scales: by name; 0 is as good as absent. Empty gives the plain model.
+            scales: by name; 0 means inactive. Empty gives the plain model.
 
         Raises:
-            ValueError: an adapter is not loaded, or its scale is no finite number. Nothing is changed.
+            ValueError: an adapter is not loaded, or a scale is not a finite number. Nothing is changed.
         """
         self._check_names(scales)
         for name, scale in scales.items():
             if not math.isfinite(scale):
                 raise ValueError(f"the scale of adapter {name!r} is {scale}, expected a finite number")
-        wanted = {name: float(scale) for name, scale in scales.items() if scale}
-        if wanted == self._active:
+        requested = {name: float(scale) for name, scale in scales.items() if scale}
+        if requested == self._active:
             return
         for module in dict.fromkeys(module for parts in self._loaded.values() for module in parts):
-            terms = [(self._loaded[n][module], s) for n, s in wanted.items() if module in self._loaded[n]]
+            terms = [(self._loaded[n][module], s) for n, s in requested.items() if module in self._loaded[n]]
             _set_terms(self._model.get_submodule(module), terms)
-        self._active = wanted
+        self._active = requested
 
     def _check_names(self, names: Any) -> None:
         unknown = [name for name in names if name not in self._loaded]
         if unknown:
             known = ", ".join(map(repr, self._loaded)) or "none"
-            raise ValueError(f"no adapter is loaded by the name of {unknown[0]!r}; loaded: {known}")
+            raise ValueError(f"no adapter named {unknown[0]!r} is loaded; loaded: {known}")
 
     def _layer(self, name: str, module: str) -> nn.Linear:
         where = f"adapter {name!r} has weights for {module!r}, which"
         try:
             layer = self._model.get_submodule(module)
         except AttributeError:
-            raise ValueError(f"{where} {type(self._model).__name__} has not; is it for another model?") from None
+            model = type(self._model).__name__
+            raise ValueError(f"{where} {model} does not have; is it for another model?") from None
         if type(layer) not in (*_ADAPTED, *_PLAIN):  # a subclass may compute something else
             raise ValueError(f"{where} is a {type(layer).__name__}; only nn.Linear takes adapters")
         assert isinstance(layer, nn.Linear)
         if layer.weight.is_meta:
-            raise ValueError(f"{where} has no weights of its own yet; load those of the model first")
+            raise ValueError(f"{where} has no weights yet; load the model's own first")
         return layer
 
 
 class _Adapted(nn.Linear):
-    """A layer with active adapters. Its tensors are no buffers, so that they are in no state dict, and plain
-    attributes of a class that is not torch's, so that torch.compile takes the rank for a symbol.
+    """A layer with active adapters.
+
+    The adapters' tensors are not buffers, to stay out of state dicts. They are plain attributes of a class that is not
+    torch's own, so that torch.compile treats the adapter's rank as a symbol.
     """
 
     adapter_a: torch.Tensor
     adapter_b: torch.Tensor
 
     def add(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Add B (A x) to `output`, in place: a second pass over the output would cost more than both products."""
+        """Add B (A x) to `output` in place: a separate addition would cost more than both products."""
         inner = linear(input, self.adapter_a).view(-1, len(self.adapter_a))
         return output.view(-1, output.shape[-1]).addmm_(inner, self.adapter_b.t()).view_as(output)
 
@@ -205,7 +208,7 @@ def _check_shapes(name: str, module: str, given: LowRank, layer: nn.Linear) -> N
 
 
 def _part(given: LowRank, layer: nn.Linear) -> LowRank:
-    """What this rank needs of it. The scaling goes into B, before it is rounded to the layer's type."""
+    """This rank's part of it. The scaling goes into B before B is rounded to the layer's dtype."""
     a, b = given.a, given.b
     if isinstance(layer, ColumnParallelLinear):
         b = b.index_select(0, layer.index.to(b.device))
@@ -217,7 +220,7 @@ def _part(given: LowRank, layer: nn.Linear) -> LowRank:
 
 
 def _set_terms(layer: nn.Module, terms: list[tuple[LowRank, float]]) -> None:
-    """Give a layer these adapters and no others. The module stays, with its hooks; its class says what it computes."""
+    """Give a layer these adapters and no others. The module and its hooks stay; its class changes."""
     if not terms:
         layer.__dict__.pop("adapter_a", None)
         layer.__dict__.pop("adapter_b", None)

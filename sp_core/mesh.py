@@ -1,6 +1,6 @@
-"""The live process groups of one rank. Intent (`ParallelDegrees`) goes in; groups with explicit timeouts come out.
+"""The live process groups of one rank, made from the intent (`ParallelDegrees`), each with an explicit timeout.
 
-Called once per rank by `workers.gang.rank`, or by anyone who has initialised `torch.distributed`. Collectives take a
+Made once per rank by `workers.gang.rank`, or by anyone who has initialized `torch.distributed`. Collectives take a
 `MeshAxis`; nothing else in the package touches a process group.
 """
 
@@ -15,14 +15,14 @@ from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One rank's view of one axis. Axes of the same ranks share their groups, as one thread makes all calls in order.
+    """One rank's view of one axis. Axes with the same ranks share their groups: one thread makes all calls in order.
 
     Attributes:
         name: the axis; `"sequence"` is ring and ulysses taken together, `"gang"` all ranks.
         rank: this process's place on the axis, `0 <= rank < size`.
         size: the number of ranks on the axis. 1 makes every collective over it a no-op.
         group: the process group, `None` exactly when `size` is 1.
-        host_group: the same ranks over gloo, for integers that must not pass through the device.
+        host_group: the same ranks over gloo, for integers that must not go through the device.
     """
 
     name: AxisName
@@ -64,24 +64,24 @@ class ParallelMesh:
                 do not inherit the timeout of `init_process_group`.
 
         Raises:
-            RuntimeError: `torch.distributed` is not initialised although the layout has more than one rank.
-            ValueError: the world size is not the product of the degrees, or there is no such kind of device.
+            RuntimeError: `torch.distributed` is not initialized although the layout has more than one rank.
+            ValueError: the world size is not the product of the degrees, or the kind of device is unknown.
         """
         if device_type not in ("cpu", "cuda"):
             raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
-        initialised = dist.is_available() and dist.is_initialized()
-        if degrees.world_size > 1 and not initialised:
+        initialized = dist.is_available() and dist.is_initialized()
+        if degrees.world_size > 1 and not initialized:
             raise RuntimeError(
                 f"the layout {degrees} needs {degrees.world_size} ranks: call "
                 "torch.distributed.init_process_group on each of them before ParallelMesh.create"
             )
-        world_size = dist.get_world_size() if initialised else 1
+        world_size = dist.get_world_size() if initialized else 1
         if degrees.world_size != world_size:
             raise ValueError(
                 f"the layout {degrees} is for {degrees.world_size} ranks, but the process group has {world_size}; "
                 "the product of the degrees must be the number of ranks"
             )
-        rank = dist.get_rank() if initialised else 0
+        rank = dist.get_rank() if initialized else 0
         device = (
             torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
         )
@@ -101,7 +101,8 @@ class ParallelMesh:
     def agree(self, *flags: int) -> tuple[int, ...]:
         """The element-wise maximum of `flags` over all ranks: one decision, the same everywhere.
 
-        A collective on the control group. Every rank of the gang must call it at the same point, with as many flags.
+        A collective on the control group. Every rank of the gang must call it at the same point, with equally many
+        flags.
         """
         if self.degrees.world_size == 1:
             return flags
@@ -111,7 +112,7 @@ class ParallelMesh:
         return tuple(word.tolist())
 
     def broadcast(self, value: bytes | None) -> bytes:
-        """What rank 0 passes, on all ranks; the others pass None. A collective on the control group."""
+        """Rank 0's value, on all ranks; the others pass None. A collective on the control group."""
         if self.degrees.world_size == 1:
             assert value is not None
             return value
@@ -122,10 +123,10 @@ class ParallelMesh:
         return carried[0]
 
     def close(self) -> None:
-        """Let go of all groups, after which the mesh is of no use.
+        """Drop all groups. The mesh cannot be used afterwards.
 
-        The threads of a group end only with the last reference to it, and what was parallelised over this mesh may be
-        kept for ever: diffusers caches methods by their module, with that module's hooks.
+        A group's threads end only with the last reference to it, and a model that was parallelized over this mesh may
+        be kept forever: diffusers caches methods by their module, with that module's hooks.
         """
         self._axes.clear()
         self.control = None
@@ -143,7 +144,7 @@ def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta
 def _new_group(
     groups: list[list[int]], mine: list[int], timeout: timedelta, backend: str | None
 ) -> dist.ProcessGroup | None:
-    """Create all of an axis's groups, as every rank must, its own or not, and keep the one this rank is in."""
+    """Create all groups of an axis, as every rank must, and keep the one that this rank is in."""
     created: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for ranks in groups:
         created[tuple(ranks)] = dist.new_group(ranks, timeout=timeout, backend=backend)

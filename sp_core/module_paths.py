@@ -33,11 +33,11 @@ def resolve_modules(model: nn.Module, name: str) -> list[nn.Module]:
 def _child(model: nn.Module, module: nn.Module, atom: str, name: str) -> nn.Module:
     if isinstance(module, nn.ModuleList) and re.fullmatch(r"-[0-9]+", atom):
         atom = str(len(module) + int(atom))  # "blocks.-1" is the last block
-    child = module._modules.get(atom)
-    if child is None:
-        here = ", ".join(module._modules) or "nothing"
+    try:
+        return module.get_submodule(atom)
+    except AttributeError:
+        here = ", ".join(child for child, _ in module.named_children()) or "nothing"
         raise ValueError(
             f"{atom!r} is not a submodule of {type(module).__name__} in {type(model).__name__} (plan key {name!r}); "
             f"it has: {here}"
-        )
-    return child
+        ) from None

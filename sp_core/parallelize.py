@@ -1,25 +1,27 @@
-"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, plan hooks, attention.
+"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, attention.
 
     mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
     handle = parallelize(model, mesh)
     ...
     handle.remove()
 
-Called by `workers.model.weights` when a rank loads its model, or by anyone else: neither Ray nor a file is needed.
+Called by `workers.model.weights` when a rank loads its model, or by anyone else: it needs neither Ray nor a file.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from sp_core import kernels
+from sp_core import diffusers_private, kernels
 from sp_core.attention.diffusers_backend import bind_attention
+from sp_core.attention.discovery import find_attention
 from sp_core.degrees import check_layout, layout_advice, num_heads
-from sp_core.hooks import Handle, apply_sequence_parallel
+from sp_core.handle import Handle
+from sp_core.hooks import context_of_plan, install_hooks
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.models.lookup import families, find_family
@@ -32,7 +34,7 @@ from sp_core.sp_plan import (
 from sp_core.tensor_parallel import apply_tensor_parallel
 from sp_core.tp_plan import TensorParallelPlan, tp_plan_from_diffusers
 
-_parallelised: WeakSet[nn.Module] = WeakSet()
+_parallelized: WeakSet[nn.Module] = WeakSet()
 
 _logger = logging.getLogger(__name__)
 
@@ -40,8 +42,8 @@ _logger = logging.getLogger(__name__)
 def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
     """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
 
-    Every rank must call it, on models with equal weights. The model's code is not touched, nor are its weights, unless
-    the layout is tensor parallel: then each rank keeps its part of them.
+    Every rank must call it, on models with equal weights. The model's code does not change, nor do its weights, unless
+    the layout is tensor parallel: then each rank keeps only its part of them.
 
     Args:
         model: a diffusers transformer.
@@ -50,39 +52,35 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
             diffusers' `_cp_plan`.
 
     Returns:
-        The handle whose `remove()` gives the plain model back; it raises for a tensor-parallel one.
+        The handle whose `remove()` gives the plain model back; for a tensor-parallel model it raises and does nothing.
 
     Raises:
         ValueError: the layout or the plan does not fit the model, or the model has no plan.
     """
-    if model in _parallelised:
-        raise ValueError(f"{type(model).__name__} is parallelised already; remove() that first")
+    if model in _parallelized:
+        raise ValueError(f"{type(model).__name__} is parallelized already; remove() that first")
     config = _config(model)
     check_layout(mesh.degrees, num_heads(config))
     family = find_family(_class_names(model))
-    undo: list[Callable[[], None]] = []
+    irreversible = ""
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
-        undo.append(_refuse_removal)
+        irreversible = "a tensor-parallel model holds only a part of its weights; load it again to have it whole"
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        return Handle(undo)
+        return Handle([], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
     _report(model, mesh, config)
-    hooks = apply_sequence_parallel(model, found, mesh)
-    assert hooks.shards is not None
-    hooks.shards.order_known = order_known
-    try:
-        release = bind_attention(model, hooks.shards, family, optional=found == {})
-    except Exception:
-        hooks.remove()
-        raise
-    _parallelised.add(model)
-    return Handle([lambda: _parallelised.discard(model), *undo, hooks.remove, release], hooks.shards)
+    attention = find_attention(model, family, optional=found == {})
+    context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
+    hooks = install_hooks(model, found, context)
+    release = bind_attention(model, attention, context)
+    _parallelized.add(model)
+    return Handle([lambda: _parallelized.discard(model), hooks.remove, release], context, irreversible)
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -96,7 +94,7 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
-    """Say how the model will run: the kernel, and what the layout costs needlessly."""
+    """Log how the model will run: the kernel, and what the layout costs needlessly."""
     heads, head_size = num_heads(config), config.get("attention_head_dim")
     if head_size is None and heads and "dim" in config:
         head_size = config["dim"] // heads
@@ -117,8 +115,9 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
         raise ValueError(f"{type(model).__name__} is not supported yet: {family.refused}; pass plan=")
     if family is not None:
         return family.sequence_plan(_config(model)), True
-    if getattr(model, "_cp_plan", None):
-        return plan_from_diffusers(model._cp_plan), False  # type: ignore[arg-type]
+    shipped = diffusers_private.context_parallel_plan(model)
+    if shipped:
+        return plan_from_diffusers(shipped), False
     known = ", ".join(name for family in families() if not family.refused for name in family.transformer_classes)
     raise ValueError(
         f"{type(model).__name__} has no sequence-parallel plan: give it a class attribute _sp_plan, or pass plan=. "
@@ -129,12 +128,9 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
 def _find_tp_plan(model: nn.Module, family: ModelFamily | None) -> TensorParallelPlan:
     if family is not None and family.tp_plan:
         return family.tensor_plan(_config(model))
-    if getattr(model, "_tp_plan", None):
-        return tp_plan_from_diffusers(model._tp_plan)  # type: ignore[arg-type]
+    shipped = diffusers_private.tensor_parallel_plan(model)
+    if shipped:
+        return tp_plan_from_diffusers(shipped)
     raise ValueError(
         f"{type(model).__name__} has no tensor-parallel plan; use tensor_parallel_size=1 and more Ulysses or ring ranks"
     )
-
-
-def _refuse_removal() -> None:
-    raise RuntimeError("a tensor-parallel model holds only a part of its weights; load it anew to have it whole")

@@ -1,8 +1,9 @@
 """Tensor parallelism: each rank of the `tp` axis holds a part of the weights and computes a part of each layer.
 
-After Megatron-LM (arXiv 1909.08053): column-wise layers make some of the heads or hidden features, row-wise layers take
-these up and sum the partial outputs over the ranks, with one all-reduce. The parts are plain tensors in plain modules
-of the same names; nothing is dispatched. Called by `sp_core.parallelize` before any hook is installed.
+After Megatron-LM (arXiv 1909.08053): column-wise layers compute some of the heads or hidden features, row-wise layers
+take these and sum the partial outputs over the ranks, with one all-reduce. The parts are plain tensors in plain modules
+of the same names, so hooks, LoRA and torch.compile see ordinary layers. Called by `sp_core.parallelize` before any hook
+is installed.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from sp_core import collectives
+from sp_core import collectives, diffusers_private
 from sp_core.mesh import MeshAxis
 from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, TensorParallelPlan, TensorParallelStyle
 
@@ -78,7 +79,7 @@ class AcrossHeadsRMSNorm(nn.Module):
         self._axis = axis
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As the whole norm on the features of all ranks."""
+        """The whole norm, over the features of all ranks."""
         wide = hidden_states.float()
         squares = collectives.all_reduce(wide.square().sum(dim=-1, keepdim=True), self._axis)
         eps = torch.finfo(hidden_states.dtype).eps if self._eps is None else self._eps
@@ -102,7 +103,9 @@ def apply_tensor_parallel(model: nn.Module, plan: TensorParallelPlan, axis: Mesh
     for pattern, style in plan.items():
         names = [name for name in modules if fnmatch(name, pattern)]
         if not names:
-            raise ValueError(f"the tensor-parallel plan of {type(model).__name__} names {pattern!r}, which it has not")
+            raise ValueError(
+                f"the tensor-parallel plan of {type(model).__name__} names {pattern!r}, which the model does not have"
+            )
         for name in names:
             if not isinstance(modules[name], nn.Identity):
                 changes.append(_change(modules, name, style, axis))
@@ -111,7 +114,7 @@ def apply_tensor_parallel(model: nn.Module, plan: TensorParallelPlan, axis: Mesh
 
 
 def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle, axis: MeshAxis) -> Callable[[], None]:
-    """What is to be done to one module, checked but not done yet."""
+    """The change to one module, checked but not made yet: a plan that fails halfway must leave the model whole."""
     module = modules[name]
     parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
     if isinstance(style, Heads):
@@ -126,20 +129,20 @@ def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle
         index = part_of(name, len(module.weight), (), axis)  # type: ignore[arg-type]
         replacement = lambda: AcrossHeadsRMSNorm(module, index, axis)  # noqa: E731
     elif not isinstance(module, nn.Linear):
-        raise ValueError(f"{name!r} is a {type(module).__name__}; only nn.Linear can be shared out by columns or rows")
+        raise ValueError(f"{name!r} is a {type(module).__name__}; only nn.Linear can be shared by columns or rows")
     elif isinstance(style, Colwise):
-        blocks = style.blocks or tuple(getattr(module, "_tp_packed_col_blocks", ()))
+        blocks = style.blocks or diffusers_private.packed_columns(module)
         index = part_of(name, module.out_features, blocks, axis)
         replacement = lambda: ColumnParallelLinear(module, index)  # noqa: E731
     else:
-        blocks = style.blocks or tuple(getattr(module, "_tp_packed_row_blocks", ()))
+        blocks = style.blocks or diffusers_private.packed_rows(module)
         index = part_of(name, module.in_features, blocks, axis)
         replacement = lambda: RowParallelLinear(module, index, axis)  # noqa: E731
-    return lambda: parent._modules.__setitem__(child, replacement())
+    return lambda: parent.add_module(child, replacement())
 
 
 def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -> torch.Tensor:
-    """Indices of this rank's features: of each block the same part.
+    """Indices of this rank's features: the same part of each block.
 
     Raises:
         ValueError: the ranks do not divide a block.
@@ -160,7 +163,7 @@ def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -
 
 
 def _part(whole: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
-    """This rank's part of a parameter. It says which part, in `part`, to whoever reads weights into it later."""
+    """This rank's part of a parameter. Its attribute `part` tells the loader of the weights which part that is."""
     parameter = nn.Parameter(whole.detach().index_select(dim, index.to(whole.device)), requires_grad=False)
     parameter.part = (dim, index)  # type: ignore[attr-defined]
     return parameter

@@ -1,9 +1,9 @@
 """Tile parallelism: a large picture or video is decoded in tiles, and the ranks of a gang share the tiles.
 
-diffusers' VAEs cut large latents into overlapping tiles, decode each and blend the seams. We leave the cutting and the
-blending to them and take over the calls of the decoder between: in a first pass they are only written down, then every
-rank makes its share of them, rank 0 collects the results, and a second pass of the same code finds each call answered.
-So the picture is the one that the VAE's own tiled decode makes on one process. Called by `workers.model.denoising`.
+diffusers' VAEs cut large latents into overlapping tiles, decode each tile and blend the seams. Cutting and blending
+stay theirs; we take over the calls of the decoder between. A first pass only records them, every rank makes its share,
+rank 0 collects the results, and a second pass of the same code finds each call answered. So the picture is the one that
+the VAE's own tiled decode makes on one process. Called by `workers.model.denoising`.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ class TilesHandedOver(Exception):
 
 
 class PeerTileFailed(RuntimeError):
-    """Another rank could not decode its tiles, and says why."""
+    """Another rank could not decode its tiles; that rank raises the reason."""
 
 
 class TileParallelVAE:
@@ -30,7 +30,7 @@ class TileParallelVAE:
 
     Args:
         vae: a VAE of diffusers with `use_tiling`.
-        mesh: the ranks; each must have the VAE. None: this rank decodes all tiles.
+        mesh: the ranks, each of which has the VAE. None: this rank decodes all tiles.
     """
 
     def __init__(self, vae: Any, mesh: ParallelMesh | None) -> None:
@@ -41,7 +41,7 @@ class TileParallelVAE:
         return getattr(self._vae, name)
 
     def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the VAE's own `decode` with tiling enabled. A collective of all ranks.
+        """The VAE's own `decode` with tiling enabled. A collective of all ranks.
 
         Raises:
             TilesHandedOver: on all ranks but the first.
@@ -99,7 +99,7 @@ class _Record:
             self.tiles.append([])
         self._cache = cache
         self.tiles[-1].append(((latents, *args), kwargs))
-        return torch.empty_like(latents)  # of no meaning, but blended like an output, in place
+        return torch.empty_like(latents)  # never looked at, but the VAE blends it in place like an output
 
 
 def _run(decoder: nn.Module, tile: _Tile) -> list[torch.Tensor]:
@@ -107,7 +107,7 @@ def _run(decoder: nn.Module, tile: _Tile) -> list[torch.Tensor]:
 
 
 def _shares(tiles: list[_Tile], size: int) -> list[list[int]]:
-    """Which tiles each rank decodes: the largest first, each to the rank with the least work so far."""
+    """The tiles of each rank: the largest first, each to the rank with the least work so far."""
     work = [sum(args[0].numel() for args, _ in tile) for tile in tiles]
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [0] * size
@@ -120,7 +120,7 @@ def _shares(tiles: list[_Tile], size: int) -> list[list[int]]:
 
 @contextmanager
 def _answered(decoder: nn.Module, answer: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Calls of the decoder go to `answer`. The module stays in its place: VAEs count its layers."""
+    """Calls of the decoder go to `answer`. The module itself stays, because VAEs count its layers."""
     decoder.forward = answer
     try:
         yield

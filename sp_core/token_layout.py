@@ -1,27 +1,31 @@
 """How token streams lie on the sequence ranks: arithmetic on lengths, the same on every rank, without communication.
 
-`SequenceShards` (`sp_core.sp_sharding`) makes these when something is split; attention reads them.
+A `Region` (`sp_core.region`) makes these when something is split; attention reads them.
 
-Shapes: R tokens that every rank holds, L tokens that this rank holds (R among them), S tokens of all streams.
+Shapes: R replicated tokens, which every rank holds; L tokens that this rank holds (R among them); S tokens of all
+streams.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from sp_core.mesh import MeshAxis, ParallelMesh
 
 
 @dataclass(frozen=True)
 class Stream:
     """How a sequence of tokens lies on `size` ranks.
 
-    Ragged: as even as can be, the longer shares first. Padded: equal shares, zeros behind the last token. Every rank
-    holds at least one token of a stream that has any, because model code reshapes with -1 and fails on empty tensors: a
-    stream with fewer tokens than ranks is padded in any case.
+    Ragged: shares differ by at most one token, the longer ones first. Padded: equal shares, zeros after the last token.
+    Every rank holds at least one token of a non-empty stream, because model code reshapes with -1 and fails on empty
+    tensors: a stream with fewer tokens than ranks is always padded.
 
     Attributes:
         length: tokens that are split, without padding.
         size: ranks.
-        padded: whether the shares are equal by padding.
+        padded: pad to equal shares.
         replicated: tokens in front of them that every rank holds.
     """
 
@@ -62,17 +66,32 @@ class Stream:
         return self.replicated + self.length
 
 
-@dataclass(eq=False)
-class TokenLayout:
-    """The streams that an attention finds side by side, seen from one rank.
+@dataclass(frozen=True)
+class AxisLayout:
+    """How the tokens of one attention lie on the ranks of one mesh axis.
 
     Attributes:
-        streams: in the order in which attention joins them. Tokens that every rank holds stand in front.
+        axis: the ranks.
+        lengths: split tokens of each rank, padding included.
+        replicated: R, tokens in front of them that every rank holds.
+    """
+
+    axis: MeshAxis
+    lengths: tuple[int, ...]
+    replicated: int
+
+
+@dataclass(eq=False)
+class TokenLayout:
+    """The streams of one attention side by side, seen from one rank.
+
+    Attributes:
+        streams: in the order in which attention joins them. Tokens that every rank holds come first.
         rank: this rank.
-        order_known: whether the order of the streams is that of attention.
+        order_known: whether that order is known.
 
     Raises:
-        ValueError: tokens that every rank holds stand behind others.
+        ValueError: tokens that every rank holds come after others.
     """
 
     streams: tuple[Stream, ...]
@@ -80,16 +99,15 @@ class TokenLayout:
     order_known: bool = True
     _order: torch.Tensor | None = field(default=None, repr=False)
     _real: torch.Tensor | None = field(default=None, repr=False)
-    last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
-    """The mask that was last made ready for these ranks, its version, and what came of it: layers often share one."""
+    _last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         split = False
         for stream in self.streams:
             if split and stream.replicated:
                 raise ValueError(
-                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only the first "
-                    "stream's can, because attention expects these tokens in front"
+                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only those of the "
+                    "first stream can, because attention expects them in front"
                 )
             split = split or stream.length > 0
         self.replicated = sum(stream.replicated for stream in self.streams)
@@ -103,19 +121,39 @@ class TokenLayout:
         self.has_padding = any(stream.shares != stream.real for stream in self.streams)
         """Whether any rank holds padding."""
 
-    def behind(self, joint: int) -> "TokenLayout":
-        """This layout with `joint` more tokens in front that every rank holds."""
+    def after(self, joint: int) -> "TokenLayout":
+        """This layout after `joint` more tokens that every rank holds."""
         if not joint:
             return self
         front = Stream(0, self.streams[0].size, replicated=joint)
         return TokenLayout((front, *self.streams), self.rank, self.order_known)
 
+    def over(self, mesh: ParallelMesh) -> tuple[AxisLayout, AxisLayout]:
+        """The same tokens by axis: those of this rank's Ulysses group, and the chunk of each group on the ring.
+
+        Sequence ranks count Ulysses innermost, so a group's tokens are neighbors in `lengths`.
+        """
+        ulysses, ring = mesh.axis("ulysses"), mesh.axis("ring")
+        starts = range(0, len(self.lengths), ulysses.size)
+        groups = [tuple(self.lengths[start : start + ulysses.size]) for start in starts]
+        chunks = tuple(sum(group) for group in groups)
+        return (
+            AxisLayout(ulysses, groups[ring.rank], self.replicated),
+            AxisLayout(ring, chunks, self.replicated),
+        )
+
+    def once_per_mask(self, mask: torch.Tensor | None, version: int | None, prepare: Callable[[], object]) -> object:
+        """What `prepare` returns for this mask and version. The last result is kept: a model's layers share a mask."""
+        if self._last_mask is None or self._last_mask[0] is not mask or self._last_mask[1] != version:
+            self._last_mask = (mask, version, prepare())
+        return self._last_mask[2]
+
     def order(self, device: torch.device) -> torch.Tensor:
-        """`(R + sum(lengths),)`: where the tokens that the ranks hold, rank by rank, stand in the whole sequence, its
-        streams side by side; -1 for padding.
+        """`(R + sum(lengths),)`: the positions in the whole sequence, its streams side by side, of the tokens that the
+        ranks hold, rank by rank; -1 for padding.
 
         Raises:
-            ValueError: it depends on the order of the streams, and that is not known.
+            ValueError: it depends on the order of the streams, which is not known.
         """
         if self._order is None:
             self._require_order("a mask of the whole sequence is given")
@@ -140,10 +178,10 @@ class TokenLayout:
         return torch.cat((order[: self.replicated], order[first : first + self.lengths[self.rank]]))
 
     def real(self, device: torch.device) -> torch.Tensor | None:
-        """`(L,)`, True for this rank's tokens that are no padding; None where no rank has any.
+        """`(L,)`, False for this rank's padding; None if no rank has any.
 
         Raises:
-            ValueError: it depends on the order of the streams, and that is not known.
+            ValueError: it depends on the order of the streams, which is not known.
         """
         if not self.has_padding:
             return None

@@ -23,7 +23,7 @@ ALLOWED = {
 }
 """Packages of others, by layer; the standard library besides."""
 
-DIFFUSERS_IN_SP_CORE = ["sp_core/attention/diffusers_backend.py", "sp_core/verify/examples.py"]
+DIFFUSERS_IN_SP_CORE = ["sp_core/diffusers_private.py", "sp_core/verify/examples.py"]
 
 OF_SP_CORE = {
     "deploy": {"sp_core.degrees", "sp_core.models.lookup", "sp_core.tp_plan"},

@@ -1,4 +1,4 @@
-"""The attention layer for models written with spray: across ranks when its model is parallelised, local otherwise.
+"""The attention layer for models written with spray: across ranks when its model is parallelized, local otherwise.
 
     self.attention = SequenceParallelAttention()
     ...
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from sp_core import kernels
-from sp_core.attention.region import compiled_attention, region_attention
-from sp_core.sp_sharding import SequenceShards
+from sp_core.attention.region_attention import AttentionSite, region_attention
 
 
 class SequenceParallelAttention(nn.Module):
@@ -33,10 +32,8 @@ class SequenceParallelAttention(nn.Module):
         super().__init__()
         self.scale = scale
         self.local = local
-        self.record: int | None = None
-        """The `SequenceShards` of the parallelised model that this layer belongs to."""
-        self.name = type(self).__name__
-        """Its name in that model, for messages."""
+        self.site: AttentionSite | None = None
+        """What this layer is in its parallelized model; None in a plain one."""
 
     def forward(
         self,
@@ -55,14 +52,14 @@ class SequenceParallelAttention(nn.Module):
 
         Args:
             query: `(B, L, H, D)`.
-            key: `(B, L, K, D)`; K divides H, and each key head serves the H / K query heads that follow one another.
+            key: `(B, L, K, D)`; K divides H, and each key head serves H / K consecutive query heads.
             value: as key.
             mask: boolean (True takes part) or additive; for this rank's keys `(B, J + L)` or `(B, 1, 1, J + L)`, or for
                 the S of all ranks `(B, S)` or `(B, H or 1, S or 1, S)`. In the order in which the tokens are joined.
             joint_query: `(B, J, H, D)`; all three joint tensors are given or none.
             joint_key: `(B, J, K, D)`.
             joint_value: as joint_key.
-            joint_strategy: whether the joint tokens stand in front of the others or behind them.
+            joint_strategy: whether the joint tokens come before the others or after them.
             joint_sharded: whether they are split over the ranks, as a stream of the plan in that place; else every
                 rank holds all of them.
 
@@ -84,7 +81,7 @@ class SequenceParallelAttention(nn.Module):
         if joint_sharded:
             return self._attend(query, key, value, mask, 0)
         count = joint[0].shape[1]
-        if rear and mask is not None:  # whole tokens stand in front for the ranks, behind for the caller
+        if rear and mask is not None:  # whole tokens come first for the ranks, last for the caller
             mask = mask.roll(count, dims=-1)
             mask = mask.roll(count, dims=-2) if mask.ndim == 4 and mask.shape[2] > 1 else mask
         attended = self._attend(query, key, value, mask, count)
@@ -93,12 +90,9 @@ class SequenceParallelAttention(nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, joint: int
     ) -> torch.Tensor:
-        if self.record is None or self.local:
+        if self.site is None or self.local:
             return kernels.local_attention(query, key, value, mask, self.scale)
-        if torch.compiler.is_compiling():  # which cannot look the record up
-            return compiled_attention(query, key, value, mask, self.scale, self.record, "", joint)
-        shards = SequenceShards.numbered(self.record)
-        return region_attention(query, key, value, mask, self.scale, shards, name=self.name, joint=joint)
+        return region_attention(query, key, value, mask, self.scale, self.site, joint)
 
 
 def _joint(

@@ -1,7 +1,8 @@
 """What a model's attention mask means when its tokens lie on many ranks.
 
-A mask comes in as the model made it, for this rank's tokens or for the whole sequence; an additive one comes out, as a
-key mask that travels with its keys where it can be one. Called by `sp_core.attention.region`.
+In: a mask as the model made it, for this rank's tokens or for the whole sequence. Out: an additive `RankMask`. A mask
+that is the same for all queries and heads becomes a key mask, which travels with its keys; only others become a bias,
+which every rank holds whole. Called by `sp_core.attention.region_attention`.
 
 Shapes: B batch, H heads, L tokens that this rank holds, S tokens of the whole sequence, its streams side by side.
 """
@@ -10,34 +11,30 @@ from dataclasses import dataclass
 
 import torch
 
+from sp_core import torch_private
 from sp_core.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
 class RankMask:
-    """At most one of them is there.
+    """A mask for attention across ranks. At most one of the two is set; both are additive.
 
     Attributes:
-        keys: `(B or 1, L)`, additive: this rank's share of a mask that is the same for all queries and heads.
-        bias: `(B or 1, H or 1, S or 1, S)`, additive, queries and keys in the order of the ranks, padding hidden.
+        key_mask: `(B or 1, L)`, this rank's share of a mask that is the same for all queries and heads.
+        bias: `(B or 1, H or 1, S or 1, S)`, queries and keys in the order of the ranks, padding hidden.
     """
 
-    keys: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
 
+def over_keys(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A key mask `(B, K)` as kernels take it, `(B, 1, 1, K)`."""
+    return None if key_mask is None else key_mask[:, None, None, :]
+
+
 def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
-    """As `_for_ranks`; what came of the region's last mask is kept, because the layers of a model share one."""
-    version = None if mask is None or mask.is_inference() else mask._version
-    if layout.last_mask is None or layout.last_mask[0] is not mask or layout.last_mask[1] != version:
-        layout.last_mask = (mask, version, _for_ranks(name, mask, layout, query))
-    kept = layout.last_mask[2]
-    assert isinstance(kept, RankMask)
-    return kept
-
-
-def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
-    """The model's mask, and the padding of the open region, for attention across ranks.
+    """The model's mask and the padding of the region, for attention across ranks.
 
     Args:
         name: the attention, for messages.
@@ -48,9 +45,16 @@ def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query:
     Raises:
         ValueError: a mask of another kind or shape.
     """
+    version = None if mask is None else torch_private.version(mask)
+    prepared = layout.once_per_mask(mask, version, lambda: _for_ranks(name, mask, layout, query))
+    assert isinstance(prepared, RankMask)
+    return prepared
+
+
+def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query: torch.Tensor) -> RankMask:
     real = layout.real(query.device)
     if mask is None:
-        return RankMask() if real is None else RankMask(keys=_additive(real[None], query.dtype))
+        return RankMask() if real is None else RankMask(key_mask=_additive(real[None], query.dtype))
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise ValueError(f"a mask must be boolean or floating (additive), got {mask.dtype}; convert it with .bool()")
     local, total = layout.local, layout.total
@@ -60,9 +64,9 @@ def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query:
     if mask.shape[0] not in (1, query.shape[0]):
         raise ValueError(f"attention {name!r} has a mask of shape {tuple(given)} for a batch of {query.shape[0]}")
     if mask.ndim == 2 and mask.shape[1] == local:
-        return RankMask(keys=mask if real is None else mask.masked_fill(~real, float("-inf")))
+        return RankMask(key_mask=mask if real is None else mask.masked_fill(~real, float("-inf")))
     if mask.ndim == 2 and mask.shape[1] == total:
-        return RankMask(keys=_pick(mask, layout.own_order(query.device)))
+        return RankMask(key_mask=_pick(mask, layout.own_order(query.device)))
     if mask.ndim == 4 and mask.shape[3] == total and mask.shape[2] in (1, total):
         order = layout.order(query.device)
         bias = _pick(mask, order)

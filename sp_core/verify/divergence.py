@@ -1,7 +1,7 @@
 """Where a parallel forward leaves the plain one: the outputs of all modules, compared share by share.
 
-`sp_core.verify.verify` records a plain forward and a parallel one of the same model and inputs on each rank, and asks
-for the first module whose output is not the plain one's, or this rank's part of it.
+`sp_core.verify.verify` records a plain and a parallel forward of the same model and inputs on each rank, and asks for
+the first module whose output is neither the plain one's nor this rank's part of it.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sp_core.sp_sharding import SequenceShards
+from sp_core.region import RunningForward
 from sp_core.token_layout import TokenLayout
 
 
 class Recording:
-    """All tensors that the modules of a model return while it is active, in order of return.
+    """All tensors that the modules of a model return inside the block, in order.
 
     Args:
         model: the model. Its modules may be called several times.
@@ -29,7 +29,7 @@ class Recording:
         self.outputs: list[tuple[str, torch.Tensor]] = []
         """By module name."""
         self._places: list[list[tuple[torch.Tensor, int]]] = []
-        """For each output: where the tokens of a share may stand in the whole, -1 for padding, and their number."""
+        """For each output: possible positions of a share's tokens in the whole, -1 for padding, and their number."""
 
     def __enter__(self) -> "Recording":
         for name, module in self._model.named_modules():
@@ -59,23 +59,23 @@ class Recording:
             by = _difference(share, whole, places)
             if by is not None and not by <= bar:
                 return f"{name!r}, whose output {tuple(share.shape)} differs by {by:.1e}"
-        return "the model's own output, behind all of its modules"
+        return "the model's own output, after all of its modules"
 
 
 def _places() -> list[tuple[torch.Tensor, int]]:
-    """Index and count for each stream, and for all of them side by side, of the forward that is running."""
-    shards = SequenceShards.running()
-    layout = shards.layout(gathered=True) if shards is not None else None
-    if shards is None or layout is None:
+    """Index and count for each stream of the running forward, and for all of them side by side."""
+    forward = RunningForward.innermost()
+    layout = forward.region.layout(gathered=True) if forward is not None else None
+    if forward is None or layout is None:
         return []
     cpu = torch.device("cpu")
-    streams = dict.fromkeys([*shards.streams.values(), *shards.companions])
+    streams = dict.fromkeys([*forward.region.streams.values(), *forward.region.companions])
     layouts = [TokenLayout((stream,), layout.rank) for stream in streams]
     return [(each.own_order(cpu), each.local) for each in ([*layouts, layout] if layout.order_known else layouts)]
 
 
 def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[torch.Tensor, int]]) -> float | None:
-    """The least difference over all parts of `whole` that `share` may be; None where it can be none of them."""
+    """The least difference to any part of `whole` that `share` may be; None if the shapes allow no part."""
     found = [error(share, whole)] if share.shape == whole.shape else []
     dims = [d for d in range(min(share.ndim, whole.ndim)) if share.shape[d] != whole.shape[d]]
     if share.ndim == whole.ndim and len(dims) <= 1:
@@ -89,9 +89,9 @@ def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[tor
 
 
 def error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference, in units of max(1, max|reference|); infinite where either holds what is no number.
+    """Largest difference, in units of max(1, max|reference|); infinite where either holds NaN.
 
-    NaN must not come out: Python's max and min let it vanish.
+    NaN itself is never returned: Python's max and min would drop it.
     """
     if not reference.numel():
         return 0.0

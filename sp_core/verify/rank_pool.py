@@ -18,23 +18,23 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 
 TIMEOUT_S = 180.0
-"""Of each exchange; long, because the ranks of a pool may share few cores with other work."""
+"""Of each collective; long, because the ranks may share few cores with other work."""
 
 RENDEZVOUS_S = 240.0
 """Until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
 
 AFTERMATH_S = 5.0
-"""For the other ranks to end when one has failed; about as long as new processes take."""
+"""For the other ranks to end after one has failed; about the time that new processes take to start."""
 
 DIED = (False, ("the process died", "the process died"))
-"""The answer of a rank that gave none."""
+"""Stands for the answer of a rank that died."""
 
 
 class RankFailed(RuntimeError):
-    """A rank raised. The pool is replaced if another does not end soon: it may sit in a collective that never will.
+    """A rank raised. If another rank does not end soon, the pool is replaced: it may hang in a collective.
 
     Attributes:
-        said: what it raised, in a line.
+        said: the exception, in one line.
     """
 
     def __init__(self, rank: int, said: str, trace: str) -> None:
@@ -55,7 +55,7 @@ class RankPool:
         """Results of `fn(mesh, *args)` on each rank, in rank order.
 
         Raises:
-            RankFailed: it raised on some rank.
+            RankFailed: `fn` raised on some rank.
         """
         if not self._workers:
             self._start()
@@ -90,7 +90,7 @@ class RankPool:
         self._store = None
 
     def _start(self) -> None:
-        # one store for all runs: with one for each, ranks that come before it listens try again only after seconds
+        # One store for all runs: a rank that connects before a new store listens would retry only after seconds.
         self._store = _store(0, is_master=True)
         context = mp.get_context("spawn")
         for rank in range(self.size):
@@ -128,7 +128,7 @@ def _run(rank: int, degrees: ParallelDegrees, store: Any, fn: Callable[..., Any]
     mesh: ParallelMesh | None = None
     try:
         mesh = ParallelMesh.create(degrees, device_type="cpu", timeout_s=TIMEOUT_S)
-        mesh.agree(0)  # all have met: else a quick `fn` would hang up on ranks that are still connecting
+        mesh.agree(0)  # wait until all have met: a quick `fn` would hang up on ranks that are still connecting
         return fn(mesh, *args)
     finally:
         if mesh is not None:

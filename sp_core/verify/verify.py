@@ -1,17 +1,17 @@
-"""Does a model give the same answer on every layout? The proof that somebody who adds a model needs.
+"""Does a model give the same answer on every layout? The proof for whoever adds a model.
 
     for is_good, line in verify("my_package.my_module:MyTransformer", worlds=(2, 3, 4)): print(line)
 
-The class is built small with random weights and run on one process and on gloo ranks of this machine, on every layout
-of each world size; where the answers differ, the first module whose output does is named. Classes of diffusers that
-`sp_core.verify.examples` knows need nothing more. Any other class says what its forward takes, in a class attribute or
-in a file:
+The class is built small, with random weights, and run on one process and on gloo ranks of this machine, in every layout
+of each world size. Where the answers differ, the report names the first module whose output does. Classes of diffusers
+that `sp_core.verify.examples` knows need nothing more. Any other class says what its forward takes, in a class
+attribute or in a file:
 
     class MyTransformer(nn.Module):
         _sp_example = {"hidden_states": ["B", "S", 64], "text": ["B", "T", 64], "text_mask": ["B", "T"], "scale": 2.0}
 
-`B` is the batch; any other capital letter is a number of tokens. Lists are shapes of random tensors, boolean where the
-name ends in `mask`; all else is passed as it is. `init` in the file holds keyword arguments of the constructor.
+`B` is the batch; any other capital letter is a number of tokens. A list is the shape of a random tensor, boolean if the
+name ends in `mask`; anything else is passed unchanged. `init` in the file holds keyword arguments of the constructor.
 
 Called by `spray verify`; needs neither Ray nor a deployment.
 """
@@ -25,18 +25,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
-from sp_core import kernels
-from sp_core.attention import diffusers_backend, layer
-from sp_core.attention.masks import mask_for_ranks
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
-from sp_core.sp_sharding import SequenceShards
 from sp_core.verify.divergence import Recording, error, tensors_of
 from sp_core.verify.rank_pool import RankFailed, RankPool
 
@@ -44,14 +40,14 @@ BAR = 1e-5
 """Largest difference allowed, times max(1, max|reference|)."""
 
 BLIND = 100 * BAR
-"""With attention kept local the answer must differ by this much, or sameness proves nothing."""
+"""With attention kept local the answer must differ by more than this, or sameness proves nothing."""
 
 LENGTHS: dict[str, dict[str, int]] = {
     "even": {"B": 1, "S": 24},
     "uneven, batch of 2": {"B": 2, "S": 17, "T": 7},
     "short": {"B": 1, "S": 3, "T": 1},
 }
-"""What the letters of an example stand for; other letters than these are tokens as many as `T`, by default 12."""
+"""Values of the letters of an example. Other letters are as many tokens as `T`, 12 by default."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,12 @@ class Proof:
 
 @dataclass
 class Outcome:
-    """What came of one layout.
+    """The result of one layout.
 
     Attributes:
         differences: to one process, in units of the bar's scale, by case.
         controls: the same with attention kept local.
-        diverged: the first module whose output differs, by case; only where the answer does.
+        diverged: the first module whose output differs, for each case whose answer does.
     """
 
     differences: dict[str, float] = field(default_factory=dict)
@@ -83,7 +79,7 @@ class Outcome:
 
 
 class Unverifiable(ValueError):
-    """The class cannot be found, built or called as it is described."""
+    """The class cannot be found, built or called as described."""
 
 
 def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 3, 4)) -> Iterator[tuple[bool, str]]:
@@ -95,7 +91,7 @@ def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 
         worlds: numbers of ranks.
 
     Yields:
-        Lines of a report, each with whether it is good news.
+        Lines of a report; True with those that are good news.
 
     Raises:
         Unverifiable: see there.
@@ -111,14 +107,14 @@ def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 
 
 
 def layouts(world: int) -> list[ParallelDegrees]:
-    """All layouts of so many ranks, Ulysses first."""
+    """All layouts of `world` ranks, Ulysses first."""
     divisors = [d for d in range(world, 0, -1) if world % d == 0]
     return [ParallelDegrees(ulysses_degree=d, ring_degree=world // d) for d in divisors]
 
 
 @contextmanager
 def closing_pool(size: int) -> Iterator[RankPool]:
-    """A pool of ranks that ends with the block."""
+    """A pool of ranks that stops at the end of the block."""
     pool = RankPool(size)
     try:
         yield pool
@@ -127,7 +123,7 @@ def closing_pool(size: int) -> Iterator[RankPool]:
 
 
 def _run_alone(name: str, proof: Proof) -> None:
-    """Raise where the model does not even run on one process, so that the layouts are not blamed."""
+    """Raise if the model does not even run on one process, so that the layouts are not blamed."""
     model = proof.build()
     for case, inputs in proof.inputs.items():
         try:
@@ -157,7 +153,7 @@ def _report(pool: RankPool, degrees: ParallelDegrees, arguments: tuple[Any, ...]
     seen = max(control.values())
     if not seen > BLIND:
         return False, (
-            f"{head} proves nothing: with attention kept local the answer differs by {seen:.1e} only; "
+            f"{head} proves nothing: with attention kept local the answer differs by only {seen:.1e}; "
             "give the model weights with which attention matters"
         )
     return True, f"{head} same within {max(worst.values()):.1e} (with attention kept local: {seen:.1e})"
@@ -194,40 +190,10 @@ def _first_divergence(model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str,
 
 
 def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> float:
-    """Largest difference, in units of max(1, max|reference|); infinite where shapes differ or a number is none."""
+    """Largest difference, in units of max(1, max|reference|); infinite where shapes differ or a value is NaN."""
     if [output.shape for output in outputs] != [reference.shape for reference in references]:
         return math.inf
     return max((error(output, reference) for output, reference in zip(outputs, references, strict=True)), default=0.0)
-
-
-@contextmanager
-def attention_kept_local() -> Iterator[None]:
-    """The negative control: inside, each rank attends to its own tokens only, with its own part of the mask."""
-
-    def keep_local(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        shards: SequenceShards,
-        *,
-        name: str,
-        stream: str = "",
-        joint: int = 0,
-    ) -> torch.Tensor:
-        shards.attended = True
-        layout = shards.layout(stream, joint)
-        if layout is None:
-            return shards.local_attention(query, key, value, mask, scale)
-        own = mask_for_ranks(name, mask, layout, query)
-        return kernels.local_attention(query, key, value, own.keys, scale)
-
-    with (
-        mock.patch.object(diffusers_backend, "region_attention", keep_local),
-        mock.patch.object(layer, "region_attention", keep_local),
-    ):
-        yield
 
 
 def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
@@ -249,7 +215,7 @@ def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
             model: nn.Module = kind(**init)
         except TypeError as error:
             raise Unverifiable(f"{target} cannot be built with {init}: {error}; give init in --config FILE") from error
-        _randomise(model)
+        _randomize(model)
         return model.eval()
 
     inputs = {case: _make_inputs(shapes, lengths) for case, lengths in LENGTHS.items()}
@@ -261,13 +227,13 @@ def _load(target: str) -> type[nn.Module]:
     if not colon:
         raise Unverifiable(f"expected package.module:Class, got {target!r}")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the working directory, as for python -m
+        sys.path.insert(0, "")  # finds a module in the working directory, like python -m
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Unverifiable(f"{target} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise Unverifiable(f"{target} is no torch.nn.Module class")
+        raise Unverifiable(f"{target} is not a torch.nn.Module class")
     return kind
 
 
@@ -277,7 +243,7 @@ def _described(config: str | None) -> dict[str, Any]:
     try:
         described = json.loads(config)
     except ValueError as error:
-        raise Unverifiable(f"the config is no JSON: {error}") from error
+        raise Unverifiable(f"the config is not JSON: {error}") from error
     if not isinstance(described, dict):
         raise Unverifiable("the config must be an object with init and inputs")
     if "_class_name" in described:
@@ -328,8 +294,8 @@ def _make_inputs(shapes: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[
     return made
 
 
-def _randomise(model: nn.Module) -> None:
-    """Norm weights away from one, and matrices large enough that attention is no plain average."""
+def _randomize(model: nn.Module) -> None:
+    """Move norm weights away from one, and make matrices so large that attention is not a plain average."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -36,6 +36,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from sp_core.attention.diffusers_backend import bind_attention
+from sp_core.attention.discovery import find_attention
 from sp_core.degrees import ParallelDegrees
 from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
@@ -203,7 +204,7 @@ def print_hook_cost() -> None:
         for turn in range(500):
             plain = timed(lambda: narrow(**inputs))
             hooks = apply_sequence_parallel(narrow, QWEN_IMAGE.sp_plan, mesh)
-            release = bind_attention(narrow, hooks.shards, QWEN_IMAGE)
+            release = bind_attention(narrow, find_attention(narrow, QWEN_IMAGE), hooks.context)
             hooked = timed(lambda: narrow(**inputs))
             release()
             hooks.remove()

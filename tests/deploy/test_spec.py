@@ -265,7 +265,12 @@ GANGS = [
     ("min 1, two models", [{}, {}], 2.0, None),
     ("two sleepers take turns", [{"min": 0}, {"min": 0}], 1.0, None),
     ("one beside a sleeper", [{}, {"min": 0}], 2.0, None),
-    ("a sleeper could not wake", [{}, {"min": 0}], 1.0, r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are available"),
+    (
+        "a sleeper could not wake",
+        [{}, {"min": 0}],
+        1.0,
+        r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are available",
+    ),
     ("several replicas", [{"min": 3}], 2.0, r"3 GPUs are needed \(m0 1 x 3\), 2 .* autoscaling.min_replicas"),
 ]
 

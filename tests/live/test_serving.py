@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from service.rollout.local_cluster import LocalCluster
-from sp_core.verify.verify import attention_kept_local
+from sp_core.attention.region_attention import attention_kept_local
 from tests.support.deployments import (
     deployment,
     in_each_forward,

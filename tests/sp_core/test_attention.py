@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput, SequenceParallelPartialInput
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
-from sp_core.verify.verify import BAR, attention_kept_local
+from sp_core.verify.verify import BAR
 
 HEAD_SIZE = 4
 MASKS = ("none", "keys", "additive keys", "per head", "square", "square per head", "one row")

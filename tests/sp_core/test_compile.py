@@ -14,8 +14,8 @@ from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
+from sp_core.region import SequenceContext
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelOutput
-from sp_core.sp_sharding import SequenceShards
 from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
@@ -60,12 +60,13 @@ def test_twenty_new_prompt_lengths_need_no_new_graph(
 
 def check_operators(mesh: ParallelMesh) -> list[str]:
     """torch's own check: shapes that are traced are those that come, and nothing is aliased or changed."""
-    shards = SequenceShards(mesh)
+    context = SequenceContext(mesh)
+    context.begin()
     x = torch.rand(1, 7, 3, 4)
     axis = mesh.axis("sequence")
-    split = (x.flatten(2), 1, shards.number, "x", False, 0, axis.rank, axis.size)
+    split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
-    attend = (own, own * 2, own, None, None, shards.number, "", 0)
+    attend = (own, own * 2, own, None, None, context.number, "", 0)
     return [
         outcome
         for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.lookup import families, find_family
@@ -18,7 +19,7 @@ from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.examples import Cell
 from sp_core.verify.rank_pool import RankPool
-from sp_core.verify.verify import BAR, attention_kept_local
+from sp_core.verify.verify import BAR
 from tests.sp_core.test_same_answer import LAYOUTS
 from tests.support import qwen
 

@@ -58,7 +58,7 @@ def run_intrusive(mesh: ParallelMesh) -> tuple[bool, int, str]:
     x = torch.arange(10.0).view(1, 5, 2)
     whole, local = model(x)
     handle.remove()
-    with pytest.raises(RuntimeError, match="outside the forward of a parallelised model") as refused:
+    with pytest.raises(RuntimeError, match="outside the forward of a parallelized model") as refused:
         model(x)
     return torch.equal(whole, x + 1), local, str(refused.value)
 
@@ -344,7 +344,7 @@ def gather_alike(mesh: ParallelMesh, text: int, image: int, named: bool, pad: bo
 def test_streams_that_lie_alike_must_be_named(ranks: RankPool) -> None:
     for text, image, pad in ((1, 2, False), (5, 6, True)):
         assert ranks.run(TWO, gather_alike, text, image, True, pad) == [True] * 2
-        with pytest.raises(RuntimeError, match="these may be of any of the streams"):
+        with pytest.raises(RuntimeError, match="these may belong to any of the streams"):
             ranks.run(TWO, gather_alike, text, image, False, pad)
     assert ranks.run(TWO, gather_alike, 4, 7, False, False) == [True] * 2
 
@@ -352,14 +352,16 @@ def test_streams_that_lie_alike_must_be_named(ranks: RankPool) -> None:
 def pad_one(mesh: ParallelMesh) -> Any:
     model = nn.Sequential(Anything(), Anything())
     plan = {"0": {"x": SequenceParallelInput(1, auto_pad=True)}, "1": {"text": SequenceParallelCompanion(1)}}
-    shards = apply_sequence_parallel(model, plan, mesh).shards
+    context = apply_sequence_parallel(model, plan, mesh).context
+    assert context is not None
     seen = []
     model[1].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["text"].shape[1]), with_kwargs=True
     )
-    shards.begin()
+    context.begin()  # the model itself passes no text on
     x = model[0](X)
     model[1](x, text=X)
+    context.end()
     return x.shape[1], seen
 
 
@@ -389,9 +391,10 @@ def shard_rotations(mesh: ParallelMesh) -> list[tuple[int, ...]]:
             return [tuple(part.shape) for part in parts] + [tuple(sp_gather(parts[0], 1).shape)]
 
     model = Rotations()
-    shards = apply_sequence_parallel(model, {}, mesh).shards
+    context = apply_sequence_parallel(model, {}, mesh).context
+    assert context is not None
     seen: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append(len(shards.streams)), prepend=True)
+    model.register_forward_hook(lambda *_: seen.append(len(context.running().region.streams)), prepend=True)
     shapes = model(X)
     assert seen == [1]
     return shapes

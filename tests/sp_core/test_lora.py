@@ -224,9 +224,9 @@ def test_what_does_not_fit_a_model() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 4, device="meta"))
     switch, good = Adapters(model), LowRank(torch.ones(2, 6), torch.ones(4, 2))
     tries: dict[str, dict[str, LowRank]] = {
-        "has weights for '7', which Sequential has not; is it for another model?": {"0": good, "7": good},
+        "has weights for '7', which Sequential does not have; is it for another model?": {"0": good, "7": good},
         "'1', which is a Conv1d; only nn.Linear takes adapters": {"1": good},
-        "'2', which has no weights of its own yet": {"2": good},
+        "'2', which has no weights yet": {"2": good},
         r"has A \(2, 5\) and B \(4, 2\) for '0', expected \(rank, 6\) and \(4, rank\)": {
             "0": LowRank(torch.ones(2, 5), good.b)
         },
@@ -241,7 +241,7 @@ def test_what_does_not_fit_a_model() -> None:
     switch.load("a", {"0": good})
     with pytest.raises(ValueError, match="'a' is loaded already; unload it first"):
         switch.load("a", {"0": good})
-    with pytest.raises(ValueError, match="no adapter is loaded by the name of 'b'; loaded: 'a'"):
+    with pytest.raises(ValueError, match="no adapter named 'b' is loaded; loaded: 'a'"):
         switch.activate({"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="the scale of adapter 'a' is nan, expected a finite number"):
         switch.activate({"a": float("nan")})

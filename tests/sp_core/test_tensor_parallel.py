@@ -56,6 +56,26 @@ def differences(mesh: ParallelMesh, name: str, unsummed: bool = False) -> tuple[
     return {cell: worst(found[cell], references[cell]) for cell in cells}, held / size
 
 
+def refuse_removal(mesh: ParallelMesh) -> list[bool]:
+    """Whether the model still computes the same in parallel after its handle refused to make it plain, twice."""
+    cells: list[Cell] = [("uneven", "none", 1)]
+    model = copy.deepcopy(examples.TINY["qwen-image"].model)
+    handle = parallelize(model, mesh)
+    before = outputs(model, "qwen-image", cells)[cells[0]]
+    same = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="holds only a part of its weights"):
+            handle.remove()
+        same += map(torch.equal, outputs(model, "qwen-image", cells)[cells[0]], before)
+    return same
+
+
+@pytest.mark.parametrize("layout", ["tp 2", "tp 2 x ulysses 2"])
+def test_a_refused_removal_undoes_nothing(ranks: RankPool, layout: str) -> None:
+    for same in ranks.run(LAYOUTS[layout], refuse_removal):
+        assert same == [True] * 2
+
+
 def suits(name: str, layout: str) -> bool:
     if name in VARIANTS:  # the same layers as their family's, with other inputs: one product proves these
         return layout == "tp 2 x ulysses 2"
@@ -118,8 +138,8 @@ def test_what_cannot_be_shared(ranks: RankPool) -> None:
     for said in ranks.run(LAYOUTS["tp 2"], refusals):
         assert "HunyuanVideoTransformer3DModel has no tensor-parallel plan" in said[0]
         assert "tensor_parallel_size=2 does not divide the model's 3 attention heads; allowed: 1, 3" in said[1]
-        assert "names '2', which it has not" in said[2]
-        assert "'1' is a ReLU; only nn.Linear can be shared out" in said[3]
+        assert "names '2', which the model does not have" in said[2]
+        assert "'1' is a ReLU; only nn.Linear can be shared" in said[3]
         assert "does not divide the 6 features of '0', which are 3 + 3" in said[4]
         assert "does not divide the 4 features of '0'" in said[5]
 

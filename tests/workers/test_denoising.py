@@ -11,11 +11,12 @@ import torch
 from diffusers import QwenImagePipeline
 
 from deploy.spec import LoRA
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
-from sp_core.verify.verify import BAR, attention_kept_local
+from sp_core.verify.verify import BAR
 from tests.support.deployments import model
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest

@@ -1,0 +1,110 @@
+"""Which modules of a model attend, and whether all of that attention can go across ranks.
+
+In: a model and its family. Out: `FoundAttention`, or the reason why some attention would silently stay local. Nothing
+is changed; `sp_core.attention.diffusers_backend` binds what is found. Called by `sp_core.parallelize`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from sp_core import diffusers_private, kernels
+from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.models.family import ModelFamily
+
+
+@dataclass(frozen=True)
+class FoundAttention:
+    """The attention of a model that goes across ranks.
+
+    Attributes:
+        processors: modules with an attention processor of diffusers, by dotted name.
+        layers: the model's own attention layers, by dotted name.
+        streams: the parameter name of the only stream that a processor's attention sees, by the module's name; absent:
+            it joins all.
+    """
+
+    processors: Mapping[str, nn.Module]
+    layers: Mapping[str, SequenceParallelAttention]
+    streams: Mapping[str, str]
+
+    @property
+    def local_attention(self) -> Callable[..., torch.Tensor]:
+        """What the model computes attention with outside a region."""
+        return diffusers_private.attend_as_before if self.processors else kernels.local_attention
+
+
+def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optional: bool = False) -> FoundAttention:
+    """All attention of a model, except what its family keeps local.
+
+    Args:
+        model: the model.
+        family: what is peculiar to its attention.
+        optional: the model may do without any (its forward gathers what attention needs).
+
+    Raises:
+        ValueError: some attention would silently stay local or be wrong, or the model is parallelized already.
+    """
+    family = family or ModelFamily((), {})
+    modules = dict(model.named_modules())
+    processors = {
+        name: module
+        for name, module in modules.items()
+        if hasattr(module, "processor") and not any(fnmatch(name, pattern) for pattern in family.local_attention)
+    }
+    layers = {name: module for name, module in modules.items() if isinstance(module, SequenceParallelAttention)}
+    _require_reachable(model, processors, family)
+    if not (processors or layers or optional):
+        raise ValueError(
+            f"{type(model).__name__} cannot be parallelized: it has neither attention processors of diffusers nor a "
+            "SequenceParallelAttention, so each rank would attend only to its own tokens"
+        )
+    _require_free(model, processors, layers)
+    streams = {
+        name: next((stream for pattern, stream in family.own_stream.items() if fnmatch(name, pattern)), "")
+        for name in processors
+    }
+    return FoundAttention(processors, layers, {name: stream for name, stream in streams.items() if stream})
+
+
+def is_bound(processor: object) -> bool:
+    """Whether the attention of a processor has been brought here."""
+    return diffusers_private.has_config(processor) or getattr(processor, "sequence_parallel", None) is not None
+
+
+def _require_reachable(model: nn.Module, processors: Mapping[str, nn.Module], family: ModelFamily) -> None:
+    """Raise where a processor's attention would be silently wrong."""
+    unreachable = []
+    for name, module in processors.items():
+        kind = type(module.processor).__name__
+        if kind in family.refused_processors:
+            why = family.refused_processors[kind]
+            raise ValueError(f"{type(model).__name__} cannot be parallelized with {kind} ({name}): {why}")
+        is_captured = kind in family.captured_processors or is_bound(module.processor)
+        if not (is_captured or diffusers_private.goes_through_table(module.processor)):
+            unreachable.append(f"{name} ({kind})")
+    if unreachable:
+        raise ValueError(
+            f"{type(model).__name__} cannot be parallelized: attention processors that do not go through diffusers' "
+            f"dispatch would attend only to their own rank's tokens: {', '.join(unreachable)}"
+        )
+
+
+def _require_free(
+    model: nn.Module, processors: Mapping[str, nn.Module], layers: Mapping[str, SequenceParallelAttention]
+) -> None:
+    """Raise where attention is bound already, or goes to a backend that would bypass ours."""
+    bound = [name for name, module in processors.items() if is_bound(module.processor)]
+    bound += [name for name, layer in layers.items() if layer.site is not None]
+    if bound:
+        raise ValueError(f"{type(model).__name__} is parallelized already ({bound[0]}); remove() that first")
+    for name, module in processors.items():
+        backend = diffusers_private.own_backend(module.processor)
+        if backend is not None:
+            raise ValueError(
+                f"{name} has its own attention backend ({backend}), which would attend only to "
+                "its own rank's tokens; call reset_attention_backend() on the model first"
+            )

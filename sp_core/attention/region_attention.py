@@ -1,0 +1,176 @@
+"""Attention of a running forward: across the sequence ranks inside a region, on this rank alone outside one.
+
+The only way from a model's attention to `hybrid`, for diffusers' models (`diffusers_backend`) and for those written
+with `SequenceParallelAttention` (`layer`). Under `torch.compile` it is one opaque operator: a compiled block keeps one
+graph, and the region is looked up when the graph runs, so new lengths need no new graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from sp_core import collectives, kernels
+from sp_core.attention.hybrid import sequence_parallel_attention
+from sp_core.attention.masks import RankMask, mask_for_ranks
+from sp_core.region import Region, SequenceContext
+from sp_core.token_layout import TokenLayout
+
+_kept_local = False
+
+
+@contextmanager
+def attention_kept_local() -> Iterator[None]:
+    """The negative control of every proof: inside, each rank attends only to its own tokens, with its part of the mask.
+
+    Holds for this whole process, so that a test can set it beside a running model. An answer that stays the same inside
+    proves nothing about attention across ranks.
+    """
+    global _kept_local
+    before, _kept_local = _kept_local, True
+    try:
+        yield
+    finally:
+        _kept_local = before
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a parallelized model.
+
+    Attributes:
+        context: the model's.
+        name: the module's dotted name, for messages.
+        stream: the parameter name of the only stream that it sees; empty: it joins all.
+    """
+
+    context: SequenceContext
+    name: str = ""
+    stream: str = ""
+
+
+def region_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    site: AttentionSite,
+    joint: int = 0,
+) -> torch.Tensor:
+    """Attention of this rank's queries.
+
+    Args:
+        query: `(B, L, H, D)`.
+        key: `(B, L, K, D)`; K divides H.
+        value: as key.
+        mask: see `sp_core.attention.masks`.
+        scale: of the scores; None is 1/sqrt(D).
+        site: which attention this is.
+        joint: tokens in front that are whole on every rank, besides those of the region.
+
+    Returns:
+        `(B, L, H, D)`.
+
+    Raises:
+        ValueError: the tokens are not those of the region, or the mask fits neither them nor the whole sequence; on
+            all ranks, if it happens at an attention's first call.
+    """
+    context = site.context
+    if torch.compiler.is_compiling():
+        return _attention_operator(  # type: ignore[no-any-return]
+            query, key, value, mask, scale, context.number, site.stream, joint
+        )
+    forward = context.running()
+    layout: TokenLayout | None = None
+    rank_mask = RankMask()
+    misfit: ValueError | None = None
+    try:
+        if forward is not None:
+            layout = _layout(forward.region, query, key, value, site, joint)
+        if layout is not None:
+            rank_mask = mask_for_ranks(site.name, mask, layout, query)
+    except ValueError as error:
+        misfit = error
+    _agree(misfit, site, joint)  # before the first exchange: a rank that raises alone leaves the others waiting
+    if forward is None or layout is None:
+        return context.local_attention(query, key, value, mask, scale)
+    forward.record_attention()
+    if _kept_local:
+        return kernels.local_attention(query, key, value, rank_mask.key_mask, scale)
+    return sequence_parallel_attention(query, key, value, rank_mask, scale, layout, context.mesh)
+
+
+def _layout(
+    region: Region, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: AttentionSite, joint: int
+) -> TokenLayout | None:
+    """The tokens of an attention across ranks; None for one that is local."""
+    layout = region.layout(site.stream, joint)
+    if site.context.mesh.axis("sequence").size == 1:
+        return None
+    if layout is None:
+        before = region.layout(site.stream, joint, gathered=True) if region.is_closing else None
+        if before is not None and query.shape[1] == before.local != before.total:
+            raise ValueError(
+                f"attention {site.name!r} is over {query.shape[1]} tokens, as many as this rank's share of what has "
+                "been gathered already, and would be local; gather after it, or with sp_gather(..., closes=False), or "
+                "say SequenceParallelAttention(local=True) where these tokens are whole"
+            )
+        return None
+    if not query.shape[1] == key.shape[1] == layout.local:
+        raise ValueError(
+            f"attention {site.name!r} has {query.shape[1]} queries and {key.shape[1]} keys on sequence rank "
+            f"{layout.rank}, but the streams split before it ({region.streams}) leave {layout.local} tokens there; a "
+            "split is missing from the plan, stands at the wrong module, or one of these is not a token stream (a 3-D "
+            "floating tensor that is split counts as one, unless its entry is a SequenceParallelCompanion)"
+        )
+    if query.shape[2] % key.shape[2] or key.shape != value.shape:
+        raise ValueError(
+            f"attention {site.name!r} has {query.shape[2]} query heads, keys {tuple(key.shape)} and values "
+            f"{tuple(value.shape)}; keys and values must be alike, and their heads divide the queries'"
+        )
+    return layout
+
+
+def _agree(misfit: ValueError | None, site: AttentionSite, joint: int) -> None:
+    """Raise if the attention does not fit.
+
+    At its first call all ranks learn whether it fits on each of them: a wrong plan may fit on some by chance, and these
+    would wait for the others in an exchange that never comes. Later calls exchange nothing.
+    """
+    if site.context.is_first_check(f"{site.name}/{site.stream}/{joint > 0}"):
+        somewhere = collectives.on_any_rank(misfit is not None, site.context.mesh.axis("sequence"))
+        if somewhere and misfit is None:
+            raise ValueError(f"attention {site.name!r} does not fit the plan on another rank; see there")
+    if misfit is not None:
+        raise misfit
+
+
+@torch.library.custom_op("sp_core::attention", mutates_args=())
+def _attention_operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    number: int,
+    stream: str,
+    joint: int,
+) -> torch.Tensor:
+    site = AttentionSite(SequenceContext.numbered(number), stream=stream)
+    return region_attention(query, key, value, mask, scale, site, joint).contiguous()
+
+
+@_attention_operator.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    number: int,
+    stream: str,
+    joint: int,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
