@@ -32,14 +32,15 @@ from workers.metrics import GangMetrics
 
 PROCESS = """
 import sys, time
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
 from workers.metrics import GatewayMetrics
+exporter = Exporter(share_values())
 metrics = GatewayMetrics("m", ["ok"])
 for request in range(int(sys.argv[1])):
     metrics.began()
     metrics.began()
     metrics.ended("ok")
-Exporter().serve_at("127.0.0.1", int(sys.argv[2]))
+exporter.serve_at("127.0.0.1", int(sys.argv[2]))
 print("up", flush=True)
 time.sleep(600)
 """
@@ -120,11 +121,12 @@ def test_a_folder_that_cannot_be_used_costs_the_metrics_and_nothing_else(tmp_pat
     (tmp_path / "file").touch()
     env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "file")}
     work = """
-from workers.exporter import Exporter
-from workers.metrics import FOLDER, RankMetrics
+from workers.exporter import Exporter, share_values
+from workers.metrics import RankMetrics
+folder = share_values()
 RankMetrics("m", "0", 0).step(1.0)
-Exporter().serve_at("127.0.0.1", 1)
-print(FOLDER)
+Exporter(folder).serve_at("127.0.0.1", 1)
+print(folder)
 """
     run = subprocess.run([sys.executable, "-c", work], env=env, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
@@ -132,14 +134,13 @@ print(FOLDER)
 
 
 def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(exporter, "FOLDER", tmp_path)
     monkeypatch.setattr(exporter, "RETRY_S", 0.02)
     said: list[str] = []
     logger = SimpleNamespace(warning=lambda message, *values: said.append(message % values))
     monkeypatch.setattr(exporter, "logger", logger)
     port, other = free_port(), free_port()
     with socket.create_server(("127.0.0.1", port)):
-        mine = Exporter()
+        mine = Exporter(tmp_path)
         mine.serve_at("127.0.0.1", port)
         until(lambda: bool(said))
         time.sleep(0.5)

@@ -22,7 +22,7 @@ from ray import serve
 from deploy.pipelines import PIPELINES, pipeline_name
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, RequestFailed
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
 from workers.gang.stats import GangBacklog, GangLoad
@@ -54,7 +54,7 @@ class Gang:
         self._refused = ""
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
-        self._exporter = Exporter()
+        self._exporter = Exporter(share_values())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.

@@ -16,12 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import diffusers
 import torch
 import torch.distributed as dist
-import transformers
 
 from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
@@ -35,11 +31,6 @@ from workers.model.loader import LoadedModel, load_model
 from workers.model.media import encode
 
 Result = TypeVar("Result")
-
-diffusers.logging.set_verbosity_error()
-diffusers.logging.disable_progress_bar()
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 class Rank:
