@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 
 from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
+from workers.gang.ray_internals import available_resources_per_node
 
 UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "memory"}
 
@@ -44,7 +44,7 @@ def alive_nodes() -> list[Node]:
 
 def free_nodes() -> list[Node]:
     """The living nodes with what nobody holds of them."""
-    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    free = available_resources_per_node()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes if node["Alive"]]
 
