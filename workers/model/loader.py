@@ -115,7 +115,7 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
         if adapter.rounds_timestep and dtype != torch.float32:
             keep_timestep_exact(transformer, dtype)
         if model.compile:
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
             transformer.compile_repeated_blocks(fullgraph=True)
         pipeline.register_components(**{name: transformer})
     absent = set() if encodes_here(model, mesh) else {name for name in there if is_encoder(name)}

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from deploy.pipelines import pipeline_name
 from deploy.spec import LoRA
 from sp_core.lora import LowRank
+from workers.model.diffusers_internals import lora_components
 
 WEIGHT = re.compile(r"lora.*\.weight$|alpha$")
 """Names of what can be applied: the two matrices of a layer, and its alpha."""
@@ -57,8 +58,8 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
         ValueError: the file is of another kind, holds what cannot be applied, or lacks what belongs together.
         OSError: there is no such file.
     """
-    denoisers = [c for c in getattr(pipeline, "_lora_loadable_modules", []) if c.startswith("transformer")]
-    if not hasattr(pipeline, "lora_state_dict") or not denoisers:
+    denoisers = [name for name in lora_components(pipeline) if name.startswith("transformer")]
+    if not denoisers:
         raise ValueError(f"{pipeline.__name__} takes no LoRA files in diffusers")
     if component not in denoisers:
         raise ValueError(f"{pipeline.__name__} has no component {component!r}; it has: {', '.join(denoisers)}")
