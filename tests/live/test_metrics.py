@@ -1,6 +1,7 @@
 """What Prometheus reads: exact numbers from all processes of a node, from one port, whichever of them dies."""
 
 import asyncio
+import contextvars
 import functools
 import os
 import random
@@ -20,12 +21,13 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.pipelines import PIPELINES
 from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
 from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
 from workers import exporter
 from workers.exporter import Exporter
-from workers.gang.gang import Gang
+from workers.gang.gang import Gang, Setup
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
 from workers.metrics import GangMetrics
@@ -172,14 +174,22 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     context = SimpleNamespace(rank=SimpleNamespace(rank=0))
     monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
     gang = Gang(spec.fixed)
-    gang._model, gang._metrics = spec, GangMetrics("renumbered", "1")
-    gang._metrics.backlog(5.0)
-    gang._ranks = SimpleNamespace(number=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
-    configured = {"model": spec.live, "models_folder": None, "metrics": {"host": "127.0.0.1", "port": None}}
+    metrics_at = {"host": "127.0.0.1", "port": None}
+    gang._setup = Setup(
+        spec,
+        PIPELINES["QwenImagePipeline"],
+        None,
+        contextvars.copy_context(),
+        metrics_at,
+        GangMetrics("renumbered", "1"),
+    )
+    gang._setup.metrics.backlog(5.0)
+    gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
+    configured = {"model": spec.live, "models_folder": None, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
         asyncio.run(gang.reconfigure(configured))
     assert told == ["0"]
-    gang._metrics.backlog(7.0)
+    gang._setup.metrics.backlog(7.0)
     sample = prometheus_client.REGISTRY.get_sample_value
     labels = [{"model": "renumbered", "replica": replica} for replica in "01"]
     assert [sample("spray_gang_backlog_seconds", each) for each in labels] == [7.0, 0.0]
@@ -188,7 +198,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     )  # of this process, for all tests
     rank = Rank(0, spec, replica="1")
     for replica in "10":
-        rank.number(replica)
+        rank.renumber(replica)
         assert rank._metrics is not None
         rank._metrics.memory(9)
     labels = [each | {"rank": "0"} for each in labels]

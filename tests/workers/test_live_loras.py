@@ -183,7 +183,7 @@ def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGrou
     group = object.__new__(RankGroup)
     group._model, group._ranks, group._lost = model(Path("/nowhere")), ranks, None
     group._context = contextvars.copy_context()
-    monkeypatch.setattr(group, "_give_up", lambda reason: setattr(group, "_lost", reason))
+    monkeypatch.setattr(group, "_lose", lambda reason: setattr(group, "_lost", reason))
     return group
 
 

@@ -107,7 +107,7 @@ class Rank:
         self._loaded = load_model(self.model, self._mesh, self._on_progress)
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
-        self.number(self._replica)  # what was run until now counts nowhere
+        self.renumber(self._replica)  # what was run until now counts nowhere
         self._phase = "idle"
         return self.status()
 
@@ -211,8 +211,8 @@ class Rank:
             step=self._step,
         )
 
-    def number(self, replica: str) -> None:
-        """Metrics go under another number of the gang from now on."""
+    def renumber(self, replica: str) -> None:
+        """Observe under another number of the gang from now on."""
         if self._metrics:
             self._metrics.memory(0)
         self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)

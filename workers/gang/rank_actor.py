@@ -1,6 +1,6 @@
-"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang.gang`, which must start fast and so never imports torch.
+"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang.rank_group`, in a gang that must start fast without torch.
 
-`status` and `cancel` are in a concurrency group of their own: they answer while a step computes.
+What watches or steers a rank is in a concurrency group of its own, so that it answers while a step computes.
 """
 
 import logging
@@ -22,7 +22,7 @@ class RankActor:
     def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
         self._exporter = Exporter(share_values())
         logging.basicConfig(format="%(name)s: %(message)s")
-        if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
+        if rank == 0:  # all ranks would log the same: the kernel, and what the layout costs
             logging.getLogger("sp_core").setLevel(logging.INFO)
         node_id = ray.get_runtime_context().get_node_id()
         folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
@@ -33,7 +33,7 @@ class RankActor:
         self._rank = Rank(rank, here, node_id=node_id, replica=replica)
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """Rank 0: the address where the ranks of this gang meet."""
+        """On rank 0: open the address where the ranks of this gang meet, and return it."""
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return host, self._rank.open_rendezvous(host)
 
@@ -60,9 +60,9 @@ class RankActor:
         self._exporter.serve_at(host, port)
 
     @ray.method(concurrency_group="control")
-    def number(self, replica: str) -> None:
-        """See `Rank.number`."""
-        self._rank.number(replica)
+    def renumber(self, replica: str) -> None:
+        """See `Rank.renumber`."""
+        self._rank.renumber(replica)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:
