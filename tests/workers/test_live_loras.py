@@ -45,7 +45,7 @@ def started(mesh: ParallelMesh, folder: Path, *loras: LoRA) -> Rank:
     """A rank as `Rank.join` leaves it."""
     spec = model(folder, **asdict(mesh.degrees)).model_copy(update={"loras": loras})
     rank = Rank(mesh.axis("gang").rank, spec)
-    rank._mesh, rank._loaded = mesh, load_model(spec, mesh)
+    rank._use(load_model(spec, mesh))
     return rank
 
 

@@ -108,7 +108,7 @@ class Gang:
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was cancelled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
         async with self._turn:

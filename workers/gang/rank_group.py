@@ -102,7 +102,7 @@ class RankGroup:
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was cancelled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
