@@ -27,7 +27,7 @@ from service.state.model_states import ModelState
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 from workers.metrics import GatewayMetrics
 
@@ -67,7 +67,7 @@ class Gateway:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._poller = Poller()
         self._prefetch = Prefetch()
-        self._exporter = Exporter()
+        self._exporter = Exporter(share_values())
         self._metrics: dict[str, GatewayMetrics] = {}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

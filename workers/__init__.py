@@ -1,25 +1,11 @@
-"""workers: a gang is one model copy on N devices.
+"""workers: a gang is one model copy on N devices. README.md walks a request through it and says what a failure does.
 
-    messages.py     what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult
-    errors.py       the one tree of errors
-    placement.py    ModelSpec -> Serve options: which bundles a gang occupies, and why they cannot be had
-    gang.py         Gang, the Serve deployment: its life, one request at a time, what it reports
-    metrics.py      every metric by name; exporter.py lets Prometheus read them, one port per node
-    cost.py         seconds that a request costs, learnt from those that were run; load.py how they are reported
-    rank_group.py   the processes of a gang: starts them, hands each request to all of them, watches them
-    rank_actor.py   Rank as a Ray actor
-    rank.py         Rank, one process on one device: joins the group, loads the model, generates
-    warm_up.py      what a rank runs at its start
-    sources.py      where a model's files are on this node: fetched from the hub once, checked once
-    pipeline.py     loads a model folder; weights.py reads a transformer's share
-    denoising.py    one request in progress, step by step
-    out_of_tree.py  what a deployment names as package.module:NAME: a transformer's class, its plan
-    recipes.py      what is peculiar to each pipeline
-    lora.py         LoRA files: what sp_core.lora takes, from any key format that diffusers converts
-    media.py        pictures to PNG, JPEG, WebP; videos to MP4
-    local.py        a gang without Ray, for `spray generate --local`
-    demo_model.py   writes a tiny model, for the demo and the tests to serve
-    demo_models/    what it writes, one file per family of models
+messages.py   what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult, RankStatus
+errors.py     the one tree of errors
+metrics.py    every metric by name; exporter.py shares them between the processes of a node, for Prometheus
+gang/         the actors: a gang, its ranks, where they are placed, what they cost
+model/        one model in one rank: files, loading, denoising, adapters, pictures
+demo_models/  tiny models for the demo and the tests; `python -m workers.demo_models` writes one
 
 This file imports nothing, so that `workers.messages` and `workers.gang.gang` load without torch.
 """

@@ -1,10 +1,10 @@
-"""Everything that can go wrong with a request or a gang, as one tree:
+"""Every error about a request or a gang, as one tree:
 
     SprayError
-    + RequestError            the caller's fault; nothing was lost, asking again will not help
+    + RequestError            the caller's fault; nothing was lost, and asking again does not help
     | + InvalidParameter      one parameter is wrong; `param` names it
     | + ModelNotFound         no such model in this deployment
-    | + Unauthorized          the caller has no valid API key
+    | + Unauthorized          the caller gave no valid API key
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -13,16 +13,17 @@
     | + PeerFailed            ... on another rank, which has the reason
     + GangLost                a rank died, hung or broke; the gang is replaced, the request can run elsewhere
 
-`service.api.errors` maps each to its HTTP answer. They cross process boundaries, so each is rebuilt from its arguments.
+`service.api.errors` maps each to its HTTP answer. They cross process boundaries by pickle, which rebuilds an exception
+from its arguments.
 """
 
 
 class SprayError(Exception):
-    """Any error that spray raises about a request or a gang."""
+    """The root of the tree."""
 
 
 class RequestError(SprayError):
-    """The request cannot be served as it is. `param` names the part of it that is wrong, None for the whole."""
+    """The request cannot be served as it is. `param` names the parameter that is wrong; None: no single one."""
 
     param: str | None = None
 
@@ -33,7 +34,7 @@ class InvalidParameter(RequestError):
     Args:
         param: its name in the API.
         message: what was given, what is allowed.
-        code: a stable word for programs.
+        code: a stable identifier for programs.
     """
 
     def __init__(self, param: str | None, message: str, code: str = "invalid_value") -> None:
@@ -53,7 +54,7 @@ class ModelNotFound(RequestError):
 
 
 class Unauthorized(RequestError):
-    """The caller has no valid API key."""
+    """The caller gave no valid API key."""
 
 
 class ShuttingDown(SprayError):
@@ -73,11 +74,11 @@ class RequestFailed(SprayError):
 
 
 class RequestCancelled(RequestFailed):
-    """The caller went away, and the ranks stopped between two steps."""
+    """The caller left, and the ranks stopped at a boundary."""
 
 
 class PeerFailed(RequestFailed):
-    """This rank stopped because another rank failed; that one says why."""
+    """This rank stopped because another rank failed; that one has the reason."""
 
 
 class GangLost(SprayError):

@@ -1,7 +1,7 @@
 """What crosses a process boundary: frozen, picklable, without torch.
 
 gateway -> gang -> rank    GenerationRequest
-rank -> gang -> gateway    StepEvent after each step, if asked for; at last one GenerationResult
+rank -> gang -> gateway    StepEvent after each step, if asked for; then one GenerationResult
 """
 
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One accepted request; everything random is settled, so that running it twice gives the same picture.
+    """One accepted request. Everything random is settled, so that running it twice gives the same picture.
 
     Attributes:
-        request_id: unique; appears in logs and is what cancellation names.
+        request_id: unique; in logs, and what a cancellation names.
         model: name of the model in the deployment.
         prompt: what to draw.
-        negative_prompt: what not to draw; None leaves guidance off where the model's own pipeline does so.
+        negative_prompt: what not to draw; None turns guidance off where the model's own pipeline does so.
         width: pixels.
         height: pixels.
         num_inference_steps: denoising steps.
         guidance_scale: strength of guidance.
-        guidance_scale_2: of a model's second transformer; None: the same.
+        guidance_scale_2: for a model's second transformer; None: the same.
         loras: adapters by name, each with its scale.
         num_frames: of a video; 1 for pictures.
-        fps: frames of a video per second.
+        fps: of a video, frames per second.
         seed: of the first picture or video; number i uses seed + i.
-        n: pictures or videos.
+        n: how many pictures or videos.
         output_format: of the encoded files.
         output_compression: JPEG and WebP quality, 0 to 100.
-        report_steps: whether the caller listens to the steps; each costs a message through all layers.
+        report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
     """
 
     request_id: str
@@ -74,7 +74,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The pictures or videos, and how they came about.
+    """The pictures or videos of a request, and what they took.
 
     Attributes:
         outputs: encoded pictures or videos.
@@ -82,7 +82,7 @@ class GenerationResult:
         degrees: the layout of the gang.
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
         step_seconds: wall time of each step on rank 0.
-        decode_seconds: wall time of VAE decoding and of encoding the files.
+        decode_seconds: wall time of decoding the latents and encoding the files, on rank 0.
     """
 
     outputs: tuple[bytes, ...]
@@ -94,7 +94,7 @@ class GenerationResult:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the whole on rank 0."""
+        """Wall time of all stages on rank 0."""
         return self.encode_seconds + sum(self.step_seconds) + self.decode_seconds
 
 
@@ -107,10 +107,10 @@ class RankStatus:
         pid: its process.
         node_id: the Ray node it runs on; empty outside Ray.
         phase: what it is doing.
-        progress: grows with every boundary it passes; standing still for too long means that it hangs.
+        progress: grows with every boundary it passes; if it stands still for too long, the rank hangs.
         model: the name of its model.
-        loaded: how much of the transformers it has read, from 0 to 1.
-        step: denoising steps that are done of the request that it runs, or ran last.
+        loaded: the share of the model's files that it has read, from 0 to 1.
+        step: denoising steps done of the request that it runs, or ran last.
     """
 
     rank: int

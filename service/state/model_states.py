@@ -124,7 +124,7 @@ def _state(
         return "asleep", ""
     never = unschedulable(model, nodes)
     if never:
-        return "waiting", never
+        return "waiting", str(never)
     return "starting", f"loading, or waiting: {lacking} free" if lacking else ""
 
 

@@ -1,6 +1,7 @@
 """What Prometheus reads: exact numbers from all processes of a node, from one port, whichever of them dies."""
 
 import asyncio
+import contextvars
 import functools
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import prometheus_client
 import pytest
+from deploy.pipelines import PIPELINES
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
@@ -25,21 +27,22 @@ from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
 from workers import exporter
 from workers.exporter import Exporter
-from workers.gang.gang import Gang
+from workers.gang.gang import Gang, Setup
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
 from workers.metrics import GangMetrics
 
 PROCESS = """
 import sys, time
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
 from workers.metrics import GatewayMetrics
+exporter = Exporter(share_values())
 metrics = GatewayMetrics("m", ["ok"])
 for request in range(int(sys.argv[1])):
     metrics.began()
     metrics.began()
     metrics.ended("ok")
-Exporter().serve_at("127.0.0.1", int(sys.argv[2]))
+exporter.serve_at("127.0.0.1", int(sys.argv[2]))
 print("up", flush=True)
 time.sleep(600)
 """
@@ -120,11 +123,12 @@ def test_a_folder_that_cannot_be_used_costs_the_metrics_and_nothing_else(tmp_pat
     (tmp_path / "file").touch()
     env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "file")}
     work = """
-from workers.exporter import Exporter
-from workers.metrics import FOLDER, RankMetrics
+from workers.exporter import Exporter, share_values
+from workers.metrics import RankMetrics
+folder = share_values()
 RankMetrics("m", "0", 0).step(1.0)
-Exporter().serve_at("127.0.0.1", 1)
-print(FOLDER)
+Exporter(folder).serve_at("127.0.0.1", 1)
+print(folder)
 """
     run = subprocess.run([sys.executable, "-c", work], env=env, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
@@ -132,14 +136,13 @@ print(FOLDER)
 
 
 def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(exporter, "FOLDER", tmp_path)
     monkeypatch.setattr(exporter, "RETRY_S", 0.02)
     said: list[str] = []
     logger = SimpleNamespace(warning=lambda message, *values: said.append(message % values))
     monkeypatch.setattr(exporter, "logger", logger)
     port, other = free_port(), free_port()
     with socket.create_server(("127.0.0.1", port)):
-        mine = Exporter()
+        mine = Exporter(tmp_path)
         mine.serve_at("127.0.0.1", port)
         until(lambda: bool(said))
         time.sleep(0.5)
@@ -171,14 +174,22 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     context = SimpleNamespace(rank=SimpleNamespace(rank=0))
     monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
     gang = Gang(spec.fixed)
-    gang._model, gang._metrics = spec, GangMetrics("renumbered", "1")
-    gang._metrics.backlog(5.0)
-    gang._ranks = SimpleNamespace(number=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
-    configured = {"model": spec.live, "models_folder": None, "metrics": {"host": "127.0.0.1", "port": None}}
+    metrics_at = {"host": "127.0.0.1", "port": None}
+    gang._setup = Setup(
+        spec,
+        PIPELINES["QwenImagePipeline"],
+        None,
+        contextvars.copy_context(),
+        metrics_at,
+        GangMetrics("renumbered", "1"),
+    )
+    gang._setup.metrics.backlog(5.0)
+    gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
+    configured = {"model": spec.live, "models_folder": None, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
         asyncio.run(gang.reconfigure(configured))
     assert told == ["0"]
-    gang._metrics.backlog(7.0)
+    gang._setup.metrics.backlog(7.0)
     sample = prometheus_client.REGISTRY.get_sample_value
     labels = [{"model": "renumbered", "replica": replica} for replica in "01"]
     assert [sample("spray_gang_backlog_seconds", each) for each in labels] == [7.0, 0.0]
@@ -187,7 +198,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     )  # of this process, for all tests
     rank = Rank(0, spec, replica="1")
     for replica in "10":
-        rank.number(replica)
+        rank.renumber(replica)
         assert rank._metrics is not None
         rank._metrics.memory(9)
     labels = [each | {"rank": "0"} for each in labels]

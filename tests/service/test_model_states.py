@@ -8,6 +8,7 @@ from typing import Any
 
 import prometheus_client
 import pytest
+from deploy.pipelines import PIPELINES
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
     ApplicationStatus,
@@ -27,7 +28,7 @@ from service.names import GANG, app_name
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
-from workers.gang.gang import Gang
+from workers.gang.gang import Gang, Setup
 from workers.gang.placement import Node
 from workers.messages import GenerationRequest, StepEvent
 from workers.metrics import GangMetrics
@@ -263,9 +264,10 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
 
     async def story() -> list[dict[str, Any]]:
         gang, ready = Gang(spec.fixed), asyncio.Event()
-        gang._model, gang._metrics, gang._startup_s = spec, GangMetrics("unlucky", "0"), 1.0
-        gang._context, gang._refused = contextvars.copy_context(), "no such file"
-        ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)])
+        metrics, context = GangMetrics("unlucky", "0"), contextvars.copy_context()
+        gang._setup = Setup(spec, PIPELINES["QwenImagePipeline"], None, context, {}, metrics)
+        gang._refused = "no such file"
+        ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0)
         gang._ranks = ranks  # type: ignore[assignment]
 
         async def start() -> Any:
@@ -277,6 +279,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         await asyncio.sleep(0)
         lost = gang.record_routing_stats()["now"]
         ready.set()
+        assert gang._replacement is not None
         await gang._replacement
         return [lost, gang.record_routing_stats()["now"]]
 

@@ -79,7 +79,7 @@ def test_errors_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, said: st
 
 
 def test_a_name_that_is_no_hub_id() -> None:
-    with pytest.raises(ValueError, match="that is no hub id; set source to org/name"):
+    with pytest.raises(ValueError, match="this is not a hub id; set source to org/name"):
         fetch(spec("acme/demo/main"), None)
 
 

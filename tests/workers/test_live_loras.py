@@ -45,7 +45,7 @@ def started(mesh: ParallelMesh, folder: Path, *loras: LoRA) -> Rank:
     """A rank as `Rank.join` leaves it."""
     spec = model(folder, **asdict(mesh.degrees)).model_copy(update={"loras": loras})
     rank = Rank(mesh.axis("gang").rank, spec)
-    rank._mesh, rank._loaded = mesh, load_model(spec, mesh)
+    rank._use(load_model(spec, mesh))
     return rank
 
 
@@ -148,10 +148,10 @@ def wrong_lists(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[str]:
 def test_mistakes_are_named(ranks: RankPool, demo_model: Path, ink: LoRA) -> None:
     ((twice, absent),) = ranks.run(LAYOUTS["1 rank"], wrong_lists, demo_model, ink)
     assert "two files have weights for transformer under the name 'ink'" in twice
-    assert "there is no file /nowhere.safetensors" in absent
+    assert "no file /nowhere.safetensors" in absent
 
 
-def test_a_transformer_that_the_model_has_not(demo_models: dict[str, Path], ink: LoRA, tmp_path: Path) -> None:
+def test_a_transformer_that_the_model_does_not_have(demo_models: dict[str, Path], ink: LoRA, tmp_path: Path) -> None:
     """Not every Wan has the second one that diffusers' pipeline knows."""
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
     loaded = load_model(model(demo_models["wan"]), mesh)
@@ -161,7 +161,7 @@ def test_a_transformer_that_the_model_has_not(demo_models: dict[str, Path], ink:
     second = LoRA(name="a", source=str(tmp_path / "a"), component="transformer_2")
     assert list(loaded.with_loras((second,)).shares[second]) == ["transformer_2"]
     del loaded.adapters["transformer_2"]
-    with pytest.raises(ValueError, match="is for transformer_2, which the model has not; set component"):
+    with pytest.raises(ValueError, match="is for transformer_2, which the model does not have; set component"):
         loaded.with_loras((second,))
 
 
@@ -183,7 +183,7 @@ def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGrou
     group = object.__new__(RankGroup)
     group._model, group._ranks, group._lost = model(Path("/nowhere")), ranks, None
     group._context = contextvars.copy_context()
-    monkeypatch.setattr(group, "_give_up", lambda reason: setattr(group, "_lost", reason))
+    monkeypatch.setattr(group, "_lose", lambda reason: setattr(group, "_lost", reason))
     return group
 
 

@@ -121,14 +121,14 @@ TEXT = {"text_encoder.layers.0.q_proj.lora_A.weight": A, "text_encoder.layers.0.
 FILES: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
     "holds DoRA weights": (GOOD | {f"{PLACE}.dora_scale": B}, {}),
     "holds weights that replace the model's, or biases": (GOOD | {f"{PLACE}.lora_B.bias": torch.ones(144)}, {}),
-    "holds weights of LyCORIS": ({f"{PLACE}.lokr_w1": A, f"{PLACE}.lokr_w2": B}, {}),
+    "holds LyCORIS weights": ({f"{PLACE}.lokr_w1": A, f"{PLACE}.lokr_w2": B}, {}),
     "holds weights for text encoders": (GOOD | TEXT, {}),
     "holds something other than LoRA": (GOOD | {"transformer.norm_out.weight": torch.ones(144)}, {}),
     r"not hold A and B of every layer: missing \['transformer_blocks.0.attn.to_q.lora_B": (
         {f"{PLACE}.lora_A.weight": A},
         {},
     ),
-    "in no key format that diffusers knows for QwenImagePipeline": (GOOD | {"diffusion_model.a.lora_A.weight": A}, {}),
+    "has no key format that diffusers knows for QwenImagePipeline": (GOOD | {"diffusion_model.a.lora_A.weight": A}, {}),
     r"expected weights for transformer, got \['unet.a.lora_A": ({"unet.a.lora_A.weight": A}, {}),
     "has rank 2 for 'transformer_blocks.0.attn.to_q', but its config says 8": (GOOD, {"lora_alpha": 8}),
     "was trained with use_dora": (GOOD, {"r": 2, "use_dora": True}),
@@ -158,9 +158,9 @@ def test_what_diffusers_would_drop(tmp_path: Path) -> None:
 
 def test_only_safetensors(tmp_path: Path) -> None:
     torch.save(GOOD, tmp_path / "a.bin")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         read_lora(tmp_path / "a.bin", diffusers.QwenImagePipeline)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="no file"):
         read_lora(tmp_path / "b.safetensors", diffusers.QwenImagePipeline)
-    with pytest.raises(ValueError, match="Linear takes no LoRA files"):
+    with pytest.raises(ValueError, match="diffusers loads no LoRA files for Linear"):
         read_lora(tmp_path / "a.bin", nn.Linear)

@@ -70,7 +70,7 @@ def test_a_class_that_nobody_knows(ranks: RankPool, demo_model: Path, tmp_path: 
     folder = shutil.copytree(demo_model, tmp_path / "mine")
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "MyTransformer"}))
-    with pytest.raises(RankFailed, match="is a MyTransformer, which diffusers has not; set transformer_class"):
+    with pytest.raises(RankFailed, match="is a MyTransformer, which diffusers does not have; set transformer_class"):
         ranks.run(ALONE, draw, folder, {})
 
 

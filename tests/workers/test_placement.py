@@ -6,7 +6,15 @@ import pytest
 
 from deploy.spec import ModelSpec, Placement
 from sp_core.degrees import ParallelDegrees
-from workers.gang.placement import Node, bundle, bundles_by_node, may_host, placement_group, unschedulable
+from workers.gang.placement import (
+    Node,
+    Unschedulable,
+    bundle,
+    bundles_by_node,
+    may_host,
+    placement_group,
+    unschedulable,
+)
 
 
 def a_model(ranks: int = 1, device: Any = "cuda", **placement: Any) -> ModelSpec:
@@ -38,9 +46,9 @@ def test_labels_are_asked_for_only_where_there_are_any() -> None:
         "placement_group_bundles": [{"CPU": 1.0}] * 3,
         "placement_group_strategy": "STRICT_PACK",
     }
-    labelled = placement_group(a_model(2, strategy="PACK", node_labels={"zone": "a"}))
-    assert labelled["placement_group_strategy"] == "PACK"
-    assert labelled["placement_group_bundle_label_selector"] == [{"zone": "a"}]
+    labeled = placement_group(a_model(2, strategy="PACK", node_labels={"zone": "a"}))
+    assert labeled["placement_group_strategy"] == "PACK"
+    assert labeled["placement_group_bundle_label_selector"] == [{"zone": "a"}]
 
 
 PACK = {"strategy": "PACK"}
@@ -67,7 +75,7 @@ OBSTACLES = [
         [node(gpus=2)],
         "needs 149.0 GiB memory on one node, the largest node has 93.1 GiB",
     ),
-    (a_model(**ZONE), [node(gpus=1), node(gpus=1, labels={"zone": "b"})], "needs nodes labelled zone=a, none of the 2"),
+    (a_model(**ZONE), [node(gpus=1), node(gpus=1, labels={"zone": "b"})], "needs nodes labeled zone=a, none of the 2"),
     (a_model(**ZONE), [node(gpus=1, labels={"zone": "a", "disk": "ssd"})], None),
     (
         a_model(2, **ZONE),
@@ -100,6 +108,14 @@ def test_what_keeps_a_gang_from_being_placed(model: ModelSpec, nodes: list[Node]
     assert found is None if says is None else str(found).startswith(says)
 
 
+def test_what_is_missing_is_a_value() -> None:
+    model = a_model(4)
+    assert unschedulable(model, [node(gpus=2), node(gpus=1)]) == Unschedulable(model, "GPU", 2)
+    both = a_model(2)
+    assert unschedulable(both, [node(cpus=64), node(cpus=1, gpus=8)]) == Unschedulable(both, "places", 1)
+    assert unschedulable(model, []) == Unschedulable(model, "nodes", 0)
+
+
 @pytest.mark.parametrize(
     ("model", "there", "may"),
     [
@@ -129,5 +145,5 @@ def test_which_nodes_may_host_a_rank(model: ModelSpec, there: Node, may: bool) -
         ({}, []),
     ],
 )
-def test_neighbouring_ranks_share_a_node_and_the_first_stays_first(nodes: dict[int, str], order: list[int]) -> None:
+def test_neighboring_ranks_share_a_node_and_the_first_stays_first(nodes: dict[int, str], order: list[int]) -> None:
     assert bundles_by_node(nodes) == order

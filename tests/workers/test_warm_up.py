@@ -33,7 +33,7 @@ def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[int]:
     compiled = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=48),)}
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update=compiled)
     rank = Rank(mesh.axis("gang").rank, spec)
-    rank._mesh, rank._loaded = mesh, load_model(rank.model, mesh)
+    rank._use(load_model(rank.model, mesh))
     rank._warm_up()
     found = [counters["stats"]["unique_graphs"]]
     rank.set_loras((ink,))

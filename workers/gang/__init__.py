@@ -1,12 +1,14 @@
 """The actors of a gang: one model copy on N devices.
 
-gang.py        Gang, the Serve deployment: its life, one request at a time, what it reports
-rank_group.py  the processes of a gang: starts them, hands each request to all of them, watches them
-rank_actor.py  Rank as a Ray actor
-rank.py        Rank, one process on one device: joins the group, loads the model, generates
-local.py       a gang without Ray, for `spray generate --local`
-warm_up.py     what a rank runs at its start
-placement.py   ModelSpec -> Serve options: the bundles of a gang, and why it cannot be scheduled
-cost.py        seconds that a request costs, learned from the ones before
-stats.py       what a gang reports to the autoscaler and to the routers
+gang.py           Gang, the Serve deployment: its life, one request at a time, what it reports
+rank_group.py     the processes of a gang: starts them, hands each request to all of them, watches them
+rank_actor.py     Rank as a Ray actor
+rank_process.py   prepares the process of a rank, before its libraries load
+rank.py           Rank, one process on one device: joins the group, loads the model, generates
+local.py          a gang without Ray, for `spray generate --local`
+warm_up.py        what a rank runs at its start
+placement.py      ModelSpec -> Serve options: the bundles of a gang, and why they cannot be scheduled
+cost.py           seconds that a request costs, learned from those before
+stats.py          what a gang reports to the autoscaler and to the routers
+ray_internals.py  what Ray has no public name for
 """

@@ -1,15 +1,16 @@
 """Gang: one model copy on N ranks. The Serve deployment whose replicas are the unit of scheduling and of failure.
 
-A model comes in two parts, the fixed one at construction and the live one by `reconfigure`. The gang sees to it that
+A model comes in two parts: the fixed one at construction and the live one by `reconfigure`. The gang makes sure that
 the weights are on its node, starts its ranks in the replica's own placement group, and then takes requests one at a
-time. Called by `service.gateway`; what it says of itself goes to `service.autoscaling` and `service.routing`.
+time. Called by `service.gateway`; its load goes to `service.autoscaling` and `service.routing`.
 
-When the ranks are lost, as many new processes take their places on the same devices; that takes seconds, and keeps
-the placement. When it fails, or happens again and again, the replica ends, and Serve places a whole new gang.
+When the ranks are lost, new processes take their places on the same devices. That takes seconds and keeps the
+placement. If it fails, or happens again and again, the replica exits, and Serve places a whole new gang.
 """
 
 import asyncio
 import contextvars
+import dataclasses
 import itertools
 import logging
 import os
@@ -19,10 +20,11 @@ from typing import Any
 
 from ray import serve
 
+from deploy.families.family import PipelineFamily
 from deploy.families.lookup import find_family
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, RequestFailed
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
 from workers.gang.stats import GangBacklog, GangLoad
@@ -33,8 +35,29 @@ from workers.model.files import fetch
 logger = logging.getLogger("ray.serve")
 
 LOSSES_IN_PLACE = 3
-"""How often in a row, without a finished request between, lost ranks are replaced on the same devices. As often as the
-gateway tries one request, so that no single request can bring a replica down."""
+"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. As often as the
+gateway tries one request, so that no single request can end a replica."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the first `reconfigure` settles. Later ones put an adjusted copy in its place.
+
+    Attributes:
+        model: what the ranks load. Its revision is the commit that was fetched; its adapters are those they have.
+        kind: what is known of the model's pipeline.
+        models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
+        context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
+        metrics_at: arguments of `Exporter.serve_at`.
+        metrics: where the gang observes, under its current number.
+    """
+
+    model: ModelSpec
+    kind: PipelineFamily
+    models_folder: str | None
+    context: contextvars.Context
+    metrics_at: dict[str, Any]
+    metrics: GangMetrics
 
 
 class Gang:
@@ -46,21 +69,24 @@ class Gang:
 
     def __init__(self, fixed: dict[str, Any]) -> None:
         self._fixed = fixed
-        self._turn = asyncio.Lock()
-        self._losses = 0
+        self._exporter = Exporter(share_values())
+        self._turn = asyncio.Lock()  # whoever holds it has the ranks to itself: a request, a change, a replacement
+        self._setup: Setup | None = None  # until the first `reconfigure`
+        self._ranks: RankGroup | None = None  # until they have started; afterwards the current ones, even when lost
         self._incarnation = itertools.count(1)
-        self._ranks: RankGroup | None = None
+        self._losses = 0
+        self._replacement: asyncio.Task[None] | None = None  # also while it runs, as a reference that keeps it alive
+        self._adapter_change: asyncio.Task[None] | None = None  # likewise
         self._replacing = False
         self._refused = ""
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
-        self._exporter = Exporter()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
 
-        When ranks run it returns at once, because Serve sends no requests meanwhile: new adapters are loaded in a turn
-        of their own, ahead of the requests that come later.
+        Once ranks run it returns at once, because Serve sends no requests meanwhile: new adapters are loaded in a turn
+        of their own, ahead of later requests.
 
         Args:
             user_config: `{"model": ModelSpec.live, "models_folder": where models from the hub are kept, or None,
@@ -71,35 +97,19 @@ class Gang:
             ValueError: the model's files cannot be had, or are damaged.
         """
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
-        self._metrics_at = user_config["metrics"]
-        self._exporter.serve_at(**self._metrics_at)
         number = str(serve.get_replica_context().rank.rank)
+        self._exporter.serve_at(**user_config["metrics"])
         if self._ranks is None:
-            self._metrics = GangMetrics(model.name, number)
-            self._models_folder = user_config["models_folder"]
-            folder = await asyncio.to_thread(fetch, model, self._models_folder)
-            self._kind = find_family(folder)
-            commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
-            self._model = model.model_copy(update=commit)
-            self._context = contextvars.copy_context()  # ranks must not belong to the request that happens to lose them
-            self._ranks = await self._start_ranks()
-            return
-        self._ranks.serve_metrics(**self._metrics_at)
-        if number != self._metrics.replica:  # Serve numbers the gangs of a model anew when one stops
-            self._metrics.backlog(0.0)
-            self._metrics = GangMetrics(model.name, number)
-            self._ranks.number(number)
-        former = self._model
-        self._model = model.model_copy(update={"revision": former.revision, "loras": former.loras})
-        if model.loras != former.loras:
-            self._swap = asyncio.create_task(self._swap_adapters(model.loras), context=self._context)
+            await self._start(model, user_config["models_folder"], user_config["metrics"], number)
+        else:
+            self._adjust(model, user_config["metrics"], number)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
-        """Run one request on all ranks: a `StepEvent` after each step, the result at last.
+        """Run one request on all ranks: a `StepEvent` after each step, then the result.
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was cancelled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
         async with self._turn:
@@ -115,34 +125,34 @@ class Gang:
                 self._running = None
 
     async def check_health(self) -> None:
-        """Called by Serve every second.
+        """Called by Serve every second. A loss that is being dealt with is healthy: Serve would end the replica.
 
         Raises:
-            GangLost: nobody watches the ranks any more; Serve replaces the whole gang then.
+            GangLost: nobody watches the ranks anymore; Serve then replaces the whole gang.
         """
         if self._ranks is not None:
             self._ranks.check_watched()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
-        remaining_s = self._remaining_s()
-        self._metrics.backlog(remaining_s)
+        setup, remaining_s = self._started, self._remaining_s()
+        setup.metrics.backlog(remaining_s)
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
             busy=float(self._running is not None),
-            startup_s=self._startup_s,
-            target_s=self._model.autoscaling.target_backlog_seconds,
+            startup_s=self._startup_s(),
+            target_s=setup.model.autoscaling.target_backlog_seconds,
         ).as_stats()
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve for its routers: what `GangBacklog` says, and under `now` what a person may want to see."""
+        """Called by Serve for its routers: a `GangBacklog`, and under `now` what people see of the gang."""
         backlog = GangBacklog(
             backlog_s=self._remaining_s(),
             reported_at=time.time(),
             request_s=self._costs.mean_request_s or 0.0,
             shapes=frozenset(self._costs.shapes)
-            | {(s.width, s.height, s.num_frames) for s in self._model.warmup_shapes},
+            | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
         )
         phase, step = self._progress()
         now = {
@@ -152,14 +162,57 @@ class Gang:
             "step": step,
             "trouble": "a gang has lost its ranks, new ones start" if self._replacing else self._refused,
             "total_steps": self._running.num_inference_steps if self._running else 0,
-            "startup_s": round(self._startup_s, 3),
+            "startup_s": round(self._startup_s(), 3),
         }
         return backlog.as_stats() | {"now": now}
 
+    @property
+    def _started(self) -> Setup:
+        assert self._setup is not None, "Serve configures a replica before it uses it"
+        return self._setup
+
+    async def _start(
+        self, model: ModelSpec, models_folder: str | None, metrics_at: dict[str, Any], number: str
+    ) -> None:
+        """Fetch the model and start the first ranks."""
+        folder = await asyncio.to_thread(fetch, model, models_folder)
+        kind = find_family(folder)
+        commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
+        self._setup = Setup(
+            model=model.model_copy(update=commit),
+            kind=kind,
+            models_folder=models_folder,
+            context=contextvars.copy_context(),
+            metrics_at=metrics_at,
+            metrics=GangMetrics(model.name, number),
+        )
+        self._ranks = await self._start_ranks()
+
+    def _adjust(self, model: ModelSpec, metrics_at: dict[str, Any], number: str) -> None:
+        """Take over what changed while ranks run. Adapters follow in a turn of their own."""
+        setup = self._started
+        assert self._ranks is not None
+        self._ranks.serve_metrics(**metrics_at)
+        metrics = setup.metrics
+        if number != metrics.replica:  # Serve may renumber the gangs of a model when one stops
+            metrics.backlog(0.0)
+            metrics = GangMetrics(model.name, number)
+            self._ranks.renumber(number)
+        kept = {"revision": setup.model.revision, "loras": setup.model.loras}
+        self._setup = dataclasses.replace(
+            setup, model=model.model_copy(update=kept), metrics=metrics, metrics_at=metrics_at
+        )
+        if model.loras != setup.model.loras:
+            self._adapter_change = asyncio.create_task(self._change_adapters(model.loras), context=setup.context)
+
+    def _startup_s(self) -> float:
+        """Seconds that the latest ranks took to start; 0 before there are any."""
+        return self._ranks.startup_s if self._ranks else 0.0
+
     def _remaining_s(self) -> float:
-        """Seconds until the gang is free; 0 while nothing of that kind was run before."""
+        """Seconds until the gang is free; 0 while no request was ever finished."""
         if self._replacing:
-            return self._startup_s
+            return self._startup_s()
         if self._running is None:
             return 0.0
         _, step = self._progress()
@@ -169,59 +222,62 @@ class Gang:
         """What the gang is doing, and how many steps of the running request are done."""
         if self._ranks is None or self._replacing:
             return "starting", 0
-        said = self._ranks.statuses[0]
+        latest = self._ranks.statuses[0]
         if self._running is None:
-            return said.phase, 0
-        if said.phase == "idle":  # that was before this request: what a rank said is some hundred milliseconds old
+            return latest.phase, 0
+        if latest.phase == "idle":  # a status is some hundred milliseconds old: this one is from before the request
             return "encode", 0
-        return said.phase, said.step
+        return latest.phase, latest.step
 
     def _forwards(self, request: GenerationRequest) -> int:
-        return self._kind.branches(request.guidance_scale, request.negative_prompt)
+        return self._started.kind.branches(request.guidance_scale, request.negative_prompt)
 
     async def _start_ranks(self) -> RankGroup:
+        setup = self._started
         replica = serve.get_replica_context().replica_id.unique_id
-        name = f"{self._model.name}-{replica}-{next(self._incarnation)}"
-        began = time.monotonic()
-        number = self._metrics.replica
-        ranks = await RankGroup.start(self._model, self._models_folder, name, number, self._on_lost)
-        self._startup_s = time.monotonic() - began
-        self._metrics.started(self._startup_s)
-        ranks.serve_metrics(**self._metrics_at)
-        if number != self._metrics.replica:
-            ranks.number(self._metrics.replica)
+        name = f"{setup.model.name}-{replica}-{next(self._incarnation)}"
+        number = setup.metrics.replica
+        ranks = await RankGroup.start(setup.model, setup.models_folder, name, number, self._on_lost)
+        current = self._started  # a `reconfigure` may have come while they started
+        current.metrics.started(ranks.startup_s)
+        ranks.serve_metrics(**current.metrics_at)
+        if number != current.metrics.replica:
+            ranks.renumber(current.metrics.replica)
         return ranks
 
-    async def _swap_adapters(self, loras: tuple[LoRA, ...]) -> None:
+    async def _change_adapters(self, loras: tuple[LoRA, ...]) -> None:
         async with self._turn:
             assert self._ranks is not None
             try:
                 await self._ranks.set_loras(loras)
             except RequestFailed as error:  # all ranks keep the adapters they had
                 self._refused = f"the adapters cannot be changed: {error}"
-                logger.error("%s: %s", self._model.name, self._refused)
+                logger.error("%s: %s", self._started.model.name, self._refused)
                 return
             except GangLost as error:  # the ranks that follow get the adapters that were there
-                logger.error("%s: lost while the adapters were changed: %s", self._model.name, error)
+                logger.error("%s: lost while the adapters were changed: %s", self._started.model.name, error)
                 return
-            self._model = self._model.model_copy(update={"loras": loras})
+            setup = self._started
+            self._setup = dataclasses.replace(setup, model=setup.model.model_copy(update={"loras": loras}))
             self._refused = ""
 
     def _on_lost(self) -> None:
+        """Replace the ranks in the next turn. A request that waits before it fails at once and is tried again."""
         self._losses += 1
         self._replacing = True
-        self._replacement = asyncio.create_task(self._replace_ranks(), context=self._context)
-        self._metrics.lost()
+        self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
+        self._started.metrics.lost()
 
     async def _replace_ranks(self) -> None:
-        async with self._turn:  # requests wait meanwhile
+        name = self._started.model.name
+        async with self._turn:  # requests that come from now on wait for the new ranks
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
                     self._replacing = False
-                    logger.warning("%s: all ranks are replaced", self._model.name)
+                    logger.warning("%s: all ranks are replaced", name)
                     return
                 except Exception:
-                    logger.exception("%s: the ranks cannot be replaced", self._model.name)
-            logger.error("%s: the gang ends, so that Serve places another", self._model.name)
-            os._exit(1)
+                    logger.exception("%s: the ranks cannot be replaced", name)
+            logger.error("%s: the replica exits, so that Serve places a new gang", name)
+            os._exit(1)  # at once: an orderly end would wait for requests that cannot finish

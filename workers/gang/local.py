@@ -1,6 +1,6 @@
 """A gang without Ray: ranks as child processes of this one, for `spray generate --local`.
 
-A `ModelSpec` and a `GenerationRequest` come in, step events go to a callback, the result comes back.
+A `ModelSpec` and a `GenerationRequest` come in, step events go to a callback, the result is returned.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from multiprocessing.process import BaseProcess
 
 from deploy.spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
-from workers.gang.rank import Rank
+from workers.gang.rank_process import set_up_rank_process
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 LOOPBACK = "127.0.0.1"
 
 Report = StepEvent | GenerationResult | int | None
-"""What a rank's process sends: rank 0's port, its events and result; None when it is done."""
+"""What a rank's process sends. Rank 0: its port, its events, its result. All: None when they are done."""
 
 
 def generate_locally(
@@ -59,10 +59,10 @@ def generate_locally(
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """What processes started inside have for environment: some variables are read while a module is imported."""
+    """Give these variables to processes that start inside: some are read while a module is imported."""
     before, path = dict(os.environ), list(sys.path)
     os.environ.update(variables)
-    if "PYTHONPATH" in variables:  # a spawned process has its parent's path, whatever the variable says
+    if "PYTHONPATH" in variables:  # a spawned process copies its parent's sys.path, whatever the variable says
         sys.path[:0] = variables["PYTHONPATH"].split(os.pathsep)
     try:
         yield
@@ -73,6 +73,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]) -> GenerationResult:
+    """Tell the ranks where to meet, then follow their reports until rank 0's result or the first reason to stop."""
     rank_of = {connection: rank for rank, connection in enumerate(connections)}
     failure: SprayError | None = None
     port = _receive(0, connections[0])
@@ -83,7 +84,7 @@ def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]
             assert isinstance(ready, Connection)
             try:
                 report = _receive(rank_of[ready], ready)
-            except SprayError as error:  # a peer's failure is not the reason: wait for the rank that has it
+            except SprayError as error:  # PeerFailed is not the reason: go on until the rank that has it reports
                 failure = error if failure is None or isinstance(failure, PeerFailed) else failure
                 del rank_of[ready]
                 continue
@@ -108,6 +109,9 @@ def _receive(rank: int, connection: Connection) -> Report:
 
 def _serve_rank(index: int, model: ModelSpec, request: GenerationRequest, parent: Connection) -> None:
     try:
+        set_up_rank_process()
+        from workers.gang.rank import Rank  # here: its libraries read what was just set, and the parent needs no torch
+
         rank = Rank(index, model, device_index=index)
         if index == 0:
             port = rank.open_rendezvous(LOOPBACK)

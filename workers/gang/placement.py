@@ -1,8 +1,9 @@
-"""What a gang occupies and where: `ModelSpec` in, resources of its bundles out, and why they cannot be had.
+"""What a gang occupies and where: a `ModelSpec` comes in; the resources of its bundles, or what they lack, go out.
 
 A Serve replica is a gang: Serve reserves one placement group per replica, all bundles or none, and frees it when the
-replica goes. One bundle is one rank; the replica itself needs no device and sits in the first. Called by `service.app`
-(to deploy), `workers.gang.rank_group` (to start ranks) and `service.state.model_states` (to explain).
+replica goes. One bundle is one rank; the replica itself needs no device and sits in the first bundle. Called by
+`service.app` (to deploy), `workers.gang.rank_group` (to start ranks), `service.state.model_states` (to explain) and
+`service.rollout.preflight` (to refuse).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,25 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 
 from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
+from workers.gang.ray_internals import available_resources_per_node
 
 UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "memory"}
 
 ACCELERATOR = "accelerator_type:"
 
 ACCELERATOR_SHARE = 0.001
-"""Ray marks a node's GPU type by a resource of 1 per node, of which any number of ranks may hold a little."""
+"""Ray marks a node's GPU type by a resource of 1 per node, so each rank holds only a sliver of it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A Ray node, as far as placement matters.
+    """What placement needs to know of a Ray node.
 
     Attributes:
-        resources: in total, by Ray's names.
+        resources: amounts by Ray's names; of the whole node, or what is free of it.
         labels: Ray's node labels.
     """
 
@@ -37,14 +38,14 @@ class Node:
 
 
 def alive_nodes() -> list[Node]:
-    """The living nodes of the Ray cluster that this process belongs to."""
+    """The living nodes of the Ray cluster that this process belongs to, with all of their resources."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(node["Resources"], node.get("Labels", {})) for node in nodes if node["Alive"]]
 
 
 def free_nodes() -> list[Node]:
-    """The living nodes with what nobody holds of them."""
-    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    """The living nodes, with the resources that nobody holds."""
+    free = available_resources_per_node()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(free.get(node["NodeID"], {}), node.get("Labels", {})) for node in nodes if node["Alive"]]
 
@@ -74,19 +75,21 @@ def placement_group(model: ModelSpec) -> dict[str, Any]:
 
 
 def bundles_by_node(nodes_of_bundles: Mapping[int, str]) -> list[int]:
-    """Bundle indices so that neighbouring ranks share a node, beginning with the node of the first bundle.
+    """Order bundles so that neighboring ranks share a node, beginning with the node of the first bundle.
 
     Args:
-        nodes_of_bundles: the node id of each bundle, as Ray's placement group table says.
+        nodes_of_bundles: the node id of each bundle, from Ray's placement group table.
+
+    Returns:
+        The index of the bundle for rank 0, for rank 1, and so on.
     """
     first_seen = list(dict.fromkeys(nodes_of_bundles[index] for index in sorted(nodes_of_bundles)))
     return sorted(nodes_of_bundles, key=lambda index: (first_seen.index(nodes_of_bundles[index]), index))
 
 
 def may_host(model: ModelSpec, node: Node) -> bool:
-    """Whether a rank of the model may be placed on the node, if it were empty."""
-    labels = model.placement.node_labels
-    return all(node.labels.get(key) == value for key, value in labels.items()) and _places(node, bundle(model)) > 0
+    """Whether the node, if it were empty, could hold a rank of the model."""
+    return _has_labels(model, node) and _places(node, bundle(model)) > 0
 
 
 def hosts(model: ModelSpec) -> list[str]:
@@ -97,62 +100,92 @@ def hosts(model: ModelSpec) -> list[str]:
 
 
 def without(model: ModelSpec, nodes: Sequence[Node]) -> list[Node]:
-    """What is left of the nodes when a gang of the model is placed on them, as far as they hold it."""
-    wanted, missing, left = bundle(model), model.parallel.world_size, []
-    for node in sorted(nodes, key=lambda node: -_places(node, wanted)):
-        here = min(missing, _places(node, wanted)) if may_host(model, node) else 0
+    """What is left of the nodes after a gang of the model, or as much of it as they hold, is placed on them."""
+    needed, missing, left = bundle(model), model.parallel.world_size, []
+    for node in sorted(nodes, key=lambda node: -_places(node, needed)):
+        here = min(missing, _places(node, needed)) if may_host(model, node) else 0
         missing -= here
-        taken = {name: node.resources.get(name, 0) - here * wanted.get(name, 0) for name in node.resources}
-        left.append(Node(taken, node.labels))
+        rest = {name: node.resources.get(name, 0) - here * needed.get(name, 0) for name in node.resources}
+        left.append(Node(rest, node.labels))
     return left
 
 
-def unschedulable(model: ModelSpec, nodes: Sequence[Node]) -> str | None:
-    """Why no gang of the model can ever be placed on these nodes, even if they were empty; None: it can be."""
-    wanted = bundle(model)
-    ranks, labels, accelerator = (
-        model.parallel.world_size,
-        model.placement.node_labels,
-        model.placement.accelerator_type,
-    )
-    fitting = [node for node in nodes if all(node.labels.get(key) == value for key, value in labels.items())]
+@dataclass(frozen=True)
+class Unschedulable:
+    """What keeps a gang from being placed on some nodes, even if they were empty. `str()` says it to a person.
+
+    Attributes:
+        model: whose gang.
+        lacks: `nodes` (there are none), `labels` (no node has them), `accelerator` (no node has this type), `places`
+            (there is enough of each resource, but not in one place), or the scarcest resource, by Ray's name.
+        available: how much of that there is: nodes, places for ranks, or an amount of the resource; on the largest
+            node if the gang must be on one, else on all.
+    """
+
+    model: ModelSpec
+    lacks: str
+    available: float
+
+    def __str__(self) -> str:
+        ranks, placement, needed = self.model.parallel.world_size, self.model.placement, bundle(self.model)
+        together = placement.strategy == "STRICT_PACK"
+        where = " on one node" if together else ""
+        match self.lacks:
+            case "nodes":
+                return "no nodes"
+            case "labels":
+                labels = ", ".join(f"{key}={value}" for key, value in placement.node_labels.items())
+                return f"needs nodes labeled {labels}, none of the {self.available:g} nodes is"
+            case "accelerator":
+                return f"needs {placement.accelerator_type} GPUs, no node has any"
+            case "places":
+                each = " and ".join(amount(name, needed[name]) for name in needed if name in UNITS)
+                found = (
+                    f"no node holds more than {self.available:g}"
+                    if together
+                    else (f"the nodes hold {self.available:g}")
+                )
+                return f"needs {ranks} ranks of {each} each{where}, {found}"
+        has = "the largest node has" if together else "all nodes have"
+        found = amount(self.lacks, self.available).removesuffix(f" {UNITS[self.lacks]}")
+        return f"needs {amount(self.lacks, needed[self.lacks] * ranks)}{where}, {has} {found}"
+
+
+def unschedulable(model: ModelSpec, nodes: Sequence[Node]) -> Unschedulable | None:
+    """Say what keeps a gang of the model from being placed on these nodes, even if they were empty; None: nothing."""
+    if not nodes:
+        return Unschedulable(model, "nodes", 0)
+    fitting = [node for node in nodes if _has_labels(model, node)]
     if not fitting:
-        return f"needs nodes labelled {_labels(labels)}, none of the {len(nodes)} nodes is" if nodes else "no nodes"
-    if accelerator:
-        fitting = [node for node in fitting if node.resources.get(ACCELERATOR + accelerator)]
-        wanted.pop(ACCELERATOR + accelerator)
+        return Unschedulable(model, "labels", len(nodes))
+    needed = bundle(model)
+    if model.placement.accelerator_type:
+        accelerator = ACCELERATOR + model.placement.accelerator_type
+        del needed[accelerator]
+        fitting = [node for node in fitting if node.resources.get(accelerator)]
         if not fitting:
-            return f"needs {accelerator} GPUs, no node has any"
-    places = [_places(node, wanted) for node in fitting]
-    together = model.placement.strategy == "STRICT_PACK"
-    if (max(places) if together else sum(places)) >= ranks:
+            return Unschedulable(model, "accelerator", 0)
+    ranks, together = model.parallel.world_size, model.placement.strategy == "STRICT_PACK"
+    best = max if together else sum
+    places = best([_places(node, needed) for node in fitting])
+    if places >= ranks:
         return None
-    resource = min(wanted, key=lambda name: _most(fitting, name, together) / wanted[name])
-    needed, there = wanted[resource] * ranks, _most(fitting, resource, together)
-    if there >= needed:  # enough of each, but not in one place
-        each = " and ".join(amount(name, wanted[name]) for name in wanted)
-        has = f"no node holds more than {max(places)}" if together else f"the nodes hold {sum(places)}"
-        return f"needs {ranks} ranks of {each} each{' on one node' if together else ''}, {has}"
-    where, has = (" on one node", "the largest node has") if together else ("", "all nodes have")
-    return (
-        f"needs {amount(resource, needed)}{where}, {has} {amount(resource, there).removesuffix(' ' + UNITS[resource])}"
-    )
+    most = {name: best([node.resources.get(name, 0.0) for node in fitting]) for name in needed}
+    scarcest = min(needed, key=lambda name: most[name] / needed[name])
+    if most[scarcest] >= needed[scarcest] * ranks:
+        return Unschedulable(model, "places", places)
+    return Unschedulable(model, scarcest, most[scarcest])
 
 
 def amount(resource: str, count: float) -> str:
-    """So much of a resource, for a person to read: `4 GPUs`, `149.0 GiB memory`."""
+    """An amount of a resource for a person to read: `4 GPUs`, `149.0 GiB memory`."""
     return f"{format_bytes(int(count)) if resource == 'memory' else format(count, 'g')} {UNITS[resource]}"
 
 
-def _places(node: Node, wanted: Mapping[str, float]) -> int:
-    """How many ranks an empty node holds."""
-    return min(int(node.resources.get(name, 0) / each + 1e-6) for name, each in wanted.items())
+def _places(node: Node, needed: Mapping[str, float]) -> int:
+    """Count the ranks that an empty node holds. Ray's fractions add up with rounding errors, hence the epsilon."""
+    return min(int(node.resources.get(name, 0) / each + 1e-6) for name, each in needed.items())
 
 
-def _most(nodes: Sequence[Node], resource: str, together: bool) -> float:
-    amounts = [node.resources.get(resource, 0.0) for node in nodes]
-    return max(amounts) if together else sum(amounts)
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in labels.items())
+def _has_labels(model: ModelSpec, node: Node) -> bool:
+    return all(node.labels.get(key) == value for key, value in model.placement.node_labels.items())

@@ -1,9 +1,10 @@
 """Rank: one process, one device, one place in the mesh.
 
-The same method is called on all ranks at once (SPMD), through `workers.gang.rank_actor` by a gang on Ray, or by
-`workers.gang.local` without it. `status` and `cancel` may be called from another thread while `generate` computes.
+The same method is called on all ranks at once (SPMD): by a gang on Ray through `workers.gang.rank_actor`, or by
+`workers.gang.local` without Ray. `status`, `renumber` and `cancel` may be called from another thread while `generate`
+computes.
 
-What it raises tells the gang what to do. A `RequestError` or `RequestFailed` is agreed by all ranks at a boundary: the
+What a rank raises tells the gang what to do. All ranks agree on a `RequestError` or `RequestFailed` at a boundary: the
 gang is sound. Anything else may have left the others inside a collective: the gang is lost.
 """
 
@@ -16,12 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import diffusers
 import torch
 import torch.distributed as dist
-import transformers
 
 from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
@@ -36,19 +33,14 @@ from workers.model.media import encode
 
 Result = TypeVar("Result")
 
-diffusers.logging.set_verbosity_error()
-diffusers.logging.disable_progress_bar()
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 
 class Rank:
     """One rank of a gang.
 
     Args:
         rank: its number, `0 <= rank < model.parallel.world_size`.
-        model: what to load and how the gang looks.
-        device_index: which of the visible CUDA devices it uses; no meaning on CPU.
+        model: what to load, and the layout.
+        device_index: which of the visible CUDA devices it uses; ignored on CPU.
         node_id: the Ray node it runs on; empty outside Ray.
         replica: the gang's number among those of its model, for metrics.
     """
@@ -57,27 +49,29 @@ class Rank:
         self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "", replica: str = "0"
     ) -> None:
         self.rank = rank
-        self._replica = replica
-        self._metrics: RankMetrics | None = None
         self.model = model
         self._node_id = node_id
+        self._replica = replica
+        self._metrics: RankMetrics | None = None  # until it has joined, so that warming up counts nowhere
+        self._store: dist.TCPStore | None = None  # type: ignore[name-defined]  # rank 0 hosts it as long as it lives
+        self._usable: LoadedModel | None = None  # until it has joined; `_loaded` asserts that it has
         self._phase: Phase = "starting"
-        self._progress = 0
+        self._progress = 0  # boundaries passed; read by the control thread, as are the two below
         self._step = 0
         self._read = 0.0
-        self._cancelled: str | None = None
+        self._cancelled: str | None = None  # a request's id, written by the control thread
         if model.device == "cuda":
             torch.cuda.set_device(device_index)
         else:
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
 
     def open_rendezvous(self, host: str) -> int:
-        """Rank 0: host the store where the ranks of this gang meet; its port.
+        """On rank 0: host the store where the ranks of this gang meet, and return its port.
 
         Args:
             host: the address to bind, reachable by all ranks.
         """
-        listener = socket.create_server((host, 0))
+        listener = socket.create_server((host, 0))  # bound here and handed over: no other program can take the port
         port = int(listener.getsockname()[1])
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
@@ -90,7 +84,7 @@ class Rank:
         return port
 
     def join(self, host: str, port: int) -> RankStatus:
-        """Meet the other ranks, form the mesh, load the model. All ranks must call it at once.
+        """Meet the other ranks, form the mesh, load the model and warm it up. All ranks must call it at once.
 
         Raises:
             ValueError: the model cannot be loaded or the layout does not fit it.
@@ -112,20 +106,20 @@ class Rank:
             world_size=degrees.world_size,
             timeout=timedelta(seconds=limits.startup_s),
         )
-        self._mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
-        self._loaded = load_model(self.model, self._mesh, self._on_progress)
+        mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        self._use(load_model(self.model, mesh, self._on_progress))
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
-        self.number(self._replica)  # what was run until now counts nowhere
+        self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
         return self.status()
 
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
-        """Run one request; rank 0 yields its steps, if asked to, and the result at last; the others yield nothing.
+        """Run one request. Rank 0 yields its steps, if asked to, and then the result; the others yield nothing.
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed on some rank, or was cancelled; all ranks have stopped at the same boundary.
+            RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
         """
         try:
             yield from self._generate(request)
@@ -135,21 +129,21 @@ class Rank:
                 self._cancelled = None
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
-        """Have exactly these adapters from the next request on. All ranks must call it at once, between requests.
+        """Use exactly these adapters from the next request on. All ranks must call it at once, between requests.
 
         Those that are new, or new under a name, are read, and warmed up where blocks are compiled.
 
         Raises:
-            RequestFailed: some rank could not read or run one; every rank has the adapters that it had before.
+            RequestFailed: some rank could not read or run one; every rank keeps the adapters that it had.
         """
         former = self._loaded
         self._phase = "load"
         try:
-            self._have(self._run_on_all_ranks(None, lambda: former.with_loras(loras)))
+            self._use(self._run_on_all_ranks(None, lambda: former.with_loras(loras)))
             try:
                 self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
             except (RequestError, RequestFailed):
-                self._have(former)
+                self._use(former)
                 raise
         finally:
             self._phase = "idle"
@@ -157,18 +151,23 @@ class Rank:
     def _on_progress(self, loaded: float) -> None:
         self._read = loaded
 
-    def _have(self, loaded: LoadedModel) -> None:
+    @property
+    def _loaded(self) -> LoadedModel:
+        assert self._usable is not None, "a rank joins before it generates"
+        return self._usable
+
+    def _use(self, loaded: LoadedModel) -> None:
         loaded.use_loras()
-        self._loaded, self.model = loaded, loaded.spec
+        self._usable, self.model = loaded, loaded.spec
 
     def _warm_up(self) -> None:
-        """Run the spec's shapes once, so that no caller waits for what a first run prepares."""
+        """Run the spec's shapes once, so that no caller waits for what a first run compiles and allocates."""
         for request in warm_up_requests(self.model):
             for _ in self._generate(request):
                 pass
 
     def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
-        """Compile what these need. Up to the last step: behind it rank 0 is alone, and could not fail together."""
+        """Compile what these adapters need. Not to the end: rank 0 decodes alone, and could not fail together."""
         names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
         for name in names:
             for request in warm_up_requests(self.model, ((name, 1.0),)):
@@ -208,7 +207,7 @@ class Rank:
             )
 
     def status(self) -> RankStatus:
-        """What this rank is doing; answers while it computes."""
+        """What this rank is doing. Answers while it computes."""
         return RankStatus(
             rank=self.rank,
             pid=os.getpid(),
@@ -220,14 +219,14 @@ class Rank:
             step=self._step,
         )
 
-    def number(self, replica: str) -> None:
-        """Metrics go under another number of the gang from now on."""
+    def renumber(self, replica: str) -> None:
+        """Observe under another number of the gang from now on."""
         if self._metrics:
             self._metrics.memory(0)
         self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)
 
     def cancel(self, request_id: str) -> None:
-        """Stop the request at the next boundary, together with all ranks. Another request is not touched."""
+        """Stop this request, and no other, at the next boundary, together with all ranks."""
         self._cancelled = request_id
 
     def _begin(self, request: GenerationRequest) -> Denoising:
@@ -245,24 +244,24 @@ class Rank:
         return denoising
 
     def _peak_memory(self) -> int:
-        """The most bytes that torch has reserved on this rank's GPU, or its process in main memory."""
+        """Peak bytes: reserved by torch on this rank's GPU, or resident in main memory for a rank on CPU."""
         if self.model.device == "cuda":
             return torch.cuda.max_memory_reserved()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        return peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux KiB
 
     def _denoise(self, denoising: Denoising) -> Iterator[float]:
-        """All steps, and the seconds that each took."""
+        """Run all steps; yield the seconds that each took."""
         self._phase = "denoise"
         while not denoising.done:
             before = time.perf_counter()
-            denoising.step()
+            denoising.step()  # an error inside is not agreed: the other ranks may wait in a collective of the forward
             self._sync_point(denoising.request)
             self._step += 1
             yield time.perf_counter() - before
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
-        """What every rank does for itself, and then learns whether it worked on all."""
+        """Do what every rank does by itself, without collectives, and return only if it worked on all of them."""
         failure: Exception | None = None
         try:
             result = work()
@@ -272,10 +271,14 @@ class Rank:
         return result
 
     def _sync_point(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
-        """All ranks learn whether one of them failed or was told to stop, and then raise or go on together."""
-        self._progress += 1
+        """Pass a boundary: all ranks learn whether one failed or was told to stop, and raise or go on together.
+
+        The rank with the reason raises it; the others raise `PeerFailed`. A cancellation is agreed like a failure,
+        because it reaches the ranks at different moments.
+        """
+        self._progress += 1  # the gang takes a rank for stuck if this stands still for too long
         stop = request is not None and self._cancelled == request.request_id
-        failed, cancelled = self._mesh.agree(failure is not None, stop)
+        failed, cancelled = self._loaded.mesh.agree(failure is not None, stop)
         if isinstance(failure, RequestError):
             raise failure
         if failure is not None:
@@ -283,12 +286,12 @@ class Rank:
         if failed:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed")
         if request and cancelled:
-            raise RequestCancelled(f"request {request.request_id} was cancelled")
+            raise RequestCancelled(f"request {request.request_id} was canceled")
 
     def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:
         try:
             return tuple(encode(made, denoising.request) for made in denoising.finish())
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
-        except Exception as error:  # no other rank waits for this one: a rank that shares tiles has told them
+        except Exception as error:  # no rank waits for this one: where tiles are shared, the VAE has told the others
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

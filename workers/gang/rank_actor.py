@@ -1,22 +1,18 @@
-"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang.gang`, which must start fast and so never imports torch.
+"""RankActor: a `Rank` as a Ray actor. Made by `workers.gang.rank_group`, in a gang that must start fast without torch.
 
-`status` and `cancel` are in a concurrency group of their own: they answer while a step computes.
+What watches or steers a rank is in a concurrency group of its own, so that it answers while a step computes.
 """
 
-import importlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import ray
 
 from deploy.spec import LoRA, ModelSpec
-from workers.exporter import Exporter
+from workers.exporter import Exporter, share_values
+from workers.gang.rank_process import set_up_rank_process
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
-
-if TYPE_CHECKING:
-    from workers.gang.rank import Rank
 
 
 @ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
@@ -24,19 +20,20 @@ class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`."""
 
     def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
+        self._exporter = Exporter(share_values())
         logging.basicConfig(format="%(name)s: %(message)s")
-        if rank == 0:  # all ranks would say the same: the kernel, and what the layout costs
+        if rank == 0:  # all ranks would log the same: the kernel, and what the layout costs
             logging.getLogger("sp_core").setLevel(logging.INFO)
         node_id = ray.get_runtime_context().get_node_id()
         folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
         here = model.model_copy(update={"source": str(folder)})
-        self._rank: Rank = importlib.import_module("workers.gang.rank").Rank(
-            rank, here, node_id=node_id, replica=replica
-        )
-        self._exporter = Exporter()
+        set_up_rank_process()
+        from workers.gang.rank import Rank  # here: the gang imports this module, and must start without torch
+
+        self._rank = Rank(rank, here, node_id=node_id, replica=replica)
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """Rank 0: the address where the ranks of this gang meet."""
+        """On rank 0: open the address where the ranks of this gang meet, and return it."""
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return host, self._rank.open_rendezvous(host)
 
@@ -63,9 +60,9 @@ class RankActor:
         self._exporter.serve_at(host, port)
 
     @ray.method(concurrency_group="control")
-    def number(self, replica: str) -> None:
-        """See `Rank.number`."""
-        self._rank.number(replica)
+    def renumber(self, replica: str) -> None:
+        """See `Rank.renumber`."""
+        self._rank.renumber(replica)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:

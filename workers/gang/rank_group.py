@@ -1,7 +1,7 @@
 """RankGroup: the processes of one gang, from their start to their loss. Never repaired, only replaced as a whole.
 
 `Gang` starts one and runs requests on it. When a rank dies, hangs or raises inside a forward, its peers may wait in a
-collective that will never end: then all of them are killed by pid at once, and `on_lost` is told.
+collective that never ends. Then all of them are killed by pid at once, and `on_lost` is called.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import contextvars
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +36,7 @@ Report = StepEvent | GenerationResult
 
 
 class RankGroup:
-    """As many ranks as the model's layout says, one per bundle of the current placement group.
+    """The ranks of a model's layout, one per bundle of the current placement group. Made by `start`.
 
     Args:
         model: what the ranks load.
@@ -50,10 +51,11 @@ class RankGroup:
     ) -> None:
         self._model = model
         self._on_lost = on_lost
-        self._lost: str | None = None
+        self.startup_s = 0.0  # seconds from their start until they served
+        self._lost: str | None = None  # the reason
         self._statuses: list[RankStatus] = []
-        # Ray cancels whatever a cancelled request has called, rank by rank, and one of them would be left alone in a
-        # collective. Calls made in this context belong to the start of the ranks and not to a request.
+        # Ray cancels whatever a canceled request has called, rank by rank, which would leave one of them alone in a
+        # collective. Calls made in this context belong to the start of the ranks, not to a request.
         self._context = contextvars.copy_context()
         self._watcher: asyncio.Task[None] | None = None
         group = get_current_placement_group()
@@ -80,6 +82,7 @@ class RankGroup:
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
+        began = time.monotonic()
         group = cls(model, models_folder, name, replica, on_lost)
         limit = model.timeouts.startup_s
         try:
@@ -90,15 +93,16 @@ class RankGroup:
             raise GangLost(f"{model.name}: {error.cause}") from None
         except RayActorError as error:
             raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
+        group.startup_s = time.monotonic() - began
         group._watcher = asyncio.create_task(group._watch())
         return group
 
     async def run(self, request: GenerationRequest) -> AsyncIterator[Report]:
-        """One request on all ranks; when the caller leaves early, the ranks stop at their next boundary.
+        """Run one request on all ranks. When the caller leaves early, they stop at their next boundary.
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was cancelled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
@@ -106,41 +110,41 @@ class RankGroup:
             async for report in self._collect(run):
                 yield report
         finally:
-            if run.running:
+            if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach the ranks
                 await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
 
     async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
-        """Let all ranks have exactly these adapters. Only between requests; those already there are not read again.
+        """Give all ranks exactly these adapters, between requests. Those that they have are not read again.
 
         Raises:
-            RequestFailed: some rank could not read or run one; all ranks have the adapters that they had before.
+            RequestFailed: some rank could not read or run one; all ranks keep the adapters that they had.
             GangLost: the ranks are lost.
         """
         calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
-        await asyncio.shield(asyncio.create_task(self._settle(calls)))  # whoever leaves early leaves no rank alone
+        await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller that leaves must not stop some
 
     def serve_metrics(self, host: str, port: int | None) -> None:
-        """Let ranks on nodes without a gang answer Prometheus; on this node the gang does. See `workers.exporter`."""
+        """Let ranks on other nodes answer Prometheus there; on this node the gang does. See `workers.exporter`."""
         here = ray.get_runtime_context().get_node_id()
         for status, rank in zip(self._statuses, self._ranks, strict=True):
             if status.node_id != here:
                 rank.serve_metrics.remote(host, port)
 
-    def number(self, replica: str) -> None:
+    def renumber(self, replica: str) -> None:
         """Let the ranks observe under another number of their gang."""
         for rank in self._ranks:
-            rank.number.remote(replica)
+            rank.renumber.remote(replica)
 
     @property
     def statuses(self) -> Sequence[RankStatus]:
-        """What each rank said last; some hundred milliseconds old."""
+        """The last status of each rank, some hundred milliseconds old."""
         return self._statuses
 
     def check_watched(self) -> None:
-        """Whether the ranks are watched, or lost and known to be.
+        """Raise if the ranks are unwatched and not known to be lost.
 
         Raises:
-            GangLost: the watch has ended by itself.
+            GangLost: the watch ended by itself.
         """
         if not self._lost and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
@@ -150,7 +154,10 @@ class RankGroup:
         return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in self._ranks)))
 
     async def _collect(self, run: "_Run") -> AsyncIterator[Report]:
-        """What the ranks report, until all of them are done with the request."""
+        """Yield what the ranks report, until all of them are done with the request.
+
+        It waits for every rank even when one has failed: only then is the gang free for the next request.
+        """
         failures: list[SprayError] = []
         while run.running:
             report = await run.reports.get()
@@ -159,31 +166,31 @@ class RankGroup:
                 continue
             run.running -= 1
             if report.error is not None:
-                failures.append(self._agreed(report.error))
+                failures.append(self._require_agreed(report.error))
         _raise_reason(failures)
 
-    async def _settle(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
-        """The end of a call of all ranks. The first that is lost ends it: the others may never return."""
+    async def _join_calls(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
+        """Wait for a call of all ranks. The first rank that is lost ends the wait: the others may never return."""
         failures: list[SprayError] = []
         for call in asyncio.as_completed(calls):
             error = await call
             if error is not None:
-                failures.append(self._agreed(error))
+                failures.append(self._require_agreed(error))
         _raise_reason(failures)
 
-    def _agreed(self, error: Exception) -> SprayError:
-        """The error, if all ranks agree on it and go on.
+    def _require_agreed(self, error: Exception) -> SprayError:
+        """Return an error on which all ranks agree: they stopped at the same boundary and are sound.
 
         Raises:
-            GangLost: it is of another kind, and the ranks are lost.
+            GangLost: it is any other error. Its rank may have left the others inside a collective.
         """
         if isinstance(error, RequestError | RequestFailed):
             return error
-        self._give_up(f"{type(error).__name__}: {error}".splitlines()[0])
+        self._lose(f"{type(error).__name__}: {error}".splitlines()[0])
         raise GangLost(f"{self._model.name}: {self._lost}")
 
     async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
-        """Stop the ranks at their next boundary, and see that all of them arrive there."""
+        """Stop the ranks at their next boundary, and wait until all of them are there."""
         if self._lost:
             return
         for rank in self._ranks:
@@ -196,36 +203,43 @@ class RankGroup:
         await asyncio.gather(self._watch_processes(), self._watch_progress())
 
     async def _watch_processes(self) -> None:
-        """Give the ranks up when one is stopped or dead, as far as this node can see; that takes no patience."""
+        """Lose the ranks when one on this node is stopped or dead; an unanswered ping would show it much later."""
         here = ray.get_runtime_context().get_node_id()
-        near = [status for status in self._statuses if status.node_id == here]
+        local = [status for status in self._statuses if status.node_id == here]
         suspects: set[int] = set()
         while not self._lost:
-            halted = {status.rank for status in near if _is_halted(status.pid)}
+            halted = {status.rank for status in local if _is_halted(status.pid)}
             for rank in halted & suspects:  # twice in a row: a debugger may stop a process for a moment
-                self._give_up(f"the process of rank {rank} is stopped or dead")
+                self._lose(f"the process of rank {rank} is stopped or dead")
             suspects = halted
             await asyncio.sleep(PING_PERIOD_S)
 
     async def _watch_progress(self) -> None:
-        """Give the ranks up when one does not answer, or passes no boundary for too long."""
+        """Lose the ranks when one does not answer, or passes no boundary for too long.
+
+        An answer alone proves nothing: it comes from the rank's control thread, while its computing thread may sit in
+        a dead collective. So what counts is that `progress` grows.
+        """
         limits = self._model.timeouts
         clock = asyncio.get_running_loop().time
         moved = [(status.progress, clock()) for status in self._statuses]
         while not self._lost:
+            # All at once, so that one silent rank delays no other's ping. Exceptions come back as values: the watch
+            # itself must outlive them.
             pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
             for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
                 if isinstance(status, BaseException):
-                    self._give_up(f"rank {i} does not answer ({type(status).__name__})")
+                    self._lose(f"rank {i} does not answer ({type(status).__name__})")
                     continue
                 self._statuses[i] = status
                 if status.phase == "idle" or status.progress != moved[i][0]:
                     moved[i] = (status.progress, clock())
                 elif clock() - moved[i][1] > limits.phase_s:
-                    self._give_up(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+                    self._lose(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
             await asyncio.sleep(PING_PERIOD_S)
 
-    def _give_up(self, reason: str) -> None:
+    def _lose(self, reason: str) -> None:
+        """Kill all ranks and say so, once."""
         if self._lost:
             return
         self._lost = reason
@@ -245,17 +259,19 @@ class _Run:
     def __init__(self, ranks: list[Any], request: GenerationRequest, context: contextvars.Context) -> None:
         self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
         self.running = len(ranks)
-        self._drains = [asyncio.create_task(_drain(rank, request, self.reports), context=context) for rank in ranks]
+        # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
+        self._relays = [asyncio.create_task(_relay(rank, request, self.reports), context=context) for rank in ranks]
 
 
 class _RankDone:
-    """A rank's last word about a request: None, or what it raised."""
+    """How a request ended on one rank: None, or what the rank raised."""
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
 
-async def _drain(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]") -> None:
+async def _relay(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]") -> None:
+    """Run the request on one rank, and put what it reports and how it ends into the queue of all ranks."""
     try:
         async for reference in rank.generate.options(num_returns="streaming").remote(request):
             reports.put_nowait(await reference)
@@ -268,7 +284,7 @@ async def _drain(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[
 
 
 async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:
-    """None, or what the rank raised."""
+    """Call one rank; return what it raised, or None."""
     try:
         await rank.set_loras.remote(loras)
     except RayTaskError as error:
@@ -280,7 +296,7 @@ async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:
 
 
 def _raise_reason(failures: list[SprayError]) -> None:
-    """Raise, if any: all ranks have stopped together, at least one of them with the reason."""
+    """Raise the most telling of the failures, if any: a rank with the reason before ranks that only stopped with it."""
     if failures:
         raise min(failures, key=lambda error: isinstance(error, PeerFailed))
 
@@ -291,7 +307,7 @@ async def _status(rank: Any) -> RankStatus:
 
 
 def _is_halted(pid: int) -> bool:
-    """Whether a process of this machine is stopped, a zombie or gone; False where the system does not tell."""
+    """Whether a process of this machine is stopped, a zombie or gone. False on systems without /proc."""
     if not PROC.is_dir():
         return False
     try:
@@ -304,4 +320,4 @@ def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
-        logger.info("rank process %d was gone already", pid)
+        logger.info("rank process %d had already ended", pid)

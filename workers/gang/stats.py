@@ -1,7 +1,7 @@
-"""What a gang tells about its load: to the autoscaler every few seconds, to the routers every ten.
+"""What a gang reports of its load: to the autoscaler every few seconds, to the routers every ten.
 
 `workers.gang.gang` returns these from `record_autoscaling_stats` and `record_routing_stats`, which Ray Serve calls;
-`service.autoscaling` and `service.routing` read them. Plain numbers, for they cross Serve as dictionaries.
+`service.autoscaling` and `service.routing` read them. They cross Serve as dictionaries of plain numbers.
 """
 
 from dataclasses import dataclass, fields
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GangLoad:
-    """For the autoscaler. The model's target comes along, since a policy of Serve cannot get arguments that change.
+    """For the autoscaler. It carries the model's target, since the arguments of a Serve policy cannot change.
 
     Attributes:
         remaining_s: seconds of work left of the running request; 0 when idle or unknown.
-        request_s: seconds of a typical request; 0 before one was learnt.
+        request_s: seconds of a typical request; 0 before the first was learned.
         busy: 1 while a request runs, else 0. Serve averages it over its look-back period.
-        startup_s: seconds that this gang took from the start of its constructor until it could serve.
+        startup_s: seconds that the gang's ranks took from their start until they served.
         target_s: `autoscaling.target_backlog_seconds` of the model.
     """
 
@@ -27,7 +27,7 @@ class GangLoad:
     target_s: float
 
     def as_stats(self) -> dict[str, float]:
-        """What `record_autoscaling_stats` returns: one number per attribute, by its name."""
+        """What `record_autoscaling_stats` returns: one number per attribute, under its name."""
         return dict(vars(self))
 
 
@@ -37,9 +37,9 @@ class GangBacklog:
 
     Attributes:
         backlog_s: seconds of work that the gang had accepted and not finished.
-        reported_at: when, in seconds since the epoch. 0: never; nothing is known of the gang.
-        request_s: seconds of a typical request; 0 before one was learnt.
-        shapes: (width, height, num_frames) that the gang has run.
+        reported_at: when, in seconds since the epoch; 0: the gang has not reported yet.
+        request_s: seconds of a typical request; 0 before the first was learned.
+        shapes: each (width, height, num_frames) that the gang has run.
     """
 
     backlog_s: float = 0.0
@@ -53,6 +53,6 @@ class GangBacklog:
 
     @classmethod
     def from_stats(cls, stats: dict[str, Any]) -> "GangBacklog":
-        """The inverse of `as_stats`. Before the first report Serve has an empty dictionary: the defaults."""
+        """Invert `as_stats`. Before the first report Serve has an empty dictionary, which gives the defaults."""
         known = {field.name: stats[field.name] for field in fields(cls) if field.name in stats}
         return cls(**{**known, "shapes": frozenset(tuple(shape) for shape in known.get("shapes", ()))})

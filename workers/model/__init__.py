@@ -1,10 +1,11 @@
 """One model in one rank: from its files to its pictures.
 
-files.py        where a model's files are on this node: fetched once, checked once
-loader.py       loads a model folder; weights.py reads a transformer's share
-out_of_tree.py  what a deployment names as package.module:NAME: a transformer's class, its plan
-adapters/       what is peculiar to each pipeline
-denoising.py    one request in progress, step by step
-lora.py         LoRA files -> what sp_core.lora takes
-media.py        pictures to PNG, JPEG, WebP; videos to MP4
+files.py                where a model's files are on this node: fetched once, checked once
+loader.py               loads a model folder; weights.py reads a transformer's share
+out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
+adapters/               what each pipeline does its own way
+denoising.py            one request in progress, step by step
+lora.py                 LoRA files -> what sp_core.lora takes
+media.py                pictures to PNG, JPEG, WebP; videos to MP4
+diffusers_internals.py  what diffusers keeps private
 """

@@ -2,17 +2,20 @@
 
 A `Denoising` is one request in progress on one rank; `workers.gang.rank` calls its stages on all ranks alike. A modular
 pipeline is a list of blocks that read and write one state: text encoder, latents, timesteps, the denoising loop,
-decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks behind it.
+decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks after it.
+
+Two things hold between steps, so that a request can be moved, paused or resumed there: every rank has its whole
+latents, and all state of a request is in its `Denoising`.
 """
 
 import copy
 import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import ModularPipeline
-from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
+from diffusers.modular_pipelines import BlockState, LoopSequentialPipelineBlocks, PipelineState
 
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
@@ -23,12 +26,36 @@ from workers.model.adapters.lookup import find_adapter
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
 
 
+@dataclass(frozen=True)
+class Workflow:
+    """The blocks that one request runs through, in order.
+
+    Attributes:
+        encode: up to the last encoder; on the ranks that have encoders.
+        prepare: from there to the loop: initial latents, timesteps.
+        loop: its body is one step.
+        decode: after the loop.
+    """
+
+    encode: tuple[Any, ...]
+    prepare: tuple[Any, ...]
+    loop: LoopSequentialPipelineBlocks
+    decode: tuple[Any, ...]
+
+    @classmethod
+    def split(cls, blocks: tuple[Any, ...]) -> Self:
+        """Split the execution blocks of a modular pipeline."""
+        loop = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
+        prepare = 1 + max(i for i, block in enumerate(blocks[:loop]) if _encodes(block))
+        return cls(blocks[:prepare], blocks[prepare:loop], blocks[loop], blocks[loop + 1 :])
+
+
 class Denoising:
     """One request in progress: `encode`, `share_encoded`, `prepare`, `step` until `done`, `join_pictures`, `finish`.
 
-    It owns its scheduler and guider: pipelines share theirs, and two requests on one scheduler break each other.
-    With several groups of ranks for the branches of guidance, a request without guidance has its pictures shared out
-    over the groups instead.
+    It owns its scheduler and guiders: a pipeline has one of each, and two requests on one scheduler break each other.
+    Where groups of ranks compute the branches of guidance, a request without guidance has its pictures divided among
+    the groups instead.
 
     Args:
         loaded: the model, shared by all requests.
@@ -59,37 +86,42 @@ class Denoising:
             together = model.vae == "all"
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
-        self._plan(pipeline)
+        given = self._inputs()
+        blocks = pipeline.blocks.get_execution_blocks(**given)
+        self._workflow = Workflow.split(tuple(blocks.sub_blocks.values()))
+        self._state = PipelineState()  # what the blocks read and write
+        for name, value in ({p.name: p.default for p in blocks.inputs if p.name} | given).items():
+            self._state.set(name, value)
+        self._encoded: dict[str, Any] = {}  # what `encode` added to the state
+        self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
         self._steps_done = 0
 
     @property
     def total_steps(self) -> int:
         """Steps from noise to picture."""
-        return len(self._body.timesteps)
+        return len(self._loop_state.timesteps)
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done and `finish` may follow."""
+        """Whether all steps are done."""
         return self._steps_done == self.total_steps
 
     @property
     def latents(self) -> torch.Tensor:
-        """The latents as they stand: `(pictures of this rank, ...)`, packed or not as the model has them."""
-        latents: torch.Tensor = self._body.latents
+        """The latents after the latest step: `(pictures of this rank, ...)`, packed if the model packs them."""
+        latents: torch.Tensor = self._loop_state.latents
         return latents
 
     @torch.no_grad()
     def encode(self) -> None:
-        """Encode the prompts, where the encoders are."""
-        self._encoded: dict[str, Any] = {}
+        """Encode the prompts, on ranks that have the encoders."""
         if self._encodes:
             before = dict(self._state.values)
-            for block in self._encoders:
-                self._run(block)
+            self._run(self._workflow.encode)
             self._encoded = {n: v for n, v in self._state.values.items() if before.get(n) is not v}
 
     def share_encoded(self) -> None:
-        """Give what rank 0 has encoded to the ranks without encoders. A collective of all ranks."""
+        """Send what rank 0 has encoded to the ranks without encoders. A collective of all ranks, if there are such."""
         if not self._shares_encoded:
             return
         packed = io.BytesIO()
@@ -105,46 +137,46 @@ class Denoising:
     def prepare(self) -> None:
         """Draw the initial latents, set the timesteps."""
         self._set_guiders(self._adapter.guiders(self.request))
-        for block in self._ahead:
-            self._run(block)
-        _forget_full_masks(self._state)
-        self._body = self._loop.get_block_state(self._state)
-        self._body.additional_cond_kwargs = {}
-        self._body.num_warmup_steps = 0
+        self._run(self._workflow.prepare)
+        _drop_full_masks(self._state)
+        loop_state = self._workflow.loop.get_block_state(self._state)
+        loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
+        loop_state.num_warmup_steps = 0
         if self._adapter.rounds_timestep:
-            self._body.dtype = torch.float32  # see `workers.model.adapters.pipeline_adapter.keep_timestep_exact`
+            loop_state.dtype = torch.float32  # see `workers.model.adapters.pipeline_adapter.keep_timestep_exact`
+        self._loop_state = loop_state
 
     @torch.no_grad()
     def step(self) -> None:
-        """One denoising step: a collective of all ranks."""
-        self._activate_adapters()
-        i = self._steps_done
-        _, self._body = self._loop.loop_step(self._pipeline, self._body, i=i, t=self._body.timesteps[i])
+        """Do one denoising step. A collective of all ranks."""
+        self._activate_adapters()  # in each step: requests with other adapters may take steps in between
+        i, before = self._steps_done, self._loop_state
+        _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
         if self.latents.is_cuda:
-            torch.cuda.synchronize()  # a step is over when the device says so
+            torch.cuda.synchronize()  # kernels are queued: without this, the step's time and errors show up later
 
     def join_pictures(self) -> None:
-        """Bring the latents of all pictures to all ranks, where groups have shared them out. A collective then."""
+        """Give all ranks the latents of all pictures. A collective, if the groups have divided the pictures."""
         if self._splits_pictures:
             parts = collectives.all_gather_equal(self.latents, self._cfg)
-            self._body.latents = torch.cat(parts)[: self.request.n]
+            self._loop_state.latents = torch.cat(parts)[: self.request.n]
 
     @torch.no_grad()
     def finish(self) -> list[Any]:
-        """Decode the latents: on rank 0 pictures, or lists of frames for videos; nothing on the others.
+        """Decode the latents. A collective, if the ranks share tiles.
 
-        A collective if tiles are shared.
+        Returns:
+            On rank 0 the pictures, or a list of frames for each video; nothing on the others.
 
         Raises:
             PeerTileFailed: another rank could not decode its tiles.
         """
-        self._loop.set_block_state(self._state, self._body)
+        self._workflow.loop.set_block_state(self._state, self._loop_state)
         if not self._decodes:
             return []
         try:
-            for block in self._behind:
-                self._run(block)
+            self._run(self._workflow.decode)
         except TilesHandedOver:
             return []
         outputs: list[Any] = self._state.get(self._adapter.output)
@@ -159,7 +191,7 @@ class Denoising:
                 )
 
     def _activate_adapters(self) -> None:
-        """Those of this request and no others; nothing to do if they are active from the step before."""
+        """Activate the adapters of this request and no others. Costs nothing if they still are from the last step."""
         for adapters in self._adapters.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
@@ -168,31 +200,25 @@ class Denoising:
             parallel = self._guided and self._cfg.size > 1
             setattr(self._pipeline, name, ParallelGuider(guider, self._cfg) if parallel else guider)
 
-    def _plan(self, pipeline: ModularPipeline) -> None:
-        """The blocks that this request runs through, in order, and the values they start from."""
+    def _inputs(self) -> dict[str, Any]:
+        """The values that the pipeline starts from; they decide which blocks run."""
         request, seeds = self.request, self._seeds()
-        given = {
+        return {
             "prompt": request.prompt,
             "width": request.width,
             "height": request.height,
             "num_inference_steps": request.num_inference_steps,
             self._adapter.count_input: len(seeds),
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],  # on CPU: the same on any device
             "output_type": "pil",
             **self._adapter.inputs(request),
         }
-        workflow = pipeline.blocks.get_execution_blocks(**given)
-        self._state = PipelineState()
-        for name, value in ({p.name: p.default for p in workflow.inputs if p.name} | given).items():
-            self._state.set(name, value)
-        blocks = list(workflow.sub_blocks.values())
-        loop_at = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
-        encoded_at = 1 + max(i for i, block in enumerate(blocks[:loop_at]) if _encodes(block))
-        self._encoders, self._ahead = blocks[:encoded_at], blocks[encoded_at:loop_at]
-        self._loop, self._behind = blocks[loop_at], blocks[loop_at + 1 :]
 
     def _seeds(self) -> list[int]:
-        """Of this rank's pictures: all, or those of its group. Groups have equally many; the last may repeat some."""
+        """The seeds of this rank's pictures: all, or its group's share.
+
+        Shares are equal, so that no group waits in a collective for one with less to do: the last may repeat a picture.
+        """
         request = self.request
         if not self._splits_pictures:
             return [request.seed + i for i in range(request.n)]
@@ -200,16 +226,17 @@ class Denoising:
         first = self._cfg.rank * each
         return [request.seed + min(first + i, request.n - 1) for i in range(each)]
 
-    def _run(self, block: Any) -> None:
-        _, self._state = block(self._pipeline, self._state)
+    def _run(self, blocks: tuple[Any, ...]) -> None:
+        for block in blocks:
+            _, self._state = block(self._pipeline, self._state)
 
 
 def _encodes(block: Any) -> bool:
     return any(is_encoder(component.name) for component in block.expected_components)
 
 
-def _forget_full_masks(state: PipelineState) -> None:
-    """Prompts without padding need no mask; attention is faster without one. The classic pipeline does the same."""
+def _drop_full_masks(state: PipelineState) -> None:
+    """Drop masks that mask nothing: attention is faster without one. The classic pipeline does the same."""
     for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
         mask = state.get(name)
         if mask is not None and bool(mask.all()):

@@ -1,8 +1,8 @@
 """Where a model's files are on this node: fetched once per node, checked once, shared by all gangs of the node.
 
-A `ModelSpec` comes in, its folder goes out. Called by `workers.gang.gang` before any device is taken, in a thread,
-since it waits for the network and for other gangs. It brings no torch. What is fetched is what `workers.model.loader`
-loads.
+A `ModelSpec` comes in, its folder goes out. Called by `workers.gang.gang` before its ranks start, in a thread, since it
+waits for the network and for other gangs; by each rank; and by `service` to fetch ahead. It fetches what
+`workers.model.loader` loads, and brings no torch.
 """
 
 import contextlib
@@ -33,54 +33,54 @@ from deploy.spec import ModelSpec
 logger = logging.getLogger("ray.serve")
 
 CHECKS: tuple[Callable[[Path], object], ...] = (verify_configs, verify_weights, verify_checksums)
-"""What a model folder must pass, once per node; each raises ValueError or OSError."""
+"""What every model folder must pass once per node. Each raises ValueError or OSError."""
 
 INDEX = "model_index.json"
 
 CHECKSUMS = "SHA256SUMS"
-"""Compared where a model has it."""
+"""Optional; written by `sha256sum`."""
 
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
-"""Ends of the names of files that a component is loaded from: configs, weights, tokenizers and their templates."""
+"""Suffixes of the files that a component is loaded from: configs, weights, tokenizers and their templates."""
 
 VARIANTS = ["*.fp16*", "*.bf16*", "*.non_ema*"]
-"""The same weights in another precision, which nobody asks for: `dtype` converts."""
+"""The same weights in another precision. Not fetched: `dtype` converts."""
 
 REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (GatedRepoError, "its owner must let you in: accept the terms on its page, and set HF_TOKEN on the nodes"),
+    (GatedRepoError, "access is restricted; accept the terms on its page, and set HF_TOKEN on the nodes"),
     (RepositoryNotFoundError, "the hub has no such model, or a private one; correct source, or set HF_TOKEN"),
     (RevisionNotFoundError, "the hub has no such revision of it; set revision to a branch, a tag or a commit"),
-    (HFValidationError, "that is no hub id; set source to org/name, or to a folder that is there"),
+    (HFValidationError, "this is not a hub id; set source to org/name, or to an existing folder"),
     (
         LocalEntryNotFoundError,
-        "the hub cannot be reached, and this node's cache has nothing of it, or not all; connect the node, unset "
+        "the hub cannot be reached, and this node's cache does not have all of it; connect the node, unset "
         "HF_HUB_OFFLINE if it is set, or copy the model here and set source to its folder",
     ),
 )
-"""Why nothing could be fetched, and what to do; the first that fits."""
+"""Why nothing could be fetched, and what to do. The first that matches the error counts."""
 
 
 def fetch(model: ModelSpec, cache: str | None) -> Path:
-    """The folder of a model on this node, fetched and checked if no gang has done so yet. May take very long.
+    """Return the folder of a model on this node; fetch and check it first if nobody has. May take very long.
 
-    Gangs of one node that call it at once wait for one download. Without the network, or with HF_HUB_OFFLINE=1, what
-    the cache has is used, if that is the whole model.
+    Callers on one node wait for one download. Without the network, or with HF_HUB_OFFLINE=1, the cache is used if it
+    has the whole model.
 
     Args:
         model: whose `source` is a folder, which is then the answer, or a hub id.
-        cache: folder for models from the hub, as `storage.models` says; None: Hugging Face's own.
+        cache: folder for models from the hub, from `storage.models`; None: Hugging Face's own cache.
 
     Returns:
-        A folder in diffusers' format; of a hub id one whose last part is the commit.
+        A folder in diffusers' format. For a hub id, its name is the commit.
 
     Raises:
-        ValueError: it cannot be fetched, is no model that spray runs, or fails a check; the message says what to do.
+        ValueError: it cannot be fetched, is not a model that spray runs, or fails a check; the message says what to do.
         OSError: a file cannot be read.
     """
     notes = _notes_folder(cache)
     with _lock(notes / f"{_key(f'{model.source}@{model.revision}')}.lock", model.name):
         folder = _download(model, cache) if model.from_hub else Path(model.source)
-        family_name(folder)  # refuses what is no model
+        family_name(folder)  # rejects anything but a model that spray runs
         _check_once(folder, notes)
     return folder
 
@@ -94,13 +94,13 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
             folder = snapshot_download(
                 model.source, revision=revision, cache_dir=cache, allow_patterns=patterns, ignore_patterns=VARIANTS
             )
-        except Exception as error:  # of the hub, the network, the disk: whatever libraries below raise
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            reason = next((reason for kind, reason in REASONS if isinstance(error, kind)), said)
+        except Exception as error:  # the hub, the network, the disk: libraries below raise anything
+            raised = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = next((reason for kind, reason in REASONS if isinstance(error, kind)), raised)
             raise ValueError(f"{what} cannot be fetched: {reason}") from None
         return Path(folder)
 
-    disable_progress_bars()  # they would fill a replica's log
+    disable_progress_bars()  # they would flood a replica's log
     folder = snapshot(model.revision, [INDEX])
     if not (folder / INDEX).is_file():
         raise ValueError(f"{what} has no {INDEX}; set source to a model in diffusers' format")
@@ -108,7 +108,7 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
     parts = _parts(folder)
     folder = snapshot(folder.name, [INDEX, CHECKSUMS, *(f"{part}/*.{kind}" for part in parts for kind in KINDS)])
     absent = [part for part in parts if not (folder / part).is_dir()]
-    if absent:  # a cache that others have filled does not say whether it is whole
+    if absent:  # offline, the hub's client returns a partial snapshot without a word
         raise ValueError(f"{what} cannot be fetched: {folder} has no {', '.join(absent)}; {REASONS[-1][1]}")
     logger.info("%s is at %s after %.0f s", what, folder, time.monotonic() - started)
     return folder
@@ -121,7 +121,7 @@ def _parts(folder: Path) -> list[str]:
 
 
 def _check_once(folder: Path, notes: Path) -> None:
-    """Check a folder unless it has passed on this node; hashing every file again would hold up every gang's start."""
+    """Check a folder unless it has passed on this node: hashing every file again would delay every gang's start."""
     note = notes / f"{_key(str(folder.resolve()))}.checked"
     state = _state(folder)
     if note.is_file() and note.read_text() == state:
@@ -132,7 +132,7 @@ def _check_once(folder: Path, notes: Path) -> None:
 
 
 def _state(folder: Path) -> str:
-    """Changes whenever a file of the folder does, as far as name, size and time tell, and with what is checked."""
+    """A hash that changes with any file's name, size or time, and with the list of checks."""
     lines = [check.__name__ for check in CHECKS]
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
@@ -143,24 +143,24 @@ def _state(folder: Path) -> str:
 
 
 def _notes_folder(cache: str | None) -> Path:
-    """Where locks and notes lie: beside the models or, where these are read-only, among temporary files."""
+    """The folder of locks and notes: beside the models, or among temporary files if that is read-only."""
     own = Path(tempfile.gettempdir(), f"spray-{os.getuid()}")
     for place in [Path(cache, ".spray"), own] if cache else [own]:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
-    raise OSError(f"{own} cannot be written; set TMPDIR to a folder that can")
+    raise OSError(f"{own} is not writable; set TMPDIR to a folder that is")
 
 
 @contextlib.contextmanager
 def _lock(lock: Path, name: str) -> Iterator[None]:
-    """One process of this node at a time; the lock ends with the process, however that ends."""
+    """Let one process of this node in at a time. The lock ends with its process, however that ends."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("%s: waits for another gang of this node, which fetches the model", name)
+            logger.info("%s: waiting for another process of this node that fetches the model", name)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,11 +1,11 @@
 """Loads a model folder as one of diffusers' modular pipelines, of which this rank holds what it needs.
 
-A `ModelSpec` and the rank's mesh come in. The transformers are parallelised and read by share; the text encoders are on
-the ranks that encode, the VAE is on those that decode. Called by `workers.gang.rank`; what comes out goes to
-`workers.model.denoising`.
+A `ModelSpec` and the rank's mesh come in, a `LoadedModel` goes out. Transformers are parallelized and read by share;
+text encoders are only on ranks that encode, the VAE only on ranks that decode. Called by `workers.gang.rank`; its
+result is used by `workers.model.denoising`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import load_transformer
 
 RECOMPILE_LIMIT = 64
-"""Graphs of one block: torch's 8 are too few for several shapes, each with and without several adapters."""
+"""Graphs per block. torch's 8 are too few for several shapes, each with and without several adapters."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LoadedModel:
     """What all requests of this rank share.
 
     Attributes:
-        spec: how the deployment wants the model to run.
+        spec: what the deployment says of the model.
         mesh: the ranks.
-        pipeline: the parts of the model that this rank has.
+        pipeline: the components of the model that this rank has.
         adapters: the LoRA adapters of each transformer, by its name.
         shares: what this rank holds of each adapter of the spec, by transformer.
     """
@@ -49,9 +49,9 @@ class LoadedModel:
     shares: dict[LoRA, dict[str, AdapterShare]] = field(default_factory=dict)
 
     def with_loras(self, loras: tuple[LoRA, ...]) -> "LoadedModel":
-        """The same model with exactly these adapters, for `use_loras`. Until then nothing changes.
+        """Return the same model with exactly these adapters. Nothing changes until `use_loras`.
 
-        Those that it has already are not read again.
+        Adapters that it already has are not read again.
 
         Raises:
             ValueError: an adapter does not fit.
@@ -65,7 +65,7 @@ class LoadedModel:
         return replace(self, spec=self.spec.model_copy(update={"loras": loras}), shares=shares)
 
     def use_loras(self) -> None:
-        """Let requests have the adapters of this spec, and no others. Cannot fail."""
+        """Offer requests the adapters of this spec and no others. Cannot fail, so that no rank is left behind."""
         for component, adapters in self.adapters.items():
             adapters.replace({lora.name: parts[component] for lora, parts in self.shares.items() if component in parts})
 
@@ -74,7 +74,7 @@ class LoadedModel:
         found = read_lora(Path(lora.source), kind, lora.component)
         absent = sorted(set(found) - set(self.adapters))
         if absent:
-            raise ValueError(f"{lora.source} is for {absent[0]}, which the model has not; set component")
+            raise ValueError(f"{lora.source} is for {absent[0]}, which the model does not have; set component")
         return {component: self.adapters[component].share(lora.name, each) for component, each in found.items()}
 
 
@@ -86,7 +86,7 @@ def load_model(
     Args:
         model: what to load.
         mesh: the ranks.
-        on_progress: told how much of the files is behind, from 0 to 1.
+        on_progress: called with the share of the files that is read, from 0 to 1.
 
     Raises:
         ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, an adapter
@@ -103,43 +103,82 @@ def load_model(
 def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]) -> ModularPipeline:
     folder = Path(model.source)
     adapter = find_adapter(folder)
-    kind, plan = transformer_class(model), sequence_plan(model)  # first: diffusers asks for a class that was imported
+    transformer_class(model)  # imports it: the pipeline's index may name it, and then diffusers looks it up
     pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
-    dtype = getattr(torch, model.torch_dtype)
-    index = read_config(folder / "model_index.json")
-    there = {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
-    transformers = sorted(name for name in there if name.startswith("transformer"))
-    sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) for name in there}
-    for at, name in enumerate(transformers):
-        behind = sum(sizes[earlier] for earlier in transformers[:at])
-        tell = _part(on_progress, behind / sum(sizes.values()), sizes[name] / sum(sizes.values()))
-        transformer: Any = load_transformer(folder / name, mesh, dtype, kind, plan, tell)
-        if adapter.rounds_timestep and dtype != torch.float32:
-            keep_timestep_exact(transformer, dtype)
-        if model.compile:
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            transformer.compile_repeated_blocks(fullgraph=True)
+    present = _components(folder)
+    transformers = sorted(name for name in present if name.startswith("transformer"))
+    for name, progress in _shares_of_progress(folder, present, transformers, on_progress).items():
+        transformer = _load_transformer(model, name, mesh, adapter.rounds_timestep, progress)
         pipeline.register_components(**{name: transformer})
-    absent = set() if encodes_here(model, mesh) else {name for name in there if is_encoder(name)}
-    if model.vae == "rank0" and mesh.axis("gang").rank != 0:
-        absent.add("vae")
-    names = [name for name in pipeline.pretrained_component_names if name in there - absent - set(transformers)]
-    pipeline.load_components(names=names, dtype=dtype, use_safetensors=True, local_files_only=True)
-    missing = [name for name in names if getattr(pipeline, name, None) is None]
-    if missing:  # diffusers only logs it
-        raise ValueError(f"{folder} has no usable {', '.join(missing)}; is the folder complete?")
+    absent = _absent_here(model, mesh, present)
+    others = set(present) - absent - set(transformers)
+    _load_others(pipeline, folder, others, getattr(torch, model.torch_dtype))
     pipeline.to(mesh.device)
     if "vae" in absent:
-        pipeline.vae = _AbsentVAE(index["vae"][1], folder / "vae")
+        pipeline.vae = _AbsentVAE(present["vae"], folder / "vae")
     return pipeline
 
 
-def _part(on_progress: Callable[[float], None], behind: float, share: float) -> Callable[[float], None]:
-    return lambda loaded: on_progress(behind + share * loaded)
+def _components(folder: Path) -> dict[str, str]:
+    """The components of a model, each with its class; the index names those that it lacks as [null, null]."""
+    index = read_config(folder / "model_index.json")
+    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+
+
+def _absent_here(model: ModelSpec, mesh: ParallelMesh, present: Iterable[str]) -> set[str]:
+    """The components that this rank does without, because others encode or decode."""
+    absent = set() if encodes_here(model, mesh) else {name for name in present if is_encoder(name)}
+    return absent | ({"vae"} if model.vae == "rank0" and mesh.axis("gang").rank != 0 else set())
+
+
+def _shares_of_progress(
+    folder: Path, present: Iterable[str], transformers: Iterable[str], on_progress: Callable[[float], None]
+) -> dict[str, Callable[[float], None]]:
+    """For each transformer, what to call with the share of its own files that is read: it takes part by its bytes."""
+    sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) for name in present}
+    total, read, found = sum(sizes.values()), 0, {}
+    for name in transformers:
+        found[name] = _rescaled(on_progress, read / total, sizes[name] / total)
+        read += sizes[name]
+    return found
+
+
+def _rescaled(on_progress: Callable[[float], None], start: float, share: float) -> Callable[[float], None]:
+    return lambda loaded: on_progress(start + share * loaded)
+
+
+def _load_transformer(
+    model: ModelSpec, name: str, mesh: ParallelMesh, rounds_timestep: bool, on_progress: Callable[[float], None]
+) -> torch.nn.Module:
+    """One transformer, parallelized; compiled, if the deployment says so, together with its pipeline's hook."""
+    dtype = getattr(torch, model.torch_dtype)
+    transformer: Any = load_transformer(
+        Path(model.source) / name, mesh, dtype, transformer_class(model), sequence_plan(model), on_progress
+    )
+    if rounds_timestep and dtype != torch.float32:
+        keep_timestep_exact(transformer, dtype)
+    if model.compile:
+        torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
+        transformer.compile_repeated_blocks(fullgraph=True)
+    loaded: torch.nn.Module = transformer
+    return loaded
+
+
+def _load_others(pipeline: ModularPipeline, folder: Path, components: Collection[str], dtype: torch.dtype) -> None:
+    """Let diffusers load the components that are not split.
+
+    Raises:
+        ValueError: one could not be loaded; diffusers only logs that.
+    """
+    names = [name for name in pipeline.pretrained_component_names if name in components]
+    pipeline.load_components(names=names, dtype=dtype, use_safetensors=True, local_files_only=True)
+    missing = [name for name in names if getattr(pipeline, name, None) is None]
+    if missing:
+        raise ValueError(f"{folder} has no usable {', '.join(missing)}; is the folder complete?")
 
 
 def is_encoder(component: str) -> bool:
-    """Whether a component only makes embeddings of what the caller gives."""
+    """Whether a component only makes embeddings of the caller's inputs."""
     return component.startswith(("text_encoder", "image_encoder"))
 
 
@@ -149,9 +188,9 @@ def encodes_here(model: ModelSpec, mesh: ParallelMesh) -> bool:
 
 
 class _AbsentVAE:
-    """The geometry of a VAE without its weights: pipelines ask for it, and assume another one where there is none.
+    """The geometry of a VAE without its weights. Pipelines ask for it, and guess another if there is no VAE.
 
-    No `nn.Module`: pipelines take the device of any module they have for theirs.
+    It is not an `nn.Module`, because a pipeline takes the device of any module it has for its own.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:

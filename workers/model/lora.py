@@ -1,11 +1,11 @@
-"""LoRA files: safetensors of any key format that diffusers converts come in, weights for `sp_core.lora` go out.
+"""Reads LoRA files: safetensors in any key format that diffusers converts come in, weights for `sp_core.lora` go out.
 
     for component, weights in read_lora(Path("ink.safetensors"), diffusers.QwenImagePipeline).items():
         adapters[component].load("ink", weights)
 
-The conversion is diffusers' own, and what the numbers mean (alpha, rank patterns, metadata) is what its
-`load_lora_weights` makes of them; PEFT is not needed. What that would leave out with a warning is refused here, so
-that an adapter is applied as a whole or not at all. Called by whoever loads a model's adapters, on every rank alike.
+The conversion is diffusers' own, and alpha, rank patterns and metadata mean what they mean to its
+`load_lora_weights`; PEFT is not needed. What diffusers would skip with a warning is refused here, so that an adapter is
+applied as a whole or not at all. Called by `workers.model.loader` on every rank, and `service.rollout.preflight`.
 """
 
 import math
@@ -22,28 +22,29 @@ from safetensors import SafetensorError, safe_open
 from deploy.families.lookup import find_family
 from deploy.spec import LoRA
 from sp_core.lora import LowRank
+from workers.model.diffusers_internals import lora_components
 
 WEIGHT = re.compile(r"lora.*\.weight$|alpha$")
-"""Names of what can be applied: the two matrices of a layer, and its alpha."""
+"""Names of tensors that can be applied: the two matrices of a layer, and its alpha."""
 
 OUTER = re.compile(r"(\.lora_B(\.default)?|(\.lora)?[._]up)\.weight$")
-"""Names, behind that of the layer, of the matrices whose rows are output features."""
+"""What follows a layer's name in the name of its matrix whose rows are output features."""
 
 KINDS = {
     r"dora_scale|lora_magnitude": "DoRA weights",
-    r"\.(lokr|hada|oft)_|lora_mid": "weights of LyCORIS",
+    r"\.(lokr|hada|oft)_|lora_mid": "LyCORIS weights",
     r"(diff|diff_b|bias|norm\.scale)$": "weights that replace the model's, or biases",
     r"text_encoder|^lora_te|^conditioner": "weights for text encoders",
 }
-"""What else is met in such files, by name."""
+"""What else such files hold, by name."""
 
 REFUSED_CONFIG = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "target_parameters", "layer_replication")
 CHANGES_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations with which an adapter fits only a model whose own weights were changed too."""
+"""Initializations whose adapters fit only a model whose own weights were changed too."""
 
 
 def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -> dict[str, dict[str, LowRank]]:
-    """An adapter, whole, on the CPU.
+    """Read a whole adapter, onto the CPU.
 
     Args:
         path: a safetensors file.
@@ -51,15 +52,15 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
         component: where weights for "transformer" go; Wan 2.2 has files for "transformer_2".
 
     Returns:
-        For each denoiser that the file has weights for, what `Adapters.load` takes.
+        For each transformer that the file has weights for, what `Adapters.load` takes.
 
     Raises:
-        ValueError: the file is of another kind, holds what cannot be applied, or lacks what belongs together.
+        ValueError: the file is of another kind, holds something that cannot be applied, or lacks half of a pair.
         OSError: there is no such file.
     """
-    denoisers = [c for c in getattr(pipeline, "_lora_loadable_modules", []) if c.startswith("transformer")]
-    if not hasattr(pipeline, "lora_state_dict") or not denoisers:
-        raise ValueError(f"{pipeline.__name__} takes no LoRA files in diffusers")
+    denoisers = [name for name in lora_components(pipeline) if name.startswith("transformer")]
+    if not denoisers:
+        raise ValueError(f"diffusers loads no LoRA files for {pipeline.__name__}")
     if component not in denoisers:
         raise ValueError(f"{pipeline.__name__} has no component {component!r}; it has: {', '.join(denoisers)}")
     rows = _check_file(path)
@@ -81,7 +82,7 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
 
 
 def check_lora(lora: LoRA, folder: Path) -> None:
-    """Whether an adapter of a deployment can be read for the model in a folder; its layers are not compared.
+    """Raise if an adapter of a deployment cannot be read for the model in a folder. Its layers are not compared.
 
     Raises:
         ValueError: see `read_lora`.
@@ -91,14 +92,18 @@ def check_lora(lora: LoRA, folder: Path) -> None:
 
 
 def _check_file(path: Path) -> int:
-    """Refuse what diffusers would drop or we cannot do, by name. Returns the number of output features adapted."""
+    """Reject, by name, tensors that diffusers would drop or we cannot apply.
+
+    Returns:
+        The number of output features that the file adapts, to compare with what survives the conversion.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a mapping
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); others are not read, convert it") from None
+        raise ValueError(f"{path} is not a safetensors file ({error}); convert it") from None
     for name in shapes:
         what = next((what for kind, what in KINDS.items() if re.search(kind, name)), None)
         if what or not WEIGHT.search(name):
@@ -108,19 +113,25 @@ def _check_file(path: Path) -> int:
 
 
 def _is_double(layer: str, layers: Container[str]) -> bool:
-    """Whether the same is there under other names: some trainers write layers of Z-Image fused and apart."""
+    """Whether the same layer is there under other names: some trainers write Z-Image's layers both fused and apart."""
     stem, twin = re.sub(r"(qkv|out)$", "", layer), "to_q" if layer.endswith("qkv") else "to_out_0"
     return stem != layer and any(stem + each in layers for each in (twin, twin.replace("_", ".")))
 
 
 def _convert(path: Path, pipeline: type[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors by diffusers' names, alphas where they are not in the tensors already, and the adapter's config."""
+    """Tensors by diffusers' names, alphas that are not multiplied into them already, and the adapter's config."""
     try:
         tensors, *rest = pipeline.lora_state_dict(
             str(path), use_safetensors=True, local_files_only=True, return_alphas=True, return_lora_metadata=True
         )
-    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:  # its converters raise any
-        raise ValueError(f"{path} is in no key format that diffusers knows for {pipeline.__name__}: {error}") from error
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # its converters raise any of these
+        raise ValueError(f"{path} has no key format that diffusers knows for {pipeline.__name__}: {error}") from error
     alphas, metadata = rest if len(rest) == 2 else (None, *rest)  # the flux pipeline alone returns alphas
     if alphas and metadata:
         raise ValueError(f"{path} has both alphas and a config in its header; only one of them can be right")
@@ -134,7 +145,7 @@ def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _low_ranks(
     path: Path, tensors: dict[str, torch.Tensor], alphas: dict[str, Any], config: dict[str, Any]
 ) -> dict[str, LowRank]:
-    """The pairs of one model, by module."""
+    """Pair the tensors of one transformer, by module."""
     if "lora_A" not in next(iter(tensors)):
         tensors = convert_unet_state_dict_to_peft(tensors)
     sides = (".lora_A.weight", ".lora_B.weight")
@@ -151,16 +162,16 @@ def _low_ranks(
 
 
 def _scaling_of_alphas(path: Path, alphas: dict[str, Any], modules: set[str]) -> Any:
-    """Alpha / rank; 1 where the file has no alphas."""
+    """Scale by alpha / rank, or by 1 if the file has no alphas."""
     by_module = {name.removesuffix(".alpha").removesuffix(".lora_A"): float(alpha) for name, alpha in alphas.items()}
     if by_module and set(by_module) != modules:
         wrong = sorted(set(by_module) ^ modules)
-        raise ValueError(f"{path} must have an alpha for every layer or for none; not so: {wrong[:3]}")
+        raise ValueError(f"{path} must have an alpha for every layer or for none; mismatched: {wrong[:3]}")
     return lambda module, rank: by_module[module] / rank if by_module else 1.0
 
 
 def _scaling_of_config(path: Path, config: dict[str, Any]) -> Any:
-    """Of PEFT's config: alpha / rank or alpha / sqrt(rank), both by patterns that end a module's name."""
+    """Scale as PEFT's config says: alpha / rank or alpha / sqrt(rank), both by patterns that end a module's name."""
     refused = [key for key in REFUSED_CONFIG if config.get(key)]
     start = str(config.get("init_lora_weights", "")).lower()
     if refused or start.startswith(CHANGES_MODEL):
@@ -173,9 +184,9 @@ def _scaling_of_config(path: Path, config: dict[str, Any]) -> Any:
         return default if key is None else (patterns or {})[key]
 
     def scaling(module: str, rank: int) -> float:
-        said = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))  # PEFT's defaults
-        if said != rank:
-            raise ValueError(f"{path} has rank {rank} for {module!r}, but its config says {said}")
+        expected = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))  # PEFT's defaults
+        if expected != rank:
+            raise ValueError(f"{path} has rank {rank} for {module!r}, but its config says {expected}")
         alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -1,4 +1,4 @@
-"""Pictures and videos to bytes. Called on rank 0 when a request's latents are decoded."""
+"""Encodes pictures and videos as files. Called on rank 0 when a request's latents are decoded."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from workers.messages import GenerationRequest
 
 
 def encode(made: Image.Image | Sequence[Image.Image], request: GenerationRequest) -> bytes:
-    """A picture, or the frames of a video, RGB, in the file format that the request asks for."""
+    """Encode an RGB picture, or the RGB frames of a video, in the file format that the request names."""
     if isinstance(made, Image.Image):
         return _picture(made, request.output_format, request.output_compression)
     return _video(made, request.fps)
@@ -30,7 +30,7 @@ def _video(frames: Sequence[Image.Image], fps: int) -> bytes:
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.width, stream.height = frames[0].size
-        stream.pix_fmt = "yuv420p"  # what every player decodes
+        stream.pix_fmt = "yuv420p"  # every player decodes it
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))  # type: ignore[no-untyped-call]
         container.mux(stream.encode(None))

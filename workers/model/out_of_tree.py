@@ -1,7 +1,8 @@
-"""What a deployment names as `package.module:NAME`: the class of a transformer that is not diffusers', and its plan.
+"""Resolves what a deployment names as `package.module:NAME`: a transformer's class that is not in diffusers, its plan.
 
-A `ModelSpec` comes in, objects go out. Called by `workers.model.loader` before it loads anything. The module must be
-importable where the ranks run: installed there, or on a PYTHONPATH that the model's `env` sets.
+A `ModelSpec` comes in, objects go out. Called by `workers.model.loader` before it loads anything, and by
+`service.rollout.preflight`. The module must be importable where the ranks run: installed there, or on a PYTHONPATH that
+the model's `env` sets.
 """
 
 import importlib
@@ -15,10 +16,10 @@ from sp_core.sp_plan import SequenceParallelModelPlan, validate_sp_plan
 
 
 def transformer_class(model: ModelSpec) -> type[torch.nn.Module] | None:
-    """The class that the deployment names; None where the model's own config shall say.
+    """The class that the deployment names; None if it names none, and the model's config decides.
 
     Raises:
-        ValueError: it cannot be imported, or is no transformer.
+        ValueError: it cannot be imported, or is not a diffusers model.
     """
     if model.transformer_class is None:
         return None
@@ -33,10 +34,10 @@ def transformer_class(model: ModelSpec) -> type[torch.nn.Module] | None:
 
 
 def sequence_plan(model: ModelSpec) -> SequenceParallelModelPlan | None:
-    """The plan that the deployment names; None where `sp_core.parallelize` shall find it.
+    """The plan that the deployment names; None if it names none, and `sp_core.parallelize` finds the model's own.
 
     Raises:
-        ValueError: it cannot be imported, or is no plan.
+        ValueError: it cannot be imported, or is not a plan.
     """
     if model.plan is None:
         return None
@@ -48,6 +49,7 @@ def sequence_plan(model: ModelSpec) -> SequenceParallelModelPlan | None:
 
 
 def _resolve(key: str, symbol: str) -> Any:
+    """Import what `symbol` names. Errors name the deployment's `key`, and hint only if the module itself is missing."""
     module_name, name = symbol.split(":")
     try:
         module = importlib.import_module(module_name)

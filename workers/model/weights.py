@@ -1,6 +1,6 @@
-"""A transformer's weights, of which each rank reads only its share.
+"""Loads a transformer of which each rank reads only its share.
 
-The model is built without weights, parallelised, and then filled from safetensors files, slice by slice: no rank ever
+The model is built without weights, parallelized, and then filled from safetensors files, slice by slice: no rank ever
 holds a tensor that it does not keep. Called by `workers.model.loader`.
 """
 
@@ -19,12 +19,13 @@ from torch import nn
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelModelPlan
+from workers.model.diffusers_internals import stays_fp32
 
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
 
 READ_AT_ONCE = 32 * 2**20
-"""Bytes after which a file is opened anew: what was read of it counts as this process's memory while it is open."""
+"""Bytes after which a file is opened again: while it is open, what was read of it counts as this process's memory."""
 
 
 def load_transformer(
@@ -35,15 +36,15 @@ def load_transformer(
     plan: SequenceParallelModelPlan | None = None,
     on_progress: Callable[[float], None] = lambda loaded: None,
 ) -> nn.Module:
-    """A diffusers transformer on this rank's device, parallelised over `mesh`. All ranks must call it.
+    """Build a diffusers transformer on this rank's device, parallelized over `mesh`. All ranks must call it.
 
     Args:
         folder: the transformer's folder, with `config.json` and safetensors.
         mesh: the ranks.
         dtype: of the weights, except those that the class keeps in fp32.
-        kind: its class; None: the one of diffusers that its config names.
+        kind: its class; None: the diffusers class that its config names.
         plan: where to split and gather; None: see `parallelize`.
-        on_progress: told how much of the tensors is behind, from 0 to 1.
+        on_progress: called with the share of the tensors that is read, from 0 to 1.
 
     Raises:
         ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the
@@ -53,7 +54,7 @@ def load_transformer(
     config = json.loads((folder / "config.json").read_text())
     found: Any = kind or getattr(diffusers, config["_class_name"], None)
     if found is None:
-        raise ValueError(f"{folder} is a {config['_class_name']}, which diffusers has not; set transformer_class")
+        raise ValueError(f"{folder} is a {config['_class_name']}, which diffusers does not have; set transformer_class")
     with init_empty_weights(include_buffers=False):  # frequency tables and such are made for real
         model: nn.Module = found.from_config(config)
     parallelize(model, mesh, plan)
@@ -74,36 +75,44 @@ def fill(
         ValueError: the files have not exactly the tensors of the model, or one of another shape.
         OSError: there are no safetensors.
     """
-    wanted = model.state_dict(keep_vars=True)
-    kept_wide: list[str] = getattr(model, "_keep_in_fp32_modules", None) or []
+    expected = model.state_dict(keep_vars=True)
     files = _files(folder)
-    absent, surplus = sorted(set(wanted) - set(files)), sorted(set(files) - set(wanted))
-    if absent or surplus:
+    missing, surplus = sorted(set(expected) - set(files)), sorted(set(files) - set(expected))
+    if missing or surplus:
         raise ValueError(
-            f"{folder} does not hold the weights of {type(model).__name__}: missing {absent[:5]}, surplus {surplus[:5]}"
+            f"{folder} does not hold the weights of {type(model).__name__}: missing {missing[:5]}, "
+            f"surplus {surplus[:5]}"
         )
-    parts = {name: getattr(place, "part", None) for name, place in wanted.items()}
-    for number, (name, tensor) in enumerate(_read(files, parts), 1):
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-        wide = any(part in name for part in kept_wide)
-        kind = torch.float32 if wide else dtype if tensor.is_floating_point() else tensor.dtype
+    parts = {name: getattr(tensor, "part", None) for name, tensor in expected.items()}
+    for count, (name, tensor) in enumerate(_read(files, parts), 1):
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        kept = tensor.to(
+            device, _dtype_of(name, tensor, type(model), dtype), copy=True
+        )  # `tensor` is the file's memory
+        on_progress(count / len(expected))
         owner, _, leaf = name.rpartition(".")
-        held = tensor.to(device, kind, copy=True)
-        on_progress(number / len(wanted))
-        module = model.get_submodule(owner)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(held, requires_grad=False)
-        else:
-            module._buffers[leaf] = held
-    for buffer_owner in model.modules():  # those that are no part of the files
-        for leaf, buffer in buffer_owner._buffers.items():
-            if buffer is not None and buffer.device != device:
-                buffer_owner._buffers[leaf] = buffer.to(device)
+        is_parameter = isinstance(expected[name], nn.Parameter)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=False) if is_parameter else kept)
+    _move_buffers(model, device)
+
+
+def _dtype_of(name: str, tensor: torch.Tensor, kind: type[nn.Module], dtype: torch.dtype) -> torch.dtype:
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if stays_fp32(kind, name) else dtype
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that the files do not have; those were made when the model was built."""
+    for module in model.modules():
+        for leaf, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if buffer.device != device:
+                setattr(module, leaf, buffer.to(device))
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """In which file each tensor lies."""
+    """Map each tensor's name to the file that has it."""
     if (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text())
         return {name: folder / file for name, file in index["weight_map"].items()}
@@ -114,7 +123,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _read(files: Mapping[str, Path], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, or this rank's part of it, a file after the other. It is valid until the next one."""
+    """Yield every tensor, or this rank's part of it, file by file. Each is valid only until the next."""
     for path in dict.fromkeys(files.values()):
         names = [name for name, file in files.items() if file == path]
         while names:
@@ -128,6 +137,7 @@ def _read(files: Mapping[str, Path], parts: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _slices(file: Any, name: str, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """Read the rows (`dim` 0) or columns of a tensor that `index` names, in runs of neighbors."""
     whole = file.get_slice(name)
     starts = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist(), len(index)]
     ranges = [(int(index[a]), int(index[b - 1]) + 1) for a, b in itertools.pairwise(starts)]

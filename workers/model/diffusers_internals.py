@@ -1,0 +1,23 @@
+"""What workers needs of diffusers' classes and diffusers keeps private.
+
+`tests/workers/test_diffusers_internals.py` pins it. Called by `workers.model.weights` and `workers.model.lora`. No
+other file of workers uses a private name of diffusers.
+"""
+
+from torch import nn
+
+
+def stays_fp32(kind: type[nn.Module], tensor: str) -> bool:
+    """Tell whether a floating-point tensor of a model is kept in fp32, whatever dtype the model is loaded in.
+
+    The rule is that of diffusers' loader (`models/model_loading_utils.py`): some component of the tensor's dotted name
+    is listed. `norm1` thus means `blocks.0.norm1.weight`, and not `blocks.0.norm10.weight`.
+    """
+    listed: list[str] | str = getattr(kind, "_keep_in_fp32_modules", None) or []
+    return not set(tensor.split(".")).isdisjoint([listed] if isinstance(listed, str) else listed)
+
+
+def lora_components(pipeline: type) -> list[str]:
+    """The components of a pipeline that its LoRA files may have weights for; empty where diffusers loads none."""
+    components: list[str] = getattr(pipeline, "_lora_loadable_modules", [])
+    return components if hasattr(pipeline, "lora_state_dict") else []
