@@ -4,13 +4,12 @@
     RunningForward    one per forward: begins and ends with it
     Region            what is split now
 
-A *region* is the part of a forward in which token streams are split: it opens with the first split and ends when the
-next stream is split after a gather, or with the forward. A *stream* is a sequence of tokens that attention sees (image,
-text); a *companion* is anything else that is split along with one (masks, rotations, residuals).
+`sp_core/README.md` defines region, stream and companion. Streams are recorded with their full lengths, so every rank
+knows every rank's share, and attention exchanges no sizes.
 
-Streams are recorded with their full lengths, so every rank knows every rank's share, and attention exchanges no sizes.
-Hooks (`sp_core.hooks`), `sp_core.sp_sharding` and attention (`sp_core.attention`) use these; nothing here is called
-while torch.compile traces.
+`sp_core.sp_sharding` splits and gathers here, for hooks and for models that shard themselves; attention reads the
+layout. Nothing here runs while torch.compile traces, except `begin` and `end`, which it leaves out of its graphs. A
+context variable holds the running forward, so that forwards in other threads, and one inside another, keep apart.
 """
 
 import itertools
@@ -52,7 +51,7 @@ class SequenceContext:
     order_known: bool = True
     local_attention: Callable[..., torch.Tensor] = kernels.local_attention
     number: int = field(default_factory=lambda: next(_numbers))
-    _checked: set[str] = field(default_factory=set)
+    _checked: set[str] = field(default_factory=set)  # grows only; see `is_first_check`
 
     def __post_init__(self) -> None:
         _contexts[self.number] = self

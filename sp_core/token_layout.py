@@ -106,8 +106,8 @@ class TokenLayout:
         for stream in self.streams:
             if split and stream.replicated:
                 raise ValueError(
-                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only those of the "
-                    "first stream can, because attention expects them in front"
+                    f"{[s.replicated for s in self.streams]} tokens of the streams stay whole, but only the first "
+                    "stream's can, because attention expects them in front"
                 )
             split = split or stream.length > 0
         self.replicated = sum(stream.replicated for stream in self.streams)

@@ -43,7 +43,7 @@ class Case:
 
 
 class Attend(nn.Module):
-    """Queries, keys and values lie behind each other in the last dimension of each stream."""
+    """Queries, keys and values follow one another in the last dimension of each stream."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()

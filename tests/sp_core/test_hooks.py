@@ -44,7 +44,7 @@ def run_toy(mesh: ParallelMesh, plan: dict[str, Any], length: int, with_y: bool,
 
 @pytest.mark.parametrize("length", [4, 5, 1])
 @pytest.mark.parametrize("by_name", [True, False])
-@pytest.mark.parametrize("plan", PLANS, ids=["at the first block", "at the root", "behind the first block"])
+@pytest.mark.parametrize("plan", PLANS, ids=["at the first block", "at the root", "after the first block"])
 def test_hooks_split_and_gather_and_go(ranks: RankPool, plan: Any, length: int, by_name: bool) -> None:
     for with_y in (True, False):
         for output, plain, hooks in ranks.run(TWO, run_toy, plan, length, with_y, by_name):
@@ -293,7 +293,7 @@ def test_optional_entries(ranks: RankPool) -> None:
 
 
 class TwoRegions(nn.Module):
-    """Gathers twice from one region, and then splits anew at another length."""
+    """Gathers twice from one region, and then splits again at another length."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         share = sp_shard(x, 1)

@@ -134,7 +134,7 @@ def broken(mesh: ParallelMesh, name: str, proven: Path, how: str) -> float:
             layer.index = layer.index.flip(0)
     switch = loaded(model, adapters)
     switch.activate(STATES["wide"])
-    if how == "added behind the sum":
+    if how == "added after the sum":
         with (
             mock.patch.object(lora._AdaptedRows, "partial", RowParallelLinear.partial),
             mock.patch.object(lora._AdaptedRows, "forward", added_late),
@@ -143,7 +143,7 @@ def broken(mesh: ParallelMesh, name: str, proven: Path, how: str) -> float:
     return worst(forward(model, name), references["wide"])
 
 
-@pytest.mark.parametrize("how", ["added behind the sum", "other rows of B"])
+@pytest.mark.parametrize("how", ["added after the sum", "other rows of B"])
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WITHOUT_TP])
 def test_wrong_parts_would_be_seen(ranks: RankPool, proof: Proof, name: str, how: str) -> None:
     assert min(ranks.run(LAYOUTS["tp 2"], broken, name, proof(name), how)) > 100 * BAR

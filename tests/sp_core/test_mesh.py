@@ -96,7 +96,7 @@ def test_places_of_tokens_in_the_whole() -> None:
     """Text of 3 and image of 5 on two ranks, one token of each joint in front."""
     streams = (Stream(3, 2), Stream(5, 2, padded=True))
     cpu = torch.device("cpu")
-    first, second = (TokenLayout(streams, rank).behind(1) for rank in (0, 1))
+    first, second = (TokenLayout(streams, rank).after(1) for rank in (0, 1))
     assert (first.lengths, first.local, first.total, first.replicated) == ([5, 4], 6, 9, 1)
     assert first.order(cpu).tolist() == [0, 1, 2, 4, 5, 6, 3, 7, 8, -1]
     assert second.own_order(cpu).tolist() == [0, 3, 7, 8, -1]

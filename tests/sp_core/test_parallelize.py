@@ -41,7 +41,7 @@ def bypass(mesh: ParallelMesh) -> list[str]:
     return said
 
 
-def test_attention_cannot_be_led_past_the_seam(ranks: RankPool) -> None:
+def test_attention_cannot_bypass_the_backend(ranks: RankPool) -> None:
     for said in ranks.run(TWO, bypass):
         assert "remove() that first" in said[0]
         assert "no attention of this forward went across ranks" in said[1]
@@ -156,7 +156,7 @@ def count_collectives(mesh: ParallelMesh, masked: bool) -> dict[str, int]:
 def test_collectives_per_layer(
     ranks: RankPool, degrees: ParallelDegrees, exchanges: int, shifts: int, masked: bool
 ) -> None:
-    """Ulysses: two exchanges a layer, with a mask too; ring: P - 1 shifts; and two for the gather behind the layers."""
+    """Ulysses: two exchanges a layer, with a mask too; ring: P - 1 shifts; and two for the gather after the layers."""
     expected = {
         "all_to_all_single": 2 * exchanges,
         "batch_isend_irecv": 2 * shifts,
@@ -249,7 +249,7 @@ class TwoStages(nn.Module):
         return x + attention(heads * 2, heads, heads).flatten(2)  # type: ignore[no-any-return]
 
 
-def attend_behind_a_gather(mesh: ParallelMesh, closes: bool) -> Any:
+def attend_after_a_gather(mesh: ParallelMesh, closes: bool) -> Any:
     model, x = TwoStages(closes), torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(0))
     reference = model(x)
     parallelize(model, mesh)
@@ -260,9 +260,9 @@ def attend_behind_a_gather(mesh: ParallelMesh, closes: bool) -> Any:
     return str(refused.value)
 
 
-def test_attention_behind_a_gather_is_not_silently_local(ranks: RankPool) -> None:
-    assert max(ranks.run(TWO, attend_behind_a_gather, False)) <= BAR
-    assert all("has been gathered already" in said for said in ranks.run(TWO, attend_behind_a_gather, True))
+def test_attention_after_a_gather_is_not_silently_local(ranks: RankPool) -> None:
+    assert max(ranks.run(TWO, attend_after_a_gather, False)) <= BAR
+    assert all("has been gathered already" in said for said in ranks.run(TWO, attend_after_a_gather, True))
 
 
 class OtherOrder(nn.Module):

@@ -1,4 +1,4 @@
-"""`spray verify`: the README's models pass their proof, wrong ones are told where they go wrong."""
+"""`spray verify`: the models of sp_core's README pass their proof, wrong ones are told where they go wrong."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from service.cli.main import main
 from sp_core.verify.verify import Unverifiable, find_proofs, verify
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[2] / "sp_core/README.md"
 
 WRONG = '''
 class Pool(nn.Module):

@@ -1,5 +1,5 @@
-"""One guided step of a transformer, as the denoising loop makes it: a forward for each branch that is this group's,
-and where there are several groups, the exchange of what they predict."""
+"""One guided step of a transformer, as the denoising loop makes it: a forward for each branch of this group, and with
+several groups the exchange of their predictions."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import MeshAxis
 
-diffusers.logging.set_verbosity_error()  # each guider says anew that guiders are experimental
+diffusers.logging.set_verbosity_error()  # each guider warns again that guiders are experimental
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def guided_step(model: nn.Module, branches: tuple[dict[str, Any], dict[str, Any]
     """The combined prediction, the same on every rank.
 
     Args:
-        model: parallelised or not.
+        model: parallelized or not.
         branches: keyword arguments of a forward, with the prompt and without.
         axis: the groups.
     """

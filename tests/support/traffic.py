@@ -1,6 +1,6 @@
 """What one rank sends in a guided step: counted, and by arithmetic on the model's shape alone.
 
-`Meter` counts while it is entered: every call that reaches a process group, whoever makes it. `predicted` says from
+`Meter` counts every call that reaches a process group inside its block, whoever makes it. `predicted` computes from
 layers, heads, tokens and dtype how much that should be. Both give bytes by kind of exchange; `tests.sp_core.test_bytes`
 and `tests.benchmarks.layouts` compare them.
 
@@ -15,17 +15,17 @@ Bytes that a rank sends, by algorithm, for P ranks:
 What the arithmetic assumes, for a block of H heads of D on s tokens with e bytes an element, where t ranks share the
 weights, U trade heads and R form the ring:
 
-- Tokens and heads. Each stream is split on its own over all U R ranks, as even as can be, the longer shares first; a
-  stream with fewer tokens than ranks is padded to one token each. Heads: H / t, shared out in the largest equal shares
-  that suffice, so that the last ranks of U may have fewer. No grouped queries.
+- Tokens and heads. Each stream is split on its own over all U R ranks, as evenly as possible, the longer shares first;
+  a stream with fewer tokens than ranks is padded to one token each. Heads: H / t, in the largest equal shares that
+  suffice, so that the last ranks of U may have fewer. No grouped queries.
 - Ulysses: three lanes (query, key, value) to where a head is, one lane back. Even: 4 (sHD/t) e (U-1) / (R U^2).
 - Ring: keys and values of every chunk but the next rank's. Even: 2 (sHD/t) e (R-1) / (R U).
 - A key mask (the caller's, or one that hides padding) travels with the tokens, in multiples of 8 elements a token, so
   that rows stay aligned: in Ulysses for the whole batch together, in the ring for each row of it.
 - Tensor parallelism: one sum of (tokens of this rank) x HD for each row-wise layer that a stream passes, and one fp32
   number a token for each norm over the heads of all ranks. Even: 2 sums a stream are 4 sHD e (t-1)/t a block.
-- Behind the blocks the last stream's predicted tokens are gathered once, padded to the longest share, and their lengths
-  (8 bytes a rank) before.
+- After the blocks the last stream's predicted tokens are gathered once, padded to the longest share; before that, their
+  lengths (8 bytes a rank).
 - Guidance: two branches. On two groups each runs one forward and both exchange their predictions; else two forwards.
 - The first forward also asks once for each attention across ranks whether it fits on all: a sum of 8 bytes.
 """
@@ -47,11 +47,11 @@ Bytes = Counter[str]
 """By kind of exchange; whole numbers or fractions."""
 
 _SILENT = {"recv_", "barrier", "wait_tensor", "_wrap_tensor_autograd"}
-"""Send nothing that counts."""
+"""Calls that send nothing, or nothing that counts."""
 
 
 class Meter(TorchDispatchMode):
-    """Counts in `sent` what this rank sends while it is entered; raises at a call that it cannot count."""
+    """Counts in `sent` what this rank sends inside the block; raises at a call that it cannot count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Meter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Shape:
-    """All of a forward that decides how much is sent.
+    """Everything about a forward that decides how much is sent.
 
     Attributes:
         layers: blocks.
@@ -102,7 +102,7 @@ class Shape:
         whole: tokens of a text that every rank holds, with one norm over all heads in each block.
         batch: samples.
         itemsize: bytes of an element.
-        masked: whether the caller gives a mask.
+        masked: the caller gives a mask.
     """
 
     layers: int
@@ -144,7 +144,7 @@ def predicted(shape: Shape, degrees: ParallelDegrees, rank: int, *, first: bool 
         shape: of the forward; both branches are alike.
         degrees: the layout; at most two groups for guidance.
         rank: counted with tensor parallelism innermost, then Ulysses, ring, guidance.
-        first: whether the model has not run before.
+        first: the model has not run before.
     """
     groups = degrees.cfg_parallel_size
     assert groups <= 2
@@ -200,5 +200,5 @@ def _tokens(length: int, ranks: int) -> list[int]:
 
 
 def _summed(size: int, ranks: int) -> Fraction:
-    """What a rank sends to sum up so many bytes."""
+    """What a rank sends to sum `size` bytes."""
     return Fraction(2 * (ranks - 1) * size, ranks)
