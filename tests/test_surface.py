@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
-from fastapi.routing import APIRoute
+from fastapi.routing import iter_route_contexts
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 
@@ -179,8 +179,8 @@ def test_spec_keys() -> None:
 
 
 def test_rest_routes_and_fields() -> None:
-    routes = [route for route in rest_app(None).routes if isinstance(route, APIRoute)]  # type: ignore[arg-type]
-    found = {f"{method} {route.path}" for route in routes for method in route.methods}
+    routes = iter_route_contexts(rest_app(None).routes)  # type: ignore[arg-type]
+    found = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert found == ROUTES
     assert set(ImageGenerationBody.model_fields) == IMAGE_FIELDS
     assert set(VideoGenerationBody.model_fields) == VIDEO_FIELDS

@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
 from deploy.spec import Auth
-from service.api.schemas import model_object
+from service.api.responses import model_object
 from service.app import serve_config
 from service.cli import commands
 from service.cli.doctor import Finding

@@ -19,7 +19,7 @@ from ray.serve.schema import (
 )
 
 from deploy.spec import Autoscaling, ModelSpec, Placement
-from service.api.schemas import model_object
+from service.api.responses import model_object
 from service.cli.printing import say
 from service.cli.progress import LoadBars, StepProgress
 from service.cli.table import cluster_table, models_table

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 
@@ -154,6 +155,20 @@ def test_callers_need_a_key_where_keys_are_asked_for(
     assert answer.status_code == 200
     for probe in ("/livez", "/readyz"):
         assert client.get(probe).status_code == 200
+
+
+def test_every_route_of_v1_needs_a_key(backend: FakeBackend) -> None:
+    """Also one that is added later: access belongs to the router, not to the routes."""
+    backend.key = "sesame"
+    app = rest_app(backend)
+    client = TestClient(app)
+    routes = iter_route_contexts(app.routes)
+    found = [(method, str(route.path)) for route in routes for method in route.methods or ()]
+    callers = {(method, path.replace("{name:path}", "one")) for method, path in found if path.startswith("/v1")}
+    assert callers == set(PROTECTED)
+    assert {path for _, path in found if not path.startswith("/v1")} == {"/livez", "/readyz"}
+    for method, path in callers:
+        assert error_of(client.request(method, path)) == (401, None, "invalid_api_key")
 
 
 @pytest.mark.parametrize(
