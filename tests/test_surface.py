@@ -1,11 +1,11 @@
 """What others build on, frozen: a change here is a change for them, and must be made on purpose."""
 
-import argparse
 import dataclasses
 import inspect
 from typing import Any
 
 import pytest
+import typer
 from fastapi.routing import iter_route_contexts
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
@@ -196,9 +196,11 @@ def test_every_error_has_its_row() -> None:
 
 
 def test_commands() -> None:
-    parser = cli._parser()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    found = {name: {a.dest for a in sub._actions} - {"help"} for name, sub in commands.choices.items()}
+    group: Any = typer.main.get_command(cli.app)
+    found = {
+        name: {parameter.opts[0].removeprefix("--").replace("-", "_") for parameter in command.params}
+        for name, command in group.commands.items()
+    }
     assert found == COMMANDS
 
 
