@@ -1,4 +1,4 @@
-"""`make demo`: the main job on this machine, from a deployment file to a picture, and nothing left behind.
+"""`make demo`: the main task on this machine, from a deployment file to a picture.
 
     python -m service.cli.demo
 

@@ -34,7 +34,7 @@ def show(rendered: Group) -> None:
 def plain(rendered: Group) -> str:
     """A table as text without colors; rows are as wide as they need to be."""
     text = io.StringIO()
-    Console(file=text, width=10_000, color_system=None, force_terminal=False, _environ={}).print(rendered)
+    Console(file=text, width=10_000, color_system=None, force_terminal=False).print(rendered)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

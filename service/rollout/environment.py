@@ -2,15 +2,17 @@
 
 Ray reads these variables once, while it is imported, and processes that this one starts inherit them. So an entry point
 calls one of the functions here first: `use_private_cluster` for clusters of our own (`spray serve`, the demo, tests),
-`use_operators_token` for a cluster that somebody else runs (`spray deploy`). Importing a module changes nothing.
+`use_running_cluster` for one that somebody else has started (`spray deploy`). Importing a module changes nothing.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-PRIVATE_CLUSTER = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for listening on loopback only, on any system
+LOOPBACK_SWITCH = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Lets Ray use loopback, on any system. Without it, Ray replaces a loopback address by another of the machine."""
+
+PRIVATE_CLUSTER = LOOPBACK_SWITCH | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hung gang is waited for, for its whole grace period
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy laptop takes longer than Serve's 5 s
@@ -32,12 +34,13 @@ def use_private_cluster() -> None:
         os.environ.setdefault(variable, value)
 
 
-def use_operators_token() -> None:
-    """Authenticate with the operator's token, if there is one and `RAY_AUTH_MODE` leaves it open. Call it before Ray
-    is imported.
+def use_running_cluster() -> None:
+    """Prepare this process to connect to a cluster that runs. Call it before Ray is imported.
 
-    Ray does so by itself only for a cluster that it finds on this machine, not for an address that it is given.
+    It authenticates with the operator's token if there is one and `RAY_AUTH_MODE` is not set. Ray does so by itself
+    only for a cluster that it finds on this machine, not for an address that it is given.
     """
+    os.environ.update(LOOPBACK_SWITCH)  # `spray serve` and its like listen there
     if "RAY_AUTH_MODE" not in os.environ and has_token(os.environ, Path.home()):
         os.environ["RAY_AUTH_MODE"] = "token"
 

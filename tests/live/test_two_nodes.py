@@ -108,9 +108,9 @@ def test_nodes_fetch_ahead(address: str, hub: Path, monkeypatch: pytest.MonkeyPa
     ahead = prefetch.Prefetch()
     with attach(address):
         asyncio.run(_settled(ahead, models, str(hub)))
-        nodes = {node_id for node_id, *_ in ahead._asked}
+        nodes = {node_id for node_id, *_ in ahead._requested}
     assert len(nodes) == 2
-    assert {source for _, source, _ in ahead._asked} == {"acme/demo", "acme/other"}
+    assert {source for _, source, _ in ahead._requested} == {"acme/demo", "acme/other"}
     assert len(list((hub / ".spray").glob("*.checked"))) == 1  # both nodes share this machine's folder
     assert [line.partition(": ")[0] for line in sorted(said)] == sorted(f"node {node_id[:8]}" for node_id in nodes)
     assert all("missing: acme/other, revision main, cannot be fetched" in line for line in said)
@@ -118,6 +118,6 @@ def test_nodes_fetch_ahead(address: str, hub: Path, monkeypatch: pytest.MonkeyPa
 
 async def _settled(ahead: prefetch.Prefetch, models: list[ModelSpec], folder: str) -> None:
     ahead.follow(models, folder)
-    await asyncio.to_thread(wait_for, lambda: ahead._asked and not ahead._coming, bool)
-    assert ahead._looking is not None
-    ahead._looking.cancel()
+    await asyncio.to_thread(wait_for, lambda: ahead._requested and not ahead._fetching, bool)
+    assert ahead._polling is not None
+    ahead._polling.cancel()

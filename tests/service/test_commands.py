@@ -1,7 +1,10 @@
 """The operator's commands without a cluster: what they print, and that a mistake is one line and exit code 1."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -159,7 +162,7 @@ BODIES: dict[str, Any] = {
     ),
     "/v1/models": {"object": "list", "data": [model_object(FakeBackend().models()["film"], ModelState("asleep"))]},
 }
-REFUSAL = {"error": {"message": "a valid API key is needed", "type": "", "param": None, "code": "invalid_api_key"}}
+REFUSAL = {"error": {"message": "a valid API key is required", "type": "", "param": None, "code": "invalid_api_key"}}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -206,7 +209,7 @@ def test_looking_at_a_server(
 def test_a_server_that_refuses_or_does_not_answer(
     server: str, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert run(capsys, command, "--server", server) == (1, "", "error: a valid API key is needed\n")
+    assert run(capsys, command, "--server", server) == (1, "", "error: a valid API key is required\n")
     code, out, err = run(capsys, command, "--server", "http://127.0.0.1:1")
     assert (code, out) == (1, "")
     assert err.startswith("error: no answer from http://127.0.0.1:1")
@@ -283,3 +286,36 @@ def test_the_ready_line_can_be_pasted(file: Path, tasks: Any, path: str, end: st
     assert serve._curl("http://127.0.0.1:8000", spec).endswith(end)
     with_keys = spec.model_copy(update={"auth": Auth(api_keys_env="KEYS")})
     assert "authorization: Bearer KEY" in shlex.split(serve._curl("http://127.0.0.1:8000", with_keys))
+
+
+@pytest.mark.parametrize("flag", ["--gpus-per-node", "--gpus_per_node"])
+def test_flags_are_written_with_either_line(file: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    code, out, err = run(capsys, "check", str(file), "--gpus=8", f"{flag}=2")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert run(capsys, "check", str(file), "--gpus=8", f"{flag}=4")[0] == 0
+
+
+def test_the_shell_completes_commands_and_flags() -> None:
+    def completed(words: str) -> list[str]:
+        variables = {"_SPRAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "service.cli.main"]
+        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True).stdout.split()
+
+    assert completed("spray che") == ["check"]
+    assert completed("spray deploy --allow") == ["--allow-downtime", "--allow-pending"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt, 130), (TimeoutError("late"), 1), (OSError("disk"), 1)]
+)
+def test_exit_codes(
+    raised: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr(files, "json_schema", fail)
+    found, out, err = run(capsys, "schema")
+    assert (found, out) == (code, "")
+    assert err == ("stopped\n" if code == 130 else f"error: {raised}\n")

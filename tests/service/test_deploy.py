@@ -82,7 +82,7 @@ def test_one_upgraded_model_leaves_everything_else_as_it_is(cluster: Cluster) ->
     assert told["model-a"]["deployments"][0]["max_surge_percent"] == 1
     for name in ("model-b", "not-ours"):
         assert told[name] == cluster.applications[name]
-    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would start anew
+    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would restart
     assert in_table(told) == ["a", "b"]
 
 

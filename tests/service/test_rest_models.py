@@ -1,4 +1,4 @@
-"""The REST door and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
+"""REST and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
 
 import asyncio
 import json
@@ -126,8 +126,8 @@ def test_models_are_listed_with_their_state_and_the_reason(client: TestClient, b
     assert client.get("/v1/models/two").json() == listed["two"]
 
 
-def test_the_cluster_is_the_halls_own_account(client: TestClient) -> None:
-    assert client.get("/v1/cluster").json() == {"object": "cluster", "mark": "of the hall"}
+def test_the_cluster_is_the_backends_own_account(client: TestClient) -> None:
+    assert client.get("/v1/cluster").json() == {"object": "cluster", "mark": "of the backend"}
 
 
 PROTECTED = [
@@ -221,7 +221,7 @@ def test_a_client_who_leaves_ends_the_work(backend: FakeBackend, prompt: str, sp
 
 
 async def _left_early(backend: FakeBackend, prompt: str, spec_version: str) -> bool:
-    """Whether the hall's generator was closed although it had not come to its end."""
+    """True if the backend's generator was closed before it came to its end."""
     body = json.dumps({"model": "one", "prompt": prompt, "stream": True}).encode()
     came, sent = asyncio.Event(), 0
 

@@ -10,7 +10,7 @@ import typer
 from deploy.spec import DeploymentSpec, SpecError
 from service.cli.options import File, Overrides, load
 from service.cli.output import say
-from service.rollout.environment import use_operators_token
+from service.rollout.environment import use_running_cluster
 
 if TYPE_CHECKING:
     from service.rollout.changes import Change
@@ -35,7 +35,7 @@ def deploy(
 ) -> None:
     """Change a running cluster to what a deployment file says."""
     spec = load(file, overrides).spec
-    use_operators_token()
+    use_running_cluster()
     # Here, for they import Ray, which reads the line above.
     from service.app import check_ports
     from service.rollout.apply import apply_changes
