@@ -1,10 +1,10 @@
 """DeploymentSpec -> the config that Ray Serve takes: one application per model, and the gateway.
 
-`serve_config` is what `spray build` prints, what KubeRay's `serveConfigV2` holds and what `service.rollout.changes`
-applies. On the cluster, Serve imports `gang_app` and `gateway_app` from here to build each application.
+`serve_config` is what `spray build` prints, what KubeRay's `serveConfigV2` holds and what `service.rollout.apply` tells
+Serve. On the cluster, Serve imports `gang_app` and `gateway_app` from here to build each application.
 
-One application per model, because Serve restarts all of an application when its arguments change. So the arguments hold
-what a gang cannot change while it runs; all else is in options that Serve applies to running gangs.
+Each model is an application of its own, because Serve restarts a whole application when its arguments change. The
+arguments therefore hold only what a gang cannot change while it runs; Serve applies everything else to running gangs.
 """
 
 from collections.abc import Iterable
@@ -21,26 +21,26 @@ from workers.gang.placement import placement_group
 
 METRICS_INTERVAL_S = 1.0
 LOOK_BACK_S = 20.0
-"""Serve averages what gangs report over so long; the policy itself knows how long their work lasts."""
+"""Serve averages the gangs' reports over this time. The policy itself takes the length of their work into account."""
 
 ROUTING_STATS_PERIOD_S = 1.0
 
 ROUTER_BACKOFF_S = 0.05
-"""A request that waits asks again so soon, so that a gang which becomes free is idle for no longer."""
+"""A waiting request asks again after this time; a gang that becomes free is idle for no longer."""
 
 
 def gang_app(args: dict[str, Any]) -> Application:
-    """A model's application, whose replicas are its gangs. Called by Serve.
+    """Build a model's application, whose replicas are its gangs. Called by Serve.
 
     Args:
-        args: `ModelSpec.fixed`; the rest comes by `Gang.reconfigure`.
+        args: `ModelSpec.fixed`; `Gang.reconfigure` gets the rest.
     """
     deployment: Deployment = serve.deployment(name=GANG)(Gang)
     return deployment.bind(args)
 
 
 def gateway_app(args: dict[str, Any]) -> Application:
-    """The application behind the doors. Called by Serve.
+    """Build the application of the gateway, which answers HTTP. Called by Serve.
 
     Args:
         args: `{"instance_id": ...}`.
@@ -65,29 +65,29 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
 
 
 def check_ports(spec: DeploymentSpec) -> None:
-    """Whether the nodes of a cluster can do with the ports of a deployment.
+    """Reject ports that work for `spray serve` only.
 
     Raises:
-        SpecError: no port is named for the metrics; the processes of a node could not agree on one.
+        SpecError: the metrics port is 0; the processes of a node could not agree on a free one.
     """
     if spec.metrics.port == 0:
-        raise SpecError("metrics.port: 0 takes a free port for `spray serve`; on a cluster name one, or null")
+        raise SpecError("metrics.port: 0 takes a free port for `spray serve`; on a cluster, name a port or null")
 
 
 def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, Any]:
     """The application of one model.
 
     Args:
-        model: with `tasks` derived, where its folder can be read.
-        on_nodes: what all gangs have in common: `storage.models` and `DeploymentSpec.metrics_at`.
+        model: with its `tasks` derived, if its folder can be read.
+        on_nodes: what all gangs share: `storage.models` and `DeploymentSpec.metrics_at`.
     """
     scaling = model.autoscaling
     options = {
         "name": GANG,
         "user_config": {"model": model.live, **on_nodes},
-        "max_ongoing_requests": 1,  # a gang computes one request at a time; the rest waits where it can be rerouted
+        "max_ongoing_requests": 1,  # a gang computes one at a time; the others wait where they can be rerouted
         "max_queued_requests": model.max_queued,
-        "max_surge_percent": 1,  # Serve rounds up: new gangs come one by one, and an old one goes when a new one serves
+        "max_surge_percent": 1,  # rounded up: new gangs start one by one, and an old one stops when a new one serves
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,
@@ -145,5 +145,5 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
 
 
 def gateway_table(models: Iterable[ModelSpec]) -> dict[str, Any]:
-    """What the gateway knows of each model: all but the environment of its ranks, which may hold secrets."""
+    """What the gateway knows of each model: everything but the environment of its ranks, which may hold secrets."""
     return {"models": [model.model_dump(mode="json", exclude={"env"}) for model in models]}

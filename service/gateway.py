@@ -1,7 +1,7 @@
-"""Gateway: the hall behind the doors. A Serve deployment that knows the models and hands requests to their gangs.
+"""The gateway: a Serve deployment that knows the models and sends each request to a gang. The API's backend.
 
-Its model table comes as `user_config`, so that it changes without a restart. A request whose gang is lost runs again
-on the next one: it was settled at admission, seed included, so the picture is the same.
+Its table of models comes as `user_config`, so that it changes without a restart. A request whose gang is lost runs
+again on another one. Nothing about it is random after its admission, seed included, so the picture is the same.
 """
 
 import asyncio
@@ -34,20 +34,20 @@ from workers.metrics import GatewayMetrics
 logger = logging.getLogger("ray.serve")
 
 ATTEMPTS = 3
-"""How often one request may lose its ranks; one that brings them down each time is not worth a fourth."""
+"""How many gangs one request may lose. A request that brings down each of them is not given a fourth."""
 
 PAUSE_S = 0.7
-"""Before another attempt, so that a lost gang is gone from the routing table."""
+"""Before another attempt, so that a lost gang has left the routing table by then."""
 
 PATIENCE_S = 5.0
-"""A caller hears how things are at least so often; proxies close connections that are silent for long."""
+"""A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error is not Unauthorized)}
-"""How a request that was let in can end, for metrics; CANCELLED is among the errors."""
+"""How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
 UNSET: list[str] = []
-"""The API keys before the first configuration: nobody's."""
+"""The API keys before the first configuration: nobody has one."""
 
 
 class Gateway:
@@ -74,7 +74,7 @@ class Gateway:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
 
         Raises:
-            RuntimeError: at start, the variable that should hold the API keys is empty: then nobody may call.
+            RuntimeError: at start, the variable for the API keys holds none; nobody could call.
         """
         specs = [ModelSpec.model_validate(model) for model in user_config["models"]]
         self._models = {spec.name: spec for spec in specs}
@@ -86,7 +86,7 @@ class Gateway:
         except RuntimeError as error:
             if self._keys is UNSET:
                 raise
-            logger.error("%s; the former keys stay", error)
+            logger.error("%s; the former keys remain valid", error)
         self._poller.follow(self._models)
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
@@ -94,17 +94,17 @@ class Gateway:
         self._exporter.serve_at(**user_config["metrics"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The REST door; Serve asks for it once this replica is constructed."""
+        """The REST API. Called by Serve when this replica is constructed."""
         return rest_app(self)
 
     def admit(self, authorization: str | None) -> None:
-        """Let a caller in, or not.
+        """Reject callers without a valid API key, if the deployment has keys.
 
         Args:
-            authorization: the header of that name.
+            authorization: the `Authorization` header; None if there is none.
 
         Raises:
-            Unauthorized: keys are asked for, and it has none of them.
+            Unauthorized: the header has no valid key.
         """
         if self._keys is None:
             return
@@ -112,7 +112,7 @@ class Gateway:
         if scheme.lower() != "bearer" or not any(
             hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._keys
         ):
-            raise Unauthorized("a valid API key is needed, as 'Authorization: Bearer KEY'")
+            raise Unauthorized("a valid API key is required, as 'Authorization: Bearer KEY'")
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
@@ -126,20 +126,20 @@ class Gateway:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
             with contextlib.suppress(ModelUnavailable):  # it is being deployed
-                self._handle(name)  # its router hears what the gangs say
+                self._handle(name)  # creates its router, through which the gangs report
         return self._poller.cluster()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """Run one request, on another gang if the first is lost. While it waits, the model's state comes now and then.
+        """Run one request, on another gang if the first is lost. While it waits, its model's state is yielded.
 
         Raises:
-            ShuttingDown: the deployment takes no new requests.
+            ShuttingDown: the gateway is draining.
             QueueFull: too many requests wait for the model.
-            RequestError: the request does not suit the model.
-            RequestFailed: it failed on a sound gang.
-            ModelUnavailable: no gang of the model runs, and none is on its way.
+            RequestError: the model refuses the request.
+            RequestFailed: it failed, and its gang is still sound.
+            ModelUnavailable: no gang of the model runs, and none can start.
             ModelNotFound: the model was removed while the request waited.
-            GangLost: every gang it was given to was lost.
+            GangLost: it lost every gang that took it.
         """
         began, outcome = time.monotonic(), CANCELLED
         metrics = self._metrics_of(request.model)
@@ -147,7 +147,7 @@ class Gateway:
         metrics.began()
         try:
             if self.draining:
-                raise ShuttingDown("the server is about to stop and takes no new requests")
+                raise ShuttingDown("the server is stopping and takes no new requests")
             async with contextlib.aclosing(self._generate(request)) as reports:
                 async for report in reports:
                     if isinstance(report, GenerationResult):
@@ -174,18 +174,20 @@ class Gateway:
             except BackPressureError:
                 if not losses:
                     raise QueueFull(f"too many requests wait for {request.model!r}; try again later") from None
-                await asyncio.sleep(PAUSE_S)  # it was accepted before, so it waits for its place
+                await asyncio.sleep(PAUSE_S)  # it was accepted before its gang was lost, so it keeps waiting
             except DeploymentUnavailableError:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
             except (RayActorError, RayTaskError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
-                if not isinstance(cause, GangLost | RayActorError):
+                if not isinstance(
+                    cause, GangLost | RayActorError
+                ):  # the gang is sound: another would fail the same way
                     raise cause from None
                 losses += 1
                 self._metrics_of(request.model).lost()
                 logger.warning("request %s lost its ranks, time %d: %s", request.request_id, losses, cause)
                 await asyncio.sleep(PAUSE_S)
-        raise GangLost(f"{request.model!r} lost its ranks {ATTEMPTS} times over this request; it is not tried again")
+        raise GangLost(f"{request.model!r} lost its ranks {ATTEMPTS} times on this request; it is not tried again")
 
     def _metrics_of(self, model: str) -> GatewayMetrics:
         if model not in self._metrics:
@@ -204,13 +206,14 @@ class Gateway:
     async def _attended(
         self, model: str, answer: DeploymentResponseGenerator[Any]
     ) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """What a gang reports, and the model's state whenever that takes long.
+        """A gang's reports, and the model's state whenever the next report takes long.
 
-        Serve lets a request wait for ever, even when no gang can come: then it ends here.
+        Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
         coming = asyncio.ensure_future(anext(answer, None))
         try:
             while True:
+                # Not wait_for: it would cancel the pending report, and with it the request, at every timeout.
                 done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
                 if done:
                     report = coming.result()
@@ -224,10 +227,10 @@ class Gateway:
                     raise ModelNotFound(f"the model {model!r} was removed")
                 if state is not None and state.state == "failed":
                     raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
-                if state is not None:  # else it was removed, and its gangs finish what they compute
+                if state is not None:  # else it was removed, and its gangs finish their requests
                     yield state
         finally:
-            if not coming.done() or coming.cancelled():
+            if not coming.done() or coming.cancelled():  # the caller left: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
 
@@ -237,14 +240,14 @@ def _applications() -> Collection[str]:
 
 
 def api_keys(variable: str | None) -> list[str] | None:
-    """The API keys that an environment variable holds, by comma; None without one: anybody may call.
+    """The comma-separated API keys in an environment variable; None if no variable is named: anybody may call.
 
     Raises:
-        RuntimeError: it holds none.
+        RuntimeError: the variable holds no key.
     """
     if variable is None:
         return None
     keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
     if not keys:
-        raise RuntimeError(f"auth.api_keys_env is {variable}, but the gateway's environment has no keys there")
+        raise RuntimeError(f"auth.api_keys_env is {variable}, but the gateway's environment holds no keys in it")
     return keys

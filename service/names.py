@@ -1,4 +1,4 @@
-"""Names of what spray runs in Serve: one application per model, one for the gateway."""
+"""The names of spray's applications and deployments in Serve."""
 
 GANG = "Gang"
 """The deployment inside each model's application."""

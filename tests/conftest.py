@@ -10,17 +10,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-import service.rollout.local_cluster  # noqa: F401  # before any other import of Ray: it keeps clusters on loopback
-
-# isort: split
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from deploy.spec import LoRA
+from service.rollout.environment import use_private_cluster
 from sp_core.verify.rank_pool import RankPool
 from workers.demo_models.writer import FAMILIES, write_demo_model
+
+
+def pytest_configure() -> None:
+    """Called by pytest before it imports tests, and so before Ray."""
+    use_private_cluster()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """What others build on, frozen: a change here is a change for them, and must be made on purpose."""
 
-import argparse
 import dataclasses
 import inspect
 from typing import Any
 
 import pytest
-from fastapi.routing import APIRoute
+import typer
+from fastapi.routing import iter_route_contexts
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 
@@ -179,8 +179,8 @@ def test_spec_keys() -> None:
 
 
 def test_rest_routes_and_fields() -> None:
-    routes = [route for route in rest_app(None).routes if isinstance(route, APIRoute)]  # type: ignore[arg-type]
-    found = {f"{method} {route.path}" for route in routes for method in route.methods}
+    routes = iter_route_contexts(rest_app(None).routes)  # type: ignore[arg-type]
+    found = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert found == ROUTES
     assert set(ImageGenerationBody.model_fields) == IMAGE_FIELDS
     assert set(VideoGenerationBody.model_fields) == VIDEO_FIELDS
@@ -196,9 +196,11 @@ def test_every_error_has_its_row() -> None:
 
 
 def test_commands() -> None:
-    parser = cli._parser()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    found = {name: {a.dest for a in sub._actions} - {"help"} for name, sub in commands.choices.items()}
+    group: Any = typer.main.get_command(cli.app)
+    found = {
+        name: {parameter.opts[0].removeprefix("--").replace("-", "_") for parameter in command.params}
+        for name, command in group.commands.items()
+    }
     assert found == COMMANDS
 
 

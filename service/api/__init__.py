@@ -1,6 +1,13 @@
 """The API over HTTP: OpenAI's shapes in front of the gateway.
 
-rest.py     the FastAPI application
-schemas.py  request and response bodies, and the messages that they become
-errors.py   the one table of errors -> HTTP answers
+rest.py       assembles the FastAPI application: routers, access, error handlers
+images.py     POST /v1/images/generations
+videos.py     POST /v1/videos/sync
+models.py     GET /v1/models
+cluster.py    GET /v1/cluster, and the probes /livez and /readyz
+backend.py    what the API needs of the gateway, and how routes get at it
+streaming.py  server-sent events
+schemas.py    request bodies -> GenerationRequest
+responses.py  results, events and models -> response bodies
+errors.py     the one table of errors -> HTTP answers
 """

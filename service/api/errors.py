@@ -1,11 +1,14 @@
-"""The one table: what went wrong -> the HTTP answer, in OpenAI's error envelope.
+"""The one table of errors: each exception -> its HTTP status and its body in OpenAI's error envelope.
 
-Every error that leaves a door passes through `answer`. `x-should-retry: false` stops OpenAI's client from repeating a
-request that cannot succeed; it repeats 429 and 5xx by itself otherwise.
+Every error that leaves the API passes through `answer`. OpenAI's client retries 429 and 5xx by itself;
+`x-should-retry: false` stops it from repeating a request that cannot succeed.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from workers.errors import (
     GangLost,
@@ -20,6 +23,8 @@ from workers.errors import (
     Unauthorized,
 )
 
+logger = logging.getLogger("ray.serve")
+
 RETRY_AFTER_S = 5
 
 
@@ -30,8 +35,8 @@ class Status:
     Attributes:
         http: status code.
         type: OpenAI's error type.
-        code: a stable word for programs; an InvalidParameter brings its own.
-        retry: whether a client should ask again.
+        code: a stable word for programs; an `InvalidParameter` has its own.
+        retry: the same request may succeed later.
     """
 
     http: int
@@ -56,18 +61,24 @@ UNEXPECTED = Status(500, "server_error", "internal_error")
 
 
 def find_status(error: Exception) -> Status:
-    """The row of the table for an error: that of its class or of the nearest base class."""
+    """The row of the error's class, or of its nearest base class."""
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), UNEXPECTED)
 
 
 def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """HTTP status, body and headers for an error. Nothing internal leaves: an unknown error says only that."""
+    """HTTP status, body and headers of an error. What an unexpected one says stays in the log: it may hold secrets."""
     status = find_status(error)
     message = str(error) if status is not UNEXPECTED else "the server made a mistake; its log has the details"
     param = error.param if isinstance(error, RequestError) else None
     code = error.code if isinstance(error, InvalidParameter) else status.code
     headers = {"retry-after": str(RETRY_AFTER_S)} if status.retry else {"x-should-retry": "false"}
     return status.http, envelope(message, status.type, param, code), headers
+
+
+def log(error: Exception) -> None:
+    """Log what is the server's fault. A client that leaves while its body is read is not."""
+    if answer(error)[0] == 500 and not isinstance(error, ClientDisconnect):
+        logger.error("request failed", exc_info=error)
 
 
 def envelope(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:

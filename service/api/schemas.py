@@ -1,23 +1,22 @@
-"""REST bodies <-> messages: OpenAI's image generation in, `GenerationRequest` out; results and events back.
+"""Request bodies -> messages: OpenAI's image generation in, `GenerationRequest` out. For routers and `spray generate`.
 
-Called by `service.api.rest`. Unknown fields are refused with the nearest known one; fields that OpenAI has and
-diffusion has no use for are accepted, and named in the answer's `x-ignored-params`.
+Unknown fields are refused, and the error suggests the nearest known one. OpenAI's fields that have no meaning for
+diffusion are accepted and named in the answer's `x-ignored-params`.
 """
 
-import base64
 import difflib
+import json
 import re
 import secrets
-import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.spec import ModelSpec, Task
-from service.state.model_states import ModelState
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest, GenerationResult, ImageFormat, StepEvent
+from workers.messages import GenerationRequest, ImageFormat
 
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
@@ -28,7 +27,7 @@ Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains besides the picture."""
+    """What a stream contains besides the pictures."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -45,7 +44,7 @@ class LoRAChoice(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What every generation may say. Absent fields get the model's defaults."""
+    """The fields that pictures and videos share. Absent ones get the model's defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -63,12 +62,12 @@ class GenerationBody(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields of this body that have no effect."""
+        """Fields in this body that have no effect."""
         return sorted(IGNORED & self.model_fields_set)
 
 
 class ImageGenerationBody(GenerationBody):
-    """Body of `POST /v1/images/generations`: OpenAI's fields and those of diffusion."""
+    """Body of `POST /v1/images/generations`: OpenAI's fields, and those that diffusion adds."""
 
     n: int = Field(1, ge=1, le=10)
     response_format: Literal["b64_json"] = "b64_json"
@@ -94,11 +93,28 @@ class VideoGenerationBody(GenerationBody):
 Body = TypeVar("Body", bound=GenerationBody)
 
 
-def parse_body(raw: object, kind: type[Body]) -> Body:
-    """A checked body of this kind.
+async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
+    """The JSON of a request's body.
 
     Raises:
-        InvalidParameter: names the first field that is wrong.
+        InvalidParameter: the body is not JSON, or it is too large; the rest of it is not read then.
+    """
+    raw = bytearray()
+    async for chunk in chunks:
+        raw += chunk
+        if len(raw) > max_bytes:
+            raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise InvalidParameter(None, "the body is not JSON", "invalid_body") from None
+
+
+def parse_body(raw: object, kind: type[Body]) -> Body:
+    """Validate a body.
+
+    Raises:
+        InvalidParameter: a field is wrong; the error names the first one.
     """
     if not isinstance(raw, dict):
         raise InvalidParameter(None, "the body must be a JSON object", "invalid_body")
@@ -106,7 +122,7 @@ def parse_body(raw: object, kind: type[Body]) -> Body:
         return kind.model_validate(raw)
     except ValidationError as error:
         mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-        raise _invalid(mistakes[0], kind) from None  # a misspelt field first: it explains the missing one
+        raise _invalid(mistakes[0], kind) from None  # a misspelled field first: it explains the missing one
 
 
 def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
@@ -121,11 +137,11 @@ def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
 
 
 def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
-    """The model that a request names; without a name, the only one there is.
+    """The model of this name or alias; without a name, the only model.
 
     Raises:
-        ModelNotFound: no such model.
-        InvalidParameter: no name, and several models.
+        ModelNotFound: there is no such model.
+        InvalidParameter: no name was given, and there are several models.
     """
     known = ", ".join(models)
     if name is None:
@@ -139,10 +155,12 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
 
 
 def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
-    """Everything settled: defaults filled in, limits kept, the seed drawn.
+    """Turn a body into a request that needs no further choice: defaults filled in, limits checked, the seed drawn.
+
+    A retry on another gang therefore draws the same picture.
 
     Raises:
-        InvalidParameter: the request is outside the model's limits, or the model is for something else.
+        InvalidParameter: the request exceeds the model's limits, or the model is for another task.
     """
     defaults, limits = model.defaults, model.limits
     width, height = _size(body.size, model)
@@ -226,64 +244,3 @@ def _loras(chosen: list[LoRAChoice], model: ModelSpec) -> tuple[tuple[str, float
 def _at_most(param: str, value: int, limit: int) -> None:
     if value > limit:
         raise InvalidParameter(param, f"{param} must be at most {limit}, got {value}")
-
-
-def images_response(request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
-    """OpenAI's ImagesResponse; seeds, layout and timings are extra keys, which its client keeps."""
-    return {
-        "created": int(time.time()),
-        "data": [
-            {"b64_json": base64.b64encode(image).decode(), "seed": seed}
-            for image, seed in zip(result.outputs, result.seeds, strict=True)
-        ],
-        "size": f"{request.width}x{request.height}",
-        "output_format": request.output_format,
-        "background": "opaque",
-        "metrics": metrics(result),
-    }
-
-
-def metrics(result: GenerationResult) -> dict[str, Any]:
-    """How a picture came about: seconds by stage, and the layout that computed it."""
-    return {
-        "layout": str(result.degrees),
-        "encode_seconds": result.encode_seconds,
-        "step_seconds": list(result.step_seconds),
-        "decode_seconds": result.decode_seconds,
-    }
-
-
-def progress_event(event: StepEvent) -> dict[str, Any]:
-    """Stream event after each step; only on request, because OpenAI's clients do not know it."""
-    return {
-        "type": "image_generation.progress",
-        "step": event.step,
-        "total_steps": event.total_steps,
-        "seconds": event.seconds,
-    }
-
-
-def completed_events(request: GenerationRequest, result: GenerationResult) -> list[dict[str, Any]]:
-    """OpenAI's stream event for each finished picture."""
-    response = images_response(request, result)
-    shared = {key: response[key] for key in ("size", "output_format", "background", "metrics")}
-    shared |= {"type": "image_generation.completed", "created_at": response["created"], "quality": "auto"}
-    return [shared | picture for picture in response["data"]]
-
-
-def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
-    """OpenAI's Model; state, layout and limits are extra keys."""
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "spray",
-        "aliases": list(model.aliases),
-        "tasks": list(model.tasks or ()),
-        "state": state.state if state else "starting",
-        "reason": state.reason if state else "",
-        "layout": str(model.parallel),
-        "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
-        "defaults": model.defaults.model_dump(),
-        "limits": model.limits.model_dump(),
-    }

@@ -1,10 +1,11 @@
 """The command `spray`.
 
-main.py      the commands and their flags
-commands.py  check, serve, build, deploy, ps, models, schema, doctor
-generate.py  `spray generate`
+main.py      the commands, and what their errors become: one line and an exit code
+commands/    a file per command, or for a few that belong together
+options.py   arguments that several commands have, and wrong usage
+output.py    lines and tables for a person
+progress.py  bars for loading and for steps
+client.py    an HTTP client of a running server
 doctor.py    what commonly goes wrong on a machine
 demo.py      `make demo`
-client.py    an HTTP client of a running server
-progress.py, table.py, printing.py  what a person sees
 """

@@ -1,7 +1,7 @@
-"""What a client of the REST door does: one generation, with its steps as they happen, or a look at the cluster.
+"""A client of the REST API, for the commands and the demo. SPRAY_API_KEY holds its API key.
 
-Used by `spray generate`, `spray ps` and the demo; an API key is taken from SPRAY_API_KEY. Programs use OpenAI's client,
-or anything that speaks HTTP.
+Fields of a request come in; pictures, a video or a JSON body come out. Programs use OpenAI's client instead, or any
+other that speaks HTTP.
 """
 
 import base64
@@ -22,12 +22,12 @@ DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
 def server_url(given: str | None) -> str:
-    """The base URL of the server to ask: the given one, else that of SPRAY_SERVER, else the default."""
+    """The base URL of the server: the given one, else SPRAY_SERVER, else the default."""
     return given or os.environ.get("SPRAY_SERVER") or DEFAULT_SERVER
 
 
 class ServerError(Exception):
-    """The server refused or failed; the message is the server's own."""
+    """The server refused or failed, and the message is its own; or it did not answer."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Generated:
 
     Attributes:
         content: the encoded file.
-        seed: draws it again.
-        metrics: layout and seconds by stage, as the server reports them.
+        seed: draws the same again.
+        metrics: its layout and the seconds of each stage, as the server reports them.
     """
 
     content: bytes
@@ -46,7 +46,7 @@ class Generated:
 
 
 def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None]) -> list[Generated]:
-    """Ask a server for pictures.
+    """Generate pictures on a server.
 
     Args:
         server: its base URL.
@@ -83,7 +83,7 @@ def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[Step
 
 
 def generate_video_remotely(server: str, body: dict[str, Any]) -> Generated:
-    """Ask a server for a video.
+    """Generate a video on a server.
 
     Args:
         server: its base URL.
@@ -109,7 +109,7 @@ def generate_video_remotely(server: str, body: dict[str, Any]) -> Generated:
 
 
 def read_cluster(server: str) -> dict[str, Any]:
-    """What a server says of its models and gangs: the body of `GET /v1/cluster`.
+    """The body of `GET /v1/cluster`.
 
     Raises:
         ServerError: it cannot be reached, or refuses.
@@ -118,7 +118,7 @@ def read_cluster(server: str) -> dict[str, Any]:
 
 
 def read_models(server: str) -> dict[str, Any]:
-    """The models of a server: the body of `GET /v1/models`.
+    """The body of `GET /v1/models`.
 
     Raises:
         ServerError: it cannot be reached, or refuses.

@@ -1,28 +1,28 @@
-"""`make demo`: the main job on this machine, from a deployment file to a picture, and nothing left behind.
+"""`make demo`: the main task on this machine, from a deployment file to a picture.
 
     python -m service.cli.demo
 
 Writes the demo model if it is not there, serves `deploy/local.yaml` on a private cluster, asks for one picture over
-REST, prints where it is, and stops what it started, also on Ctrl-C or failure.
+REST, prints where it is, and stops what it started, also after Ctrl-C or a failure.
 """
 
-import argparse
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from deploy.load import load_spec
-from deploy.spec import Metrics, SpecError
-from service.cli.client import ServerError, generate_remotely
+from deploy.spec import Metrics
+from service.cli.client import generate_remotely
+from service.cli.main import run
 from service.cli.progress import LoadBars, StepProgress
-from service.rollout.local_cluster import LocalCluster
-from workers.errors import SprayError
+from service.rollout.environment import use_private_cluster
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEPLOYMENT = PROJECT / "deploy" / "local.yaml"
@@ -30,24 +30,14 @@ PROMPT = "a cup of coffee on the table"
 SEED = 7
 
 
-def main() -> int:
-    """Command line: `python -m service.cli.demo [--output FILE]`."""
-    parser = argparse.ArgumentParser(description="Generate one picture through a local cluster.")
-    parser.add_argument("--output", type=Path, default=PROJECT / ".demo" / "picture.png", help="where to save it")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        _demo(arguments.output.resolve())
-    except KeyboardInterrupt:
-        _say("stopped")
-        return 130
-    except (SpecError, SprayError, ServerError, TimeoutError, OSError) as error:
-        _say(f"error: {error}")
-        return 1
-    return 0
+def demo(
+    output: Annotated[Path, typer.Option(help="Where to save the picture.")] = PROJECT / ".demo" / "picture.png",
+) -> None:
+    """Generate one picture through a local cluster."""
+    use_private_cluster()
+    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray, which reads the line above
 
-
-def _demo(output: Path) -> None:
+    output = output.resolve()
     spec = load_spec(DEPLOYMENT)
     (model,) = spec.models
     _ensure_model(Path(model.source))
@@ -102,4 +92,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(demo)
+    sys.exit(run(app, "python -m service.cli.demo"))

@@ -1,7 +1,7 @@
-"""Facts about this machine that decide whether gangs can run on it, each with what to do about it. For `spray doctor`.
+"""Facts about this machine that decide whether gangs can run on it, each with advice. For `spray doctor`.
 
-A deployment comes in, or none; findings come out. Nothing is changed and no Ray cluster is started or asked. What is
-looked at is in `Machine`, so that tests can put another in its place.
+A deployment comes in, or none; findings come out. It changes nothing and asks no Ray cluster. It sees the machine
+only through `Machine`, so that tests can invent one.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ from deploy.memory import GIB, format_bytes
 from deploy.model_folder import cache_root, model_folder
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import DeploymentSpec
+from service.rollout.environment import has_token
 from service.rollout.ports import bind_error
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -41,7 +42,7 @@ cuda = torch.version.cuda
 nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
 print(json.dumps({"torch": torch.__version__, "cuda": cuda, "nccl": nccl, "usable": torch.cuda.device_count()}))
 """
-"""Run in a process of its own: this layer does without torch."""
+"""Run in a process of its own, because this layer does not import torch."""
 
 GPU_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
 
@@ -51,10 +52,10 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what it is about.
-        level: `ok`; `warn`: some deployments will suffer; `fail`: gangs cannot run like this.
-        found: what is there.
-        advice: what to do; empty where all is well.
+        name: its subject.
+        level: `ok`; `warn`: some deployments will suffer; `fail`: gangs cannot run.
+        found: what there is.
+        advice: what to do; empty if all is well.
     """
 
     name: str
@@ -64,21 +65,11 @@ class Finding:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; empty where it is missing, fails or takes more than two minutes."""
+    """What a command prints; empty if it is missing, fails, or takes more than two minutes."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _environment_at_start() -> dict[str, str]:
-    """As the operator set it: `service.rollout.local_cluster` sets some of Ray's variables for clusters of its own on
-    import."""
-    try:
-        entries = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return dict(os.environ)
-    return {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
 
 
 @dataclass(frozen=True)
@@ -90,9 +81,9 @@ class Machine:
         shm: shared memory.
         tmp: where Ray keeps sessions, logs and what it spills.
         home: the user's folder.
-        environment: the environment of the command.
-        run: a command to what it prints; empty where it fails.
-        disk: a folder to its file system's size, with `total` and `free` in bytes.
+        environment: of this process.
+        run: runs a command and returns what it prints; empty if it fails.
+        disk: takes a folder and returns the size of its file system, with `total` and `free` in bytes.
         files: the limit of open files.
     """
 
@@ -100,7 +91,7 @@ class Machine:
     shm: Path = Path("/dev/shm")
     tmp: Path = Path("/tmp")
     home: Path = field(default_factory=Path.home)
-    environment: Mapping[str, str] = field(default_factory=_environment_at_start)
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     run: Callable[[list[str]], str] = _output
     disk: Callable[[Path], Any] = shutil.disk_usage
     files: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -110,8 +101,8 @@ def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> lis
     """Look at this machine, and at the weights of a deployment's models, which may take as long as reading them.
 
     Args:
-        spec: the deployment; None looks at the machine alone.
-        machine: where to look; None is this one.
+        spec: the deployment; None looks only at the machine.
+        machine: None is this one.
     """
     machine = machine or Machine()
     return [
@@ -127,7 +118,7 @@ def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> lis
 
 
 def _devices(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
-    """The GPUs, their driver, and whether torch and NCCL suit them."""
+    """The GPUs, their driver, and torch and NCCL, which must suit them."""
     gpus = len([path for path in machine.dev.glob("nvidia*") if path.name[6:].isdigit()])
     asked = max((m.parallel.world_size for m in spec.models if m.device == "cuda"), default=0) if spec else 0
     if not gpus:
@@ -151,7 +142,7 @@ def _devices(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]
 
 
 def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether the driver suits torch's CUDA, and whether ranks can talk."""
+    """Does the driver suit torch's CUDA, and can ranks communicate?"""
     found = f"torch {torch['torch']}, CUDA {torch['cuda'] or 'none'}, driver {driver or 'none'}"
     oldest = OLDEST_DRIVER.get(int(torch["cuda"].split(".")[0]), 0) if torch["cuda"] else 0
     if gpus and not torch["cuda"]:
@@ -167,7 +158,7 @@ def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) ->
     if gpus and torch["cuda"] and not torch["nccl"]:
         yield Finding("nccl", "fail", "torch has no NCCL", "install torch's Linux build, which brings NCCL")
     else:
-        yield Finding("nccl", "ok", torch["nccl"] or "none; ranks on CPUs talk by gloo")
+        yield Finding("nccl", "ok", torch["nccl"] or "none; ranks on CPUs use gloo")
 
 
 def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:
@@ -175,7 +166,7 @@ def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:
     if spec:
         ranks = sum(model.parallel.world_size * max(1, model.autoscaling.min_replicas) for model in spec.models)
     total, wanted = machine.disk(machine.shm).total, SHM_PER_RANK * ranks
-    found = f"{machine.shm} has {format_bytes(total)}; {ranks} ranks want {format_bytes(wanted)}"
+    found = f"{machine.shm} has {format_bytes(total)}; {ranks} ranks need {format_bytes(wanted)}"
     if total >= wanted:
         return Finding("shared memory", "ok", found)
     size = -(-wanted // GIB)
@@ -199,7 +190,7 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
         yield Finding(f"{part} port", level, said, advice if reason else "")
     for port, use in PORTS.items():
         reason = bind_error("127.0.0.1", port)
-        advice = f"a Ray cluster or another program runs here; {use} will not be reachable there" if reason else ""
+        advice = f"another program has it, perhaps a Ray cluster; {use} will not be reachable there" if reason else ""
         said = f"for {use}, is {f'taken ({reason})' if reason else 'free'}"
         yield Finding(f"port {port}", "warn" if reason else "ok", said, advice)
 
@@ -207,7 +198,9 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
 def _keys(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
     variable = spec.auth.api_keys_env
     if variable and not machine.environment.get(variable):
-        advice = "set it where the gateway runs, as keys by comma; or remove auth.api_keys_env, and anybody may call"
+        advice = (
+            "set it to comma-separated keys where the gateway runs; or remove auth.api_keys_env, and anybody may call"
+        )
         yield Finding("API keys", "warn", f"{variable} is not set here", advice)
     elif variable:
         yield Finding("API keys", "ok", f"{variable} is set", "")
@@ -232,22 +225,20 @@ def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
 
 
 def _ray(machine: Machine) -> Iterator[Finding]:
-    environment, token = machine.environment, machine.home / ".ray" / "auth_token"
+    environment = machine.environment
     yield Finding("ray", "ok", f"Ray {importlib.metadata.version('ray')}")
     address = environment.get("RAY_ADDRESS")
     if address:
-        advice = "Ray's own commands go to that cluster; unset it unless you mean to (spray serve ignores it)"
+        advice = "Ray's own commands go to that cluster: unset it unless you mean to (spray serve ignores it)"
         yield Finding("RAY_ADDRESS", "warn", address, advice)
     mode = environment.get("RAY_AUTH_MODE")
-    has_token = token.exists() or any(environment.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if mode == "token" and not has_token:
-        advice = f"set RAY_AUTH_TOKEN, or write the cluster's token to {token}"
+    token = has_token(environment, machine.home)
+    if mode == "token" and not token:
+        advice = f"set RAY_AUTH_TOKEN, or write the cluster's token to {machine.home / '.ray' / 'auth_token'}"
         yield Finding("RAY_AUTH_MODE", "fail", "token, but there is no token", advice)
-    elif mode is None and token.exists():
-        advice = (
-            "Ray turns authentication on where it finds one: set RAY_AUTH_MODE to token or to disabled, on all nodes"
-        )
-        yield Finding("RAY_AUTH_MODE", "warn", f"not set, but {token} exists", advice)
+    elif mode is None and token:
+        advice = "Ray uses a token on some nodes and not on others: set RAY_AUTH_MODE to token or to disabled on all"
+        yield Finding("RAY_AUTH_MODE", "warn", "not set, but there is a token", advice)
     else:
         yield Finding("RAY_AUTH_MODE", "ok", mode or "not set, and there is no token")
 

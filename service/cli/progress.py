@@ -1,21 +1,34 @@
-"""Progress for a person to see: bars on a terminal, plain lines elsewhere. For the command line and the demo."""
+"""Progress on standard error: bars on a terminal, plain lines elsewhere. For the commands and the demo."""
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Never, Self
+from typing import Self
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from workers.messages import StepEvent
 
 
 class StepProgress:
-    """A context manager whose `show` is called after each step. Writes to standard error."""
+    """The steps of one request; a context manager."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Never] | None = None
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -23,23 +36,21 @@ class StepProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.stop()
 
     def show(self, event: StepEvent) -> None:
-        """One step is done. Steps start again from 1 when a request is retried on another gang."""
-        if not sys.stderr.isatty():
+        """A step is done. Steps start again from 1 if the request is retried on another gang."""
+        if self._bar.disable:
             sys.stderr.write(f"step {event.step}/{event.total_steps} {event.seconds:.3f} s\n")
             return
-        if self._bar is None:
-            columns, rows = shutil.get_terminal_size()  # 80 x 24 where the terminal does not know its size
-            bar: tqdm[Never] = tqdm(total=event.total_steps, unit="step", file=sys.stderr, ncols=columns, nrows=rows)
-            self._bar = bar
-        self._bar.update(event.step - self._bar.n)
+        if self._task is None:  # not before: an empty bar would say that something is computed
+            self._task = self._bar.add_task("", total=event.total_steps)
+            self._bar.start()
+        self._bar.update(self._task, completed=event.step)
 
 
 class LoadBars:
-    """How far each model is loaded; a context manager. Writes to standard error.
+    """How far each model is loaded; a context manager.
 
     Args:
         models: their names, in the order of the bars.
@@ -47,33 +58,29 @@ class LoadBars:
 
     def __init__(self, models: Sequence[str]) -> None:
         self._told: dict[str, int] = {}
-        self._bars: dict[str, tqdm[Never]] = {}
-        if sys.stderr.isatty():
-            columns, rows = shutil.get_terminal_size()
-            width = max(len(model) for model in models)
-            self._bars = {
-                model: tqdm(
-                    total=100, desc=model.ljust(width), position=i, file=sys.stderr, ncols=columns, nrows=rows,
-                    bar_format="{desc} |{bar}| {n:3.0f} %",
-                )
-                for i, model in enumerate(models)
-            }  # fmt: skip
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+            console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._tasks = {model: self._bars.add_task(model, total=1.0) for model in models}
 
     def __enter__(self) -> Self:
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        self._bars.stop()
 
     def show(self, loaded: Mapping[str, float]) -> None:
-        """How far each model is now, from 0 to 1; 1 is serving, or asleep as it is meant to."""
+        """How far each model is now, from 0 to 1; 1 means that it serves, or is asleep as it should be."""
         for model, fraction in loaded.items():
+            if not self._bars.disable:
+                task = self._tasks[model]
+                self._bars.update(task, completed=max(fraction, self._bars.tasks[task].completed))
+                continue
             percent = int(100 * fraction)
-            if model in self._bars:
-                self._bars[model].update(max(0, percent - self._bars[model].n))
-            elif percent // 25 > self._told.get(model, -1):  # a line for every quarter is enough for a log
+            if percent // 25 > self._told.get(model, -1):  # a line per quarter is enough for a log
                 self._told[model] = percent // 25
                 sys.stderr.write(f"{model}: {'ready' if percent == 100 else f'{percent} % loaded'}\n")

@@ -1,8 +1,12 @@
 """From a deployment file to running applications.
 
-changes.py        what differs between the file and the cluster, and applying it
+changes.py        what differs between the file and the cluster
 preflight.py      what is checked on the nodes before anything changes
+apply.py          carries changes out, and follows their progress
+serve_client.py   Ray and Serve themselves; the only file that uses their private APIs
+environment.py    what Ray reads from the environment; set by entry points, before Ray is imported
 attach.py         a running Ray cluster, for `spray deploy`
 local_cluster.py  a Ray cluster of our own on this machine, for `spray serve`, the demo and the tests
+devices.py        what this machine offers
 ports.py          why a port cannot be bound
 """

@@ -1,15 +1,14 @@
-"""A Ray cluster of our own on this machine, serving one deployment. For `spray serve`, the demo and the tests.
+"""A Ray cluster of our own on this machine that serves one deployment. For `spray serve`, the demo and the tests.
 
-It never attaches to another cluster, whatever `RAY_ADDRESS` says; it takes a temporary folder and free ports of its
-own, listens on loopback only, and takes everything along when it stops. Any number of them run side by side.
+It never attaches to another cluster, whatever `RAY_ADDRESS` says. It has its own temporary folder and free ports,
+listens on loopback only, and removes everything when it stops. Any number of them run side by side. Entry points call
+`service.rollout.environment.use_private_cluster` before they import this file, because it imports Ray.
 """
 
 import contextlib
-import logging
 import os
 import random
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -18,15 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-# Read by Ray when it is imported, and inherited by every process of the cluster.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for listening on loopback only, on any system
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is left behind that breaks later clusters
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"  # a hung gang must not be waited for
-os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy laptop takes longer than Serve's 5 s
-os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # else 10: too slow for seconds
-os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
 
 import httpx
 import ray
@@ -38,18 +28,20 @@ from deploy.spec import DeploymentSpec, SpecError
 from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
-from service.rollout.changes import apply_config, drain, forget, start_serve
+from service.rollout.apply import drain
+from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import derive_tasks
+from service.rollout.serve_client import apply_config, disconnect, start_ray, start_serve
 from service.state.model_states import failure
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
 SILENT_LOOKS = 5
-"""A gateway that does not answer so often in a row is gone; once may mean that it is busy."""
+"""A gateway that fails to answer this often in a row is gone. Once may mean that it is busy."""
 
 METRICS_PORTS = range(20000, 30000)
-"""Below those that systems give away by themselves: until the first process of ours binds it, nobody holds the port."""
+"""Below the ports that systems hand out by themselves: until a process of ours binds the port, nothing reserves it."""
 
 OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -66,9 +58,7 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        one = spec.gateway.model_copy(
-            update={"replicas": 1}
-        )  # a second one survives nothing that this machine does not
+        one = spec.gateway.model_copy(update={"replicas": 1})  # on one machine, a second one would survive no more
         self.spec = derive_tasks(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
@@ -79,41 +69,26 @@ class LocalCluster:
 
     def __enter__(self) -> Self:
         if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]
-            raise RuntimeError(
-                "import service.rollout.local_cluster before ray, or the cluster would not stay on loopback"
-            )
-        check_deployment(self.spec, local_devices())
+            raise RuntimeError("call use_private_cluster before Ray is imported, or the cluster would leave loopback")
+        devices = local_devices()
+        check_deployment(self.spec, devices)
         try:
             api_keys(self.spec.auth.api_keys_env)
         except RuntimeError as error:  # the gateway inherits this environment
-            raise SpecError(f"{error}; set it, as keys by comma") from None
+            raise SpecError(f"{error}; set it to comma-separated keys") from None
+        # The ports first: both are said here, in a line, while a gateway that cannot bind says it in its log.
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
         self.url = f"http://{host}:{port}"
         self._find_metrics_port()
         self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
         os.environ.pop("RAY_ADDRESS", None)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            devices = local_devices()
             with _inherited("SPRAY_METRICS_DIR", self._folder / "metrics"):
-                ray.init(
-                    address="local",
-                    num_cpus=int(devices["cpu"]),
-                    num_gpus=int(devices["cuda"]),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address=LOOPBACK,
-                    _temp_dir=str(self._folder),
-                )
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends this process at once
+                start_ray(LOOPBACK, self._folder, devices, OBJECT_STORE_BYTES)
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
-            where = {"host": host, "port": port}
-            start_serve(self.spec, proxy_location="HeadOnly", http_options=where, logging_config=quiet)
+            start_serve(host, port, proxy_location="HeadOnly", logging_config=quiet)
             apply_config(serve_config(self.spec, self.instance_id)["applications"], logging_config=quiet)
         except RayError as error:
             self.stop()
@@ -131,11 +106,11 @@ class LocalCluster:
     def wait_ready(
         self, timeout_s: float, on_wait: Callable[[Mapping[str, float]], None] = lambda progress: None
     ) -> None:
-        """Return when every model answers, or sleeps as it is meant to.
+        """Return when every model answers, or is asleep as it should be.
 
         Args:
-            timeout_s: patience.
-            on_wait: told several times a second how far each model has got, from 0 to 1.
+            timeout_s: how long to wait.
+            on_wait: called several times a second with how far each model is loaded, from 0 to 1.
 
         Raises:
             GangLost: a model cannot be started, or the gateway fails; the reason is in the message.
@@ -144,11 +119,11 @@ class LocalCluster:
         deadline = time.monotonic() + timeout_s
         waiting = [model.name for model in self.spec.models]
         while time.monotonic() < deadline:
-            self._raise_failures()
+            self._raise_failures()  # first: what has failed never becomes ready, and its reason beats a timeout
             answer = _readiness(self.url)
             if "error" in answer:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
-            if answer.get("instance_id") == self.instance_id:
+            if answer.get("instance_id") == self.instance_id:  # else another server answers at this port
                 waiting = answer["waiting_for"]
             loaded = {model.name: 0.0 if model.name in waiting else 1.0 for model in self.spec.models}
             on_wait(loaded | {name: fraction for name, fraction in _loaded().items() if name in waiting})
@@ -158,7 +133,7 @@ class LocalCluster:
         raise TimeoutError(f"not ready after {timeout_s:g} s: waiting for {', '.join(waiting)}")
 
     def drain(self) -> None:
-        """Refuse new requests, and return when those in flight are answered."""
+        """Refuse new requests, and return when those in flight are answered, or the gateway is gone."""
         drain()
         silent = 0
         while silent < SILENT_LOOKS:
@@ -171,8 +146,7 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster and remove its folder. May be called more than once."""
         if ray.is_initialized():
-            ray.shutdown()
-            forget()
+            disconnect()
         if self._reservation is not None:
             self._reservation.close()
             self._reservation = None
@@ -181,7 +155,11 @@ class LocalCluster:
             self._folder = None
 
     def _find_metrics_port(self) -> None:
-        """Take a free port where the file says 0, and say so if the one that it names is taken."""
+        """Choose a free port if the file says 0; reject one that is taken.
+
+        Raises:
+            SpecError: the port cannot be bound.
+        """
         host, port = self.spec.metrics_at["host"], self.spec.metrics_at["port"]
         if port is None:
             return
@@ -202,18 +180,9 @@ class LocalCluster:
                 raise GangLost(f"{name.removeprefix(MODEL_APP_PREFIX)} cannot be started: {failure(application)}")
 
 
-def local_devices() -> dict[str, float]:
-    """Devices of this machine by kind: `{"cpu": cores, "cuda": GPUs}`."""
-    gpus = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = min(gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-    return {"cpu": float(os.cpu_count() or 1), "cuda": float(gpus)}
-
-
 @contextlib.contextmanager
 def _inherited(variable: str, value: Path) -> Iterator[None]:
-    """A variable that processes which are started here find in their environment, and this one does not keep."""
+    """Set a variable for the processes that are started in this context; this process gets its former value back."""
     former = os.environ.get(variable)
     os.environ[variable] = str(value)
     try:
@@ -225,15 +194,15 @@ def _inherited(variable: str, value: Path) -> Iterator[None]:
 
 
 def _reserve_port(host: str, port: int) -> socket.socket:
-    """A socket on `port`, or on a free one for 0, that keeps it from others until Serve has bound it and beyond.
+    """A socket that holds `port`, or a free one for 0, so that nobody else takes it before Serve binds it.
 
-    Serve binds with SO_REUSEPORT, so it would not notice that a port is taken, and may share it with this socket, which
-    never listens.
+    Serve binds with SO_REUSEPORT: it would not notice that a port is taken, but it can share the port with this socket,
+    which never listens.
 
     Raises:
         SpecError: the port is taken.
     """
-    reason = bind_error(host, port) if port else ""  # 0: the system gives nobody's, and at once
+    reason = bind_error(host, port) if port else ""  # 0: the system picks one that nobody has
     if not reason:
         try:
             reservation = socket.socket()
@@ -247,12 +216,12 @@ def _reserve_port(host: str, port: int) -> socket.socket:
 
 
 def _loaded() -> dict[str, float]:
-    """How far each model that is loading has got, from 0 to 1: the least of its gangs' first ranks."""
+    """How far each model is loaded, from 0 to 1, while its ranks exist: the minimum over its gangs, by their rank 0."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     first = [actor for actor in actors if actor["name"].endswith("-rank0")]
     found: dict[str, float] = {}
     for actor in first:
-        with contextlib.suppress(RayError, ValueError):  # it may be starting, or gone
+        with contextlib.suppress(RayError, ValueError):  # still starting, or already gone
             rank = ray.get_actor(actor["name"], namespace=actor["namespace"])
             status: Any = ray.get(rank.status.remote(), timeout=0.2)
             found[status.model] = min(status.loaded, found.get(status.model, 1.0))

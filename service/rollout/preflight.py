@@ -1,9 +1,8 @@
-"""What must be known of a cluster before Serve is told to change it: weights on its nodes, and room for the gangs.
+"""What is checked on a cluster before Serve is told to change it: weights on its nodes, and room for the gangs.
 
-A spec and the names of the models that it changes come in; lines that say what is missing come out. For `spray deploy`.
+A spec and the names of the models that change come in; lines that say what is missing come out. For `spray deploy`.
 """
 
-import importlib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from workers.model.files import fetch
 
 
 def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
-    """The spec with the tasks of those models filled in whose folders can be read on this machine."""
+    """The spec with the tasks filled in of all models whose folders this machine can read."""
 
     def derived(model: ModelSpec) -> ModelSpec:
         folder = model_folder(spec, model)
@@ -36,16 +35,16 @@ def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
     return spec.model_copy(update={"models": tuple(derived(model) for model in spec.models)})
 
 
-def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[DeploymentSpec, list[str]]:
-    """Fetch and check the weights of the touched models on every node that may run them, before any device is taken.
+def verify_on_nodes(spec: DeploymentSpec, changed: Collection[str]) -> tuple[DeploymentSpec, list[str]]:
+    """Fetch and check the weights of the changed models on every node that may run them, before any device is taken.
 
     Returns:
-        The spec with the tasks of these models filled in, and what keeps them from running, a line each.
+        The spec with the tasks of these models filled in; and a line for each thing that keeps them from running.
     """
     models: list[ModelSpec] = []
     obstacles: dict[str, None] = {}
     for model in spec.models:
-        if model.name not in touched:
+        if model.name not in changed:
             models.append(model)
             continue
         answers = _answers(model, spec.storage.models)
@@ -55,17 +54,18 @@ def verify_on_nodes(spec: DeploymentSpec, touched: Collection[str]) -> tuple[Dep
     return spec.model_copy(update={"models": tuple(models)}), list(obstacles)
 
 
-def misplaced(spec: DeploymentSpec, touched: Collection[str]) -> list[str]:
-    """For each touched model whose gangs cannot be placed on any node of the cluster, why."""
+def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[str]:
+    """A line for each of these models whose gangs fit on no node of the cluster, even an empty one."""
     nodes = alive_nodes()
-    reasons = ((model, unschedulable(model, nodes)) for model in spec.models if model.name in touched)
+    reasons = ((model, unschedulable(model, nodes)) for model in spec.models if model.name in names)
     return [f"{model.name}: {reason}" for model, reason in reasons if reason]
 
 
-def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
-    """For each model to be upgraded that has no room for a new gang beside the old ones: what is missing.
+def surge_obstacles(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
+    """By upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
-    A model whose gangs sleep has none to stand beside. New models, and upgrades that come earlier, take room away.
+    A model that is asleep has no old gangs. Models are counted in the file's order: new ones, and upgrades before this
+    one, take room away.
     """
     nodes = free_nodes()
     statuses = serve.status().applications if upgraded else {}
@@ -84,7 +84,7 @@ def without_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collect
 
 
 def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Task, ...], str]]:
-    """What each node that may run the model says; all of them fetch at once."""
+    """What `_prepare` returns on each node that may run the model. All nodes fetch at once."""
     asked = {}
     for host in hosts(model):
         on_host = NodeAffinitySchedulingStrategy(host, soft=False)
@@ -101,16 +101,20 @@ def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Ta
 
 @ray.remote(num_cpus=0)
 def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, ...], str]:
-    """On a node: what the model is for, and what keeps it from running there."""
+    """On a node: the tasks of the model, and what keeps it from running there; empty if nothing does."""
     try:
         folder: Path = fetch(model, models_folder)
         here = model.model_copy(update={"source": str(folder), "revision": None})
         check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
-        if model.plan or model.transformer_class:  # by name, because it brings torch
-            own = importlib.import_module("workers.model.out_of_tree")
-            own.transformer_class(here), own.sequence_plan(here)
-        for lora in model.loras:
-            importlib.import_module("workers.model.lora").check_lora(lora, folder)
+        if model.plan or model.transformer_class:
+            from workers.model import out_of_tree  # here, for it loads torch: nodes need it, the command does not
+
+            out_of_tree.transformer_class(here), out_of_tree.sequence_plan(here)
+        if model.loras:
+            from workers.model.lora import check_lora  # here, for it loads torch
+
+            for lora in model.loras:
+                check_lora(lora, folder)
     except (ValueError, OSError) as error:
         message = str(error)
         return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"

@@ -2,6 +2,6 @@
 
 model_states.py     the state of each model, with its reason
 poller.py           reads that state every second
-router_registry.py  what the routers know of their gangs, shared with the gateway
+router_registry.py  the request routers of this process: queues and the gangs' reports
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

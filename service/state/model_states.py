@@ -1,7 +1,7 @@
-"""What the cluster is doing, model by model: for `GET /v1/cluster`, `GET /v1/models`, `/readyz` and `spray ps`.
+"""The state of each model, with its reason: for `GET /v1/cluster`, `GET /v1/models`, `/readyz` and `spray ps`.
 
-Comes from three places: Serve's status (how many gangs are in which state), Ray's nodes (whether a gang can be placed),
-and what the gangs say of themselves (`service.state.router_registry`).
+It follows from Serve's status (how many gangs are in which state), Ray's nodes (can a gang be placed?), and the gangs'
+own reports (`service.state.router_registry`).
 """
 
 import re
@@ -17,9 +17,9 @@ from workers.gang.placement import Node, unschedulable
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Lost|Failed|Unavailable): (.+)$", re.MULTILINE)
-"""The line of a traceback that says what it is about."""
+"""The last line of a traceback: the exception and its message."""
 
 STATES: Mapping[State, str] = {
     "running": "at least one gang answers",
@@ -32,14 +32,14 @@ STATES: Mapping[State, str] = {
 
 @dataclass(frozen=True)
 class ModelState:
-    """One model as it runs.
+    """How one model is doing.
 
     Attributes:
         state: see `STATES`.
-        reason: why it does not run, or not as it should; empty if it does.
-        replicas: gangs by Serve's state: RUNNING, STARTING, STOPPING, ...
+        reason: why it does not run, or not as it should; empty if all is well.
+        replicas: number of gangs by Serve's state: RUNNING, STARTING, STOPPING, ...
         queued: requests that wait in this gateway.
-        gangs: what each running gang says of itself.
+        gangs: the last report of each running gang.
     """
 
     state: State
@@ -56,14 +56,14 @@ def model_state(
 
     Args:
         model: as it was deployed.
-        status: Serve's.
-        nodes: of the cluster.
-        free: the same with what nobody holds of them.
+        status: of Serve.
+        nodes: of the cluster, with all that they have.
+        free: the same nodes, with what is free.
         reported: `queued` and `gangs` of `ModelState`.
     """
     application = status.applications.get(app_name(model.name))
     deployment = application.deployments.get(GANG) if application else None
-    states = deployment.replica_states if deployment else {}  # typed as an enum's members, in fact their names
+    states = deployment.replica_states if deployment else {}  # typed as members of an enum, in fact their names
     replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
     state, reason = _state(model, application, replicas, nodes, free)
     if state == "running":
@@ -73,9 +73,9 @@ def model_state(
 
 
 def failure(application: ApplicationStatusOverview) -> str:
-    """Why Serve could not start an application: what was raised, without the traceback around it; the log has that."""
+    """Why Serve could not start an application: the last exception's message. The log has the traceback."""
     details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    said = COLOUR.sub("", " ".join(detail for detail in details if detail))
+    said = COLOR.sub("", " ".join(detail for detail in details if detail))
     raised = RAISED.findall(said)
     return str(raised[-1]) if raised else said
 
@@ -117,7 +117,9 @@ def _state(
     lacking = unschedulable(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
-    broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")  # else one is being replaced
+    broken = (
+        ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")
+    )  # UNHEALTHY while one starts: it is being replaced
     if application is not None and application.status in broken:
         return "failed", failure(application)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:

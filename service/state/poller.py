@@ -1,7 +1,7 @@
-"""Watch: looks at the cluster every second, so that nobody who asks for its state has to wait. For `service.gateway`.
+"""Reads the state of the cluster every second, so that nobody who asks for it has to wait. For `service.gateway`.
 
-Serve's controller, Ray's nodes and what the gangs report come in; `ModelState` goes out. When the controller does not
-answer, the last state stays; requests go on without it.
+Serve's status, Ray's nodes and the gangs' reports come in; a `ModelState` per model goes out. If Serve's controller
+does not answer, the last state stays, and requests go on.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from ray import serve
 
 from deploy.spec import ModelSpec
 from service.names import app_name
-from service.state import router_registry as router_registry
+from service.state import router_registry
 from service.state.model_states import ModelState, cluster_object, model_state
 from workers.gang.placement import Node, alive_nodes, free_nodes
 from workers.metrics import GANGS, QUEUED
@@ -23,28 +23,28 @@ logger = logging.getLogger("ray.serve")
 PERIOD_S = 1.0
 
 GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
-"""Serve's names for the states of a replica."""
+"""Serve's names of a replica's states."""
 
 
 class Poller:
-    """The state of each model, as of about a second ago."""
+    """Knows the state of each model, about a second old."""
 
     def __init__(self) -> None:
         self._models: Mapping[str, ModelSpec] = {}
         self._states: dict[str, ModelState] = {}
         self._nodes: list[Node] = []
         self._free: list[Node] = []
-        self._told: dict[str, str] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._logged: dict[str, str] = {}
+        self._polling: asyncio.Task[None] | None = None
 
     def follow(self, models: Mapping[str, ModelSpec]) -> None:
-        """Look at these models from now on."""
+        """Poll the state of these models from now on."""
         self._models = models
-        self._looking = self._looking or asyncio.create_task(self._run())
+        self._polling = self._polling or asyncio.create_task(self._run())
 
     @property
     def states(self) -> dict[str, ModelState]:
-        """By model; one that was not looked at yet is being started."""
+        """By model; one that was not polled yet counts as starting."""
         return {name: self._states.get(name, ModelState("starting")) for name in self._models}
 
     def cluster(self) -> dict[str, Any]:
@@ -53,6 +53,7 @@ class Poller:
         return cluster_object([(model, states[name]) for name, model in self._models.items()], self._nodes, self._free)
 
     async def _run(self) -> None:
+        """Poll forever. One failure must not end it: the controller may be restarting."""
         while True:
             try:
                 await self._poll()
@@ -61,19 +62,21 @@ class Poller:
             await asyncio.sleep(PERIOD_S)
 
     async def _poll(self) -> None:
+        # In a thread, for these calls block; requests are answered meanwhile. The table may change during this wait, so
+        # it is read afterwards.
         status, self._nodes, self._free = await asyncio.to_thread(_read)
         for name, model in self._models.items():
             queued, gangs = router_registry.lookup(app_name(name))
             state = model_state(model, status, self._nodes, self._free, queued=queued, gangs=gangs)
             self._states[name] = state
-            if state.reason and state.reason != self._told.get(name):
+            if state.reason and state.reason != self._logged.get(name):
                 logger.warning("%s is %s: %s", name, state.state, state.reason)
-            self._told[name] = state.reason
-        self._observe()
+            self._logged[name] = state.reason
+        self._observe()  # before removed models are forgotten, so that their gauges end at zero
         self._states = {name: state for name, state in self._states.items() if name in self._models}
 
     def _observe(self) -> None:
-        for name, state in self._states.items():  # of a model that has gone: zero, and it is not observed again
+        for name, state in self._states.items():  # a removed model: zero, once
             here = name in self._models
             QUEUED.labels(name).set(state.queued if here else 0)
             for gangs in GANG_STATES:

@@ -1,7 +1,7 @@
-"""Prefetch: models from the hub are on a node before a gang is. For `service.gateway`, which follows its models here.
+"""Fetches hub models onto nodes before a gang needs them. For `service.gateway`.
 
-`spray deploy` has every node fetch before it tells Serve; this is for nodes that join later, and for deployments that
-came another way. Whoever comes first on a node fetches, and the others wait for it: see `workers.model.files`.
+`spray deploy` makes every node fetch before it tells Serve; this is for nodes that join later, and for deployments that
+came another way. The first process on a node fetches a model, and the others wait for it: see `workers.model.files`.
 """
 
 import asyncio
@@ -23,58 +23,63 @@ PERIOD_S = 5.0
 
 
 class Prefetch:
-    """Lets every node that may run a gang of a model fetch it, once."""
+    """Asks every node that may run a gang of a model to fetch it, once."""
 
     def __init__(self) -> None:
         self._models: Collection[ModelSpec] = ()
         self._models_folder: str | None = None
-        self._asked: set[tuple[str, str, str | None]] = set()
-        self._coming: dict[Any, str] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._requested: set[tuple[str, str, str | None]] = set()
+        self._fetching: dict[Any, str] = {}
+        self._polling: asyncio.Task[None] | None = None
 
     def follow(self, models: Collection[ModelSpec], models_folder: str | None) -> None:
-        """See to these models from now on.
+        """Prefetch these models from now on.
 
         Args:
-            models: of which those in folders need nothing.
+            models: those in folders are skipped.
             models_folder: `storage.models`.
         """
         self._models, self._models_folder = [model for model in models if model.from_hub], models_folder
         if self._models:
-            self._looking = self._looking or asyncio.create_task(self._look_for_ever())
+            self._polling = self._polling or asyncio.create_task(self._run())
 
-    async def _look_for_ever(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
-                await asyncio.to_thread(self.look)
+                await asyncio.to_thread(self.poll)
             except Exception as error:
                 logger.warning("nodes cannot be asked to fetch models: %s", error)
             await asyncio.sleep(PERIOD_S)
 
-    def look(self) -> None:
-        """Ask the nodes that were not asked yet; say what could not be fetched."""
+    def poll(self) -> None:
+        """Ask the nodes that were not asked yet, and log what could not be fetched.
+
+        New nodes first: a node that joins is asked within a period, however long the others take.
+        """
         for model in self._models:
             for node_id in hosts(model):
-                wanted = node_id, model.source, model.revision
-                if wanted not in self._asked:
-                    self._asked.add(wanted)
+                request = node_id, model.source, model.revision
+                if request not in self._requested:
+                    self._requested.add(request)
                     on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-                    asked = _fetch.options(scheduling_strategy=on_node).remote(model, self._models_folder)
-                    self._coming[asked] = node_id
-        done, _ = ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0) if self._coming else ([], [])
-        for asked in done:
-            node_id = self._coming.pop(asked)
+                    fetching = _fetch.options(scheduling_strategy=on_node).remote(model, self._models_folder)
+                    self._fetching[fetching] = node_id
+        done, _ = (
+            ray.wait(list(self._fetching), num_returns=len(self._fetching), timeout=0) if self._fetching else ([], [])
+        )
+        for fetched in done:
+            node_id = self._fetching.pop(fetched)
             try:
-                said = ray.get(asked)
+                failure = ray.get(fetched)
             except RayError as error:
-                said = str(error).splitlines()[0]
-            if said:
-                logger.warning("node %s: %s; its gangs will try again", node_id[:8], said)
+                failure = str(error).splitlines()[0]
+            if failure:
+                logger.warning("node %s: %s; its gangs will try again", node_id[:8], failure)
 
 
 @ray.remote(num_cpus=0)
 def _fetch(model: ModelSpec, models_folder: str | None) -> str:
-    """Why the model cannot be had on this node; empty when it is there."""
+    """On a node: fetch the model, and return why that failed; empty if it succeeded."""
     try:
         fetch(model, models_folder)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
-"""What the gangs say of themselves, as it reaches this process: routers write it, the gateway reads it.
+"""The request routers of this process, through which the gateway reads its queues and the gangs' reports.
 
-Serve copies the module of a request router into the process that routes, so what a router shares with the gateway must
-stand in another module than its own: here.
+Serve copies the module of a request router into the process that routes, so whatever a router shares with the gateway
+must live in another module: here.
 """
 
 import weakref
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 
 class GangRouter(Protocol):
-    """A request router of one model; `service.routing.LeastBacklogRouter`."""
+    """The request router of one model: `service.routing.LeastBacklogRouter`."""
 
     @property
     def num_pending_requests(self) -> int:
-        """Requests that wait in this process."""
+        """Requests for the model that wait in this process."""
 
     def gang_reports(self) -> Sequence[Mapping[str, Any]]:
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
@@ -24,11 +24,11 @@ _routers: "weakref.WeakValueDictionary[str, GangRouter]" = weakref.WeakValueDict
 
 
 def register(application: str, router: GangRouter) -> None:
-    """Called by a router when it is made; the last one of an application counts."""
+    """Add the router of an application; called by the router itself. The last one counts."""
     _routers[application] = router
 
 
 def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
-    """How many requests wait in this process for a Serve application, and what its gangs last said."""
+    """How many requests wait in this process for an application, and the last reports of its gangs."""
     router = _routers.get(application)
     return (router.num_pending_requests, router.gang_reports()) if router else (0, ())

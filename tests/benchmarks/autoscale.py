@@ -15,14 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import service.rollout.local_cluster  # first: it keeps Ray on loopback
-
-# isort: split
 import httpx
 import matplotlib.pyplot as plt
 
 from deploy.spec import Autoscaling, Defaults, ModelSpec
 from service.cli.client import read_cluster
+from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, ready
 from workers.demo_models.writer import write_demo_model
 
@@ -169,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "demo"
         write_demo_model(folder, "z-image")
-        with service.rollout.local_cluster.LocalCluster(deployment(*models(folder))) as cluster:
+        with LocalCluster(deployment(*models(folder))) as cluster:
             ready(cluster)
             run = measure(cluster.url, arguments.seconds)
     file = arguments.output / f"{time.strftime('%Y-%m-%d')}-autoscale.png"

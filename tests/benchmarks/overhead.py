@@ -18,9 +18,9 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import service.rollout.local_cluster  # isort: skip  # before any other import of Ray
 import httpx
 
+from service.rollout.local_cluster import LocalCluster
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from tests.support.deployments import deployment, model
@@ -48,7 +48,7 @@ def main() -> None:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         direct = multiprocessing.get_context("spawn").Process(target=serve_directly, args=(source, theirs), daemon=True)
         direct.start()
-        with service.rollout.local_cluster.LocalCluster(deployment(model(source))) as cluster:
+        with LocalCluster(deployment(model(source))) as cluster:
             cluster.wait_ready(timeout_s=120)
             rows = [measure(cluster.url, ours, steps, repeats) for steps in STEPS]
         direct.kill()

@@ -12,9 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import service.rollout.local_cluster  # first: it keeps Ray on loopback
-
-# isort: split
 import httpx
 import numpy as np
 import pytest
@@ -24,11 +21,12 @@ from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placeme
 from deploy.yaml_text import to_yaml
 from service.cli.main import main
 from service.rollout.attach import attach
+from service.rollout.local_cluster import LOOPBACK, METRICS_PORTS
 from service.rollout.ports import bind_error
 from service.state import prefetch
 from tests.support.deployments import in_each_forward, model, on_rank, pixels, rank_statuses, wait_for
 
-NODE = {"num_cpus": 1, "object_store_memory": 10**8, "node_ip_address": service.rollout.local_cluster.LOOPBACK}
+NODE = {"num_cpus": 1, "object_store_memory": 10**8, "node_ip_address": LOOPBACK}
 """With room for one rank of the wide model, and a little more."""
 
 
@@ -48,8 +46,8 @@ def address() -> Iterator[str]:
 def spec(demo_model: Path) -> DeploymentSpec:
     wide, narrow = model(demo_model, "wide", ulysses_degree=2), model(demo_model, "narrow")
     wide = wide.model_copy(update={"placement": Placement(strategy="PACK", cpus_per_rank=0.8)})
-    ports = random.sample(service.rollout.local_cluster.METRICS_PORTS, 20)
-    port = next(port for port in ports if not bind_error(service.rollout.local_cluster.LOOPBACK, port))
+    ports = random.sample(METRICS_PORTS, 20)
+    port = next(port for port in ports if not bind_error(LOOPBACK, port))
     return DeploymentSpec(models=(wide, narrow), gateway=GatewaySpec(port=port), metrics=Metrics(port=None))
 
 
@@ -61,7 +59,7 @@ def deployed(spec: DeploymentSpec, address: str, folder: Path) -> int:
 
 def draw(spec: DeploymentSpec, name: str) -> httpx.Response:
     body = {"model": name, "prompt": "a cup of coffee", "seed": 7}
-    url = f"http://{service.rollout.local_cluster.LOOPBACK}:{spec.gateway.port}/v1/images/generations"
+    url = f"http://{LOOPBACK}:{spec.gateway.port}/v1/images/generations"
     return httpx.post(url, json=body, timeout=300, trust_env=False)
 
 
@@ -110,9 +108,9 @@ def test_nodes_fetch_ahead(address: str, hub: Path, monkeypatch: pytest.MonkeyPa
     ahead = prefetch.Prefetch()
     with attach(address):
         asyncio.run(_settled(ahead, models, str(hub)))
-        nodes = {node_id for node_id, *_ in ahead._asked}
+        nodes = {node_id for node_id, *_ in ahead._requested}
     assert len(nodes) == 2
-    assert {source for _, source, _ in ahead._asked} == {"acme/demo", "acme/other"}
+    assert {source for _, source, _ in ahead._requested} == {"acme/demo", "acme/other"}
     assert len(list((hub / ".spray").glob("*.checked"))) == 1  # both nodes share this machine's folder
     assert [line.partition(": ")[0] for line in sorted(said)] == sorted(f"node {node_id[:8]}" for node_id in nodes)
     assert all("missing: acme/other, revision main, cannot be fetched" in line for line in said)
@@ -120,6 +118,6 @@ def test_nodes_fetch_ahead(address: str, hub: Path, monkeypatch: pytest.MonkeyPa
 
 async def _settled(ahead: prefetch.Prefetch, models: list[ModelSpec], folder: str) -> None:
     ahead.follow(models, folder)
-    await asyncio.to_thread(wait_for, lambda: ahead._asked and not ahead._coming, bool)
-    assert ahead._looking is not None
-    ahead._looking.cancel()
+    await asyncio.to_thread(wait_for, lambda: ahead._requested and not ahead._fetching, bool)
+    assert ahead._polling is not None
+    ahead._polling.cancel()

@@ -30,7 +30,7 @@ from deploy.spec import (
 from service.app import check_ports, gang_app, gateway_app, model_application, serve_config
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
-from service.rollout.changes import Change, find_changes, settled
+from service.rollout.changes import Change, find_changes, keep_derived_tasks
 from sp_core.degrees import ParallelDegrees
 from workers.gang.gang import Gang
 
@@ -160,7 +160,7 @@ def test_a_change_is_told_in_a_line() -> None:
 )
 def test_what_was_derived_is_no_change(written: Any, change: dict[str, Any], tasks: Any) -> None:
     wanted = BEFORE.model_copy(update={"tasks": written} | change)
-    (model,) = settled(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
+    (model,) = keep_derived_tasks(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
     assert model == wanted.model_copy(update={"tasks": tasks})
     if not change and written is None:
         assert find_changes({"a": BEFORE}, [model]) == [Change("a", "keep")]

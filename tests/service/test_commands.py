@@ -1,7 +1,10 @@
 """The operator's commands without a cluster: what they print, and that a mistake is one line and exit code 1."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,12 +19,13 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
 from deploy.spec import Auth
-from service.api.schemas import model_object
+from service.api.responses import model_object
 from service.app import serve_config
-from service.cli import commands
+from service.cli.commands import doctor as doctor_command
+from service.cli.commands import files, serve
 from service.cli.doctor import Finding
 from service.cli.main import main
-from service.cli.table import cluster_table, models_table
+from service.cli.output import cluster_table, models_table, plain
 from service.state.model_states import ModelState, cluster_object
 from tests.support.backend import FakeBackend
 from workers.gang.placement import Node
@@ -45,7 +49,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of its own for every test, whatever this one has and is told."""
-    monkeypatch.setattr(commands, "local_devices", lambda: {"cpu": 16.0, "cuda": 4.0})
+    for module in (files, serve):
+        monkeypatch.setattr(module, "local_devices", lambda: {"cpu": 16.0, "cuda": 4.0})
     for variable in ("SPRAY_SERVER", "SPRAY_ADDRESS", "SPRAY_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -157,7 +162,7 @@ BODIES: dict[str, Any] = {
     ),
     "/v1/models": {"object": "list", "data": [model_object(FakeBackend().models()["film"], ModelState("asleep"))]},
 }
-REFUSAL = {"error": {"message": "a valid API key is needed", "type": "", "param": None, "code": "invalid_api_key"}}
+REFUSAL = {"error": {"message": "a valid API key is required", "type": "", "param": None, "code": "invalid_api_key"}}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -195,7 +200,7 @@ def test_looking_at_a_server(
     if by == "variable":
         monkeypatch.setenv("SPRAY_SERVER", server)
     at = ["--server", server + "/"] if by == "flag" else []
-    assert run(capsys, command, *at) == (0, table(BODIES[path]) + "\n", "")
+    assert run(capsys, command, *at) == (0, plain(table(BODIES[path])) + "\n", "")
     code, out, _ = run(capsys, command, *at, "--json")
     assert (code, json.loads(out)) == (0, BODIES[path])
 
@@ -204,7 +209,7 @@ def test_looking_at_a_server(
 def test_a_server_that_refuses_or_does_not_answer(
     server: str, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert run(capsys, command, "--server", server) == (1, "", "error: a valid API key is needed\n")
+    assert run(capsys, command, "--server", server) == (1, "", "error: a valid API key is required\n")
     code, out, err = run(capsys, command, "--server", "http://127.0.0.1:1")
     assert (code, out) == (1, "")
     assert err.startswith("error: no answer from http://127.0.0.1:1")
@@ -231,10 +236,9 @@ def test_a_file_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("arguments", [["ps", "--address", "x"], ["deploy"], ["build"], ["no_such_command"], []])
 def test_wrong_usage_has_its_own_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert capsys.readouterr().err
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("seen", "code"), [((), 0), (("warn",), 0), (("ok", "fail"), 1)])
@@ -242,7 +246,7 @@ def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seen: tuple[Any, ...], code: int
 ) -> None:
     findings = [Finding(f"thing {i}", level, "found", "do this") for i, level in enumerate(seen)]
-    monkeypatch.setattr(commands, "diagnose", lambda spec: [Finding("room", "ok", "plenty", ""), *findings])
+    monkeypatch.setattr(doctor_command, "diagnose", lambda spec: [Finding("room", "ok", "plenty", ""), *findings])
     found, out, err = run(capsys, "doctor")
     assert found == code
     assert out.splitlines()[0].split() == ["ok", "room", "plenty"]
@@ -253,7 +257,7 @@ def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
 def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_spec(file)
     cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics")
-    assert commands._banner(spec, cluster) == [  # type: ignore[arg-type]
+    assert serve._banner(spec, cluster) == [  # type: ignore[arg-type]
         "spray on 16 CPU cores and 4 GPUs",
         "  a: ulysses_degree=4 on cuda",
         "  b.c: 1 rank on cpu",
@@ -261,8 +265,8 @@ def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest
         "change it while it runs: spray deploy FILE --address 10.0.0.1:6379",
     ]
     many = spec.model_copy(update={"models": spec.models * 25})
-    assert len(commands._banner(many, cluster)) <= 6  # type: ignore[arg-type]
-    assert "  and 48 models more" in commands._banner(many, cluster)  # type: ignore[arg-type]
+    assert len(serve._banner(many, cluster)) <= 6  # type: ignore[arg-type]
+    assert "  and 48 more models" in serve._banner(many, cluster)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -276,9 +280,42 @@ def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest
 def test_the_ready_line_can_be_pasted(file: Path, tasks: Any, path: str, end: str) -> None:
     spec = load_spec(file)
     spec = spec.model_copy(update={"models": (spec.models[0].model_copy(update={"tasks": tasks}),)})
-    words = shlex.split(commands._curl("http://127.0.0.1:8000", spec))
+    words = shlex.split(serve._curl("http://127.0.0.1:8000", spec))
     assert words[:2] == ["curl", f"http://127.0.0.1:8000{path}"]
     assert json.loads(words[words.index("-d") + 1]) == {"model": "a", "prompt": "a cup of coffee"}
-    assert commands._curl("http://127.0.0.1:8000", spec).endswith(end)
+    assert serve._curl("http://127.0.0.1:8000", spec).endswith(end)
     with_keys = spec.model_copy(update={"auth": Auth(api_keys_env="KEYS")})
-    assert "authorization: Bearer KEY" in shlex.split(commands._curl("http://127.0.0.1:8000", with_keys))
+    assert "authorization: Bearer KEY" in shlex.split(serve._curl("http://127.0.0.1:8000", with_keys))
+
+
+@pytest.mark.parametrize("flag", ["--gpus-per-node", "--gpus_per_node"])
+def test_flags_are_written_with_either_line(file: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    code, out, err = run(capsys, "check", str(file), "--gpus=8", f"{flag}=2")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert run(capsys, "check", str(file), "--gpus=8", f"{flag}=4")[0] == 0
+
+
+def test_the_shell_completes_commands_and_flags() -> None:
+    def completed(words: str) -> list[str]:
+        variables = {"_SPRAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "service.cli.main"]
+        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True).stdout.split()
+
+    assert completed("spray che") == ["check"]
+    assert completed("spray deploy --allow") == ["--allow-downtime", "--allow-pending"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt, 130), (TimeoutError("late"), 1), (OSError("disk"), 1)]
+)
+def test_exit_codes(
+    raised: Any, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr(files, "json_schema", fail)
+    found, out, err = run(capsys, "schema")
+    assert (found, out) == (code, "")
+    assert err == ("stopped\n" if code == 130 else f"error: {raised}\n")

@@ -23,20 +23,11 @@ from safetensors.torch import save_file
 
 from deploy.spec import Auth, DeploymentSpec, GatewaySpec, LoRA, Metrics, ModelSpec, SpecError
 from service.app import serve_config
-from service.cli import commands
 from service.cli.main import main
-from service.rollout import changes as rollout
-from service.rollout import preflight
+from service.rollout import apply, changes, preflight, serve_client
+from service.rollout.apply import apply_changes, failures, unfinished
 from service.rollout.attach import attach
-from service.rollout.changes import (
-    Change,
-    deploy,
-    failures,
-    find_changes,
-    find_gateway_changes,
-    pending,
-    running_models,
-)
+from service.rollout.changes import Change, find_changes, find_gateway_changes, running_models
 from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model as a_demo
 from workers.gang.placement import Node
@@ -61,16 +52,17 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    for module in (rollout, commands):
+    for module in (apply, serve_client):
         monkeypatch.setattr(module, "applications", lambda: cluster.applications)
-    monkeypatch.setattr(rollout, "start_serve", lambda spec: None)
-    monkeypatch.setattr(rollout, "apply_config", cluster.tell)
+    monkeypatch.setattr(apply, "start_serve", lambda host, port: None)
+    monkeypatch.setattr(apply, "apply_config", cluster.tell)
     return cluster
 
 
 def carried_out(*models: ModelSpec, prune: bool = False, **options: Any) -> None:
-    present = copy.deepcopy(rollout.applications())
-    deploy(DeploymentSpec(models=models), find_changes(running_models(present), models, prune), present, **options)
+    present = copy.deepcopy(apply.applications())
+    wanted = find_changes(running_models(present), models, prune)
+    apply_changes(DeploymentSpec(models=models), wanted, present, **options)
 
 
 def test_what_runs_is_read_from_what_was_deployed(cluster: Cluster) -> None:
@@ -90,7 +82,7 @@ def test_one_upgraded_model_leaves_everything_else_as_it_is(cluster: Cluster) ->
     assert told["model-a"]["deployments"][0]["max_surge_percent"] == 1
     for name in ("model-b", "not-ours"):
         assert told[name] == cluster.applications[name]
-    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would start anew
+    assert told["gateway"]["args"] == {"instance_id": "the instance"}  # else the gateway would restart
     assert in_table(told) == ["a", "b"]
 
 
@@ -134,19 +126,19 @@ def test_names_of_models_that_go_on_are_taken(cluster: Cluster) -> None:
     ],
 )
 def test_two_who_deploy_at_once_do_not_undo_each_other(cluster: Cluster, other: dict[str, Any], changed: str) -> None:
-    planned_on = dict(cluster.applications)
-    changes = find_changes(running_models(planned_on), [A, B])
+    compared_with = dict(cluster.applications)
+    found = find_changes(running_models(compared_with), [A, B])
     applied = serve_config(DeploymentSpec(**other), "the instance")
-    cluster.applications = planned_on | {application["name"]: application for application in applied["applications"]}
+    cluster.applications = compared_with | {application["name"]: application for application in applied["applications"]}
     with pytest.raises(SpecError, match=f"another deployment changed {changed} meanwhile"):
-        deploy(DeploymentSpec(models=(A, B)), changes, planned_on)
+        apply_changes(DeploymentSpec(models=(A, B)), found, compared_with)
     assert cluster.told == []
 
 
 def test_models_that_are_left_answer_prometheus_where_the_node_does(cluster: Cluster) -> None:
     spec = DeploymentSpec(models=(A,), metrics=Metrics(port=9500))
     present = copy.deepcopy(cluster.applications)
-    deploy(spec, find_changes(running_models(present), spec.models), present)
+    apply_changes(spec, find_changes(running_models(present), spec.models), present)
     (told,) = cluster.told
     for name in ("model-a", "model-b", "gateway"):
         assert told[name]["deployments"][0]["user_config"]["metrics"] == {"host": "127.0.0.1", "port": 9500}
@@ -182,7 +174,7 @@ def test_room_beside_the_old_gangs(
     }
     monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
     monkeypatch.setattr(preflight, "free_nodes", lambda: free)
-    missing = preflight.without_room(DeploymentSpec(models=(A, B)), added, upgraded)
+    missing = preflight.surge_obstacles(DeploymentSpec(models=(A, B)), added, upgraded)
     assert list(missing) == lack
     assert all(
         line.startswith(f"{name}: a new gang beside the old ones needs 2 GPUs on one node")
@@ -228,8 +220,8 @@ def status(**applications: str) -> ServeStatus:
 def test_what_a_deployment_waits_for(
     monkeypatch: pytest.MonkeyPatch, action: Any, serve: dict[str, str], waits: list[str], fails: list[str]
 ) -> None:
-    monkeypatch.setattr(rollout.serve, "status", lambda: status(**{"gateway": "RUNNING"} | serve))
-    assert pending([Change("a", action)]) == waits
+    monkeypatch.setattr(apply.serve, "status", lambda: status(**{"gateway": "RUNNING"} | serve))
+    assert unfinished([Change("a", action)]) == waits
     assert list(failures([Change("a", action)])) == fails
 
 
@@ -238,7 +230,7 @@ FILE = "models: [{name: a, source: %s, parallel: {ulysses_degree: 2}, dtype: flo
 
 @pytest.fixture
 def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """`spray deploy` of model `a` in another dtype, with flags; `obstacles` and `misplaced` are what the nodes say."""
+    """`spray deploy` of model `a` in another dtype, with flags; `obstacles` and `unschedulable`: what the nodes say."""
     addresses: list[str | None] = []
 
     @contextlib.contextmanager
@@ -249,36 +241,35 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def run(
         *flags: str,
         obstacles: tuple[str, ...] = (),
-        misplaced: tuple[str, ...] = (),
+        unschedulable: tuple[str, ...] = (),
         starved: Mapping[str, str] = {},
     ) -> tuple[int, list[str | None]]:
-        monkeypatch.setattr(commands, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
-        monkeypatch.setattr(commands, "misplaced", lambda spec, touched: list(misplaced))
-        monkeypatch.setattr(commands, "without_room", lambda spec, added, upgraded: starved)
+        monkeypatch.setattr(preflight, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
+        monkeypatch.setattr(preflight, "unschedulable_models", lambda spec, names: list(unschedulable))
+        monkeypatch.setattr(preflight, "surge_obstacles", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
         return main(["deploy", str(file), *flags]), addresses
 
-    monkeypatch.setattr(commands, "attach", attach)
-    monkeypatch.setattr(commands, "find_gateway_changes", lambda spec: [])
-    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
+    monkeypatch.setattr("service.rollout.attach.attach", attach)
+    monkeypatch.setattr(changes, "find_gateway_changes", lambda spec, present: [])
+    monkeypatch.setattr(apply.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
     return run
 
 
 def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    listens = SimpleNamespace(get_serve_details=lambda: {"http_options": {"host": "127.0.0.1", "port": 8000}})
-    monkeypatch.setattr(rollout, "_get_global_client", lambda: listens)
+    monkeypatch.setattr(changes, "listens_at", lambda: ("127.0.0.1", 8000))
     spec = DeploymentSpec(models=(A, B))
-    assert find_gateway_changes(spec) == []
+    assert find_gateway_changes(spec, cluster.applications) == []
     gateway, auth = GatewaySpec(port=9000, replicas=2), Auth(api_keys_env="KEYS")
     other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
-    assert find_gateway_changes(other) == [
+    assert find_gateway_changes(other, cluster.applications) == [
         "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
         "auth.api_keys_env None -> KEYS)",
-        "keep    gateway: listens at 127.0.0.1:8000 until Serve starts anew",
+        "keep    gateway: listens at 127.0.0.1:8000 until Serve is restarted",
     ]
     cluster.applications = {}
-    assert find_gateway_changes(other) == ["add     gateway: at 127.0.0.1:9000"]
+    assert find_gateway_changes(other, cluster.applications) == ["add     gateway: at 127.0.0.1:9000"]
 
 
 PLAN = [
@@ -304,7 +295,7 @@ def test_the_plan_is_printed_and_carried_out(
         (["--dry-run"], {"obstacles": ("a: no model at /a",)}, 1),
         ([], {"obstacles": ("a: no model at /a",)}, 1),
         (["--allow-pending", "--allow-downtime"], {"obstacles": ("a: no model at /a",)}, 1),
-        ([], {"misplaced": ("a: needs 2 GPUs",)}, 1),
+        ([], {"unschedulable": ("a: needs 2 GPUs",)}, 1),
         ([], {"starved": {"a: no room": "a: no room"}}, 1),
         (["--dry-run"], {"starved": {"a: no room": "a: no room"}}, 1),
     ],
@@ -322,14 +313,14 @@ def test_what_is_refused_or_only_tried_changes_nothing(
 
 
 def test_a_model_that_fits_nowhere_yet_is_deployed_on_demand(cluster: Cluster, command: Any) -> None:
-    assert command("--allow-pending", misplaced=("a: needs 2 GPUs",))[0] == 0
+    assert command("--allow-pending", unschedulable=("a: needs 2 GPUs",))[0] == 0
     assert len(cluster.told) == 1
 
 
 def test_a_gang_that_cannot_start_is_the_commands_failure(
     command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
+    monkeypatch.setattr(apply.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
     assert command()[0] == 1
     assert capsys.readouterr().err == "error: a: rank 1 died\n"
 

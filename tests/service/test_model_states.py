@@ -20,10 +20,9 @@ from ray.serve.schema import (
 )
 
 from deploy.spec import Autoscaling, ModelSpec, Placement
-from service.api.schemas import model_object
-from service.cli.printing import say
+from service.api.responses import model_object
+from service.cli.output import cluster_table, models_table, plain, say, show
 from service.cli.progress import LoadBars, StepProgress
-from service.cli.table import cluster_table, models_table
 from service.names import GANG, app_name
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
@@ -171,7 +170,7 @@ def test_the_body_of_a_cluster() -> None:
 
 
 def test_ps_has_a_line_per_gang_with_a_bar_for_what_it_computes() -> None:
-    assert cluster_table(a_cluster()).splitlines() == [
+    assert plain(cluster_table(a_cluster())).splitlines() == [
         "2 nodes, 128 of 128 CPU free, 8 of 8 GPU free",
         "MODEL  STATE    REPLICAS             LAYOUT            QUEUED  RUNNING",
         "a      running  2 (1-1, 1 starting)  ulysses_degree=2  3       [#####...............] denoise 5/20",
@@ -186,18 +185,18 @@ def test_ps_has_a_line_per_gang_with_a_bar_for_what_it_computes() -> None:
 )
 def test_a_bar_is_full_only_at_the_last_step(step: int, total_steps: int, bar: str) -> None:
     body = cluster_object([(MODEL, ModelState("running", gangs=(gang(step, total_steps),)))], NODES, FREE)
-    assert f"[{bar}] denoise {step}/{total_steps}" in cluster_table(body)
+    assert f"[{bar}] denoise {step}/{total_steps}" in plain(cluster_table(body))
 
 
 def test_reasons_stand_below_the_table() -> None:
     body = cluster_object([(HUGE, ModelState("waiting", NEVER))], NODES, FREE)
-    assert cluster_table(body).splitlines()[-1] == f"a: {NEVER}"
+    assert plain(cluster_table(body)).splitlines()[-1] == f"a: {NEVER}"
 
 
 def test_models_has_a_line_per_model_with_what_may_be_asked() -> None:
     models = FakeBackend().models()
     listed = {"data": [model_object(models[name], ModelState("running")) for name in ("one", "paint", "film")]}
-    assert models_table(listed).splitlines() == [
+    assert plain(models_table(listed)).splitlines() == [
         "MODEL  TASKS          STATE    DEFAULT SIZE  STEPS  ADAPTERS  ALSO CALLED",
         "one    ?              running  1024x1024     50     ink       -",
         "paint  text-to-image  running  1024x1024     50     ink       brush, pencil",
@@ -223,8 +222,31 @@ def test_on_a_terminal_loading_has_a_bar_per_model(
     with LoadBars(["a", "longer"]) as bars:
         bars.show({"a": 0.5, "longer": 1.0})
         bars.show({"a": 0.4})  # a gang that starts again does not turn the bar back
-        assert [bar.n for bar in bars._bars.values()] == [50, 100]
-    assert "longer |" in capsys.readouterr().err
+        assert [task.completed for task in bars._bars.tasks] == [0.5, 1.0]
+    err = capsys.readouterr().err
+    assert "longer" in err and "100%" in err
+
+
+def test_on_a_terminal_steps_have_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with StepProgress() as progress:
+        for step in (1, 2, 1):  # the third is a retry
+            progress.show(StepEvent(step, 2, 0.5))
+        assert [task.completed for task in progress._bar.tasks] == [1]
+    assert "1/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tables_have_colors_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show(cluster_table(a_cluster()))
+    out = capsys.readouterr().out
+    assert "[#####" in out  # brackets are no markup
+    assert ("\x1b[" in out) == terminal
 
 
 def test_steps_are_lines_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The REST door alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
+"""REST alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The REST door and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
+"""REST and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
 
 import asyncio
 import json
@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 
@@ -125,8 +126,8 @@ def test_models_are_listed_with_their_state_and_the_reason(client: TestClient, b
     assert client.get("/v1/models/two").json() == listed["two"]
 
 
-def test_the_cluster_is_the_halls_own_account(client: TestClient) -> None:
-    assert client.get("/v1/cluster").json() == {"object": "cluster", "mark": "of the hall"}
+def test_the_cluster_is_the_backends_own_account(client: TestClient) -> None:
+    assert client.get("/v1/cluster").json() == {"object": "cluster", "mark": "of the backend"}
 
 
 PROTECTED = [
@@ -154,6 +155,20 @@ def test_callers_need_a_key_where_keys_are_asked_for(
     assert answer.status_code == 200
     for probe in ("/livez", "/readyz"):
         assert client.get(probe).status_code == 200
+
+
+def test_every_route_of_v1_needs_a_key(backend: FakeBackend) -> None:
+    """Also one that is added later: access belongs to the router, not to the routes."""
+    backend.key = "sesame"
+    app = rest_app(backend)
+    client = TestClient(app)
+    routes = iter_route_contexts(app.routes)
+    found = [(method, str(route.path)) for route in routes for method in route.methods or ()]
+    callers = {(method, path.replace("{name:path}", "one")) for method, path in found if path.startswith("/v1")}
+    assert callers == set(PROTECTED)
+    assert {path for _, path in found if not path.startswith("/v1")} == {"/livez", "/readyz"}
+    for method, path in callers:
+        assert error_of(client.request(method, path)) == (401, None, "invalid_api_key")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +221,7 @@ def test_a_client_who_leaves_ends_the_work(backend: FakeBackend, prompt: str, sp
 
 
 async def _left_early(backend: FakeBackend, prompt: str, spec_version: str) -> bool:
-    """Whether the hall's generator was closed although it had not come to its end."""
+    """True if the backend's generator was closed before it came to its end."""
     body = json.dumps({"model": "one", "prompt": prompt, "stream": True}).encode()
     came, sent = asyncio.Event(), 0
 

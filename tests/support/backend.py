@@ -1,4 +1,4 @@
-"""A hall without Ray for tests of the doors: it answers at once, or does what the prompt names."""
+"""A backend without Ray for tests of the API: it answers at once, or does what the prompt names."""
 
 import asyncio
 import itertools
@@ -58,7 +58,7 @@ class FakeBackend:
     def admit(self, authorization: str | None) -> None:
         """With a key, only who has it."""
         if self.key is not None and authorization != f"Bearer {self.key}":
-            raise Unauthorized("a valid API key is needed")
+            raise Unauthorized("a valid API key is required")
 
     def models(self) -> dict[str, ModelSpec]:
         """By name."""
@@ -70,10 +70,10 @@ class FakeBackend:
 
     def cluster(self) -> dict[str, Any]:
         """Marked, so that a test sees it."""
-        return {"object": "cluster", "mark": "of the hall"}
+        return {"object": "cluster", "mark": "of the backend"}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """Raise what the prompt names; `asleep` tells its state thrice first, `never` for ever; `slow` waits."""
+        """Raise what the prompt names; `asleep` tells its state thrice first, `never` forever; `slow` waits."""
         self.requests.append(request)
         if request.prompt in self.raises:
             raise self.raises[request.prompt]

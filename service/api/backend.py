@@ -1,0 +1,68 @@
+"""What the API needs of the gateway, and how a route gets at it.
+
+`service.gateway.Gateway` is the backend in a deployment; tests use one without Ray.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from deploy.spec import ModelSpec
+from service.state.model_states import ModelState
+from workers.errors import GangLost
+from workers.messages import GenerationRequest, GenerationResult, StepEvent
+
+Report = StepEvent | GenerationResult | ModelState
+"""What a request yields: steps, its model's state while it waits, and the result last."""
+
+
+class Backend(Protocol):
+    """Runs requests and knows the models."""
+
+    instance_id: str
+    max_body_bytes: int
+    draining: bool
+    in_flight: int
+
+    def admit(self, authorization: str | None) -> None:
+        """Raise `Unauthorized` unless this `Authorization` header allows the call."""
+
+    def models(self) -> dict[str, ModelSpec]:
+        """The models of the deployment by name."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
+        """Run one request. While it waits, its model's state is yielded every few seconds."""
+
+    def states(self) -> dict[str, ModelState]:
+        """The state of each model by name."""
+
+    def cluster(self) -> dict[str, Any]:
+        """The body of `GET /v1/cluster`."""
+
+
+def get_backend(http: Request) -> Backend:
+    """The backend that `service.api.rest.rest_app` was given."""
+    backend: Backend = http.app.state.backend
+    return backend
+
+
+Served = Annotated[Backend, Depends(get_backend)]
+"""The type of a route's parameter that receives the backend."""
+
+
+async def require_key(http: Request, backend: Served) -> None:
+    """Reject callers without a valid API key, before their body is read. A dependency of every /v1 route."""
+    backend.admit(http.headers.get("authorization"))
+
+
+async def run(backend: Backend, request: GenerationRequest) -> GenerationResult:
+    """Run one request to its end and return the result.
+
+    Raises:
+        GangLost: the backend yielded no result.
+    """
+    reports = [report async for report in backend.generate(request)]  # to the end: leaving early means cancelling
+    if not reports or not isinstance(reports[-1], GenerationResult):
+        raise GangLost("the ranks ended without a result")
+    return reports[-1]

@@ -1,0 +1,36 @@
+"""The cluster: `GET /v1/cluster` for callers; `GET /livez` and `GET /readyz` for probes, which have no key."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from service.api.backend import Served
+
+router = APIRouter()
+probes = APIRouter()
+
+
+@router.get("/cluster")
+async def cluster(backend: Served) -> dict[str, Any]:
+    return backend.cluster()
+
+
+@probes.get("/livez")
+async def livez() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@probes.get("/readyz")
+async def readyz(backend: Served) -> Response:
+    states = backend.states()
+    waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
+    ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
+    status = "draining" if backend.draining else "ok" if ready else "waiting"
+    body = {
+        "status": status,
+        "waiting_for": waiting,
+        "in_flight": backend.in_flight,
+        "instance_id": backend.instance_id,
+    }
+    return JSONResponse(body, status_code=200 if status == "ok" else 503)

@@ -1,0 +1,24 @@
+"""Pictures: `POST /v1/images/generations`."""
+
+import uuid
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from service.api.backend import Served, run
+from service.api.responses import ignored_header, images_response
+from service.api.schemas import ImageGenerationBody, find_model, parse_body, read_json, to_request
+from service.api.streaming import EventStream, stream_events
+
+router = APIRouter(prefix="/images")
+
+
+@router.post("/generations")
+async def generate_images(http: Request, backend: Served) -> Response:
+    body = parse_body(await read_json(http.stream(), backend.max_body_bytes), ImageGenerationBody)
+    request = to_request(body, find_model(backend.models(), body.model), uuid.uuid4().hex)
+    headers = ignored_header(body.ignored)
+    if body.stream:
+        events = stream_events(backend.generate(request), request, body.stream_options.include_progress)
+        return EventStream(events, media_type="text/event-stream", headers=headers)
+    return JSONResponse(images_response(request, await run(backend, request)), headers=headers)

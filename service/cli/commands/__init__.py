@@ -1,0 +1,13 @@
+"""The commands of `spray`. Each docstring is the command's help.
+
+files.py     check, build, schema: what a deployment file says, without a cluster
+serve.py     serve: a cluster of its own
+deploy.py    deploy: change a running cluster
+status.py    ps, models: look at a server
+generate.py  generate: one request
+doctor.py    doctor: look at this machine
+verify.py    verify: prove a model class
+
+Modules that import Ray or torch are imported inside the functions that need them: both take seconds, which `spray
+schema` or `spray ps` should not, and Ray must find its environment set (`service.rollout.environment`).
+"""

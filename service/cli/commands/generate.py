@@ -1,0 +1,186 @@
+"""`spray generate`: one request from the command line, to a server, or with `--local` in processes of its own."""
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+
+from deploy.check import check_deployment
+from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
+from service.api.schemas import ImageGenerationBody, VideoGenerationBody, parse_body, to_request
+from service.cli.client import generate_remotely, generate_video_remotely, server_url
+from service.cli.options import Server, UsageError
+from service.cli.output import say
+from service.cli.progress import StepProgress
+from service.rollout.devices import local_devices
+from sp_core.degrees import ParallelDegrees
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
+FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2")
+FOR_PICTURES = ("n",)
+
+Degree = Annotated[int | None, typer.Option(help="With --local.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags ask for.
+
+    Attributes:
+        fields: of the REST body; those that were not given are absent.
+        output: where to save it; its suffix tells the format, and pictures from videos.
+        model: a name in the deployment, or a folder with `--local`.
+        loras: name and scale of each adapter; with `--local` the name is a file.
+    """
+
+    fields: dict[str, Any]
+    output: Path
+    model: str | None
+    loras: Sequence[tuple[str, float]]
+
+    @property
+    def is_video(self) -> bool:
+        """True if the output is a video."""
+        return FORMATS[self.output.suffix] == "mp4"
+
+
+@dataclass(frozen=True)
+class Made:
+    """Encoded files, with the seed of each."""
+
+    outputs: Sequence[bytes]
+    seeds: Sequence[int]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="File to write: .png, .jpg, .webp or .mp4.")] = Path("picture.png"),
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="The same, of a video's second transformer.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames of a video per second.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the same picture again. Default: a random one.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Pictures; saved as OUTPUT, OUTPUT-1, OUTPUT-2.")] = None,
+    lora: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
+    ] = [],  # noqa: B006  # typer copies it
+    server: Server = None,
+    local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
+    model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="With --local. Default: cuda if there is a GPU.")
+    ] = None,
+    ulysses_degree: Degree = None,
+    ring_degree: Degree = None,
+    tensor_parallel_size: Degree = None,
+    cfg_parallel_size: Degree = None,
+) -> None:
+    """Generate pictures or a video, on a server or in processes of its own."""
+    if output.suffix not in FORMATS:
+        raise UsageError(f"--output must end in {', '.join(FORMATS)}, got {output.name!r}")
+    degrees = _given(
+        ulysses_degree=ulysses_degree, ring_degree=ring_degree, tensor_parallel_size=tensor_parallel_size,
+        cfg_parallel_size=cfg_parallel_size,
+    )  # fmt: skip
+    if not local and (degrees or device):
+        named = ", ".join(f"--{name}" for name in [*degrees, *(["device"] if device else [])])
+        raise UsageError(f"{named}: the deployment sets the layout of a server; leave it out, or add --local")
+    if local and server:
+        raise UsageError("--local and --server exclude each other")
+    fields = _given(
+        prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale, seed=seed, size=_size(width, height),
+    )  # fmt: skip
+    own = _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
+    asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora])
+    with StepProgress() as progress:
+        made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
+    _save(made, output)
+
+
+def _save(made: Made, output: Path) -> None:
+    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
+    for number, content in enumerate(made.outputs):
+        file = output.with_stem(f"{output.stem}-{number}") if number else output
+        file.write_bytes(content)
+        print(file)
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _size(width: int | None, height: int | None) -> str | None:
+    if (width is None) != (height is None):
+        raise UsageError("--width and --height go together")
+    return None if width is None else f"{width}x{height}"
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """The value of `--lora`: NAME or NAME=SCALE."""
+    name, equals, scale = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return name, float(scale)
+    except ValueError:
+        raise UsageError(f"--lora: expected NAME or NAME=SCALE with a number, got {text!r}") from None
+
+
+def _own_fields(given: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The fields that only pictures have, or only videos; `output` tells which are meant."""
+    is_video = FORMATS[output.suffix] == "mp4"
+    for name in given:
+        if name in (FOR_PICTURES if is_video else FOR_VIDEOS):
+            kind = "a video" if is_video else "pictures"
+            raise UsageError(f"--{name} is not for {kind}, which --output {output.name} asks for")
+    return given if is_video else given | {"output_format": FORMATS[output.suffix]}
+
+
+def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    return {"loras": [{"name": name, "scale": scale} for name, scale in loras]} if loras else {}
+
+
+def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
+    body = asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
+    if asked.is_video:
+        video = generate_video_remotely(server, body)
+        return Made([video.content], [video.seed])
+    pictures = generate_remotely(server, body, progress.show)
+    return Made([picture.content for picture in pictures], [picture.seed for picture in pictures])
+
+
+def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress: StepProgress) -> Made:
+    if not asked.model:
+        raise UsageError("--local needs --model FOLDER, a folder in diffusers' format")
+    devices = local_devices()
+    files = {Path(name).stem: name for name, _ in asked.loras}  # a file is an adapter by its name
+    try:
+        model = ModelSpec(
+            name="local",
+            loras=tuple(LoRA(name=name, source=str(Path(file).resolve())) for name, file in files.items()),
+            source=str(Path(asked.model).resolve()),
+            device=device or ("cuda" if devices["cuda"] else "cpu"),
+            parallel=ParallelDegrees(**degrees),
+            placement=Placement(cpus_per_rank=devices["cpu"] / ParallelDegrees(**degrees).world_size),
+        )
+    except (ValidationError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    check_deployment(DeploymentSpec(models=(model,)), devices)
+    body = {"seed": secrets.randbelow(2**32)} | asked.fields | _loras([(Path(n).stem, s) for n, s in asked.loras])
+    kind = VideoGenerationBody if asked.is_video else ImageGenerationBody
+    request = replace(to_request(parse_body(body, kind), model, uuid.uuid4().hex), report_steps=True)
+    from workers.gang.local import generate_locally  # here, for it imports torch
+
+    result = generate_locally(model, request, progress.show)
+    return Made(result.outputs, result.seeds)

@@ -1,0 +1,69 @@
+"""`spray serve`: one deployment on a Ray cluster of its own, on this machine."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.check import check_deployment
+from deploy.spec import DeploymentSpec
+from service.cli.options import File, Overrides, load
+from service.cli.output import say
+from service.cli.progress import LoadBars
+from service.rollout.devices import local_devices
+from service.rollout.environment import use_private_cluster
+
+if TYPE_CHECKING:
+    from service.rollout.local_cluster import LocalCluster
+
+
+def serve(
+    file: File,
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
+    port: Annotated[
+        int | None, typer.Option(help="HTTP port instead of the file's. 0 takes a free one.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve a deployment file on this machine until Ctrl-C."""
+    spec = load(file, overrides).spec
+    if port is not None:
+        spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": port})})
+    check_deployment(spec, local_devices())
+    use_private_cluster()
+    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray, which reads the line above
+
+    with LocalCluster(spec) as cluster:
+        for line in _banner(spec, cluster):
+            say(line)
+        with LoadBars([model.name for model in spec.models]) as bars:
+            cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
+        say(f"ready: {_curl(cluster.url, cluster.spec)}")
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            say("stopping when the requests in flight are done; Ctrl-C again stops at once")
+            cluster.drain()
+            raise
+
+
+def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
+    devices = local_devices()
+    models = spec.models[:2] if len(spec.models) > 3 else spec.models
+    lines = [f"spray on {devices['cpu']:g} CPU cores and {devices['cuda']:g} GPUs"]
+    lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
+    if len(models) < len(spec.models):
+        lines.append(f"  and {len(spec.models) - len(models)} more models")
+    if cluster.metrics_url:
+        lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
+    return [*lines, f"change it while it runs: spray deploy FILE --address {cluster.address}"]
+
+
+def _curl(url: str, spec: DeploymentSpec) -> str:
+    """A command that asks the first model for something, ready to paste."""
+    model = spec.models[0]
+    video = model.tasks is not None and "text-to-image" not in model.tasks
+    body = f'{{"model": "{model.name}", "prompt": "a cup of coffee"}}'
+    path, output = ("videos/sync", " -o video.mp4") if video else ("images/generations", "")
+    key = " -H 'authorization: Bearer KEY'" if spec.auth.api_keys_env else ""
+    return f"curl {url}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'{output}"

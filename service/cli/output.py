@@ -1,0 +1,111 @@
+"""Lines and tables for a person: the bodies of `GET /v1/cluster` and `GET /v1/models` come in.
+
+Results go to standard output, everything else to standard error. A terminal gets colors, and tables that fit its width;
+pipes and files get plain text, one line per row, that `grep` and `awk` can read.
+"""
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+BAR_WIDTH = 20
+
+STATE_STYLES = {"running": "green", "starting": "yellow", "waiting": "yellow", "asleep": "dim", "failed": "red"}
+
+
+def say(line: str) -> None:
+    """Print one line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show(rendered: Group) -> None:
+    """Print a table on standard output."""
+    if sys.stdout.isatty():
+        Console().print(rendered)
+    else:
+        print(plain(rendered), flush=True)
+
+
+def plain(rendered: Group) -> str:
+    """A table as text without colors; rows are as wide as they need to be."""
+    text = io.StringIO()
+    Console(file=text, width=10_000, color_system=None, force_terminal=False).print(rendered)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def cluster_table(cluster: dict[str, Any]) -> Group:
+    """`GET /v1/cluster`: a row per model and gang, with a bar for what the gang computes; the reasons stand below."""
+    devices = ", ".join(
+        f"{amount['free']:g} of {amount['total']:g} {name} free" for name, amount in cluster["devices"].items()
+    )
+    table = _table("MODEL", "STATE", "REPLICAS", "LAYOUT", "QUEUED", "RUNNING")
+    reasons = []
+    for model in cluster["models"]:
+        gangs = [_gang(gang["now"]) for gang in model["gangs"]] or [""]
+        _add(table, model["id"], model["state"], _replicas(model), model["layout"], str(model["queued"]), gangs[0])
+        for gang in gangs[1:]:
+            _add(table, "", "", "", "", "", gang)
+        if model["reason"]:
+            reasons.append(Text(f"{model['id']}: {model['reason']}"))
+    nodes = f"{cluster['nodes']} node{'s' if cluster['nodes'] != 1 else ''}"
+    return Group(Text(f"{nodes}, {devices}"), table, *reasons)
+
+
+def models_table(listed: dict[str, Any]) -> Group:
+    """`GET /v1/models`: a row per model with what it can be asked for."""
+    table = _table("MODEL", "TASKS", "STATE", "DEFAULT SIZE", "STEPS", "ADAPTERS", "ALSO CALLED")
+    for model in listed["data"]:
+        defaults = model["defaults"]
+        frames = f"x{defaults['num_frames']}" if defaults["num_frames"] > 1 else ""
+        _add(
+            table,
+            model["id"],
+            ", ".join(model["tasks"]) or "?",
+            model["state"],
+            f"{defaults['width']}x{defaults['height']}{frames}",
+            str(defaults["num_inference_steps"]),
+            ", ".join(model["loras"]) or "-",
+            ", ".join(model["aliases"]) or "-",
+        )
+    return Group(table)
+
+
+def findings_table(rows: Sequence[tuple[str, str, str, str]]) -> Group:
+    """The findings of `spray doctor`: level, name, what was found, and the advice, which has its own row."""
+    table = _table()
+    for level, name, found, advice in rows:
+        _add(table, level, name, found)
+        if advice:
+            _add(table, "", "", f"-> {advice}")
+    return Group(table)
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headers), header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row, taken literally: names and bars may hold brackets, which rich would read as markup."""
+    table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
+
+
+def _replicas(model: dict[str, Any]) -> str:
+    running = model["replicas"].get("RUNNING", 0)
+    others = ", ".join(f"{n} {state.lower()}" for state, n in model["replicas"].items() if state != "RUNNING")
+    bounds = f"{model['min_replicas']}-{model['max_replicas']}"
+    return f"{running} ({bounds}{', ' + others if others else ''})"
+
+
+def _gang(now: dict[str, Any]) -> str:
+    if not now["total_steps"]:
+        return str(now["phase"])
+    done = BAR_WIDTH * now["step"] // now["total_steps"]
+    return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}] {now['phase']} {now['step']}/{now['total_steps']}"

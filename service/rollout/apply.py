@@ -1,0 +1,104 @@
+"""Carries out changes: tells Serve what to run, and follows how far it has got. For `spray deploy` and local clusters.
+
+All applications go to Serve in one config, because Serve removes what a config leaves out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from service.app import gateway_table, serve_config
+from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
+from service.rollout.changes import DEPLOYING, Change, running_models, user_config
+from service.rollout.serve_client import applications, apply_config, start_serve
+from service.state.model_states import failure
+
+
+def apply_changes(
+    spec: DeploymentSpec,
+    changes: Sequence[Change],
+    compared_with: Mapping[str, dict[str, Any]],
+    without_surge: Sequence[str] = (),
+) -> None:
+    """Tell Serve to carry out the changes. It works on them after this returns.
+
+    Args:
+        spec: what the file says.
+        changes: what `find_changes` found for this spec.
+        compared_with: `applications()` when the changes were found.
+        without_surge: models whose old gangs stop before the new ones start.
+
+    Raises:
+        SpecError: a name in the file belongs to a model that goes on, or somebody else has deployed since the changes
+            were found (fetching weights takes time). Nothing was changed.
+    """
+    present = applications()
+    _reject_other_deployments(present, compared_with)
+    running = running_models(present)
+    left = [running[change.model] for change in changes if change.action == "leave"]
+    _reject_duplicate_names(spec, left)
+    config = serve_config(spec, _instance_id(present))
+    wanted = {application["name"]: application for application in config["applications"]}
+    for name in without_surge:
+        wanted[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
+    for model in left:
+        wanted[app_name(model.name)] = present[app_name(model.name)]
+        user_config(wanted[app_name(model.name)])["metrics"] = spec.metrics_at  # a node has one, whatever runs there
+    user_config(wanted[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
+    removed = {app_name(change.model) for change in changes if change.action == "remove"}
+    others = {name: app for name, app in present.items() if name not in wanted and name not in removed}
+    start_serve(spec.gateway.host, spec.gateway.port)
+    apply_config([*wanted.values(), *others.values()])
+
+
+def drain() -> None:
+    """Make the gateway refuse new requests. Everything else goes on."""
+    present = applications()
+    user_config(present[GATEWAY_APP])["draining"] = True
+    apply_config(list(present.values()))
+
+
+def unfinished(changes: Sequence[Change]) -> list[str]:
+    """The models whose changes Serve is still working on; also the gateway, until it has heard of them."""
+    statuses = serve.status().applications
+    names = {change.model: app_name(change.model) for change in changes if change.action in DEPLOYING}
+    left = [model for model, name in names.items() if name not in statuses or statuses[name].status != "RUNNING"]
+    left += [c.model for c in changes if c.action == "remove" and app_name(c.model) in statuses]
+    gateway = statuses.get(GATEWAY_APP)
+    return left if gateway is not None and gateway.status == "RUNNING" else [*left, GATEWAY_APP]
+
+
+def failures(changes: Sequence[Change]) -> Iterator[str]:
+    """A line for each changed model that cannot be started, and for the gateway, with the reason."""
+    statuses = serve.status().applications
+    names = {change.model: app_name(change.model) for change in changes if change.action in DEPLOYING}
+    for model, name in {**names, GATEWAY_APP: GATEWAY_APP}.items():
+        application = statuses.get(name)
+        if application is not None and application.status == "DEPLOY_FAILED":
+            yield f"{model}: {failure(application)}"
+
+
+def _reject_other_deployments(
+    present: Mapping[str, dict[str, Any]], compared_with: Mapping[str, dict[str, Any]]
+) -> None:
+    changed = [name for name in {**present, **compared_with} if present.get(name) != compared_with.get(name)]
+    if changed:
+        names = ", ".join(name.removeprefix(MODEL_APP_PREFIX) for name in changed)
+        raise SpecError(f"another deployment changed {names} meanwhile; look at it, then deploy again")
+
+
+def _reject_duplicate_names(spec: DeploymentSpec, left: Sequence[ModelSpec]) -> None:
+    try:
+        DeploymentSpec(models=(*spec.models, *left))
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{message}; one of them is not in the file and goes on (--prune removes it)") from None
+
+
+def _instance_id(present: Mapping[str, dict[str, Any]]) -> str:
+    """That of the running gateway, because another one would restart it."""
+    gateway = present.get(GATEWAY_APP, {})
+    return str(gateway.get("args", {}).get("instance_id", ""))

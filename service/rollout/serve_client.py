@@ -1,0 +1,96 @@
+"""Connecting to Ray, and telling Serve what to run. The only file of this layer that uses their private APIs.
+
+Private, because the public ones fall short: `serve.run` takes one bound application and `serve.status` leaves out the
+configs, while a rollout reads the configs of all applications and applies them together; `ray.init` has no public
+argument for the address and the folder of a node. `tests/service/test_serve_client.py` pins what is used here.
+"""
+
+import copy
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.context import _disconnect, _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+
+def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_store_bytes: int) -> None:
+    """Start a Ray node on this machine and connect to it.
+
+    Args:
+        address: the IP address on which it listens.
+        folder: where it keeps its sockets and logs.
+        devices: what it offers, by kind: see `local_devices`.
+        object_store_bytes: its shared memory.
+    """
+    _connect(
+        address="local",
+        num_cpus=int(devices["cpu"]),
+        num_gpus=int(devices["cuda"]),
+        include_dashboard=False,
+        object_store_memory=object_store_bytes,
+        _node_ip_address=address,
+        _temp_dir=str(folder),
+    )
+
+
+def connect(address: str, node_ip_address: str | None) -> None:
+    """Connect to a running Ray cluster.
+
+    Args:
+        address: as `ray.init` takes it.
+        node_ip_address: of this machine, as the cluster sees it; None lets Ray find out.
+    """
+    own = {"_node_ip_address": node_ip_address} if node_ip_address else {}
+    _connect(address=address, **own)
+
+
+def disconnect() -> None:
+    """Leave the cluster, which ends if this process started it.
+
+    Serve's cached client outlives `ray.shutdown` and would be taken for that of the next cluster, so it goes too.
+    """
+    ray.shutdown()
+    _disconnect()  # type: ignore[no-untyped-call]
+
+
+def start_serve(host: str, port: int, **options: Any) -> None:
+    """Start Serve, listening at `host:port`. If it runs already, it goes on listening where it does."""
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        serve.start(**({"proxy_location": "EveryNode", "http_options": {"host": host, "port": port}} | options))
+
+
+def applications() -> dict[str, dict[str, Any]]:
+    """The configs with which Serve's applications were deployed, by name; none if Serve does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    details = client.get_serve_details()["applications"]
+    configs = {name: application.get("deployed_app_config") for name, application in details.items()}
+    return {name: copy.deepcopy(config) for name, config in configs.items() if config}
+
+
+def listens_at() -> tuple[str, int]:
+    """Host and port at which Serve listens."""
+    client = _get_global_client()
+    assert client is not None, "Serve runs"
+    where = client.get_serve_details()["http_options"]
+    return where["host"], where["port"]
+
+
+def apply_config(applications: Sequence[dict[str, Any]], **options: Any) -> None:
+    """Tell Serve which applications to run. It removes all others."""
+    client = _get_global_client()
+    assert client is not None, "Serve runs"
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": list(applications), **options}))
+
+
+def _connect(**options: Any) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # else it narrates every step of a deployment
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs its own handler, which ends this process at once

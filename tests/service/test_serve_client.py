@@ -1,0 +1,58 @@
+"""What is relied on of Ray's and Serve's private APIs, and that only `service.rollout.serve_client` relies on it."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.serve._private.client import ServeControllerClient
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _disconnect, _get_global_client
+from ray.serve.schema import ApplicationDetails, ServeDeploySchema, ServeInstanceDetails
+
+SERVICE = Path(__file__).resolve().parents[2] / "service"
+SEAM = SERVICE / "rollout" / "serve_client.py"
+
+
+def private_uses(source: str) -> Iterator[str]:
+    """Private names of Ray that a module imports, and underscored arguments that it passes to a call."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "ray":
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            yield from (name for name in names if name.startswith("_"))
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("ray.") and "._" in a.name)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("ray._", "ray.serve._", "serve._")):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            yield from (str(keyword.arg) for keyword in node.keywords if str(keyword.arg).startswith("_"))
+
+
+def test_one_file_uses_private_apis() -> None:
+    users = {path for path in SERVICE.rglob("*.py") if list(private_uses(path.read_text()))}
+    assert users == {SEAM}
+    used = set(private_uses(SEAM.read_text()))
+    assert used == {"_get_global_client", "_disconnect", "_node_ip_address", "_temp_dir"}
+
+
+def test_rays_arguments() -> None:
+    source = inspect.getsource(ray.init)
+    assert 'kwargs.pop("_node_ip_address"' in source
+    assert 'kwargs.pop("_temp_dir"' in source
+
+
+def test_serves_client() -> None:
+    parameters = inspect.signature(_get_global_client).parameters
+    assert parameters["raise_if_no_controller_running"].default is True
+    assert not inspect.signature(_disconnect).parameters
+    assert list(inspect.signature(ServeControllerClient.get_serve_details).parameters) == ["self"]
+    config = list(inspect.signature(ServeControllerClient.deploy_apps).parameters.values())[1]
+    assert config.name == "config"
+
+
+def test_what_serve_tells_and_takes() -> None:
+    assert {"applications", "http_options"} < set(ServeInstanceDetails.model_fields)
+    assert "deployed_app_config" in ApplicationDetails.model_fields
+    assert {"host", "port"} < set(HTTPOptions.model_fields)
+    assert {"applications", "logging_config"} < set(ServeDeploySchema.model_fields)
