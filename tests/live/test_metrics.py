@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import prometheus_client
 import pytest
-from deploy.pipelines import PIPELINES
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.families.qwen_image import FAMILY
 from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
 from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
@@ -177,7 +177,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     metrics_at = {"host": "127.0.0.1", "port": None}
     gang._setup = Setup(
         spec,
-        PIPELINES["QwenImagePipeline"],
+        FAMILY,
         None,
         contextvars.copy_context(),
         metrics_at,

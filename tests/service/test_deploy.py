@@ -347,4 +347,4 @@ def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp
     broken = tmp_path / "broken"
     shutil.copytree(demo_model, broken)
     (broken / "scheduler" / "scheduler_config.json").write_text("{broken")
-    assert "scheduler_config.json is no JSON" in prepare(a_demo(broken, "demo"), None)[1]
+    assert "scheduler_config.json is not JSON" in prepare(a_demo(broken, "demo"), None)[1]

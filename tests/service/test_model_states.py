@@ -8,7 +8,6 @@ from typing import Any
 
 import prometheus_client
 import pytest
-from deploy.pipelines import PIPELINES
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
     ApplicationStatus,
@@ -19,6 +18,7 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
+from deploy.families.qwen_image import FAMILY
 from deploy.spec import Autoscaling, ModelSpec, Placement
 from service.api.responses import model_object
 from service.cli.output import cluster_table, models_table, plain, say, show
@@ -287,7 +287,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
     async def story() -> list[dict[str, Any]]:
         gang, ready = Gang(spec.fixed), asyncio.Event()
         metrics, context = GangMetrics("unlucky", "0"), contextvars.copy_context()
-        gang._setup = Setup(spec, PIPELINES["QwenImagePipeline"], None, context, {}, metrics)
+        gang._setup = Setup(spec, FAMILY, None, context, {}, metrics)
         gang._refused = "no such file"
         ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0)
         gang._ranks = ranks  # type: ignore[assignment]

@@ -93,6 +93,7 @@ def inductor(mesh: ParallelMesh) -> float:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+@pytest.mark.processes
 def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RankPool(2)  # new processes, with a cache of their own
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

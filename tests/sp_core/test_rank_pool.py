@@ -11,6 +11,8 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankFailed, RankPool
 from tests.support.toys import TWO
 
+pytestmark = pytest.mark.processes
+
 kept: list[ParallelMesh] = []
 
 

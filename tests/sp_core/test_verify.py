@@ -8,6 +8,8 @@ import pytest
 from service.cli.main import main
 from sp_core.verify.verify import Unverifiable, find_proofs, verify
 
+pytestmark = pytest.mark.processes
+
 README = Path(__file__).resolve().parents[2] / "sp_core/README.md"
 
 WRONG = '''

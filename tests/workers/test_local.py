@@ -14,6 +14,8 @@ from workers.errors import GangLost, InvalidParameter
 from workers.gang.local import generate_locally
 from workers.messages import GenerationRequest, StepEvent
 
+pytestmark = pytest.mark.processes
+
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 3, seed=7, report_steps=True)
 
 

@@ -17,6 +17,8 @@ from workers.gang.rank import Rank
 from workers.messages import GenerationRequest, GenerationResult
 from workers.model.loader import load_model
 
+pytestmark = pytest.mark.processes
+
 FIRST = GenerationRequest("a", "demo", "a cup of coffee on a table", width=64, height=48, num_inference_steps=2, seed=1)
 REQUESTS = [
     FIRST,
