@@ -15,7 +15,7 @@ from deploy.load import load_spec
 from deploy.memory import rank_memory
 from deploy.model_folder import cache_root, cached_folder
 from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placement, SpecError, Storage
-from service.cli import commands
+from service.cli.commands import files
 from service.cli.main import main
 from sp_core.degrees import ParallelDegrees
 
@@ -104,7 +104,7 @@ def test_layouts_that_cannot_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(commands, "local_devices", lambda: dict(DEVICES))
+    monkeypatch.setattr(files, "local_devices", lambda: dict(DEVICES))
     a_folder(tmp_path, heads=12)
     file = write(tmp_path, a_model(**changes))
     with pytest.raises(SpecError) as refused:
@@ -219,7 +219,7 @@ def test_a_spec_survives_the_journey_to_the_gateway() -> None:
 def test_check_says_who_works_with_whom_and_what_heads_cost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "local_devices", lambda: dict(DEVICES))
+    monkeypatch.setattr(files, "local_devices", lambda: dict(DEVICES))
     a_folder(tmp_path, heads=12)
     layout = {"tensor_parallel_size": 2, "ulysses_degree": 4, "cfg_parallel_size": 2}
     file = write(tmp_path, a_model(parallel=layout, placement={"cpus_per_rank": 0.125}))
@@ -236,7 +236,7 @@ def test_check_says_who_works_with_whom_and_what_heads_cost(
 def test_check_says_when_groups_of_guidance_idle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "local_devices", lambda: dict(DEVICES))
+    monkeypatch.setattr(files, "local_devices", lambda: dict(DEVICES))
     a_folder(tmp_path, heads=12)
     for groups, idle in ((2, False), (3, True)):
         file = write(tmp_path, a_model(parallel={"cfg_parallel_size": groups}, placement={"cpus_per_rank": 0.125}))
@@ -247,7 +247,7 @@ def test_check_says_when_groups_of_guidance_idle(
 def test_another_machine_has_cpu_cores_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "local_devices", lambda: {"cpu": 1.0, "cuda": 0.0})
+    monkeypatch.setattr(files, "local_devices", lambda: {"cpu": 1.0, "cuda": 0.0})
     a_folder(tmp_path, heads=12)
     file = write(tmp_path, a_model(device="cuda", parallel={"ulysses_degree": 4}))
     assert main(["check", str(file), "--gpus", "4"]) == 0

@@ -26,17 +26,6 @@ from service.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
-IMPORT_ALL = """
-import importlib, os, signal, sys
-import ray.serve, transformers  # what they do to the environment is theirs
-before, handlers = dict(os.environ), [signal.getsignal(number) for number in signal.valid_signals()]
-for module in sys.argv[1:]:
-    importlib.import_module(module)
-changed = dict(os.environ).items() ^ before.items()
-assert not changed, changed
-assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
-"""
-
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
     """Of an operator with this home, who has set nothing else for Ray."""
@@ -86,22 +75,6 @@ def test_serve_prepares_a_cluster_of_its_own(tmp_path: Path) -> None:
 def test_the_doctor_reads_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "something")
     assert Machine().environment == dict(os.environ)
-
-
-def test_importing_changes_nothing(tmp_path: Path) -> None:
-    modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "service").rglob("*.py")
-        if path.name != "__init__.py"
-    ]
-    run = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *modules],
-        env=environment(tmp_path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("command", [["schema"], ["check", "--help"], ["--help"], ["generate", "--help"]])

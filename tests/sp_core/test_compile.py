@@ -67,13 +67,15 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
     attend = (own, own * 2, own, None, None, context.number, "", 0)
-    return [
+    outcomes = [
         outcome
         for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))
         for outcome in torch.library.opcheck(
             operator.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
         ).values()
     ]
+    context.end()  # the ranks of the pool go on to other tests
+    return outcomes
 
 
 def test_operators_are_what_is_traced(ranks: RankPool) -> None:
