@@ -125,9 +125,9 @@ def _ways(name: str, kind: Any, raw: Any, spelling: _Spelling) -> Iterator[tuple
     """Every key path that a name can mean, with its type. A model's own name may contain the separator."""
     if has_free_keys(kind) and name:
         yield (name,), str
-    for spelt, key, inner, value in children(kind, raw):
-        head, rest = name[: len(spelt)], name[len(spelt) :]
-        if not spelling.is_key(head, spelt):
+    for spelled, key, inner, value in children(kind, raw):
+        head, rest = name[: len(spelled)], name[len(spelled) :]
+        if not spelling.is_key(head, spelled):
             continue
         if not rest:
             yield (key,), inner
@@ -138,8 +138,8 @@ def _ways(name: str, kind: Any, raw: Any, spelling: _Spelling) -> Iterator[tuple
 
 def _names(kind: Any, raw: Any, spelling: _Spelling) -> Iterator[str]:
     """Every name that would be understood, except for free keys."""
-    for spelt, _, inner, value in children(kind, raw):
-        name = _as_variable(spelt) if spelling is _VARIABLE else spelt
+    for spelled, _, inner, value in children(kind, raw):
+        name = _as_variable(spelled) if spelling is _VARIABLE else spelled
         yield name
         yield from (name + spelling.separator + deeper for deeper in _names(inner, value, spelling))
 

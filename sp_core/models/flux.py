@@ -1,12 +1,12 @@
-"""Flux: two streams, text and image, side by side at first and then as one.
+"""Flux: two streams, text and image, side by side in the first blocks and then as one.
 
 Peculiarities:
-- Both streams and their positions are split on entry, before anything is made from them: rotations, modulation and
+- Both streams and their positions are split on entry, before anything derives from them: rotations, modulation and
   both kinds of block then see only this rank's tokens, and the forward's own `cat` joins shares with shares.
 - Attention joins [text, image], so the plan names the text stream first.
-- Positions are `(S, 3)`, or `(B, S, 3)` from older callers: hence the dimension counted from behind.
-- ControlNet residuals are a list, a tuple or None, as long as the image; there may be fewer of them than blocks.
-- The single-stream blocks also have a `proj_out`; the one that is gathered is the model's.
+- Positions are `(S, 3)`, or `(B, S, 3)` from older callers: hence the negative dimension.
+- ControlNet residuals are a list, a tuple or None, each as long as the image; there may be fewer than blocks.
+- The single-stream blocks have a `proj_out` too; the plan gathers the model's.
 """
 
 from typing import Any

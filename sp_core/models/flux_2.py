@@ -1,11 +1,11 @@
-"""Flux 2, Klein included: text and image, in blocks that join them and then in blocks that take them as one.
+"""Flux 2, Klein included: text and image, first in blocks that join them, then in blocks that take them as one.
 
 Peculiarities:
-- Both streams and their positions are split on entry: the forward takes the text's length from the tensor it is given
-  and uses it to slice what it has joined itself, so a share's length is the right one.
+- Both streams and their positions are split on entry: the forward reads the text's length off the tensor it gets and
+  slices its own join with it, so a share's length is right.
 - Attention joins [text, image], so the plan names the text stream first. There is no text mask.
 - Positions `(B, S, 4)` may be floating and would then look like a stream: companions.
-- Reference images are more image tokens with other positions; nothing changes.
+- Reference images are additional image tokens with other positions; the plan is the same.
 """
 
 from typing import Any

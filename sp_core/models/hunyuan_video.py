@@ -1,11 +1,11 @@
-"""HunyuanVideo: two streams, video and text, side by side at first and then as one.
+"""HunyuanVideo: two streams, video and text, side by side in the first blocks and then as one.
 
 Peculiarities:
-- The split stands at the first block, not at the embedders: the forward reads the whole video length behind them, to
-  make its mask, and the text refiner averages over the whole text.
+- The split is at the first block, not at the embedders: after these the forward reads the whole video length to make
+  its mask, and the text refiner averages over the whole text.
 - Attention joins [video, text], so the plan names the video stream first. The mask `(B, 1, 1, S)` spans all keys in
   that order; it stays out of the plan, and attention picks each rank's part.
-- The refiner's attention runs in front of the region, on whole text, and stays local.
+- The refiner's attention runs before the region, on the whole text, and stays local.
 - Image to video by token replacement: the first frame's tokens are modulated on their own, as "the first n tokens";
   each rank needs its part of that count. Only the blocks of that variant have the parameter.
 """

@@ -1,10 +1,9 @@
-"""LTX-Video: video tokens attend to themselves; text is only looked at (cross-attention) and stays whole.
+"""LTX-Video: video tokens attend to themselves; text is only attended to (cross-attention) and stays whole.
 
-Peculiarities:
-- The pipeline packs the latents, so the tokens exist when the transformer is entered.
-- Cross-attention (`attn2`) passes the parallel configuration on like self-attention, and must be kept local by name: by
-  lengths the two cannot be told apart, since a rank's share may be as long as the text. diffusers' own plan splits the
-  text instead, and fails on the mask that its pipeline always passes.
+Peculiarities: - The pipeline packs the latents, so the tokens exist when the transformer is entered. - Cross-attention
+(`attn2`) passes the parallel configuration on like self-attention, so it is kept local by name. Lengths
+  cannot tell the two apart: a rank's share may be as long as the text. diffusers' own plan splits the text instead, and
+  fails on the mask that its pipeline always passes.
 - The rotations are `(B, S, D)`, which looks like a stream: companions.
 - The timestep comes as `(B,)`, `(B, 1)`, `(B, S)` or `(B, S, 1)`: split where it has one value per token.
 """
@@ -61,7 +60,7 @@ LTX = ModelFamily(
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
     tp_plan={
-        "rope": Channels(),  # features of all heads
+        "rope": Channels(),  # it returns the features of all heads
         "*.attn[12]": Heads(),
         "*.attn[12].to_[qkv]": Colwise(),
         "*.attn[12].norm_[qk]": AcrossHeads(),

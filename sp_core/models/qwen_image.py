@@ -2,14 +2,14 @@
 
 Peculiarities:
 - The pipeline packs the latents, so image tokens exist when the transformer is entered; text arrives embedded.
-- The text mask must stay whole until the blocks: the forward derives the text length from it.
-- Each block receives the mask and `modulate_index` (editing models) anew, hence the `*` entry; both are cheap views.
+- The text mask stays whole until the blocks: the forward derives the text length from it.
+- Each block gets the mask and `modulate_index` (editing models) again, hence the `*` entry; both are cheap views.
 - `pos_embed` returns one rotation per image token and one per text token, without a batch dimension.
 - Attention joins [text, image], so the plan names the text stream first. On each rank the order is [its text, its
-  image]: another order of keys than one process's, which softmax does not see.
+  image]. One process orders the keys differently; softmax does not depend on it.
 - Editing appends the reference images' tokens to the image's; `modulate_index` then says which timestep each has.
 - ControlNet residuals are a list or None, as long as the image tokens.
-- The ragged split is what a native size needs: 1328x1328 pixels are 83x83 = 6889 tokens, an odd number.
+- A native size needs the ragged split: 1328x1328 pixels are 83x83 = 6889 tokens, an odd number.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Stable Diffusion 3 and 3.5: two streams, image and text; 3.5 medium has blocks that also attend to the image alone.
 
 Peculiarities:
-- Its processor calls torch's attention itself, without diffusers' dispatch: its calls are captured.
+- Its processor calls torch's attention directly, not diffusers' dispatch: the calls are captured.
 - Attention joins [image, text], so the plan names the image stream first. `attn2` sees the image alone.
-- `attn` and `attn2` of a block share one processor object; they are told apart by module.
+- `attn` and `attn2` of a block share one processor object; the module tells them apart.
 - ControlNet residuals are a list, a tuple or None, as long as the image.
 - The last block returns no text.
 """

@@ -1,12 +1,12 @@
-"""Z-Image: image and caption are refined apart, then joined into one sequence.
+"""Z-Image: image and caption are refined separately, then joined into one sequence.
 
 Peculiarities:
-- Patchifying, padding and joining are methods of the model, not modules; but each of the three stacks of layers takes
-  whole tensors, so each is a region of its own: split at its first layer, gathered behind its last.
-- The layers receive rotations and masks anew, hence the `*` entries; they are cheap views.
-- Image and caption are each padded to a multiple of 32 with learnt tokens that take part in attention. Only batches of
-  unequal length have a mask, and a rank's chunk can then be hidden as a whole for some row.
-- 30 heads: Ulysses degrees 2, 3, 5, 6; for 4 and 8 ranks mix in a ring.
+- Patchifying, padding and joining are methods of the model, not modules. But each of the three stacks of layers takes
+  whole tensors, so each is a region of its own: split at its first layer, gathered after its last.
+- The layers get rotations and masks again, hence the `*` entries; they are cheap views.
+- Image and caption are each padded to a multiple of 32 with learned tokens that take part in attention. Only batches of
+  unequal length have a mask, which may hide a rank's whole chunk for a row.
+- 30 heads divide by Ulysses degrees 2, 3, 5 and 6; for 4 and 8 ranks add a ring.
 """
 
 from typing import Any

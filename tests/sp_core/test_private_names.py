@@ -21,9 +21,6 @@ ROOMS = {"diffusers_private.py", "torch_private.py"}
 NOT_PRIVATE = {"_sp_plan", "_sp_example", "_class_name", "_make"}
 """Ours to read on other people's models, in diffusers' config files, and documented for named tuples."""
 
-PENDING = {"sp_plan.py": {"_modules"}, "parallelize.py": {"_cp_plan", "_tp_plan"}}
-"""Not moved yet: children by name, and the plans that diffusers ships."""
-
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name.isidentifier()
@@ -60,8 +57,7 @@ def foreign(path: Path) -> set[str]:
 
 def test_private_names_are_used_in_one_file_each() -> None:
     found = {str(path.relative_to(SP_CORE)): foreign(path) for path in SP_CORE.rglob("*.py")}
-    elsewhere = {path: names - PENDING.get(path, set()) for path, names in found.items() if path not in ROOMS}
-    assert {path: names for path, names in elsewhere.items() if names} == {}
+    assert {path: names for path, names in found.items() if names and path not in ROOMS} == {}
     assert all(found[room] for room in ROOMS)
 
 

@@ -16,7 +16,7 @@ TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_k_proj": 3, "add_
 
 
 class FluxAdapter(PipelineAdapter):
-    """Guidance is distilled into the transformer, which takes the scale as a number: there is no second branch."""
+    """Guidance is distilled into the transformer, which takes the scale as an input: there is no second branch."""
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
         """None."""

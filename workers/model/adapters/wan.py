@@ -24,7 +24,7 @@ TRANSFORMER_GAINS = {
 
 
 class WanAdapter(PipelineAdapter):
-    """Guided without a negative prompt as well; from version 2.2 on with two transformers, each with its scale."""
+    """Guided with or without a negative prompt. Wan 2.2 has two transformers, each with its own scale."""
 
     count_input = "num_videos_per_prompt"
     output = "videos"
@@ -37,7 +37,7 @@ class WanAdapter(PipelineAdapter):
         return {name: self.guider(request, scale) for name, scale in scales.items()}
 
     def guiders_to_encode(self, request: GenerationRequest) -> dict[str, Any]:
-        """A real one: the encoder fails without a second branch, which the loop then asks for but does not use."""
+        """Always an enabled guider: without a second branch the encoder fails, although the loop may not use it."""
         return {"guider": ClassifierFreeGuidance()}
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:

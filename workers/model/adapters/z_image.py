@@ -21,7 +21,7 @@ TRANSFORMER_GAINS = {"adaLN": 2, "attention_norm2": 3, "attention.norm_k": 2, "f
 
 
 class ZImageAdapter(PipelineAdapter):
-    """Guided from a scale of 0 on, without a negative prompt as well: prompt + scale x (prompt - negative)."""
+    """Guided above a scale of 0, with or without a negative prompt: prompt + scale x (prompt - negative)."""
 
     rounds_timestep = True
 
@@ -49,7 +49,7 @@ def demo_pipeline() -> Any:
         axes_lens=[1024, 512, 512],
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        nn.init.normal_(token)  # they are zero until learnt, which would hide mistakes in the padding
+        nn.init.normal_(token)  # they are zero until trained, which would hide mistakes in the padding
     amplify(transformer, TRANSFORMER_GAINS)
     vae = image_vae()
     text_encoder = Qwen3Model(
