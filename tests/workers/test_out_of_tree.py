@@ -79,7 +79,10 @@ def test_a_class_that_nobody_knows(ranks: RankPool, demo_model: Path, tmp_path: 
     [
         ({"plan": "no_such_package.plans:PLAN"}, "No module named 'no_such_package'; install it where the ranks run"),
         ({"plan": "tests.no_such_module:PLAN"}, "ModuleNotFoundError: No module named 'tests.no_such_module'; install"),
-        ({"plan": "tests.support.out_of_tree:NOTHING"}, r"tests\.out_of_tree \(.*out_of_tree\.py\) has no NOTHING"),
+        (
+            {"plan": "tests.support.out_of_tree:NOTHING"},
+            r"tests\.support\.out_of_tree \(.*out_of_tree\.py\) has no NOTHING",
+        ),
         (
             {"plan": "tests.support.out_of_tree:Planned"},
             "plan tests.support.out_of_tree:Planned cannot be used: _sp_plan must be a dict",
