@@ -157,11 +157,12 @@ def test_a_port_of_another_program_is_said_once(monkeypatch: pytest.MonkeyPatch,
 
 def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, tuple[Any, ...]]] = []
-    group = object.__new__(RankGroup)
-    group._statuses = [SimpleNamespace(node_id=node) for node in ("here", "there")]  # type: ignore[misc]
+    statuses: list[Any] = [SimpleNamespace(node_id=node) for node in ("here", "there")]
+    ranks = []
     for node in ("here", "there"):
         remote = functools.partial(lambda node, *where: told.append((node, where)), node)
-        group.__dict__.setdefault("_ranks", []).append(SimpleNamespace(serve_metrics=SimpleNamespace(remote=remote)))
+        ranks.append(SimpleNamespace(serve_metrics=SimpleNamespace(remote=remote)))
+    group = RankGroup(model(Path("/nowhere")), ranks, statuses, 0.0, on_lost=lambda: None)
     context = SimpleNamespace(get_node_id=lambda: "here")
     monkeypatch.setattr("workers.gang.rank_group.ray.get_runtime_context", lambda: context)
     group.serve_metrics("0.0.0.0", 9464)

@@ -1,7 +1,6 @@
 """Adapters come and go while the ranks run: as if the model had been started so, and on all ranks or on none."""
 
 import asyncio
-import contextvars
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -180,9 +179,7 @@ class FakeRank:
 
 
 def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGroup:
-    group = object.__new__(RankGroup)
-    group._model, group._ranks, group._lost = model(Path("/nowhere")), ranks, None
-    group._context = contextvars.copy_context()
+    group = RankGroup(model(Path("/nowhere")), ranks, [], 0.0, on_lost=lambda: None)
     monkeypatch.setattr(group, "_lose", lambda reason: setattr(group, "_lost", reason))
     return group
 

@@ -1,7 +1,8 @@
 """The actors of a gang: one model copy on N devices.
 
 gang.py           Gang, the Serve deployment: its life, one request at a time, what it reports
-rank_group.py     the processes of a gang: starts them, hands each request to all of them, watches them
+rank_group.py     the processes of a gang: starts them, hands each request to all of them, kills them together
+watch.py          looks at the processes and the progress of ranks, and says when one is lost
 rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates

@@ -45,7 +45,7 @@ class Setup:
 
     Attributes:
         model: what the ranks load. Its revision is the commit that was fetched; its adapters are those they have.
-        kind: what is known of the model's pipeline.
+        family: what is known of the model's pipeline.
         models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
         context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
         metrics_at: arguments of `Exporter.serve_at`.
@@ -53,7 +53,7 @@ class Setup:
     """
 
     model: ModelSpec
-    kind: PipelineFamily
+    family: PipelineFamily
     models_folder: str | None
     context: contextvars.Context
     metrics_at: dict[str, Any]
@@ -176,11 +176,11 @@ class Gang:
     ) -> None:
         """Fetch the model and start the first ranks."""
         folder = await asyncio.to_thread(fetch, model, models_folder)
-        kind = find_family(folder)
+        family = find_family(folder)
         commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
         self._setup = Setup(
             model=model.model_copy(update=commit),
-            kind=kind,
+            family=family,
             models_folder=models_folder,
             context=contextvars.copy_context(),
             metrics_at=metrics_at,
@@ -230,7 +230,7 @@ class Gang:
         return latest.phase, latest.step
 
     def _forwards(self, request: GenerationRequest) -> int:
-        return self._started.kind.branches(request.guidance_scale, request.negative_prompt)
+        return self._started.family.branches(request.guidance_scale, request.negative_prompt)
 
     async def _start_ranks(self) -> RankGroup:
         setup = self._started

@@ -140,12 +140,8 @@ class Unschedulable:
                 return f"needs {placement.accelerator_type} GPUs, no node has any"
             case "places":
                 each = " and ".join(amount(name, needed[name]) for name in needed if name in UNITS)
-                found = (
-                    f"no node holds more than {self.available:g}"
-                    if together
-                    else (f"the nodes hold {self.available:g}")
-                )
-                return f"needs {ranks} ranks of {each} each{where}, {found}"
+                hold = "no node holds more than" if together else "the nodes hold"
+                return f"needs {ranks} ranks of {each} each{where}, {hold} {self.available:g}"
         has = "the largest node has" if together else "all nodes have"
         found = amount(self.lacks, self.available).removesuffix(f" {UNITS[self.lacks]}")
         return f"needs {amount(self.lacks, needed[self.lacks] * ranks)}{where}, {has} {found}"

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -24,13 +23,10 @@ from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.placement import bundle, bundles_by_node
 from workers.gang.rank_actor import RankActor
+from workers.gang.watch import Watch
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 
 logger = logging.getLogger("ray.serve")
-
-PING_PERIOD_S = 0.25
-
-PROC = Path("/proc")
 
 Report = StepEvent | GenerationResult
 
@@ -39,39 +35,31 @@ class RankGroup:
     """The ranks of a model's layout, one per bundle of the current placement group. Made by `start`.
 
     Args:
-        model: what the ranks load.
-        models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
-        name: prefix of the ranks' actor names, unique in the cluster.
-        replica: the gang's number among those of its model, for metrics.
+        model: what the ranks have loaded.
+        ranks: their actors.
+        statuses: what each said when it had started.
+        startup_s: seconds that they took from their start until they served.
         on_lost: called once, when the ranks are lost.
     """
 
     def __init__(
-        self, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+        self,
+        model: ModelSpec,
+        ranks: Sequence[Any],
+        statuses: Sequence[RankStatus],
+        startup_s: float,
+        on_lost: Callable[[], None],
     ) -> None:
+        self.startup_s = startup_s
         self._model = model
+        self._ranks = ranks
         self._on_lost = on_lost
-        self.startup_s = 0.0  # seconds from their start until they served
         self._lost: str | None = None  # the reason
-        self._statuses: list[RankStatus] = []
+        self._watch = Watch(ranks, statuses, model.timeouts, self._lose)
+        self._watcher: asyncio.Task[None] | None = None
         # Ray cancels whatever a canceled request has called, rank by rank, which would leave one of them alone in a
         # collective. Calls made in this context belong to the start of the ranks, not to a request.
         self._context = contextvars.copy_context()
-        self._watcher: asyncio.Task[None] | None = None
-        group = get_current_placement_group()
-        assert group is not None, "a gang runs in the placement group of its Serve replica"
-        resources = bundle(model)
-        order = bundles_by_node(placement_group_table(group)["bundles_to_node_id"])
-        self._ranks: list[Any] = [
-            RankActor.options(  # type: ignore[attr-defined]
-                name=f"{name}-rank{i}",
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                runtime_env={"env_vars": model.env} if model.env else None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote(i, model, models_folder, replica)
-            for i, index in enumerate(order)
-        ]
 
     @classmethod
     async def start(
@@ -79,22 +67,29 @@ class RankGroup:
     ) -> Self:
         """Start the ranks, let them meet and load, and begin to watch them.
 
+        Args:
+            model: what the ranks load.
+            models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
+            name: prefix of the ranks' actor names, unique in the cluster.
+            replica: the gang's number among those of its model, for metrics.
+            on_lost: called once, when the ranks are lost; not if they do not start.
+
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        group = cls(model, models_folder, name, replica, on_lost)
+        ranks = _create(model, models_folder, name, replica)
         limit = model.timeouts.startup_s
         try:
-            group._statuses = await asyncio.wait_for(group._assemble(), limit)
+            statuses = await asyncio.wait_for(_assemble(ranks), limit)
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:
             raise GangLost(f"{model.name}: {error.cause}") from None
         except RayActorError as error:
             raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
-        group.startup_s = time.monotonic() - began
-        group._watcher = asyncio.create_task(group._watch())
+        group = cls(model, ranks, statuses, time.monotonic() - began, on_lost)
+        group._watcher = asyncio.create_task(group._watch.run())
         return group
 
     async def run(self, request: GenerationRequest) -> AsyncIterator[Report]:
@@ -126,7 +121,7 @@ class RankGroup:
     def serve_metrics(self, host: str, port: int | None) -> None:
         """Let ranks on other nodes answer Prometheus there; on this node the gang does. See `workers.exporter`."""
         here = ray.get_runtime_context().get_node_id()
-        for status, rank in zip(self._statuses, self._ranks, strict=True):
+        for status, rank in zip(self.statuses, self._ranks, strict=True):
             if status.node_id != here:
                 rank.serve_metrics.remote(host, port)
 
@@ -138,7 +133,7 @@ class RankGroup:
     @property
     def statuses(self) -> Sequence[RankStatus]:
         """The last status of each rank, some hundred milliseconds old."""
-        return self._statuses
+        return self._watch.statuses
 
     def check_watched(self) -> None:
         """Raise if the ranks are unwatched and not known to be lost.
@@ -148,10 +143,6 @@ class RankGroup:
         """
         if not self._lost and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
-
-    async def _assemble(self) -> list[RankStatus]:
-        host, port = await self._ranks[0].open_rendezvous.remote()
-        return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in self._ranks)))
 
     async def _collect(self, run: "_Run") -> AsyncIterator[Report]:
         """Yield what the ranks report, until all of them are done with the request.
@@ -199,53 +190,15 @@ class RankGroup:
             async for _ in self._collect(run):
                 pass
 
-    async def _watch(self) -> None:
-        await asyncio.gather(self._watch_processes(), self._watch_progress())
-
-    async def _watch_processes(self) -> None:
-        """Lose the ranks when one on this node is stopped or dead; an unanswered ping would show it much later."""
-        here = ray.get_runtime_context().get_node_id()
-        local = [status for status in self._statuses if status.node_id == here]
-        suspects: set[int] = set()
-        while not self._lost:
-            halted = {status.rank for status in local if _is_halted(status.pid)}
-            for rank in halted & suspects:  # twice in a row: a debugger may stop a process for a moment
-                self._lose(f"the process of rank {rank} is stopped or dead")
-            suspects = halted
-            await asyncio.sleep(PING_PERIOD_S)
-
-    async def _watch_progress(self) -> None:
-        """Lose the ranks when one does not answer, or passes no boundary for too long.
-
-        An answer alone proves nothing: it comes from the rank's control thread, while its computing thread may sit in
-        a dead collective. So what counts is that `progress` grows.
-        """
-        limits = self._model.timeouts
-        clock = asyncio.get_running_loop().time
-        moved = [(status.progress, clock()) for status in self._statuses]
-        while not self._lost:
-            # All at once, so that one silent rank delays no other's ping. Exceptions come back as values: the watch
-            # itself must outlive them.
-            pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
-            for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
-                if isinstance(status, BaseException):
-                    self._lose(f"rank {i} does not answer ({type(status).__name__})")
-                    continue
-                self._statuses[i] = status
-                if status.phase == "idle" or status.progress != moved[i][0]:
-                    moved[i] = (status.progress, clock())
-                elif clock() - moved[i][1] > limits.phase_s:
-                    self._lose(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
-            await asyncio.sleep(PING_PERIOD_S)
-
     def _lose(self, reason: str) -> None:
         """Kill all ranks and say so, once."""
         if self._lost:
             return
         self._lost = reason
+        self._watch.stop()
         logger.error("%s: ranks lost: %s", self._model.name, reason)
         here = ray.get_runtime_context().get_node_id()
-        for status, rank in zip(self._statuses, self._ranks, strict=True):
+        for status, rank in zip(self.statuses, self._ranks, strict=True):
             if status.node_id == here:
                 _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
             else:
@@ -253,10 +206,33 @@ class RankGroup:
         self._on_lost()
 
 
+def _create(model: ModelSpec, models_folder: str | None, name: str, replica: str) -> list[Any]:
+    """Create the actors, rank 0 first, in the bundles of this replica's placement group."""
+    group = get_current_placement_group()
+    assert group is not None, "a gang runs in the placement group of its Serve replica"
+    resources = bundle(model)
+    order = bundles_by_node(placement_group_table(group)["bundles_to_node_id"])
+    return [
+        RankActor.options(  # type: ignore[attr-defined]
+            name=f"{name}-rank{i}",
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            runtime_env={"env_vars": model.env} if model.env else None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote(i, model, models_folder, replica)
+        for i, index in enumerate(order)
+    ]
+
+
+async def _assemble(ranks: Sequence[Any]) -> list[RankStatus]:
+    host, port = await ranks[0].open_rendezvous.remote()
+    return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in ranks)))
+
+
 class _Run:
     """One request on all ranks: what they report, and how many of them still run."""
 
-    def __init__(self, ranks: list[Any], request: GenerationRequest, context: contextvars.Context) -> None:
+    def __init__(self, ranks: Sequence[Any], request: GenerationRequest, context: contextvars.Context) -> None:
         self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
         self.running = len(ranks)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
@@ -299,21 +275,6 @@ def _raise_reason(failures: list[SprayError]) -> None:
     """Raise the most telling of the failures, if any: a rank with the reason before ranks that only stopped with it."""
     if failures:
         raise min(failures, key=lambda error: isinstance(error, PeerFailed))
-
-
-async def _status(rank: Any) -> RankStatus:
-    status: RankStatus = await rank.status.remote()
-    return status
-
-
-def _is_halted(pid: int) -> bool:
-    """Whether a process of this machine is stopped, a zombie or gone. False on systems without /proc."""
-    if not PROC.is_dir():
-        return False
-    try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
-    except OSError:
-        return True
 
 
 def _kill(pid: int) -> None:

@@ -68,8 +68,8 @@ class Denoising:
     def __init__(self, loaded: LoadedModel, request: GenerationRequest) -> None:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
         self.request = request
-        self._adapters = loaded.adapters
-        self._check_adapters()
+        self._loras = loaded.adapters
+        self._check_loras()
         self._adapter = find_adapter(Path(model.source))
         self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
@@ -149,7 +149,7 @@ class Denoising:
     @torch.no_grad()
     def step(self) -> None:
         """Do one denoising step. A collective of all ranks."""
-        self._activate_adapters()  # in each step: requests with other adapters may take steps in between
+        self._activate_loras()  # in each step: requests with other adapters may take steps in between
         i, before = self._steps_done, self._loop_state
         _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
@@ -182,17 +182,17 @@ class Denoising:
         outputs: list[Any] = self._state.get(self._adapter.output)
         return outputs
 
-    def _check_adapters(self) -> None:
-        known = sorted({name for adapters in self._adapters.values() for name in adapters.names})
+    def _check_loras(self) -> None:
+        known = sorted({name for adapters in self._loras.values() for name in adapters.names})
         for name, _ in self.request.loras:
             if name not in known:
                 raise InvalidParameter(
                     "loras", f"the model has no adapter {name!r}; it has: {', '.join(known) or 'none'}", "unknown_lora"
                 )
 
-    def _activate_adapters(self) -> None:
+    def _activate_loras(self) -> None:
         """Activate the adapters of this request and no others. Costs nothing if they still are from the last step."""
-        for adapters in self._adapters.values():
+        for adapters in self._loras.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
