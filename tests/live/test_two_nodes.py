@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -33,13 +34,19 @@ NODE = {"num_cpus": 1, "object_store_memory": 10**8, "node_ip_address": LOOPBACK
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": folder})
-    try:
-        cluster.add_node(**NODE)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    head = NODE | {"include_dashboard": False, "temp_dir": folder}
+    # Cluster writes its address into /tmp/ray, a folder that may not exist, where other people's ray.init() reads it.
+    with (
+        mock.patch("ray._private.utils.write_ray_address"),
+        mock.patch("ray._common.utils.reset_ray_address"),
+    ):
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            cluster.add_node(**NODE)
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
