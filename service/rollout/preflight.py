@@ -93,8 +93,8 @@ def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Ta
         try:
             answers.append(ray.get(answer))
         except RayError as error:
-            said = str(error).splitlines()[0]
-            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {said}"))
+            reason = str(error).splitlines()[0]
+            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {reason}"))
     return answers
 
 
