@@ -61,7 +61,7 @@ def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[s
 
 
 def surge_obstacles(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
-    """By upgraded model without room for a new gang beside its old ones: a line that says what is missing.
+    """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
     A model that is asleep has no old gangs. Models are counted in the file's order: new ones, and upgrades before this
     one, take room away.
