@@ -33,6 +33,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 10**8, "node_ip_address": LOOPBACK
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Ray's test cluster writes there, wherever its own folder is
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": folder})
     try:
         cluster.add_node(**NODE)
