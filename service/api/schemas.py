@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deploy.spec import ModelSpec, Task
+from deploy.spec import Limits, ModelSpec, Task
 from workers.errors import InvalidParameter, ModelNotFound
 from workers.messages import GenerationRequest, ImageFormat
 
@@ -162,7 +162,7 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
     Raises:
         InvalidParameter: the request exceeds the model's limits, or the model is for another task.
     """
-    defaults, limits = model.defaults, model.limits
+    defaults = model.defaults
     width, height = _size(body.size, model)
     request = GenerationRequest(
         request_id=request_id,
@@ -195,10 +195,16 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
             guidance_scale_2=defaults.guidance_scale_2 if body.guidance_scale_2 is None else body.guidance_scale_2,
             output_format="mp4",
         )
+    _check_limits(request, model.limits)
+    return request
+
+
+def _check_limits(request: GenerationRequest, limits: Limits) -> None:
+    """Reject what exceeds the limits of the model; those of the size are checked by `_size`."""
     _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
     _at_most("num_frames", request.num_frames, limits.max_num_frames)
     _at_most("n", request.n, limits.max_n)
-    work = width * height * request.num_frames * request.num_inference_steps * request.n
+    work = request.width * request.height * request.num_frames * request.num_inference_steps * request.n
     if limits.max_work is not None and work > limits.max_work:
         raise InvalidParameter(
             None,
@@ -206,7 +212,6 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
             "lower one of them",
             "too_much_work",
         )
-    return request
 
 
 def _for(task: Task, model: ModelSpec, instead: str) -> None:

@@ -35,7 +35,7 @@ def demo(
 ) -> None:
     """Generate one picture through a local cluster."""
     use_private_cluster()
-    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray, which reads the line above
+    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray: after the line above
 
     output = output.resolve()
     spec = load_spec(DEPLOYMENT)

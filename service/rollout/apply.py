@@ -41,17 +41,17 @@ def apply_changes(
     left = [running[change.model] for change in changes if change.action == "leave"]
     _reject_duplicate_names(spec, left)
     config = serve_config(spec, _instance_id(present))
-    wanted = {application["name"]: application for application in config["applications"]}
+    desired = {application["name"]: application for application in config["applications"]}
     for name in without_surge:
-        wanted[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
+        desired[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
     for model in left:
-        wanted[app_name(model.name)] = present[app_name(model.name)]
-        user_config(wanted[app_name(model.name)])["metrics"] = spec.metrics_at  # a node has one, whatever runs there
-    user_config(wanted[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
+        desired[app_name(model.name)] = present[app_name(model.name)]
+        user_config(desired[app_name(model.name)])["metrics"] = spec.metrics_at  # a node has one, whatever runs there
+    user_config(desired[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
     removed = {app_name(change.model) for change in changes if change.action == "remove"}
-    others = {name: app for name, app in present.items() if name not in wanted and name not in removed}
+    others = {name: app for name, app in present.items() if name not in desired and name not in removed}
     start_serve(spec.gateway.host, spec.gateway.port)
-    apply_config([*wanted.values(), *others.values()])
+    apply_config([*desired.values(), *others.values()])
 
 
 def drain() -> None:

@@ -47,5 +47,6 @@ def _own_address(address: str) -> str:
 
 def _not_there(address: str, reason: str) -> SpecError:
     return SpecError(
-        f"no Ray cluster at {address!r}: {reason}; --address takes HOST:PORT of its head, as `spray serve` prints it"
+        f"no Ray cluster at {address!r}: {reason}; --address takes HOST:PORT of its head, as `spray serve` prints it; "
+        "one that asks for a token needs it in RAY_AUTH_TOKEN"
     )

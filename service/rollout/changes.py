@@ -67,16 +67,16 @@ def running_models(present: Mapping[str, dict[str, Any]]) -> dict[str, ModelSpec
     return found
 
 
-def find_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], prune: bool = False) -> list[Change]:
+def find_changes(running: dict[str, ModelSpec], desired: Sequence[ModelSpec], prune: bool = False) -> list[Change]:
     """The changes from the models that run to those of a file.
 
     Args:
         running: by name.
-        wanted: the file's.
+        desired: the models of the file.
         prune: remove models that are not in the file, instead of leaving them.
     """
     changes = []
-    for model in wanted:
+    for model in desired:
         before = running.get(model.name)
         if before is None:
             changes.append(Change(model.name, "add"))
@@ -84,7 +84,7 @@ def find_changes(running: dict[str, ModelSpec], wanted: Sequence[ModelSpec], pru
         fixed, live = _differences(before.fixed, model.fixed), _differences(before.live, model.live)
         action: Action = "upgrade" if fixed else "adjust" if live else "keep"
         changes.append(Change(model.name, action, (*fixed, *live)))
-    names = {model.name for model in wanted}
+    names = {model.name for model in desired}
     changes += [Change(name, "remove" if prune else "leave") for name in running if name not in names]
     return changes
 

@@ -37,7 +37,7 @@ from service.state.model_states import failure
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
-SILENT_LOOKS = 5
+SILENT_POLLS = 5
 """A gateway that fails to answer this often in a row is gone. Once may mean that it is busy."""
 
 METRICS_PORTS = range(20000, 30000)
@@ -76,7 +76,7 @@ class LocalCluster:
             api_keys(self.spec.auth.api_keys_env)
         except RuntimeError as error:  # the gateway inherits this environment
             raise SpecError(f"{error}; set it to comma-separated keys") from None
-        # The ports first: both are said here, in a line, while a gateway that cannot bind says it in its log.
+        # Ports before Ray: what cannot be bound is reported here in one line, not later in the log of a replica.
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
         self.url = f"http://{host}:{port}"
@@ -136,7 +136,7 @@ class LocalCluster:
         """Refuse new requests, and return when those in flight are answered, or the gateway is gone."""
         drain()
         silent = 0
-        while silent < SILENT_LOOKS:
+        while silent < SILENT_POLLS:
             answer = _readiness(self.url)
             if answer.get("status") == "draining" and not answer["in_flight"]:
                 return

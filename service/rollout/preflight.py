@@ -62,7 +62,7 @@ def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[s
 
 
 def surge_obstacles(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
-    """By upgraded model without room for a new gang beside its old ones: a line that says what is missing.
+    """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
     A model that is asleep has no old gangs. Models are counted in the file's order: new ones, and upgrades before this
     one, take room away.
@@ -94,8 +94,8 @@ def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Ta
         try:
             answers.append(ray.get(answer))
         except RayError as error:
-            said = str(error).splitlines()[0]
-            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {said}"))
+            reason = str(error).splitlines()[0]
+            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {reason}"))
     return answers
 
 

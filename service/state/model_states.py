@@ -68,16 +68,16 @@ def model_state(
     state, reason = _state(model, application, replicas, nodes, free)
     if state == "running":
         troubles = [gang["now"]["trouble"] for gang in reported.get("gangs", ())]
-        reason = "; ".join(dict.fromkeys(said for said in [reason, *troubles] if said))
+        reason = "; ".join(dict.fromkeys(text for text in [reason, *troubles] if text))
     return ModelState(state, reason, replicas, **reported)
 
 
 def failure(application: ApplicationStatusOverview) -> str:
     """Why Serve could not start an application: the last exception's message. The log has the traceback."""
     details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    said = COLOR.sub("", " ".join(detail for detail in details if detail))
-    raised = RAISED.findall(said)
-    return str(raised[-1]) if raised else said
+    text = COLOR.sub("", " ".join(detail for detail in details if detail))
+    raised = RAISED.findall(text)
+    return str(raised[-1]) if raised else text
 
 
 def cluster_object(

@@ -54,7 +54,7 @@ class Prefetch:
     def poll(self) -> None:
         """Ask the nodes that were not asked yet, and log what could not be fetched.
 
-        New nodes first: a node that joins is asked within a period, however long the others take.
+        It never waits for a fetch, so that a node that joins is asked within a period, however long the others take.
         """
         for model in self._models:
             for node_id in hosts(model):
@@ -62,15 +62,14 @@ class Prefetch:
                 if request not in self._requested:
                     self._requested.add(request)
                     on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-                    fetching = _fetch.options(scheduling_strategy=on_node).remote(model, self._models_folder)
-                    self._fetching[fetching] = node_id
-        done, _ = (
-            ray.wait(list(self._fetching), num_returns=len(self._fetching), timeout=0) if self._fetching else ([], [])
-        )
-        for fetched in done:
-            node_id = self._fetching.pop(fetched)
+                    task = _fetch.options(scheduling_strategy=on_node).remote(model, self._models_folder)
+                    self._fetching[task] = node_id
+        fetching = list(self._fetching)
+        done, _ = ray.wait(fetching, num_returns=len(fetching), timeout=0) if fetching else ([], [])
+        for task in done:
+            node_id = self._fetching.pop(task)
             try:
-                failure = ray.get(fetched)
+                failure = ray.get(task)
             except RayError as error:
                 failure = str(error).splitlines()[0]
             if failure:

@@ -73,6 +73,7 @@ def test_the_operators_token_opens(tmp_path: Path) -> None:
         refused = look(address, tmp_path)
         assert refused.returncode == 1
         assert "no Ray cluster at" in refused.stderr.splitlines()[-1]
+        assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]
 
 
 def test_a_token_does_no_harm_where_nobody_asks_for_it(tmp_path: Path) -> None:

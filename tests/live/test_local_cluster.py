@@ -130,7 +130,7 @@ def test_a_taken_port_is_refused() -> None:
             local._reserve_port("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("busy", [1, local.SILENT_LOOKS - 1])
+@pytest.mark.parametrize("busy", [1, local.SILENT_POLLS - 1])
 def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
     monkeypatch: pytest.MonkeyPatch, busy: int
 ) -> None:
@@ -148,7 +148,7 @@ def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.M
     monkeypatch.setattr(local, "drain", lambda: None)
     monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
     local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
-    assert len(looks) == local.SILENT_LOOKS
+    assert len(looks) == local.SILENT_POLLS
 
 
 def test_keys_that_are_missing_are_said_before_anything_starts(

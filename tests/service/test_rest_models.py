@@ -140,7 +140,7 @@ PROTECTED = [
 
 
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
-def test_callers_need_a_key_where_keys_are_asked_for(
+def test_callers_need_a_key_if_the_deployment_has_keys(
     client: TestClient, backend: FakeBackend, method: str, path: str
 ) -> None:
     backend.key = "sesame"

@@ -16,12 +16,12 @@ INK = LoRA(name="ink", source="/nowhere/ink.safetensors")
 
 
 def a_model(name: str, **changes: Any) -> ModelSpec:
-    """A model that nobody loads."""
+    """A model that is never loaded."""
     return ModelSpec(name=name, source="/nowhere", device="cpu", loras=(INK,), **changes)
 
 
 class FakeBackend:
-    """Two models for anything; `paint` is for pictures only and `film` for videos only, each with an alias."""
+    """Two models for any task; `paint` makes only pictures and `film` only videos, both with aliases."""
 
     instance_id = "test"
 
@@ -56,7 +56,7 @@ class FakeBackend:
         }
 
     def admit(self, authorization: str | None) -> None:
-        """With a key, only who has it."""
+        """Reject callers without the key, if a test has set one."""
         if self.key is not None and authorization != f"Bearer {self.key}":
             raise Unauthorized("a valid API key is required")
 
@@ -65,15 +65,15 @@ class FakeBackend:
         return {model.name: model for model in self._models}
 
     def states(self) -> dict[str, ModelState]:
-        """What a test has set."""
+        """The states that a test has set."""
         return self.found
 
     def cluster(self) -> dict[str, Any]:
-        """Marked, so that a test sees it."""
+        """Marked, so that a test recognizes it."""
         return {"object": "cluster", "mark": "of the backend"}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """Raise what the prompt names; `asleep` tells its state thrice first, `never` forever; `slow` waits."""
+        """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits."""
         self.requests.append(request)
         if request.prompt in self.raises:
             raise self.raises[request.prompt]

@@ -19,15 +19,15 @@ from workers.messages import RankStatus
 Seen = TypeVar("Seen")
 
 PATIENCE_S = 240.0
-"""For what is bound to come: far longer than it takes on a slow and busy machine, shorter than a test may take."""
+"""For what must happen: far longer than it takes on a slow and busy machine, shorter than a test may take."""
 
 PING_S = 300.0
-"""After which a silent rank is given up. Longer than any machine is too busy for an answer, and than a test waits: what
-a test sees happen before was noticed by other means."""
+"""After this, a silent rank counts as lost. It is longer than a busy machine takes to answer and than a test waits, so
+that whatever a test sees was noticed by other means."""
 
 
 def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
-    """The demo model on so many ranks, each with a small fraction of a CPU."""
+    """The demo model with these degrees; each rank has a small fraction of a CPU."""
     return ModelSpec(
         name=name,
         source=str(folder),
@@ -42,7 +42,7 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
 
 
 def deployment(*models: ModelSpec) -> DeploymentSpec:
-    """On free ports."""
+    """These models on free ports."""
     return DeploymentSpec(models=models, gateway=GatewaySpec(port=0), metrics=Metrics(port=0))
 
 
@@ -70,7 +70,7 @@ def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
 
 
 def in_each_forward(actor: Any, work: Callable[[], object]) -> None:
-    """In a rank's process: do this inside every forward from now on."""
+    """In a rank's process: call this inside every forward from now on."""
 
     def before_block(*_: Any) -> None:
         work()
@@ -79,20 +79,20 @@ def in_each_forward(actor: Any, work: Callable[[], object]) -> None:
 
 
 def wait_while(there: Path) -> None:
-    """As long as a file is there; a request whose forwards do this runs for as long as a test wants it to."""
+    """Block while a file exists; a request whose forwards do this runs for as long as a test wants."""
     while there.exists():
         time.sleep(0.01)
 
 
-def wait_for(look: Callable[[], Seen], wanted: Callable[[Seen], bool]) -> Seen:
-    """Look until what is seen is what is wanted, and return it; it must be bound to come and to stay."""
+def wait_for(look: Callable[[], Seen], condition: Callable[[Seen], bool]) -> Seen:
+    """Look until a condition holds, and return what was seen. It must come true, and stay true."""
     deadline = time.monotonic() + PATIENCE_S
-    while not wanted(seen := look()):
+    while not condition(seen := look()):
         assert time.monotonic() < deadline, f"after {PATIENCE_S:g} s: {seen}"
         time.sleep(0.1)
     return seen
 
 
 def ready(cluster: LocalCluster) -> None:
-    """Wait until a cluster answers. Patiently: ranks import for seconds each, on few and busy cores."""
+    """Wait until a cluster answers, for a long time: each rank imports for seconds, on few and busy cores."""
     cluster.wait_ready(timeout_s=560)

@@ -36,7 +36,7 @@ def deploy(
     """Change a running cluster to what a deployment file says."""
     spec = load(file, overrides).spec
     use_running_cluster()
-    # Here, for they import Ray, which reads the line above.
+    # Here, for they import Ray: after the line above.
     from service.app import check_ports
     from service.rollout.apply import apply_changes
     from service.rollout.attach import attach

@@ -30,7 +30,7 @@ def serve(
         spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": port})})
     check_deployment(spec, local_devices())
     use_private_cluster()
-    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray, which reads the line above
+    from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray: after the line above
 
     with LocalCluster(spec) as cluster:
         for line in _banner(spec, cluster):

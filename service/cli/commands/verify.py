@@ -21,7 +21,7 @@ def verify(
 ) -> None:
     """Prove that a model class gives the same answer on every layout."""
     worlds = _worlds(world)
-    from sp_core.verify import verify as proof  # here, for it imports torch
+    import sp_core.verify.verify as proof  # here, for it imports torch
 
     try:
         good = True
