@@ -179,10 +179,8 @@ class Gateway:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
             except (RayActorError, RayTaskError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
-                if not isinstance(
-                    cause, GangLost | RayActorError
-                ):  # the gang is sound: another would fail the same way
-                    raise cause from None
+                if not isinstance(cause, GangLost | RayActorError):
+                    raise cause from None  # the gang is sound: another would fail the same way
                 losses += 1
                 self._metrics_of(request.model).lost()
                 logger.warning("request %s lost its ranks, time %d: %s", request.request_id, losses, cause)
