@@ -1,12 +1,7 @@
-"""The facts of a cluster: each model's state with its reason, and how a person sees them in tables and bars."""
+"""The facts of a cluster: each model's state with its reason."""
 
-import asyncio
-import contextvars
-import sys
-from types import SimpleNamespace
 from typing import Any
 
-import prometheus_client
 import pytest
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
@@ -18,19 +13,11 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
-from deploy.families.qwen_image import FAMILY
 from deploy.spec import Autoscaling, ModelSpec, Placement
-from service.api.responses import model_object
-from service.cli.output import cluster_table, models_table, plain, say, show
-from service.cli.progress import LoadBars, StepProgress
 from service.names import GANG, app_name
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
-from tests.support.backend import FakeBackend
-from workers.gang.gang import Gang, Setup
 from workers.gang.placement import Node
-from workers.messages import GenerationRequest, StepEvent
-from workers.metrics import GangMetrics
 
 MODEL = ModelSpec(name="a", source="/a", parallel=ParallelDegrees(ulysses_degree=2))
 SLEEPY = MODEL.model_copy(update={"autoscaling": Autoscaling(min_replicas=0)})
@@ -38,7 +25,6 @@ HUGE = MODEL.model_copy(update={"parallel": ParallelDegrees(ulysses_degree=8)})
 HUNGRY = MODEL.model_copy(update={"placement": Placement(memory=40 << 30)})
 NODES = [Node({"CPU": 64, "GPU": 4, "memory": 200 << 30}, {})] * 2
 FREE = NODES
-REQUEST = GenerationRequest("r", "a", "a cup", 64, 64, 4, seed=1)
 FULL = [Node({"CPU": 64, "GPU": 1, "memory": 5 << 30}, {})] * 2
 NEVER = "needs 8 GPUs on one node, the largest node has 4"
 
@@ -167,146 +153,3 @@ def test_the_body_of_a_cluster() -> None:
         "queued": 3,
         "gangs": [gang(5, 20), gang(0, 0, "idle")],
     }
-
-
-def test_ps_has_a_line_per_gang_with_a_bar_for_what_it_computes() -> None:
-    assert plain(cluster_table(a_cluster())).splitlines() == [
-        "2 nodes, 128 of 128 CPU free, 8 of 8 GPU free",
-        "MODEL  STATE    REPLICAS             LAYOUT            QUEUED  RUNNING",
-        "a      running  2 (1-1, 1 starting)  ulysses_degree=2  3       [#####...............] denoise 5/20",
-        "                                                               idle",
-        "b      asleep   0 (0-1)              ulysses_degree=2  0",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("step", "total_steps", "bar"),
-    [(0, 20, "." * 20), (1, 30, "." * 20), (29, 30, "#" * 19 + "."), (30, 30, "#" * 20), (1, 1, "#" * 20)],
-)
-def test_a_bar_is_full_only_at_the_last_step(step: int, total_steps: int, bar: str) -> None:
-    body = cluster_object([(MODEL, ModelState("running", gangs=(gang(step, total_steps),)))], NODES, FREE)
-    assert f"[{bar}] denoise {step}/{total_steps}" in plain(cluster_table(body))
-
-
-def test_reasons_stand_below_the_table() -> None:
-    body = cluster_object([(HUGE, ModelState("waiting", NEVER))], NODES, FREE)
-    assert plain(cluster_table(body)).splitlines()[-1] == f"a: {NEVER}"
-
-
-def test_models_has_a_line_per_model_with_what_may_be_asked() -> None:
-    models = FakeBackend().models()
-    listed = {"data": [model_object(models[name], ModelState("running")) for name in ("one", "paint", "film")]}
-    assert plain(models_table(listed)).splitlines() == [
-        "MODEL  TASKS          STATE    DEFAULT SIZE  STEPS  ADAPTERS  ALSO CALLED",
-        "one    ?              running  1024x1024     50     ink       -",
-        "paint  text-to-image  running  1024x1024     50     ink       brush, pencil",
-        "film   text-to-video  running  64x64x5       4      ink       movie",
-    ]
-
-
-def test_without_a_terminal_loading_is_told_in_quarters(capsys: pytest.CaptureFixture[str]) -> None:
-    with LoadBars(["a", "b"]) as bars:
-        for a, b in ((0, 0), (0.1, 0), (0.24, 0), (0.25, 1), (0.7, 1), (0.6, 1), (0.999, 1), (1, 1), (1, 1)):
-            bars.show({"a": a, "b": b})
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [
-        "a: 0 % loaded", "b: 0 % loaded", "a: 25 % loaded", "b: ready", "a: 70 % loaded", "a: 99 % loaded", "a: ready",
-    ]  # fmt: skip
-
-
-def test_on_a_terminal_loading_has_a_bar_per_model(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with LoadBars(["a", "longer"]) as bars:
-        bars.show({"a": 0.5, "longer": 1.0})
-        bars.show({"a": 0.4})  # a gang that starts again does not turn the bar back
-        assert [task.completed for task in bars._bars.tasks] == [0.5, 1.0]
-    err = capsys.readouterr().err
-    assert "longer" in err and "100%" in err
-
-
-def test_on_a_terminal_steps_have_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with StepProgress() as progress:
-        for step in (1, 2, 1):  # the third is a retry
-            progress.show(StepEvent(step, 2, 0.5))
-        assert [task.completed for task in progress._bar.tasks] == [1]
-    assert "1/2" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_tables_have_colors_on_a_terminal_only(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    show(cluster_table(a_cluster()))
-    out = capsys.readouterr().out
-    assert "[#####" in out  # brackets are no markup
-    assert ("\x1b[" in out) == terminal
-
-
-def test_steps_are_lines_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepProgress() as progress:
-        progress.show(StepEvent(1, 2, 0.5))
-    assert capsys.readouterr().err == "step 1/2 0.500 s\n"
-
-
-def test_words_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    say("hello")
-    assert capsys.readouterr() == ("", "hello\n")
-
-
-@pytest.mark.parametrize(
-    ("said", "running", "now"),
-    [
-        (("idle", 4), None, ("idle", 0)),
-        (("idle", 4), REQUEST, ("encode", 0)),  # the rank has not said anything since it got the request
-        (("denoise", 2), REQUEST, ("denoise", 2)),
-        (("decode", 4), REQUEST, ("decode", 4)),
-    ],
-)
-def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
-    said: tuple[Any, int], running: GenerationRequest | None, now: tuple[str, int]
-) -> None:
-    gang = Gang({})
-    assert gang._progress() == ("starting", 0)
-    gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1])])  # type: ignore[assignment]
-    gang._running = running
-    assert gang._progress() == now
-
-
-def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModelSpec(name="unlucky", source="/a")
-    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
-    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
-
-    async def story() -> list[dict[str, Any]]:
-        gang, ready = Gang(spec.fixed), asyncio.Event()
-        metrics, context = GangMetrics("unlucky", "0"), contextvars.copy_context()
-        gang._setup = Setup(spec, FAMILY, None, context, {}, metrics)
-        gang._refused = "no such file"
-        ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0)
-        gang._ranks = ranks  # type: ignore[assignment]
-
-        async def start() -> Any:
-            await ready.wait()
-            return ranks
-
-        monkeypatch.setattr(gang, "_start_ranks", start)
-        gang._on_lost()
-        await asyncio.sleep(0)
-        lost = gang.record_routing_stats()["now"]
-        ready.set()
-        assert gang._replacement is not None
-        await gang._replacement
-        return [lost, gang.record_routing_stats()["now"]]
-
-    lost, back = asyncio.run(story())
-    assert (lost["phase"], lost["pids"]) == ("starting", [])
-    assert lost["trouble"] == "a gang has lost its ranks, new ones start"
-    assert (back["pids"], back["trouble"]) == ([7], "no such file")
-    assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1
