@@ -5,10 +5,12 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo check test fault soak gpu lint bench clean
+.PHONY: demo install check test fault soak gpu lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
+
+install: $(READY)
 
 # The quick loop: lint, types, the tests that start no processes, and one same-answer case per mechanism.
 check: $(READY) lint

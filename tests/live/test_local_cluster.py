@@ -100,10 +100,20 @@ def test_two_demos_at_once_beside_a_foreign_cluster(foreign_cluster: None, mark:
     assert ray.cluster_resources()["CPU"] == 1  # the foreign cluster is untouched
 
 
+def hear_signals() -> None:
+    """In a new process: a shell lets what it starts in the background ignore SIGINT, and children inherit that."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signals, tmp_path: Path) -> None:
     demo = subprocess.Popen(
-        [*DEMO, "--output", str(tmp_path / "x.png")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*DEMO, "--output", str(tmp_path / "x.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_signals,
     )
     assert demo.stdout is not None
     try:

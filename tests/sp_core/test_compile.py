@@ -1,7 +1,6 @@
 """Compiled blocks: one full graph each, no recompilation for new lengths, the same answer."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.support import qwen
+from tests.support.programs import needs_compiler
 
 PROMPTS = [5, 9, *range(10, 30)]
 """Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
@@ -94,7 +94,7 @@ def inductor(mesh: ParallelMesh) -> float:
         return error(model(**inputs, return_dict=False)[0], reference)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+@needs_compiler
 @pytest.mark.processes
 def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RankPool(2)  # new processes, with a cache of their own

@@ -1,6 +1,5 @@
 """After the warm-up of a compiled model, no request of a warm shape compiles anything, whatever its prompt."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
+from tests.support.programs import needs_compiler
 from workers.gang.rank import Rank
 from workers.messages import GenerationRequest, GenerationResult
 from workers.model.loader import load_model
@@ -46,7 +46,7 @@ def graphs(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on CPU and needs a compiler")
+@needs_compiler
 def test_no_request_compiles(demo_model: Path, ink: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     pool = RankPool(2)  # new processes, with a cache of their own
