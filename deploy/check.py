@@ -1,6 +1,6 @@
 """Can a deployment work? Asked before any process is started, by `spray check` and by `spray serve`.
 
-A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per obstacle.
+A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per problem.
 """
 
 import math
@@ -35,15 +35,15 @@ def check_deployment(
             rank needs more memory than a GPU has.
     """
     folders = {model.name: model_folder(spec, model) for model in spec.models}
-    obstacles = [obstacle for model in spec.models for obstacle in _obstacles(model, folders[model.name])]
-    obstacles += _missing_devices(spec, devices) + _gangs_wider_than_a_node(spec, gpus_per_node)
+    problems = [problem for model in spec.models for problem in _problems(model, folders[model.name])]
+    problems += _missing_devices(spec, devices) + _gangs_wider_than_a_node(spec, gpus_per_node)
     memory = []
-    if memory_per_gpu is not None and not obstacles:
+    if memory_per_gpu is not None and not problems:
         found = [_memory(model, folders[model.name], memory_per_gpu) for model in spec.models]
-        obstacles = [line for fits, line in found if not fits and line]
+        problems = [line for fits, line in found if not fits and line]
         memory = [line for _, line in found]
-    if obstacles:
-        raise SpecError("\n".join(obstacles))
+    if problems:
+        raise SpecError("\n".join(problems))
     reports = [_report(model, folders[model.name]) for model in spec.models]
     for report, line in zip(reports, memory, strict=False):
         report += [line] if line else []
@@ -104,7 +104,7 @@ def _groups(model: ModelSpec) -> list[str]:
     ]
 
 
-def _obstacles(model: ModelSpec, folder: Path | None) -> list[str]:
+def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
     if model.revision and not model.from_hub:
         return [f"{model.name}: revision belongs to a hub id, but source is the folder {model.source}; remove one"]
     absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
@@ -131,7 +131,7 @@ def _transformer_config(folder: Path) -> dict[str, Any]:
 
 def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[str]:
     """A line per kind of device that falls short: how many are needed, by which models, and what to change."""
-    obstacles = []
+    problems = []
     for kind, there in devices.items():
         takers = [(model, _per_replica(model, kind)) for model in spec.models if _per_replica(model, kind)]
         always = [(model, each) for model, each in takers if model.autoscaling.min_replicas]
@@ -145,12 +145,12 @@ def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[st
             for model, each in always
         ] + ([f"{largest[0].name} {largest[1]:g} when it wakes"] if largest else [])
         several = any(model.autoscaling.min_replicas > 1 for model, _ in always)
-        obstacles.append(
+        problems.append(
             f"{wanted:g} {_unit(kind)} are needed ({', '.join(names)}), {there:g} are available; lower the degrees"
             + (", autoscaling.min_replicas" if several else "")
             + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
         )
-    return obstacles
+    return problems
 
 
 def _gangs_wider_than_a_node(spec: DeploymentSpec, gpus_per_node: int | None) -> list[str]:

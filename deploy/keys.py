@@ -49,9 +49,9 @@ def children(kind: Any, raw: Any) -> Iterator[tuple[str, str | int, Any, Any]]:
     """The content of a section or a list, as (name, key, type, value or None).
 
     Args:
-        kind: the type in the schema. raw: the value so far, which may break the schema. A model in a list is called by
-        its name; any item is called by
-            its index, unless a model has that name.
+        kind: the type in the schema.
+        raw: the value so far, which may break the schema. A model in a list is called by its name; any item is called
+            by its index, unless a model has that name.
     """
     for name, inner in section_keys(kind).items():
         yield name, name, inner, raw.get(name) if isinstance(raw, dict) else None

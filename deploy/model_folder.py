@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from deploy.spec import DeploymentSpec, ModelSpec
 
@@ -34,7 +35,10 @@ def cached_folder(source: str, revision: str | None, root: Path) -> Path | None:
         revision: branch, tag or commit; None is the branch `main`.
         root: see `cache_root`.
     """
-    index = try_to_load_from_cache(source, INDEX, cache_dir=root, revision=revision)
+    try:
+        index = try_to_load_from_cache(source, INDEX, cache_dir=root, revision=revision)
+    except HFValidationError:  # not a hub id, so nothing of it is here; fetching it says why
+        return None
     return Path(index).parent if isinstance(index, str) else None
 
 

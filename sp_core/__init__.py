@@ -7,8 +7,9 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     sp_plan.py        SequenceParallelInput / Output: where a model's tensors are split and gathered, as data
     tp_plan.py        Colwise / Rowwise: how its weights are shared, as data
     models/           one file per model family: its plans and its peculiarities
-    parallelize.py    parallelize(model, mesh): the recipe that turns a model into its parallel self
+    parallelize.py    parallelize(model, mesh): makes a model parallel
     handle.py         the way back
+    module_paths.py   the modules that a plan's keys name
     hooks.py          the sequence plan at work: split and gather at module boundaries
     region.py         what is split in a running forward: SequenceContext, RunningForward, Region
     sp_sharding.py    sp_shard / sp_gather, for models that shard themselves; the operators that torch.compile sees

@@ -1,4 +1,4 @@
-"""The recipe that makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, attention.
+"""Makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, attention.
 
     mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
     handle = parallelize(model, mesh)

@@ -115,6 +115,7 @@ class RunningForward:
         """The innermost running forward of any parallelized model."""
         return _running.get()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else each call's number would be a graph of its own
     def name_of_next_stream(self) -> str:
         """A name for a stream that the model's own code splits: a number, counted through the forward."""
         self._sharded += 1

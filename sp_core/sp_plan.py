@@ -52,7 +52,7 @@ class OptionalSequenceParallelInput(SequenceParallelInput):
 
 @dataclass(frozen=True)
 class SequenceParallelCompanion(SequenceParallelInput):
-    """As `SequenceParallelInput`, for a `(B, S, D)` tensor that is no token stream of its own but goes along with one.
+    """As `SequenceParallelInput`, for a `(B, S, D)` tensor that is not a token stream but is split along with one.
 
     For rotations, positions and residuals. On a list of tensors, of any length, one such entry splits each. A tensor of
     length 1 stays whole: it holds one value for all tokens.
@@ -66,7 +66,7 @@ class SequenceParallelCompanion(SequenceParallelInput):
 
 @dataclass(frozen=True)
 class SequenceParallelPartialInput:
-    """Split the part of a tensor behind its text: `[text, image]` along `split_dim`, of which the text stays whole.
+    """Split the part of a tensor after its text: `[text, image]` along `split_dim`; the text stays whole.
 
     Attributes:
         split_dim: the tensor dimension to split.

@@ -29,7 +29,7 @@ def sp_shard(tensor: torch.Tensor, dim: int, *, companion: bool = False) -> torc
     Args:
         tensor: whole, the same on every rank.
         dim: the dimension to split.
-        companion: it looks like a stream, but only goes along with one.
+        companion: it looks like a stream, but is only split along with one.
 
     Raises:
         RuntimeError: no forward of a parallelized model is running.

@@ -1,16 +1,16 @@
-"""The tensor-parallel plan: how a model's weights are shared out over the ranks of the `tp` axis, as data.
+"""The tensor-parallel plan: how the ranks of the `tp` axis share a model's weights, as data.
 
-A plan maps patterns of module names, in which `*` stands for anything, to what becomes of these modules:
+A plan maps patterns of module names, in which `*` matches anything, to a style:
 
     {
-        "blocks.*.attn1.to_q": Columns(),     # this rank's output features; each attention head is on one rank
-        "blocks.*.attn1.to_out.0": Rows(),    # this rank's input features; the partial outputs are summed
+        "blocks.*.attn1.to_q": Colwise(),     # this rank's output features; each attention head is on one rank
+        "blocks.*.attn1.to_out.0": Rowwise(), # this rank's input features; the partial outputs are summed
         "blocks.*.attn1": Heads(),            # its processor asks for the number of heads
         "blocks.*.attn1.norm_q": AcrossHeads(),
     }
 
-All other modules are the same on every rank. Written in `sp_core.models`; put to work by `sp_core.tensor_parallel`.
-diffusers' `_tp_plan` says part of the same; `tp_plan_from_diffusers` reads it.
+All other modules are the same on every rank. Written in `sp_core.models`; applied by `sp_core.tensor_parallel`.
+diffusers' `_tp_plan` says part of this; `tp_plan_from_diffusers` reads it. No torch: `deploy` reads plans too.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Colwise:
-    """A linear layer of which each rank computes a part of the output features (Megatron-LM's column parallel).
+    """Each rank computes a part of a linear layer's output features (Megatron-LM's column parallel).
 
     Attributes:
-        blocks: proportions of the parts that are fused in the output features (query, key, ...), each of which is
-            shared out on its own; empty: one part.
+        blocks: proportions of the parts that are fused in the output features (query, key, ...). Ranks share each
+            part separately. Empty: one part.
     """
 
     blocks: tuple[int, ...] = ()
@@ -32,7 +32,7 @@ class Colwise:
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A linear layer that takes a part of the input features on each rank; the outputs are summed, the bias once.
+    """Each rank takes a part of a linear layer's input features. The outputs are summed; the bias is added once.
 
     Attributes:
         blocks: proportions of the parts that are fused in the input features; empty: one part.
@@ -43,7 +43,7 @@ class Rowwise:
 
 @dataclass(frozen=True)
 class AcrossHeads:
-    """A root-mean-square norm over the features of all heads, of which each rank has some."""
+    """A root-mean-square norm over the features of all heads; each rank has some of them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Channels:
-    """A module whose outputs are features of all heads, of which each rank takes its part.
+    """A module whose outputs are features of all heads; each rank takes its part.
 
     Attributes:
         dim: the dimension of the features.
@@ -81,7 +81,7 @@ def tp_plan_from_diffusers(tp_plan: Mapping[str, Any]) -> TensorParallelPlan:
     """diffusers' `_tp_plan` as a plan.
 
     Raises:
-        ValueError: an entry that is none of the four that diffusers has.
+        ValueError: diffusers has no such style.
     """
     return {name: _style_from_diffusers(name, entry) for name, entry in tp_plan.items()}
 

@@ -29,7 +29,8 @@ OF_SP_CORE = {
     "deploy": {"sp_core.degrees", "sp_core.models.lookup", "sp_core.tp_plan"},
     "service": {"sp_core.degrees", "sp_core.verify"},
 }
-"""Layers for which sp_core is no more than this. The command line loads `verify` by name, since it brings torch."""
+"""Layers for which sp_core is no more than this. Only `spray verify` loads `verify`, inside its function: it brings
+torch."""
 
 WITHOUT_TORCH = tuple(
     """

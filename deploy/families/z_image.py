@@ -1,6 +1,12 @@
 """Z-Image: guided from a scale of 0 on."""
 
-from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
+from deploy.families.family import AUTOENCODER_KL, Config, ForwardBytes, PipelineFamily
+
+
+def _ffn_dim(config: Config) -> int | None:
+    width = config.get("dim")
+    return int(width / 3 * 8) if isinstance(width, int) else None
+
 
 FAMILY = PipelineFamily(
     pipeline="ZImagePipeline",
@@ -12,5 +18,5 @@ FAMILY = PipelineFamily(
         ),
     },
     decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
-    ffn_dim=lambda config: int(config["dim"] / 3 * 8),
+    ffn_dim=_ffn_dim,
 )

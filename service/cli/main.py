@@ -15,6 +15,7 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 Ctrl-C. Flags may be written with `_` or `-`.
 """
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,8 +59,12 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that both signals stop what was started
     try:
-        code = typer.main.get_command(application).main(arguments, prog_name=name, standalone_mode=False)
-    except (UsageError, typer.TyperException) as error:
+        given = _texts_last(sys.argv[1:] if arguments is None else arguments)
+        code = typer.main.get_command(application).main(given, prog_name=name, standalone_mode=False)
+    except typer.TyperException as error:
+        say(f"error: {error.format_message()}")
+        return 2
+    except UsageError as error:
         say(f"error: {error}")
         return 2
     except (SpecError, SprayError, ServerError, verify.NotTheSame, TimeoutError, OSError) as error:
@@ -68,6 +73,20 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
     if code == 130:  # typer makes this of KeyboardInterrupt
         say("stopped")
     return code or 0
+
+
+def _texts_last(arguments: Sequence[str]) -> list[str]:
+    """Let a prompt begin with a dash: a text with spaces that follows no flag is moved behind `--`."""
+    texts: list[str] = []
+    others: list[str] = []
+    before = ""
+    for at, argument in enumerate(arguments):
+        if argument == "--":
+            return [*others, "--", *texts, *arguments[at + 1 :]]
+        is_text = re.match(r"-[^=]*\s", argument) and not before.startswith("-")
+        (texts if is_text else others).append(argument)
+        before = argument
+    return [*others, "--", *texts] if texts else others
 
 
 if __name__ == "__main__":

@@ -42,16 +42,16 @@ def verify_on_nodes(spec: DeploymentSpec, changed: Collection[str]) -> tuple[Dep
         The spec with the tasks of these models filled in; and a line for each thing that keeps them from running.
     """
     models: list[ModelSpec] = []
-    obstacles: dict[str, None] = {}
+    problems: dict[str, None] = {}
     for model in spec.models:
         if model.name not in changed:
             models.append(model)
             continue
         answers = _answers(model, spec.storage.models)
-        obstacles |= dict.fromkeys(line for _, line in answers if line)
+        problems |= dict.fromkeys(line for _, line in answers if line)
         tasks = next((tasks for tasks, line in answers if not line), None)
         models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
-    return spec.model_copy(update={"models": tuple(models)}), list(obstacles)
+    return spec.model_copy(update={"models": tuple(models)}), list(problems)
 
 
 def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[str]:
@@ -61,7 +61,7 @@ def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[s
     return [f"{model.name}: {reason}" for model, reason in reasons if reason]
 
 
-def surge_obstacles(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
+def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
     """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
     A model that is asleep has no old gangs. Models are counted in the file's order: new ones, and upgrades before this

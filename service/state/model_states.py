@@ -117,9 +117,8 @@ def _state(
     lacking = unschedulable(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
-    broken = (
-        ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")
-    )  # UNHEALTHY while one starts: it is being replaced
+    # UNHEALTHY while one starts means that it is being replaced
+    broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")
     if application is not None and application.status in broken:
         return "failed", failure(application)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:

@@ -1,7 +1,8 @@
 """What the file of a model family declares. Plain data: no torch, no diffusers, so that `deploy` reads it too.
 
 `sp_core.models.lookup` finds the families. `sp_core.parallelize` and the attention backend apply their plans,
-`sp_core.verify` proves them on their examples, `deploy.memory` derives from the tensor plan which weights are sharded.
+`sp_core.verify.verify` proves them on their examples, `deploy.memory` derives from the tensor plan which weights are
+sharded.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Finds the family of a transformer class. A new file in this folder is found without being named anywhere.
 
-Called by `sp_core.parallelize`, `sp_core.verify` and `deploy.memory`; loads no torch.
+Called by `sp_core.parallelize`, `sp_core.verify.examples` and `deploy.memory`; loads no torch.
 """
 
 import functools

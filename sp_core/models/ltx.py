@@ -1,9 +1,10 @@
 """LTX-Video: video tokens attend to themselves; text is only attended to (cross-attention) and stays whole.
 
-Peculiarities: - The pipeline packs the latents, so the tokens exist when the transformer is entered. - Cross-attention
-(`attn2`) passes the parallel configuration on like self-attention, so it is kept local by name. Lengths
-  cannot tell the two apart: a rank's share may be as long as the text. diffusers' own plan splits the text instead, and
-  fails on the mask that its pipeline always passes.
+Peculiarities:
+- The pipeline packs the latents, so the tokens exist when the transformer is entered.
+- Cross-attention (`attn2`) passes the parallel configuration on like self-attention, so it is kept local by name.
+  Lengths cannot tell the two apart: a rank's share may be as long as the text. diffusers' own plan splits the text
+  instead, and fails on the mask that its pipeline always passes.
 - The rotations are `(B, S, D)`, which looks like a stream: companions.
 - The timestep comes as `(B,)`, `(B, 1)`, `(B, S)` or `(B, S, 1)`: split where it has one value per token.
 """

@@ -1,11 +1,11 @@
 """Wan 2.1 and 2.2: video tokens attend to themselves; text and image prompts are only attended to and stay whole.
 
-Peculiarities: - The model's forward flattens and transposes inline, so the first block is the first module that sees
-the sequence. - Cross-attention passes no parallel configuration on and stays local: every rank has the whole text.
-Image to video puts
-  the image's tokens before the text and separates them by counting 512 of text, which is right only while whole.
-- Text+image-to-video gives one timestep per token, `(B, S)`. It is split at the root, so everything derived
-  from it is this rank's own: modulation in the blocks and, in the model's forward, before the last projection. The
+Peculiarities:
+- The model's forward flattens and transposes inline, so the first block is the first module that sees the sequence.
+- Cross-attention passes no parallel configuration on and stays local: every rank has the whole text. Image to video
+  puts the image's tokens before the text and separates them by counting 512 of text, which is right only while whole.
+- Text+image-to-video gives one timestep per token, `(B, S)`. It is split at the root, so everything derived from it
+  is this rank's own: modulation in the blocks and, in the model's forward, before the last projection. The
   other variants give one per sample, `(B,)`, which the same entry leaves whole.
 - Wan 2.2 A14B has two transformers that take turns; parallelize both, each has its own context.
 - VACE runs a second stack of blocks on control tokens, of the same length as the video's, and adds their outputs to

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.gateway_overhead [--turns 100] [--requests 25]
 
-A request goes through the REST door and the real `Gateway` in one process: the door parses, validates, finds the model,
+A request goes through the REST API and the real `Gateway` in one process: the API parses, validates, finds the model,
 settles the request, admits it, and answers; only the call of the gang is replaced, by one that has a small picture at
 once. Neither Ray nor a socket takes part. The models of a table differ in name and have an alias each; asked for is the
 last one, by its name or by its alias.

@@ -78,7 +78,7 @@ class Work:
 
     @property
     def height(self) -> int:
-        """The most nearly square image of so many tokens."""
+        """The most nearly square image of this many tokens."""
         return next(side for side in range(int(self.image**0.5), 0, -1) if self.image % side == 0)
 
     def build(self) -> nn.Module:
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def layouts(world: int) -> dict[str, ParallelDegrees]:
-    """All layouts of so many ranks by their name; guidance has two branches, so no more groups than two."""
+    """All layouts of this many ranks by their name; guidance has two branches, so no more groups than two."""
     found = {}
     for cfg, ring, ulysses, tp in itertools.product((1, 2, 4), repeat=4):
         if cfg <= 2 and cfg * ring * ulysses * tp == world:

@@ -157,6 +157,13 @@ def test_layouts_that_a_family_cannot_run(
         check_deployment(load_spec(file), DEVICES)
 
 
+def test_a_config_without_its_width_is_not_a_crash(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, heads=12)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
+    (folder / "transformer" / "config.json").write_text("{}")
+    assert check_deployment(load_spec(write(tmp_path, a_model())), DEVICES)
+
+
 def test_adapters_must_be_there(tmp_path: Path) -> None:
     a_folder(tmp_path, heads=12)
     file = write(tmp_path, a_model(loras=[{"name": "ink", "source": "ink.safetensors"}]))
@@ -315,6 +322,7 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "models--org--name" / "refs" / "v1").write_text("0123")
     assert cached_folder("org/name", "v1", tmp_path) == cached_folder("org/name", "0123", tmp_path) == snapshot
     assert cached_folder("org/name", None, tmp_path) is None
+    assert cached_folder("org/name--x", None, tmp_path) is None  # not a hub id
     assert len(check_deployment(spec, DEVICES)) == 1
     shared = model.model_copy(update={"parallel": ParallelDegrees(tensor_parallel_size=2)})
     with pytest.raises(SpecError, match="does not divide the model's 5 attention heads"):

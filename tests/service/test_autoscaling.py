@@ -90,8 +90,8 @@ def test_a_growing_queue_shows_the_load_that_busy_gangs_hide() -> None:
 
 def test_a_better_estimate_of_a_request_is_no_work_that_went() -> None:
     guessed = settled([gang(busy=1, request_s=20.0)] * 4, queued=6)
-    learnt = decide(3000, 6, [gang(busy=1, request_s=2.0)] * 4, 0, guessed)
-    assert learnt.offered == pytest.approx(guessed.offered) == pytest.approx(4)
+    learned = decide(3000, 6, [gang(busy=1, request_s=2.0)] * 4, 0, guessed)
+    assert learned.offered == pytest.approx(guessed.offered) == pytest.approx(4)
 
 
 def test_the_number_is_steady_under_a_steady_load() -> None:

@@ -24,7 +24,7 @@ from service.app import serve_config
 from service.cli.commands import doctor as doctor_command
 from service.cli.commands import files, serve
 from service.cli.doctor import Finding
-from service.cli.main import main
+from service.cli.main import _texts_last, main
 from service.cli.output import cluster_table, models_table, plain
 from service.state.model_states import ModelState, cluster_object
 from tests.support.backend import FakeBackend
@@ -294,6 +294,24 @@ def test_flags_are_written_with_either_line(file: Path, capsys: pytest.CaptureFi
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
     assert run(capsys, "check", str(file), "--gpus=8", f"{flag}=4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (["generate", "-a cup of tea", "--seed", "7"], ["generate", "--seed", "7", "--", "-a cup of tea"]),
+        (["generate", "tea", "--negative-prompt", "-no cup"], ["generate", "tea", "--negative-prompt", "-no cup"]),
+        (["check", "a.yaml", "--set=models.a.source=/x y"], ["check", "a.yaml", "--set=models.a.source=/x y"]),
+        (["generate", "--seed", "7", "--", "-a cup"], ["generate", "--seed", "7", "--", "-a cup"]),
+    ],
+)
+def test_a_prompt_may_begin_with_a_dash(given: list[str], parsed: list[str]) -> None:
+    assert _texts_last(given) == parsed
+
+
+def test_usage_errors_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "a.yaml", "--gpus", "x"]) == 2
+    assert "--gpus" in capsys.readouterr().err
 
 
 def test_the_shell_completes_commands_and_flags() -> None:

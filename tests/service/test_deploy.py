@@ -174,7 +174,7 @@ def test_room_beside_the_old_gangs(
     }
     monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
     monkeypatch.setattr(preflight, "free_nodes", lambda: free)
-    missing = preflight.surge_obstacles(DeploymentSpec(models=(A, B)), added, upgraded)
+    missing = preflight.missing_surge_room(DeploymentSpec(models=(A, B)), added, upgraded)
     assert list(missing) == lack
     assert all(
         line.startswith(f"{name}: a new gang beside the old ones needs 2 GPUs on one node")
@@ -246,7 +246,7 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ) -> tuple[int, list[str | None]]:
         monkeypatch.setattr(preflight, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
         monkeypatch.setattr(preflight, "unschedulable_models", lambda spec, names: list(unschedulable))
-        monkeypatch.setattr(preflight, "surge_obstacles", lambda spec, added, upgraded: starved)
+        monkeypatch.setattr(preflight, "missing_surge_room", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
         return main(["deploy", str(file), *flags]), addresses

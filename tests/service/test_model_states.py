@@ -96,9 +96,9 @@ def test_every_state_has_been_seen() -> None:
     assert {case[3] for case in CASES} == set(STATES)
 
 
-@pytest.mark.parametrize("spelt", [str, ReplicaState])
-def test_replicas_are_counted_by_the_names_of_their_states(spelt: Any) -> None:
-    states = {spelt("RUNNING"): 2, spelt("STOPPING"): 1}
+@pytest.mark.parametrize("spelled", [str, ReplicaState])
+def test_replicas_are_counted_by_the_names_of_their_states(spelled: Any) -> None:
+    states = {spelled("RUNNING"): 2, spelled("STOPPING"): 1}
     assert model_state(MODEL, status("RUNNING", states), NODES, FREE).replicas == {"RUNNING": 2, "STOPPING": 1}
 
 

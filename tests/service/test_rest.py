@@ -68,7 +68,7 @@ def test_refused(client: TestClient, backend: FakeBackend, body: dict[str, Any],
     assert backend.requests == []
 
 
-def test_a_misspelt_field_is_named_before_the_one_it_leaves_missing(client: TestClient) -> None:
+def test_a_misspelled_field_is_named_before_the_one_it_leaves_missing(client: TestClient) -> None:
     answer = client.post("/v1/images/generations", json={"promt": "a"})
     assert answer.json()["error"]["message"] == "unknown parameter 'promt'; did you mean 'prompt'?"
 

@@ -66,7 +66,7 @@ def test_equals_keep_their_order_and_ranks_stay_small() -> None:
         (GangBacklog(0, 95, 20), Sent("a", sent_at=98), 18.0),  # sent after the report
         (GangBacklog(30, 95, 20), Sent("a", sent_at=90), 25.0),  # the report knows of it
         (GangBacklog(30, 95, 20), Sent(freed_at=98), 0.0),  # done after the report
-        (GangBacklog(0, 95, 0), Sent("a", sent_at=98), 58.0),  # cost not learnt
+        (GangBacklog(0, 95, 0), Sent("a", sent_at=98), 58.0),  # cost not learned
     ],
 )
 def test_reports_are_corrected_by_what_was_sent_since(report: GangBacklog, sent: Sent, seconds: float) -> None:

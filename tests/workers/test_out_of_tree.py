@@ -53,7 +53,7 @@ def test_both_transformers_are_of_the_class(ranks: RankPool, demo_models: dict[s
 
 
 def test_a_folder_that_was_saved_with_the_class(ranks: RankPool, demo_model: Path, tmp_path: Path) -> None:
-    """Its configs name a class that diffusers has not; ours is imported before diffusers asks for it."""
+    """Its configs name a class that diffusers does not have; ours is imported before diffusers asks for it."""
     pipeline = QwenImagePipeline.from_pretrained(demo_model)
     pipeline.transformer = Planned.from_pretrained(demo_model / "transformer")
     folder = tmp_path / "mine"

@@ -1,6 +1,6 @@
 """What several demo models share: gains on random weights, and a tiny image VAE.
 
-In go modules and numbers, out come modules to save. Called by the families beside this file.
+Called by the families in `workers.model.adapters`.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ TEXT_WIDTH = 64
 def amplify(model: nn.Module, gains: Mapping[str, float]) -> None:
     """Multiply the parameters by the gains, which are keyed by a part of the parameter's name.
 
-    With diffusers' own initialisation a tiny model is nearly blind: the residual branches add little to what passes
-    by them, so that it would draw the same without any attention, whatever the prompt.
+    With diffusers' own initialization a tiny model is nearly blind: the residual branches add little to what passes
+    them by, so that it would draw the same without any attention, whatever the prompt.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -36,10 +36,10 @@ def qwen2(**options: Any) -> Any:
             show_progress=False,
         ),
     )
-    learnt = json.loads(bpe.to_str())["model"]
+    learned = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
         additional_special_tokens=SPECIAL_TOKENS[1:] + VISION_TOKENS,
         model_max_length=2048,
         padding_side="right",

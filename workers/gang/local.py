@@ -77,8 +77,11 @@ def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]
     rank_of = {connection: rank for rank, connection in enumerate(connections)}
     failure: SprayError | None = None
     port = _receive(0, connections[0])
-    for connection in connections[1:]:
-        connection.send(port)
+    for rank, connection in enumerate(connections[1:], 1):
+        try:
+            connection.send(port)
+        except OSError:
+            raise GangLost(f"rank {rank} died") from None
     while rank_of and not (failure and not isinstance(failure, PeerFailed)):
         for ready in wait(list(rank_of)):
             assert isinstance(ready, Connection)

@@ -1,4 +1,4 @@
-"""What a gang reports of its load: to the autoscaler every few seconds, to the routers every ten.
+"""What a gang reports of its load: to the autoscaler and to the routers, every second.
 
 `workers.gang.gang` returns these from `record_autoscaling_stats` and `record_routing_stats`, which Ray Serve calls;
 `service.autoscaling` and `service.routing` read them. They cross Serve as dictionaries of plain numbers.

@@ -124,13 +124,7 @@ def _convert(path: Path, pipeline: type[Any]) -> tuple[dict[str, torch.Tensor], 
         tensors, *rest = pipeline.lora_state_dict(
             str(path), use_safetensors=True, local_files_only=True, return_alphas=True, return_lora_metadata=True
         )
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # its converters raise any of these
+    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:  # its converters raise any
         raise ValueError(f"{path} has no key format that diffusers knows for {pipeline.__name__}: {error}") from error
     alphas, metadata = rest if len(rest) == 2 else (None, *rest)  # the flux pipeline alone returns alphas
     if alphas and metadata:

@@ -72,7 +72,7 @@ def fill(
     """Read this rank's share of all parameters and buffers of a model that was built without weights.
 
     Raises:
-        ValueError: the files have not exactly the tensors of the model, or one of another shape.
+        ValueError: the files do not hold exactly the tensors of the model, or one has another shape.
         OSError: there are no safetensors.
     """
     expected = model.state_dict(keep_vars=True)
@@ -87,9 +87,8 @@ def fill(
     for count, (name, tensor) in enumerate(_read(files, parts), 1):
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        kept = tensor.to(
-            device, _dtype_of(name, tensor, type(model), dtype), copy=True
-        )  # `tensor` is the file's memory
+        # A copy: `tensor` is the file's memory.
+        kept = tensor.to(device, _dtype_of(name, tensor, type(model), dtype), copy=True)
         on_progress(count / len(expected))
         owner, _, leaf = name.rpartition(".")
         is_parameter = isinstance(expected[name], nn.Parameter)

@@ -66,22 +66,22 @@ def _preflight(
         The spec with the tasks of the changed models filled in, and the models whose old gangs must stop first.
 
     Raises:
-        SpecError: something cannot work; a line for each obstacle.
+        SpecError: something cannot work; a line for each problem.
     """
     from service.rollout.changes import DEPLOYING  # here, for it imports Ray
-    from service.rollout.preflight import surge_obstacles, unschedulable_models, verify_on_nodes  # it imports Ray
+    from service.rollout.preflight import missing_surge_room, unschedulable_models, verify_on_nodes  # it imports Ray
 
     changed = {change.model for change in changes if change.action in DEPLOYING}
     added, upgraded = ({change.model for change in changes if change.action == a} for a in ("add", "upgrade"))
-    spec, obstacles = verify_on_nodes(spec, changed)
+    spec, problems = verify_on_nodes(spec, changed)
     if not allow_pending:
         reasons = unschedulable_models(spec, changed)
-        obstacles += [f"{reason}; --allow-pending deploys it nevertheless" for reason in reasons]
-    without_surge = surge_obstacles(spec, added, upgraded)
+        problems += [f"{reason}; --allow-pending deploys it nevertheless" for reason in reasons]
+    without_surge = missing_surge_room(spec, added, upgraded)
     if not allow_downtime:
-        obstacles += [f"{line}; add devices, or give --allow-downtime" for line in without_surge.values()]
-    if obstacles:
-        raise SpecError("\n".join([*obstacles, "nothing was changed"]))
+        problems += [f"{line}; add devices, or give --allow-downtime" for line in without_surge.values()]
+    if problems:
+        raise SpecError("\n".join([*problems, "nothing was changed"]))
     return spec, tuple(without_surge)
 
 

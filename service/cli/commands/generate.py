@@ -19,6 +19,7 @@ from service.cli.output import say
 from service.cli.progress import StepProgress
 from service.rollout.devices import local_devices
 from sp_core.degrees import ParallelDegrees
+from workers.gang.local import generate_locally
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
 FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2")
@@ -180,7 +181,5 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
     body = {"seed": secrets.randbelow(2**32)} | asked.fields | _loras([(Path(n).stem, s) for n, s in asked.loras])
     kind = VideoGenerationBody if asked.is_video else ImageGenerationBody
     request = replace(to_request(parse_body(body, kind), model, uuid.uuid4().hex), report_steps=True)
-    from workers.gang.local import generate_locally  # here, for it imports torch
-
     result = generate_locally(model, request, progress.show)
     return Made(result.outputs, result.seeds)
