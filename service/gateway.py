@@ -209,14 +209,17 @@ class Gateway:
         Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
         coming = asyncio.ensure_future(anext(answer, None))
+        unfinished = True
         try:
             while True:
                 # Not wait_for: it would cancel the pending report, and with it the request, at every timeout.
                 done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
                 if done:
+                    unfinished = False  # it has ended if it raises or yields nothing
                     report = coming.result()
                     if report is None:
                         return
+                    unfinished = True
                     yield report
                     coming = asyncio.ensure_future(anext(answer, None))
                     continue
@@ -228,7 +231,7 @@ class Gateway:
                 if state is not None:  # else it was removed, and its gangs finish their requests
                     yield state
         finally:
-            if not coming.done() or coming.cancelled():  # the caller left: free the gang at once
+            if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
 
