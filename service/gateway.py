@@ -28,6 +28,7 @@ from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter, share_values
+from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 from workers.metrics import GatewayMetrics
 
@@ -58,6 +59,7 @@ class Gateway:
     """
 
     def __init__(self, instance_id: str) -> None:
+        keep_replica_on_node_ip()
         self.instance_id = instance_id
         self.max_body_bytes = 1 << 20
         self.draining = False
