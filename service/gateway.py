@@ -28,6 +28,7 @@ from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter, share_values
+from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 from workers.metrics import GatewayMetrics
 
@@ -58,6 +59,7 @@ class Gateway:
     """
 
     def __init__(self, instance_id: str) -> None:
+        keep_replica_on_node_ip()
         self.instance_id = instance_id
         self.max_body_bytes = 1 << 20
         self.draining = False
@@ -209,14 +211,17 @@ class Gateway:
         Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
         coming = asyncio.ensure_future(anext(answer, None))
+        unfinished = True
         try:
             while True:
                 # Not wait_for: it would cancel the pending report, and with it the request, at every timeout.
                 done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
                 if done:
+                    unfinished = False  # it has ended if it raises or yields nothing
                     report = coming.result()
                     if report is None:
                         return
+                    unfinished = True
                     yield report
                     coming = asyncio.ensure_future(anext(answer, None))
                     continue
@@ -228,7 +233,7 @@ class Gateway:
                 if state is not None:  # else it was removed, and its gangs finish their requests
                     yield state
         finally:
-            if not coming.done() or coming.cancelled():  # the caller left: free the gang at once
+            if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
 

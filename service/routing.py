@@ -94,6 +94,10 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
         self._sent: dict[ReplicaID, Sent] = {}
         register(self.app_name, self)
 
+    def waiting(self) -> int:
+        """Requests that wait. Serve's own number counts callers who have left, until their turn comes."""
+        return sum(not pending.future.done() for pending in self._pending_requests_to_fulfill)
+
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """The last report of each running gang."""
         return [replica.routing_stats for replica in self.curr_replicas.values() if replica.routing_stats]

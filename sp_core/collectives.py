@@ -88,9 +88,8 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     """
     if axis.size == 1:
         return [tensors]
-    shapes: list[list[torch.Size]] | None = [[]] * axis.size if axis.rank == 0 else None
-    dist.gather_object([t.shape for t in tensors], shapes, group_dst=0, group=axis.host_group)
-    if shapes is None:
+    shapes = _all_shapes(tensors, axis)
+    if axis.rank:
         for tensor in tensors:
             dist.send(tensor.contiguous(), group_dst=0, group=axis.group)
         return []
@@ -110,6 +109,28 @@ def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
     word = torch.tensor([int(flag)])
     dist.all_reduce(word, op=dist.ReduceOp.MAX, group=axis.host_group)
     return bool(word.item())
+
+
+def _all_shapes(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[list[int]]]:
+    """The shapes of every rank's tensors, by rank. As integers: torch's way for objects unpickles what comes in."""
+    own = [number for tensor in tensors for number in (tensor.ndim, *tensor.shape)]
+    lengths = _all_lengths(len(own), axis)
+    padded = torch.zeros(max(1, *lengths), dtype=torch.int64)
+    padded[: len(own)] = torch.tensor(own, dtype=torch.int64)
+    everyone = padded.new_empty(axis.size * len(padded))
+    dist.all_gather_single(everyone, padded, group=axis.host_group)
+    return [
+        _split_shapes(row.tolist()[:length]) for row, length in zip(everyone.chunk(axis.size), lengths, strict=True)
+    ]
+
+
+def _split_shapes(numbers: list[int]) -> list[list[int]]:
+    shapes = []
+    while numbers:
+        end = 1 + numbers[0]
+        shapes.append(numbers[1:end])
+        numbers = numbers[end:]
+    return shapes
 
 
 def _all_lengths(length: int, axis: MeshAxis) -> list[int]:

@@ -117,10 +117,15 @@ class ParallelMesh:
             assert value is not None
             return value
         assert self.control is not None
-        carried = [value]
-        dist.broadcast_object_list(carried, src=0, group=self.control)
-        assert carried[0] is not None
-        return carried[0]
+        length = torch.tensor([len(value or b"")])  # as tensors: torch's way for objects unpickles what comes in
+        dist.broadcast(length, src=0, group=self.control)
+        if not length:
+            return b""
+        carried = torch.empty(int(length), dtype=torch.uint8)
+        if value is not None:
+            carried = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        dist.broadcast(carried, src=0, group=self.control)
+        return carried.numpy().tobytes()
 
     def close(self) -> None:
         """Drop all groups. The mesh cannot be used afterwards.

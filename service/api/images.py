@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from service.api.backend import Served, run
 from service.api.responses import ignored_header, images_response
 from service.api.schemas import ImageGenerationBody, find_model, parse_body, read_json, to_request
-from service.api.streaming import EventStream, stream_events
+from service.api.streaming import EventStream
 
 router = APIRouter(prefix="/images")
 
@@ -19,6 +19,6 @@ async def generate_images(http: Request, backend: Served) -> Response:
     request = to_request(body, find_model(backend.models(), body.model), uuid.uuid4().hex)
     headers = ignored_header(body.ignored)
     if body.stream:
-        events = stream_events(backend.generate(request), request, body.stream_options.include_progress)
-        return EventStream(events, media_type="text/event-stream", headers=headers)
+        include_progress = body.stream_options.include_progress
+        return await EventStream.open(backend.generate(request), request, include_progress, headers)
     return JSONResponse(images_response(request, await run(backend, request)), headers=headers)

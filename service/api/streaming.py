@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Self
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
@@ -12,6 +12,7 @@ from service.api.backend import Report
 from service.api.errors import answer, log
 from service.api.responses import completed_events, progress_event
 from service.state.model_states import ModelState
+from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult
 
 
@@ -19,18 +20,47 @@ class EventStream(StreamingResponse):
     """A stream that ends at once when its client leaves, and cancels the generation that feeds it.
 
     Starlette only stops iterating; the generator would be closed whenever it is collected as garbage, and the gang
-    would compute until then.
+    would compute until then. Made by `open`.
+
+    Args:
+        events: what is sent.
+        reports: what the events are made of.
+        headers: of the answer.
     """
+
+    def __init__(
+        self, events: AsyncGenerator[str], reports: AsyncGenerator[Report], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._reports = events, reports
+
+    @classmethod
+    async def open(
+        cls,
+        reports: AsyncGenerator[Report],
+        request: GenerationRequest,
+        include_progress: bool,
+        headers: Mapping[str, str],
+    ) -> Self:
+        """Wait for the first report, so that the status line can tell whether the request was admitted.
+
+        Raises:
+            Exception: what the backend raises before its first report.
+        """
+        first = await anext(reports, None)
+        if first is None:
+            raise GangLost("the ranks ended without a result")
+        return cls(_events(first, reports, request, include_progress), reports, headers)
 
     async def stream_response(self, send: Send) -> None:
         """Called by Starlette."""
-        assert isinstance(self.body_iterator, AsyncGenerator)
-        async with contextlib.aclosing(self.body_iterator):
+        # Both: closing events that were never asked for does not close what they are made of.
+        async with contextlib.aclosing(self._reports), contextlib.aclosing(self._events):
             await super().stream_response(send)
 
 
-async def stream_events(
-    reports: AsyncGenerator[Report], request: GenerationRequest, include_progress: bool
+async def _events(
+    first: Report, reports: AsyncGenerator[Report], request: GenerationRequest, include_progress: bool
 ) -> AsyncGenerator[str]:
     """The events of one request: progress, the pictures, `[DONE]`.
 
@@ -38,21 +68,26 @@ async def stream_events(
     An error ends the stream as its last event, because the status line has been sent by then.
     """
     try:
-        async with contextlib.aclosing(reports):
-            async for report in reports:
-                if isinstance(report, ModelState):
-                    yield f": {request.model} is {report.state}, {report.queued} wait\n\n"
-                elif isinstance(report, GenerationResult):
-                    for event in completed_events(request, report):
-                        yield _event(event)
-                elif include_progress:
-                    yield _event(progress_event(report))
-                else:
-                    yield f": step {report.step}/{report.total_steps}\n\n"
+        for event in _of(first, request, include_progress):
+            yield event
+        async for report in reports:
+            for event in _of(report, request, include_progress):
+                yield event
         yield "data: [DONE]\n\n"
     except Exception as error:
         log(error)
         yield f"data: {json.dumps(answer(error)[1])}\n\n"
+
+
+def _of(report: Report, request: GenerationRequest, include_progress: bool) -> list[str]:
+    """The events of one report."""
+    if isinstance(report, ModelState):
+        return [f": {request.model} is {report.state}, {report.queued} wait\n\n"]
+    if isinstance(report, GenerationResult):
+        return [_event(event) for event in completed_events(request, report)]
+    if include_progress:
+        return [_event(progress_event(report))]
+    return [f": step {report.step}/{report.total_steps}\n\n"]
 
 
 def _event(event: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@
     spray generate "..."  run one request: on a server, or with --local in processes of its own
     spray verify CLASS    prove that a model class gives the same answer on every layout
 
-Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
-Ctrl-C. Flags may be written with `_` or `-`.
+Results go to standard output, everything else to standard error. Exit codes: 0 done (`spray serve`: SIGTERM), 1 failed,
+2 wrong usage, 130 Ctrl-C. Flags may be written with `_` or `-`.
 """
 
 import re
@@ -25,7 +25,7 @@ import typer
 from deploy.spec import SpecError
 from service.cli.client import ServerError
 from service.cli.commands import deploy, doctor, files, generate, serve, status, verify
-from service.cli.options import UsageError
+from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
 
@@ -57,7 +57,9 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
         name: of the program, for its help and its completion.
         arguments: None takes those of this process.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that both signals stop what was started
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that they stop what was started, as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     try:
         given = _texts_last(sys.argv[1:] if arguments is None else arguments)
         code = typer.main.get_command(application).main(given, prog_name=name, standalone_mode=False)
@@ -87,6 +89,10 @@ def _texts_last(arguments: Sequence[str]) -> list[str]:
         (texts if is_text else others).append(argument)
         before = argument
     return [*others, "--", *texts] if texts else others
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated(signal.Signals(number).name)
 
 
 if __name__ == "__main__":

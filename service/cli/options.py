@@ -32,6 +32,10 @@ class UsageError(Exception):
     """The flags contradict each other, or a value makes no sense."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came. Like Ctrl-C, it ends what was started."""
+
+
 def load(file: Path, overrides: list[str]) -> LoadedSpec:
     """Read a deployment file; `SPRAY_*` variables override it, and `--set` overrides both.
 

@@ -29,6 +29,7 @@ from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
+from service.rollout.core_watch import within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import derive_tasks
@@ -42,6 +43,9 @@ SILENT_POLLS = 5
 
 METRICS_PORTS = range(20000, 30000)
 """Below the ports that systems hand out by themselves: until a process of ours binds the port, nothing reserves it."""
+
+ANSWERS_WITHIN_S = 20.0
+"""A core that needs longer for an order is not waited for."""
 
 OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -133,10 +137,17 @@ class LocalCluster:
         raise TimeoutError(f"not ready after {timeout_s:g} s: waiting for {', '.join(waiting)}")
 
     def drain(self) -> None:
-        """Refuse new requests, and return when those in flight are answered, or the gateway is gone."""
-        drain()
-        silent = 0
+        """Refuse new requests, and return when those in flight are answered, or the gateway is gone.
+
+        Raises:
+            TimeoutError: Serve does not listen, or requests are unfinished after the longest grace period.
+        """
+        within(ANSWERS_WITHIN_S, drain, "telling the gateway to take no more requests")
+        silent, limit_s = 0, max(model.grace_period_s for model in self.spec.models)
+        deadline = time.monotonic() + limit_s
         while silent < SILENT_POLLS:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"requests in flight did not end within {limit_s:g} s, their grace period")
             answer = _readiness(self.url)
             if answer.get("status") == "draining" and not answer["in_flight"]:
                 return

@@ -14,8 +14,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import worker
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ServeDeploySchema
+
+CORE = ("gcs_server", "raylet")
+"""Ray's names of the processes without which a node does not run."""
 
 
 def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_store_bytes: int) -> None:
@@ -56,6 +60,12 @@ def disconnect() -> None:
     """
     ray.shutdown()
     _disconnect()  # type: ignore[no-untyped-call]
+
+
+def dead_processes() -> list[str]:
+    """The processes of a Ray node that this process started and that died, such as `raylet`, without asking Ray."""
+    node = worker._global_node
+    return [] if node is None else [kind for kind, _ in node.dead_processes() if kind in CORE]
 
 
 def start_serve(host: str, port: int, **options: Any) -> None:

@@ -22,8 +22,8 @@ RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Lost|Failed|Unavailable):
 """The last line of a traceback: the exception and its message."""
 
 STATES: Mapping[State, str] = {
-    "running": "at least one gang answers",
-    "starting": "its gangs are loading",
+    "running": "at least one gang takes requests",
+    "starting": "its gangs are loading, or replace their ranks",
     "waiting": "its gangs cannot be placed; the reason says what is missing",
     "asleep": "no gang runs; the first request wakes one",
     "failed": "its gangs cannot be started; the reason says why",
@@ -67,17 +67,28 @@ def model_state(
     replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
     state, reason = _state(model, application, replicas, nodes, free)
     if state == "running":
-        troubles = [gang["now"]["trouble"] for gang in reported.get("gangs", ())]
-        reason = "; ".join(dict.fromkeys(text for text in [reason, *troubles] if text))
+        gangs = [gang["now"] for gang in reported.get("gangs", ())]
+        reason = "; ".join(dict.fromkeys(text for text in [reason, *(gang["trouble"] for gang in gangs)] if text))
+        silent = replicas.get("RUNNING", 0) + replicas.get("UPDATING", 0) - len(gangs)  # they have not reported yet
+        if gangs and silent <= 0 and all(gang["phase"] == "starting" for gang in gangs):
+            state = "starting"  # Serve calls them running, but their ranks are being replaced
     return ModelState(state, reason, replicas, **reported)
 
 
 def failure(application: ApplicationStatusOverview) -> str:
     """Why Serve could not start an application: the last exception's message. The log has the traceback."""
+    return last_error(application) or _said(application)
+
+
+def last_error(application: ApplicationStatusOverview) -> str:
+    """The message of the last exception that Serve tells of an application; empty if it tells of none."""
+    raised = RAISED.findall(_said(application))
+    return str(raised[-1]) if raised else ""
+
+
+def _said(application: ApplicationStatusOverview) -> str:
     details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    text = COLOR.sub("", " ".join(detail for detail in details if detail))
-    raised = RAISED.findall(text)
-    return str(raised[-1]) if raised else text
+    return COLOR.sub("", " ".join(detail for detail in details if detail))
 
 
 def cluster_object(
@@ -126,7 +137,10 @@ def _state(
     never = unschedulable(model, nodes)
     if never:
         return "waiting", str(never)
-    return "starting", f"loading, or waiting: {lacking} free" if lacking else ""
+    if lacking:
+        return "starting", f"loading, or waiting: {lacking} free"
+    error = last_error(application) if application is not None else ""
+    return "starting", f"starting again: {error}" if error else ""
 
 
 def _sum(nodes: Sequence[Node], resource: str) -> float:

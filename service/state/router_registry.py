@@ -12,9 +12,8 @@ from typing import Any, Protocol
 class GangRouter(Protocol):
     """The request router of one model: `service.routing.LeastBacklogRouter`."""
 
-    @property
-    def num_pending_requests(self) -> int:
-        """Requests for the model that wait in this process."""
+    def waiting(self) -> int:
+        """How many requests for the model wait in this process."""
 
     def gang_reports(self) -> Sequence[Mapping[str, Any]]:
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
@@ -31,4 +30,4 @@ def register(application: str, router: GangRouter) -> None:
 def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
     """How many requests wait in this process for an application, and the last reports of its gangs."""
     router = _routers.get(application)
-    return (router.num_pending_requests, router.gang_reports()) if router else (0, ())
+    return (router.waiting(), router.gang_reports()) if router else (0, ())

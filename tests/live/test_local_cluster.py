@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from deploy.spec import Auth, Metrics, SpecError
 from service.rollout import local_cluster as local
 from tests.support.deployments import deployment, model
 
+DRAINED = deployment(model(Path("/nowhere")))
+
 DEMO = [sys.executable, "-m", "service.cli.demo"]
 
 
@@ -30,7 +33,7 @@ DEMO = [sys.executable, "-m", "service.cli.demo"]
 def mark(monkeypatch: pytest.MonkeyPatch) -> str:
     """An environment variable's value that all processes of the test's subprocesses carry."""
     value = uuid.uuid4().hex
-    monkeypatch.setenv("SPRAY_TEST_MARK", value)
+    monkeypatch.setenv("TEST_MARK", value)
     return value
 
 
@@ -47,11 +50,16 @@ def foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def marked(mark: str) -> list[str]:
     """Command lines of the living processes that carry the mark, but for this one."""
-    found = []
+    return list(marked_processes(mark).values())
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The same by process id."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (process / "environ").read_bytes() and int(process.name) != os.getpid():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:  # it has ended, or is not ours
             continue
     return found
@@ -133,6 +141,67 @@ def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signa
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.fixture
+def serving(mark: str, demo_model: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`spray serve` of the demo model, ready."""
+    file = tmp_path / "demo.yaml"
+    file.write_text(
+        f"models: [{{name: demo, source: {demo_model}, device: cpu, placement: {{cpus_per_rank: 0.1}}}}]\n"
+        "metrics: {port: null}\n"
+    )
+    command = [sys.executable, "-m", "service.cli.main", "serve", str(file), "--port", "0"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert serving.stdout is not None
+        said: list[str] = []
+        while not said or "ready: " not in said[-1]:
+            said.append(serving.stdout.readline())
+            assert said[-1], said
+        yield serving
+    finally:
+        end([serving])
+
+
+def own(mark: str, name: str) -> list[int]:
+    """The ids of the marked processes whose command line has this name."""
+    return [pid for pid, command in marked_processes(mark).items() if name in command]
+
+
+@pytest.mark.parametrize("core", ["/raylet/raylet", "/gcs/gcs_server"])
+def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen[str], mark: str, core: str) -> None:
+    folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+    (pid,) = own(mark, core)
+    os.kill(pid, signal.SIGKILL)
+    said, _ = serving.communicate(timeout=60)
+    assert serving.returncode == 1, said
+    assert f"error: the cluster is gone: Ray has ended: {core.rpartition('/')[2]} died" in said
+    assert "Traceback" not in said
+    assert wait_gone(mark) == []
+    assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
+def test_serve_stops_when_it_is_asked_to(
+    serving: subprocess.Popen[str], mark: str, sign: signal.Signals, code: int
+) -> None:
+    folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+    serving.send_signal(sign)
+    said, _ = serving.communicate(timeout=120)
+    assert (serving.returncode, "stopped" in said, "Traceback" in said) == (code, True, False), said
+    assert wait_gone(mark) == []
+    assert not any(Path(folder).exists() for folder in folders)
+
+
+def test_serve_stops_although_its_controller_does_not_answer(serving: subprocess.Popen[str], mark: str) -> None:
+    (controller,) = own(mark, "ray::ServeController")
+    os.kill(controller, signal.SIGSTOP)
+    serving.terminate()
+    said, _ = serving.communicate(timeout=local.ANSWERS_WITHIN_S + 60)
+    assert serving.returncode == 1, said
+    assert "did not end within" in said
+    assert wait_gone(mark) == []
+
+
 def test_a_taken_port_is_refused() -> None:
     with local.socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -149,7 +218,7 @@ def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
     left = iter(answers)
     monkeypatch.setattr(local, "drain", lambda: None)
     monkeypatch.setattr(local, "_readiness", lambda url: next(left))
-    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
     assert list(left) == []
 
 
@@ -157,8 +226,23 @@ def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.M
     looks: list[str] = []
     monkeypatch.setattr(local, "drain", lambda: None)
     monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
-    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+    local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
     assert len(looks) == local.SILENT_POLLS
+
+
+def test_draining_waits_no_longer_than_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: {"status": "draining", "in_flight": 1})
+    spec = deployment(model(Path("/nowhere")).model_copy(update={"grace_period_s": 0.3}))
+    with pytest.raises(TimeoutError, match=r"did not end within 0\.3 s"):
+        local.LocalCluster.drain(SimpleNamespace(url="", spec=spec))  # type: ignore[arg-type]
+
+
+def test_draining_does_not_wait_for_a_controller_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "ANSWERS_WITHIN_S", 0.1)
+    monkeypatch.setattr(local, "drain", threading.Event().wait)
+    with pytest.raises(TimeoutError, match="telling the gateway"):
+        local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
 
 
 def test_keys_that_are_missing_are_said_before_anything_starts(

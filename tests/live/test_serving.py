@@ -5,6 +5,7 @@ import concurrent.futures
 import functools
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
+from tests.support.listeners import listeners, process_tree
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "demo-1": {},
@@ -68,6 +70,13 @@ def test_one_seed_is_one_picture_on_every_layout(server: str) -> None:
         assert answer.json()["metrics"]["layout"] == layout
         assert np.abs(picture(answer) - reference).max() <= 1
     assert np.abs(picture(generate(server, seed=8)) - reference).max() > 100
+
+
+def test_nothing_listens_beyond_loopback(server: str) -> None:
+    """Serve's replicas would open a port on all interfaces where anybody may run code."""
+    found = listeners(process_tree(os.getpid()))
+    assert len(found) > len(LAYOUTS)  # at least a port of each gang
+    assert {str(address) for address, _ in found if not address.is_loopback} == set()
 
 
 def test_openai_client(server: str) -> None:

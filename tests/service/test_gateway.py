@@ -18,7 +18,7 @@ from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, RequestFailed, ShuttingDown, Unauthorized
-from workers.messages import GenerationRequest, GenerationResult
+from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
 METRICS = {"host": "127.0.0.1", "port": None}
@@ -152,6 +152,55 @@ def test_a_request_that_waits_for_nothing_ends(
             found["one"] = state
         with raised:
             await anext(reports)
+
+    asyncio.run(story())
+    assert answer.cancelled
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_caller_who_leaves_with_a_report_in_hand_frees_the_gang(opened: Gateway, turns: int) -> None:
+    class Steps(Answer):
+        async def __anext__(self) -> Any:
+            return StepEvent(1, 4, 0.1)
+
+    answer = Steps()
+
+    async def story() -> None:
+        reports = opened._attended("one", answer)  # type: ignore[arg-type]
+        await anext(reports)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await reports.aclose()
+
+    asyncio.run(story())
+    assert answer.cancelled
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_caller_who_is_cancelled_around_a_report_frees_the_gang(opened: Gateway, turns: int) -> None:
+    arrived = asyncio.Event()
+
+    class Late(Answer):
+        async def __anext__(self) -> Any:
+            await arrived.wait()
+            return StepEvent(1, 4, 0.1)
+
+    answer = Late()
+
+    async def call() -> None:
+        async with contextlib.aclosing(opened._attended("one", answer)) as reports:  # type: ignore[arg-type]
+            async for _ in reports:
+                await asyncio.Event().wait()
+
+    async def story() -> None:
+        calling = asyncio.ensure_future(call())
+        await asyncio.sleep(0.01)
+        arrived.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
 
     asyncio.run(story())
     assert answer.cancelled

@@ -120,7 +120,26 @@ def test_a_running_models_trouble_is_its_reason() -> None:
         troubled["now"]["trouble"] = "lost its ranks"
     running = status("RUNNING", {"RUNNING": 3})
     assert model_state(MODEL, running, NODES, FREE, gangs=gangs).reason == "lost its ranks"
+    assert model_state(MODEL, running, NODES, FREE, gangs=gangs).state == "running"
     assert model_state(MODEL, running, NODES, FREE, gangs=gangs[:1]).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("running", "reported", "state"), [(2, 2, "starting"), (1, 1, "starting"), (2, 1, "running"), (1, 0, "running")]
+)
+def test_a_model_runs_only_while_a_gang_takes_requests(running: int, reported: int, state: str) -> None:
+    """A gang that has not reported yet has just become ready."""
+    gangs = [gang(0, 0, "starting") for _ in range(reported)]
+    for lost in gangs:
+        lost["now"]["trouble"] = "lost its ranks"
+    found = model_state(MODEL, status("RUNNING", {"RUNNING": running}), NODES, FREE, gangs=gangs)
+    assert (found.state, found.reason) == (state, "lost its ranks" if reported else "")
+
+
+def test_a_model_that_starts_again_and_again_says_why() -> None:
+    said = "The deployment failed to start 1 times in a row. Error:\nOSError: [Errno 28] No space left on device: '/x'"
+    found = model_state(MODEL, status("DEPLOYING", {"STARTING": 1}, of_deployment=said), NODES, FREE)
+    assert (found.state, found.reason) == ("starting", "starting again: [Errno 28] No space left on device: '/x'")
 
 
 def test_why_a_model_failed_comes_without_its_traceback() -> None:

@@ -1,12 +1,15 @@
 """REST alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from service.api.rest import rest_app
-from service.api.schemas import MAX_SEED
+from service.api.schemas import MAX_SEED, ImageGenerationBody, to_request
+from service.api.streaming import EventStream
 from tests.support.backend import FakeBackend
 
 
@@ -118,9 +121,32 @@ def test_failures(backend: FakeBackend, prompt: str, status: int, code: str, ret
     assert ("retry-after" in answer.headers) == retry
     assert (answer.headers.get("x-should-retry") == "false") == (not retry)
     assert "secret" not in answer.text
-    streamed = post(client, prompt=prompt, stream=True)
-    assert code in streamed.text
-    assert "secret" not in streamed.text
+    streamed = post(client, prompt=prompt, stream=True)  # its status waits until the request is admitted
+    assert (streamed.status_code, streamed.json()) == (status, answer.json())
+    assert ("retry-after" in streamed.headers) == retry
+    assert (streamed.headers.get("x-should-retry") == "false") == (not retry)
+
+
+def test_a_stream_that_fails_later_ends_with_the_error(client: TestClient) -> None:
+    answer = post(client, prompt="later", stream=True)
+    first, last = answer.text.split("\n\n", 1)
+    assert (answer.status_code, first) == (200, ": step 1/1")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_lost"
+
+
+def test_a_client_that_leaves_before_the_first_event_frees_its_gang(backend: FakeBackend) -> None:
+    async def story() -> None:
+        request = to_request(ImageGenerationBody(prompt="endless", model="one"), backend.models()["one"], "a")
+        stream = await EventStream.open(backend.generate(request), request, include_progress=False, headers={})
+
+        async def gone(_: Any) -> None:
+            raise OSError("the client left")
+
+        with pytest.raises(OSError, match="the client left"):
+            await stream.stream_response(gone)
+        assert backend.closed
+
+    asyncio.run(story())
 
 
 def test_defaults_are_settled_at_admission(client: TestClient, backend: FakeBackend) -> None:

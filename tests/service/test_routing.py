@@ -1,15 +1,19 @@
 """The router: least backlog in seconds first, a warm gang among equals, corrected by what it sent itself."""
 
 import asyncio
+import inspect
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import RequestRouter
 
 from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, tiers
+from service.state import router_registry
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -40,6 +44,22 @@ def pending(*args: Any, request_id: str = "a") -> Any:
 def chosen(router: LeastBacklogRouter, replicas: list[Any], request: Any) -> list[list[str]]:
     ranks = asyncio.run(router.choose_replicas(replicas, request))
     return [[str(replica.replica_id) for replica in some] for some in ranks]
+
+
+def test_callers_who_have_left_do_not_wait() -> None:
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        waits, left, taken = loop.create_future(), loop.create_future(), loop.create_future()
+        left.cancel()
+        taken.set_result("a")
+        made = router()
+        made._pending_requests_to_fulfill = deque(SimpleNamespace(future=each) for each in (left, waits, taken))
+        made._replicas = {}
+        assert router_registry.lookup("model-m")[0] == made.waiting() == 1
+        waits.cancel()
+
+    assert "self._pending_requests_to_fulfill: Deque[PendingRequest] = deque()" in inspect.getsource(RequestRouter)
+    asyncio.run(story())
 
 
 def test_the_least_backlog_leads() -> None:

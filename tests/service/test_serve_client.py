@@ -33,7 +33,7 @@ def test_one_file_uses_private_apis() -> None:
     users = {path for path in SERVICE.rglob("*.py") if list(private_uses(path.read_text()))}
     assert users == {SEAM}
     used = set(private_uses(SEAM.read_text()))
-    assert used == {"_get_global_client", "_disconnect", "_node_ip_address", "_temp_dir"}
+    assert used == {"_get_global_client", "_disconnect", "_node_ip_address", "_private", "_temp_dir"}
 
 
 def test_rays_arguments() -> None:

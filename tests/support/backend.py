@@ -73,7 +73,10 @@ class FakeBackend:
         return {"object": "cluster", "mark": "of the backend"}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits."""
+        """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits.
+
+        `later` fails after its first step.
+        """
         self.requests.append(request)
         if request.prompt in self.raises:
             raise self.raises[request.prompt]
@@ -84,6 +87,8 @@ class FakeBackend:
             if request.prompt == "slow":
                 await self.released.wait()
             yield StepEvent(1, 1, 0.5)
+            if request.prompt == "later":
+                raise self.raises["lost"]
             while request.prompt == "endless":
                 await asyncio.sleep(0.01)
                 yield StepEvent(1, 1, 0.5)

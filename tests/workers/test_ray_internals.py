@@ -5,10 +5,12 @@ import inspect
 from pathlib import Path
 
 import pytest
+from ray._common import tls_utils
 from ray._private import state
+from ray.serve._private import replica
 
 import workers
-from workers.gang.ray_internals import available_resources_per_node
+from workers.gang.ray_internals import available_resources_per_node, keep_replica_on_node_ip
 
 WORKERS = Path(workers.__file__).parent
 
@@ -26,9 +28,27 @@ def test_available_resources_come_by_node(monkeypatch: pytest.MonkeyPatch) -> No
     assert available_resources_per_node() == {"n1": {"CPU": 1.5}, "n2": {}}
 
 
+@pytest.mark.parametrize(("node", "bound"), [("10.0.0.7", "10.0.0.7:0"), ("fd00::7", "[fd00::7]:0")])
+def test_a_replica_listens_at_its_nodes_address_only(monkeypatch: pytest.MonkeyPatch, node: str, bound: str) -> None:
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(replica.Replica)
+    asked: list[str] = []
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", None)  # so that the test takes its change back
+    monkeypatch.setattr(tls_utils, "add_port_to_grpc_server", lambda _, address: asked.append(address) or 1)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: node)
+    keep_replica_on_node_ip()
+    assert replica.add_port_to_grpc_server(None, "[::]:0") == 1
+    assert asked == [bound]
+
+
+def test_a_replica_whose_port_cannot_be_kept_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(replica, "add_port_to_grpc_server")
+    with pytest.raises(RuntimeError, match="opens a replica's port in another way"):
+        keep_replica_on_node_ip()
+
+
 @pytest.mark.parametrize("package", ["ray", "diffusers", "torch", "transformers"])
 def test_private_modules_are_imported_in_one_file_at_most(package: str) -> None:
-    users = [
+    users = {
         path.name
         for path in WORKERS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
@@ -40,5 +60,5 @@ def test_private_modules_are_imported_in_one_file_at_most(package: str) -> None:
             else []
         )
         if module.split(".")[0] == package and "._" in module
-    ]
-    assert users == (["ray_internals.py"] if package == "ray" else [])
+    }
+    assert users == ({"ray_internals.py"} if package == "ray" else set())

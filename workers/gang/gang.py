@@ -27,6 +27,7 @@ from workers.errors import GangLost, RequestFailed
 from workers.exporter import Exporter, share_values
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
+from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.stats import GangBacklog, GangLoad
 from workers.messages import GenerationRequest, GenerationResult, Phase
 from workers.metrics import GangMetrics
@@ -68,6 +69,7 @@ class Gang:
     """
 
     def __init__(self, fixed: dict[str, Any]) -> None:
+        keep_replica_on_node_ip()
         self._fixed = fixed
         self._exporter = Exporter(share_values())
         self._turn = asyncio.Lock()  # whoever holds it has the ranks to itself: a request, a change, a replacement

@@ -129,7 +129,7 @@ class Denoising:
             torch.save((self._encoded, self._state.kwargs_mapping), packed)
         received = self._mesh.broadcast(packed.getvalue() if self._encodes else None)
         if not self._encodes:
-            values, mapping = torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=False)
+            values, mapping = torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=True)
             self._state.values.update(values)
             self._state.kwargs_mapping.update(mapping)
 

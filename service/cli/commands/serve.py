@@ -7,14 +7,17 @@ import typer
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec
-from service.cli.options import File, Overrides, load
+from service.cli.options import File, Overrides, Terminated, load
 from service.cli.output import say
 from service.cli.progress import LoadBars
 from service.rollout.devices import local_devices
 from service.rollout.environment import use_private_cluster
+from workers.errors import GangLost
 
 if TYPE_CHECKING:
     from service.rollout.local_cluster import LocalCluster
+
+LOOK_S = 1.0
 
 
 def serve(
@@ -24,7 +27,7 @@ def serve(
         int | None, typer.Option(help="HTTP port instead of the file's. 0 takes a free one.", show_default=False)
     ] = None,
 ) -> None:
-    """Serve a deployment file on this machine until Ctrl-C."""
+    """Serve a deployment file on this machine until Ctrl-C or SIGTERM."""
     spec = load(file, overrides).spec
     if port is not None:
         spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": port})})
@@ -32,19 +35,35 @@ def serve(
     use_private_cluster()
     from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray: after the line above
 
-    with LocalCluster(spec) as cluster:
-        for line in _banner(spec, cluster):
-            say(line)
-        with LoadBars([model.name for model in spec.models]) as bars:
-            cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
-        say(f"ready: {_curl(cluster.url, cluster.spec)}")
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            say("stopping when the requests in flight are done; Ctrl-C again stops at once")
-            cluster.drain()
-            raise
+    try:
+        with LocalCluster(spec) as cluster:
+            for line in _banner(spec, cluster):
+                say(line)
+            with LoadBars([model.name for model in spec.models]) as bars:
+                cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
+            say(f"ready: {_curl(cluster.url, cluster.spec)}")
+            try:
+                _watch()
+            except KeyboardInterrupt:
+                say("stopping when the requests in flight are done; Ctrl-C again stops at once")
+                cluster.drain()
+                raise
+    except Terminated:
+        say("stopped")  # as it was asked to, so this is a success
+
+
+def _watch() -> None:
+    """Return never.
+
+    Raises:
+        GangLost: the core of the cluster is gone.
+    """
+    from service.rollout.core_watch import CoreWatch  # here, for it imports Ray
+
+    with CoreWatch() as core:
+        while not (reason := core.failure()):
+            time.sleep(LOOK_S)
+    raise GangLost(f"the cluster is gone: {reason}")
 
 
 def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:

@@ -1,0 +1,78 @@
+"""Notices when the core of a local cluster is gone, and bounds what waits for it. For `spray serve`.
+
+Ray's own calls wait for minutes, or forever, when the processes that should answer are gone or stopped. So Ray's
+processes are looked at directly, and whatever asks Serve does so in a thread that may be left behind.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from ray import serve
+
+from service.rollout.serve_client import dead_processes
+
+PERIOD_S = 5.0
+
+SILENT_S = 30.0
+"""A controller that is silent for longer is gone. Serve starts a dead one again within seconds."""
+
+
+class CoreWatch:
+    """Looks after Ray's processes and Serve's controller while the context lasts."""
+
+    def __init__(self) -> None:
+        self._heard_at = time.monotonic()
+        self._ended = threading.Event()
+        self._asking = threading.Thread(target=self._ask, name="spray-core-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._asking.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._asking.join(1.0)  # a call of Serve after Ray has stopped would start another Ray
+
+    def failure(self) -> str:
+        """Why the cluster can serve no longer; empty while it can."""
+        dead = dead_processes()
+        if dead:
+            return f"Ray has ended: {' and '.join(dead)} died"
+        silent_s = time.monotonic() - self._heard_at
+        return f"Serve's controller has not answered for {silent_s:.0f} s" if silent_s > SILENT_S else ""
+
+    def _ask(self) -> None:
+        while not self._ended.wait(PERIOD_S):
+            with contextlib.suppress(Exception):  # a controller that is starting again
+                serve.status()
+                self._heard_at = time.monotonic()
+
+
+def within(seconds: float, call: Callable[[], object], name: str) -> None:
+    """Call, but wait no longer than this. A call that takes longer goes on in its thread.
+
+    Raises:
+        TimeoutError: it has not returned in time; `name` says what it is.
+        Exception: what the call raised.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    running = threading.Thread(target=run, name=f"spray: {name}", daemon=True)
+    running.start()
+    running.join(seconds)
+    if running.is_alive():
+        raise TimeoutError(f"{name} did not end within {seconds:g} s")
+    if raised:
+        raise raised[0]
