@@ -13,7 +13,8 @@ from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, RequestFailed
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang, Setup
-from workers.messages import GenerationRequest
+from workers.gang.stats import GangBacklog
+from workers.messages import Begun, GenerationRequest
 from workers.metrics import GangMetrics
 
 INK, CHALK = LoRA(name="ink", source="/ink"), LoRA(name="chalk", source="/chalk")
@@ -189,6 +190,37 @@ def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
         assert await settled(gang) == ""
         (new,) = started
         assert (new.asked, new.loras) == ([(CHALK,)], (CHALK,))
+
+    asyncio.run(story())
+
+
+def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not begun, so it must not count as a request that cost a gang."""
+    gang, _ = inked
+    new, may = FakeRanks((INK,)), asyncio.Event()
+
+    async def start(*_: Any) -> FakeRanks:
+        await may.wait()
+        return new
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+    monkeypatch.setattr("workers.gang.gang.RankGroup.run", None)
+
+    async def story() -> None:
+        await gang._turn.acquire()  # a change of adapters, during which the ranks are lost
+        asked = asyncio.ensure_future(ask(gang))
+        await settled(gang)
+        gang._on_lost()
+        gang._turn.release()
+        await settled(gang)
+        assert not asked.done()
+        assert GangBacklog.from_stats(gang.record_routing_stats()).replacing
+        new.finish.set()
+        may.set()
+        assert await asked == [Begun(), "done"]
+        assert not GangBacklog.from_stats(gang.record_routing_stats()).replacing
 
     asyncio.run(story())
 

@@ -30,15 +30,15 @@ from workers.gang.adapter_sync import AdapterSync
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
 from workers.gang.stats import GangBacklog, GangLoad
-from workers.messages import GenerationRequest, GenerationResult, Phase
+from workers.messages import Begun, GenerationRequest, GenerationResult, Phase
 from workers.metrics import GangMetrics
 from workers.model.files import fetch
 
 logger = logging.getLogger("ray.serve")
 
 LOSSES_IN_PLACE = 3
-"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. As often as the
-gateway tries one request, so that no single request can end a replica."""
+"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. More often than
+the gateway tries one request, so that no single request can end a replica."""
 
 
 LOST = "a gang has lost its ranks, new ones start"
@@ -88,7 +88,8 @@ class Gang:
         self._replacement: asyncio.Task[None] | None = None  # also while it runs, as a reference that keeps it alive
         self._adapter_change: asyncio.Task[None] | None = None  # likewise
         self._adapters_changed = asyncio.Event()  # the deployment file has, not yet the ranks
-        self._replacing = False
+        self._whole = asyncio.Event()  # unset while lost ranks are replaced
+        self._whole.set()
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
 
@@ -114,19 +115,19 @@ class Gang:
         else:
             self._adjust(model, user_config["metrics"], number)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
-        """Run one request on all ranks: a `StepEvent` after each step, then the result.
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Begun | Report]:
+        """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then the result.
 
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
-        async with self._turn:
-            assert self._ranks is not None, "Serve configures a replica before it sends requests"
+        async with self._turn_on_ranks() as ranks:
             self._running = request
             try:
-                async for report in self._ranks.run(request):
+                yield Begun()
+                async for report in ranks.run(request):
                     if isinstance(report, GenerationResult):
                         self._losses = 0
                         self._costs.observe(request, self._forwards(request), report)
@@ -163,6 +164,7 @@ class Gang:
             request_s=self._costs.mean_request_s or 0.0,
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
+            replacing=self._replacing,
         )
         phase, step = self._progress()
         now = {
@@ -217,6 +219,21 @@ class Gang:
         self._adapters_changed.set()
         if self._adapter_change is None or self._adapter_change.done():
             self._adapter_change = asyncio.create_task(self._change_adapters(), context=setup.context)
+
+    @contextlib.asynccontextmanager
+    async def _turn_on_ranks(self) -> AsyncIterator[RankGroup]:
+        """A turn on sound ranks. Lost ones fail no request that had not begun: it waits until they are replaced."""
+        while True:
+            await self._whole.wait()
+            async with self._turn:
+                if self._whole.is_set():
+                    assert self._ranks is not None, "Serve configures a replica before it sends requests"
+                    yield self._ranks
+                    return
+
+    @property
+    def _replacing(self) -> bool:
+        return not self._whole.is_set()
 
     def _startup_s(self) -> float:
         """Seconds that the latest ranks took to start; 0 before there are any."""
@@ -283,9 +300,9 @@ class Gang:
             logger.error("%s: %s", name, adapters.trouble)
 
     def _on_lost(self) -> None:
-        """Replace the ranks in the next turn. A request that waits before it fails at once and is tried again."""
+        """Replace the ranks in the next turn."""
         self._losses += 1
-        self._replacing = True
+        self._whole.clear()
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
         self._started.metrics.lost()
 
@@ -295,7 +312,7 @@ class Gang:
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
-                    self._replacing = False
+                    self._whole.set()
                     logger.warning("%s: all ranks are replaced", name)
                     await self._apply_adapters()
                     return
