@@ -86,7 +86,7 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
         "name": GANG,
         "user_config": {"model": model.live, **on_nodes},
         "max_ongoing_requests": 1,  # a gang computes one at a time; the others wait where they can be rerouted
-        "max_queued_requests": model.max_queued,
+        "max_queued_requests": -1,  # the gateway limits them: Serve would refuse one that lost its gang and waits again
         "max_surge_percent": 1,  # rounded up: new gangs start one by one, and an old one stops when a new one serves
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,

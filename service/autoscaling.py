@@ -130,6 +130,24 @@ def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
             return gangs
 
 
+def keep(gangs: int, decision: PolicyState) -> PolicyState:
+    """A decision without memory: what runs stays, and the offered load is at most a typical one of that many gangs.
+
+    After a loss of Serve's controller one busy gang is no load of 1.0: that would ask for a second gang at once.
+    """
+    fewer, enough = (_load_for(count, decision.request_s, decision.target_s) for count in (gangs - 1, gangs))
+    return replace(decision, wanted=gangs, offered=min(decision.offered, (fewer + enough) / 2))
+
+
+def _load_for(gangs: int, request_s: float, target_s: float) -> float:
+    """The largest offered load for which this many gangs are enough: the inverse of `gangs_for_load`."""
+    low, high = 0.0, float(gangs)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gangs_for_load(middle, request_s, target_s) <= gangs else (low, middle)
+    return low
+
+
 def loads_in(metrics: Mapping[str, Mapping[Any, float]]) -> list[GangLoad]:
     """The loads of the gangs that have reported everything, from Serve's table of metric name -> replica -> value."""
     names = [field.name for field in fields(GangLoad)]
@@ -148,7 +166,7 @@ class BacklogPolicy:
         """The number of gangs to run, and the state for the next call.
 
         Without a running gang, or before the first report, nothing is known in seconds: the target stays as it is, and
-        is at least one if anything waits.
+        is at least one if anything waits. The first decision keeps it too: the controller may have been lost.
         """
         now_s = ctx.current_time or 0.0
         known = {field.name for field in fields(PolicyState)}
@@ -159,10 +177,12 @@ class BacklogPolicy:
         loads = loads_in(ctx.aggregated_metrics or {})
         queued = ctx.total_queued_requests or 0.0
         if not loads:
-            wanted = ctx.target_num_replicas if ctx.current_num_replicas else 0
+            wanted = ctx.target_num_replicas if ctx.current_num_replicas or before is None else 0
             if before is not None and not wanted and not queued:
                 state = dict(vars(asleep(now_s, before)))
             return max(wanted, int(queued > 0)), state
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
         decision = decide(now_s, queued, loads, starting, before)
+        if before is None and ctx.target_num_replicas:
+            decision = keep(ctx.target_num_replicas, decision)
         return decision.wanted, dict(vars(decision))

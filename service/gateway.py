@@ -6,39 +6,41 @@ again on another one. Nothing about it is random after its admission, seed inclu
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Collection
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.spec import ModelSpec
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
+from service.state import router_registry
 from service.state.model_states import ModelState
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
+from service.state.quarantine import LOSSES, Quarantine, fingerprint
+from service.state.waiting import waiting_for
 from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
 from workers.metrics import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")
 
-ATTEMPTS = 3
-"""How many gangs one request may lose. A request that brings down each of them is not given a fourth."""
-
 PAUSE_S = 0.7
-"""Before another attempt, so that a lost gang has left the routing table by then."""
+"""Before another attempt after a replica ended, so that it has left the routing table by then."""
 
 PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
@@ -46,6 +48,9 @@ PATIENCE_S = 5.0
 OK, CANCELLED = "ok", "cancelled"
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error is not Unauthorized)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
+
+_caller: ContextVar[str] = ContextVar("caller", default="")
+"""Who sent the request that this task answers: a digest of the API key."""
 
 UNSET: list[str] = []
 """The API keys before the first configuration: nobody has one."""
@@ -69,6 +74,7 @@ class Gateway:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._poller = Poller()
         self._prefetch = Prefetch()
+        self._quarantine = Quarantine()
         self._exporter = Exporter(share_values())
         self._metrics: dict[str, GatewayMetrics] = {}
 
@@ -90,6 +96,7 @@ class Gateway:
                 raise
             logger.error("%s; the former keys remain valid", error)
         self._poller.follow(self._models)
+        self._quarantine.follow()
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
             self._metrics_of(name)
@@ -108,6 +115,7 @@ class Gateway:
         Raises:
             Unauthorized: the header has no valid key.
         """
+        _caller.set(hashlib.sha256((authorization or "").encode()).hexdigest() if self._keys else "")
         if self._keys is None:
             return
         scheme, _, given = (authorization or "").partition(" ")
@@ -141,7 +149,8 @@ class Gateway:
             RequestFailed: it failed, and its gang is still sound.
             ModelUnavailable: no gang of the model runs, and none can start.
             ModelNotFound: the model was removed while the request waited.
-            GangLost: it lost every gang that took it.
+            GangLost: it lost as many gangs as it may.
+            RequestQuarantined: the same request did so before.
         """
         began, outcome = time.monotonic(), CANCELLED
         metrics = self._metrics_of(request.model)
@@ -164,30 +173,49 @@ class Gateway:
             metrics.ended(outcome)
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        losses = 0
-        while losses < ATTEMPTS:
+        known_as, place = fingerprint(_caller.get(), request), time.time()
+        waiting = waiting_for(app_name(request.model))
+        self._quarantine.check(known_as)
+        model = self._models.get(request.model)
+        if model is not None and len(waiting) >= model.max_queued:
+            raise QueueFull(f"too many requests wait for {request.model!r}; try again later")
+        while True:
+            begun = False
+            waiting.enter(request.request_id, place)
             try:
                 answer = self._handle(request.model).generate.remote(request)
                 assert isinstance(answer, DeploymentResponseGenerator)
                 async with contextlib.aclosing(self._attended(request.model, answer)) as reports:
                     async for report in reports:
-                        yield report
+                        if isinstance(report, Begun):
+                            begun = True
+                        else:
+                            yield report
+                await self._quarantine.clear(known_as)
                 return
-            except BackPressureError:
-                if not losses:
-                    raise QueueFull(f"too many requests wait for {request.model!r}; try again later") from None
-                await asyncio.sleep(PAUSE_S)  # it was accepted before its gang was lost, so it keeps waiting
             except DeploymentUnavailableError:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
             except (RayActorError, RayTaskError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if not isinstance(cause, GangLost | RayActorError):
                     raise cause from None  # the gang is sound: another would fail the same way
-                losses += 1
-                self._metrics_of(request.model).lost()
-                logger.warning("request %s lost its ranks, time %d: %s", request.request_id, losses, cause)
-                await asyncio.sleep(PAUSE_S)
-        raise GangLost(f"{request.model!r} lost its ranks {ATTEMPTS} times on this request; it is not tried again")
+                await self._lost(request, known_as, cause, begun)
+            finally:
+                waiting.leave(request.request_id)
+
+    async def _lost(self, request: GenerationRequest, known_as: str, cause: Exception, begun: bool) -> None:
+        """Return if the request may go to another gang.
+
+        Raises:
+            GangLost: it has cost as many as it may.
+        """
+        logger.warning("request %s lost its ranks: %s", request.request_id, cause)
+        self._metrics_of(request.model).lost()
+        router_registry.lose(app_name(request.model), request.request_id)
+        if begun and await self._quarantine.count(known_as) >= LOSSES:
+            raise GangLost(f"{request.model!r} lost its ranks {LOSSES} times on this request; it is not tried again")
+        if isinstance(cause, RayActorError):
+            await asyncio.sleep(PAUSE_S)
 
     def _metrics_of(self, model: str) -> GatewayMetrics:
         if model not in self._metrics:
@@ -205,7 +233,7 @@ class Gateway:
 
     async def _attended(
         self, model: str, answer: DeploymentResponseGenerator[Any]
-    ) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+    ) -> AsyncGenerator[Begun | StepEvent | GenerationResult | ModelState]:
         """A gang's reports, and the model's state whenever the next report takes long.
 
         Serve lets a request wait forever, even if no gang can start; such a request ends here.

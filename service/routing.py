@@ -5,8 +5,9 @@ The router reads each gang's last report (`GangBacklog.as_stats`, from `record_r
 its own gateway has sent and seen finished since then. `tiers` makes the decision and knows nothing of Ray.
 
 A gang accepts one request at a time and refuses others. So requests wait in the gateway, first come, first served, and
-the router decides which free gang takes the next one. A gang that works for another gateway looks free until it
-reports: it refuses, and the next in the tiers is asked. A request takes its turn even if a warm gang is free sooner.
+the router decides which free gang takes the next one. A gang that replaces its ranks gets none while others run. A gang
+that works for another gateway looks free until it reports: it refuses, and the next in the tiers is asked. A request
+takes its turn even if a warm gang is free sooner. One that lost its gang keeps the place that it had.
 """
 
 import random
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from service.state.router_registry import register
+from service.state.waiting import waiting_for
 from workers.gang.cost import shape_of
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
@@ -42,11 +44,15 @@ class Sent:
         running: id of the unfinished request that it sent there; None if there is none.
         sent_at: when it was sent, in seconds since the epoch.
         freed_at: when the last one finished, in seconds since the epoch; 0 for never.
+        request_id: of the last `GenerationRequest`.
+        lost_at: when a request lost its ranks there, in seconds since the epoch; 0 for never.
     """
 
     running: str | None = None
     sent_at: float = 0.0
     freed_at: float = 0.0
+    request_id: str = ""
+    lost_at: float = 0.0
 
 
 def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
@@ -62,6 +68,11 @@ def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
     if sent.running is not None and sent.sent_at >= report.reported_at:
         own_s = max(COMPARABLE_S * 1.01, (report.request_s or UNKNOWN_S) - (now - sent.sent_at))  # overdue: still busy
     return max(0.0, reported_s, own_s)
+
+
+def is_lost(report: GangBacklog, sent: Sent) -> bool:
+    """True while the gang replaces its ranks, to the knowledge of one gateway."""
+    return report.replacing or sent.lost_at > report.reported_at
 
 
 def tiers(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
@@ -94,13 +105,24 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
         self._sent: dict[ReplicaID, Sent] = {}
         register(self.app_name, self)
 
-    def waiting(self) -> int:
-        """Requests that wait. Serve's own number counts callers who have left, until their turn comes."""
-        return sum(not pending.future.done() for pending in self._pending_requests_to_fulfill)
-
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """The last report of each running gang."""
         return [replica.routing_stats for replica in self.curr_replicas.values() if replica.routing_stats]
+
+    def lose(self, request_id: str) -> None:
+        """Called by the gateway when a request has lost its ranks."""
+        for sent in self._sent.values():
+            if sent.request_id == request_id:
+                sent.lost_at = time.time()
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Queue a request by its place, where Serve would append it: one that lost its gang has waited before."""
+        request = pending_request.args[0] if pending_request.args else None
+        place = waiting_for(self.app_name).place(request.request_id) if isinstance(request, GenerationRequest) else None
+        pending_request.created_at = place or pending_request.created_at
+        return await super()._choose_replica_for_request(pending_request, is_retry=True)  # sorted by `created_at`
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -116,7 +138,9 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
         now = time.time()
         backlogs = {gang: backlog_s(report, self._sent.get(gang, Sent()), now) for gang, report in reports.items()}
         warm = frozenset(gang for gang, report in reports.items() if shape in report.shapes)
-        shuffled = random.sample(list(replicas), len(replicas))
+        lost = {gang for gang, report in reports.items() if is_lost(report, self._sent.get(gang, Sent()))}
+        takers = [gang for gang in replicas if gang not in lost] or list(replicas)  # all lost: wait where ranks start
+        shuffled = random.sample(takers, len(takers))
         return [[replicas[gang] for gang in tier] for tier in tiers(shuffled, backlogs, warm)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -124,6 +148,8 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
         if pending_request.args and isinstance(pending_request.args[0], GenerationRequest):
             sent = self._sent.setdefault(replica_id, Sent())
             sent.running, sent.sent_at = pending_request.metadata.internal_request_id, time.time()
+            sent.request_id = pending_request.args[0].request_id
+            waiting_for(self.app_name).leave(sent.request_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Called by Serve when a request has ended for any reason, also when a gang has refused it."""

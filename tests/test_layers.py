@@ -27,7 +27,7 @@ DIFFUSERS_IN_SP_CORE = ["sp_core/diffusers_private.py", "sp_core/verify/examples
 
 OF_SP_CORE = {
     "deploy": {"sp_core.degrees", "sp_core.models.lookup", "sp_core.tp_plan"},
-    "service": {"sp_core.degrees", "sp_core.verify"},
+    "service": {"sp_core.degrees", "sp_core.verify.verify"},
 }
 """Layers for which sp_core is no more than this. Only `spray verify` loads `verify`, inside its function: it brings
 torch."""

@@ -131,6 +131,7 @@ ERRORS = {
     "InvalidParameter": (400, "invalid_value"),
     "Unauthorized": (401, "invalid_api_key"),
     "ModelNotFound": (404, "model_not_found"),
+    "RequestQuarantined": (422, "request_quarantined"),
     "QueueFull": (429, "queue_full"),
     "RequestCancelled": (499, "cancelled"),
     "RequestFailed": (500, "generation_failed"),

@@ -5,6 +5,7 @@
     | + InvalidParameter      one parameter is wrong; `param` names it
     | + ModelNotFound         no such model in this deployment
     | + Unauthorized          the caller gave no valid API key
+    | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -55,6 +56,10 @@ class ModelNotFound(RequestError):
 
 class Unauthorized(RequestError):
     """The caller gave no valid API key."""
+
+
+class RequestQuarantined(RequestError):
+    """The same request of the same caller has cost as many gangs as one request may."""
 
 
 class ShuttingDown(SprayError):

@@ -1,6 +1,7 @@
 """What crosses a process boundary: frozen, picklable, without torch.
 
 gateway -> gang -> rank    GenerationRequest
+gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, if asked for; then one GenerationResult
 """
 
@@ -36,6 +37,7 @@ class GenerationRequest:
         output_format: of the encoded files.
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
+        seed_drawn: the seed is not the caller's, so the same body asked again has another.
     """
 
     request_id: str
@@ -55,6 +57,12 @@ class GenerationRequest:
     output_format: OutputFormat = "png"
     output_compression: int = 100
     report_steps: bool = False
+    seed_drawn: bool = False
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The request has the ranks to itself. If the gang is lost from now on, the request may be the cause."""
 
 
 @dataclass(frozen=True)

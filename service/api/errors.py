@@ -19,6 +19,7 @@ from workers.errors import (
     RequestCancelled,
     RequestError,
     RequestFailed,
+    RequestQuarantined,
     ShuttingDown,
     Unauthorized,
 )
@@ -49,12 +50,13 @@ STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
+    RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined"),
     ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
     RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
     RequestFailed: Status(500, "server_error", "generation_failed"),
     ModelUnavailable: Status(503, "server_error", "model_unavailable", retry=True),
-    GangLost: Status(503, "server_error", "worker_lost", retry=True),
+    GangLost: Status(503, "server_error", "worker_lost"),  # the gateway has tried again, as often as it may
 }
 
 UNEXPECTED = Status(500, "server_error", "internal_error")

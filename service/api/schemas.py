@@ -176,6 +176,7 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
         guidance_scale_2=defaults.guidance_scale_2,
         loras=_loras(body.loras, model),
         seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+        seed_drawn=body.seed is None,
     )
     if isinstance(body, ImageGenerationBody):
         _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")

@@ -8,15 +8,17 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from service.state.waiting import waiting_for
+
 
 class GangRouter(Protocol):
     """The request router of one model: `service.routing.LeastBacklogRouter`."""
 
-    def waiting(self) -> int:
-        """How many requests for the model wait in this process."""
-
     def gang_reports(self) -> Sequence[Mapping[str, Any]]:
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
+
+    def lose(self, request_id: str) -> None:
+        """The gang that ran this request has lost its ranks."""
 
 
 _routers: "weakref.WeakValueDictionary[str, GangRouter]" = weakref.WeakValueDictionary()
@@ -30,4 +32,11 @@ def register(application: str, router: GangRouter) -> None:
 def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
     """How many requests wait in this process for an application, and the last reports of its gangs."""
     router = _routers.get(application)
-    return (router.waiting(), router.gang_reports()) if router else (0, ())
+    return len(waiting_for(application)), router.gang_reports() if router else ()
+
+
+def lose(application: str, request_id: str) -> None:
+    """Tell the router that the gang which ran this request has lost its ranks: its own report comes a second later."""
+    router = _routers.get(application)
+    if router:
+        router.lose(request_id)

@@ -200,7 +200,8 @@ def test_bundles_and_options_of_a_model() -> None:
     assert options["placement_group_strategy"] == "PACK"
     assert options["placement_group_bundle_label_selector"] == [{"zone": "a"}]
     assert options["max_ongoing_requests"] == 1
-    assert options["max_queued_requests"] == 5
+    assert options["user_config"]["model"]["max_queued"] == 5
+    assert options["max_queued_requests"] == -1  # the gateway counts
     assert options["graceful_shutdown_timeout_s"] == 12.0
     scaling = options["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 3)

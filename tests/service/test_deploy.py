@@ -186,7 +186,7 @@ def test_an_adjusted_model_keeps_its_arguments(cluster: Cluster) -> None:
     carried_out(A.model_copy(update={"max_queued": 5}))
     (told,) = cluster.told
     assert told["model-a"]["args"] == cluster.applications["model-a"]["args"]
-    assert told["model-a"]["deployments"][0]["max_queued_requests"] == 5
+    assert told["model-a"]["deployments"][0]["user_config"]["model"]["max_queued"] == 5
 
 
 def status(**applications: str) -> ServeStatus:

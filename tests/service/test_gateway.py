@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,16 +10,29 @@ from typing import Any
 
 import prometheus_client
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
 from service import gateway
 from service.gateway import Gateway
+from service.state import quarantine
 from service.state.model_states import ModelState
+from service.state.quarantine import Quarantine
+from service.state.waiting import waiting_for
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
-from workers.errors import GangLost, ModelNotFound, ModelUnavailable, RequestFailed, ShuttingDown, Unauthorized
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.errors import (
+    GangLost,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+    RequestFailed,
+    RequestQuarantined,
+    ShuttingDown,
+    Unauthorized,
+)
+from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
 METRICS = {"host": "127.0.0.1", "port": None}
@@ -204,6 +218,158 @@ def test_a_caller_who_is_cancelled_around_a_report_frees_the_gang(opened: Gatewa
 
     asyncio.run(story())
     assert answer.cancelled
+
+
+def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any]) -> list[GenerationRequest]:
+    """Let gangs answer with these reports, one list per request; an exception is raised. Returns what was sent."""
+    coming, sent = list(answers), []
+    answer = object.__new__(DeploymentResponseGenerator)
+
+    def remote(request: GenerationRequest) -> DeploymentResponseGenerator[Any]:
+        sent.append(request)
+        return answer
+
+    async def attended(*_: Any) -> AsyncGenerator[Any]:
+        for report in coming.pop(0):
+            if isinstance(report, Exception):
+                raise report
+            yield report
+
+    monkeypatch.setattr(gateway, "PAUSE_S", 0)
+    monkeypatch.setattr(opened, "_handle", lambda model: SimpleNamespace(generate=SimpleNamespace(remote=remote)))
+    monkeypatch.setattr(opened, "_attended", attended)
+    return sent
+
+
+RESULT = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
+LOST = [Begun(), GangLost("ranks")]
+
+
+async def ask(gate: Gateway, request: GenerationRequest, key: str | None = None) -> list[Any]:
+    if key is not None:
+        gate.admit(key)
+    return [report async for report in gate.generate(request)]
+
+
+def test_a_request_costs_at_most_two_gangs_however_often_it_is_asked(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = serving(opened, monkeypatch, LOST, LOST, [Begun(), RESULT], [Begun(), RESULT])
+    drawn = replace(REQUEST, seed_drawn=True)
+
+    async def story() -> None:
+        with pytest.raises(GangLost, match="lost its ranks 2 times"):
+            await ask(opened, drawn)
+        for again in (drawn, replace(drawn, request_id="b", seed=2), replace(drawn, report_steps=True)):
+            with pytest.raises(RequestQuarantined):
+                await ask(opened, again)
+        assert len(sent) == 2
+        assert await ask(opened, replace(drawn, prompt="another")) == [RESULT]
+        now = time.time()
+        monkeypatch.setattr(quarantine, "time", SimpleNamespace(time=lambda: now + quarantine.KEPT_S))
+        assert await ask(opened, drawn) == [RESULT]
+
+    asyncio.run(story())
+
+
+def test_quarantine_is_of_one_caller_and_one_body(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", "k1,k2")
+    serving(opened, monkeypatch, LOST, LOST, [RESULT], [RESULT])
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"api_keys_env": "KEYS"})
+        with pytest.raises(GangLost):
+            await ask(opened, REQUEST, "Bearer k1")
+        with pytest.raises(RequestQuarantined):
+            await ask(opened, REQUEST, "Bearer k1")
+        assert await ask(opened, REQUEST, "Bearer k2") == [RESULT]
+        assert await ask(opened, replace(REQUEST, seed=2), "Bearer k1") == [RESULT]  # the caller's own seed
+
+    asyncio.run(story())
+
+
+def test_an_answer_clears_a_request(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two losses are its own fault only if nothing came between."""
+    serving(opened, monkeypatch, LOST, [Begun(), RESULT], LOST, [Begun(), RESULT])
+
+    async def story() -> None:
+        assert await ask(opened, REQUEST) == [RESULT]
+        assert await ask(opened, REQUEST) == [RESULT]
+
+    asyncio.run(story())
+
+
+def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
+    assert asyncio.run(ask(opened, REQUEST)) == [RESULT]
+
+
+def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: set[bytes] = set()
+    fake = SimpleNamespace(
+        _internal_kv_initialized=lambda: True,
+        _internal_kv_put=lambda key, _, namespace: store.add(key.encode()),
+        _internal_kv_del=lambda key, namespace: store.discard(key.encode()),
+        _internal_kv_list=lambda _, namespace: list(store),
+    )
+    monkeypatch.setattr(quarantine, "internal_kv", fake)
+    monkeypatch.setattr(quarantine, "PERIOD_S", 0.01)
+    other = Quarantine()
+
+    async def story() -> None:
+        other.follow()
+        for _ in range(2):
+            await opened._quarantine.count("a")
+        async with asyncio.timeout(60):
+            while other.losses("a") < 2:
+                await asyncio.sleep(0.01)
+        with pytest.raises(RequestQuarantined):
+            other.check("a")
+        monkeypatch.setattr(quarantine, "KEPT_S", -1.0)
+        async with asyncio.timeout(60):
+            while store:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = a_model("full").model_copy(update={"max_queued": 2})
+    request = replace(REQUEST, model="full")
+    waiting = waiting_for("model-full")
+    places: list[float | None] = []
+
+    def lose(*_: Any) -> None:
+        """Others came while this one ran, and fill the queue."""
+        for number in range(2):
+            waiting.enter(str(number), time.time())
+
+    monkeypatch.setattr("service.state.router_registry.lose", lose)
+    sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])
+    inner = opened._handle("full").generate.remote
+
+    def remote(request: GenerationRequest) -> Any:
+        places.append(waiting.place(request.request_id))
+        return inner(request)
+
+    monkeypatch.setattr(opened, "_handle", lambda _: SimpleNamespace(generate=SimpleNamespace(remote=remote)))
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [full.model_dump(mode="json")]})
+        assert await ask(opened, request) == [RESULT]
+        assert len(sent) == 2
+        assert len(set(places)) == 1, "it keeps its place"
+        with pytest.raises(QueueFull):
+            await ask(opened, replace(request, prompt="new"))
+        waiting.leave("0")
+        assert len(waiting) == 1, "who was answered waits no more"
+        waiting.leave("1")
+
+    asyncio.run(story())
 
 
 def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

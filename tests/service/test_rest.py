@@ -107,7 +107,7 @@ def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, bac
     ("prompt", "status", "code", "retry"),
     [
         ("full", 429, "queue_full", True),
-        ("lost", 503, "worker_lost", True),
+        ("lost", 503, "worker_lost", False),
         ("draining", 503, "shutting_down", True),
         ("failed", 500, "generation_failed", False),
         ("peer", 500, "generation_failed", False),

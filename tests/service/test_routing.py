@@ -1,19 +1,19 @@
 """The router: least backlog in seconds first, a warm gang among equals, corrected by what it sent itself."""
 
 import asyncio
-import inspect
 import time
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, RequestMetadata
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import RequestRouter
+from ray.serve.request_router import PendingRequest
 
 from service.routing import OFFERED, LeastBacklogRouter, Sent, backlog_s, tiers
-from service.state import router_registry
+from service.state.waiting import Waiting, waiting_for
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -44,22 +44,6 @@ def pending(*args: Any, request_id: str = "a") -> Any:
 def chosen(router: LeastBacklogRouter, replicas: list[Any], request: Any) -> list[list[str]]:
     ranks = asyncio.run(router.choose_replicas(replicas, request))
     return [[str(replica.replica_id) for replica in some] for some in ranks]
-
-
-def test_callers_who_have_left_do_not_wait() -> None:
-    async def story() -> None:
-        loop = asyncio.get_running_loop()
-        waits, left, taken = loop.create_future(), loop.create_future(), loop.create_future()
-        left.cancel()
-        taken.set_result("a")
-        made = router()
-        made._pending_requests_to_fulfill = deque(SimpleNamespace(future=each) for each in (left, waits, taken))
-        made._replicas = {}
-        assert router_registry.lookup("model-m")[0] == made.waiting() == 1
-        waits.cancel()
-
-    assert "self._pending_requests_to_fulfill: Deque[PendingRequest] = deque()" in inspect.getsource(RequestRouter)
-    asyncio.run(story())
 
 
 def test_the_least_backlog_leads() -> None:
@@ -142,6 +126,64 @@ def test_gangs_that_are_gone_are_forgotten() -> None:
         ours.on_request_completed(name, name)  # type: ignore[arg-type]
     chosen(ours, [replica("a")], pending(REQUEST))
     assert list(ours._sent) == ["a"]
+
+
+def test_a_gang_that_replaces_its_ranks_takes_nothing_while_others_run() -> None:
+    ours, busy = router(), replica("busy", 90.0)
+    lost = replica("lost")
+    lost.routing_stats["replacing"] = True
+    assert chosen(ours, [lost, busy], pending(REQUEST)) == [["busy"]]
+    assert chosen(ours, [lost], pending(REQUEST)) == [["lost"]]  # it waits where ranks start
+
+
+def test_a_loss_counts_before_the_gang_reports_it() -> None:
+    ours, gangs = router(), [replica("a"), replica("b", 90.0)]
+    ours.on_request_routed(pending(REQUEST, request_id="first"), "a", None)  # type: ignore[arg-type]
+    ours.on_request_completed("a", "first")  # type: ignore[arg-type]
+    ours.lose(REQUEST.request_id)
+    assert chosen(ours, gangs, pending(REQUEST)) == [["b"]]
+    gangs[0].routing_stats["reported_at"] = time.time() + 1
+    assert chosen(ours, gangs, pending(REQUEST)) == [["a"], ["b"]]
+
+
+def test_a_request_keeps_its_place_when_it_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Serve's own queue: whoever waits is served in the order of admission."""
+    waiting = Waiting()
+    monkeypatch.setattr("service.routing.waiting_for", lambda _: waiting)
+    ours = router()
+    ours._pending_requests_to_fulfill, ours._pending_requests_to_route = deque(), deque()
+    monkeypatch.setattr(ours, "_maybe_start_routing_tasks", lambda: None)
+    monkeypatch.setattr(ours, "_add_pending_request_to_indices", lambda _: None)
+    monkeypatch.setattr(ours, "_remove_pending_request_from_indices", lambda _: None)
+    monkeypatch.setattr(ours, "_cancel_routing_task_for_pending_request", lambda _: None)
+    monkeypatch.setattr(ours, "_record_queue_wait_time", lambda _: None)
+
+    async def story() -> None:
+        served = []
+
+        async def wait(name: str, place: float) -> None:
+            waiting.enter(name, place)
+            metadata = RequestMetadata(request_id=name, internal_request_id=name)
+            request = PendingRequest(args=[replace(REQUEST, request_id=name)], kwargs={}, metadata=metadata)
+            await ours._choose_replica_for_request(request)
+            served.append(name)
+
+        tasks = [asyncio.ensure_future(wait(*each)) for each in (("second", 2.0), ("third", 3.0), ("retried", 1.0))]
+        await asyncio.sleep(0)
+        for _ in tasks:
+            ours._fulfill_next_pending_request(replica("a"))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert served == ["retried", "second", "third"]
+
+    asyncio.run(story())
+
+
+def test_what_a_gang_took_waits_no_more() -> None:
+    ours, waiting = router(), waiting_for("model-m")
+    waiting.enter(REQUEST.request_id, 1.0)
+    ours.on_request_routed(pending(REQUEST), "a", None)  # type: ignore[arg-type]
+    assert len(waiting) == 0
 
 
 def test_serve_finds_it_by_name() -> None:

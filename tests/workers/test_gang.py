@@ -9,11 +9,15 @@ import prometheus_client
 import pytest
 
 from deploy.families.qwen_image import FAMILY
-from deploy.spec import ModelSpec
+from deploy.spec import LoRA, ModelSpec
+from workers.errors import GangLost, RequestFailed
+from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang, Setup
-from workers.messages import GenerationRequest
+from workers.gang.stats import GangBacklog
+from workers.messages import Begun, GenerationRequest
 from workers.metrics import GangMetrics
 
+INK, CHALK = LoRA(name="ink", source="/ink"), LoRA(name="chalk", source="/chalk")
 REQUEST = GenerationRequest("r", "a", "a cup", 64, 64, 4, seed=1)
 
 
@@ -36,6 +40,10 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
     assert gang._progress() == now
 
 
+async def refuse(_: Any) -> None:
+    raise RequestFailed("no such file")
+
+
 def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModelSpec(name="unlucky", source="/a")
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
@@ -44,9 +52,12 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
     async def story() -> list[dict[str, Any]]:
         gang, ready = Gang(spec.fixed), asyncio.Event()
         metrics, context = GangMetrics("unlucky", "0"), contextvars.copy_context()
-        gang._setup = Setup(spec, FAMILY, None, context, {}, metrics)
-        gang._refused = "no such file"
-        ranks = SimpleNamespace(statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0)
+        adapters = AdapterSync(())
+        gang._setup = Setup(spec, adapters, FAMILY, None, context, {}, metrics)
+        adapters.want((INK,))
+        ranks = SimpleNamespace(
+            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0, set_loras=refuse
+        )
         gang._ranks = ranks  # type: ignore[assignment]
 
         async def start() -> Any:
@@ -65,5 +76,172 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
     lost, back = asyncio.run(story())
     assert (lost["phase"], lost["pids"]) == ("starting", [])
     assert lost["trouble"] == "a gang has lost its ranks, new ones start"
-    assert (back["pids"], back["trouble"]) == ([7], "no such file")
+    assert (back["pids"], back["trouble"]) == ([7], "the adapters cannot be changed: no such file")
     assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1
+
+
+class FakeRanks:
+    """Ranks that run one request at a time, as far as a change of adapters needs them."""
+
+    startup_s = 1.0
+
+    def __init__(self, loras: tuple[LoRA, ...]) -> None:
+        self.loras = loras
+        self.asked: list[tuple[LoRA, ...]] = []
+        self.refused: set[LoRA] = set()
+        self.lost: Exception | None = None
+        self.statuses = [SimpleNamespace(phase="idle", step=0, pid=7)]
+        self.finish = asyncio.Event()
+
+    async def run(self, request: GenerationRequest) -> Any:
+        await self.finish.wait()
+        if self.lost:
+            raise self.lost
+        yield "done"
+
+    async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        self.asked.append(loras)
+        if self.refused & set(loras):
+            raise RequestFailed("no such file")
+        self.loras = loras
+
+    def serve_metrics(self, **_: Any) -> None:
+        pass
+
+    def renumber(self, _: str) -> None:
+        pass
+
+
+@pytest.fixture
+def inked(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
+    """A gang whose ranks have the adapter ink."""
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"), rank=SimpleNamespace(rank=0))
+    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    spec = ModelSpec(name="inked", source="/a", loras=(INK,))
+    gang, ranks = Gang(spec.fixed), FakeRanks((INK,))
+    metrics = GangMetrics("inked", "0")
+    gang._setup = Setup(spec, AdapterSync((INK,)), FAMILY, None, contextvars.copy_context(), {}, metrics)
+    gang._ranks = ranks  # type: ignore[assignment]
+    return gang, ranks
+
+
+async def deploy(gang: Gang, *loras: LoRA) -> None:
+    """What Serve does when the deployment file names these adapters."""
+    live = ModelSpec(name="inked", source="/a", loras=loras).live
+    config = {"model": live, "models_folder": None, "metrics": {"host": "127.0.0.1", "port": None}}
+    await gang.reconfigure(config)
+
+
+async def ask(gang: Gang) -> list[Any]:
+    return [report async for report in gang.generate(REQUEST)]
+
+
+async def settled(gang: Gang) -> str:
+    """Let all that is pending happen; return what the gang reports."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    return str(gang.record_routing_stats()["now"]["trouble"])
+
+
+def test_adapters_follow_the_file_however_often_it_changes_during_a_request(inked: tuple[Gang, FakeRanks]) -> None:
+    gang, ranks = inked
+
+    async def story() -> None:
+        running = asyncio.ensure_future(ask(gang))
+        await settled(gang)
+        await deploy(gang)
+        assert await settled(gang) == "the adapters change to none after the running request"
+        await deploy(gang, INK)
+        assert await settled(gang) == ""
+        await deploy(gang, CHALK)
+        await deploy(gang, INK)
+        ranks.finish.set()
+        await running
+        assert await settled(gang) == ""
+        assert ranks.loras == (INK,)
+        await deploy(gang, INK, CHALK)
+        assert await settled(gang) == ""
+        assert ranks.loras == (INK, CHALK)
+
+    asyncio.run(story())
+
+
+def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, ranks = inked
+    started: list[FakeRanks] = []
+
+    async def start(model: ModelSpec, *_: Any) -> FakeRanks:
+        started.append(FakeRanks(model.loras))
+        return started[-1]
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+
+    async def story() -> None:
+        running = asyncio.ensure_future(ask(gang))
+        await settled(gang)
+        await deploy(gang, CHALK)
+        ranks.lost = GangLost("struck")
+        gang._on_lost()
+        ranks.finish.set()
+        with pytest.raises(GangLost):
+            await running
+        assert await settled(gang) == ""
+        (new,) = started
+        assert (new.asked, new.loras) == ([(CHALK,)], (CHALK,))
+
+    asyncio.run(story())
+
+
+def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not begun, so it must not count as a request that cost a gang."""
+    gang, _ = inked
+    new, may = FakeRanks((INK,)), asyncio.Event()
+
+    async def start(*_: Any) -> FakeRanks:
+        await may.wait()
+        return new
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+    monkeypatch.setattr("workers.gang.gang.RankGroup.run", None)
+
+    async def story() -> None:
+        await gang._turn.acquire()  # a change of adapters, during which the ranks are lost
+        asked = asyncio.ensure_future(ask(gang))
+        await settled(gang)
+        gang._on_lost()
+        gang._turn.release()
+        await settled(gang)
+        assert not asked.done()
+        assert GangBacklog.from_stats(gang.record_routing_stats()).replacing
+        new.finish.set()
+        may.set()
+        assert await asked == [Begun(), "done"]
+        assert not GangBacklog.from_stats(gang.record_routing_stats()).replacing
+
+    asyncio.run(story())
+
+
+def test_a_refusal_ends_with_its_cause(inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch) -> None:
+    gang, ranks = inked
+    ranks.refused = {CHALK}
+    monkeypatch.setattr("workers.gang.gang.ADAPTERS_AGAIN_S", 0.05)
+
+    async def story() -> None:
+        await deploy(gang, INK, CHALK)
+        assert await settled(gang) == "the adapters cannot be changed: no such file"
+        assert ranks.loras == (INK,)
+        await deploy(gang, INK)
+        assert await settled(gang) == ""
+        await deploy(gang, CHALK)
+        assert "cannot be changed" in await settled(gang)
+        ranks.refused = set()  # the file is there now
+        async with asyncio.timeout(60):
+            while ranks.loras != (CHALK,):
+                await asyncio.sleep(0.01)
+        assert await settled(gang) == ""
+
+    asyncio.run(story())

@@ -9,6 +9,7 @@ placement. If it fails, or happens again and again, the replica exits, and Serve
 """
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import itertools
@@ -22,22 +23,29 @@ from ray import serve
 
 from deploy.families.family import PipelineFamily
 from deploy.families.lookup import find_family
-from deploy.spec import LoRA, ModelSpec
-from workers.errors import GangLost, RequestFailed
+from deploy.spec import ModelSpec
+from workers.errors import GangLost
 from workers.exporter import Exporter, share_values
+from workers.gang.adapter_sync import AdapterSync
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.stats import GangBacklog, GangLoad
-from workers.messages import GenerationRequest, GenerationResult, Phase
+from workers.messages import Begun, GenerationRequest, GenerationResult, Phase
 from workers.metrics import GangMetrics
 from workers.model.files import fetch
 
 logger = logging.getLogger("ray.serve")
 
 LOSSES_IN_PLACE = 3
-"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. As often as the
-gateway tries one request, so that no single request can end a replica."""
+"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. More often than
+the gateway tries one request, so that no single request can end a replica."""
+
+
+LOST = "a gang has lost its ranks, new ones start"
+
+ADAPTERS_AGAIN_S = 30.0
+"""Adapters that the ranks refused are tried again after this time: their file may have been mended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,8 @@ class Setup:
     """What the first `reconfigure` settles. Later ones put an adjusted copy in its place.
 
     Attributes:
-        model: what the ranks load. Its revision is the commit that was fetched; its adapters are those they have.
+        model: as it is deployed. Its revision is the commit that was fetched.
+        adapters: those of the model, and those that the ranks have.
         family: what is known of the model's pipeline.
         models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
         context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
@@ -54,6 +63,7 @@ class Setup:
     """
 
     model: ModelSpec
+    adapters: AdapterSync
     family: PipelineFamily
     models_folder: str | None
     context: contextvars.Context
@@ -79,8 +89,9 @@ class Gang:
         self._losses = 0
         self._replacement: asyncio.Task[None] | None = None  # also while it runs, as a reference that keeps it alive
         self._adapter_change: asyncio.Task[None] | None = None  # likewise
-        self._replacing = False
-        self._refused = ""
+        self._adapters_changed = asyncio.Event()  # the deployment file has, not yet the ranks
+        self._whole = asyncio.Event()  # unset while lost ranks are replaced
+        self._whole.set()
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
 
@@ -106,19 +117,19 @@ class Gang:
         else:
             self._adjust(model, user_config["metrics"], number)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
-        """Run one request on all ranks: a `StepEvent` after each step, then the result.
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Begun | Report]:
+        """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then the result.
 
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
-        async with self._turn:
-            assert self._ranks is not None, "Serve configures a replica before it sends requests"
+        async with self._turn_on_ranks() as ranks:
             self._running = request
             try:
-                async for report in self._ranks.run(request):
+                yield Begun()
+                async for report in ranks.run(request):
                     if isinstance(report, GenerationResult):
                         self._losses = 0
                         self._costs.observe(request, self._forwards(request), report)
@@ -155,6 +166,7 @@ class Gang:
             request_s=self._costs.mean_request_s or 0.0,
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
+            replacing=self._replacing,
         )
         phase, step = self._progress()
         now = {
@@ -162,7 +174,7 @@ class Gang:
             "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
             "phase": phase,
             "step": step,
-            "trouble": "a gang has lost its ranks, new ones start" if self._replacing else self._refused,
+            "trouble": LOST if self._replacing else self._started.adapters.trouble,
             "total_steps": self._running.num_inference_steps if self._running else 0,
             "startup_s": round(self._startup_s(), 3),
         }
@@ -182,6 +194,7 @@ class Gang:
         commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
         self._setup = Setup(
             model=model.model_copy(update=commit),
+            adapters=AdapterSync(model.loras),
             family=family,
             models_folder=models_folder,
             context=contextvars.copy_context(),
@@ -200,12 +213,29 @@ class Gang:
             metrics.backlog(0.0)
             metrics = GangMetrics(model.name, number)
             self._ranks.renumber(number)
-        kept = {"revision": setup.model.revision, "loras": setup.model.loras}
+        kept = {"revision": setup.model.revision}
         self._setup = dataclasses.replace(
             setup, model=model.model_copy(update=kept), metrics=metrics, metrics_at=metrics_at
         )
-        if model.loras != setup.model.loras:
-            self._adapter_change = asyncio.create_task(self._change_adapters(model.loras), context=setup.context)
+        setup.adapters.want(model.loras)
+        self._adapters_changed.set()
+        if self._adapter_change is None or self._adapter_change.done():
+            self._adapter_change = asyncio.create_task(self._change_adapters(), context=setup.context)
+
+    @contextlib.asynccontextmanager
+    async def _turn_on_ranks(self) -> AsyncIterator[RankGroup]:
+        """A turn on sound ranks. Lost ones fail no request that had not begun: it waits until they are replaced."""
+        while True:
+            await self._whole.wait()
+            async with self._turn:
+                if self._whole.is_set():
+                    assert self._ranks is not None, "Serve configures a replica before it sends requests"
+                    yield self._ranks
+                    return
+
+    @property
+    def _replacing(self) -> bool:
+        return not self._whole.is_set()
 
     def _startup_s(self) -> float:
         """Seconds that the latest ranks took to start; 0 before there are any."""
@@ -239,7 +269,8 @@ class Gang:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{setup.model.name}-{replica}-{next(self._incarnation)}"
         number = setup.metrics.replica
-        ranks = await RankGroup.start(setup.model, setup.models_folder, name, number, self._on_lost)
+        model = setup.model.model_copy(update={"loras": setup.adapters.start_over()})
+        ranks = await RankGroup.start(model, setup.models_folder, name, number, self._on_lost)
         current = self._started  # a `reconfigure` may have come while they started
         current.metrics.started(ranks.startup_s)
         ranks.serve_metrics(**current.metrics_at)
@@ -247,26 +278,33 @@ class Gang:
             ranks.renumber(current.metrics.replica)
         return ranks
 
-    async def _change_adapters(self, loras: tuple[LoRA, ...]) -> None:
-        async with self._turn:
-            assert self._ranks is not None
-            try:
-                await self._ranks.set_loras(loras)
-            except RequestFailed as error:  # all ranks keep the adapters they had
-                self._refused = f"the adapters cannot be changed: {error}"
-                logger.error("%s: %s", self._started.model.name, self._refused)
-                return
-            except GangLost as error:  # the ranks that follow get the adapters that were there
-                logger.error("%s: lost while the adapters were changed: %s", self._started.model.name, error)
-                return
-            setup = self._started
-            self._setup = dataclasses.replace(setup, model=setup.model.model_copy(update={"loras": loras}))
-            self._refused = ""
+    async def _change_adapters(self) -> None:
+        """Give the ranks the adapters of the file, in a turn of its own, until they have them."""
+        adapters = self._started.adapters
+        while adapters.differs:
+            self._adapters_changed.clear()
+            async with self._turn:
+                if not self._replacing:  # else whoever replaces the ranks does it
+                    await self._apply_adapters()
+            if adapters.differs:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._adapters_changed.wait(), ADAPTERS_AGAIN_S)
+
+    async def _apply_adapters(self) -> None:
+        """Call it in a turn."""
+        assert self._ranks is not None
+        name, adapters = self._started.model.name, self._started.adapters
+        try:
+            await adapters.apply(self._ranks)
+        except GangLost as error:
+            logger.error("%s: lost while the adapters were changed: %s", name, error)
+        if adapters.trouble:
+            logger.error("%s: %s", name, adapters.trouble)
 
     def _on_lost(self) -> None:
-        """Replace the ranks in the next turn. A request that waits before it fails at once and is tried again."""
+        """Replace the ranks in the next turn."""
         self._losses += 1
-        self._replacing = True
+        self._whole.clear()
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
         self._started.metrics.lost()
 
@@ -276,8 +314,9 @@ class Gang:
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
-                    self._replacing = False
+                    self._whole.set()
                     logger.warning("%s: all ranks are replaced", name)
+                    await self._apply_adapters()
                     return
                 except Exception:
                     logger.exception("%s: the ranks cannot be replaced", name)

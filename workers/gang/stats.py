@@ -40,12 +40,14 @@ class GangBacklog:
         reported_at: when, in seconds since the epoch; 0: the gang has not reported yet.
         request_s: seconds of a typical request; 0 before the first was learned.
         shapes: each (width, height, num_frames) that the gang has run.
+        replacing: the gang has lost its ranks, and new ones start.
     """
 
     backlog_s: float = 0.0
     reported_at: float = 0.0
     request_s: float = 0.0
     shapes: frozenset[tuple[int, int, int]] = frozenset()
+    replacing: bool = False
 
     def as_stats(self) -> dict[str, Any]:
         """What `record_routing_stats` returns; shapes as lists of three numbers."""

@@ -1,0 +1,108 @@
+"""Quarantine: remembers which requests have cost gangs, so that none costs more than `LOSSES`. For `service.gateway`.
+
+A request is known by its caller and its body, since a client that asks again sends the same. Each loss is a key in the
+key-value store of Ray's head, which all gateways of the cluster read every second, also after a restart.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+
+from ray.experimental import internal_kv
+
+from workers.errors import RequestQuarantined
+from workers.messages import GenerationRequest
+
+logger = logging.getLogger("ray.serve")
+
+LOSSES = 2
+"""How many gangs the same request may cost."""
+
+KEPT_S = 600.0
+PERIOD_S = 1.0
+NAMESPACE = "spray-losses"
+
+NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn")
+
+
+def fingerprint(caller: str, request: GenerationRequest) -> str:
+    """What a request has in common with the same one, asked again by the same caller."""
+    body = dataclasses.asdict(request)
+    for name in (*NOT_THE_BODY, *(["seed"] if request.seed_drawn else [])):
+        del body[name]
+    return hashlib.sha256(json.dumps([caller, body], sort_keys=True).encode()).hexdigest()
+
+
+class Quarantine:
+    """The losses of the last `KEPT_S` seconds, by fingerprint."""
+
+    def __init__(self) -> None:
+        self._losses: dict[str, dict[str, float]] = {}  # fingerprint -> key -> when
+        self._following: asyncio.Task[None] | None = None
+
+    def follow(self) -> None:
+        """Learn from now on what other gateways count."""
+        self._following = self._following or asyncio.create_task(self._follow())
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a request that has cost too many gangs.
+
+        Raises:
+            RequestQuarantined: it has.
+        """
+        if self.losses(fingerprint) >= LOSSES:
+            raise RequestQuarantined(
+                f"this request has cost {LOSSES} gangs within {KEPT_S / 60:g} minutes; it is not tried again so soon"
+            )
+
+    def losses(self, fingerprint: str) -> int:
+        """How many gangs the request has cost lately."""
+        return sum(time.time() - at < KEPT_S for at in self._losses.get(fingerprint, {}).values())
+
+    async def count(self, fingerprint: str) -> int:
+        """Add a loss; return how many there are now."""
+        at = time.time()
+        key = f"{fingerprint}/{at:.3f}/{uuid.uuid4().hex}"
+        self._losses.setdefault(fingerprint, {})[key] = at
+        await _tell(internal_kv._internal_kv_put, key, b"")
+        return self.losses(fingerprint)
+
+    async def clear(self, fingerprint: str) -> None:
+        """Forget the losses of a request that was answered: they had other causes."""
+        for key in self._losses.pop(fingerprint, {}):
+            await _tell(internal_kv._internal_kv_del, key)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            keys = await _tell(internal_kv._internal_kv_list, "")
+            if keys is not None:
+                await self._take(key.decode() for key in keys)
+
+    async def _take(self, keys: Iterable[str]) -> None:
+        """Replace what is known by these keys, and delete those that are too old."""
+        found: dict[str, dict[str, float]] = {}
+        for key in keys:
+            fingerprint, at, _ = key.split("/")
+            if time.time() - float(at) < KEPT_S:
+                found.setdefault(fingerprint, {})[key] = float(at)
+            else:
+                await _tell(internal_kv._internal_kv_del, key)
+        self._losses = found
+
+
+async def _tell(call: object, *args: object) -> list[bytes] | None:
+    """Call the store in a thread, since it blocks. While the head is away, each gateway counts for itself."""
+    if not internal_kv._internal_kv_initialized():  # type: ignore[no-untyped-call]
+        return None
+    try:
+        found: list[bytes] | None = await asyncio.to_thread(call, *args, namespace=NAMESPACE)  # type: ignore[arg-type]
+        return found
+    except Exception as error:
+        logger.warning("the losses of requests cannot be shared: %s", error)
+        return None

@@ -1,0 +1,38 @@
+"""The requests of this process that wait for a gang: entered by the gateway, taken out by the router that places them.
+
+A module of its own, because Serve copies the module of a request router into the process that routes.
+"""
+
+
+class Waiting:
+    """The requests of one model. Each has a place, which it keeps when it loses its gang and waits again."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def enter(self, request_id: str, place: float) -> None:
+        """Let a request wait.
+
+        Args:
+            place: when it was admitted, in seconds since the epoch; the least is served first.
+        """
+        self._places[request_id] = place
+
+    def leave(self, request_id: str) -> None:
+        """A gang took the request, or its caller left."""
+        self._places.pop(request_id, None)
+
+    def place(self, request_id: str) -> float | None:
+        """The place of a waiting request; None if it does not wait."""
+        return self._places.get(request_id)
+
+
+_waiting: dict[str, Waiting] = {}
+
+
+def waiting_for(application: str) -> Waiting:
+    """The requests that wait for an application's gangs."""
+    return _waiting.setdefault(application, Waiting())
