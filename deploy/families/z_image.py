@@ -12,5 +12,5 @@ FAMILY = PipelineFamily(
         ),
     },
     decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
-    ffn_dim=lambda config: int(config["dim"] / 3 * 8),
+    ffn_dim=lambda config: int(config.get("dim", 3840) / 3 * 8),
 )
