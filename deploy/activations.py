@@ -90,13 +90,14 @@ def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str
     if degrees.ring_degree > 1:
         per_token = max(per_token, measured.ring)
     kept = per_token - measured.shared * (1 - 1 / degrees.tensor_parallel_size)
-    width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
+    heads, features = config.get("num_attention_heads"), config.get("attention_head_dim")
+    width = config.get("dim") or (heads * features if heads and features else measured.width)
     return float(tokens * kept * width / measured.width)
 
 
 def _decode_bytes(measured: DecodeBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:
     """The largest output decodes in tiles above the model's bound; the largest one below it decodes whole."""
-    width = config.get("base_dim") or config["block_out_channels"][0]
+    width = config.get("base_dim") or (config.get("block_out_channels") or [measured.width])[0]
     above = model.vae_tiling_above
     if request.pixels * request.frames <= above:
         most = request.pixels * _per_pixel(measured, request.frames)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from deploy.components import verify_components
 from deploy.families.lookup import find_family
 from deploy.memory import format_bytes, rank_memory, what_fits
 from deploy.model_folder import model_folder, read_config
@@ -87,7 +88,7 @@ def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, s
         if needed.total <= memory:
             return True, line
         changes = what_fits(model, folder, memory, num_heads(config), find_family(folder).ffn_dim(config))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         return False, f"{model.name}: {error}"
     return False, f"{line}; " + (f"what fits: {'; or '.join(changes)}" if changes else "take GPUs with more memory")
 
@@ -112,11 +113,14 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
     if folder is None:
         return adapters
     try:
+        verify_components(folder)
         family = find_family(folder)
         config = _transformer_config(folder)
         check_layout(model.parallel, num_heads(config), family.ffn_dim(config))
+    except TypeError as error:  # such as a number that is a text
+        return [f"{model.name}: {folder / 'transformer' / 'config.json'} cannot be used: {error}"]
     except ValueError as error:
-        return [f"{model.name}: {error}"]
+        return [f"{model.name}: {line}" for line in str(error).splitlines()]
     if family.guided_above is None and model.parallel.cfg_parallel_size > 1:
         return [
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates only "

@@ -1,6 +1,6 @@
 """A model's folder on this machine: where it is, and what its configs say. Nothing is fetched and no weights are read.
 
-Called by `deploy.check`, `deploy.memory`, `service.cli.doctor` and `workers.model.files`.
+Called by the rest of `deploy`, `service.cli.doctor` and `workers.model`.
 """
 
 import json
@@ -13,6 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from deploy.spec import DeploymentSpec, ModelSpec
 
 INDEX = "model_index.json"
+
+BYTE_ORDER_MARK = "\ufeff"
+
+WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
+"""Words in the names of the classes whose files hold settings and vocabularies."""
 
 
 def model_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
@@ -42,43 +47,66 @@ def cached_folder(source: str, revision: str | None, root: Path) -> Path | None:
     return Path(index).parent if isinstance(index, str) else None
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def verify_configs(folder: Path) -> None:
-    """Reject a model whose components have configs that are not JSON.
+def read_json(file: Path) -> Any:
+    """What a JSON file says.
 
     Raises:
-        ValueError: names the file.
+        ValueError: the file is missing, or diffusers could not read it. The message names it.
     """
-    for file in sorted(folder.glob("*/*config.json")):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON ({error}); fetch or copy it again") from None
+    try:
+        content = file.read_text(encoding="utf-8")
+        if content.startswith(BYTE_ORDER_MARK):
+            raise ValueError(f"{file} begins with a byte order mark (BOM); save it as UTF-8 without one")
+        return json.loads(content)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; fetch or copy it again") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch or copy it again") from None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What a JSON file says, which must be an object.
+
+    Raises:
+        ValueError: see `read_json`; or it is something else.
+    """
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, got {type(content).__name__}; fetch or copy it again")
+    return content
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if not (folder / INDEX).exists():
+        raise ValueError(f"no model at {folder}: {INDEX} is missing; set source to a diffusers folder")
+    return read_config(folder / INDEX)
+
+
+def component_classes(folder: Path) -> dict[str, str]:
+    """The components of a model, each with its class; the index names those that it lacks as [null, null].
+
+    Raises:
+        ValueError: see `read_index`.
+    """
+    entries = read_index(folder).items()
+    return {name: str(entry[1]) for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[0]}
 
 
 def component_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the components that have weights, by name: those that the index names and that have a config.
-
-    Schedulers and tokenizers have other files.
+    """The folders of the components that have weights, by name: all but schedulers, tokenizers and processors.
 
     Raises:
-        ValueError: `model_index.json` is missing or not a JSON object, or a component has no folder.
+        ValueError: see `read_index`; or a component has no folder.
     """
-    file = folder / INDEX
-    try:
-        index = json.loads(file.read_text())
-        named = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
-    except (OSError, ValueError, AttributeError, IndexError):
-        raise ValueError(f"{file} is missing or damaged; set source to a folder in diffusers' format") from None
+    named = component_classes(folder)
     absent = [name for name in named if not (folder / name).is_dir()]
     if absent:
         raise ValueError(f"{folder / absent[0]} is missing, but {INDEX} names it; fetch the model again")
-    return {name: folder / name for name in named if (folder / name / "config.json").is_file()}
+    return {name: folder / name for name, kind in named.items() if not any(word in kind for word in WITHOUT_WEIGHTS)}

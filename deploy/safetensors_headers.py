@@ -5,7 +5,6 @@ what to do. `deploy.memory` adds the bytes up, `service.cli.doctor` and `workers
 """
 
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from deploy.model_folder import component_folders
+from deploy.model_folder import component_folders, read_config, read_json
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files without their endings: diffusers' and transformers'."""
@@ -76,26 +75,57 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         folder: such as `transformer` or `text_encoder` of a model folder.
 
     Raises:
-        ValueError: the folder has no safetensors, a file of the index is missing or damaged, or a tensor is not in the
-            file that the index names.
+        ValueError: see `weights_file`; a file of the index is missing or damaged, or a tensor is not in the file that
+            the index names.
     """
-    for stem in STEMS:
-        index, file = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            return _read_indexed(index)
-        if file.is_file():
-            return read_header(file)
-    names = " nor ".join(f"{stem}.safetensors" for stem in STEMS)
-    raise ValueError(f"{folder} has neither {names}, nor an index of several; fetch the model again, as safetensors")
+    return {name: info for tensors in _by_file(folder).values() for name, info in tensors.items()}
 
 
-def _read_indexed(index: Path) -> dict[str, TensorInfo]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of one component, by the tensor's name. All are verified.
+
+    Raises:
+        ValueError: see `read_headers`.
+    """
+    return {name: file for file, tensors in _by_file(folder).items() for name in tensors}
+
+
+def weights_file(folder: Path) -> Path:
+    """The one file of a component's weights, or the index of several.
+
+    Libraries differ in which they prefer, so there must not be both.
+
+    Raises:
+        ValueError: there is none, or not exactly one.
+    """
+    config = folder / "config.json"
+    by_diffusers = read_config(config).get("_class_name") if config.exists() else None
+    stems = STEMS if not config.exists() else STEMS[:1] if by_diffusers else STEMS[1:]
+    names = [f"{stem}.safetensors" for stem in stems]
+    there = [file for name in names for file in (folder / f"{name}.index.json", folder / name) if file.is_file()]
+    if not there:
+        neither = f"neither {' nor '.join(names)}," if len(names) > 1 else f"no {names[0]},"
+        raise ValueError(f"{folder} has {neither} nor an index of several; fetch the model again, as safetensors")
+    if len(there) > 1:
+        raise ValueError(
+            f"{folder} has both {there[0].name} and {there[1].name}, which may hold different weights; remove the one "
+            "that is not the model's"
+        )
+    return there[0]
+
+
+def _by_file(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
+    file = weights_file(folder)
+    return _read_indexed(file) if file.suffix == ".json" else {file: read_header(file)}
+
+
+def _read_indexed(index: Path) -> dict[Path, dict[str, TensorInfo]]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = read_json(index)["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map; {FETCH_AGAIN}") from None
-    found: dict[str, TensorInfo] = {}
+    found: dict[Path, dict[str, TensorInfo]] = {}
     for name in files:
         file = index.parent / name
         if not file.is_file():
@@ -105,7 +135,10 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
         absent = sorted(listed - tensors.keys())
         if absent:
             raise ValueError(f"{file} does not contain {absent[0]}, but {index.name} says so; fetch both files again")
-        found |= {tensor: tensors[tensor] for tensor in listed}
+        surplus = sorted(tensors.keys() - listed)
+        if surplus:
+            raise ValueError(f"{file} contains {surplus[0]}, but {index.name} does not say so; fetch both files again")
+        found[file] = tensors
     return found
 
 

@@ -4,6 +4,7 @@ Text comes in; values go out with the line of each key, or a `YamlMistake` that 
 files with it, `deploy.overrides` the values of variables and flags; `spray build` writes with it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,16 @@ from yaml.reader import ReaderError
 
 KeyPath = tuple[str | int, ...]
 """The place of a value in a deployment: keys of mappings, indices of lists."""
+
+
+MOST_NODES = 100_000
+"""Keys, values, mappings and lists of a deployment, each alias with a copy of its own."""
+
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-f]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+}
+"""How numbers look that are the same in YAML 1.1, which PyYAML reads, and in YAML 1.2."""
 
 
 class YamlMistake(ValueError):
@@ -30,20 +41,23 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """The value of a text, and the line of every key and list item in it.
 
     Raises:
-        YamlMistake: the text is not YAML, repeats a key in one mapping, or has an anchor that contains itself.
+        YamlMistake: the text is not YAML, repeats a key in one mapping, has a number that is another one in YAML 1.2,
+            an anchor that contains itself, or aliases that stand for too much.
     """
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return None, {}
-        _refuse_duplicates(root, ())
+        _refuse_ambiguities(root, {})
         value = loader.construct_document(root)  # which also resolves merge keys (<<) in the nodes
     except ReaderError as error:
         found = f"the character {chr(error.character)!r} is not allowed"
         raise YamlMistake(text.count("\n", 0, error.position) + 1, f"is not YAML: {found}") from None
     except yaml.MarkedYAMLError as error:
         raise _located(error) from None
+    except RecursionError:
+        raise YamlMistake(1, "is nested too deeply") from None
     return _unshared(value), dict(_lines(root, ()))
 
 
@@ -70,22 +84,56 @@ def _located(error: yaml.MarkedYAMLError) -> YamlMistake:
     return YamlMistake(line, f"is not YAML: {doing}{', ' if doing else ''}{error.problem}{hint}")
 
 
-def _refuse_duplicates(node: yaml.Node, inside: tuple[yaml.Node, ...]) -> None:
-    if any(node is outer for outer in inside):
-        raise YamlMistake(node.start_mark.line + 1, "an anchor must not contain itself")
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[tuple[str, str], int] = {}
-        for key, value in node.value:
+def _refuse_ambiguities(node: yaml.Node, seen: dict[int, int]) -> int:
+    """Look at each node once, however many aliases it has.
+
+    Args:
+        node: with all that it contains.
+        seen: by the nodes' identities, how many nodes each stands for; 0 while it is looked at.
+
+    Returns:
+        How many nodes it stands for, with a copy for each alias.
+    """
+    line = node.start_mark.line + 1
+    if id(node) in seen:
+        if not seen[id(node)]:
+            raise YamlMistake(line, "an anchor must not contain itself")
+        return seen[id(node)]
+    seen[id(node)] = 0
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_old_numbers(node)
+        inside: list[yaml.Node] = []
+    elif isinstance(node, yaml.MappingNode):
+        _refuse_duplicates(node)
+        inside = [part for pair in node.value for part in pair]
+    else:
+        inside = list(node.value)
+    total = 1 + sum(_refuse_ambiguities(part, seen) for part in inside)
+    if total > MOST_NODES:
+        raise YamlMistake(line, f"aliases make this more than {MOST_NODES} values; write out what is meant")
+    seen[id(node)] = total
+    return total
+
+
+def _refuse_old_numbers(node: yaml.ScalarNode) -> None:
+    """Reject what YAML 1.1 takes for another number than YAML 1.2: `010`, `1_000`, `1:30`, `0b1`."""
+    kind = node.tag.rpartition(":")[2]
+    if kind in NUMBERS and not re.fullmatch(NUMBERS[kind], node.value, re.IGNORECASE):
+        raise YamlMistake(
+            node.start_mark.line + 1,
+            f"{node.value} is another value in YAML 1.1 than in 1.2; write a plain number, or put it in quotes",
+        )
+
+
+def _refuse_duplicates(node: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in lines:
-                    first = lines[key.tag, key.value]
-                    raise YamlMistake(line, f"{key.value!r} is repeated; it is first in line {first}; keep one")
-                lines[key.tag, key.value] = line
-            _refuse_duplicates(value, (*inside, node))
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicates(value, (*inside, node))
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                raise YamlMistake(line, f"{key.value!r} is repeated; it is first in line {first}; keep one")
+            lines[key.tag, key.value] = line
 
 
 def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:

@@ -78,6 +78,8 @@ class PipelineFamily:
         kept_in_fp32: modules and parameters that diffusers loads in fp32 although the others are loaded in half
             precision, by transformer class; as path components of their names.
         refused: keys of `model_index.json` that must not be set, with the reason.
+        components: what a request runs through, by the names in `model_index.json`.
+        needed_with: a further component, by the key of `model_index.json` that puts it to use.
     """
 
     pipeline: str
@@ -89,11 +91,21 @@ class PipelineFamily:
     ffn_dim: Callable[[Config], int | None] = _ffn_dim
     kept_in_fp32: Mapping[str, frozenset[str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    components: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    needed_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
         """What a request may ask of it."""
         return "text-to-image" if self.makes == "image" else "text-to-video"
+
+    def needed_components(self, index: Config) -> tuple[str, ...]:
+        """The components that a model must have.
+
+        Args:
+            index: its `model_index.json`.
+        """
+        return (*self.components, *(name for key, name in self.needed_with.items() if index.get(key) is not None))
 
     def branches(self, guidance_scale: float, negative_prompt: str | None) -> int:
         """Forwards of the transformer per step."""

@@ -12,4 +12,5 @@ FAMILY = PipelineFamily(
         ),
     },
     decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
+    components=("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
 )

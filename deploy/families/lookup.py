@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy import families as room
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
-from deploy.model_folder import read_config
+from deploy.model_folder import read_index
 
 
 @functools.cache
@@ -27,9 +27,7 @@ def family_name(folder: Path) -> str:
     Raises:
         ValueError: the folder is not a model, or one that spray cannot run.
     """
-    index = read_config(folder / "model_index.json")
-    if not index:
-        raise ValueError(f"no model at {folder}: model_index.json is missing; set source to a diffusers folder")
+    index = read_index(folder)
     pipeline = str(index.get("_class_name"))
     name = next((name for name, family in families().items() if family.pipeline == pipeline), None)
     if name is None:

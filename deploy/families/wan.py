@@ -12,6 +12,7 @@ FAMILY = PipelineFamily(
     kept_in_fp32={
         "WanTransformer3DModel": frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
     },
+    needed_with={"boundary_ratio": "transformer_2"},
     # diffusers' modular Wan has no blocks for it, and would silently make another size
     refused={"expand_timesteps": "is a Wan TI2V model (expand_timesteps), which spray cannot run step by step yet"},
 )

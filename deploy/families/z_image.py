@@ -4,8 +4,7 @@ from deploy.families.family import AUTOENCODER_KL, Config, ForwardBytes, Pipelin
 
 
 def _ffn_dim(config: Config) -> int | None:
-    width = config.get("dim")
-    return int(width / 3 * 8) if isinstance(width, int) else None
+    return int(config.get("dim", 3840) / 3 * 8)  # the class's own default
 
 
 FAMILY = PipelineFamily(

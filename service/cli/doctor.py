@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy.components import verify_components
 from deploy.memory import GIB, format_bytes
 from deploy.model_folder import cache_root, model_folder
 from deploy.safetensors_headers import verify_checksums, verify_weights
@@ -258,6 +259,7 @@ def _weights(spec: DeploymentSpec) -> Iterator[Finding]:
             yield Finding(name, "warn", f"{model.source} is not on this machine", advice)
             continue
         try:
+            verify_components(folder)
             verify_weights(folder)
             compared = verify_checksums(folder)
         except ValueError as error:

@@ -106,15 +106,15 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, .
         folder: Path = fetch(model, models_folder)
         here = model.model_copy(update={"source": str(folder), "revision": None})
         check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
-        if model.plan or model.transformer_class:
-            from workers.model import out_of_tree  # here, for it loads torch: nodes need it, the command does not
+        # Here, for they load torch: nodes need it, the command does not.
+        from workers.model.components import verify_loadable
+        from workers.model.lora import check_lora
+        from workers.model.out_of_tree import sequence_plan
 
-            out_of_tree.transformer_class(here), out_of_tree.sequence_plan(here)
-        if model.loras:
-            from workers.model.lora import check_lora  # here, for it loads torch
-
-            for lora in model.loras:
-                check_lora(lora, folder)
+        sequence_plan(here)
+        verify_loadable(here, folder)
+        for lora in model.loras:
+            check_lora(lora, folder)
     except (ValueError, OSError) as error:
         message = str(error)
         return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"

@@ -1,5 +1,6 @@
 """Where a deployment's values come from: file, environment, flags; who goes first, and what a mistake says."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from deploy.load import LoadedSpec, load_spec, load_with_origins, print_config
 from deploy.spec import DeploymentSpec, SpecError
+from deploy.yaml_text import parse_yaml
 
 FILE = """\
 models:
@@ -23,6 +25,9 @@ gateway:
 """
 PORT = "SPRAY_GATEWAY__PORT"
 QWEN = "SPRAY_MODELS__QWEN_IMAGE__"
+
+NINE_TIMES_NINE = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+OLD_NUMBERS = ["010", "1_000", "1:30", "0b11", "-017", "1_0.5", "1:30.5"]
 
 
 @pytest.fixture
@@ -135,6 +140,25 @@ def test_models_with_the_same_variables(tmp_path: Path) -> None:
         == "SPRAY_MODELS__A_B__MAX_QUEUED: can mean models.0.max_queued and models.1.max_queued; "
         "set it in the file, or by --set"
     )
+
+
+NUMBERS: dict[str, Any] = {
+    "0": 0,
+    "8000": 8000,
+    "-3": -3,
+    "+4": 4,
+    "0x1F": 31,
+    ".5": 0.5,
+    "2.": 2.0,
+    "01.5": 1.5,
+    "1.0e+3": 1000.0,
+}
+NUMBERS |= {".inf": math.inf, "'010'": "010"}
+
+
+@pytest.mark.parametrize(("text", "number"), NUMBERS.items())
+def test_numbers_of_yaml_1_2(text: str, number: Any) -> None:
+    assert parse_yaml(f"a: {text}")[0] == {"a": number}
 
 
 def test_anchors_share_text_but_no_overrides(tmp_path: Path) -> None:
@@ -250,6 +274,10 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("a: 1\n---\nb: 1\n", "d.yaml:2: is not YAML: expected a single document in the stream, but found another"),
         ("a: !!python/name:os.system\n", "d.yaml:1: is not YAML: could not determine a constructor"),
         ("a: &b [*b]\n", "d.yaml:1: an anchor must not contain itself"),
+        (NINE_TIMES_NINE, ": aliases make this more than 100000 values; write out what is meant"),
+        (NINE_TIMES_NINE.replace("[", "{<<: [").replace("]", "]}"), ": aliases make this more than 100000 values"),
+        ("a: " + "[" * 5000, "d.yaml:1: is nested too deeply"),
+        *((f"a:\n  b: {old}\n", f"d.yaml:2: {old} is another value in YAML 1.1 than in 1.2") for old in OLD_NUMBERS),
         ("? [a]\n: b\n", "d.yaml:1: is not YAML: while constructing a mapping, found unhashable key"),
         ("", "d.yaml: expected a mapping with the key 'models', got nothing"),
         (

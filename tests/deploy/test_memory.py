@@ -86,13 +86,7 @@ def a_model(folder: Path, kind: str = "QwenImageTransformer2DModel", **config: A
     }.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(content))
-    (folder / "vae" / "config.json").rename(folder / "vae.json")  # a VAE without weights is not looked for
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "transformer": ["diffusers", kind]}))
-    return folder
-
-
-def with_vae(folder: Path) -> Path:
-    (folder / "vae.json").rename(folder / "vae" / "config.json")
     return folder
 
 
@@ -124,7 +118,7 @@ def forward_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, request: Reques
 
 
 def test_a_forward_follows_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, measured = with_vae(a_model(tmp_path)), measured_forward("QwenImageTransformer2DModel")
+    folder, measured = a_model(tmp_path), measured_forward("QwenImageTransformer2DModel")
     tokens = 4 * (128 * 128 + 1024)
     assert forward_alone(folder, monkeypatch) == tokens * measured.alone
     assert forward_alone(folder, monkeypatch, ulysses_degree=4) == tokens // 4 * measured.ulysses
@@ -136,13 +130,13 @@ def test_a_forward_follows_the_layout(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_forward_of_a_video_counts_latent_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = with_vae(a_model(tmp_path, "WanTransformer3DModel"))
+    folder = a_model(tmp_path, "WanTransformer3DModel")
     found = forward_alone(folder, monkeypatch, Request(832, 480, 81, 1))
     assert found == 52 * 30 * 21 * measured_forward("WanTransformer3DModel").alone
 
 
 def test_a_decode_in_tiles_needs_less(tmp_path: Path) -> None:
-    folder, decode = with_vae(a_model(tmp_path)), measured_decode("AutoencoderKLQwenImage")
+    folder, decode = a_model(tmp_path), measured_decode("AutoencoderKLQwenImage")
     request = Request(4096, 4096, 1, 1)
     whole = activation_bytes(spec_of(folder), folder, request)
     assert whole == 4096 * 4096 * decode.picture
@@ -154,7 +148,7 @@ def test_a_decode_in_tiles_needs_less(tmp_path: Path) -> None:
 
 
 def test_wider_types_and_wider_models_need_more(tmp_path: Path) -> None:
-    folder = with_vae(a_model(tmp_path))
+    folder = a_model(tmp_path)
     narrow = activation_bytes(spec_of(folder), folder, LARGE)
     assert narrow is not None
     wide = spec_of(folder).model_copy(update={"dtype": "float32"})

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.model_folder import component_folders
-from deploy.safetensors_headers import read_header, read_headers, verify_checksums, verify_weights
+from deploy.safetensors_headers import read_header, read_headers, tensor_files, verify_checksums, verify_weights
 
 TENSORS = {
     "a": torch.zeros(2, 3, dtype=torch.bfloat16),
@@ -104,7 +104,31 @@ def test_an_index_names_files_that_are_there_and_hold_what_it_says(tmp_path: Pat
     with pytest.raises(ValueError, match="has no weight_map"):
         read_headers(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match=r"neither diffusion_pytorch_model.safetensors nor model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model.safetensors, nor an index of several"):
+        read_headers(folder)
+
+
+def test_libraries_cannot_read_different_weights(tmp_path: Path) -> None:
+    """transformers prefers the single file, diffusers the index."""
+    folder = sharded(tmp_path / "text_encoder")
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has both model.safetensors.index.json and model.safetensors, which may"):
+        read_headers(folder)
+    (folder / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")  # transformers ignores it
+    assert set(read_headers(folder)) == {"a", "b"}
+    (folder / "config.json").write_text('{"_class_name": "AModel"}')
+    assert list(tensor_files(folder)) == ["a", "b"]
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.safetensors, nor an index of several"):
+        read_headers(folder)
+
+
+def test_a_file_holds_nothing_that_its_index_does_not_name(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "text_encoder")
+    save_file({"b": torch.zeros(3), "c": torch.zeros(1)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(
+        ValueError, match=r"00002-of-00002.safetensors contains c, but model.safetensors.index.json does"
+    ):
         read_headers(folder)
 
 
@@ -116,7 +140,7 @@ def test_every_component_of_a_model_is_verified(tmp_path: Path) -> None:
         "_class_name": "P",
         "text_encoder": ["t", "T"],
         "vae": ["d", "V"],
-        "scheduler": ["d", "S"],
+        "scheduler": ["d", "AScheduler"],
         "x": [None] * 2,
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
@@ -134,7 +158,7 @@ def test_every_component_of_a_model_is_verified(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"transformer is missing, but model_index\.json names it"):
         verify_weights(tmp_path)
     (tmp_path / "model_index.json").unlink()
-    with pytest.raises(ValueError, match=r"model_index.json is missing or damaged"):
+    with pytest.raises(ValueError, match=r"no model at .*: model_index.json is missing"):
         verify_weights(tmp_path)
 
 

@@ -18,6 +18,7 @@ from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placemen
 from service.cli.commands import files
 from service.cli.main import main
 from sp_core.degrees import ParallelDegrees
+from tests.support.model_folders import stub_model
 
 DEVICES = {"cpu": 2.0, "cuda": 0.0}
 
@@ -78,10 +79,7 @@ def test_sources_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def a_folder(tmp_path: Path, heads: int) -> Path:
-    (tmp_path / "model" / "transformer").mkdir(parents=True)
-    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
-    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
-    return tmp_path / "model"
+    return stub_model(tmp_path / "model", num_attention_heads=heads)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +147,7 @@ def test_a_pipeline_that_spray_cannot_run_is_refused_by_name(tmp_path: Path) -> 
 def test_layouts_that_a_family_cannot_run(
     tmp_path: Path, pipeline: str, config: dict[str, Any], parallel: dict[str, int], says: str
 ) -> None:
-    folder = a_folder(tmp_path, heads=12)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    (folder / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": 12} | config))
+    stub_model(tmp_path / "model", pipeline, **({"num_attention_heads": 12} | config))
     file = write(tmp_path, a_model(parallel=parallel, placement={"cpus_per_rank": 0.1}))
     with pytest.raises(SpecError, match=says):
         check_deployment(load_spec(file), DEVICES)
@@ -315,9 +311,7 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
     spec = DeploymentSpec(models=(model,), storage=Storage(models=str(tmp_path)))
     assert "the config of org/name at v1 is not on this machine" in check_deployment(spec, DEVICES, 2**30)[1]
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
-    a_folder(snapshot, heads=5)
-    (snapshot / "model" / "model_index.json").rename(snapshot / "model_index.json")
-    (snapshot / "model" / "transformer").rename(snapshot / "transformer")
+    stub_model(snapshot, num_attention_heads=5)
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "v1").write_text("0123")
     assert cached_folder("org/name", "v1", tmp_path) == cached_folder("org/name", "0123", tmp_path) == snapshot

@@ -16,6 +16,8 @@ from tests.sp_core.test_families import worst
 from workers.model import weights
 from workers.model.weights import fill, load_transformer
 
+FILE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{FILE}.index.json"
 NAMES = ["qwen-image", "flux", "flux-2", "ltx", "wan image", "z-image"]
 CELL = ("uneven", "none", 1)
 
@@ -42,7 +44,7 @@ def load(mesh: ParallelMesh, folder: Path, name: str) -> tuple[float, int, list[
 @pytest.mark.parametrize("name", NAMES)
 def test_each_rank_reads_its_share(ranks: RankPool, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     folder = saved(tmp_path, name, **options)
-    assert (folder / weights.INDEX).exists() == bool(options)
+    assert (folder / INDEX).exists() == bool(options)
     whole = sum(parameter.numel() for parameter in examples.TINY[name].model.parameters())
     for degrees in (ParallelDegrees(tensor_parallel_size=2), ParallelDegrees(ulysses_degree=2)):
         for difference, held, devices in ranks.run(degrees, load, folder, name):
@@ -79,6 +81,6 @@ def test_files_that_are_not_the_models(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fewer | {"num_layers": 2, "ffn_dim": 32}))
     with pytest.raises(ValueError, match=r"blocks\.\d\.ffn\.net\..* is \(.*\), expected"):
         load_transformer(folder, mesh, torch.float32)
-    (folder / weights.FILE).rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="only safetensors are read"):
+    (folder / FILE).rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="fetch the model again, as safetensors"):
         fill(torch.nn.Linear(1, 1), folder, torch.device("cpu"), torch.float32)

@@ -25,17 +25,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from deploy.components import verify_components
 from deploy.families.lookup import family_name
-from deploy.model_folder import read_config, verify_configs
+from deploy.model_folder import INDEX, component_classes
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
-CHECKS: tuple[Callable[[Path], object], ...] = (verify_configs, verify_weights, verify_checksums)
+CHECKS: tuple[Callable[[Path], object], ...] = (verify_components, verify_weights, verify_checksums)
 """What every model folder must pass once per node. Each raises ValueError or OSError."""
-
-INDEX = "model_index.json"
 
 CHECKSUMS = "SHA256SUMS"
 """Optional; written by `sha256sum`."""
@@ -105,19 +104,13 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{what} has no {INDEX}; set source to a model in diffusers' format")
     family_name(folder)  # before tens of gigabytes are fetched
-    parts = _parts(folder)
+    parts = component_classes(folder)
     folder = snapshot(folder.name, [INDEX, CHECKSUMS, *(f"{part}/*.{kind}" for part in parts for kind in KINDS)])
     absent = [part for part in parts if not (folder / part).is_dir()]
     if absent:  # offline, the hub's client returns a partial snapshot without a word
         raise ValueError(f"{what} cannot be fetched: {folder} has no {', '.join(absent)}; {REASONS[-1][1]}")
     logger.info("%s is at %s after %.0f s", what, folder, time.monotonic() - started)
     return folder
-
-
-def _parts(folder: Path) -> list[str]:
-    """The components of a model, each a folder of its own; the index names absent ones as [null, null]."""
-    index = read_config(folder / INDEX)
-    return [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
 
 
 def _check_once(folder: Path, notes: Path) -> None:

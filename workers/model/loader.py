@@ -5,7 +5,7 @@ text encoders are only on ranks that encode, the VAE only on ranks that decode. 
 result is used by `workers.model.denoising`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from accelerate import init_empty_weights
 from diffusers import ModularPipeline
 
 from deploy.families.lookup import find_family
-from deploy.model_folder import read_config
+from deploy.model_folder import component_classes, read_config
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
+from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.lora import read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import load_transformer
@@ -91,7 +92,7 @@ def load_model(
     Raises:
         ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, an adapter
             does not fit, or what `plan` or `transformer_class` names cannot be used.
-        OSError: a file is missing.
+        OSError: an adapter's file is missing.
     """
     pipeline = _load_pipeline(model, mesh, on_progress)
     adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
@@ -104,25 +105,22 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
     folder = Path(model.source)
     adapter = find_adapter(folder)
     transformer_class(model)  # imports it: the pipeline's index may name it, and then diffusers looks it up
-    pipeline: ModularPipeline = ModularPipeline.from_pretrained(model.source, local_files_only=True)
-    present = _components(folder)
+    pipeline = read_pipeline(folder)
+    present = component_classes(folder)
     transformers = sorted(name for name in present if name.startswith("transformer"))
     for name, progress in _shares_of_progress(folder, present, transformers, on_progress).items():
         transformer = _load_transformer(model, name, mesh, adapter.rounds_timestep, progress)
         pipeline.register_components(**{name: transformer})
     absent = _absent_here(model, mesh, present)
     others = set(present) - absent - set(transformers)
-    _load_others(pipeline, folder, others, getattr(torch, model.torch_dtype))
+    dtype = getattr(torch, model.torch_dtype)
+    loaded = {name: load_component(pipeline, folder, name, dtype=dtype) for name in present if name in others}
+    check_vocabularies(folder, loaded)
+    pipeline.register_components(**loaded)
     pipeline.to(mesh.device)
     if "vae" in absent:
         pipeline.vae = _AbsentVAE(present["vae"], folder / "vae")
     return pipeline
-
-
-def _components(folder: Path) -> dict[str, str]:
-    """The components of a model, each with its class; the index names those that it lacks as [null, null]."""
-    index = read_config(folder / "model_index.json")
-    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0]}
 
 
 def _absent_here(model: ModelSpec, mesh: ParallelMesh, present: Iterable[str]) -> set[str]:
@@ -162,19 +160,6 @@ def _load_transformer(
         transformer.compile_repeated_blocks(fullgraph=True)
     loaded: torch.nn.Module = transformer
     return loaded
-
-
-def _load_others(pipeline: ModularPipeline, folder: Path, components: Collection[str], dtype: torch.dtype) -> None:
-    """Let diffusers load the components that are not split.
-
-    Raises:
-        ValueError: one could not be loaded; diffusers only logs that.
-    """
-    names = [name for name in pipeline.pretrained_component_names if name in components]
-    pipeline.load_components(names=names, dtype=dtype, use_safetensors=True, local_files_only=True)
-    missing = [name for name in names if getattr(pipeline, name, None) is None]
-    if missing:
-        raise ValueError(f"{folder} has no usable {', '.join(missing)}; is the folder complete?")
 
 
 def is_encoder(component: str) -> bool:

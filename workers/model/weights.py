@@ -5,7 +5,6 @@ holds a tensor that it does not keep. Called by `workers.model.loader`.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
+from deploy.model_folder import read_config
+from deploy.safetensors_headers import read_headers, tensor_files
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelModelPlan
 from workers.model.diffusers_internals import stays_fp32
-
-FILE = "diffusion_pytorch_model.safetensors"
-INDEX = f"{FILE}.index.json"
 
 READ_AT_ONCE = 32 * 2**20
 """Bytes after which a file is opened again: while it is open, what was read of it counts as this process's memory."""
@@ -47,19 +45,55 @@ def load_transformer(
         on_progress: called with the share of the tensors that is read, from 0 to 1.
 
     Raises:
-        ValueError: diffusers has no such class, the layout or the plan does not fit the model, or the files are not the
+        ValueError: see `build`; the layout or the plan does not fit the model, or the files are not the
             weights of this class.
-        OSError: a file is missing.
     """
-    config = json.loads((folder / "config.json").read_text())
-    found: Any = kind or getattr(diffusers, config["_class_name"], None)
-    if found is None:
-        raise ValueError(f"{folder} is a {config['_class_name']}, which diffusers does not have; set transformer_class")
-    with init_empty_weights(include_buffers=False):  # frequency tables and such are made for real
-        model: nn.Module = found.from_config(config)
+    model = build(folder, kind)
     parallelize(model, mesh, plan)
     fill(model, folder, mesh.device, dtype, on_progress)
     return model.eval()
+
+
+def build(folder: Path, kind: type[nn.Module] | None = None) -> nn.Module:
+    """Build a transformer without weights, but with the buffers that its files do not have.
+
+    Args:
+        folder: with its `config.json`.
+        kind: its class; None: the diffusers class that its config names.
+
+    Raises:
+        ValueError: diffusers has no such class, or the class refuses the config.
+    """
+    config = read_config(folder / "config.json")
+    name = str(config.get("_class_name"))
+    found: Any = kind or getattr(diffusers, name, None)
+    if found is None:
+        raise ValueError(f"{folder} is a {name}, which diffusers does not have; set transformer_class")
+    try:
+        with init_empty_weights(include_buffers=False):  # frequency tables and such are made for real
+            model: nn.Module = found.from_config(config)
+    except Exception as error:  # the class's own code runs
+        raise ValueError(f"{folder}: {found.__name__} refuses its config: {type(error).__name__}: {error}") from error
+    return model
+
+
+def check_tensors(model: nn.Module, folder: Path) -> dict[str, Path]:
+    """The file of each tensor, after a look at all names and shapes. No tensor is read.
+
+    Raises:
+        ValueError: the files have not exactly the tensors of the model, or one of another shape.
+    """
+    expected, headers = model.state_dict(keep_vars=True), read_headers(folder)
+    missing, surplus = sorted(set(expected) - set(headers)), sorted(set(headers) - set(expected))
+    if missing or surplus:
+        raise ValueError(
+            f"{folder} does not hold the weights of {type(model).__name__}: missing {missing[:5]}, "
+            f"surplus {surplus[:5]}"
+        )
+    for name, info in headers.items():
+        if getattr(expected[name], "part", None) is None and info.shape != expected[name].shape:
+            raise ValueError(f"{name} of {folder} is {info.shape}, expected {tuple(expected[name].shape)}")
+    return tensor_files(folder)
 
 
 def fill(
@@ -73,16 +107,8 @@ def fill(
 
     Raises:
         ValueError: the files do not hold exactly the tensors of the model, or one has another shape.
-        OSError: there are no safetensors.
     """
-    expected = model.state_dict(keep_vars=True)
-    files = _files(folder)
-    missing, surplus = sorted(set(expected) - set(files)), sorted(set(files) - set(expected))
-    if missing or surplus:
-        raise ValueError(
-            f"{folder} does not hold the weights of {type(model).__name__}: missing {missing[:5]}, "
-            f"surplus {surplus[:5]}"
-        )
+    expected, files = model.state_dict(keep_vars=True), check_tensors(model, folder)
     parts = {name: getattr(tensor, "part", None) for name, tensor in expected.items()}
     for count, (name, tensor) in enumerate(_read(files, parts), 1):
         if tensor.shape != expected[name].shape:
@@ -108,17 +134,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for leaf, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             if buffer.device != device:
                 setattr(module, leaf, buffer.to(device))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Map each tensor's name to the file that has it."""
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text())
-        return {name: folder / file for name, file in index["weight_map"].items()}
-    if not (folder / FILE).exists():
-        raise FileNotFoundError(f"{folder} has neither {FILE} nor {INDEX}; only safetensors are read")
-    with safe_open(folder / FILE, framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / FILE)
 
 
 def _read(files: Mapping[str, Path], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
