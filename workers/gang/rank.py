@@ -256,7 +256,9 @@ class Rank:
         while not denoising.done:
             before = time.perf_counter()
             denoising.step()  # an error inside is not agreed: the other ranks may wait in a collective of the forward
-            self._sync_point(denoising.request)
+            after = f"step {self._step + 1} of {denoising.total_steps}"
+            broken = None if denoising.finite else FloatingPointError(f"the latents are not finite after {after}")
+            self._sync_point(denoising.request, broken)
             self._step += 1
             yield time.perf_counter() - before
 

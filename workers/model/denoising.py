@@ -74,7 +74,7 @@ class Denoising:
         self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
-        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request)
         self._guided = self._adapter.guided(request)
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
@@ -112,6 +112,11 @@ class Denoising:
         latents: torch.Tensor = self._loop_state.latents
         return latents
 
+    @property
+    def finite(self) -> bool:
+        """Whether the latents of this rank hold neither infinity nor NaN, which a decoder would make black pictures."""
+        return bool(self.latents.isfinite().all())
+
     @torch.no_grad()
     def encode(self) -> None:
         """Encode the prompts, on ranks that have the encoders."""
@@ -138,6 +143,7 @@ class Denoising:
         """Draw the initial latents, set the timesteps."""
         self._set_guiders(self._adapter.guiders(self.request))
         self._run(self._workflow.prepare)
+        self._pipeline.scheduler.set_begin_index(0)  # as classic pipelines; else it looks for the step by its timestep
         _drop_full_masks(self._state)
         loop_state = self._workflow.loop.get_block_state(self._state)
         loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
@@ -229,6 +235,17 @@ class Denoising:
     def _run(self, blocks: tuple[Any, ...]) -> None:
         for block in blocks:
             _, self._state = block(self._pipeline, self._state)
+
+
+def _for_one_request(shared: Any, request: GenerationRequest) -> Any:
+    """A scheduler of the request's own.
+
+    With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0 by 0 there.
+    """
+    scheduler = copy.deepcopy(shared)
+    if request.num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
+        scheduler.register_to_config(shift_terminal=None)
+    return scheduler
 
 
 def _encodes(block: Any) -> bool:
