@@ -27,6 +27,9 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
 
+GATEWAY_LOST = "gateway_lost"
+"""The code that proxies answer with while there is no gateway; see `service.edge`."""
+
 
 @dataclass(frozen=True)
 class Status:

@@ -4,6 +4,7 @@ Unknown fields are refused, and the error suggests the nearest known one. OpenAI
 diffusion are accepted and named in the answer's `x-ignored-params`.
 """
 
+import asyncio
 import difflib
 import json
 import re
@@ -22,6 +23,9 @@ MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
 
 IGNORED = frozenset({"quality", "style", "moderation", "user", "safety_identifier"})
+
+BODY_S = 30.0
+"""For reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
 
 Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
@@ -97,13 +101,17 @@ async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
     """The JSON of a request's body.
 
     Raises:
-        InvalidParameter: the body is not JSON, or it is too large; the rest of it is not read then.
+        InvalidParameter: the body is not JSON, too large or too slow; the rest of it is not read then.
     """
     raw = bytearray()
-    async for chunk in chunks:
-        raw += chunk
-        if len(raw) > max_bytes:
-            raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in chunks:
+                raw += chunk
+                if len(raw) > max_bytes:
+                    raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
+    except TimeoutError:
+        raise InvalidParameter(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):

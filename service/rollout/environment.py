@@ -16,6 +16,8 @@ PRIVATE_CLUSTER = LOOPBACK_SWITCH | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # else a hung gang is waited for, for its whole grace period
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy laptop takes longer than Serve's 5 s
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # else 10: nobody answers for so long after a proxy has died
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.edge:middlewares",
 }
 """What a cluster of our own needs, whatever the environment says."""
 

@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
+from service.api.errors import GATEWAY_LOST
 from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
@@ -125,7 +126,7 @@ class LocalCluster:
         while time.monotonic() < deadline:
             self._raise_failures()  # first: what has failed never becomes ready, and its reason beats a timeout
             answer = _readiness(self.url)
-            if "error" in answer:
+            if "error" in answer and answer["error"]["code"] != GATEWAY_LOST:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
             if answer.get("instance_id") == self.instance_id:  # else another server answers at this port
                 waiting = answer["waiting_for"]
@@ -151,7 +152,7 @@ class LocalCluster:
             answer = _readiness(self.url)
             if answer.get("status") == "draining" and not answer["in_flight"]:
                 return
-            silent = 0 if answer else silent + 1
+            silent = 0 if "status" in answer else silent + 1  # an error: no gateway
             time.sleep(0.1)
 
     def stop(self) -> None:
