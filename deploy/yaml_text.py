@@ -44,6 +44,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         raise YamlMistake(text.count("\n", 0, error.position) + 1, f"is not YAML: {found}") from None
     except yaml.MarkedYAMLError as error:
         raise _located(error) from None
+    except RecursionError:
+        raise YamlMistake(1, "is nested too deeply") from None
     return _unshared(value), dict(_lines(root, ()))
 
 

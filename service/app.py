@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from service.api.origin import is_loopback
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from workers.gang.gang import Gang
@@ -132,6 +133,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "user_config": gateway_table(spec.models)
         | {
             "draining": False,
+            "local_only": is_loopback(spec.gateway.host),
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
             "metrics": spec.metrics_at,

@@ -5,6 +5,8 @@
     | + InvalidParameter      one parameter is wrong; `param` names it
     | + ModelNotFound         no such model in this deployment
     | + Unauthorized          the caller gave no valid API key
+    | + Forbidden             a web page of another site may have sent it
+    | + UnsupportedMediaType  its body is not sent as JSON
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -55,6 +57,14 @@ class ModelNotFound(RequestError):
 
 class Unauthorized(RequestError):
     """The caller gave no valid API key."""
+
+
+class Forbidden(RequestError):
+    """The request may come from a web page of another site."""
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not sent as JSON."""
 
 
 class ShuttingDown(SprayError):

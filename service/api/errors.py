@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 
 from workers.errors import (
+    Forbidden,
     GangLost,
     InvalidParameter,
     ModelNotFound,
@@ -21,6 +22,7 @@ from workers.errors import (
     RequestFailed,
     ShuttingDown,
     Unauthorized,
+    UnsupportedMediaType,
 )
 
 logger = logging.getLogger("ray.serve")
@@ -51,6 +53,8 @@ class Status:
 STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
+    Forbidden: Status(403, "invalid_request_error", "forbidden"),
+    UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
     ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),

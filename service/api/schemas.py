@@ -22,6 +22,9 @@ from workers.messages import GenerationRequest, ImageFormat
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
 
+MAX_KEYS = 100
+"""Of an object in a body."""
+
 IGNORED = frozenset({"quality", "style", "moderation", "user", "safety_identifier"})
 
 BODY_S = 30.0
@@ -101,7 +104,7 @@ async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
     """The JSON of a request's body.
 
     Raises:
-        InvalidParameter: the body is not JSON, too large or too slow; the rest of it is not read then.
+        InvalidParameter: the body is not JSON, too large, too slow, or has too many keys; its rest is not read.
     """
     raw = bytearray()
     try:
@@ -113,9 +116,15 @@ async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
     except TimeoutError:
         raise InvalidParameter(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         raise InvalidParameter(None, "the body is not JSON", "invalid_body") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:  # to find the one to complain about takes long
+        raise InvalidParameter(None, f"an object has more than {MAX_KEYS} keys", "invalid_body")
+    return dict(pairs)
 
 
 def parse_body(raw: object, kind: type[Body]) -> Body:

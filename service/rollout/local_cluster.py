@@ -48,6 +48,8 @@ METRICS_PORTS = range(20000, 30000)
 ANSWERS_WITHIN_S = 20.0
 """A core that needs longer for an order is not waited for."""
 
+SHARED_MEMORY = Path("/dev/shm")
+
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
@@ -77,6 +79,8 @@ class LocalCluster:
             raise RuntimeError("call use_private_cluster before Ray is imported, or the cluster would leave loopback")
         devices = local_devices()
         check_deployment(self.spec, devices)
+        if SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK):
+            raise SpecError(f"{SHARED_MEMORY} cannot be written, and Ray keeps its objects there; mount it writable")
         try:
             api_keys(self.spec.auth.api_keys_env)
         except RuntimeError as error:  # the gateway inherits this environment
@@ -84,7 +88,7 @@ class LocalCluster:
         # Ports before Ray: what cannot be bound is reported here in one line, not later in the log of a replica.
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://{_in_url(host)}:{port}"
         self._find_metrics_port()
         self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
         os.environ.pop("RAY_ADDRESS", None)
@@ -184,7 +188,7 @@ class LocalCluster:
                 f"metrics.port: {host}:{port} cannot be bound ({reason}); choose another port or metrics.host"
             )
         self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
-        self.metrics_url = f"http://{host}:{port}/metrics"
+        self.metrics_url = f"http://{_in_url(host)}:{port}/metrics"
 
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
@@ -217,14 +221,19 @@ def _reserve_port(host: str, port: int) -> socket.socket:
     reason = bind_error(host, port) if port else ""  # 0: the system picks one that nobody has
     if not reason:
         try:
-            reservation = socket.socket()
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            reservation = socket.socket(family)
             reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reservation.bind((host, port))
+            reservation.bind(address)
             return reservation
         except OSError as error:
             reason = str(error.strerror)
     raise SpecError(f"gateway.port: {host}:{port} cannot be bound ({reason}); choose another with --port")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _loaded() -> dict[str, float]:
