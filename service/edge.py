@@ -107,7 +107,9 @@ class Edge:
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, replay, _InEnvelope(send))
+        answer = _InEnvelope(send)
+        await self._app(scope, replay, answer)
+        await answer.end()
 
     async def _read(self, receive: Receive, messages: list[Message]) -> bool:
         """Add a body's messages to those given; False if there is no room for them."""
@@ -129,16 +131,26 @@ class _InEnvelope:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._replaced = False
+        self._begun = False
 
     async def __call__(self, message: Message) -> None:
+        self._begun = True
         if message["type"] == "http.response.start" and message["status"] >= 400:
             kind = dict(message["headers"]).get(b"content-type", b"")
             self._replaced = not kind.startswith(b"application/json")
         if not self._replaced:
             await self._send(message)
         elif not message.get("more_body", message["type"] == "http.response.start"):
-            text = "the gateway is starting or gone; another one takes its place"
-            await _refuse(self._send, 503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
+            await self._answer()
+
+    async def end(self) -> None:
+        """Answer if nobody has: what Serve does when a gateway dies before it has answered."""
+        if not self._begun:
+            await self._answer()
+
+    async def _answer(self) -> None:
+        text = "the gateway is starting or gone; another one takes its place"
+        await _refuse(self._send, 503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
 
 
 async def _refuse(send: Send, status: int, text: str, kind: str, code: str, headers: dict[str, str]) -> None:

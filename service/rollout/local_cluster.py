@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
+from service.rollout.cluster_folder import make_folder, remove_abandoned
 from service.rollout.core_watch import within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
@@ -71,6 +71,7 @@ class LocalCluster:
         self.url = ""
         self.metrics_url = ""
         self.address = ""
+        self.token_file: Path | None = None
         self._folder: Path | None = None
         self._reservation: socket.socket | None = None
 
@@ -90,11 +91,16 @@ class LocalCluster:
         host, port = self._reservation.getsockname()[:2]
         self.url = f"http://{_in_url(host)}:{port}"
         self._find_metrics_port()
-        self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
+        remove_abandoned()
+        self._folder, self._lock = make_folder()
+        if token := os.environ.get("RAY_AUTH_TOKEN"):
+            self.token_file = self._folder / "auth_token"
+            self.token_file.touch(mode=0o600)
+            self.token_file.write_text(token)
         os.environ.pop("RAY_ADDRESS", None)
         try:
             with _inherited("SPRAY_METRICS_DIR", self._folder / "metrics"):
-                start_ray(LOOPBACK, self._folder, devices, OBJECT_STORE_BYTES)
+                start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
             start_serve(host, port, proxy_location="HeadOnly", logging_config=quiet)
@@ -168,6 +174,7 @@ class LocalCluster:
             self._reservation = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
             self._folder = None
 
     def _find_metrics_port(self) -> None:

@@ -179,5 +179,21 @@ def test_what_serve_says_by_itself_comes_in_the_envelope(status: int, kind: byte
         assert "dead" not in json.dumps(body)
 
 
+def test_a_gateway_that_dies_silently_is_said_in_the_envelope() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    asyncio.run(edge.Edge(silent)({"type": "http"}, receive, send))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (503, "gateway_lost")
+
+
 def test_local_clusters_have_an_edge() -> None:
     assert PRIVATE_CLUSTER["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "service.edge:middlewares"

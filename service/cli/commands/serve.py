@@ -76,7 +76,8 @@ def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
         lines.append(f"  and {len(spec.models) - len(models)} more models")
     if cluster.metrics_url:
         lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
-    return [*lines, f"change it while it runs: spray deploy FILE --address {cluster.address}"]
+    token = f"RAY_AUTH_TOKEN_PATH={cluster.token_file} " if cluster.token_file else ""
+    return [*lines, f"change it while it runs: {token}spray deploy FILE --address {cluster.address}"]
 
 
 def _curl(url: str, spec: DeploymentSpec) -> str:
