@@ -52,9 +52,10 @@ def check_deployment(
 
 
 def _report(model: ModelSpec, folder: Path | None) -> list[str]:
+    devices = _amount(_per_replica(model, model.device), model.device)
     lines = [
-        f"{model.name}: {model.parallel}, each replica takes {_per_replica(model, model.device):g} "
-        f"{_unit(model.device)} ({model.parallel.world_size} ranks, {model.torch_dtype})",
+        f"{model.name}: {model.parallel}, each replica takes {devices} "
+        f"({model.parallel.world_size} ranks, {model.torch_dtype})",
         *_groups(model),
     ]
     if folder is None:
@@ -150,7 +151,8 @@ def _missing_devices(spec: DeploymentSpec, devices: dict[str, float]) -> list[st
         ] + ([f"{largest[0].name} {largest[1]:g} when it wakes"] if largest else [])
         several = any(model.autoscaling.min_replicas > 1 for model, _ in always)
         problems.append(
-            f"{wanted:g} {_unit(kind)} are needed ({', '.join(names)}), {there:g} are available; lower the degrees"
+            f"{_amount(wanted, kind)} {_be(wanted)} needed ({', '.join(names)}), {there:g} {_be(there)} available; "
+            "lower the degrees"
             + (", autoscaling.min_replicas" if several else "")
             + (" or placement.cpus_per_rank" if kind == "cpu" else " or add devices")
         )
@@ -174,5 +176,10 @@ def _per_replica(model: ModelSpec, kind: str) -> float:
     return model.parallel.world_size * each
 
 
-def _unit(kind: str) -> str:
-    return "CPU cores" if kind == "cpu" else "GPUs"
+def _amount(number: float, kind: str) -> str:
+    unit = "CPU core" if kind == "cpu" else "GPU"
+    return f"{number:g} {unit}" + ("" if number == 1 else "s")
+
+
+def _be(number: float) -> str:
+    return "is" if number == 1 else "are"

@@ -16,6 +16,9 @@ Pixels = Annotated[int, Field(ge=16, le=8192)]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Task = Literal["text-to-image", "text-to-video"]
 
+NO_NUL = r"^[^\x00]*$"
+"""Of paths: the system's functions take no NUL."""
+
 LIVE = frozenset({"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued"})
 """Keys of a model that change while its gangs run. A change of any other key starts new gangs."""
 
@@ -107,7 +110,7 @@ class LoRA(_Section):
     """An adapter that requests may name."""
 
     name: Name = Field(description="the name that requests use")
-    source: str = Field(description="safetensors file; relative to the deployment file")
+    source: str = Field(pattern=NO_NUL, description="safetensors file; relative to the deployment file")
     component: Literal["transformer", "transformer_2"] = Field(
         "transformer", description="the transformer that it belongs to, if a model has two"
     )
@@ -126,7 +129,8 @@ class ModelSpec(_Section):
 
     name: Name = Field(description="the name that requests use")
     source: str = Field(
-        description="model folder in diffusers' format, relative to the deployment file, or a hub id (org/name)"
+        pattern=NO_NUL,
+        description="model folder in diffusers' format, relative to the deployment file, or a hub id (org/name)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; absent: its main branch")
     aliases: tuple[Name, ...] = Field((), description="other names that requests may use")

@@ -4,12 +4,13 @@
     gateway.py      the gateway: table of models, admission, retry after a lost gang
     routing.py      which gang a request goes to
     autoscaling.py  how many gangs a model needs
+    edge.py         limits on reading requests, in the proxies of Serve
     names.py        what the applications are called in Serve
     api/            the REST API, and the table of errors
     state/          what the cluster is doing
     rollout/        what differs between a file and a cluster, the checks before a change, and the change itself
     cli/            the command `spray`
 
-Serve's configs name `service.app`, `service.routing` and `service.autoscaling`, so these paths stay. `README.md` is the
-reference of the API and the commands. This file imports nothing.
+Serve's configs name `service.app`, `service.routing` and `service.autoscaling`, and its proxies `service.edge`, so
+these paths stay. `README.md` is the reference of the API and the commands. This file imports nothing.
 """

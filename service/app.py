@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from service.api.origin import is_loopback
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from workers.gang.gang import Gang
@@ -24,6 +25,9 @@ LOOK_BACK_S = 20.0
 """Serve averages the gangs' reports over this time. The policy itself takes the length of their work into account."""
 
 ROUTING_STATS_PERIOD_S = 1.0
+
+SPARE_REQUESTS = 1000
+"""Of a gateway, beyond all that its models may queue: health checks are answered however full it is."""
 
 ROUTER_BACKOFF_S = 0.05
 """A waiting request asks again after this time; a gang that becomes free is idle for no longer."""
@@ -125,10 +129,11 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "name": GATEWAY,
         "num_replicas": spec.gateway.replicas,
         "ray_actor_options": {"num_cpus": 0},
-        "max_ongoing_requests": 1000,
+        "max_ongoing_requests": SPARE_REQUESTS + sum(_most_at_once(model) for model in spec.models),
         "user_config": gateway_table(spec.models)
         | {
             "draining": False,
+            "local_only": is_loopback(spec.gateway.host),
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
             "metrics": spec.metrics_at,
@@ -142,6 +147,11 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "args": {"instance_id": instance_id},
         "deployments": [options],
     }
+
+
+def _most_at_once(model: ModelSpec) -> int:
+    """Requests of one model that a gateway may have: those that wait, and one on each gang."""
+    return model.max_queued + model.autoscaling.max_replicas
 
 
 def gateway_table(models: Iterable[ModelSpec]) -> dict[str, Any]:

@@ -31,7 +31,17 @@ from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
 from service.state.waiting import waiting_for
-from workers.errors import GangLost, ModelNotFound, ModelUnavailable, QueueFull, ShuttingDown, SprayError, Unauthorized
+from workers.errors import (
+    Forbidden,
+    GangLost,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+    ShuttingDown,
+    SprayError,
+    Unauthorized,
+    UnsupportedMediaType,
+)
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
@@ -46,7 +56,8 @@ PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error is not Unauthorized)}
+NOT_ADMITTED = (Unauthorized, Forbidden, UnsupportedMediaType)
+OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
 _caller: ContextVar[str] = ContextVar("caller", default="")
@@ -68,6 +79,7 @@ class Gateway:
         self.instance_id = instance_id
         self.max_body_bytes = 1 << 20
         self.draining = False
+        self.local_only = False
         self.in_flight = 0
         self._keys: list[str] | None = UNSET
         self._models: dict[str, ModelSpec] = {}
@@ -88,6 +100,7 @@ class Gateway:
         self._models = {spec.name: spec for spec in specs}
         self._handles = {name: handle for name, handle in self._handles.items() if name in self._models}
         self.draining = user_config["draining"]
+        self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.max_body_bytes = user_config["max_body_bytes"]
         try:
             self._keys = api_keys(user_config["api_keys_env"])
@@ -119,9 +132,9 @@ class Gateway:
         if self._keys is None:
             return
         scheme, _, given = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not any(
-            hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._keys
-        ):
+        given = given.strip()
+        sent = given.encode("latin-1") if given.isascii() or max(given) <= "\xff" else given.encode()
+        if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, key.encode()) for key in self._keys):
             raise Unauthorized("a valid API key is required, as 'Authorization: Bearer KEY'")
 
     def models(self) -> dict[str, ModelSpec]:

@@ -19,7 +19,7 @@ ALLOWED = {
     "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client"},
-    "service": {"ray", "fastapi", "starlette", "httpx", "pydantic", "typer", "rich"},
+    "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"},
 }
 """Packages of others, by layer; the standard library besides."""
 

@@ -130,6 +130,8 @@ MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
 ERRORS = {
     "InvalidParameter": (400, "invalid_value"),
     "Unauthorized": (401, "invalid_api_key"),
+    "Forbidden": (403, "forbidden"),
+    "UnsupportedMediaType": (415, "unsupported_media_type"),
     "ModelNotFound": (404, "model_not_found"),
     "RequestQuarantined": (422, "request_quarantined"),
     "QueueFull": (429, "queue_full"),

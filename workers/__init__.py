@@ -3,6 +3,7 @@
 messages.py   what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult, RankStatus
 errors.py     the one tree of errors
 metrics.py    every metric by name; exporter.py shares them between the processes of a node, for Prometheus
+private_folder.py  folders that belong to one user alone
 gang/         the actors: a gang, its ranks, where they are placed, what they cost
 model/        one model in one rank: files, loading, denoising, adapters, pictures
 demo_models/  tiny models for the demo and the tests; `python -m workers.demo_models` writes one

@@ -6,6 +6,8 @@
     | + ModelNotFound         no such model in this deployment
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
+    | + Forbidden             a web page of another site may have sent it
+    | + UnsupportedMediaType  its body is not sent as JSON
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -60,6 +62,14 @@ class Unauthorized(RequestError):
 
 class RequestQuarantined(RequestError):
     """The same request of the same caller has cost as many gangs as one request may."""
+
+
+class Forbidden(RequestError):
+    """The request may come from a web page of another site."""
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not sent as JSON."""
 
 
 class ShuttingDown(SprayError):

@@ -23,6 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from workers.metrics import BUILD
+from workers.private_folder import make_private
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,12 +47,12 @@ def share_values() -> Path | None:
         return None
     folder = Path(os.environ.get("SPRAY_METRICS_DIR", f"{tempfile.gettempdir()}/spray-metrics-{raylet}"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         for file in folder.glob(f"gauge_*_{os.getpid()}.db"):  # left by an ended process that had the same pid
             file.unlink()
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        logger.warning("this process exports no metrics: %s: %s", folder, error.strerror)
+        logger.warning("this process exports no metrics: %s: %s", folder, error.strerror or error)
         return None
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # in this process only: Ray's own processes read it too
     values.ValueClass = values.MultiProcessValue()

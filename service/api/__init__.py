@@ -6,6 +6,7 @@ videos.py     POST /v1/videos/sync
 models.py     GET /v1/models
 cluster.py    GET /v1/cluster, and the probes /livez and /readyz
 backend.py    what the API needs of the gateway, and how routes get at it
+origin.py     where a request comes from: its id, and whether a foreign web page may have sent it
 streaming.py  server-sent events
 schemas.py    request bodies -> GenerationRequest
 responses.py  results, events and models -> response bodies

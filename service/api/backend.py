@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, Request
 
 from deploy.spec import ModelSpec
+from service.api.origin import reject_foreign_pages
 from service.state.model_states import ModelState
 from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
@@ -23,6 +24,7 @@ class Backend(Protocol):
     instance_id: str
     max_body_bytes: int
     draining: bool
+    local_only: bool
     in_flight: int
 
     def admit(self, authorization: str | None) -> None:
@@ -52,8 +54,9 @@ Served = Annotated[Backend, Depends(get_backend)]
 
 
 async def require_key(http: Request, backend: Served) -> None:
-    """Reject callers without a valid API key, before their body is read. A dependency of every /v1 route."""
+    """Reject callers without a valid API key, and foreign web pages, before their body is read; on every /v1 route."""
     backend.admit(http.headers.get("authorization"))
+    reject_foreign_pages(http, backend.local_only)
 
 
 async def run(backend: Backend, request: GenerationRequest) -> GenerationResult:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 
 from workers.errors import (
+    Forbidden,
     GangLost,
     InvalidParameter,
     ModelNotFound,
@@ -22,11 +23,15 @@ from workers.errors import (
     RequestQuarantined,
     ShuttingDown,
     Unauthorized,
+    UnsupportedMediaType,
 )
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
+
+GATEWAY_LOST = "gateway_lost"
+"""The code that proxies answer with while there is no gateway; see `service.edge`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Status:
 STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
+    Forbidden: Status(403, "invalid_request_error", "forbidden"),
+    UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
     RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined"),
     ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),

@@ -4,6 +4,7 @@ Unknown fields are refused, and the error suggests the nearest known one. OpenAI
 diffusion are accepted and named in the answer's `x-ignored-params`.
 """
 
+import asyncio
 import difflib
 import json
 import re
@@ -21,7 +22,13 @@ from workers.messages import GenerationRequest, ImageFormat
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
 
+MAX_KEYS = 100
+"""Of an object in a body."""
+
 IGNORED = frozenset({"quality", "style", "moderation", "user", "safety_identifier"})
+
+BODY_S = 30.0
+"""For reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
 
 Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
@@ -97,17 +104,27 @@ async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
     """The JSON of a request's body.
 
     Raises:
-        InvalidParameter: the body is not JSON, or it is too large; the rest of it is not read then.
+        InvalidParameter: the body is not JSON, too large, too slow, or has too many keys; its rest is not read.
     """
     raw = bytearray()
-    async for chunk in chunks:
-        raw += chunk
-        if len(raw) > max_bytes:
-            raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
     try:
-        return json.loads(raw)
+        async with asyncio.timeout(BODY_S):
+            async for chunk in chunks:
+                raw += chunk
+                if len(raw) > max_bytes:
+                    raise InvalidParameter(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
+    except TimeoutError:
+        raise InvalidParameter(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
+    try:
+        return json.loads(raw, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         raise InvalidParameter(None, "the body is not JSON", "invalid_body") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:  # to find the one to complain about takes long
+        raise InvalidParameter(None, f"an object has more than {MAX_KEYS} keys", "invalid_body")
+    return dict(pairs)
 
 
 def parse_body(raw: object, kind: type[Body]) -> Body:

@@ -7,6 +7,8 @@ serve_client.py   Ray and Serve themselves; the only file that uses their privat
 environment.py    what Ray reads from the environment; set by entry points, before Ray is imported
 attach.py         a running Ray cluster, for `spray deploy`
 local_cluster.py  a Ray cluster of our own on this machine, for `spray serve`, the demo and the tests
+cluster_folder.py  the folder of such a cluster, for its user alone
+core_watch.py     notices when the core of such a cluster is gone
 devices.py        what this machine offers
-ports.py          why a port cannot be bound
+ports.py          why a port cannot be bound, and who reaches it
 """

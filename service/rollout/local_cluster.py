@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +24,12 @@ from ray.exceptions import RayError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
+from service.api.errors import GATEWAY_LOST
 from service.app import serve_config
 from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
+from service.rollout.cluster_folder import make_folder, remove_abandoned
 from service.rollout.core_watch import within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
@@ -46,6 +47,8 @@ METRICS_PORTS = range(20000, 30000)
 
 ANSWERS_WITHIN_S = 20.0
 """A core that needs longer for an order is not waited for."""
+
+SHARED_MEMORY = Path("/dev/shm")
 
 OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -68,6 +71,7 @@ class LocalCluster:
         self.url = ""
         self.metrics_url = ""
         self.address = ""
+        self.token_file: Path | None = None
         self._folder: Path | None = None
         self._reservation: socket.socket | None = None
 
@@ -76,6 +80,8 @@ class LocalCluster:
             raise RuntimeError("call use_private_cluster before Ray is imported, or the cluster would leave loopback")
         devices = local_devices()
         check_deployment(self.spec, devices)
+        if SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK):
+            raise SpecError(f"{SHARED_MEMORY} cannot be written, and Ray keeps its objects there; mount it writable")
         try:
             api_keys(self.spec.auth.api_keys_env)
         except RuntimeError as error:  # the gateway inherits this environment
@@ -83,13 +89,18 @@ class LocalCluster:
         # Ports before Ray: what cannot be bound is reported here in one line, not later in the log of a replica.
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://{_in_url(host)}:{port}"
         self._find_metrics_port()
-        self._folder = Path(tempfile.mkdtemp(prefix="spray-", dir="/tmp"))  # short: socket paths end at 107 bytes
+        remove_abandoned()
+        self._folder, self._lock = make_folder()
+        if token := os.environ.get("RAY_AUTH_TOKEN"):
+            self.token_file = self._folder / "auth_token"
+            self.token_file.touch(mode=0o600)
+            self.token_file.write_text(token)
         os.environ.pop("RAY_ADDRESS", None)
         try:
             with _inherited("SPRAY_METRICS_DIR", self._folder / "metrics"):
-                start_ray(LOOPBACK, self._folder, devices, OBJECT_STORE_BYTES)
+                start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
             start_serve(host, port, proxy_location="HeadOnly", logging_config=quiet)
@@ -125,7 +136,7 @@ class LocalCluster:
         while time.monotonic() < deadline:
             self._raise_failures()  # first: what has failed never becomes ready, and its reason beats a timeout
             answer = _readiness(self.url)
-            if "error" in answer:
+            if "error" in answer and answer["error"]["code"] != GATEWAY_LOST:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
             if answer.get("instance_id") == self.instance_id:  # else another server answers at this port
                 waiting = answer["waiting_for"]
@@ -151,7 +162,7 @@ class LocalCluster:
             answer = _readiness(self.url)
             if answer.get("status") == "draining" and not answer["in_flight"]:
                 return
-            silent = 0 if answer else silent + 1
+            silent = 0 if "status" in answer else silent + 1  # an error: no gateway
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -163,6 +174,7 @@ class LocalCluster:
             self._reservation = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
             self._folder = None
 
     def _find_metrics_port(self) -> None:
@@ -183,7 +195,7 @@ class LocalCluster:
                 f"metrics.port: {host}:{port} cannot be bound ({reason}); choose another port or metrics.host"
             )
         self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
-        self.metrics_url = f"http://{host}:{port}/metrics"
+        self.metrics_url = f"http://{_in_url(host)}:{port}/metrics"
 
     def _raise_failures(self) -> None:
         for name, application in serve.status().applications.items():
@@ -216,14 +228,19 @@ def _reserve_port(host: str, port: int) -> socket.socket:
     reason = bind_error(host, port) if port else ""  # 0: the system picks one that nobody has
     if not reason:
         try:
-            reservation = socket.socket()
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            reservation = socket.socket(family)
             reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reservation.bind((host, port))
+            reservation.bind(address)
             return reservation
         except OSError as error:
             reason = str(error.strerror)
     raise SpecError(f"gateway.port: {host}:{port} cannot be bound ({reason}); choose another with --port")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _loaded() -> dict[str, float]:

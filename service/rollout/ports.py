@@ -1,6 +1,9 @@
-"""Why a port cannot be bound: for `spray doctor`, and for local clusters, which find out before they start anything."""
+"""Why a port cannot be bound, and who reaches it: for `spray doctor`, `spray serve` and `spray deploy`."""
 
 import socket
+
+from deploy.spec import DeploymentSpec
+from service.api.origin import is_loopback
 
 
 def bind_error(host: str, port: int) -> str:
@@ -14,3 +17,13 @@ def bind_error(host: str, port: int) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def open_to_all(spec: DeploymentSpec) -> str:
+    """A warning if whoever reaches the HTTP port may use it; empty if callers need a key or are on this machine."""
+    if spec.auth.api_keys_env or is_loopback(spec.gateway.host):
+        return ""
+    return (
+        f"warning: anybody who reaches {spec.gateway.host}:{spec.gateway.port} may use this deployment; "
+        "auth.api_keys_env asks for keys"
+    )

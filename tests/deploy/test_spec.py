@@ -90,7 +90,7 @@ def a_folder(tmp_path: Path, heads: int) -> Path:
             "a: tensor_parallel_size=5 does not divide the model's 12 attention heads; allowed: 1, 2, 3, 4, 6, 12",
         ),
         ({"parallel": {"ulysses_degree": 3}}, "3 CPU cores are needed (a 3), 2 are available; lower the degrees"),
-        ({"device": "cuda"}, "1 GPUs are needed (a 1), 0 are available"),
+        ({"device": "cuda"}, "1 GPU is needed (a 1), 0 are available"),
         ({"device": "cuda", "placement": {"cpus_per_rank": 8}}, "8 CPU cores are needed (a 8), 2 are available"),
         ({"source": "elsewhere"}, "model_index.json is missing"),
     ],
@@ -272,7 +272,7 @@ GANGS = [
         "a sleeper could not wake",
         [{}, {"min": 0}],
         1.0,
-        r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 are available",
+        r"2 GPUs are needed \(m0 1, m1 1 when it wakes\), 1 is available",
     ),
     ("several replicas", [{"min": 3}], 2.0, r"3 GPUs are needed \(m0 1 x 3\), 2 .* autoscaling.min_replicas"),
 ]

@@ -66,11 +66,18 @@ def strike(actor: Any, fault: str, after: Path | None = None) -> None:
 
 
 def gateway_pid() -> int:
-    (name,) = (
-        a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("SERVE_REPLICA::gateway#")
-    )
-    gateway = ray.get_actor(name["name"], namespace=name["namespace"])
-    return int(ray.get(gateway.__ray_call__.remote(lambda _: os.getpid()), timeout=120))
+    return pid_of("SERVE_REPLICA::gateway#")
+
+
+def pid_of(prefix: str) -> int:
+    (name,) = (a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(prefix))
+    actor = ray.get_actor(name["name"], namespace=name["namespace"])
+    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=120))
+
+
+def hold(actor: Any, calm: Path) -> None:
+    """In the rank's process: let every forward wait while a file is there."""
+    in_each_forward(actor, lambda: wait_while(calm))
 
 
 def wait_ended(pids: list[int]) -> None:
@@ -146,6 +153,42 @@ def break_scheduler(actor: Any) -> None:
 
 def mend_scheduler(actor: Any) -> None:
     type(actor._rank._loaded.pipeline.scheduler).set_timesteps = type(actor._rank._loaded.pipeline.scheduler).sound
+
+
+def test_a_killed_gateway_is_said_in_the_envelope(server: str, tmp_path: Path) -> None:
+    (calm := tmp_path / "calm").touch()
+    on_rank("bystander", 0, hold, calm)
+    before = rank_statuses("bystander")[0].progress
+    with concurrent.futures.ThreadPoolExecutor(1) as callers:
+        try:
+            asked = callers.submit(generate, server, model="bystander")
+            wait_for(lambda: rank_statuses("bystander")[0].progress, lambda progress: progress > before)
+            os.kill(gateway_pid(), signal.SIGKILL)
+            answer = asked.result()
+        finally:
+            calm.unlink()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5"), answer.text
+    assert answer.json()["error"]["code"] == "gateway_lost"
+    wait_for(lambda: answers(server), lambda status: status == 200)
+    assert generate(server, model="bystander").status_code == 200
+
+
+def test_a_killed_proxy_is_back_within_seconds(server: str, capsys: Any) -> None:
+    os.kill(pid_of("SERVE_PROXY_ACTOR-"), signal.SIGKILL)
+    began = time.monotonic()
+    wait_for(lambda: answers(server), lambda status: status == 0)
+    wait_for(lambda: answers(server), lambda status: status == 200)
+    with capsys.disabled():
+        print(f" proxy SIGKILL: answers again after {time.monotonic() - began:.1f} s;", end="")
+    assert time.monotonic() - began < 20, "5 on an idle machine, 27 with Serve's own period"
+
+
+def answers(server: str) -> int:
+    """The status of a health check; 0 if nobody answers."""
+    try:
+        return httpx.get(f"{server}/livez", timeout=5, trust_env=False).status_code
+    except httpx.TransportError:
+        return 0
 
 
 def test_a_gang_whose_own_process_dies_is_placed_anew(server: str) -> None:

@@ -157,7 +157,7 @@ def test_a_caller_who_leaves_frees_all_ranks(server: str, stream: bool, computin
     long = {"model": "demo-2", "prompt": "a", "num_inference_steps": 100, "stream": stream}
     with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as caller:
         body = json.dumps(long).encode()
-        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
         caller.sendall(head.encode() + body)
         if computing:
             wait_for(lambda: rank_statuses("demo-2")[0].progress, lambda progress: progress > before[0].progress + 3)

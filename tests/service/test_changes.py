@@ -27,7 +27,7 @@ from deploy.spec import (
     Timeouts,
     WarmupShape,
 )
-from service.app import check_ports, gang_app, gateway_app, model_application, serve_config
+from service.app import SPARE_REQUESTS, check_ports, gang_app, gateway_app, model_application, serve_config
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rollout.changes import Change, find_changes, keep_derived_tasks
@@ -231,11 +231,18 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     metrics = {"host": "0.0.0.0", "port": 9500}
     assert table == {
         "draining": False,
+        "local_only": False,
         "max_body_bytes": 2048,
         "api_keys_env": "KEYS",
         "metrics": metrics,
         "models_folder": None,
     }
+
+
+def test_a_gateway_has_room_beyond_all_that_its_models_may_queue() -> None:
+    busy = BEFORE.model_copy(update={"max_queued": 5000, "autoscaling": Autoscaling(max_replicas=7)})
+    options = serve_config(DeploymentSpec(models=(busy,)))["applications"][-1]["deployments"][0]
+    assert options["max_ongoing_requests"] == 5000 + 7 + SPARE_REQUESTS
 
 
 def test_where_metrics_are_read_restarts_nothing() -> None:

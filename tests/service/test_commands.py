@@ -256,7 +256,7 @@ def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
 
 def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_spec(file)
-    cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics")
+    cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics", token_file=None)
     assert serve._banner(spec, cluster) == [  # type: ignore[arg-type]
         "spray on 16 CPU cores and 4 GPUs",
         "  a: ulysses_degree=4 on cuda",
@@ -264,6 +264,9 @@ def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest
         "metrics for Prometheus: http://127.0.0.1:9464/metrics",
         "change it while it runs: spray deploy FILE --address 10.0.0.1:6379",
     ]
+    cluster.token_file = "/tmp/spray-x/auth_token"
+    (_, command) = serve._banner(spec, cluster)[-1].split(": ")  # type: ignore[arg-type]
+    assert command == "RAY_AUTH_TOKEN_PATH=/tmp/spray-x/auth_token spray deploy FILE --address 10.0.0.1:6379"
     many = spec.model_copy(update={"models": spec.models * 25})
     assert len(serve._banner(many, cluster)) <= 6  # type: ignore[arg-type]
     assert "  and 48 more models" in serve._banner(many, cluster)  # type: ignore[arg-type]

@@ -67,7 +67,13 @@ def test_deploy_connects_as_the_operator(given: dict[str, str], file: bool, mode
 
 
 def test_serve_prepares_a_cluster_of_its_own(tmp_path: Path) -> None:
-    assert at_rays_import(tmp_path, "serve") == PRIVATE_CLUSTER | PRIVATE_CLUSTER_DEFAULTS
+    found = at_rays_import(tmp_path, "serve")
+    token = found.pop("RAY_AUTH_TOKEN")
+    assert (found, len(token)) == (PRIVATE_CLUSTER | PRIVATE_CLUSTER_DEFAULTS, 64)
+    assert at_rays_import(tmp_path, "serve")["RAY_AUTH_TOKEN"] != token
+    assert "RAY_AUTH_TOKEN" not in at_rays_import(tmp_path, "serve", RAY_AUTH_MODE="disabled")
+    given = at_rays_import(tmp_path, "serve", RAY_AUTH_TOKEN_PATH="/t")
+    assert (given["RAY_AUTH_TOKEN_PATH"], "RAY_AUTH_TOKEN" in given) == ("/t", False)
     mode = at_rays_import(tmp_path, "serve", RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="1")
     assert (mode["RAY_AUTH_MODE"], mode["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
 

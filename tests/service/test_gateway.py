@@ -62,6 +62,14 @@ def test_each_of_several_keys_opens(opened: Gateway, monkeypatch: pytest.MonkeyP
     opened.admit(header)
 
 
+@pytest.mark.parametrize("sent", ["Bearer ключ", "Bearer " + "ключ".encode().decode("latin-1")])
+def test_a_key_may_have_any_letters(opened: Gateway, monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
+    """Servers decode headers as latin-1, whatever clients send."""
+    monkeypatch.setenv("KEYS", "ключ")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
+    opened.admit(sent)
+
+
 @pytest.mark.parametrize(
     "header", [None, "", "k1", "Bearer ", "Bearer k", "Bearer k1, k2,", "Bearer K1", "Basic k1", "Bearer é"]
 )

@@ -76,6 +76,52 @@ def test_a_misspelled_field_is_named_before_the_one_it_leaves_missing(client: Te
     assert answer.json()["error"]["message"] == "unknown parameter 'promt'; did you mean 'prompt'?"
 
 
+def test_many_unknown_fields_are_refused_at_once(client: TestClient) -> None:
+    for extra in ({str(i): 1 for i in range(90_000)}, {"stream_options": {str(i): 1 for i in range(90_000)}}):
+        answer = post(client, **extra)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_body")
+
+
+@pytest.mark.parametrize(
+    ("headers", "local", "status"),
+    [
+        ({"content-type": "text/plain"}, False, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, False, 415),
+        ({"content-type": "application/json; charset=utf-8"}, False, 200),
+        ({"origin": "http://evil.example"}, False, 403),
+        ({"origin": "null"}, False, 403),
+        ({"origin": "http://evil.example", "authorization": "Bearer none"}, False, 200),
+        ({"origin": "http://here:8000", "host": "here:8000"}, False, 200),
+        ({"host": "evil.example:8000", "origin": "http://evil.example:8000"}, True, 403),
+        ({"host": "evil.example"}, True, 403),
+        ({"host": "evil.example"}, False, 200),
+        ({"host": "localhost:8000"}, True, 200),
+        ({"host": "127.0.0.1:8000"}, True, 200),
+        ({"host": "[::1]:8000"}, True, 200),
+    ],
+)
+def test_a_web_page_cannot_drive_a_server_without_keys(
+    backend: FakeBackend, client: TestClient, headers: dict[str, str], local: bool, status: int
+) -> None:
+    backend.local_only = local
+    body = json.dumps({"model": "one", "prompt": "a"})
+    answer = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"} | headers)
+    assert answer.status_code == status, answer.text
+    assert len(backend.requests) == (status == 200)
+    assert status == 200 or answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a-1.b", True), ("a" * 65, False), ("a b", False), ("", False)])
+def test_a_request_keeps_the_id_that_proxies_log(
+    backend: FakeBackend, client: TestClient, given: str, kept: bool
+) -> None:
+    for _ in range(2):
+        client.post("/v1/images/generations", json={"model": "one", "prompt": "a"}, headers={"x-request-id": given})
+    ids = [request.request_id for request in backend.requests]
+    assert len(set(ids)) == 2  # whoever sends one twice still has two requests
+    assert all(found.startswith(f"{given}-") for found in ids) == kept
+
+
 def test_unknown_model(client: TestClient) -> None:
     answer = post(client, model="three")
     assert answer.status_code == 404

@@ -29,6 +29,7 @@ class FakeBackend:
         self.requests: list[GenerationRequest] = []
         self.max_body_bytes = 1 << 20
         self.draining = False
+        self.local_only = False
         self.in_flight = 0
         self.key: str | None = None
         self.closed = False

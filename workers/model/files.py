@@ -30,6 +30,7 @@ from deploy.families.lookup import family_name
 from deploy.model_folder import INDEX, component_classes
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
+from workers.private_folder import make_private, open_own
 
 logger = logging.getLogger("ray.serve")
 
@@ -121,7 +122,9 @@ def _check_once(folder: Path, notes: Path) -> None:
         return
     for check in CHECKS:
         check(folder)
-    note.write_text(state)
+    with open_own(note) as file:
+        file.truncate()
+        file.write(state)
 
 
 def _state(folder: Path) -> str:
@@ -138,18 +141,24 @@ def _state(folder: Path) -> str:
 def _notes_folder(cache: str | None) -> Path:
     """The folder of locks and notes: beside the models, or among temporary files if that is read-only."""
     own = Path(tempfile.gettempdir(), f"spray-{os.getuid()}")
-    for place in [Path(cache, ".spray"), own] if cache else [own]:
+    if cache:
+        place = Path(cache, ".spray")
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
-    raise OSError(f"{own} is not writable; set TMPDIR to a folder that is")
+    try:
+        return make_private(own)
+    except PermissionError:
+        raise
+    except OSError:
+        raise OSError(f"{own} is not writable; set TMPDIR to a folder that is") from None
 
 
 @contextlib.contextmanager
 def _lock(lock: Path, name: str) -> Iterator[None]:
     """Let one process of this node in at a time. The lock ends with its process, however that ends."""
-    with lock.open("w") as file:
+    with open_own(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,6 +11,7 @@ from deploy.spec import DeploymentSpec, SpecError
 from service.cli.options import File, Overrides, load
 from service.cli.output import say
 from service.rollout.environment import use_running_cluster
+from service.rollout.ports import open_to_all
 
 if TYPE_CHECKING:
     from service.rollout.changes import Change
@@ -44,6 +45,8 @@ def deploy(
     from service.rollout.serve_client import applications
 
     check_ports(spec)
+    if warning := open_to_all(spec):
+        say(warning)
     with attach(address or os.environ.get("SPRAY_ADDRESS")):
         present = applications()
         running = running_models(present)

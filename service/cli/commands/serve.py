@@ -12,6 +12,7 @@ from service.cli.output import say
 from service.cli.progress import LoadBars
 from service.rollout.devices import local_devices
 from service.rollout.environment import use_private_cluster
+from service.rollout.ports import open_to_all
 from workers.errors import GangLost
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def serve(
 
     try:
         with LocalCluster(spec) as cluster:
-            for line in _banner(spec, cluster):
+            for line in filter(None, [open_to_all(spec), *_banner(spec, cluster)]):
                 say(line)
             with LoadBars([model.name for model in spec.models]) as bars:
                 cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
@@ -75,7 +76,8 @@ def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
         lines.append(f"  and {len(spec.models) - len(models)} more models")
     if cluster.metrics_url:
         lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
-    return [*lines, f"change it while it runs: spray deploy FILE --address {cluster.address}"]
+    token = f"RAY_AUTH_TOKEN_PATH={cluster.token_file} " if cluster.token_file else ""
+    return [*lines, f"change it while it runs: {token}spray deploy FILE --address {cluster.address}"]
 
 
 def _curl(url: str, spec: DeploymentSpec) -> str:

@@ -1,0 +1,55 @@
+"""Where an HTTP request comes from: its id, and whether a web page may have sent it from somebody's browser.
+
+A browser sends requests for any page to any server that it reaches, one on its own machine included. Without keys,
+nothing else would tell such a request from its user's. Called by the routers before a body is read.
+"""
+
+import ipaddress
+import re
+import uuid
+from urllib.parse import urlsplit
+
+from fastapi import Request
+
+from workers.errors import Forbidden, UnsupportedMediaType
+
+ID_HEADER = "x-request-id"
+
+
+def reject_foreign_pages(http: Request, local_only: bool) -> None:
+    """Reject what a page of another site may have sent. A request with a key passes: pages cannot add one unasked.
+
+    Args:
+        http: the request.
+        local_only: the server is for its own machine, so its names are those of loopback.
+
+    Raises:
+        Forbidden: the request comes from a page of another site, or asks for a host that this server is not.
+        UnsupportedMediaType: its body is of a type that pages send without asking.
+    """
+    headers = http.headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if http.method == "POST" and kind not in ("", "application/json"):
+        raise UnsupportedMediaType(f"content-type must be application/json, not {kind!r}")
+    if headers.get("authorization"):
+        return
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        raise Forbidden(f"a page of {origin} may not call this server")
+    if local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        raise Forbidden(f"this server is not {host!r}; call it by localhost or 127.0.0.1")
+
+
+def is_loopback(host: str) -> bool:
+    """True for a name or an address of the machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def request_id(http: Request) -> str:
+    """A new id that begins with the one in the header, which Serve's proxies add, log and answer."""
+    given = http.headers.get(ID_HEADER, "")
+    own = uuid.uuid4().hex
+    return f"{given}-{own[:8]}" if re.fullmatch(r"[\w.-]{1,64}", given) else own

@@ -1,0 +1,162 @@
+"""What stands between the network and Serve in the proxy of each node: limits on reading requests, and errors.
+
+Serve's proxies call `middlewares` when they start, as `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it. A request
+reaches the gateway when its body is there, so slow senders take none of the gateway's slots. What Serve says by itself,
+such as that a gateway has died, comes in the envelope of all other errors.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from service.api.errors import GATEWAY_LOST, RETRY_AFTER_S, envelope
+
+HEADER_S = 10.0
+"""For the head of a request, from the connection or the last answer on it."""
+
+MAX_HEADER_BYTES = 64 << 10
+
+BODY_S = 30.0
+"""For the body. The gateway gives up after the same time where a body is too large to be held here."""
+
+HELD_BYTES = 4 << 20
+"""Of one body. Whatever is larger goes on to the gateway, which refuses bodies that exceed the deployment's limit."""
+
+ALL_HELD_BYTES = 256 << 20
+"""Of all bodies that are being read."""
+
+
+def middlewares() -> list[Middleware]:
+    """Called by Serve in each proxy, before it listens."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.edge:LimitedProtocol"
+    return [Middleware(Edge)]
+
+
+class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvicorn chooses its base at run time
+    """An HTTP connection that is closed when the head of a request is late or too long."""
+
+    _waiting: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:  # a head is there, and its answer is not
+            self._stop_waiting()
+            return
+        self._wait_for_head()
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEADER_BYTES:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        self._head_bytes = 0
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
+class Edge:
+    """Holds a request until its body is there, and puts Serve's own errors into the envelope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Called by the server for each request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        messages: list[Message] = []
+        try:
+            async with asyncio.timeout(BODY_S):
+                held = await self._read(receive, messages)
+        except TimeoutError:
+            text = f"the body did not arrive within {BODY_S:g} s"
+            await _refuse(send, 408, text, "invalid_request_error", "body_timeout", {"x-should-retry": "false"})
+            return
+        finally:
+            self._held -= sum(len(message.get("body", b"")) for message in messages)
+        if not held:
+            text = "too many requests are being read"
+            await _refuse(send, 503, text, "server_error", "overloaded", {"retry-after": str(RETRY_AFTER_S)})
+            return
+        if messages[-1]["type"] == "http.disconnect":
+            return
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        answer = _InEnvelope(send)
+        await self._app(scope, replay, answer)
+        await answer.end()
+
+    async def _read(self, receive: Receive, messages: list[Message]) -> bool:
+        """Add a body's messages to those given; False if there is no room for them."""
+        size, more = 0, True
+        while more and size <= HELD_BYTES:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            self._held += len(message.get("body", b""))
+            if self._held > ALL_HELD_BYTES:
+                return False
+            more = message.get("more_body", False)
+        return True
+
+
+class _InEnvelope:
+    """Sends what the gateway answers, and replaces what Serve says without one, which is plain text."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._replaced = False
+        self._begun = False
+
+    async def __call__(self, message: Message) -> None:
+        self._begun = True
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._replaced = not kind.startswith(b"application/json")
+        if not self._replaced:
+            await self._send(message)
+        elif not message.get("more_body", message["type"] == "http.response.start"):
+            await self._answer()
+
+    async def end(self) -> None:
+        """Answer if nobody has: what Serve does when a gateway dies before it has answered."""
+        if not self._begun:
+            await self._answer()
+
+    async def _answer(self) -> None:
+        text = "the gateway is starting or gone; another one takes its place"
+        await _refuse(self._send, 503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
+
+
+async def _refuse(send: Send, status: int, text: str, kind: str, code: str, headers: dict[str, str]) -> None:
+    """Answer with an error; the connection ends, for the rest of a body may still come."""
+    body = json.dumps(envelope(text, kind, None, code)).encode()
+    found: dict[str, Any] = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
+    raw = [(name.encode(), str(value).encode()) for name, value in (found | headers).items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,42 @@
+"""The folder of a local cluster: for its user alone, and removed even if the process that made it was killed.
+
+Ray lets everybody write to the folder that it is given, so it is given one inside of this.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from workers.private_folder import open_own
+
+PLACE = Path("/tmp")  # short: socket paths end at 107 bytes
+PREFIX = "spray-"
+LOCK = "in_use"
+
+
+def make_folder() -> tuple[Path, TextIO]:
+    """Make a folder that only this user enters.
+
+    Returns:
+        The folder, and the file whose lock says that it is in use, until it is closed or this process ends.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=PLACE))
+    unlocked = folder / "new"
+    lock = unlocked.open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    unlocked.rename(folder / LOCK)  # only now: a folder whose lock is free counts as abandoned
+    return folder, lock
+
+
+def remove_abandoned() -> None:
+    """Remove what clusters of this user have left whose process was killed."""
+    for lock in PLACE.glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # in use, of somebody else, or removed by another process just now
+            if lock.parent.lstat().st_uid == os.getuid():
+                with open_own(lock) as held:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent, ignore_errors=True)

@@ -1,0 +1,199 @@
+"""What a proxy does before and after the gateway, on uvicorn and without Ray."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
+
+from service import edge
+from service.rollout.environment import PRIVATE_CLUSTER
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-length: "
+
+
+class Gateway:
+    """Answers with the size of a body, or as Serve does without a gateway; counts what it is doing."""
+
+    def __init__(self) -> None:
+        self.at_once = 0
+        self.most = 0
+        self.answer: tuple[int, bytes, bytes] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        try:
+            size, more = 0, True
+            while more:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+            status, kind, text = self.answer or (200, b"text/plain", str(size).encode())
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self.at_once -= 1
+
+
+@contextlib.asynccontextmanager
+async def proxy(gateway: Gateway) -> AsyncIterator[int]:
+    """A server as Serve starts it; yields its port."""
+    (middleware,) = edge.middlewares()
+    app = middleware.cls(gateway)
+    server = uvicorn.Server(uvicorn.Config(lambda: app, factory=True, lifespan="off", log_config=None))
+    with socket.create_server(("127.0.0.1", 0), backlog=2000) as listening:
+        serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield listening.getsockname()[1]
+        server.force_exit = server.should_exit = True
+        await serving
+
+
+async def ask(port: int, raw: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes, and read what comes until the connection ends or a whole answer is there."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(raw)
+    head = await reader.readuntil(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+    body = await reader.readexactly(int(headers["content-length"])) if "content-length" in headers else b""
+    if not body:
+        body = await reader.readuntil(b"0\r\n\r\n")
+    writer.close()
+    return int(lines[0].split()[1]), headers, body
+
+
+def test_unfinished_bodies_take_no_slot_and_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "BODY_S", 2.0)
+    gateway = Gateway()
+
+    async def story() -> None:
+        async with proxy(gateway) as port:
+            slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
+            for _, writer in slow:
+                writer.write(HEAD + b"1000\r\n\r\n{")
+            began = asyncio.get_running_loop().time()
+            status, _, _ = await ask(port, b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert (status, gateway.most) == (200, 1)
+            assert asyncio.get_running_loop().time() - began < 1.5
+            late = await slow[0][0].read()
+            assert late.startswith(b"HTTP/1.1 408")
+            assert json.loads(late.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
+            for _, writer in slow:
+                writer.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("size", [0, 5, 300_000, edge.HELD_BYTES + 300_000])
+def test_a_body_arrives_whole(size: int) -> None:
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            status, _, body = await ask(port, HEAD + str(size).encode() + b"\r\n\r\n" + b"x" * size)
+            assert (status, str(size).encode() in body) == (200, True)
+
+    asyncio.run(story())
+
+
+def test_bodies_are_held_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "ALL_HELD_BYTES", 10)
+
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            for _ in range(2):  # what is refused is not held
+                status, headers, body = await ask(port, HEAD + b"20\r\n\r\n" + b"x" * 20)
+                assert (status, headers["retry-after"]) == (503, "5")
+                assert json.loads(body)["error"]["code"] == "overloaded"
+                assert (await ask(port, HEAD + b"8\r\n\r\n" + b"x" * 8))[0] == 200
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/images/gener", b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\nGET /li"])
+def test_a_head_that_never_ends_closes_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(edge, "HEADER_S", 0.3)
+
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            first, end, rest = sent.rpartition(b"\r\n\r\n")
+            writer.write(first + end)
+            if end:  # a second request on the same connection
+                assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            writer.write(rest)
+            assert await asyncio.wait_for(reader.read(), 3) == b""
+            writer.close()
+
+    asyncio.run(story())
+
+
+def test_a_head_that_is_too_long_closes_the_connection() -> None:
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(4):
+                    writer.write(b"GET /livez HTTP/1.1\r\nx: " + b"x" * edge.MAX_HEADER_BYTES)
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+                assert await asyncio.wait_for(reader.read(), 3) == b""
+            writer.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "answered", "code"),
+    [
+        (500, b"text/plain", 503, "gateway_lost"),
+        (503, b"text/plain; charset=utf-8", 503, "gateway_lost"),
+        (404, b"text/plain", 503, "gateway_lost"),  # Serve knows no path yet
+        (500, b"application/json", 500, "of the gateway"),
+    ],
+)
+def test_what_serve_says_by_itself_comes_in_the_envelope(status: int, kind: bytes, answered: int, code: str) -> None:
+    gateway = Gateway()
+    text = json.dumps({"error": {"code": code}}).encode() if kind == b"application/json" else b"The actor is dead."
+    gateway.answer = status, kind, text
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    asyncio.run(edge.Edge(gateway)({"type": "http"}, receive, send))
+    body: Any = json.loads(b"".join(message.get("body", b"") for message in sent))
+    assert (sent[0]["status"], body["error"]["code"]) == (answered, code)
+    if code == "gateway_lost":
+        assert (b"retry-after", b"5") in sent[0]["headers"]
+        assert "dead" not in json.dumps(body)
+
+
+def test_a_gateway_that_dies_silently_is_said_in_the_envelope() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    asyncio.run(edge.Edge(silent)({"type": "http"}, receive, send))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (503, "gateway_lost")
+
+
+def test_local_clusters_have_an_edge() -> None:
+    assert PRIVATE_CLUSTER["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "service.edge:middlewares"
