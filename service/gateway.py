@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.spec import ModelSpec
@@ -181,7 +181,7 @@ class Gateway:
             begun = False
             waiting.enter(request.request_id, place)
             try:
-                answer = self._handle(request.model).generate.remote(request)
+                answer = self._handle(request.model).generate.remote(request, _own_name())
                 assert isinstance(answer, DeploymentResponseGenerator)
                 async with contextlib.aclosing(self._attended(request.model, answer)) as reports:
                     async for report in reports:
@@ -237,14 +237,17 @@ class Gateway:
         Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
         coming = asyncio.ensure_future(anext(answer, None))
+        ended = False
         try:
             while True:
                 # Not wait_for: it would cancel the pending report, and with it the request, at every timeout.
                 done, _ = await asyncio.wait([coming], timeout=PATIENCE_S)
                 if done:
+                    ended = True  # by an exception, or below
                     report = coming.result()
                     if report is None:
                         return
+                    ended = False
                     yield report
                     coming = asyncio.ensure_future(anext(answer, None))
                     continue
@@ -256,9 +259,17 @@ class Gateway:
                 if state is not None:  # else it was removed, and its gangs finish their requests
                     yield state
         finally:
-            if not coming.done() or coming.cancelled():  # the caller left: free the gang at once
+            if not ended:  # the caller left, also between two reports: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
+
+
+def _own_name() -> str:
+    """The name of this replica's actor, by which gangs see that it is alive; empty outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.to_full_id_str()
+    except RayServeException:
+        return ""
 
 
 def _applications() -> Collection[str]:

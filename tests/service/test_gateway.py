@@ -171,12 +171,29 @@ def test_a_request_that_waits_for_nothing_ends(
     assert answer.cancelled
 
 
+def test_a_caller_that_leaves_right_after_a_report_frees_the_gang(opened: Gateway) -> None:
+    class Reports(Answer):
+        async def __anext__(self) -> Any:
+            return "step"
+
+    async def story(turns: int) -> bool:
+        answer = Reports()
+        reports = opened._attended("one", answer)  # type: ignore[arg-type]
+        await anext(reports)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await reports.aclose()
+        return answer.cancelled
+
+    assert [asyncio.run(story(turns)) for turns in range(4)] == [True] * 4
+
+
 def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any]) -> list[GenerationRequest]:
     """Let gangs answer with these reports, one list per request; an exception is raised. Returns what was sent."""
     coming, sent = list(answers), []
     answer = object.__new__(DeploymentResponseGenerator)
 
-    def remote(request: GenerationRequest) -> DeploymentResponseGenerator[Any]:
+    def remote(request: GenerationRequest, _: str) -> DeploymentResponseGenerator[Any]:
         sent.append(request)
         return answer
 
@@ -303,9 +320,9 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
     sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])
     inner = opened._handle("full").generate.remote
 
-    def remote(request: GenerationRequest) -> Any:
+    def remote(request: GenerationRequest, caller: str) -> Any:
         places.append(waiting.place(request.request_id))
-        return inner(request)
+        return inner(request, caller)
 
     monkeypatch.setattr(opened, "_handle", lambda _: SimpleNamespace(generate=SimpleNamespace(remote=remote)))
 
@@ -329,7 +346,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     result = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
     answers: list[GenerationResult | Exception] = [GangLost("ranks"), result, RequestFailed("no"), result]
     answer = object.__new__(DeploymentResponseGenerator)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda request: answer))
+    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
 
     async def attended(*_: Any) -> AsyncGenerator[GenerationResult]:
         coming = answers.pop(0)

@@ -11,6 +11,7 @@ local.py          a gang without Ray, for `spray generate --local`
 warm_up.py        what a rank runs at its start
 placement.py      ModelSpec -> Serve options: the bundles of a gang, and why they cannot be scheduled
 adapter_sync.py   brings the adapters of running ranks to those of the deployment file
+caller.py         sees that the gateway which sent a request has died
 cost.py           seconds that a request costs, learned from those before
 stats.py          what a gang reports to the autoscaler and to the routers
 ray_internals.py  what Ray has no public name for

@@ -111,6 +111,11 @@ class RankGroup:
             if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach the ranks
                 await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
 
+    def cancel(self, request_id: str) -> None:
+        """Let the ranks stop this request at their next boundary; `run` then raises `RequestCancelled`."""
+        for rank in self._ranks:
+            rank.cancel.remote(request_id)
+
     async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Give all ranks exactly these adapters, between requests. Those that they have are not read again.
 
@@ -188,8 +193,7 @@ class RankGroup:
         """Stop the ranks at their next boundary, and wait until all of them are there."""
         if self._lost:
             return
-        for rank in self._ranks:
-            rank.cancel.remote(request.request_id)
+        self.cancel(request.request_id)
         with contextlib.suppress(SprayError):
             async for _ in self._collect(run):
                 pass
