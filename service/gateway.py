@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.spec import ModelSpec
@@ -196,7 +196,7 @@ class Gateway:
             begun = False
             waiting.enter(request.request_id, place)
             try:
-                answer = self._handle(request.model).generate.remote(request)
+                answer = self._handle(request.model).generate.remote(request, _own_name())
                 assert isinstance(answer, DeploymentResponseGenerator)
                 async with contextlib.aclosing(self._attended(request.model, answer)) as reports:
                     async for report in reports:
@@ -277,6 +277,14 @@ class Gateway:
             if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
+
+
+def _own_name() -> str:
+    """The name of this replica's actor, by which gangs see that it is alive; empty outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.to_full_id_str()
+    except RayServeException:
+        return ""
 
 
 def _applications() -> Collection[str]:

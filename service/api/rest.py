@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from service.api import cluster, images, models, videos
 from service.api.backend import Backend, require_key
+from service.api.disconnect import CancelWhenGone
 from service.api.errors import answer, envelope, log
 from workers.errors import SprayError
 
@@ -17,6 +18,7 @@ def rest_app(backend: Backend) -> FastAPI:
     """The application that answers at the HTTP port."""
     app = FastAPI(title="spray", openapi_url=None)
     app.state.backend = backend
+    app.add_middleware(CancelWhenGone)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(SprayError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)

@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
-from workers.gang.placement import Node, unschedulable
+from workers.gang.placement import Node, Unschedulable, unschedulable
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
@@ -50,7 +50,12 @@ class ModelState:
 
 
 def model_state(
-    model: ModelSpec, status: ServeStatus, nodes: Sequence[Node], free: Sequence[Node], **reported: Any
+    model: ModelSpec,
+    status: ServeStatus,
+    nodes: Sequence[Node],
+    free: Sequence[Node],
+    placed: bool = False,
+    **reported: Any,
 ) -> ModelState:
     """The state of one model.
 
@@ -59,13 +64,15 @@ def model_state(
         status: of Serve.
         nodes: of the cluster, with all that they have.
         free: the same nodes, with what is free.
+        placed: none of its gangs waits for a place, so what starts holds what it needs.
         reported: `queued` and `gangs` of `ModelState`.
     """
     application = status.applications.get(app_name(model.name))
     deployment = application.deployments.get(GANG) if application else None
     states = deployment.replica_states if deployment else {}  # typed as members of an enum, in fact their names
     replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
-    state, reason = _state(model, application, replicas, nodes, free)
+    lacking = unschedulable(model, free) if replicas.get("STARTING") and not placed else None
+    state, reason = _state(model, application, replicas, nodes, lacking)
     if state == "running":
         gangs = [gang["now"] for gang in reported.get("gangs", ())]
         reason = "; ".join(dict.fromkeys(text for text in [reason, *(gang["trouble"] for gang in gangs)] if text))
@@ -122,10 +129,13 @@ def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
 
 
 def _state(
-    model: ModelSpec, application: Any, replicas: Mapping[str, int], nodes: Sequence[Node], free: Sequence[Node]
+    model: ModelSpec,
+    application: Any,
+    replicas: Mapping[str, int],
+    nodes: Sequence[Node],
+    lacking: Unschedulable | None,
 ) -> tuple[State, str]:
     starting = replicas.get("STARTING", 0)
-    lacking = unschedulable(model, free) if starting else None
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
     # UNHEALTHY while one starts means that it is being replaced

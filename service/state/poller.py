@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 
 from deploy.spec import ModelSpec
@@ -65,9 +66,11 @@ class Poller:
         # In a thread, for these calls block; requests are answered meanwhile. The table may change during this wait, so
         # it is read afterwards.
         status, self._nodes, self._free = await asyncio.to_thread(_read)
+        unplaced = await asyncio.to_thread(_read_unplaced) if _starts(status) else ()
         for name, model in self._models.items():
             queued, gangs = router_registry.lookup(app_name(name))
-            state = model_state(model, status, self._nodes, self._free, queued=queued, gangs=gangs)
+            placed = not any(f"::{app_name(name)}#" in group for group in unplaced)
+            state = model_state(model, status, self._nodes, self._free, placed, queued=queued, gangs=gangs)
             self._states[name] = state
             if state.reason and state.reason != self._logged.get(name):
                 logger.warning("%s is %s: %s", name, state.state, state.reason)
@@ -86,3 +89,15 @@ class Poller:
 def _read() -> tuple[Any, list[Node], list[Node]]:
     """Serve's status, the nodes, and what is free of them."""
     return serve.status(), alive_nodes(), free_nodes()
+
+
+def _starts(status: Any) -> bool:
+    """True if some gang starts."""
+    deployments = (each for application in status.applications.values() for each in application.deployments.values())
+    return any(str(state).endswith("STARTING") for each in deployments for state in each.replica_states)
+
+
+def _read_unplaced() -> tuple[str, ...]:
+    """The names of the placement groups that wait for resources; Serve names each after its replica."""
+    groups = ray.util.placement_group_table().values()
+    return tuple(group["name"] for group in groups if group["state"] in ("PENDING", "RESCHEDULING"))

@@ -27,7 +27,15 @@ from deploy.spec import (
     Timeouts,
     WarmupShape,
 )
-from service.app import SPARE_REQUESTS, check_ports, gang_app, gateway_app, model_application, serve_config
+from service.app import (
+    SPARE_REQUESTS,
+    check_ports,
+    gang_app,
+    gateway_app,
+    gateway_application,
+    model_application,
+    serve_config,
+)
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rollout.changes import Change, find_changes, keep_derived_tasks
@@ -200,6 +208,9 @@ def test_bundles_and_options_of_a_model() -> None:
     assert options["placement_group_strategy"] == "PACK"
     assert options["placement_group_bundle_label_selector"] == [{"zone": "a"}]
     assert options["max_ongoing_requests"] == 1
+    (gateway,) = gateway_application(DeploymentSpec(models=(model,)), "")["deployments"]
+    for each in (options, gateway):  # Serve looks three times
+        assert 3 * (each["health_check_period_s"] + each["health_check_timeout_s"]) < 10
     assert options["user_config"]["model"]["max_queued"] == 5
     assert options["max_queued_requests"] == -1  # the gateway counts
     assert options["graceful_shutdown_timeout_s"] == 12.0

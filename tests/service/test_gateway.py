@@ -233,7 +233,7 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
     coming, sent = list(answers), []
     answer = object.__new__(DeploymentResponseGenerator)
 
-    def remote(request: GenerationRequest) -> DeploymentResponseGenerator[Any]:
+    def remote(request: GenerationRequest, _: str) -> DeploymentResponseGenerator[Any]:
         sent.append(request)
         return answer
 
@@ -360,9 +360,9 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
     sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])
     inner = opened._handle("full").generate.remote
 
-    def remote(request: GenerationRequest) -> Any:
+    def remote(request: GenerationRequest, caller: str) -> Any:
         places.append(waiting.place(request.request_id))
-        return inner(request)
+        return inner(request, caller)
 
     monkeypatch.setattr(opened, "_handle", lambda _: SimpleNamespace(generate=SimpleNamespace(remote=remote)))
 
@@ -386,7 +386,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     result = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
     answers: list[GenerationResult | Exception] = [GangLost("ranks"), result, RequestFailed("no"), result]
     answer = object.__new__(DeploymentResponseGenerator)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda request: answer))
+    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
 
     async def attended(*_: Any) -> AsyncGenerator[GenerationResult]:
         coming = answers.pop(0)

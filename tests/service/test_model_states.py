@@ -92,6 +92,12 @@ def test_the_state_of_a_model(model: ModelSpec, serve: ServeStatus, free: list[N
     assert (found.state, found.reason, found.queued) == (state, reason, 3)
 
 
+def test_what_a_gang_holds_itself_is_not_what_it_lacks() -> None:
+    """Its ranks have taken the last GPUs, and load."""
+    found = model_state(MODEL, status("DEPLOYING", {"STARTING": 1}), NODES, FULL, placed=True)
+    assert (found.state, found.reason) == ("starting", "")
+
+
 def test_every_state_has_been_seen() -> None:
     assert {case[3] for case in CASES} == set(STATES)
 

@@ -10,7 +10,7 @@ import pytest
 
 from deploy.families.qwen_image import FAMILY
 from deploy.spec import LoRA, ModelSpec
-from workers.errors import GangLost, RequestFailed
+from workers.errors import GangLost, RequestCancelled, RequestFailed
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang, Setup
 from workers.gang.stats import GangBacklog
@@ -90,6 +90,7 @@ class FakeRanks:
         self.asked: list[tuple[LoRA, ...]] = []
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
+        self.cancelled: list[str] = []
         self.statuses = [SimpleNamespace(phase="idle", step=0, pid=7)]
         self.finish = asyncio.Event()
 
@@ -98,6 +99,11 @@ class FakeRanks:
         if self.lost:
             raise self.lost
         yield "done"
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.lost = RequestCancelled("as all ranks agree")
+        self.finish.set()
 
     async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         self.asked.append(loras)
@@ -132,8 +138,8 @@ async def deploy(gang: Gang, *loras: LoRA) -> None:
     await gang.reconfigure(config)
 
 
-async def ask(gang: Gang) -> list[Any]:
-    return [report async for report in gang.generate(REQUEST)]
+async def ask(gang: Gang, caller: str = "") -> list[Any]:
+    return [report async for report in gang.generate(REQUEST, caller)]
 
 
 async def settled(gang: Gang) -> str:
@@ -221,6 +227,32 @@ def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
         may.set()
         assert await asked == [Begun(), "done"]
         assert not GangBacklog.from_stats(gang.record_routing_stats()).replacing
+
+    asyncio.run(story())
+
+
+def test_a_request_ends_when_its_caller_is_killed(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, ranks = inked
+    living = {"SERVE_REPLICA::gateway"}
+
+    def get_actor(name: str, namespace: str) -> None:
+        if name not in living:
+            raise ValueError(f"no actor {name} in {namespace}")
+
+    monkeypatch.setattr("workers.gang.caller.PERIOD_S", 0.01)
+    monkeypatch.setattr("workers.gang.caller.ray.get_actor", get_actor)
+
+    async def story() -> None:
+        running = asyncio.ensure_future(ask(gang, "SERVE_REPLICA::gateway"))
+        await asyncio.sleep(0.2)
+        assert ranks.cancelled == []
+        living.clear()
+        with pytest.raises(RequestCancelled):
+            await asyncio.wait_for(running, 60)
+        assert ranks.cancelled == [REQUEST.request_id]
+        assert gang.record_autoscaling_stats()["busy"] == 0
 
     asyncio.run(story())
 

@@ -27,6 +27,7 @@ from deploy.spec import ModelSpec
 from workers.errors import GangLost
 from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
+from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup, Report
 from workers.gang.ray_internals import keep_replica_on_node_ip
@@ -117,8 +118,12 @@ class Gang:
         else:
             self._adjust(model, user_config["metrics"], number)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Begun | Report]:
+    async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncIterator[Begun | Report]:
         """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then the result.
+
+        Args:
+            request: what to draw.
+            caller: the name of the actor that asks. If it ends, so does the request. Empty: nobody looks.
 
         Raises:
             RequestError: the request does not suit the model.
@@ -127,6 +132,7 @@ class Gang:
         """
         async with self._turn_on_ranks() as ranks:
             self._running = request
+            watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
                 yield Begun()
                 async for report in ranks.run(request):
@@ -135,6 +141,7 @@ class Gang:
                         self._costs.observe(request, self._forwards(request), report)
                     yield report
             finally:
+                watching.cancel()
                 self._running = None
 
     async def check_health(self) -> None:

@@ -107,7 +107,9 @@ class Rank:
             timeout=timedelta(seconds=limits.startup_s),
         )
         mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
+        self._phase = "starting"
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
         self.renumber(self._replica)  # metrics begin here

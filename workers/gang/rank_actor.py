@@ -4,7 +4,9 @@ What watches or steers a rank is in a concurrency group of its own, so that it a
 """
 
 import logging
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -14,6 +16,9 @@ from workers.gang.rank_process import set_up_rank_process
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
 
+if TYPE_CHECKING:
+    from workers.gang.rank import Rank
+
 
 @ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
 class RankActor:
@@ -21,16 +26,30 @@ class RankActor:
 
     def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
         self._exporter = Exporter(share_values())
+        self._number, self._model, self._models_folder, self._replica = rank, model, models_folder, replica
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._made: Rank | None = None  # until `prepare`, which takes seconds; `status` answers before
+
+    def prepare(self) -> None:
+        """Fetch the model, import torch and make the `Rank`. The first call.
+
+        Raises:
+            ValueError: the model's files cannot be had, or are damaged.
+        """
         logging.basicConfig(format="%(name)s: %(message)s")
-        if rank == 0:  # all ranks would log the same: the kernel, and what the layout costs
+        if self._number == 0:  # all ranks would log the same: the kernel, and what the layout costs
             logging.getLogger("sp_core").setLevel(logging.INFO)
-        node_id = ray.get_runtime_context().get_node_id()
-        folder = fetch(model, models_folder)  # the gang's own node has it; another node may not
-        here = model.model_copy(update={"source": str(folder)})
+        folder = fetch(self._model, self._models_folder)  # the gang's own node has it; another node may not
+        here = self._model.model_copy(update={"source": str(folder)})
         set_up_rank_process()
         from workers.gang.rank import Rank  # here: the gang imports this module, and must start without torch
 
-        self._rank = Rank(rank, here, node_id=node_id, replica=replica)
+        self._made = Rank(self._number, here, node_id=self._node_id, replica=self._replica)
+
+    @property
+    def _rank(self) -> "Rank":
+        assert self._made is not None, "prepare is called first"
+        return self._made
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the address where the ranks of this gang meet, and return it."""
@@ -52,7 +71,9 @@ class RankActor:
     @ray.method(concurrency_group="control")
     def status(self) -> RankStatus:
         """See `Rank.status`."""
-        return self._rank.status()
+        if self._made is None:
+            return RankStatus(self._number, os.getpid(), self._node_id, "starting", 0, self._model.name, 0.0, 0)
+        return self._made.status()
 
     @ray.method(concurrency_group="control")
     def serve_metrics(self, host: str, port: int | None) -> None:

@@ -23,7 +23,7 @@ from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.placement import bundle, bundles_by_node
 from workers.gang.rank_actor import RankActor
-from workers.gang.watch import Watch
+from workers.gang.watch import Watch, watch_start
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 
 logger = logging.getLogger("ray.serve")
@@ -81,13 +81,15 @@ class RankGroup:
         ranks = _create(model, models_folder, name, replica)
         limit = model.timeouts.startup_s
         try:
-            statuses = await asyncio.wait_for(_assemble(ranks), limit)
+            statuses = await asyncio.wait_for(_assemble_watched(ranks, model), limit)
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:
             raise GangLost(f"{model.name}: {error.cause}") from None
         except RayActorError as error:
             raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
+        except GangLost as error:
+            raise GangLost(f"{model.name}: {error}") from None
         group = cls(model, ranks, statuses, time.monotonic() - began, on_lost)
         group._watcher = asyncio.create_task(group._watch.run())
         return group
@@ -101,12 +103,18 @@ class RankGroup:
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
+        self._watch.wake()
         try:
             async for report in self._collect(run):
                 yield report
         finally:
             if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach the ranks
                 await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+
+    def cancel(self, request_id: str) -> None:
+        """Let the ranks stop this request at their next boundary; `run` then raises `RequestCancelled`."""
+        for rank in self._ranks:
+            rank.cancel.remote(request_id)
 
     async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Give all ranks exactly these adapters, between requests. Those that they have are not read again.
@@ -115,6 +123,7 @@ class RankGroup:
             RequestFailed: some rank could not read or run one; all ranks keep the adapters that they had.
             GangLost: the ranks are lost.
         """
+        self._watch.wake()
         calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
         await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller that leaves must not stop some
 
@@ -184,8 +193,7 @@ class RankGroup:
         """Stop the ranks at their next boundary, and wait until all of them are there."""
         if self._lost:
             return
-        for rank in self._ranks:
-            rank.cancel.remote(request.request_id)
+        self.cancel(request.request_id)
         with contextlib.suppress(SprayError):
             async for _ in self._collect(run):
                 pass
@@ -197,12 +205,7 @@ class RankGroup:
         self._lost = reason
         self._watch.stop()
         logger.error("%s: ranks lost: %s", self._model.name, reason)
-        here = ray.get_runtime_context().get_node_id()
-        for status, rank in zip(self.statuses, self._ranks, strict=True):
-            if status.node_id == here:
-                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
-            else:
-                ray.kill(rank)
+        _kill_all(self._ranks, self.statuses)
         self._on_lost()
 
 
@@ -224,7 +227,26 @@ def _create(model: ModelSpec, models_folder: str | None, name: str, replica: str
     ]
 
 
+async def _assemble_watched(ranks: Sequence[Any], model: ModelSpec) -> list[RankStatus]:
+    """Assemble the ranks; if one of them hangs, kill all."""
+    statuses = await asyncio.gather(*(rank.status.remote() for rank in ranks))
+    ready = asyncio.ensure_future(_assemble(ranks))
+    watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
+    try:
+        await asyncio.wait([ready, watch], return_when=asyncio.FIRST_COMPLETED)
+        if watch.done():
+            watch.result()
+        return await ready
+    except BaseException:
+        _kill_all(ranks, statuses)
+        raise
+    finally:
+        ready.cancel()
+        watch.cancel()
+
+
 async def _assemble(ranks: Sequence[Any]) -> list[RankStatus]:
+    await asyncio.gather(*(rank.prepare.remote() for rank in ranks))
     host, port = await ranks[0].open_rendezvous.remote()
     return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in ranks)))
 
@@ -275,6 +297,15 @@ def _raise_reason(failures: list[SprayError]) -> None:
     """Raise the most telling of the failures, if any: a rank with the reason before ranks that only stopped with it."""
     if failures:
         raise min(failures, key=lambda error: isinstance(error, PeerFailed))
+
+
+def _kill_all(ranks: Sequence[Any], statuses: Sequence[RankStatus]) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    for status, rank in zip(statuses, ranks, strict=True):
+        if status.node_id == here:
+            _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
+        else:
+            ray.kill(rank)
 
 
 def _kill(pid: int) -> None:

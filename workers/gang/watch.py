@@ -1,25 +1,34 @@
 """Watches the ranks of a gang from its replica's process, and says when one of them is lost.
 
-Made by `workers.gang.rank_group`, which then kills all ranks.
+Made by `workers.gang.rank_group`, which then kills all ranks. `Watch` looks at ranks that serve, `watch_start` at ranks
+that start.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from deploy.spec import Timeouts
+from workers.errors import GangLost
+from workers.gang.process_state import Activity, is_halted
 from workers.messages import RankStatus
 
 PERIOD_S = 0.25
+"""Between two looks at processes, and at ranks that work."""
 
-PROC = Path("/proc")
+IDLE_S = 2.0
+"""Between two calls of ranks that wait for a request: each costs CPU time on both sides."""
+
+SILENT_LOAD_S = 9.0
+"""A rank that loads and neither reads nor computes for this time is hung, however long loading may take."""
 
 
 class Watch:
-    """Looks at ranks four times a second.
+    """Looks at ranks: at their processes four times a second, at what they say as often while they work.
 
     Args:
         ranks: their actors.
@@ -39,6 +48,7 @@ class Watch:
         self._timeouts = timeouts
         self._lose = lose
         self._stopped = False
+        self._woken = asyncio.Event()
 
     async def run(self) -> None:
         """Watch until `stop`."""
@@ -47,17 +57,18 @@ class Watch:
     def stop(self) -> None:
         """End the watch: the ranks are lost, whoever noticed it."""
         self._stopped = True
+        self._woken.set()
+
+    def wake(self) -> None:
+        """Look at once: the ranks get something to do."""
+        self._woken.set()
 
     async def _watch_processes(self) -> None:
         """Lose the ranks when one on this node is stopped or dead; an unanswered ping would show it much later."""
-        here = ray.get_runtime_context().get_node_id()
-        local = [status for status in self.statuses if status.node_id == here]
-        suspects: set[int] = set()
+        halts = _Halts(self.statuses)
         while not self._stopped:
-            halted = {status.rank for status in local if _is_halted(status.pid)}
-            for rank in halted & suspects:  # twice in a row: a debugger may stop a process for a moment
+            for rank in halts.find():
                 self._lose(f"the process of rank {rank} is stopped or dead")
-            suspects = halted
             await asyncio.sleep(PERIOD_S)
 
     async def _watch_progress(self) -> None:
@@ -82,19 +93,77 @@ class Watch:
                     moved[i] = (status.progress, clock())
                 elif clock() - moved[i][1] > limits.phase_s:
                     self._lose(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+            await self._pause()
+
+    async def _pause(self) -> None:
+        idle = all(status.phase == "idle" for status in self.statuses)
+        self._woken.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), IDLE_S if idle else PERIOD_S)
+
+
+async def watch_start(ranks: Sequence[Any], statuses: Sequence[RankStatus], timeouts: Timeouts) -> None:
+    """Look at ranks that start, until canceled.
+
+    Args:
+        ranks: their actors.
+        statuses: what each said when its process had begun.
+        timeouts: of the model: how long a rank may be silent.
+
+    Raises:
+        GangLost: the process of one is stopped or dead, or it loads and reads nothing, or it does not answer.
+    """
+    halts, latest = _Halts(statuses), list(statuses)
+    here = ray.get_runtime_context().get_node_id()
+    activities = {status.rank: Activity(status.pid) for status in statuses if status.node_id == here}
+    pings = [asyncio.ensure_future(_ping(rank, i, latest, timeouts.ping_s, i in activities)) for i, rank in
+             enumerate(ranks)]  # fmt: skip
+    try:
+        while True:
+            for rank in halts.find():
+                raise GangLost(f"the process of rank {rank} was stopped or died in its start")
+            for rank, activity in activities.items():
+                if latest[rank].phase != "load":
+                    activity.restart()
+                elif activity.idle_s() > SILENT_LOAD_S:
+                    raise GangLost(f"rank {rank} has read nothing for {SILENT_LOAD_S:g} s while it loads")
+            for ping in pings:
+                if ping.done():
+                    ping.result()
             await asyncio.sleep(PERIOD_S)
+    finally:
+        for ping in pings:
+            ping.cancel()
+
+
+async def _ping(rank: Any, i: int, latest: list[RankStatus], ping_s: float, is_local: bool) -> None:
+    """Keep the status of one rank that starts. On this node its process tells more than its silence: it may import."""
+    while True:
+        try:
+            latest[i] = await asyncio.wait_for(_status(rank), ping_s)
+        except TimeoutError:
+            if not is_local:
+                raise GangLost(f"rank {i} does not answer for {ping_s:g} s while it starts") from None
+        except RayActorError:
+            return  # whoever assembles the ranks gets the same error, and says more
+        await asyncio.sleep(4 * PERIOD_S)
+
+
+class _Halts:
+    """Finds ranks of this node whose process is stopped or dead."""
+
+    def __init__(self, statuses: Sequence[RankStatus]) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        self._local = [status for status in statuses if status.node_id == here]
+        self._suspects: set[int] = set()
+
+    def find(self) -> set[int]:
+        """Those that are halted now and were so at the last call: a debugger may stop a process for a moment."""
+        halted = {status.rank for status in self._local if is_halted(status.pid)}
+        found, self._suspects = halted & self._suspects, halted
+        return found
 
 
 async def _status(rank: Any) -> RankStatus:
     status: RankStatus = await rank.status.remote()
     return status
-
-
-def _is_halted(pid: int) -> bool:
-    """Whether a process of this machine is stopped, a zombie or gone. False on systems without /proc."""
-    if not PROC.is_dir():
-        return False
-    try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
-    except OSError:
-        return True

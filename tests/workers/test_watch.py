@@ -1,0 +1,139 @@
+"""What the gang sees of its ranks' processes: those that are halted, and those that load and do nothing."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deploy.spec import Timeouts
+from workers.errors import GangLost
+from workers.gang import watch
+from workers.gang.process_state import Activity, is_halted
+from workers.gang.watch import Watch, watch_start
+from workers.messages import Phase, RankStatus
+
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+
+PATIENCE_S = 60.0
+
+SLEEPS = "import time; print(flush=True); time.sleep(600)"
+READS = "import time; print(flush=True)\nwhile True: open('/dev/zero', 'rb').read(1 << 20); time.sleep(0.05)"
+
+
+@pytest.fixture
+def started() -> Iterator[Any]:
+    """Starts a Python process that says a line first."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(code: str) -> int:
+        processes.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout is not None
+        processes[-1].stdout.readline()
+        return processes[-1].pid
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def status(rank: int, pid: int, phase: Phase) -> RankStatus:
+    return RankStatus(rank, pid, "here", phase, 0, "m", 0.0, 0)
+
+
+class FakeRank:
+    """Answers with its status, or never."""
+
+    def __init__(self, said: RankStatus, silent: bool = False) -> None:
+        self.said, self.status, self.silent, self.calls = said, self, silent, 0
+
+    async def remote(self) -> RankStatus:
+        self.calls += 1
+        if self.silent:
+            await asyncio.Event().wait()
+        return self.said
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr("workers.gang.watch.ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(watch, "PERIOD_S", 0.02)
+
+
+def reason_of(*ranks: FakeRank, within_s: float = PATIENCE_S, ping_s: float = 600.0) -> str:
+    """Why ranks that start are lost; empty if they are not."""
+
+    async def look() -> str:
+        watching = watch_start(ranks, [rank.said for rank in ranks], Timeouts(ping_s=ping_s))
+        try:
+            await asyncio.wait_for(watching, within_s)
+        except GangLost as error:
+            return str(error)
+        except TimeoutError:
+            return ""
+        raise AssertionError("it watches until it is canceled")
+
+    return asyncio.run(look())
+
+
+def test_a_rank_that_is_stopped_while_it_loads_is_noticed_at_once(started: Any) -> None:
+    sound, stopped = started(READS), started(SLEEPS)
+    os.kill(stopped, signal.SIGSTOP)
+    ranks = [FakeRank(status(0, sound, "load")), FakeRank(status(1, stopped, "starting"), silent=True)]
+    assert reason_of(*ranks) == "the process of rank 1 was stopped or died in its start"
+
+
+def test_a_rank_that_loads_and_reads_nothing_is_hung(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SILENT_LOAD_S", 1.0)
+    reads, sleeps = started(READS), started(SLEEPS)
+    assert reason_of(FakeRank(status(0, reads, "load")), within_s=3) == ""
+    assert reason_of(FakeRank(status(0, sleeps, "starting")), within_s=3) == "", "it may wait for its peers"
+    hung = [FakeRank(status(0, reads, "load")), FakeRank(status(1, sleeps, "load"))]
+    assert reason_of(*hung) == "rank 1 has read nothing for 1 s while it loads"
+
+
+def test_a_silent_rank_elsewhere_is_lost_one_here_may_import(started: Any) -> None:
+    pid = started(SLEEPS)
+    elsewhere = replace(status(0, pid, "starting"), node_id="elsewhere")
+    assert "rank 0 does not answer for 0.1 s" in reason_of(FakeRank(elsewhere, silent=True), ping_s=0.1)
+    assert reason_of(FakeRank(status(0, pid, "starting"), silent=True), ping_s=0.1, within_s=1) == ""
+
+
+def test_what_a_process_does_is_seen_from_outside(started: Any) -> None:
+    sleeps, reads = Activity(started(SLEEPS)), Activity(started(READS))
+    time.sleep(1)
+    assert sleeps.idle_s() >= 1
+    assert reads.idle_s() < 1
+    assert not is_halted(os.getpid())
+    assert is_halted(2**22 + 1)
+
+
+def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_S", 600.0)
+    rank = FakeRank(status(0, os.getpid(), "idle"))
+
+    async def story() -> None:
+        watching = Watch([rank], [rank.said], Timeouts(), lose=lambda _: None)
+        running = asyncio.ensure_future(watching.run())
+        await asyncio.sleep(0.3)
+        assert rank.calls == 1
+        rank.said = replace(rank.said, phase="denoise")
+        watching.wake()
+        async with asyncio.timeout(PATIENCE_S):
+            while rank.calls < 4:
+                await asyncio.sleep(0.01)
+        assert watching.statuses[0].phase == "denoise"
+        watching.stop()
+        await running
+
+    asyncio.run(story())
