@@ -111,6 +111,8 @@ class RankStatus:
         model: the name of its model.
         loaded: the share of the model's files that it has read, from 0 to 1.
         step: denoising steps done of the request that it runs, or ran last.
+        total_steps: all steps of that request; 0 until its scheduler has set them. A scheduler of second order takes
+            more than `num_inference_steps`.
     """
 
     rank: int
@@ -121,3 +123,4 @@ class RankStatus:
     model: str
     loaded: float
     step: int
+    total_steps: int = 0

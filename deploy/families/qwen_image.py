@@ -1,6 +1,7 @@
 """Qwen-Image: guided only where a negative prompt is given, as its classic pipeline."""
 
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
+from deploy.families.schedulers import FLOW_MATCH
 
 FAMILY = PipelineFamily(
     pipeline="QwenImagePipeline",
@@ -12,4 +13,5 @@ FAMILY = PipelineFamily(
         ),
     },
     decode_bytes={"AutoencoderKLQwenImage": DecodeBytes(96, picture=3465, video=3465, frame=0, tiles=10)},
+    schedulers={**FLOW_MATCH, "UniPCMultistepScheduler": {"use_flow_sigmas": True}},
 )
