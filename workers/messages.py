@@ -83,6 +83,7 @@ class GenerationResult:
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
         step_seconds: wall time of each step on rank 0.
         decode_seconds: wall time of decoding the latents and encoding the files, on rank 0.
+        warnings: what the caller should know, such as that a prompt was cut.
     """
 
     outputs: tuple[bytes, ...]
@@ -91,6 +92,7 @@ class GenerationResult:
     encode_seconds: float
     step_seconds: tuple[float, ...]
     decode_seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -9,7 +9,7 @@ FAMILY = PipelineFamily(
     guided_by_negative_prompt=True,
     forward_bytes={
         "QwenImageTransformer2DModel": ForwardBytes(
-            3072, alone=93_184, ulysses=100_352, ring=137_792, shared=49_152, text=1024
+            3072, alone=93_184, ulysses=100_352, ring=137_792, shared=49_152, text=512
         ),
     },
     decode_bytes={"AutoencoderKLQwenImage": DecodeBytes(96, picture=3465, video=3465, frame=0, tiles=10)},

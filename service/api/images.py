@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.backend import Served, run
-from service.api.responses import ignored_header, images_response
+from service.api.responses import ignored_header, images_response, warnings_header
 from service.api.schemas import ImageGenerationBody, find_model, parse_body, read_json, to_request
 from service.api.streaming import EventStream, stream_events
 
@@ -21,4 +21,5 @@ async def generate_images(http: Request, backend: Served) -> Response:
     if body.stream:
         events = stream_events(backend.generate(request), request, body.stream_options.include_progress)
         return EventStream(events, media_type="text/event-stream", headers=headers)
-    return JSONResponse(images_response(request, await run(backend, request)), headers=headers)
+    result = await run(backend, request)
+    return JSONResponse(images_response(request, result), headers=headers | warnings_header(result))

@@ -204,6 +204,7 @@ class Rank:
                 encode_seconds=encoded - started,
                 step_seconds=tuple(seconds),
                 decode_seconds=decode_seconds,
+                warnings=denoising.warnings,
             )
 
     def status(self) -> RankStatus:

@@ -26,6 +26,7 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
+from workers.model.truncation import WatchedTokenizer
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Denoising:
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
         self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request, self._generators)
         self._encodes = encodes_here(model, mesh)
+        self._warnings: list[str] = []
+        self._watch_tokenizers()
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
@@ -93,7 +96,7 @@ class Denoising:
         blocks = pipeline.blocks.get_execution_blocks(**given)
         self._workflow = Workflow.split(tuple(blocks.sub_blocks.values()))
         self._state = PipelineState()  # what the blocks read and write
-        for name, value in ({p.name: p.default for p in blocks.inputs if p.name} | given).items():
+        for name, value in (self._adapter.defaults(blocks.inputs) | given).items():
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
@@ -114,6 +117,11 @@ class Denoising:
         """The latents after the latest step: `(pictures of this rank, ...)`, packed if the model packs them."""
         latents: torch.Tensor = self._loop_state.latents
         return latents
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know of the request, on ranks that encode: which prompts were cut."""
+        return tuple(dict.fromkeys(self._warnings))
 
     @property
     def finite(self) -> bool:
@@ -204,6 +212,12 @@ class Denoising:
         """Activate the adapters of this request and no others. Costs nothing if they still are from the last step."""
         for adapters in self._loras.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
+
+    def _watch_tokenizers(self) -> None:
+        for name, tokenizer in self._pipeline.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                watched = WatchedTokenizer(name, tokenizer, self._adapter.unread_tokens, self._warnings)
+                setattr(self._pipeline, name, watched)
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():
