@@ -95,7 +95,7 @@ LONG = {
     "wan": ({"num_frames": 5, "output_format": "mp4"}, {"guidance_scale": 2.0, "num_frames": 5}, 512),
     "flux": ({}, {"guidance_scale": 2.0}, 512),
 }
-"""For each family what our request and the classic pipeline are told, and the tokens that are kept, a template's too."""
+"""For each family what our request and the classic pipeline are told, and the tokens kept, a template's too."""
 
 
 @pytest.mark.parametrize("family", LONG)
