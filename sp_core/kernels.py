@@ -46,6 +46,9 @@ class Partial:
     base: torch.Tensor | None = None
 
 
+SWALLOWS = -(2.0**29)
+"""A mask this low leaves nothing of a score in fp32: scores below 32 are less than half of its last digit."""
+
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], WithLse]
 """q, k, v and the scale."""
 
@@ -92,11 +95,17 @@ def partial_attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> Partial:
-    """Attention over some of the keys, to be merged with that over the others. Arguments as for `attention`."""
+    """Attention over some of the keys, to be merged with that over the others. Arguments as for `attention`.
+
+    The kernel gets the mask without its peak, so that `lse` keeps its digits. Attention over all keys at once adds the
+    whole mask to the scores, where the least number of a type swallows them: such rows average what they hide. So do
+    they here, by queries of 0; a NaN in them stays one.
+    """
     if mask is None:
         return Partial(*attention_with_lse(query, key, value, None, scale))
     peak = mask.amax(dim=-1, keepdim=True)
     shifted = mask - peak.masked_fill(torch.isneginf(peak), 0)
+    query = query * (peak > SWALLOWS).transpose(1, 2)
     return Partial(*attention_with_lse(query, key, value, shifted, scale), peak.float().squeeze(-1).transpose(1, 2))
 
 

@@ -8,12 +8,19 @@ The only file that uses prometheus_client's private parts: `values` and `mmap_di
 pins what it relies on.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
+import itertools
+import json
 import logging
 import os
+import re
+import shutil
+import struct
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +38,19 @@ RETRY_S = 2.0
 
 KEPT = "kept"
 """Takes the place of a pid in the name of the files that hold what ended processes have counted."""
+
+
+NOTE = "folding.json"
+"""Which files were added to which, until they are deleted."""
+
+NAME = re.compile(rf"(counter|histogram|summary|gauge_[a-z]+)_([1-9][0-9]*|{KEPT})\.db")
+"""Of a file of values: kind and process."""
+
+SMALLEST_ENTRY = 24
+"""Bytes that a value takes in a file at least: the length of its key, the key, two numbers."""
+
+Counted = list[tuple[str, float]]
+"""What a process has counted, by key."""
 
 
 def share_values() -> Path | None:
@@ -90,36 +110,129 @@ class Exporter:
 
 
 class NodeCollector(Collector):
-    """The metrics of all processes of a node: counts of the running and the ended ones, gauges of the running ones."""
+    """The metrics of all processes of a node: counts of the running and the ended ones, gauges of the running ones.
+
+    A file that cannot be read is set aside: one such file must not cost the node its metrics.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._told: set[Path] = set()
 
     def collect(self) -> Iterable[Metric]:
         """Read all files. Each scrape calls it from a thread of its own."""
+        if not self._folder.is_dir():
+            logger.warning(
+                "metrics: %s was deleted; it is made again, but processes that run now export no more", self._folder
+            )
+            self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "collect.lock").open("a") as lock:  # or one scrape would unlink what another reads
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-            self._fold_ended_processes()
-            return list(MultiProcessCollector(None, str(self._folder)).collect())
+            _finish_fold(self._folder)
+            return list(MultiProcessCollector.merge(map(str, self._sound_files())))
 
-    def _fold_ended_processes(self) -> None:
-        """Add what ended processes have counted to one file per kind; else files would pile up with every restart."""
-        for file in self._folder.glob("*_*.db"):
-            kind, _, process = file.stem.rpartition("_")
-            if process == KEPT or _is_alive(int(process)):
+    def _sound_files(self) -> set[Path]:
+        """The files to read: of running processes, and one per kind with what ended processes have counted.
+
+        Files of ended processes are added to the latter; else they would pile up with every restart.
+        """
+        sound, ended = set(), defaultdict(list)
+        for file in self._folder.glob("*.db"):
+            named = NAME.fullmatch(file.name)
+            if named is None:
+                self._set_aside(file, "its name tells no kind and process")
                 continue
-            if not kind.startswith("gauge"):
-                kept = MmapedDict(str(self._folder / f"{kind}_{KEPT}.db"))
-                for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
-                    kept.write_value(key, kept.read_value(key)[0] + value, 0.0)
-                kept.close()
-            file.unlink()
+            kind, process = named.groups()
+            runs = process != KEPT and _is_alive(int(process))
+            has_ended = process != KEPT and not runs
+            if has_ended and kind.startswith("gauge"):
+                file.unlink()
+                continue
+            try:
+                counted = _read(file)
+            except (OSError, ValueError) as error:
+                if not runs:
+                    self._set_aside(file, str(error))
+                elif file not in self._told and file.exists() and file.stat().st_size:  # else about to be written
+                    self._told.add(file)
+                    logger.warning("metrics: %s is left out: %s", file, error)
+                continue
+            if has_ended:
+                ended[kind].append((file, counted))
+            else:
+                sound.add(file)
+        return sound | {_fold(self._folder, kind, files) for kind, files in ended.items()}
+
+    def _set_aside(self, file: Path, reason: str) -> None:
+        aside = file.with_suffix(".damaged")
+        with contextlib.suppress(OSError):
+            file.rename(aside)
+        if file not in self._told:
+            logger.warning("metrics: %s is damaged: %s; it is set aside as %s", file, reason, aside.name)
+            self._told.add(file)
+
+
+def _read(file: Path) -> Counted:
+    """All values of a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    most = file.stat().st_size // SMALLEST_ENTRY
+    try:
+        found = MmapedDict.read_all_values_from_file(str(file))
+        counted = [(key, value) for key, value, *_ in itertools.islice(found, most + 1)]  # a damaged one may not end
+        keys = [json.loads(key) for key, _ in counted]
+    except (struct.error, RuntimeError) as error:
+        raise ValueError(str(error)) from None
+    if len(counted) > most or not all(isinstance(key, list) and len(key) == 4 for key in keys):
+        raise ValueError("its entries make no sense")
+    return counted
+
+
+def _fold(folder: Path, kind: str, ended: list[tuple[Path, Counted]]) -> Path:
+    """Add what ended processes have counted to the file of their kind, and delete theirs.
+
+    It happens as a whole or not at all, wherever this process may be killed: the sums go to a new file, a note says
+    which files are in it, and renaming the new file decides.
+    """
+    kept, new = folder / f"{kind}_{KEPT}.db", folder / f"{kind}_{KEPT}.new"
+    new.unlink(missing_ok=True)
+    if kept.exists():
+        shutil.copyfile(kept, new)
+    sums = MmapedDict(str(new))
+    for _, counted in ended:
+        for key, value in counted:
+            sums.write_value(key, sums.read_value(key)[0] + value, 0.0)
+    sums.close()
+    note = {"kept": kept.name, "inode": new.stat().st_ino, "ended": [file.name for file, _ in ended]}
+    draft = folder / f"{NOTE}.new"
+    draft.write_text(json.dumps(note))
+    draft.replace(folder / NOTE)
+    new.replace(kept)
+    _finish_fold(folder)
+    return kept
+
+
+def _finish_fold(folder: Path) -> None:
+    """Delete the files that the latest fold has added, if it took place; else they are added next time."""
+    note = folder / NOTE
+    if not note.exists():
+        return
+    said = json.loads(note.read_text())
+    kept = folder / said["kept"]
+    if kept.exists() and kept.stat().st_ino == said["inode"]:
+        for name in said["ended"]:
+            (folder / name).unlink(missing_ok=True)
+    note.unlink()
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except OverflowError:  # no pid is that large
         return False
     except PermissionError:
         return True

@@ -91,6 +91,7 @@ class GenerationResult:
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
         step_seconds: wall time of each step on rank 0.
         decode_seconds: wall time of decoding the latents and encoding the files, on rank 0.
+        warnings: what the caller should know, such as that a prompt was cut.
     """
 
     outputs: tuple[bytes, ...]
@@ -99,6 +100,7 @@ class GenerationResult:
     encode_seconds: float
     step_seconds: tuple[float, ...]
     decode_seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -119,6 +121,8 @@ class RankStatus:
         model: the name of its model.
         loaded: the share of the model's files that it has read, from 0 to 1.
         step: denoising steps done of the request that it runs, or ran last.
+        total_steps: all steps of that request; 0 until its scheduler has set them. A scheduler of second order takes
+            more than `num_inference_steps`.
     """
 
     rank: int
@@ -129,3 +133,4 @@ class RankStatus:
     model: str
     loaded: float
     step: int
+    total_steps: int = 0

@@ -1,7 +1,8 @@
 """One file per served family: what can be said of its pipeline without torch.
 
-    family.py   what a family's file declares
-    lookup.py   finds the family of a model folder
+    family.py      what a family's file declares
+    schedulers.py  which schedulers a family runs with
+    lookup.py      finds the family of a model folder
 
 The family's plans are in the file of the same name in `sp_core.models`, how its pipeline runs in that of
 `workers.model.adapters`.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deploy.families.schedulers import FLOW_MATCH, Schedulers
 from deploy.spec import Task
 
 Config = Mapping[str, Any]
@@ -77,6 +78,7 @@ class PipelineFamily:
             the heads.
         kept_in_fp32: modules and parameters that diffusers loads in fp32 although the others are loaded in half
             precision, by transformer class; as path components of their names.
+        schedulers: those that it runs with.
         refused: keys of `model_index.json` that must not be set, with the reason.
         components: what a request runs through, by the names in `model_index.json`.
         needed_with: a further component, by the key of `model_index.json` that puts it to use.
@@ -90,6 +92,7 @@ class PipelineFamily:
     decode_bytes: Mapping[str, DecodeBytes] = field(default_factory=dict)
     ffn_dim: Callable[[Config], int | None] = _ffn_dim
     kept_in_fp32: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    schedulers: Schedulers = field(default_factory=lambda: FLOW_MATCH)
     refused: Mapping[str, str] = field(default_factory=dict)
     components: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     needed_with: Mapping[str, str] = field(default_factory=dict)

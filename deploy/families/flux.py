@@ -1,6 +1,10 @@
 """Flux.1: guidance is distilled into the transformer, so each step has one branch."""
 
 from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
+from deploy.families.schedulers import FLOW_MATCH
+
+SHIFTED = {"use_flow_sigmas": True, "use_dynamic_shifting": True}
+"""What the pipeline gives a solver makes sense to it with both only."""
 
 FAMILY = PipelineFamily(
     pipeline="FluxPipeline",
@@ -13,4 +17,11 @@ FAMILY = PipelineFamily(
     },
     decode_bytes={"AutoencoderKL": AUTOENCODER_KL},
     components=("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
+    schedulers={
+        **FLOW_MATCH,
+        "UniPCMultistepScheduler": {"use_flow_sigmas": True},
+        "DPMSolverMultistepScheduler": SHIFTED,
+        "DPMSolverSinglestepScheduler": SHIFTED,
+        "DEISMultistepScheduler": SHIFTED,
+    },
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deploy import families as room
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
+from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
 
 
@@ -36,6 +37,7 @@ def family_name(folder: Path) -> str:
     for key, reason in families()[name].refused.items():
         if index.get(key):
             raise ValueError(f"{folder} {reason}")
+    check_scheduler(folder, index, families()[name].schedulers)
     return name
 
 

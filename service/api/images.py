@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse, Response
 
 from service.api.backend import Served, run
 from service.api.origin import request_id
-from service.api.responses import ignored_header, images_response
+from service.api.responses import ignored_header, images_response, warnings_header
 from service.api.schemas import ImageGenerationBody, find_model, parse_body, read_json, to_request
 from service.api.streaming import EventStream
 
@@ -20,4 +20,5 @@ async def generate_images(http: Request, backend: Served) -> Response:
     if body.stream:
         include_progress = body.stream_options.include_progress
         return await EventStream.open(backend.generate(request), request, include_progress, headers)
-    return JSONResponse(images_response(request, await run(backend, request)), headers=headers)
+    result = await run(backend, request)
+    return JSONResponse(images_response(request, result), headers=headers | warnings_header(result))

@@ -18,6 +18,11 @@ def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
     return {"x-ignored-params": ", ".join(ignored)} if ignored else {}
 
 
+def warnings_header(result: GenerationResult) -> dict[str, str]:
+    """The header with what the caller should know; no header if there is nothing."""
+    return {"x-warnings": "; ".join(result.warnings)} if result.warnings else {}
+
+
 def images_response(request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
     """OpenAI's ImagesResponse, with seeds, layout and timings as extra keys."""
     return {
@@ -30,6 +35,7 @@ def images_response(request: GenerationRequest, result: GenerationResult) -> dic
         "output_format": request.output_format,
         "background": "opaque",
         "metrics": metrics(result),
+        "warnings": list(result.warnings),
     }
 
 
@@ -56,7 +62,7 @@ def progress_event(event: StepEvent) -> dict[str, Any]:
 def completed_events(request: GenerationRequest, result: GenerationResult) -> list[dict[str, Any]]:
     """OpenAI's stream event for each finished picture."""
     response = images_response(request, result)
-    shared = {key: response[key] for key in ("size", "output_format", "background", "metrics")}
+    shared = {key: response[key] for key in ("size", "output_format", "background", "metrics", "warnings")}
     shared |= {"type": "image_generation.completed", "created_at": response["created"], "quality": "auto"}
     return [shared | picture for picture in response["data"]]
 

@@ -9,11 +9,12 @@ import difflib
 import json
 import re
 import secrets
+import unicodedata
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.spec import Limits, ModelSpec, Task
 from workers.errors import InvalidParameter, ModelNotFound
@@ -30,30 +31,48 @@ IGNORED = frozenset({"quality", "style", "moderation", "user", "safety_identifie
 BODY_S = 30.0
 """For reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
 
-Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
+"""Unicode's categories of spaces, line breaks, control characters and the like."""
 
 
-class StreamOptions(BaseModel):
+def _visible(text: str) -> str:
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
+        raise ValueError("must have a visible character")
+    return text
+
+
+Text = Annotated[str, Field(max_length=32_000)]
+Prompt = Annotated[Text, Field(min_length=1), AfterValidator(_visible)]
+
+
+class Body(BaseModel):
+    """A JSON object of a request. A field that is null is as absent: OpenAI's clients send null for None."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+class StreamOptions(Body):
     """What a stream contains besides the pictures."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_progress: bool = False
 
 
-class LoRAChoice(BaseModel):
+class LoRAChoice(Body):
     """An adapter of the model, by its name in the deployment."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
     scale: float = Field(1.0, ge=-4, le=4)
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(Body):
     """The fields that pictures and videos share. Absent ones get the model's defaults."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: Prompt
     model: str | None = None
@@ -61,7 +80,7 @@ class GenerationBody(BaseModel):
     user: str | None = None
     safety_identifier: str | None = None
 
-    negative_prompt: Prompt | Literal[""] | None = None
+    negative_prompt: Text | None = None
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=30)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
@@ -97,7 +116,7 @@ class VideoGenerationBody(GenerationBody):
     guidance_scale_2: float | None = Field(None, ge=0, le=30)
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Kind = TypeVar("Kind", bound=GenerationBody)
 
 
 async def read_json(chunks: AsyncIterator[bytes], max_bytes: int) -> object:
@@ -127,7 +146,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse_body(raw: object, kind: type[Body]) -> Body:
+def parse_body(raw: object, kind: type[Kind]) -> Kind:
     """Validate a body.
 
     Raises:
@@ -143,14 +162,14 @@ def parse_body(raw: object, kind: type[Body]) -> Body:
 
 
 def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
-    param = ".".join(str(part) for part in mistake["loc"] if part != "constrained-str")
+    param = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         close = difflib.get_close_matches(param, kind.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return InvalidParameter(param, f"unknown parameter {param!r}{hint}", "unknown_parameter")
     if mistake["type"] == "missing":
         return InvalidParameter(param, f"{param!r} is required", "missing_required_parameter")
-    return InvalidParameter(param, f"{param}: {mistake['msg']}")
+    return InvalidParameter(param, f"{param}: {mistake['msg'].removeprefix('Value error, ')}")
 
 
 def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
@@ -222,6 +241,10 @@ def _check_limits(request: GenerationRequest, limits: Limits) -> None:
     _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
     _at_most("num_frames", request.num_frames, limits.max_num_frames)
     _at_most("n", request.n, limits.max_n)
+    if request.seed + request.n - 1 > MAX_SEED:
+        raise InvalidParameter(
+            "seed", f"the last of {request.n} pictures would have a seed above {MAX_SEED}; lower seed or n"
+        )
     work = request.width * request.height * request.num_frames * request.num_inference_steps * request.n
     if limits.max_work is not None and work > limits.max_work:
         raise InvalidParameter(

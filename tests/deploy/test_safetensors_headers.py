@@ -140,7 +140,7 @@ def test_every_component_of_a_model_is_verified(tmp_path: Path) -> None:
         "_class_name": "P",
         "text_encoder": ["t", "T"],
         "vae": ["d", "V"],
-        "scheduler": ["d", "AScheduler"],
+        "scheduler": ["d", "FlowMatchEulerDiscreteScheduler"],
         "x": [None] * 2,
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))

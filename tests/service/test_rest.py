@@ -2,13 +2,22 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import BaseModel
 
 from service.api.rest import rest_app
-from service.api.schemas import MAX_SEED, ImageGenerationBody, to_request
+from service.api.schemas import (
+    MAX_SEED,
+    ImageGenerationBody,
+    LoRAChoice,
+    StreamOptions,
+    VideoGenerationBody,
+    to_request,
+)
 from service.api.streaming import EventStream
 from tests.support.backend import FakeBackend
 
@@ -31,6 +40,9 @@ REFUSED = [
     ({"prompt": 3}, "prompt", "invalid_value"),
     ({"prompt": ""}, "prompt", "invalid_value"),
     ({"prompt": ["a"]}, "prompt", "invalid_value"),
+    ({"prompt": "   "}, "prompt", "invalid_value"),
+    ({"prompt": "\t\n\u00a0\u3000\u200b\ufeff"}, "prompt", "invalid_value"),
+    ({"prompt": None}, "prompt", "missing_required_parameter"),
     ({"prompt": "a" * 32_001}, "prompt", "invalid_value"),
     ({"num_infrence_steps": 3}, "num_infrence_steps", "unknown_parameter"),
     ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
@@ -48,6 +60,8 @@ REFUSED = [
     ({"seed": -1}, "seed", "invalid_value"),
     ({"seed": MAX_SEED + 1}, "seed", "invalid_value"),
     ({"seed": 1.5}, "seed", "invalid_value"),
+    ({"seed": MAX_SEED, "n": 2}, "seed", "invalid_value"),
+    ({"seed": MAX_SEED - 2, "n": 4}, "seed", "invalid_value"),
     ({"guidance_scale": "x"}, "guidance_scale", "invalid_value"),
     ({"guidance_scale": 31}, "guidance_scale", "invalid_value"),
     ({"negative_prompt": 3}, "negative_prompt", "invalid_value"),
@@ -57,6 +71,8 @@ REFUSED = [
     ({"partial_images": 2}, "partial_images", "invalid_value"),
     ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
     ({"model": None}, "model", "missing_required_parameter"),
+    ({"modle": None}, "modle", "unknown_parameter"),
+    ({"loras": [{"name": None}]}, "loras.0.name", "missing_required_parameter"),
 ]
 
 
@@ -69,6 +85,38 @@ def test_refused(client: TestClient, backend: FakeBackend, body: dict[str, Any],
     assert param.split(".")[0] in error["message"]
     assert answer.headers["x-should-retry"] == "false"
     assert backend.requests == []
+
+
+def test_the_largest_seed_may_be_the_last_pictures(client: TestClient) -> None:
+    answer = post(client, seed=MAX_SEED - 3, n=4)
+    assert [picture["seed"] for picture in answer.json()["data"]] == [MAX_SEED - 3 + i for i in range(4)]
+
+
+NULLABLE = [
+    (kind, name)
+    for kind in (ImageGenerationBody, VideoGenerationBody, StreamOptions, LoRAChoice)
+    for name, field in kind.model_fields.items()
+    if not field.is_required()
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NULLABLE, ids=lambda value: value if isinstance(value, str) else "")
+def test_null_is_as_absent(kind: type[BaseModel], name: str) -> None:
+    """OpenAI's clients send null for None."""
+    required = {name: "a" for name, field in kind.model_fields.items() if field.is_required()}
+    body = kind.model_validate(required | {name: None})
+    assert body == kind.model_validate(required)
+    assert body.model_fields_set == required.keys()
+
+
+def test_a_request_of_nulls_draws_the_defaults(client: TestClient, backend: FakeBackend) -> None:
+    nulls = {name: None for kind, name in NULLABLE if kind is ImageGenerationBody and name != "model"}
+    answer = post(client, **nulls | {"seed": 1})
+    assert answer.status_code == 200
+    assert "x-ignored-params" not in answer.headers
+    assert post(client, seed=1, stream_options={"include_progress": None}).status_code == 200
+    first, second = (replace(request, request_id="") for request in backend.requests)
+    assert first == second
 
 
 def test_a_misspelled_field_is_named_before_the_one_it_leaves_missing(client: TestClient) -> None:

@@ -70,9 +70,20 @@ def test_a_video_is_the_file_itself(client: TestClient, backend: FakeBackend) ->
     assert answer.headers["x-seed"] == "5"
     assert answer.headers["x-ignored-params"] == "user"
     assert json.loads(answer.headers["x-metrics"])["step_seconds"] == [0.5]
+    assert "x-warnings" not in answer.headers
     (request,) = backend.requests
     assert (request.width, request.height, request.num_frames, request.num_inference_steps) == (64, 64, 5, 4)
     assert (request.fps, request.guidance_scale_2, request.output_format, request.n) == (8, 2.5, "mp4", 1)
+
+
+def test_a_prompt_that_is_cut_is_reported(client: TestClient) -> None:
+    said = "prompt: tokenizer keeps 512 of its 719 tokens"
+    picture = client.post(IMAGES, json={"model": "one", "prompt": "long"})
+    assert (picture.headers["x-warnings"], picture.json()["warnings"]) == (said, [said])
+    assert client.post(VIDEOS, json={"model": "film", "prompt": "long"}).headers["x-warnings"] == said
+    streamed = client.post(IMAGES, json={"model": "one", "prompt": "long", "stream": True}).text
+    assert f'"warnings": ["{said}"]' in streamed
+    assert client.post(IMAGES, json={"model": "one", "prompt": "a"}).json()["warnings"] == []
 
 
 @pytest.mark.parametrize(

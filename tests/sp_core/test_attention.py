@@ -20,7 +20,7 @@ from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 
 HEAD_SIZE = 4
-MASKS = ("none", "keys", "additive keys", "per head", "square", "square per head", "one row")
+MASKS = ("none", "keys", "additive keys", "per head", "square", "square per head", "one row", "least keys", "least")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,17 @@ def a_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     shapes: dict[str, tuple[int, ...]] = {
         "keys": (batch, total), "additive keys": (1, total), "per head": (batch, heads, 1, total),
         "square": (1, 1, total, total), "square per head": (batch, heads, total, total), "one row": (batch, total),
+        "least keys": (batch, total), "least": (1, 1, total, total),
     }  # fmt: skip
     if case.mask == "none":
         return None
     visible = torch.rand(shapes[case.mask], generator=generator) > 0.4
-    if case.mask == "one row":
+    if case.mask in ("one row", "least keys"):
         visible[0] = False
+    if case.mask == "least":
+        visible[..., ::2, :] = False
+    if case.mask.startswith("least"):
+        return torch.zeros(shapes[case.mask]).masked_fill(~visible, torch.finfo(torch.float32).min)
     if case.mask == "additive keys":
         return torch.randn(shapes[case.mask], generator=generator).masked_fill(~visible, float("-inf"))
     return visible
@@ -159,7 +164,7 @@ def test_any_attention_is_that_of_one_process(ranks: RankPool, case: Case, layou
 
 CONTROLS = [
     Case(image=12, text=5, mask=mask, joint=joint, strategy=strategy, key_heads=key_heads, group=group, batch=2)
-    for mask in ("none", "keys", "additive keys", "one row")
+    for mask in ("none", "keys", "additive keys", "one row", "least keys")
     for joint, strategy in ((0, "front"), (3, "front"), (3, "rear"))
     for key_heads, group in ((6, 1), (3, 2))
 ]
@@ -173,7 +178,7 @@ def test_local_attention_would_be_seen(ranks: RankPool, case: Case) -> None:
         assert max(error(output, reference) for output in ranks.run(layout, on_rank, case, True)) > 100 * BAR
 
 
-@pytest.mark.parametrize("mask", ["square", "per head", "square per head"])
+@pytest.mark.parametrize("mask", ["square", "per head", "square per head", "least"])
 def test_a_mask_of_the_whole_matters(ranks: RankPool, mask: str) -> None:
     """The control of masks that a local attention cannot even take: without them the answer is another."""
     case = Case(image=12, text=5, mask=mask)

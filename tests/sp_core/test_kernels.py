@@ -40,10 +40,8 @@ def test_partial_attentions_merge_to_the_whole(masked: bool) -> None:
         assert (lse - scores.logsumexp(-1)).abs().max() <= BAR
 
 
-@pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min])
-def test_rows_that_hide_all_keys_by_a_finite_mask(low: float) -> None:
-    """Such a mask hides nothing, as the softmax sees differences only: they are not lost in the merge. (They are in one
-    kernel's scores: plain attention answers with a mean there, which nobody looks at.)"""
+def masked_in_chunks(low: float) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Merged attention where a mask hides all keys of the first row and all but one of the second."""
     query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
     mask = torch.full((2, 1, 1, 9), low)
     mask[1, ..., 2] = 0
@@ -52,8 +50,35 @@ def test_rows_that_hide_all_keys_by_a_finite_mask(low: float) -> None:
         for chunk in (slice(0, 3), slice(3, 7), slice(7, 9))
     ]
     merged = kernels.merge(kernels.merge(parts[2], parts[0]), parts[1])
-    assert (merged.output[0] - kernels.attention(query, key, value)[0]).abs().max() <= BAR
     assert (merged.output[1] - value[1, 2]).abs().max() <= BAR
+    return merged.output, [query, key, value], mask
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e9])
+def test_rows_that_hide_all_keys_by_the_least_number(low: float) -> None:
+    """Such a number swallows the scores that it is added to: what is left is the mean, in chunks as at once."""
+    output, whole, mask = masked_in_chunks(low)
+    assert (output - kernels.attention(*whole, mask)).abs().max() <= BAR
+    assert (output[0] - whole[2][0].mean(0)).abs().max() <= BAR
+    assert (output[0] - kernels.attention(*whole)[0]).abs().max() > 100 * BAR
+
+
+def test_rows_that_hide_all_keys_by_a_finite_mask() -> None:
+    """A mask of -1e4 hides nothing there, as the softmax sees differences only. Nothing is lost in the merge, though at
+    once a few digits would be."""
+    output, whole, _ = masked_in_chunks(-1e4)
+    assert (output[0] - kernels.attention(*whole)[0]).abs().max() <= BAR
+
+
+def test_a_nan_is_not_hidden() -> None:
+    query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
+    query[0, 3] = math.nan
+    mask = torch.full((2, 1, 1, 9), torch.finfo(torch.float32).min)
+    part = kernels.partial_attention(query, key, value, mask)
+    expected = kernels.attention(query, key, value, mask)
+    assert torch.equal(part.output.isnan(), expected.isnan())
+    assert expected[0, 3].isnan().all()
+    assert expected[0, :3].isfinite().all()
 
 
 def test_fewer_key_heads_and_masks_of_models() -> None:

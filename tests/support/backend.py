@@ -76,7 +76,7 @@ class FakeBackend:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
         """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits.
 
-        `later` fails after its first step.
+        `later` fails after its first step, `long` is answered with a warning.
         """
         self.requests.append(request)
         if request.prompt in self.raises:
@@ -94,6 +94,7 @@ class FakeBackend:
                 await asyncio.sleep(0.01)
                 yield StepEvent(1, 1, 0.5)
             seeds = tuple(request.seed + i for i in range(request.n))
-            yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2)
+            warnings = ("prompt: tokenizer keeps 512 of its 719 tokens",) if request.prompt == "long" else ()
+            yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2, warnings)
         finally:
             self.closed = True

@@ -7,7 +7,7 @@ from typing import Any
 
 from deploy.families.lookup import families
 
-CLASSES = {"scheduler": "AScheduler", "tokenizer": "ATokenizer"}
+CLASSES = {"scheduler": "FlowMatchEulerDiscreteScheduler", "tokenizer": "ATokenizer"}
 
 
 def stub_model(folder: Path, pipeline: str = "QwenImagePipeline", **transformer: Any) -> Path:

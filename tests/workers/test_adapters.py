@@ -1,15 +1,19 @@
 """Every pipeline, stepped, makes what diffusers' classic pipeline makes, and the same on every layout."""
 
+import inspect
 import io
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import av
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from PIL import Image
 
 from deploy.families.lookup import families, family_name
@@ -19,7 +23,7 @@ from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.support.deployments import model
-from tests.workers.test_denoising import ALONE, Generated, generate, pixels
+from tests.workers.test_denoising import ALONE, Generated, begun, generate, pixels
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
@@ -83,6 +87,48 @@ def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: st
     )[0]
     reference = [(each * 255).round().astype(np.int16) for each in expected]
     assert differ(made, reference) <= 1
+
+
+LONG = {
+    "qwen-image": ({"negative_prompt": "blurry"}, {"true_cfg_scale": 2.0, "negative_prompt": "blurry"}, 34 + 512),
+    "z-image": ({}, {"guidance_scale": 2.0}, 512),
+    "wan": ({"num_frames": 5, "output_format": "mp4"}, {"guidance_scale": 2.0, "num_frames": 5}, 512),
+    "flux": ({}, {"guidance_scale": 2.0}, 512),
+}
+"""For each family what our request and the classic pipeline are told, and the tokens kept, a template's too."""
+
+
+@pytest.mark.parametrize("family", LONG)
+def test_a_long_prompt_is_cut_as_by_the_classic_pipeline_and_reported(
+    demo_models: dict[str, Path], family: str
+) -> None:
+    """Of Qwen-Image, the modular pipeline would read 1024 tokens."""
+    ours, told, kept = LONG[family]
+    words = "".join(random.Random(1).choices("abcdefghij ", k=719))
+    request = replace(PICTURES, prompt=words, width=64, height=48, n=1, guidance_scale=2.0, **ours)
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    loaded = load_model(model(demo_models[family]), mesh)
+    denoising = begun(loaded, request)
+    assert any(re.search(rf"keeps {kept} of its [67]\d\d tokens", warning) for warning in denoising.warnings)
+    assert all(warning.startswith("prompt: tokenizer") for warning in denoising.warnings)
+    _, made = alone(demo_models[family], request)
+    classic = DiffusionPipeline.from_pretrained(demo_models[family], local_files_only=True)
+    classic.set_progress_bar_config(disable=True)
+    size = {"width": 64, "height": 48, "num_inference_steps": request.num_inference_steps, "output_type": "np"}
+    expected = classic(words, generator=torch.Generator().manual_seed(request.seed), **size, **told)[0]
+    assert differ(made, [(each * 255).round().astype(np.int16) for each in expected]) <= 1
+    assert begun(loaded, replace(request, prompt="a short one")).warnings == ()
+
+
+@pytest.mark.parametrize("family", LONG)
+def test_all_defaults_are_those_of_the_classic_pipeline(demo_models: dict[str, Path], family: str) -> None:
+    adapter = find_adapter(demo_models[family])
+    blocks = ModularPipeline.from_pretrained(str(demo_models[family]), local_files_only=True).blocks
+    defaults = adapter.defaults(blocks.get_execution_blocks(prompt="a", negative_prompt="b").inputs)
+    classic = inspect.signature(getattr(diffusers, adapter.family.pipeline).__call__).parameters
+    shared = defaults.keys() & classic.keys()
+    assert {"max_sequence_length", "num_inference_steps", "height", "width", "sigmas"} & classic.keys() <= shared
+    assert {name: defaults[name] for name in shared} == {name: classic[name].default for name in shared}
 
 
 CASES = [(name, layout) for name in ("z-image", "wan", "flux") for layout in LAYOUTS]

@@ -32,6 +32,14 @@ def test_a_known_shape_costs_what_it_took() -> None:
     assert cost.shapes == ((512, 512, 1),)
 
 
+def test_steps_are_those_that_the_scheduler_takes() -> None:
+    """One of second order takes 2n - 1."""
+    cost = CostModel()
+    cost.observe(SQUARE, 2, took(0.5, steps=19))
+    assert cost.seconds(SQUARE, 2) == pytest.approx(19 * 0.5 + 1)
+    assert cost.seconds(SQUARE, 2, steps_done=10) == pytest.approx(9 * 0.5 + 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "forwards", "times"),
     [({"width": 1024}, 1, 2), ({"num_frames": 9}, 1, 9), ({"n": 3}, 1, 3), ({}, 2, 2), ({"height": 256}, 2, 1)],

@@ -3,16 +3,21 @@
 What Prometheus reads from them is in `tests/live/test_metrics.py`.
 """
 
+import contextlib
+import itertools
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import values
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from workers.exporter import share_values
+from workers.exporter import NodeCollector, share_values
 
 
 def run(work: str, **env: str) -> str:
@@ -79,3 +84,119 @@ def test_files_of_values_can_be_read_added_to_and_closed(tmp_path: Path) -> None
     file.close()
     ((key, value, *_),) = MmapedDict.read_all_values_from_file(str(tmp_path / "counter_kept.db"))
     assert (key, value) == ("key", 2.5)
+
+
+ENDED = 4194300
+"""A pid that no process has."""
+
+
+def count(folder: Path, process: int | str, value: float, name: str = "spray_x") -> Path:
+    """The file of a process that has counted."""
+    file = folder / f"counter_{process}.db"
+    values_of_process = MmapedDict(str(file))
+    values_of_process.write_value(mmap_key(name, f"{name}_total", [], [], "help"), value, 0.0)
+    values_of_process.close()
+    return file
+
+
+def total(collector: NodeCollector, name: str = "spray_x") -> float:
+    """What a scrape says."""
+    samples = [sample for metric in collector.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples if sample.name == f"{name}_total")
+
+
+def test_counts_of_ended_processes_are_kept_once(tmp_path: Path) -> None:
+    collector = NodeCollector(tmp_path)
+    count(tmp_path, os.getpid(), 1)
+    for more in range(1, 4):
+        count(tmp_path, ENDED, 10)
+        assert [total(collector) for _ in range(3)] == [10 * more + 1] * 3
+    assert sorted(file.name for file in tmp_path.glob("*.db")) == [f"counter_{os.getpid()}.db", "counter_kept.db"]
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def scribble(file: Path) -> None:
+    """A length that leads backwards: a reader that trusts it does not end."""
+    file.write_bytes(struct.pack("ii", 4096, 0) + struct.pack("i", -24) * 100)
+
+
+def garble(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"[", b"{"))
+
+
+@pytest.mark.parametrize("damage", [empty, cut, scribble, garble])
+@pytest.mark.parametrize("process", [ENDED, ENDED - 1, "kept"])
+def test_a_damaged_file_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], process: int | str
+) -> None:
+    collector = NodeCollector(tmp_path)
+    count(tmp_path, os.getpid(), 1)
+    count(tmp_path, ENDED - 1, 2)
+    assert total(collector) == 3
+    damaged = count(tmp_path, process, 10)
+    count(tmp_path, ENDED - 2, 4)
+    damage(damaged)
+    caplog.clear()
+    kept = 0 if process == "kept" else 2
+    assert [total(collector) for _ in range(3)] == [1 + kept + 4] * 3
+    assert damaged.with_suffix(".damaged").exists()
+    assert [record.message for record in caplog.records if damaged.name in record.message] == [caplog.messages[0]]
+
+
+@pytest.mark.parametrize("name", ["counter_abc.db", "counter_.db", "x.db", "gauge_5.db", "counter_0.db", "_1.db"])
+def test_a_name_that_tells_no_process_is_set_aside(tmp_path: Path, name: str) -> None:
+    count(tmp_path, os.getpid(), 1)
+    (tmp_path / name).write_bytes(b"?")
+    assert total(NodeCollector(tmp_path)) == 1
+    assert not (tmp_path / name).exists()
+
+
+def test_a_number_that_is_no_pid_has_ended(tmp_path: Path) -> None:
+    count(tmp_path, 10**20, 5)
+    assert total(NodeCollector(tmp_path)) == 5
+
+
+def test_a_file_that_a_running_process_has_just_made_stays(tmp_path: Path) -> None:
+    file = tmp_path / f"counter_{os.getpid()}.db"
+    file.touch()
+    assert total(NodeCollector(tmp_path)) == 0
+    assert file.exists()
+
+
+@pytest.mark.parametrize("struck", ["replace", "unlink"])
+@pytest.mark.parametrize("call", range(4))
+def test_an_exporter_that_is_killed_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, struck: str, call: int
+) -> None:
+    """Struck at each of its changes to the folder in turn; the next scrape has all counts, once."""
+    for process, value in ((ENDED, 1), (ENDED - 1, 2)):
+        count(tmp_path, process, value)
+    assert total(NodeCollector(tmp_path)) == 3
+    for process, value in ((ENDED, 4), (ENDED - 1, 8)):
+        count(tmp_path, process, value)
+    sound, calls = getattr(Path, struck), itertools.count()
+
+    def strike(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return sound(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, struck, strike)
+        NodeCollector(tmp_path).collect()
+    assert [total(NodeCollector(tmp_path)) for _ in range(2)] == [15, 15]
+
+
+def test_a_deleted_folder_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    collector = NodeCollector(tmp_path / "metrics")
+    assert [total(collector) for _ in range(2)] == [0, 0]
+    assert [record.message for record in caplog.records if "was deleted" in record.message] == [caplog.messages[0]]
+    count(tmp_path / "metrics", os.getpid(), 1)
+    assert total(collector) == 1

@@ -40,6 +40,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self._learned: dict[tuple[Shape, int, int], _Learned] = {}
+        self._steps_per_asked = 1.0  # of the model's scheduler: one of second order takes nearly twice as many
         self._typical_s = 0.0
         self._requests = 0
 
@@ -55,6 +56,7 @@ class CostModel:
         """
         steps = len(result.step_seconds)
         step_s = statistics.median(result.step_seconds) if steps else 0.0
+        self._steps_per_asked = steps / request.num_inference_steps or 1.0
         outside_s = result.encode_seconds + result.decode_seconds
         key = _key(request, forwards)
         learned = self._learned.pop(key, None) or _Learned(_work(request, forwards), step_s, outside_s)
@@ -73,8 +75,8 @@ class CostModel:
         Args:
             request: what is asked.
             forwards: of the transformer in one step; 2 with guidance, else 1.
-            steps_done: steps that are done. The seconds outside the steps stay in the estimate, although encoding is
-                over by then: encoding and decoding are learned together.
+            steps_done: steps of the scheduler that are done. The seconds outside the steps stay in the estimate,
+                although encoding is over by then: encoding and decoding are learned together.
         """
         if not self._learned:
             return None
@@ -82,7 +84,7 @@ class CostModel:
         learned = self._learned.get(_key(request, forwards)) or min(
             self._learned.values(), key=lambda known: max(known.work / work, work / known.work)
         )
-        steps = max(0, request.num_inference_steps - steps_done)
+        steps = max(0.0, request.num_inference_steps * self._steps_per_asked - steps_done)
         return steps * learned.step_s * work / learned.work + learned.outside_s
 
     @property

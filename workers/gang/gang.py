@@ -182,7 +182,7 @@ class Gang:
             "phase": phase,
             "step": step,
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
-            "total_steps": self._running.num_inference_steps if self._running else 0,
+            "total_steps": self._total_steps(),
             "startup_s": round(self._startup_s(), 3),
         }
         return backlog.as_stats() | {"now": now}
@@ -267,6 +267,13 @@ class Gang:
         if latest.phase == "idle":  # a status is some hundred milliseconds old: this one is from before the request
             return "encode", 0
         return latest.phase, latest.step
+
+    def _total_steps(self) -> int:
+        """Steps of the running request: as many as it asks for, until the ranks know how many its scheduler takes."""
+        if self._running is None or self._ranks is None:
+            return 0
+        _, step = self._progress()
+        return self._ranks.statuses[0].total_steps if step else self._running.num_inference_steps
 
     def _forwards(self, request: GenerationRequest) -> int:
         return self._started.family.branches(request.guidance_scale, request.negative_prompt)

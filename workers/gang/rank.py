@@ -56,8 +56,8 @@ class Rank:
         self._store: dist.TCPStore | None = None  # type: ignore[name-defined]  # rank 0 hosts it as long as it lives
         self._usable: LoadedModel | None = None  # until it has joined; `_loaded` asserts that it has
         self._phase: Phase = "starting"
-        self._progress = 0  # boundaries passed; read by the control thread, as are the two below
-        self._step = 0
+        self._progress = 0  # boundaries passed; read by the control thread, as are those below
+        self._step = self._total_steps = 0
         self._read = 0.0
         self._cancelled: str | None = None  # a request's id, written by the control thread
         if model.device == "cuda":
@@ -206,6 +206,7 @@ class Rank:
                 encode_seconds=encoded - started,
                 step_seconds=tuple(seconds),
                 decode_seconds=decode_seconds,
+                warnings=denoising.warnings,
             )
 
     def status(self) -> RankStatus:
@@ -219,6 +220,7 @@ class Rank:
             model=self.model.name,
             loaded=self._read,
             step=self._step,
+            total_steps=self._total_steps,
         )
 
     def renumber(self, replica: str) -> None:
@@ -233,7 +235,7 @@ class Rank:
 
     def _begin(self, request: GenerationRequest) -> Denoising:
         self._phase = "encode"
-        self._step = 0
+        self._step = self._total_steps = 0
 
         def encode() -> Denoising:
             denoising = Denoising(self._loaded, request)
@@ -243,6 +245,7 @@ class Rank:
         denoising = self._run_on_all_ranks(request, encode)
         denoising.share_encoded()
         self._run_on_all_ranks(request, denoising.prepare)
+        self._total_steps = denoising.total_steps
         return denoising
 
     def _peak_memory(self) -> int:
@@ -258,7 +261,7 @@ class Rank:
         while not denoising.done:
             before = time.perf_counter()
             denoising.step()  # an error inside is not agreed: the other ranks may wait in a collective of the forward
-            after = f"step {self._step + 1} of {denoising.total_steps}"
+            after = f"step {self._step + 1} of {self._total_steps}"
             broken = None if denoising.finite else FloatingPointError(f"the latents are not finite after {after}")
             self._sync_point(denoising.request, broken)
             self._step += 1

@@ -5,6 +5,7 @@ loader.py               loads a model folder; weights.py reads a transformer's s
 out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
 adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step
+truncation.py           notices prompts that are longer than what is read
 lora.py                 LoRA files -> what sp_core.lora takes
 media.py                pictures to PNG, JPEG, WebP; videos to MP4
 diffusers_internals.py  what diffusers keeps private

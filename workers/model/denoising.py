@@ -9,6 +9,8 @@ latents, and all state of a request is in its `Denoising`.
 """
 
 import copy
+import functools
+import inspect
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
+from workers.model.truncation import WatchedTokenizer
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,14 @@ class Denoising:
         self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
-        self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request)
         self._guided = self._adapter.guided(request)
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
+        self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
+        self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request, self._generators)
         self._encodes = encodes_here(model, mesh)
+        self._warnings: list[str] = []
+        self._watch_tokenizers()
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
@@ -90,7 +96,7 @@ class Denoising:
         blocks = pipeline.blocks.get_execution_blocks(**given)
         self._workflow = Workflow.split(tuple(blocks.sub_blocks.values()))
         self._state = PipelineState()  # what the blocks read and write
-        for name, value in ({p.name: p.default for p in blocks.inputs if p.name} | given).items():
+        for name, value in (self._adapter.defaults(blocks.inputs) | given).items():
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
@@ -111,6 +117,11 @@ class Denoising:
         """The latents after the latest step: `(pictures of this rank, ...)`, packed if the model packs them."""
         latents: torch.Tensor = self._loop_state.latents
         return latents
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know of the request, on ranks that encode: which prompts were cut."""
+        return tuple(dict.fromkeys(self._warnings))
 
     @property
     def finite(self) -> bool:
@@ -148,6 +159,7 @@ class Denoising:
         loop_state = self._workflow.loop.get_block_state(self._state)
         loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
         loop_state.num_warmup_steps = 0
+        loop_state.num_inference_steps = len(loop_state.timesteps)  # guiders count these; a scheduler may add some
         if self._adapter.rounds_timestep:
             loop_state.dtype = torch.float32  # see `workers.model.adapters.pipeline_adapter.keep_timestep_exact`
         self._loop_state = loop_state
@@ -201,6 +213,12 @@ class Denoising:
         for adapters in self._loras.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
+    def _watch_tokenizers(self) -> None:
+        for name, tokenizer in self._pipeline.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                watched = WatchedTokenizer(name, tokenizer, self._adapter.unread_tokens, self._warnings)
+                setattr(self._pipeline, name, watched)
+
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():
             parallel = self._guided and self._cfg.size > 1
@@ -208,14 +226,14 @@ class Denoising:
 
     def _inputs(self) -> dict[str, Any]:
         """The values that the pipeline starts from; they decide which blocks run."""
-        request, seeds = self.request, self._seeds()
+        request = self.request
         return {
             "prompt": request.prompt,
             "width": request.width,
             "height": request.height,
             "num_inference_steps": request.num_inference_steps,
-            self._adapter.count_input: len(seeds),
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],  # on CPU: the same on any device
+            self._adapter.count_input: len(self._generators),
+            "generator": self._generators,
             "output_type": "pil",
             **self._adapter.inputs(request),
         }
@@ -237,12 +255,16 @@ class Denoising:
             _, self._state = block(self._pipeline, self._state)
 
 
-def _for_one_request(shared: Any, request: GenerationRequest) -> Any:
+def _for_one_request(shared: Any, request: GenerationRequest, generators: list[torch.Generator]) -> Any:
     """A scheduler of the request's own.
 
-    With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0 by 0 there.
+    What noise it draws comes from the generators, one per picture. Pipelines leave that to torch's global one, so that
+    ranks would differ. With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0
+    by 0 there.
     """
     scheduler = copy.deepcopy(shared)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        scheduler.step = functools.partial(scheduler.step, generator=generators)
     if request.num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
         scheduler.register_to_config(shift_terminal=None)
     return scheduler

@@ -5,10 +5,14 @@ they guide; an adapter gives the classic pipeline's answer. `workers.model.denoi
 family, which changes what this class does for pictures.
 """
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import InputParam
 
 from deploy.families.family import PipelineFamily
 from workers.errors import InvalidParameter
@@ -24,11 +28,13 @@ class PipelineAdapter:
     Attributes:
         count_input: name of the input that says how many pictures or videos.
         output: name of what the last block puts out.
+        unread_tokens: of those that the tokenizer is told to keep, how many the pipeline drops.
         rounds_timestep: the modular pipeline rounds the timestep to the weights' dtype, the classic one does not.
     """
 
     count_input = "num_images_per_prompt"
     output = "images"
+    unread_tokens = 0
     rounds_timestep = False
 
     def __init__(self, family: PipelineFamily) -> None:
@@ -49,6 +55,14 @@ class PipelineAdapter:
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
         """Inputs of the pipeline that not all pipelines have."""
         return {"negative_prompt": request.negative_prompt}
+
+    def defaults(self, inputs: Iterable[InputParam]) -> dict[str, Any]:
+        """Values of the pipeline's inputs, where nothing is given: those of the classic pipeline, where it has them.
+
+        The modular one has others: Qwen-Image's reads 1024 tokens of a prompt, not 512.
+        """
+        classic = inspect.signature(getattr(diffusers, self.family.pipeline).__call__).parameters
+        return {p.name: classic[p.name].default if p.name in classic else p.default for p in inputs if p.name}
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a request that the model cannot run.

@@ -1,0 +1,49 @@
+"""Notices prompts that are longer than what a text encoder reads, which pipelines cut without a word to the caller.
+
+`workers.model.denoising` puts a `WatchedTokenizer` in the place of each tokenizer of a request's pipeline, and reads
+the warnings once the prompts are encoded.
+"""
+
+from typing import Any
+
+PROMPTS = ("prompt", "negative_prompt")
+"""In the order in which every pipeline encodes them."""
+
+
+class WatchedTokenizer:
+    """A tokenizer that remembers which texts it has cut.
+
+    Args:
+        name: of the component.
+        tokenizer: the model's.
+        unread: tokens that the pipeline drops afterwards, of as many as it asks the tokenizer to keep.
+        warnings: where to put what the caller should know.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str]) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._unread = unread
+        self._warnings = warnings
+        self._encoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(
+        self, text: Any, *args: Any, truncation: bool = False, max_length: int | None = None, **options: Any
+    ) -> Any:
+        """What the tokenizer makes of a text."""
+        made = self._tokenizer(text, *args, truncation=truncation, max_length=max_length, **options)
+        if truncation and max_length is not None:
+            self._compare(text, max_length - self._unread)
+        return made
+
+    def _compare(self, text: Any, kept: int) -> None:
+        prompt = PROMPTS[min(self._encoded, len(PROMPTS) - 1)]
+        self._encoded += 1
+        whole = max(
+            len(ids) for ids in self._tokenizer([text] if isinstance(text, str) else text, verbose=False).input_ids
+        )
+        if whole > kept:
+            self._warnings.append(f"{prompt}: {self._name} keeps {kept} of its {whole} tokens; the rest has no effect")
