@@ -15,7 +15,7 @@ from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"plans": "sp_core/models", "facts": "deploy/families", "adapters": "workers/model/adapters"}
-NOT_FAMILIES = {"__init__", "family", "lookup", "pipeline_adapter"}
+NOT_FAMILIES = {"__init__", "family", "lookup", "pipeline_adapter", "schedulers"}
 CODE = [path for layer in ("sp_core", "deploy", "workers", "service") for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
