@@ -132,9 +132,12 @@ class Gateway:
         if self._keys is None:
             return
         scheme, _, given = (authorization or "").partition(" ")
-        given = given.strip()
-        sent = given.encode("latin-1") if given.isascii() or max(given) <= "\xff" else given.encode()
-        if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, key.encode()) for key in self._keys):
+        given = given.strip(" \t")  # not all that Unicode calls a space: those are bytes of letters
+        # Servers decode headers as latin-1, whatever clients mean: their letters may be those of UTF-8, or the bytes.
+        meant = given.encode(), given.encode("latin-1", "replace")
+        if scheme.lower() != "bearer" or not any(
+            hmac.compare_digest(sent, key.encode()) for key in self._keys for sent in meant
+        ):
             raise Unauthorized("a valid API key is required, as 'Authorization: Bearer KEY'")
 
     def models(self) -> dict[str, ModelSpec]:

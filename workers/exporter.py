@@ -65,9 +65,13 @@ def share_values() -> Path | None:
     raylet = os.environ.get("RAY_RAYLET_PID")
     if raylet is None:
         return None
-    folder = Path(os.environ.get("SPRAY_METRICS_DIR", f"{tempfile.gettempdir()}/spray-metrics-{raylet}"))
+    named = os.environ.get("SPRAY_METRICS_DIR")
+    folder = Path(named or f"{tempfile.gettempdir()}/spray-metrics-{raylet}")
     try:
-        make_private(folder)
+        if named:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            make_private(folder)
         for file in folder.glob(f"gauge_*_{os.getpid()}.db"):  # left by an ended process that had the same pid
             file.unlink()
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,13 +1,19 @@
 """Who is in which group, and the decision that all ranks share; how tokens lie on ranks."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from sp_core.collectives import gather
 from sp_core.degrees import ParallelDegrees, axis_groups, head_cost, head_shares, layout_advice
 from sp_core.mesh import ParallelMesh
 from sp_core.token_layout import Stream, TokenLayout
 from sp_core.verify.rank_pool import RankPool
 from tests.support.toys import TWO
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -105,3 +111,26 @@ def test_places_of_tokens_in_the_whole() -> None:
         TokenLayout((Stream(3, 2), Stream(5, 2, replicated=2)), 0)
     with pytest.raises(ValueError, match="in which order attention joins"):
         TokenLayout(streams, 0, order_known=False).order(cpu)
+
+
+def hand_out(mesh: ParallelMesh) -> tuple[list[bytes], list[list[list[int]]]]:
+    rank = mesh.axis("gang").rank
+    texts = [mesh.broadcast(text if rank == 0 else None) for text in (b"", b"picture", bytes(range(256)) * 999)]
+    own = [torch.full((n, rank + 1), float(rank)) for n in range(1, rank + 2)]
+    return texts, [[list(tensor.shape) for tensor in theirs] for theirs in gather(own, mesh.axis("gang"))]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_hand_out_bytes_and_tensors_of_any_shape(ranks: RankPool, size: int) -> None:
+    """Through tensors only: torch's way for objects unpickles, and runs, what a peer sends."""
+    found = ranks.run(ParallelDegrees(ulysses_degree=size), hand_out)
+    shapes = [[[n, rank + 1] for n in range(1, rank + 2)] for rank in range(size)]
+    for rank, (texts, gathered) in enumerate(found):
+        assert texts == [b"", b"picture", bytes(range(256)) * 999]
+        assert gathered == ([] if rank else shapes)
+
+
+def test_nothing_that_peers_send_is_unpickled() -> None:
+    sources = [path.read_text() for layer in ("sp_core", "workers") for path in (ROOT / layer).rglob("*.py")]
+    unpickling = re.compile(r"_object\(|_object_list\(|weights_only=False|pickle\.loads?\(")
+    assert [found for source in sources for found in unpickling.findall(source)] == []
