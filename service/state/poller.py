@@ -6,11 +6,12 @@ does not answer, the last state stays, and requests go on.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import app_name
@@ -22,6 +23,10 @@ from workers.metrics import GANGS, QUEUED
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 1.0
+
+STEADY_S = 4.0
+"""Between two looks at Serve and Ray while every model is well and nothing waits: each costs both sides CPU time. What
+the gangs report themselves is looked at every PERIOD_S all the same."""
 
 GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
 """Serve's names of a replica's states."""
@@ -36,11 +41,15 @@ class Poller:
         self._nodes: list[Node] = []
         self._free: list[Node] = []
         self._logged: dict[str, str] = {}
+        self._status = ServeStatus()
+        self._unplaced: Collection[str] = ()
+        self._due = 0.0  # on the loop's clock: when Serve and Ray are asked again
         self._polling: asyncio.Task[None] | None = None
 
     def follow(self, models: Mapping[str, ModelSpec]) -> None:
         """Poll the state of these models from now on."""
         self._models = models
+        self._due = 0.0
         self._polling = self._polling or asyncio.create_task(self._run())
 
     @property
@@ -63,18 +72,23 @@ class Poller:
             await asyncio.sleep(PERIOD_S)
 
     async def _poll(self) -> None:
-        # In a thread, for these calls block; requests are answered meanwhile. The table may change during this wait, so
-        # it is read afterwards.
-        status, self._nodes, self._free = await asyncio.to_thread(_read)
-        unplaced = await asyncio.to_thread(_read_unplaced) if _starts(status) else ()
+        clock = asyncio.get_running_loop().time
+        if clock() >= self._due:
+            self._due = clock() + STEADY_S
+            # In a thread, for these calls block; requests are answered meanwhile. The table may change during this
+            # wait, so it is read afterwards.
+            self._status, self._nodes, self._free = await asyncio.to_thread(_read)
+            self._unplaced = await asyncio.to_thread(_read_unplaced) if _starts(self._status) else ()
         for name, model in self._models.items():
             queued, gangs = router_registry.lookup(app_name(name))
-            placed = not any(f"::{app_name(name)}#" in group for group in unplaced)
-            state = model_state(model, status, self._nodes, self._free, placed, queued=queued, gangs=gangs)
+            placed = not any(f"::{app_name(name)}#" in group for group in self._unplaced)
+            state = model_state(model, self._status, self._nodes, self._free, placed, queued=queued, gangs=gangs)
             self._states[name] = state
             if state.reason and state.reason != self._logged.get(name):
                 logger.warning("%s is %s: %s", name, state.state, state.reason)
             self._logged[name] = state.reason
+        if not all(_is_steady(self._states[name]) for name in self._models):
+            self._due = 0.0
         self._observe()  # before removed models are forgotten, so that their gauges end at zero
         self._states = {name: state for name, state in self._states.items() if name in self._models}
 
@@ -89,6 +103,12 @@ class Poller:
 def _read() -> tuple[Any, list[Node], list[Node]]:
     """Serve's status, the nodes, and what is free of them."""
     return serve.status(), alive_nodes(), free_nodes()
+
+
+def _is_steady(state: ModelState) -> bool:
+    """True if nothing is about to change, as far as can be seen."""
+    settled = set(state.replicas) <= {"RUNNING"}
+    return state.state in ("running", "asleep") and settled and not state.reason and not state.queued
 
 
 def _starts(status: Any) -> bool:

@@ -1,7 +1,7 @@
 """Quarantine: remembers which requests have cost gangs, so that none costs more than `LOSSES`. For `service.gateway`.
 
 A request is known by its caller and its body, since a client that asks again sends the same. Each loss is a key in the
-key-value store of Ray's head, which all gateways of the cluster read every second, also after a restart.
+key-value store of Ray's head, which all gateways of the cluster read every two seconds, also after a restart.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ LOSSES = 2
 """How many gangs the same request may cost."""
 
 KEPT_S = 600.0
-PERIOD_S = 1.0
+PERIOD_S = 2.0
 NAMESPACE = "spray-losses"
 
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn")

@@ -20,7 +20,7 @@ from workers.messages import RankStatus
 PERIOD_S = 0.25
 """Between two looks at processes, and at ranks that work."""
 
-IDLE_S = 2.0
+IDLE_S = 5.0
 """Between two calls of ranks that wait for a request: each costs CPU time on both sides."""
 
 SILENT_LOAD_S = 9.0
