@@ -3,13 +3,14 @@
 A spec and the names of the models that change come in; lines that say what is missing come out. For `spray deploy`.
 """
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import check_deployment
@@ -19,6 +20,8 @@ from deploy.spec import DeploymentSpec, ModelSpec, Task
 from service.names import GANG, app_name
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
 from workers.model.files import fetch
+
+logger = logging.getLogger(__name__)
 
 
 def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
@@ -94,7 +97,8 @@ def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Ta
         try:
             answers.append(ray.get(answer))
         except RayError as error:
-            reason = str(error).splitlines()[0]
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
             answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {reason}"))
     return answers
 
@@ -114,8 +118,11 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, .
         sequence_plan(here)
         verify_loadable(here, folder)
         for lora in model.loras:
-            check_lora(lora, folder)
+            check_lora(lora, here, folder)
     except (ValueError, OSError) as error:
         message = str(error)
         return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
+    except Exception as error:  # of a library: a reason too, and its traceback in the node's log
+        logger.exception("%s: cannot be checked", model.name)
+        return (), f"{model.name}: {model.source} cannot be checked: {type(error).__name__}: {error}"
     return (find_family(folder).task,), ""

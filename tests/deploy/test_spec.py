@@ -8,7 +8,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from deploy.check import check_deployment
 from deploy.load import load_spec
@@ -159,6 +161,11 @@ def test_adapters_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=f"the adapter 'ink' has no file at {tmp_path}/ink.safetensors"):
         check_deployment(load_spec(file), DEVICES)
     (tmp_path / "ink.safetensors").touch()
+    with pytest.raises(
+        SpecError, match=r"the adapter 'ink': .*ink\.safetensors \(0 bytes\) is not a whole safetensors"
+    ):
+        check_deployment(load_spec(file), DEVICES)
+    save_file({"a": torch.zeros(1)}, tmp_path / "ink.safetensors")
     check_deployment(load_spec(file), DEVICES)
 
 

@@ -344,6 +344,9 @@ def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp
     save_file({"nonsense.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
     bad = sound.model_copy(update={"loras": (ink.model_copy(update={"source": str(tmp_path / "bad.safetensors")}),)})
     assert "demo: " in prepare(bad, None)[1] and "bad.safetensors" in prepare(bad, None)[1]
+    with pytest.MonkeyPatch.context() as patch:  # a library that raises what nobody foresaw
+        patch.setattr("workers.model.lora.fit", lambda *_: {}["unforeseen"])
+        assert prepare(sound, None)[1].endswith("cannot be checked: KeyError: 'unforeseen'")
     broken = tmp_path / "broken"
     shutil.copytree(demo_model, broken)
     (broken / "scheduler" / "scheduler_config.json").write_text("{broken")
