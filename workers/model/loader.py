@@ -22,6 +22,7 @@ from sp_core.mesh import ParallelMesh
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.components import check_vocabularies, load_component, read_pipeline
+from workers.model.digests import verify_lora
 from workers.model.lora import fit, read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import build, load_transformer
@@ -71,7 +72,9 @@ class LoadedModel:
 
     def _read(self, lora: LoRA) -> dict[str, AdapterShare]:
         kind = getattr(diffusers, find_family(Path(self.spec.source)).pipeline)
-        return fit(lora, read_lora(Path(lora.source), kind, lora.component), self.adapters)
+        found = read_lora(Path(lora.source), kind, lora.component)
+        verify_lora(lora)
+        return fit(lora, found, self.adapters)
 
 
 def load_model(
