@@ -11,6 +11,7 @@ from deploy.components import verify_components
 from deploy.families.lookup import find_family
 from deploy.memory import format_bytes, rank_memory, what_fits
 from deploy.model_folder import model_folder, read_config
+from deploy.safetensors_headers import read_header
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_heads
 
@@ -111,6 +112,11 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
         return [f"{model.name}: revision belongs to a hub id, but source is the folder {model.source}; remove one"]
     absent = [lora for lora in model.loras if not Path(lora.source).is_file()]
     adapters = [f"{model.name}: the adapter {lora.name!r} has no file at {lora.source}" for lora in absent]
+    for lora in (lora for lora in model.loras if lora not in absent):
+        try:
+            read_header(Path(lora.source))
+        except ValueError as error:
+            adapters.append(f"{model.name}: the adapter {lora.name!r}: {error}")
     if folder is None:
         return adapters
     try:

@@ -174,7 +174,7 @@ def verify_checksums(model: Path) -> int:
     if not sums.is_file():
         return 0
     mistakes = []
-    lines = [line for line in sums.read_text().splitlines() if line.strip()]
+    lines = [line for line in sums.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     for line in lines:
         expected, _, name = line.partition(" ")
         file = model / name.strip().removeprefix("*")

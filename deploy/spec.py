@@ -14,6 +14,7 @@ from sp_core.degrees import ParallelDegrees
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Pixels = Annotated[int, Field(ge=16, le=8192)]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
 Task = Literal["text-to-image", "text-to-video"]
 
 NO_NUL = r"^[^\x00]*$"
@@ -114,6 +115,9 @@ class LoRA(_Section):
     component: Literal["transformer", "transformer_2"] = Field(
         "transformer", description="the transformer that it belongs to, if a model has two"
     )
+    digest: Digest | None = Field(
+        None, description="SHA-256 of the file, which must match; absent: that of the file that is deployed"
+    )
 
 
 class Timeouts(_Section):
@@ -133,6 +137,10 @@ class ModelSpec(_Section):
         description="model folder in diffusers' format, relative to the deployment file, or a hub id (org/name)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; absent: its main branch")
+    digest: Digest | None = Field(
+        None,
+        description="of the model's files: a SHA-256, or the commit of a hub id; absent: as they are when deployed",
+    )
     aliases: tuple[Name, ...] = Field((), description="other names that requests may use")
     tasks: tuple[Task, ...] | None = Field(
         None, description="what requests may ask for; absent: everything that it can do"

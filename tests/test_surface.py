@@ -72,7 +72,7 @@ SPEC_KEYS = frozenset(
     models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s
     models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
-    models.loras models.loras.name models.loras.source models.loras.component
+    models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s

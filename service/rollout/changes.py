@@ -110,19 +110,32 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
     return lines
 
 
-def keep_derived_tasks(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
-    """The spec with the tasks that were derived when its models were deployed, so that they do not look like changes.
+def keep_derived(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
+    """The spec with what was derived when its models were deployed, so that it does not look like a change.
 
-    A model whose source or revision differs gets none: it may be for something else now.
+    That is the tasks, and the commit of a hub id: its branch may have moved since. A model whose source or revision
+    differs gets neither: it may be for something else now.
     """
 
     def kept(model: ModelSpec) -> ModelSpec:
         before = running.get(model.name)
-        if before is None or model.tasks or (before.source, before.revision) != (model.source, model.revision):
+        if before is None or (before.source, before.revision) != (model.source, model.revision):
             return model
-        return model.model_copy(update={"tasks": before.tasks})
+        commit = model.digest or (before.digest if model.from_hub else None)
+        return model.model_copy(update={"tasks": model.tasks or before.tasks, "digest": commit})
 
     return spec.model_copy(update={"models": tuple(kept(model) for model in spec.models)})
+
+
+def with_digests_of(before: ModelSpec, model: ModelSpec) -> ModelSpec:
+    """A model with the digests of the one that runs, for files that both of them name."""
+    same = (before.source, before.revision) == (model.source, model.revision)
+    known = {(lora.source, lora.component): lora.digest for lora in before.loras}
+    loras = (
+        lora.model_copy(update={"digest": lora.digest or known.get((lora.source, lora.component))})
+        for lora in model.loras
+    )
+    return model.model_copy(update={"digest": model.digest or (before.digest if same else None), "loras": tuple(loras)})
 
 
 def user_config(application: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from service.rollout.cluster_folder import make_folder, remove_abandoned
 from service.rollout.core_watch import within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
-from service.rollout.preflight import derive_tasks
+from service.rollout.preflight import settle_here
 from service.rollout.serve_client import apply_config, disconnect, start_ray, start_serve
 from service.state.model_states import failure
 from workers.errors import GangLost
@@ -66,7 +66,7 @@ class LocalCluster:
 
     def __init__(self, spec: DeploymentSpec) -> None:
         one = spec.gateway.model_copy(update={"replicas": 1})  # on one machine, a second one would survive no more
-        self.spec = derive_tasks(spec.model_copy(update={"gateway": one}))
+        self.spec = settle_here(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
         self.metrics_url = ""

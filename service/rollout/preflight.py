@@ -3,22 +3,27 @@
 A spec and the names of the models that change come in; lines that say what is missing come out. For `spray deploy`.
 """
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import check_deployment
 from deploy.families.lookup import find_family
 from deploy.model_folder import model_folder
-from deploy.spec import DeploymentSpec, ModelSpec, Task
+from deploy.spec import DeploymentSpec, ModelSpec
 from service.names import GANG, app_name
+from service.rollout.changes import with_digests_of
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
-from workers.model.files import fetch
+from workers.model.digests import settle_loras, verify_lora
+from workers.model.files import fetch, settle_files
+
+logger = logging.getLogger(__name__)
 
 
 def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
@@ -35,11 +40,51 @@ def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
     return spec.model_copy(update={"models": tuple(derived(model) for model in spec.models)})
 
 
+def settle_here(spec: DeploymentSpec) -> DeploymentSpec:
+    """The spec with the tasks of all models whose folders this machine can read, and the digests of folders."""
+
+    def settled(model: ModelSpec) -> ModelSpec:
+        try:
+            return settle_loras(model) if model.from_hub else settle_files(model, spec.storage.models)
+        except (ValueError, OSError):
+            return model  # reported where the model is checked, or by its gang
+
+    return derive_tasks(spec.model_copy(update={"models": tuple(map(settled, spec.models))}))
+
+
+def settle_running(spec: DeploymentSpec, running: Mapping[str, ModelSpec]) -> DeploymentSpec:
+    """The spec with the digests of the models that run already, as a node sees their files now.
+
+    Without a readable file, a model's digests are those that it was deployed with.
+    """
+    asked = {}
+    for model in spec.models:
+        before = running.get(model.name)
+        if before is None or (before.source, before.revision) != (model.source, model.revision):
+            continue  # its files may have to be fetched first
+        if (host := next(iter(hosts(model)), None)) is not None:
+            on_host = NodeAffinitySchedulingStrategy(host, soft=False)
+            asked[model.name] = _settle.options(scheduling_strategy=on_host).remote(model, spec.storage.models)
+
+    def settled(model: ModelSpec) -> ModelSpec:
+        try:
+            found: ModelSpec | None = ray.get(asked[model.name]) if model.name in asked else None
+        except RayError:
+            found = None
+        if found is not None:
+            return found
+        before = running.get(model.name)
+        return model if before is None else with_digests_of(before, model)
+
+    return spec.model_copy(update={"models": tuple(map(settled, spec.models))})
+
+
 def verify_on_nodes(spec: DeploymentSpec, changed: Collection[str]) -> tuple[DeploymentSpec, list[str]]:
     """Fetch and check the weights of the changed models on every node that may run them, before any device is taken.
 
     Returns:
-        The spec with the tasks of these models filled in; and a line for each thing that keeps them from running.
+        The spec with the tasks and digests of these models filled in; and a line for each thing that keeps them from
+        running.
     """
     models: list[ModelSpec] = []
     problems: dict[str, None] = {}
@@ -49,8 +94,10 @@ def verify_on_nodes(spec: DeploymentSpec, changed: Collection[str]) -> tuple[Dep
             continue
         answers = _answers(model, spec.storage.models)
         problems |= dict.fromkeys(line for _, line in answers if line)
-        tasks = next((tasks for tasks, line in answers if not line), None)
-        models.append(model.model_copy(update={"tasks": model.tasks or tasks}))
+        settled = [answer for answer, line in answers if not line]
+        if any(each != settled[0] for each in settled):
+            problems[f"{model.name}: its files differ from node to node; copy the same ones to all"] = None
+        models.append(settled[0] if settled else model)
     return spec.model_copy(update={"models": tuple(models)}), list(problems)
 
 
@@ -83,25 +130,26 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
     return missing
 
 
-def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[tuple[Task, ...], str]]:
+def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[ModelSpec, str]]:
     """What `_prepare` returns on each node that may run the model. All nodes fetch at once."""
     asked = {}
     for host in hosts(model):
         on_host = NodeAffinitySchedulingStrategy(host, soft=False)
         asked[host] = _prepare.options(scheduling_strategy=on_host).remote(model, models_folder)
-    answers: list[tuple[tuple[Task, ...], str]] = []
+    answers: list[tuple[ModelSpec, str]] = []
     for host, answer in asked.items():
         try:
             answers.append(ray.get(answer))
         except RayError as error:
-            reason = str(error).splitlines()[0]
-            answers.append(((), f"{model.name}: cannot be checked on node {host[:8]}: {reason}"))
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            answers.append((model, f"{model.name}: cannot be checked on node {host[:8]}: {reason}"))
     return answers
 
 
 @ray.remote(num_cpus=0)
-def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, ...], str]:
-    """On a node: the tasks of the model, and what keeps it from running there; empty if nothing does."""
+def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[ModelSpec, str]:
+    """On a node: the model with its tasks and digests, and what keeps it from running there; empty if nothing does."""
     try:
         folder: Path = fetch(model, models_folder)
         here = model.model_copy(update={"source": str(folder), "revision": None})
@@ -114,8 +162,22 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[tuple[Task, .
         sequence_plan(here)
         verify_loadable(here, folder)
         for lora in model.loras:
-            check_lora(lora, folder)
+            check_lora(lora, here, folder)
+            verify_lora(lora)
+        settled = settle_files(model, models_folder)
     except (ValueError, OSError) as error:
         message = str(error)
-        return (), message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
-    return (find_family(folder).task,), ""
+        return model, message if message.startswith(f"{model.name}: ") else f"{model.name}: {message}"
+    except Exception as error:  # of a library: a reason too, and its traceback in the node's log
+        logger.exception("%s: cannot be checked", model.name)
+        return model, f"{model.name}: {model.source} cannot be checked: {type(error).__name__}: {error}"
+    return settled.model_copy(update={"tasks": model.tasks or (find_family(folder).task,)}), ""
+
+
+@ray.remote(num_cpus=0)
+def _settle(model: ModelSpec, models_folder: str | None) -> ModelSpec | None:
+    """On a node: the model with its digests, or None where its files cannot be had."""
+    try:
+        return settle_files(model, models_folder)
+    except (ValueError, OSError):
+        return None

@@ -8,7 +8,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from deploy.check import check_deployment
 from deploy.load import load_spec
@@ -154,9 +156,8 @@ def test_layouts_that_a_family_cannot_run(
 
 
 def test_a_config_without_its_width_is_not_a_crash(tmp_path: Path) -> None:
-    folder = a_folder(tmp_path, heads=12)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
-    (folder / "transformer" / "config.json").write_text("{}")
+    folder = stub_model(tmp_path / "model", "ZImagePipeline")
+    (folder / "transformer" / "config.json").write_text('{"_class_name": "AModel"}')
     assert check_deployment(load_spec(write(tmp_path, a_model())), DEVICES)
 
 
@@ -166,6 +167,11 @@ def test_adapters_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=f"the adapter 'ink' has no file at {tmp_path}/ink.safetensors"):
         check_deployment(load_spec(file), DEVICES)
     (tmp_path / "ink.safetensors").touch()
+    with pytest.raises(
+        SpecError, match=r"the adapter 'ink': .*ink\.safetensors \(0 bytes\) is not a whole safetensors"
+    ):
+        check_deployment(load_spec(file), DEVICES)
+    save_file({"a": torch.zeros(1)}, tmp_path / "ink.safetensors")
     check_deployment(load_spec(file), DEVICES)
 
 

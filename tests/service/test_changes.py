@@ -38,7 +38,7 @@ from service.app import (
 )
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
-from service.rollout.changes import Change, find_changes, keep_derived_tasks
+from service.rollout.changes import Change, find_changes, keep_derived, with_digests_of
 from sp_core.degrees import ParallelDegrees
 from workers.gang.gang import Gang
 
@@ -51,6 +51,7 @@ BEFORE = ModelSpec(name="a", source="/models/a", tasks=("text-to-image",))
 CHANGES: dict[str, tuple[Any, str, str]] = {
     "source": ("/models/b", "upgrade", "source /models/a -> /models/b"),
     "revision": ("v2", "upgrade", "revision None -> v2"),
+    "digest": ("0" * 64, "upgrade", f"digest None -> {'0' * 64}"),
     "device": ("cpu", "upgrade", "device cuda -> cpu"),
     "dtype": ("float16", "upgrade", "dtype None -> float16"),
     "parallel": (ParallelDegrees(ulysses_degree=2), "upgrade", "parallel.ulysses_degree 1 -> 2"),
@@ -168,10 +169,32 @@ def test_a_change_is_told_in_a_line() -> None:
 )
 def test_what_was_derived_is_no_change(written: Any, change: dict[str, Any], tasks: Any) -> None:
     wanted = BEFORE.model_copy(update={"tasks": written} | change)
-    (model,) = keep_derived_tasks(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
+    (model,) = keep_derived(DeploymentSpec(models=(wanted,)), {"a": BEFORE}).models
     assert model == wanted.model_copy(update={"tasks": tasks})
     if not change and written is None:
         assert find_changes({"a": BEFORE}, [model]) == [Change("a", "keep")]
+
+
+def test_a_file_with_another_content_is_a_change() -> None:
+    ink = LoRA(name="ink", source="/ink", digest="a" * 64)
+    before = BEFORE.model_copy(update={"loras": (ink,), "digest": "c" * 64})
+    written = BEFORE.model_copy(update={"loras": (LoRA(name="ink", source="/ink"),)})
+    assert find_changes({"a": before}, [with_digests_of(before, written)]) == [Change("a", "keep")]
+    other = before.model_copy(update={"loras": (ink.model_copy(update={"digest": "b" * 64}),)})
+    assert find_changes({"a": before}, [other]) == [Change("a", "adjust", ("loras",))]
+    moved = with_digests_of(before, written.model_copy(update={"source": "/elsewhere"}))
+    assert (moved.digest, moved.loras) == (None, (ink,))
+
+
+def test_a_branch_that_moved_is_no_change() -> None:
+    before = BEFORE.model_copy(update={"source": "acme/demo", "digest": "a" * 40})
+    written = before.model_copy(update={"digest": None, "tasks": None})
+    (kept,) = keep_derived(DeploymentSpec(models=(written,)), {"a": before}).models
+    assert kept == before
+    (pinned,) = keep_derived(
+        DeploymentSpec(models=(written.model_copy(update={"revision": "v2"}),)), {"a": before}
+    ).models
+    assert pinned.digest is None
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

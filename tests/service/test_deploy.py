@@ -29,6 +29,7 @@ from service.rollout.apply import apply_changes, failures, unfinished
 from service.rollout.attach import attach
 from service.rollout.changes import Change, find_changes, find_gateway_changes, running_models
 from sp_core.degrees import ParallelDegrees
+from tests.conftest import OTHER
 from tests.support.deployments import model as a_demo
 from workers.gang.placement import Node
 
@@ -252,6 +253,7 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return main(["deploy", str(file), *flags]), addresses
 
     monkeypatch.setattr("service.rollout.attach.attach", attach)
+    monkeypatch.setattr(preflight, "settle_running", lambda spec, running: spec)
     monkeypatch.setattr(changes, "find_gateway_changes", lambda spec, present: [])
     monkeypatch.setattr(apply.serve, "status", lambda: status(gateway="RUNNING", model_a="RUNNING"))
     return run
@@ -335,15 +337,34 @@ def test_a_head_that_does_not_answer_is_said_at_once() -> None:
         pass
 
 
+def test_nodes_must_have_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = (A.model_copy(update={"digest": digit * 64}) for digit in "12")
+    for answers, said in (
+        ([here, here], []),
+        ([here, there], ["a: its files differ from node to node; copy the same on"]),
+    ):
+        monkeypatch.setattr(preflight, "_answers", lambda model, folder, said=answers: [(each, "") for each in said])
+        spec, obstacles = preflight.verify_on_nodes(DeploymentSpec(models=(A, B)), {"a"})
+        assert spec.models == (here, B)
+        assert [line[: len(said[0])] for line in obstacles] == said
+
+
 def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp_path: Path) -> None:
     prepare = preflight._prepare._function
     sound = a_demo(demo_model, "demo").model_copy(update={"loras": (ink,)})
-    assert prepare(sound, None) == (("text-to-image",), "")
+    settled, line = prepare(sound, None)
+    assert (settled.tasks, line) == (("text-to-image",), "")
+    assert [len(digest) for digest in (settled.digest, settled.loras[0].digest)] == [64, 64]
+    assert prepare(settled, None) == (settled, "")
     pinned = sound.model_copy(update={"source": "acme/demo", "revision": "v1"})
-    assert prepare(pinned, str(hub)) == (("text-to-image",), "")
+    settled, line = prepare(pinned, str(hub))
+    assert (settled.tasks, settled.digest, line) == (("text-to-image",), OTHER, "")
     save_file({"nonsense.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
     bad = sound.model_copy(update={"loras": (ink.model_copy(update={"source": str(tmp_path / "bad.safetensors")}),)})
     assert "demo: " in prepare(bad, None)[1] and "bad.safetensors" in prepare(bad, None)[1]
+    with pytest.MonkeyPatch.context() as patch:  # a library that raises what nobody foresaw
+        patch.setattr("workers.model.lora.fit", lambda *_: {}["unforeseen"])
+        assert prepare(sound, None)[1].endswith("cannot be checked: KeyError: 'unforeseen'")
     broken = tmp_path / "broken"
     shutil.copytree(demo_model, broken)
     (broken / "scheduler" / "scheduler_config.json").write_text("{broken")

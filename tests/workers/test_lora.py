@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deploy.spec import LoRA
 from sp_core.lora import Adapters
 from sp_core.verify import examples
 from sp_core.verify.verify import BAR
 from tests.sp_core.test_families import worst
+from tests.support.deployments import model
 from tests.support.lora_files import by_peft, forward, kind_of, linears, pair, write
-from workers.model.lora import read_lora
+from workers.model.lora import check_lora, read_lora
 
 
 def same_as_peft(name: str, path: Path) -> None:
@@ -144,6 +146,99 @@ def test_files_that_cannot_be_applied(tmp_path: Path, said: str) -> None:
     save_file(separate, tmp_path / "a.safetensors", header if config else None)
     with pytest.raises(ValueError, match=said):
         read_lora(tmp_path / "a.safetensors", diffusers.QwenImagePipeline)
+
+
+def strength(folder: Path, header: dict[str, str] | None = None, tensors: dict[str, torch.Tensor] = GOOD) -> float:
+    """How much stronger than B A the adapter is; diffusers multiplies the alphas of some formats into A and B."""
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "a.safetensors", header)
+    (layer,) = read_lora(folder / "a.safetensors", diffusers.QwenImagePipeline)["transformer"].values()
+    return float(layer.scaling * (layer.b @ layer.a / (B @ A))[0, 0])
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "network_alpha", "ss_network_alpha", "alpha", "transformer.lora_alpha"])
+def test_a_strength_that_only_the_header_states(tmp_path: Path, key: str) -> None:
+    assert strength(tmp_path, {key: "8", "format": "pt", "ss_network_dim": "2"}) == 8 / 2
+    assert strength(tmp_path, {key: "8.0"}) == 8 / 2
+    assert strength(tmp_path, {key: "None"}) == 1
+    for wrong in ("0", "much", "NaN", "-1", "[8]"):
+        with pytest.raises(
+            ValueError, match=rf"a\.safetensors states {key} .* in its header; expected a number above 0"
+        ):
+            strength(tmp_path, {key: wrong})
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"lora_alpha": "8", "network_alpha": "4"}, "states several alphas in its header"),
+        ({"my_alpha": "8"}, "states my_alpha '8' in its header, which is not understood"),
+        ({"use_rslora": "true", "lora_alpha": "8"}, "states use_rslora 'true' in its header, which is not understood"),
+        ({"peft": '{"lora_alpha": 8}'}, "states peft .* in its header, which is not understood"),
+    ],
+)
+def test_strengths_that_are_not_understood(tmp_path: Path, header: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        strength(tmp_path, header)
+
+
+def test_strengths_that_are_stated_twice(tmp_path: Path) -> None:
+    with_alpha = GOOD | {f"{PLACE}.alpha": torch.tensor(8.0)}
+    assert strength(tmp_path, {"ss_network_alpha": "1"}, with_alpha) == 8 / 2  # a note of a trainer's run
+    assert strength(tmp_path, {"lora_alpha": "8"}, with_alpha) == 8 / 2
+    with pytest.raises(ValueError, match="has alphas that differ from the 4 in its header"):
+        strength(tmp_path, {"lora_alpha": "4"}, with_alpha)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    with pytest.raises(ValueError, match=r"and the adapter_config\.json beside it both state its strength"):
+        strength(tmp_path, None, with_alpha)
+    assert strength(tmp_path, {"lora_alpha": "8"}) == 8 / 2
+    with pytest.raises(ValueError, match=r"and the adapter_config\.json beside it both state its strength"):
+        strength(tmp_path, {"lora_alpha": "4"})
+
+
+def test_the_config_of_peft_beside_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"r": 2, "lora_alpha": 8}')
+    assert strength(tmp_path) == 8 / 2
+    config.write_text('{"r": 2, "lora_alpha": 8, "use_rslora": true}')
+    assert strength(tmp_path) == pytest.approx(8 / 2**0.5)
+    for content, said in {
+        '{"r": 4, "lora_alpha": 8}': "has rank 2 for .*, but its config says 4",
+        '{"r": 2, "use_dora": true}': "was trained with use_dora",
+        '{"r": 2, "lora_alpha": "x"}': r"a\.safetensors cannot be read .*'x'",
+        "[]": "adapter_config.json must be a JSON object",
+    }.items():
+        config.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            strength(tmp_path)
+    config.write_text('{"r": 2, "lora_alpha": 8}')
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(ValueError, match=r"may belong to a\.safetensors or to other\.safetensors"):
+        strength(tmp_path)
+    (tmp_path / "other.safetensors").rename(tmp_path / "adapter_model.safetensors")  # then it is PEFT's
+    assert strength(tmp_path) == 1
+
+
+def test_an_adapter_of_another_flux(tmp_path: Path) -> None:
+    """diffusers asserts the width of Flux.1, without a word."""
+    layer = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(4, 3072), f"{layer}.lora_up.weight": torch.ones(27648, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors has no key format .* FluxPipeline: AssertionError"):
+        read_lora(tmp_path / "a.safetensors", diffusers.FluxPipeline)
+
+
+def test_layers_are_compared_before_a_deployment(tmp_path: Path, demo_model: Path) -> None:
+    save_file(
+        {f"{PLACE}.lora_A.weight": A.new_ones(2, 192), f"{PLACE}.lora_B.weight": B.new_ones(192, 2)}, tmp_path / "a"
+    )
+    lora = LoRA(name="ink", source=str(tmp_path / "a"))
+    check_lora(lora, model(demo_model), demo_model)
+    save_file({name: tensor.clone() for name, tensor in GOOD.items()}, tmp_path / "a")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a does not fit the model: .*transformer_blocks\.0\.attn\.to_q"):
+        check_lora(lora, model(demo_model), demo_model)
+    second = lora.model_copy(update={"component": "transformer_2"})
+    with pytest.raises(ValueError, match="has no component 'transformer_2'"):
+        check_lora(second, model(demo_model), demo_model)
 
 
 def test_what_diffusers_would_drop(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class RankGroup:
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:
-            raise GangLost(f"{model.name}: {error.cause}") from None
+            kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
+            raise GangLost(f"{model.name}: {kind}{error.cause}") from None  # some errors of libraries have no text
         except RayActorError as error:
             raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
         except GangLost as error:

@@ -30,6 +30,7 @@ from deploy.families.lookup import family_name
 from deploy.model_folder import INDEX, component_classes
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import ModelSpec
+from workers.model.digests import REDEPLOY, folder_digest, settle_loras
 from workers.private_folder import make_private, open_own
 
 logger = logging.getLogger("ray.serve")
@@ -82,7 +83,31 @@ def fetch(model: ModelSpec, cache: str | None) -> Path:
         folder = _download(model, cache) if model.from_hub else Path(model.source)
         family_name(folder)  # rejects anything but a model that spray runs
         _check_once(folder, notes)
+        if model.digest and (found := _digest(model, folder, notes)) != model.digest:
+            raise ValueError(
+                f"{model.name}: {folder} does not hold the files that were deployed: their digest is {found[:12]}..., "
+                f"expected {model.digest[:12]}...; {REDEPLOY}"
+            )
     return folder
+
+
+def settle_files(model: ModelSpec, cache: str | None) -> ModelSpec:
+    """The model with its digest and those of its adapters, as their files are now. Fetches the model if need be.
+
+    Raises:
+        ValueError: see `fetch`.
+        OSError: a file cannot be read.
+    """
+    folder = fetch(model, cache)
+    notes = _notes_folder(cache)
+    with _lock(notes / f"{_key(f'{model.source}@{model.revision}')}.lock", model.name):
+        digest = model.digest or _digest(model, folder, notes)
+    return settle_loras(model.model_copy(update={"digest": digest}))
+
+
+def _digest(model: ModelSpec, folder: Path, notes: Path) -> str:
+    """A hub model's commit names its content; a folder must be read, once."""
+    return folder.name if model.from_hub else folder_digest(folder, notes / f"{_key(str(folder.resolve()))}.digests")
 
 
 def _download(model: ModelSpec, cache: str | None) -> Path:
@@ -101,7 +126,7 @@ def _download(model: ModelSpec, cache: str | None) -> Path:
         return Path(folder)
 
     disable_progress_bars()  # they would flood a replica's log
-    folder = snapshot(model.revision, [INDEX])
+    folder = snapshot(model.digest or model.revision, [INDEX])  # a branch may have moved since it was deployed
     if not (folder / INDEX).is_file():
         raise ValueError(f"{what} has no {INDEX}; set source to a model in diffusers' format")
     family_name(folder)  # before tens of gigabytes are fetched

@@ -12,20 +12,20 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import ModularPipeline
 
 from deploy.families.lookup import find_family
-from deploy.model_folder import component_classes, read_config
+from deploy.model_folder import component_classes
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.components import check_vocabularies, load_component, read_pipeline
-from workers.model.lora import read_lora
+from workers.model.digests import verify_lora
+from workers.model.lora import fit, read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
-from workers.model.weights import load_transformer
+from workers.model.weights import build, load_transformer
 
 RECOMPILE_LIMIT = 64
 """Graphs per block. torch's 8 are too few for several shapes, each with and without several adapters."""
@@ -73,10 +73,8 @@ class LoadedModel:
     def _read(self, lora: LoRA) -> dict[str, AdapterShare]:
         kind = getattr(diffusers, find_family(Path(self.spec.source)).pipeline)
         found = read_lora(Path(lora.source), kind, lora.component)
-        absent = sorted(set(found) - set(self.adapters))
-        if absent:
-            raise ValueError(f"{lora.source} is for {absent[0]}, which the model does not have; set component")
-        return {component: self.adapters[component].share(lora.name, each) for component, each in found.items()}
+        verify_lora(lora)
+        return fit(lora, found, self.adapters)
 
 
 def load_model(
@@ -179,8 +177,7 @@ class _AbsentVAE:
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
-        with init_empty_weights():
-            self._vae = getattr(diffusers, kind).from_config(read_config(folder / "config.json"))
+        self._vae: Any = build(folder, getattr(diffusers, kind))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)

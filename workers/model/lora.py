@@ -8,7 +8,6 @@ The conversion is diffusers' own, and alpha, rank patterns and metadata mean wha
 applied as a whole or not at all. Called by `workers.model.loader` on every rank, and `service.rollout.preflight`.
 """
 
-import math
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -18,11 +17,16 @@ import diffusers
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from deploy.families.lookup import find_family
-from deploy.spec import LoRA
-from sp_core.lora import LowRank
+from deploy.model_folder import component_classes
+from deploy.spec import LoRA, ModelSpec
+from sp_core.lora import Adapters, AdapterShare, LowRank
 from workers.model.diffusers_internals import lora_components
+from workers.model.lora_strength import scaling_of_alphas, scaling_of_config, stated_config
+from workers.model.out_of_tree import transformer_class
+from workers.model.weights import build
 
 WEIGHT = re.compile(r"lora.*\.weight$|alpha$")
 """Names of tensors that can be applied: the two matrices of a layer, and its alpha."""
@@ -38,10 +42,6 @@ KINDS = {
 }
 """What else such files hold, by name."""
 
-REFUSED_CONFIG = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "target_parameters", "layer_replication")
-CHANGES_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations whose adapters fit only a model whose own weights were changed too."""
-
 
 def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -> dict[str, dict[str, LowRank]]:
     """Read a whole adapter, onto the CPU.
@@ -55,9 +55,69 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
         For each transformer that the file has weights for, what `Adapters.load` takes.
 
     Raises:
-        ValueError: the file is of another kind, holds something that cannot be applied, or lacks half of a pair.
+        ValueError: the file is of another kind, holds or says something that cannot be applied, or lacks half of a
+            pair. The message names the file.
         OSError: there is no such file.
     """
+    try:
+        return _read_lora(path, pipeline, component)
+    except OSError:
+        raise
+    except Exception as error:  # diffusers' converters raise anything
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read for {pipeline.__name__}: {said}") from error
+
+
+def check_lora(lora: LoRA, model: ModelSpec, folder: Path) -> None:
+    """Reject an adapter of a deployment that cannot be read for a model, or does not fit its layers.
+
+    Args:
+        lora: the adapter.
+        model: the model, with its transformer's class.
+        folder: its files; no weights are read.
+
+    Raises:
+        ValueError: see `read_lora` and `fit`.
+        OSError: there is no such file.
+    """
+    found = read_lora(Path(lora.source), getattr(diffusers, find_family(folder).pipeline), lora.component)
+    there = [name for name in component_classes(folder) if name in found]
+    fit(lora, found, {name: Adapters(_with_shapes(build(folder / name, transformer_class(model)))) for name in there})
+
+
+def _with_shapes(transformer: nn.Module) -> nn.Module:
+    """Give the linear layers of a transformer without weights one element each, seen in the layer's shape."""
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape), requires_grad=False)
+    return transformer
+
+
+def fit(
+    lora: LoRA, found: Mapping[str, Mapping[str, LowRank]], adapters: Mapping[str, Adapters]
+) -> dict[str, AdapterShare]:
+    """What a rank holds of an adapter, by transformer.
+
+    Args:
+        lora: the adapter.
+        found: of `read_lora`.
+        adapters: of each transformer.
+
+    Raises:
+        ValueError: the model lacks a transformer or a layer, or a layer has another shape. The message names the file.
+    """
+    absent = sorted(set(found) - set(adapters))
+    if absent:
+        raise ValueError(f"{lora.source} is for {absent[0]}, which the model does not have; set component")
+    try:
+        return {component: adapters[component].share(lora.name, each) for component, each in found.items()}
+    except ValueError as error:
+        raise ValueError(f"{lora.source} does not fit the model: {error}") from error
+
+
+def _read_lora(path: Path, pipeline: type[Any], component: str) -> dict[str, dict[str, LowRank]]:
     denoisers = [name for name in lora_components(pipeline) if name.startswith("transformer")]
     if not denoisers:
         raise ValueError(f"diffusers loads no LoRA files for {pipeline.__name__}")
@@ -65,6 +125,7 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
         raise ValueError(f"{pipeline.__name__} has no component {component!r}; it has: {', '.join(denoisers)}")
     rows = _check_file(path)
     tensors, alphas, metadata = _convert(path, pipeline)
+    stated = stated_config(path, bool(alphas or metadata))
     if rows > (left := sum(len(tensor) for name, tensor in tensors.items() if OUTER.search(name))):
         raise ValueError(f"{path}: diffusers has no place in {pipeline.__name__} for {rows - left} of {rows} features")
     found: dict[str, dict[str, LowRank]] = {}
@@ -74,21 +135,11 @@ def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -
             place = component if denoiser == "transformer" else denoiser
             if place in found:
                 raise ValueError(f"{path} has weights for transformer and {place}; they cannot both go there")
-            found[place] = _low_ranks(path, mine, of_mine, config)
+            found[place] = _low_ranks(path, mine, of_mine, config or stated)
     surplus = [name for name in (*tensors, *alphas) if not name.startswith(tuple(f"{d}." for d in denoisers))]
     if surplus or not found:
         raise ValueError(f"{path}: expected weights for {' or '.join(denoisers)}, got {surplus[:3] or 'none'}")
     return found
-
-
-def check_lora(lora: LoRA, folder: Path) -> None:
-    """Raise if an adapter of a deployment cannot be read for the model in a folder. Its layers are not compared.
-
-    Raises:
-        ValueError: see `read_lora`.
-        OSError: there is no such file.
-    """
-    read_lora(Path(lora.source), getattr(diffusers, find_family(folder).pipeline), lora.component)
 
 
 def _check_file(path: Path) -> int:
@@ -124,8 +175,9 @@ def _convert(path: Path, pipeline: type[Any]) -> tuple[dict[str, torch.Tensor], 
         tensors, *rest = pipeline.lora_state_dict(
             str(path), use_safetensors=True, local_files_only=True, return_alphas=True, return_lora_metadata=True
         )
-    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:  # its converters raise any
-        raise ValueError(f"{path} has no key format that diffusers knows for {pipeline.__name__}: {error}") from error
+    except Exception as error:  # its converters raise anything, and some of it has no text
+        said = str(error) or type(error).__name__
+        raise ValueError(f"{path} has no key format that diffusers knows for {pipeline.__name__}: {said}") from error
     alphas, metadata = rest if len(rest) == 2 else (None, *rest)  # the flux pipeline alone returns alphas
     if alphas and metadata:
         raise ValueError(f"{path} has both alphas and a config in its header; only one of them can be right")
@@ -148,40 +200,8 @@ def _low_ranks(
     absent = sorted({module + side for module in modules for side in sides} - set(tensors))
     if surplus or absent:
         raise ValueError(f"{path} does not hold A and B of every layer: missing {absent[:3]}, surplus {surplus[:3]}")
-    scaling = _scaling_of_config(path, config) if config else _scaling_of_alphas(path, alphas, set(modules))
+    scaling = scaling_of_config(path, config) if config else scaling_of_alphas(path, alphas, set(modules))
     return {
         module: LowRank(a, tensors[module + sides[1]], scaling(module, len(a)))
         for module, a in ((module, tensors[module + sides[0]]) for module in modules)
     }
-
-
-def _scaling_of_alphas(path: Path, alphas: dict[str, Any], modules: set[str]) -> Any:
-    """Scale by alpha / rank, or by 1 if the file has no alphas."""
-    by_module = {name.removesuffix(".alpha").removesuffix(".lora_A"): float(alpha) for name, alpha in alphas.items()}
-    if by_module and set(by_module) != modules:
-        wrong = sorted(set(by_module) ^ modules)
-        raise ValueError(f"{path} must have an alpha for every layer or for none; mismatched: {wrong[:3]}")
-    return lambda module, rank: by_module[module] / rank if by_module else 1.0
-
-
-def _scaling_of_config(path: Path, config: dict[str, Any]) -> Any:
-    """Scale as PEFT's config says: alpha / rank or alpha / sqrt(rank), both by patterns that end a module's name."""
-    refused = [key for key in REFUSED_CONFIG if config.get(key)]
-    start = str(config.get("init_lora_weights", "")).lower()
-    if refused or start.startswith(CHANGES_MODEL):
-        what = refused[0] if refused else f"init_lora_weights={start}"
-        raise ValueError(f"{path} was trained with {what}, which cannot be applied")
-
-    def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-        matching = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", module))
-        key = next(matching, None)
-        return default if key is None else (patterns or {})[key]
-
-    def scaling(module: str, rank: int) -> float:
-        expected = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))  # PEFT's defaults
-        if expected != rank:
-            raise ValueError(f"{path} has rank {rank} for {module!r}, but its config says {expected}")
-        alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scaling

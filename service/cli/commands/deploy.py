@@ -41,7 +41,8 @@ def deploy(
     from service.app import check_ports
     from service.rollout.apply import apply_changes
     from service.rollout.attach import attach
-    from service.rollout.changes import find_changes, find_gateway_changes, keep_derived_tasks, running_models
+    from service.rollout.changes import find_changes, find_gateway_changes, keep_derived, running_models
+    from service.rollout.preflight import settle_running
     from service.rollout.serve_client import applications
 
     check_ports(spec)
@@ -50,7 +51,7 @@ def deploy(
     with attach(address or os.environ.get("SPRAY_ADDRESS")):
         present = applications()
         running = running_models(present)
-        spec = keep_derived_tasks(spec, running)
+        spec = settle_running(keep_derived(spec, running), running)
         changes = find_changes(running, spec.models, prune)
         for line in [*map(str, changes), *find_gateway_changes(spec, present)]:
             print(line, flush=True)
