@@ -8,6 +8,7 @@
     yaml_text.py  YAML that rejects duplicate keys and remembers lines
     families/     one file per served family: facts that need no torch
     model_folder.py  where a model's files are on this machine, and what its configs say
+    components.py    does the folder have what its pipeline needs? tokenizer_files.py the vocabularies
     safetensors_headers.py  what weight files say of themselves, and whether they are whole
     check.py      does it fit the model and the machine? what does each replica take?
     memory.py     bytes of the largest rank; activations.py what a request adds to the weights

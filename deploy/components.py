@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.families.lookup import find_family
 from deploy.model_folder import INDEX, component_classes, component_folders, read_config, read_index
-from deploy.tokenizer_files import verify_tokenizer
+from deploy.tokenizer_files import verify_chat_template, verify_tokenizer
 
 OTHER_INDEX = "modular_model_index.json"
 """diffusers reads it first, and it may name components of other models."""
@@ -49,6 +49,8 @@ def _verify_component(folder: Path, name: str) -> None:
         _verify_scheduler(part / "scheduler_config.json")
     elif "Tokenizer" in kind:
         verify_tokenizer(part, _embedded_tokens(folder / name.replace("tokenizer", "text_encoder")))
+        if find_family(folder).chats:
+            verify_chat_template(part)
     elif name in component_folders(folder):
         config = configs.get("config.json") or read_config(part / "config.json")
         if not any(config.get(key) for key in ("_class_name", "model_type", "architectures")):

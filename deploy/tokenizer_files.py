@@ -32,6 +32,19 @@ def verify_tokenizer(folder: Path, embedded: int | None) -> None:
         )
 
 
+def verify_chat_template(folder: Path) -> None:
+    """Reject a tokenizer without a template for prompts.
+
+    Raises:
+        ValueError: neither a file of its own nor the tokenizer's config has one.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not file.is_file() and not (config.exists() and read_config(config).get("chat_template")):
+        raise ValueError(
+            f"{folder} has no chat template: neither {file.name} nor a key of {config.name}; {FETCH_AGAIN}"
+        )
+
+
 def _highest_id(folder: Path) -> tuple[Path, int | None]:
     """The file of the vocabulary, and the highest id in it; None where only the library can read it."""
     whole, words, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))

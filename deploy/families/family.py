@@ -82,6 +82,7 @@ class PipelineFamily:
         refused: keys of `model_index.json` that must not be set, with the reason.
         components: what a request runs through, by the names in `model_index.json`.
         needed_with: a further component, by the key of `model_index.json` that puts it to use.
+        chats: prompts are written into the tokenizer's chat template.
     """
 
     pipeline: str
@@ -96,6 +97,7 @@ class PipelineFamily:
     refused: Mapping[str, str] = field(default_factory=dict)
     components: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     needed_with: Mapping[str, str] = field(default_factory=dict)
+    chats: bool = False
 
     @property
     def task(self) -> Task:

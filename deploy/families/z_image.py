@@ -11,6 +11,7 @@ FAMILY = PipelineFamily(
     pipeline="ZImagePipeline",
     makes="image",
     guided_above=0.0,
+    chats=True,
     forward_bytes={
         "ZImageTransformer2DModel": ForwardBytes(
             3840, alone=121_357, ulysses=137_754, ring=156_394, shared=81_920, text=512

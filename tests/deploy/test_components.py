@@ -152,3 +152,12 @@ def test_vocabularies_in_other_files(tmp_path: Path) -> None:
     (folder / "tokenizer_2" / "spiece.model").write_bytes(b"")
     with pytest.raises(ValueError, match=r"tokenizer_2 has no vocabulary: .* spiece\.model"):
         verify_components(folder)
+
+
+def test_a_family_that_chats_needs_a_template(tmp_path: Path) -> None:
+    folder = stub_model(tmp_path / "model", "ZImagePipeline")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer has no chat template: neither chat_template\.jinja nor a key of"):
+        verify_components(folder)
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    verify_components(folder)

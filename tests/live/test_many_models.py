@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from deploy.spec import Autoscaling, DeploymentSpec, LoRA
 from service.cli.client import read_cluster, read_models
@@ -134,6 +136,23 @@ def test_what_is_live_restarts_nothing(cluster: LocalCluster, spec: DeploymentSp
     assert picture(ask(cluster, "qwen", loras=[{"name": "ink"}])).tobytes() != plain.tobytes()
     assert ask(cluster, "qwen", num_inference_steps=7).json()["error"]["param"] == "num_inference_steps"
     assert ask(cluster, "cups").status_code == 404
+
+
+def test_an_adapter_that_is_overwritten_is_loaded_again(
+    cluster: LocalCluster, spec: DeploymentSpec, ink: LoRA, tmp_path: Path
+) -> None:
+    mine = ink.model_copy(update={"source": str(shutil.copy(ink.source, tmp_path / "ink.safetensors"))})
+    changes = {"qwen": {"loras": [mine.model_dump()]}}
+    assert deploy(cluster, spec, tmp_path, **changes).returncode == 0
+    before = pids(cluster)
+    drawn = picture(ask(cluster, "qwen", loras=[{"name": "ink"}])).tobytes()
+    again = deploy(cluster, spec, tmp_path, **changes)
+    assert "keep    qwen: unchanged" in again.stdout, again.stdout + again.stderr
+    save_file({name: tensor * 2 for name, tensor in load_file(mine.source).items()}, mine.source)
+    changed = deploy(cluster, spec, tmp_path, **changes)
+    assert "adjust  qwen: its gangs go on (loras)" in changed.stdout, changed.stdout + changed.stderr
+    assert picture(ask(cluster, "qwen", loras=[{"name": "ink"}])).tobytes() != drawn
+    assert pids(cluster) == before
 
 
 @pytest.mark.parametrize(

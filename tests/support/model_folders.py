@@ -28,6 +28,7 @@ def stub_model(folder: Path, pipeline: str = "QwenImagePipeline", **transformer:
             write(folder / name / "scheduler_config.json", {})
         elif part == "tokenizer":
             write(folder / name / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}})
+            write(folder / name / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
         else:
             write(folder / name / "config.json", {"_class_name": "AModel", "vocab_size": 2})
     write(folder / "transformer" / "config.json", {"_class_name": "AModel"} | transformer)

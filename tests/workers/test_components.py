@@ -114,6 +114,18 @@ def test_tensors_are_those_of_the_class(
     assert said in reason
 
 
+def test_weights_beside_older_ones(demo_model: Path, tmp_path: Path) -> None:
+    """transformers would take the single file, and checks the index."""
+    folder = shutil.copytree(demo_model, tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
+    names = dict.fromkeys(load_file(file), "model-00001-of-00001.safetensors")
+    shutil.copy(file, file.with_name("model-00001-of-00001.safetensors"))
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert "text_encoder has both model.safetensors.index.json and model.safetensors" in refused(folder)
+    file.unlink()
+    verify_loadable(spec(folder), folder)
+
+
 def test_a_head_that_turns_embeddings_into_words_is_left_out(demo_models: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(demo_models["z-image"], tmp_path / "model")
     file = folder / "text_encoder" / "model.safetensors"

@@ -84,7 +84,7 @@ def test_a_hub_models_digest_is_its_commit(hub: Path) -> None:
 
 
 def test_an_adapter_that_was_overwritten(demo_model: Path, ink: LoRA, tmp_path: Path) -> None:
-    mine = ink.model_copy(update={"source": shutil.copy(ink.source, tmp_path / "ink.safetensors")})
+    mine = ink.model_copy(update={"source": str(shutil.copy(ink.source, tmp_path / "ink.safetensors"))})
     deployed = settle_loras(model(demo_model).model_copy(update={"loras": (mine,)}))
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
     loaded = load_model(deployed, mesh)

@@ -1,12 +1,13 @@
 """One model in one rank: from its files to its pictures.
 
 files.py                where a model's files are on this node: fetched once, checked once
-loader.py               loads a model folder; weights.py reads a transformer's share
+digests.py              what a deployment's files are, by content
+loader.py               loads a model folder; weights.py reads a transformer's share, components.py all others
 out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
 adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step
 truncation.py           notices prompts that are longer than what is read
-lora.py                 LoRA files -> what sp_core.lora takes
+lora.py                 LoRA files -> what sp_core.lora takes; lora_strength.py how strong they are
 media.py                pictures to PNG, JPEG, WebP; videos to MP4
 diffusers_internals.py  what diffusers keeps private
 """

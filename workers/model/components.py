@@ -12,6 +12,7 @@ from diffusers import ModelMixin, ModularPipeline
 from transformers import PreTrainedModel
 
 from deploy.model_folder import component_classes
+from deploy.safetensors_headers import weights_file
 from deploy.spec import ModelSpec
 from workers.model.out_of_tree import transformer_class
 from workers.model.weights import build, check_tensors
@@ -57,6 +58,7 @@ def load_component(pipeline: ModularPipeline, folder: Path, name: str, **options
     kind: Any = pipeline.get_component_spec(name).type_hint
     has_weights = isinstance(kind, type) and issubclass(kind, ModelMixin | PreTrainedModel)
     if has_weights:
+        weights_file(folder / name)  # rejects two sets of weights, of which the library would choose one
         # Shapes that differ are in the report, where they have names.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
