@@ -3,5 +3,7 @@
 model_states.py     the state of each model, with its reason
 poller.py           reads that state every second
 router_registry.py  the request routers of this process: queues and the gangs' reports
+waiting.py          counts the callers who wait for a gang
+quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

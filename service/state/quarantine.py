@@ -11,22 +11,22 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from ray.experimental import internal_kv
-
+from service.state.head_store import HeadStore
 from workers.errors import RequestQuarantined
 from workers.messages import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
+
+Answer = TypeVar("Answer")
 
 LOSSES = 2
 """How many gangs the same request may cost."""
 
 KEPT_S = 600.0
 PERIOD_S = 2.0
-NAMESPACE = "spray-losses"
-
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn")
 
 
@@ -43,6 +43,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._losses: dict[str, dict[str, float]] = {}  # fingerprint -> key -> when
+        self._shared = HeadStore("spray-losses")
         self._following: asyncio.Task[None] | None = None
 
     def follow(self) -> None:
@@ -69,20 +70,20 @@ class Quarantine:
         at = time.time()
         key = f"{fingerprint}/{at:.3f}/{uuid.uuid4().hex}"
         self._losses.setdefault(fingerprint, {})[key] = at
-        await _tell(internal_kv._internal_kv_put, key, b"")
+        await self._tell(self._shared.add, key)
         return self.losses(fingerprint)
 
     async def clear(self, fingerprint: str) -> None:
         """Forget the losses of a request that was answered: they had other causes."""
         for key in self._losses.pop(fingerprint, {}):
-            await _tell(internal_kv._internal_kv_del, key)
+            await self._tell(self._shared.remove, key)
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(PERIOD_S)
-            keys = await _tell(internal_kv._internal_kv_list, "")
+            keys = await self._tell(self._shared.keys)
             if keys is not None:
-                await self._take(key.decode() for key in keys)
+                await self._take(keys)
 
     async def _take(self, keys: Iterable[str]) -> None:
         """Replace what is known by these keys, and delete those that are too old."""
@@ -92,17 +93,15 @@ class Quarantine:
             if time.time() - float(at) < KEPT_S:
                 found.setdefault(fingerprint, {})[key] = float(at)
             else:
-                await _tell(internal_kv._internal_kv_del, key)
+                await self._tell(self._shared.remove, key)
         self._losses = found
 
-
-async def _tell(call: object, *args: object) -> list[bytes] | None:
-    """Call the store in a thread, since it blocks. While the head is away, each gateway counts for itself."""
-    if not internal_kv._internal_kv_initialized():  # type: ignore[no-untyped-call]
-        return None
-    try:
-        found: list[bytes] | None = await asyncio.to_thread(call, *args, namespace=NAMESPACE)  # type: ignore[arg-type]
-        return found
-    except Exception as error:
-        logger.warning("the losses of requests cannot be shared: %s", error)
-        return None
+    async def _tell(self, call: Callable[..., Answer], *args: str) -> Answer | None:
+        """Call the store in a thread, since it blocks. While the head is away, each gateway counts for itself."""
+        if not self._shared.connected():
+            return None
+        try:
+            return await asyncio.to_thread(call, *args)
+        except Exception as error:
+            logger.warning("the losses of requests cannot be shared: %s", error)
+            return None

@@ -17,6 +17,7 @@ from ray.serve.schema import ServeStatus
 from service import gateway
 from service.gateway import Gateway
 from service.state import quarantine
+from service.state.head_store import HeadStore
 from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
 from service.state.waiting import waiting_for
@@ -316,14 +317,11 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
 
 
 def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    store: set[bytes] = set()
-    fake = SimpleNamespace(
-        _internal_kv_initialized=lambda: True,
-        _internal_kv_put=lambda key, _, namespace: store.add(key.encode()),
-        _internal_kv_del=lambda key, namespace: store.discard(key.encode()),
-        _internal_kv_list=lambda _, namespace: list(store),
-    )
-    monkeypatch.setattr(quarantine, "internal_kv", fake)
+    store: set[str] = set()
+    monkeypatch.setattr(HeadStore, "connected", lambda _: True)
+    monkeypatch.setattr(HeadStore, "add", lambda _, key: store.add(key))
+    monkeypatch.setattr(HeadStore, "remove", lambda _, key: store.discard(key))
+    monkeypatch.setattr(HeadStore, "keys", lambda _: list(store))
     monkeypatch.setattr(quarantine, "PERIOD_S", 0.01)
     other = Quarantine()
 
