@@ -13,9 +13,17 @@ from typing import TextIO
 
 from workers.private_folder import open_own
 
-PLACE = Path("/tmp")  # short: socket paths end at 107 bytes
 PREFIX = "spray-"
 LOCK = "in_use"
+
+MAX_PLACE_BYTES = 24
+"""The names of sockets end at 107 bytes, of which Ray's session and this folder take the rest."""
+
+
+def place() -> Path:
+    """Where such folders are: with other temporary files, or in /tmp if that path is too long."""
+    temporary = Path(tempfile.gettempdir())
+    return temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else Path("/tmp")
 
 
 def make_folder() -> tuple[Path, TextIO]:
@@ -24,7 +32,7 @@ def make_folder() -> tuple[Path, TextIO]:
     Returns:
         The folder, and the file whose lock says that it is in use, until it is closed or this process ends.
     """
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=PLACE))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place()))
     unlocked = folder / "new"
     lock = unlocked.open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -34,7 +42,7 @@ def make_folder() -> tuple[Path, TextIO]:
 
 def remove_abandoned() -> None:
     """Remove what clusters of this user have left whose process was killed."""
-    for lock in PLACE.glob(f"{PREFIX}*/{LOCK}"):
+    for lock in place().glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):  # in use, of somebody else, or removed by another process just now
             if lock.parent.lstat().st_uid == os.getuid():
                 with open_own(lock) as held:

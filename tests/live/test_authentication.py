@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from service.rollout.cluster_folder import place
+
 TOKEN = "an operator's token, as long as Ray wants"
 
 HEAD = """
@@ -44,7 +46,7 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
 def head(home: Path, mode: str) -> Iterator[str]:
     """The address of a cluster that authenticates in this mode."""
     variables = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": TOKEN}
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=place(), ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", HEAD, folder]
         with subprocess.Popen(
             command, env=environment(home, **variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

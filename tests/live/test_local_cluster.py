@@ -22,6 +22,7 @@ from PIL import Image
 
 from deploy.spec import Auth, Metrics, SpecError
 from service.rollout import local_cluster as local
+from service.rollout.cluster_folder import place
 from tests.support.deployments import deployment, model
 
 DRAINED = deployment(model(Path("/nowhere")))
@@ -40,7 +41,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Somebody else's Ray cluster, which `RAY_ADDRESS` points at."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place())
     context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
     yield
@@ -128,7 +129,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signa
         for line in demo.stdout:
             if line.startswith("demo: ") and line.endswith("% loaded\n"):
                 break
-        folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+        folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
         demo.send_signal(sign)
         rest = demo.stdout.read()
         assert demo.wait(timeout=120) == 130, rest
@@ -169,7 +170,7 @@ def own(mark: str, name: str) -> list[int]:
 
 @pytest.mark.parametrize("core", ["/raylet/raylet", "/gcs/gcs_server"])
 def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen[str], mark: str, core: str) -> None:
-    folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+    folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
     (pid,) = own(mark, core)
     os.kill(pid, signal.SIGKILL)
     said, _ = serving.communicate(timeout=60)
@@ -184,7 +185,7 @@ def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen
 def test_serve_stops_when_it_is_asked_to(
     serving: subprocess.Popen[str], mark: str, sign: signal.Signals, code: int
 ) -> None:
-    folders = set(re.findall(r"/tmp/spray-\w{8}\b", "\n".join(marked(mark))))
+    folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
     serving.send_signal(sign)
     said, _ = serving.communicate(timeout=120)
     assert (serving.returncode, "stopped" in said, "Traceback" in said) == (code, True, False), said

@@ -22,6 +22,7 @@ from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placeme
 from deploy.yaml_text import to_yaml
 from service.cli.main import main
 from service.rollout.attach import attach
+from service.rollout.cluster_folder import place
 from service.rollout.local_cluster import LOOPBACK, METRICS_PORTS
 from service.rollout.ports import bind_error
 from service.state import prefetch
@@ -33,7 +34,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 10**8, "node_ip_address": LOOPBACK
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place())
     head = NODE | {"include_dashboard": False, "temp_dir": folder}
     # Cluster writes its address into /tmp/ray, a folder that may not exist, where other people's ray.init() reads it.
     with (
