@@ -36,7 +36,7 @@ def check_deployment(
         SpecError: a model folder is missing, a layout does not fit its model, all gangs together do not fit, or a
             rank needs more memory than a GPU has.
     """
-    folders = {model.name: model_folder(spec, model) for model in spec.models}
+    folders = {model.name: _whole_folder(spec, model) for model in spec.models}
     problems = [problem for model in spec.models for problem in _problems(model, folders[model.name])]
     problems += _missing_devices(spec, devices) + _gangs_wider_than_a_node(spec, gpus_per_node)
     memory = []
@@ -50,6 +50,22 @@ def check_deployment(
     for report, line in zip(reports, memory, strict=False):
         report += [line] if line else []
     return [line for report in reports for line in report]
+
+
+def _whole_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
+    """The model's folder; None for a hub model whose download is unfinished, too. To fetch it goes on with that."""
+    folder = model_folder(spec, model)
+    if folder is None or not model.from_hub:
+        return folder
+    try:
+        find_family(folder)
+    except ValueError:
+        return folder  # whatever else is fetched, it stays one that cannot be served
+    try:
+        verify_components(folder)
+    except ValueError:
+        return None
+    return folder
 
 
 def _report(model: ModelSpec, folder: Path | None) -> list[str]:
@@ -123,11 +139,14 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
         verify_components(folder)
         family = find_family(folder)
         config = _transformer_config(folder)
+    except ValueError as error:
+        return adapters + [f"{model.name}: {line}" for line in str(error).splitlines()]
+    try:
         check_layout(model.parallel, num_heads(config), family.ffn_dim(config))
     except TypeError as error:  # such as a number that is a text
-        return [f"{model.name}: {folder / 'transformer' / 'config.json'} cannot be used: {error}"]
+        return [*adapters, f"{model.name}: {folder / 'transformer' / 'config.json'} cannot be used: {error}"]
     except ValueError as error:
-        return [f"{model.name}: {line}" for line in str(error).splitlines()]
+        return adapters + [f"{model.name}: {line}" for line in str(error).splitlines()]
     if family.guided_above is None and model.parallel.cfg_parallel_size > 1:
         return [
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates only "

@@ -24,7 +24,7 @@ def model_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
     """Where the model's files are on this machine; None for a hub model that is not here."""
     if not model.from_hub:
         return Path(model.source)
-    return cached_folder(model.source, model.revision, cache_root(spec.storage.models))
+    return cached_folder(model.source, model.digest or model.revision, cache_root(spec.storage.models))
 
 
 def cache_root(models: str | None) -> Path:

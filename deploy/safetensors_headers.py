@@ -123,6 +123,8 @@ def _read_indexed(index: Path) -> dict[Path, dict[str, TensorInfo]]:
     try:
         weight_map: dict[str, str] = read_json(index)["weight_map"]
         files = sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in files):
+            raise TypeError("a file's name is a text")
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map; {FETCH_AGAIN}") from None
     found: dict[Path, dict[str, TensorInfo]] = {}

@@ -53,8 +53,9 @@ def _highest_id(folder: Path) -> tuple[Path, int | None]:
         model = content.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         ids = range(len(vocabulary)) if isinstance(vocabulary, list) else _ids(vocabulary)
-        added = content.get("added_tokens") or []
-        return whole, _highest(whole, ids, (token.get("id") for token in added if isinstance(token, dict)))
+        added = content.get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        return whole, _highest(whole, ids, (token.get("id") for token in tokens))
     if words.exists():
         if not merges.is_file() or not merges.stat().st_size:
             raise ValueError(f"{merges} is missing or empty, without which {words.name} is of no use; {FETCH_AGAIN}")

@@ -136,7 +136,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "user_config": gateway_table(spec.models)
         | {
             "draining": False,
-            "local_only": is_loopback(spec.gateway.host),
+            "local_only": is_loopback(spec.gateway.host) and spec.auth.api_keys_env is None,
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
             "metrics": spec.metrics_at,

@@ -32,7 +32,10 @@ REQUESTS_AVERAGED = 2.0
 """The offered load is averaged over the start-up time plus the time of this many requests."""
 
 EVERY_S = 1.0
-"""Serve asks ten times a second, but reports change only every few seconds."""
+"""Serve asks ten times a second, but reports change only every second."""
+
+RECOVERY_S = 30.0
+"""After the first decision: by then the gangs that a lost controller left have reported."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class BacklogPolicy:
         """The number of gangs to run, and the state for the next call.
 
         Without a running gang, or before the first report, nothing is known in seconds: the target stays as it is, and
-        is at least one if anything waits. The first decision keeps it too: the controller may have been lost.
+        is at least one if anything waits. The first decisions keep it too: the controller may have been lost.
         """
         now_s = ctx.current_time or 0.0
         known = {field.name for field in fields(PolicyState)}
@@ -177,10 +180,12 @@ class BacklogPolicy:
         loads = loads_in(ctx.aggregated_metrics or {})
         queued = ctx.total_queued_requests or 0.0
         if not loads:
-            wanted = ctx.target_num_replicas if ctx.current_num_replicas or before is None else 0
+            first_s = float(ctx.policy_state.get("first_s", now_s))
+            recovering = before is None and now_s - first_s < RECOVERY_S
+            wanted = ctx.target_num_replicas if ctx.current_num_replicas or recovering else 0
             if before is not None and not wanted and not queued:
                 state = dict(vars(asleep(now_s, before)))
-            return max(wanted, int(queued > 0)), state
+            return max(wanted, int(queued > 0)), state or {"first_s": first_s}
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
         decision = decide(now_s, queued, loads, starting, before)
         if before is None and ctx.target_num_replicas:

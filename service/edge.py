@@ -17,7 +17,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from service.api.errors import GATEWAY_LOST, RETRY_AFTER_S, envelope
 
 HEADER_S = 10.0
-"""For the head of a request, from the connection or the last answer on it."""
+"""For the head of a request, from the connection or from the first byte of the next head on it."""
 
 MAX_HEADER_BYTES = 64 << 10
 
@@ -50,12 +50,15 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uv
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
+        before = self.cycle
+        of_body = before is not None and before.more_body  # also of one that was answered before its end
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:  # a head is there, and its answer is not
             self._stop_waiting()
-            return
-        self._wait_for_head()
-        self._head_bytes += len(data)
+        else:
+            self._wait_for_head()
+        of_head = not of_body and self.cycle is before  # also of the next request's, while an answer is under way
+        self._head_bytes = self._head_bytes + len(data) if of_head else 0
         if self._head_bytes > MAX_HEADER_BYTES:
             self.transport.close()
 
@@ -69,7 +72,6 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uv
             self._waiting = self.loop.call_later(HEADER_S, self.transport.close)
 
     def _stop_waiting(self) -> None:
-        self._head_bytes = 0
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None

@@ -128,11 +128,12 @@ class Gateway:
         Raises:
             Unauthorized: the header has no valid key.
         """
-        _caller.set(hashlib.sha256((authorization or "").encode()).hexdigest() if self._keys else "")
+        _caller.set("")
         if self._keys is None:
             return
         scheme, _, given = (authorization or "").partition(" ")
         given = given.strip(" \t")  # not all that Unicode calls a space: those are bytes of letters
+        _caller.set(hashlib.sha256(given.encode()).hexdigest())
         # Servers decode headers as latin-1, whatever clients mean: their letters may be those of UTF-8, or the bytes.
         meant = given.encode(), given.encode("latin-1", "replace")
         if scheme.lower() != "bearer" or not any(

@@ -111,9 +111,9 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
 
     def lose(self, request_id: str) -> None:
         """Called by the gateway when a request has lost its ranks."""
-        for sent in self._sent.values():
+        for sent in list(self._sent.values()):  # the router adds to it in another thread
             if sent.request_id == request_id:
-                sent.lost_at = time.time()
+                sent.request_id, sent.lost_at = "", time.time()
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False

@@ -223,11 +223,16 @@ def _finish_fold(folder: Path) -> None:
     note = folder / NOTE
     if not note.exists():
         return
-    said = json.loads(note.read_text())
-    kept = folder / said["kept"]
-    if kept.exists() and kept.stat().st_ino == said["inode"]:
-        for name in said["ended"]:
-            (folder / name).unlink(missing_ok=True)
+    try:
+        said = json.loads(note.read_text())
+        kept, inode, ended = folder / said["kept"], said["inode"], [folder / name for name in said["ended"]]
+    except (ValueError, KeyError, TypeError):
+        logger.warning("metrics: %s is damaged; it is set aside", note)
+        note.replace(note.with_suffix(".damaged"))
+        return
+    if kept.exists() and kept.stat().st_ino == inode:
+        for file in ended:
+            file.unlink(missing_ok=True)
     note.unlink()
 
 

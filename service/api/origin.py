@@ -17,11 +17,12 @@ ID_HEADER = "x-request-id"
 
 
 def reject_foreign_pages(http: Request, local_only: bool) -> None:
-    """Reject what a page of another site may have sent. A request with a key passes: pages cannot add one unasked.
+    """Reject what a page of another site may have sent.
 
     Args:
         http: the request.
-        local_only: the server is for its own machine, so its names are those of loopback.
+        local_only: the server is for its own machine and asks for no key, so its names must be those of loopback. A
+            page whose name was made to point at this machine may send any header, `authorization` too.
 
     Raises:
         Forbidden: the request comes from a page of another site, or asks for a host that this server is not.
@@ -29,14 +30,17 @@ def reject_foreign_pages(http: Request, local_only: bool) -> None:
     """
     headers = http.headers
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if http.method == "POST" and kind not in ("", "application/json"):
+    if http.method == "POST" and kind not in ("", "application/json"):  # pages cannot leave it out, programs do
         raise UnsupportedMediaType(f"content-type must be application/json, not {kind!r}")
-    if headers.get("authorization"):
-        return
     host, origin = headers.get("host", ""), headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    try:
+        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        raise Forbidden("the request's host or origin is malformed") from None
+    if foreign and not headers.get("authorization"):  # pages of other origins cannot add one unasked
         raise Forbidden(f"a page of {origin} may not call this server")
-    if local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if local_only and not is_loopback(name):
         raise Forbidden(f"this server is not {host!r}; call it by localhost or 127.0.0.1")
 
 

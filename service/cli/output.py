@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error. A terminal get
 pipes and files get plain text, one line per row, that `grep` and `awk` can read.
 """
 
+import contextlib
 import io
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ STATE_STYLES = {"running": "green", "starting": "yellow", "waiting": "yellow", "
 
 def say(line: str) -> None:
     """Print one line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(line, file=sys.stderr, flush=True)
 
 
 def show(rendered: Group) -> None:

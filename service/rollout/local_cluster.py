@@ -34,7 +34,7 @@ from service.rollout.core_watch import within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
-from service.rollout.serve_client import apply_config, disconnect, start_ray, start_serve
+from service.rollout.serve_client import apply_config, dead_processes, disconnect, start_ray, start_serve
 from service.state.model_states import failure
 from workers.errors import GangLost
 
@@ -134,7 +134,10 @@ class LocalCluster:
         deadline = time.monotonic() + timeout_s
         waiting = [model.name for model in self.spec.models]
         while time.monotonic() < deadline:
-            self._raise_failures()  # first: what has failed never becomes ready, and its reason beats a timeout
+            if dead := dead_processes():
+                raise GangLost(f"the cluster is gone: Ray has ended: {' and '.join(dead)} died")
+            # First: what has failed never becomes ready, and its reason beats a timeout.
+            within(ANSWERS_WITHIN_S, self._raise_failures, "asking Serve for its state")
             answer = _readiness(self.url)
             if "error" in answer and answer["error"]["code"] != GATEWAY_LOST:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")

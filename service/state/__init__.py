@@ -1,9 +1,9 @@
 """What the cluster is doing, as the gateway sees it.
 
 model_states.py     the state of each model, with its reason
-poller.py           reads that state every second
+poller.py           reads that state, less often while all is well
 router_registry.py  the request routers of this process: queues and the gangs' reports
-waiting.py          counts the callers who wait for a gang
+waiting.py          who waits for a gang, and in which place
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

@@ -25,9 +25,10 @@ class HeadStore:
         """True if this process belongs to a cluster."""
         return bool(_internal_kv_initialized())  # type: ignore[no-untyped-call]
 
-    def add(self, key: str) -> None:
-        """Add a key."""
+    def add(self, key: str) -> bool:
+        """Add a key; return True."""
         _internal_kv_put(key, b"", namespace=self._namespace)
+        return True
 
     def remove(self, key: str) -> None:
         """Remove a key, if it is there."""

@@ -1,4 +1,4 @@
-"""Reads the state of the cluster every second, so that nobody who asks for it has to wait. For `service.gateway`.
+"""Reads the state of the cluster in the background, so that nobody who asks for it has to wait. For `service.gateway`.
 
 Serve's status, Ray's nodes and the gangs' reports come in; a `ModelState` per model goes out. If Serve's controller
 does not answer, the last state stays, and requests go on.
@@ -33,7 +33,7 @@ GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PEN
 
 
 class Poller:
-    """Knows the state of each model, about a second old."""
+    """Knows the state of each model, a second old; up to `STEADY_S` where nothing was about to change."""
 
     def __init__(self) -> None:
         self._models: Mapping[str, ModelSpec] = {}
@@ -77,8 +77,12 @@ class Poller:
             self._due = clock() + STEADY_S
             # In a thread, for these calls block; requests are answered meanwhile. The table may change during this
             # wait, so it is read afterwards.
-            self._status, self._nodes, self._free = await asyncio.to_thread(_read)
-            self._unplaced = await asyncio.to_thread(_read_unplaced) if _starts(self._status) else ()
+            try:
+                self._status, self._nodes, self._free = await asyncio.to_thread(_read)
+                self._unplaced = await asyncio.to_thread(_read_unplaced) if _starts(self._status) else ()
+            except Exception:
+                self._due = 0.0  # the next round asks again, before anything is told from what was never read
+                raise
         for name, model in self._models.items():
             queued, gangs = router_registry.lookup(app_name(name))
             placed = not any(f"::{app_name(name)}#" in group for group in self._unplaced)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ LOSSES = 2
 
 KEPT_S = 600.0
 PERIOD_S = 2.0
+KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
+"""Fingerprint, when, and a number of its own."""
+
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn")
 
 
@@ -43,6 +47,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._losses: dict[str, dict[str, float]] = {}  # fingerprint -> key -> when
+        self._untold: set[str] = set()  # keys of which it is not known that the store has them
         self._shared = HeadStore("spray-losses")
         self._following: asyncio.Task[None] | None = None
 
@@ -70,12 +75,15 @@ class Quarantine:
         at = time.time()
         key = f"{fingerprint}/{at:.3f}/{uuid.uuid4().hex}"
         self._losses.setdefault(fingerprint, {})[key] = at
-        await self._tell(self._shared.add, key)
+        self._untold.add(key)
+        if await self._tell(self._shared.add, key):
+            self._untold.discard(key)
         return self.losses(fingerprint)
 
     async def clear(self, fingerprint: str) -> None:
         """Forget the losses of a request that was answered: they had other causes."""
         for key in self._losses.pop(fingerprint, {}):
+            self._untold.discard(key)
             await self._tell(self._shared.remove, key)
 
     async def _follow(self) -> None:
@@ -83,7 +91,7 @@ class Quarantine:
             await asyncio.sleep(PERIOD_S)
             keys = await self._tell(self._shared.keys)
             if keys is not None:
-                await self._take(keys)
+                await self._take(key for key in keys if KEY.fullmatch(key))
 
     async def _take(self, keys: Iterable[str]) -> None:
         """Replace what is known by these keys, and delete those that are too old."""
@@ -94,6 +102,9 @@ class Quarantine:
                 found.setdefault(fingerprint, {})[key] = float(at)
             else:
                 await self._tell(self._shared.remove, key)
+        for key in self._untold:  # counted while the store was read, or while the head is away
+            fingerprint, at, _ = key.split("/")
+            found.setdefault(fingerprint, {})[key] = float(at)
         self._losses = found
 
     async def _tell(self, call: Callable[..., Answer], *args: str) -> Answer | None:

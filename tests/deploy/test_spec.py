@@ -324,6 +324,9 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
     assert cached_folder("org/name", None, tmp_path) is None
     assert cached_folder("org/name--x", None, tmp_path) is None  # not a hub id
     assert len(check_deployment(spec, DEVICES)) == 1
+    (snapshot / "vae" / "config.json").rename(snapshot / "vae.json")  # the download was interrupted
+    assert "is not on this machine" in check_deployment(spec, DEVICES)[1]
+    (snapshot / "vae.json").rename(snapshot / "vae" / "config.json")
     shared = model.model_copy(update={"parallel": ParallelDegrees(tensor_parallel_size=2)})
     with pytest.raises(SpecError, match="does not divide the model's 5 attention heads"):
         check_deployment(spec.model_copy(update={"models": (shared,)}), DEVICES)

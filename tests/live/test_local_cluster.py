@@ -24,6 +24,7 @@ from deploy.spec import Auth, Metrics, SpecError
 from service.rollout import local_cluster as local
 from service.rollout.cluster_folder import place
 from tests.support.deployments import deployment, model
+from tests.support.processes import hear_signals, marked_processes
 
 DRAINED = deployment(model(Path("/nowhere")))
 
@@ -52,18 +53,6 @@ def foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def marked(mark: str) -> list[str]:
     """Command lines of the living processes that carry the mark, but for this one."""
     return list(marked_processes(mark).values())
-
-
-def marked_processes(mark: str) -> dict[int, str]:
-    """The same by process id."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes() and int(process.name) != os.getpid():
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has ended, or is not ours
-            continue
-    return found
 
 
 def wait_gone(mark: str, seconds: float = 120) -> list[str]:
@@ -109,12 +98,6 @@ def test_two_demos_at_once_beside_a_foreign_cluster(foreign_cluster: None, mark:
     assert ray.cluster_resources()["CPU"] == 1  # the foreign cluster is untouched
 
 
-def hear_signals() -> None:
-    """In a new process: a shell lets what it starts in the background ignore SIGINT, and children inherit that."""
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signals, tmp_path: Path) -> None:
     demo = subprocess.Popen(
@@ -151,7 +134,9 @@ def serving(mark: str, demo_model: Path, tmp_path: Path) -> Iterator[subprocess.
         "metrics: {port: null}\n"
     )
     command = [sys.executable, "-m", "service.cli.main", "serve", str(file), "--port", "0"]
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    serving = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_signals
+    )
     try:
         assert serving.stdout is not None
         said: list[str] = []

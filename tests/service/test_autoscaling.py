@@ -6,7 +6,7 @@ import pytest
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from service.autoscaling import BacklogPolicy, PolicyState, decide, gangs_for_load, loads_in
+from service.autoscaling import RECOVERY_S, BacklogPolicy, PolicyState, decide, gangs_for_load, loads_in
 from workers.gang.stats import GangLoad
 
 
@@ -142,6 +142,18 @@ def test_the_first_decision_after_a_loss_of_the_controller_keeps_what_runs(loads
     for second in range(5):
         wanted, state = policy(context(busy, policy_state=state, current_time=1000.0 + second, **sizes))
         assert wanted == loads + starting if second == 0 else wanted <= loads + starting
+
+
+def test_a_gang_that_never_started_is_given_up_when_nobody_waits() -> None:
+    """The controller may have been lost at first; it was not if no gang has reported since."""
+    policy, state = BacklogPolicy(), {}
+    pending = {"current_num_replicas": 0, "target_num_replicas": 1}
+    wanted = []
+    for second in (0, 10, RECOVERY_S + 1):
+        answer, state = policy(context([], policy_state=state, current_time=1000.0 + second, **pending))
+        wanted.append(answer)
+    assert wanted == [1, 1, 0]
+    assert policy(context([], queued=1, policy_state=state, current_time=2000.0, **pending))[0] == 1
 
 
 def test_the_load_fades_while_a_model_sleeps() -> None:

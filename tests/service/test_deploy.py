@@ -56,6 +56,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for module in (apply, serve_client):
         monkeypatch.setattr(module, "applications", lambda: cluster.applications)
     monkeypatch.setattr(apply, "start_serve", lambda host, port: None)
+    monkeypatch.setattr(apply, "listens_at", lambda: ("127.0.0.1", 8000))
     monkeypatch.setattr(apply, "apply_config", cluster.tell)
     return cluster
 

@@ -72,7 +72,7 @@ async def ask(port: int, raw: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def test_unfinished_bodies_take_no_slot_and_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "BODY_S", 2.0)
+    monkeypatch.setattr(edge, "BODY_S", 6.0)
     gateway = Gateway()
 
     async def story() -> None:
@@ -83,7 +83,7 @@ def test_unfinished_bodies_take_no_slot_and_hold_up_nobody(monkeypatch: pytest.M
             began = asyncio.get_running_loop().time()
             status, _, _ = await ask(port, b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n")
             assert (status, gateway.most) == (200, 1)
-            assert asyncio.get_running_loop().time() - began < 1.5
+            assert asyncio.get_running_loop().time() - began < 5
             late = await slow[0][0].read()
             assert late.startswith(b"HTTP/1.1 408")
             assert json.loads(late.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"

@@ -334,10 +334,30 @@ def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.M
                 await asyncio.sleep(0.01)
         with pytest.raises(RequestQuarantined):
             other.check("a")
+        store.add("a key of another format")
+        await asyncio.sleep(0.1)
+        assert other.losses("a") == 2
+        store.discard("a key of another format")
         monkeypatch.setattr(quarantine, "KEPT_S", -1.0)
         async with asyncio.timeout(60):
             while store:
                 await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_what_the_store_does_not_have_yet_counts_all_the_same(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: HeadStore, key: str) -> bool:
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr(HeadStore, "connected", lambda _: True)
+    monkeypatch.setattr(HeadStore, "add", away)
+    kept = opened._quarantine
+
+    async def story() -> None:
+        assert await kept.count("a") == 1
+        await kept._take([])  # the head is back, and knows nothing
+        assert await kept.count("a") == 2
 
     asyncio.run(story())
 

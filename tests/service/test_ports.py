@@ -37,7 +37,7 @@ def test_a_host_may_be_an_ipv6_address() -> None:
 def test_shared_memory_that_cannot_be_written_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(local, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(local, "check_deployment", lambda *_: None)
-    monkeypatch.setattr(local, "derive_tasks", lambda spec: spec)
+    monkeypatch.setattr(local, "settle_here", lambda spec: spec)
     monkeypatch.setattr(local.os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(SpecError, match="cannot be written"), local.LocalCluster(SPEC):
         pass

@@ -77,7 +77,7 @@ def test_a_video_is_the_file_itself(client: TestClient, backend: FakeBackend) ->
 
 
 def test_a_prompt_that_is_cut_is_reported(client: TestClient) -> None:
-    said = "prompt: tokenizer keeps 512 of its 719 tokens"
+    said = "prompt: text_encoder reads 512 of 719 tokens"
     picture = client.post(IMAGES, json={"model": "one", "prompt": "long"})
     assert (picture.headers["x-warnings"], picture.json()["warnings"]) == (said, [said])
     assert client.post(VIDEOS, json={"model": "film", "prompt": "long"}).headers["x-warnings"] == said

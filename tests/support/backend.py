@@ -94,7 +94,7 @@ class FakeBackend:
                 await asyncio.sleep(0.01)
                 yield StepEvent(1, 1, 0.5)
             seeds = tuple(request.seed + i for i in range(request.n))
-            warnings = ("prompt: tokenizer keeps 512 of its 719 tokens",) if request.prompt == "long" else ()
+            warnings = ("prompt: text_encoder reads 512 of 719 tokens",) if request.prompt == "long" else ()
             yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2, warnings)
         finally:
             self.closed = True

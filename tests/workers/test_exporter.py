@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import values
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from workers.exporter import NodeCollector, share_values
+from workers.exporter import NOTE, NodeCollector, share_values
 
 
 def run(work: str, **env: str) -> str:
@@ -192,6 +192,15 @@ def test_an_exporter_that_is_killed_counts_once(
         patch.setattr(Path, struck, strike)
         NodeCollector(tmp_path).collect()
     assert [total(NodeCollector(tmp_path)) for _ in range(2)] == [15, 15]
+
+
+def test_a_damaged_note_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    count(tmp_path, os.getpid(), 3)
+    for content in ("", "{}", "[1]", '{"kept": 1, "inode": 2, "ended": []}'):
+        (tmp_path / NOTE).write_text(content)
+        assert total(NodeCollector(tmp_path)) == 3
+        assert not (tmp_path / NOTE).exists()
+    assert "is damaged; it is set aside" in caplog.text
 
 
 def test_a_deleted_folder_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

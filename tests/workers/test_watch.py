@@ -127,12 +127,14 @@ def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch:
         running = asyncio.ensure_future(watching.run())
         await asyncio.sleep(0.3)
         assert rank.calls == 1
-        rank.said = replace(rank.said, phase="denoise")
-        watching.wake()
+        with watching.working():
+            async with asyncio.timeout(PATIENCE_S):
+                while rank.calls < 4:  # although the rank has not yet said that it works
+                    await asyncio.sleep(0.01)
+            rank.said = replace(rank.said, phase="denoise")
         async with asyncio.timeout(PATIENCE_S):
-            while rank.calls < 4:
+            while watching.statuses[0].phase != "denoise":
                 await asyncio.sleep(0.01)
-        assert watching.statuses[0].phase == "denoise"
         watching.stop()
         await running
 

@@ -7,7 +7,7 @@ cannot be read all end the same way: the ranks are asked again until they have w
 from typing import Protocol
 
 from deploy.spec import LoRA
-from workers.errors import RequestFailed
+from workers.errors import RequestError, RequestFailed
 
 Loras = tuple[LoRA, ...]
 
@@ -71,7 +71,7 @@ class AdapterSync:
             return
         try:
             await ranks.set_loras(wanted)
-        except RequestFailed as error:
+        except (RequestError, RequestFailed) as error:
             if wanted == self.wanted:
                 self._refusal = f"the adapters cannot be changed: {error}"
         else:

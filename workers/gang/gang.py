@@ -135,11 +135,12 @@ class Gang:
             watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
                 yield Begun()
-                async for report in ranks.run(request):
-                    if isinstance(report, GenerationResult):
-                        self._losses = 0
-                        self._costs.observe(request, self._forwards(request), report)
-                    yield report
+                async with contextlib.aclosing(ranks.run(request)) as reports:
+                    async for report in reports:
+                        if isinstance(report, GenerationResult):
+                            self._losses = 0
+                            self._costs.observe(request, self._forwards(request), report)
+                        yield report
             finally:
                 watching.cancel()
                 self._running = None
@@ -308,11 +309,13 @@ class Gang:
         """Call it in a turn."""
         assert self._ranks is not None
         name, adapters = self._started.model.name, self._started.adapters
+        before = adapters.trouble
         try:
             await adapters.apply(self._ranks)
         except GangLost as error:
             logger.error("%s: lost while the adapters were changed: %s", name, error)
-        if adapters.trouble:
+            return
+        if adapters.trouble not in ("", before):  # they are tried again and again
             logger.error("%s: %s", name, adapters.trouble)
 
     def _on_lost(self) -> None:
@@ -329,10 +332,11 @@ class Gang:
                 try:
                     self._ranks = await self._start_ranks()
                     self._whole.set()
+                except Exception:
+                    logger.exception("%s: the ranks cannot be replaced", name)
+                else:
                     logger.warning("%s: all ranks are replaced", name)
                     await self._apply_adapters()
                     return
-                except Exception:
-                    logger.exception("%s: the ranks cannot be replaced", name)
             logger.error("%s: the replica exits, so that Serve places a new gang", name)
             os._exit(1)  # at once: an orderly end would wait for requests that cannot finish

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Self
 
 import ray
@@ -95,7 +95,7 @@ class RankGroup:
         group._watcher = asyncio.create_task(group._watch.run())
         return group
 
-    async def run(self, request: GenerationRequest) -> AsyncIterator[Report]:
+    async def run(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run one request on all ranks. When the caller leaves early, they stop at their next boundary.
 
         Raises:
@@ -104,13 +104,13 @@ class RankGroup:
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
-        self._watch.wake()
-        try:
-            async for report in self._collect(run):
-                yield report
-        finally:
-            if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach the ranks
-                await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+        with self._watch.working():
+            try:
+                async for report in self._collect(run):
+                    yield report
+            finally:
+                if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach them
+                    await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
 
     def cancel(self, request_id: str) -> None:
         """Let the ranks stop this request at their next boundary; `run` then raises `RequestCancelled`."""
@@ -121,12 +121,12 @@ class RankGroup:
         """Give all ranks exactly these adapters, between requests. Those that they have are not read again.
 
         Raises:
-            RequestFailed: some rank could not read or run one; all ranks keep the adapters that they had.
+            RequestError, RequestFailed: some rank could not read or run one; all ranks keep those that they had.
             GangLost: the ranks are lost.
         """
-        self._watch.wake()
-        calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
-        await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller that leaves must not stop some
+        with self._watch.working():
+            calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
+            await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller may leave, the ranks go on
 
     def serve_metrics(self, host: str, port: int | None) -> None:
         """Let ranks on other nodes answer Prometheus there; on this node the gang does. See `workers.exporter`."""
@@ -154,7 +154,7 @@ class RankGroup:
         if not self._lost and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
 
-    async def _collect(self, run: "_Run") -> AsyncIterator[Report]:
+    async def _collect(self, run: "_Run") -> AsyncGenerator[Report]:
         """Yield what the ranks report, until all of them are done with the request.
 
         It waits for every rank even when one has failed: only then is the gang free for the next request.
@@ -303,10 +303,13 @@ def _raise_reason(failures: list[SprayError]) -> None:
 def _kill_all(ranks: Sequence[Any], statuses: Sequence[RankStatus]) -> None:
     here = ray.get_runtime_context().get_node_id()
     for status, rank in zip(statuses, ranks, strict=True):
-        if status.node_id == here:
-            _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
-        else:
-            ray.kill(rank)
+        try:
+            if status.node_id == here:
+                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
+            else:
+                ray.kill(rank)
+        except Exception:  # the others must end all the same, and new ranks must start
+            logger.exception("rank %d cannot be killed", status.rank)
 
 
 def _kill(pid: int) -> None:

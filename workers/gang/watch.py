@@ -6,7 +6,7 @@ that start.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -48,6 +48,7 @@ class Watch:
         self._timeouts = timeouts
         self._lose = lose
         self._stopped = False
+        self._tasks = 0  # what the ranks have to do, whether or not they have said so yet
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
@@ -59,9 +60,15 @@ class Watch:
         self._stopped = True
         self._woken.set()
 
-    def wake(self) -> None:
-        """Look at once: the ranks get something to do."""
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Look at once, and often while this lasts: the ranks have something to do."""
+        self._tasks += 1
         self._woken.set()
+        try:
+            yield
+        finally:
+            self._tasks -= 1
 
     async def _watch_processes(self) -> None:
         """Lose the ranks when one on this node is stopped or dead; an unanswered ping would show it much later."""
@@ -96,7 +103,7 @@ class Watch:
             await self._pause()
 
     async def _pause(self) -> None:
-        idle = all(status.phase == "idle" for status in self.statuses)
+        idle = not self._tasks and all(status.phase == "idle" for status in self.statuses)
         self._woken.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._woken.wait(), IDLE_S if idle else PERIOD_S)

@@ -112,7 +112,7 @@ def _digest(model: ModelSpec, folder: Path, notes: Path) -> str:
 
 def _download(model: ModelSpec, cache: str | None) -> Path:
     started = time.monotonic()
-    what = f"{model.name}: {model.source}, revision {model.revision or 'main'},"
+    what = f"{model.name}: {model.source}, revision {model.digest or model.revision or 'main'},"
 
     def snapshot(revision: str | None, patterns: list[str]) -> Path:
         try:

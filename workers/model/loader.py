@@ -110,14 +110,14 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
         transformer = _load_transformer(model, name, mesh, adapter.rounds_timestep, progress)
         pipeline.register_components(**{name: transformer})
     absent = _absent_here(model, mesh, present)
-    others = set(present) - absent - set(transformers)
+    others = set(present) & set(pipeline.pretrained_component_names) - absent - set(transformers)
     dtype = getattr(torch, model.torch_dtype)
     loaded = {name: load_component(pipeline, folder, name, dtype=dtype) for name in present if name in others}
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
     pipeline.to(mesh.device)
     if "vae" in absent:
-        pipeline.vae = _AbsentVAE(present["vae"], folder / "vae")
+        pipeline.vae = _AbsentVAE(folder / "vae")
     return pipeline
 
 
@@ -176,8 +176,8 @@ class _AbsentVAE:
     It is not an `nn.Module`, because a pipeline takes the device of any module it has for its own.
     """
 
-    def __init__(self, kind: str, folder: Path) -> None:
-        self._vae: Any = build(folder, getattr(diffusers, kind))
+    def __init__(self, folder: Path) -> None:
+        self._vae: Any = build(folder)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)

@@ -46,4 +46,5 @@ class WatchedTokenizer:
             len(ids) for ids in self._tokenizer([text] if isinstance(text, str) else text, verbose=False).input_ids
         )
         if whole > kept:
-            self._warnings.append(f"{prompt}: {self._name} keeps {kept} of its {whole} tokens; the rest has no effect")
+            encoder = self._name.replace("tokenizer", "text_encoder")
+            self._warnings.append(f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it")
