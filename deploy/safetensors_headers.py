@@ -18,6 +18,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files without their endings: diffusers' and transformers'."""
 
 CHECKSUMS = "SHA256SUMS"
+"""Optional, beside the index of a model; written by `sha256sum`."""
 
 FETCH_AGAIN = "fetch the file again"
 
@@ -78,16 +79,17 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         ValueError: see `weights_file`; a file of the index is missing or damaged, or a tensor is not in the file that
             the index names.
     """
-    return {name: info for tensors in _by_file(folder).values() for name, info in tensors.items()}
+    return {name: info for tensors in headers_by_file(folder).values() for name, info in tensors.items()}
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of one component, by the tensor's name. All are verified.
+def headers_by_file(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
+    """The same, by file.
 
     Raises:
         ValueError: see `read_headers`.
     """
-    return {name: file for file, tensors in _by_file(folder).items() for name in tensors}
+    file = weights_file(folder)
+    return _read_indexed(file) if file.suffix == ".json" else {file: read_header(file)}
 
 
 def weights_file(folder: Path) -> Path:
@@ -112,11 +114,6 @@ def weights_file(folder: Path) -> Path:
             "that is not the model's"
         )
     return there[0]
-
-
-def _by_file(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
-    file = weights_file(folder)
-    return _read_indexed(file) if file.suffix == ".json" else {file: read_header(file)}
 
 
 def _read_indexed(index: Path) -> dict[Path, dict[str, TensorInfo]]:

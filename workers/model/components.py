@@ -15,7 +15,7 @@ from deploy.model_folder import component_classes
 from deploy.safetensors_headers import weights_file
 from deploy.spec import ModelSpec
 from workers.model.out_of_tree import transformer_class
-from workers.model.weights import build, check_tensors
+from workers.model.weights import build, verified_files
 
 UNUSED = ("lm_head.",)
 """Begins the names of tensors that a text encoder may have too many: they turn its embeddings into words."""
@@ -90,7 +90,7 @@ def verify_loadable(model: ModelSpec, folder: Path) -> None:
             continue  # such as Flux's image encoder, for which the pipeline has no use
         try:
             if name.startswith("transformer"):
-                check_tensors(build(folder / name, kind), folder / name)
+                verified_files(build(folder / name, kind), folder / name)
             else:
                 parts[name] = load_component(pipeline, folder, name, device_map="meta")
         except ValueError as error:

@@ -28,7 +28,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from deploy.components import verify_components
 from deploy.families.lookup import family_name
 from deploy.model_folder import INDEX, component_classes
-from deploy.safetensors_headers import verify_checksums, verify_weights
+from deploy.safetensors_headers import CHECKSUMS, verify_checksums, verify_weights
 from deploy.spec import ModelSpec
 from workers.model.digests import REDEPLOY, folder_digest, settle_loras
 from workers.private_folder import make_private, open_own
@@ -37,9 +37,6 @@ logger = logging.getLogger("ray.serve")
 
 CHECKS: tuple[Callable[[Path], object], ...] = (verify_components, verify_weights, verify_checksums)
 """What every model folder must pass once per node. Each raises ValueError or OSError."""
-
-CHECKSUMS = "SHA256SUMS"
-"""Optional; written by `sha256sum`."""
 
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
 """Suffixes of the files that a component is loaded from: configs, weights, tokenizers and their templates."""

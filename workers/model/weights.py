@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from deploy.model_folder import read_config
-from deploy.safetensors_headers import read_headers, tensor_files
+from deploy.safetensors_headers import headers_by_file
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelModelPlan
@@ -77,13 +77,14 @@ def build(folder: Path, kind: type[nn.Module] | None = None) -> nn.Module:
     return model
 
 
-def check_tensors(model: nn.Module, folder: Path) -> dict[str, Path]:
+def verified_files(model: nn.Module, folder: Path) -> dict[str, Path]:
     """The file of each tensor, after a look at all names and shapes. No tensor is read.
 
     Raises:
         ValueError: the files have not exactly the tensors of the model, or one of another shape.
     """
-    expected, headers = model.state_dict(keep_vars=True), read_headers(folder)
+    expected, by_file = model.state_dict(keep_vars=True), headers_by_file(folder)
+    headers = {name: info for tensors in by_file.values() for name, info in tensors.items()}
     missing, surplus = sorted(set(expected) - set(headers)), sorted(set(headers) - set(expected))
     if missing or surplus:
         raise ValueError(
@@ -93,7 +94,7 @@ def check_tensors(model: nn.Module, folder: Path) -> dict[str, Path]:
     for name, info in headers.items():
         if getattr(expected[name], "part", None) is None and info.shape != expected[name].shape:
             raise ValueError(f"{name} of {folder} is {info.shape}, expected {tuple(expected[name].shape)}")
-    return tensor_files(folder)
+    return {name: file for file, tensors in by_file.items() for name in tensors}
 
 
 def fill(
@@ -108,7 +109,7 @@ def fill(
     Raises:
         ValueError: the files do not hold exactly the tensors of the model, or one has another shape.
     """
-    expected, files = model.state_dict(keep_vars=True), check_tensors(model, folder)
+    expected, files = model.state_dict(keep_vars=True), verified_files(model, folder)
     parts = {name: getattr(tensor, "part", None) for name, tensor in expected.items()}
     for count, (name, tensor) in enumerate(_read(files, parts), 1):
         if tensor.shape != expected[name].shape:
