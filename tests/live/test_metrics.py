@@ -27,6 +27,7 @@ from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
 from workers import exporter
 from workers.exporter import Exporter
+from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang, Setup
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
@@ -176,14 +177,8 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
     gang = Gang(spec.fixed)
     metrics_at = {"host": "127.0.0.1", "port": None}
-    gang._setup = Setup(
-        spec,
-        FAMILY,
-        None,
-        contextvars.copy_context(),
-        metrics_at,
-        GangMetrics("renumbered", "1"),
-    )
+    metrics = GangMetrics("renumbered", "1")
+    gang._setup = Setup(spec, AdapterSync(()), FAMILY, None, contextvars.copy_context(), metrics_at, metrics)
     gang._setup.metrics.backlog(5.0)
     gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
     configured = {"model": spec.live, "models_folder": None, "metrics": metrics_at}

@@ -33,7 +33,7 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
-from tests.support.listeners import listeners, process_tree
+from tests.support.listeners import Address, listeners, process_tree
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "demo-1": {},
@@ -44,7 +44,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path) -> Iterator[str]:
+def listened_before() -> set[tuple[Address, int]]:
+    """Where this process and its children listened before the cluster: the ranks of other tests do."""
+    return listeners(process_tree(os.getpid()))
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, listened_before: set[tuple[Address, int]]) -> Iterator[str]:
     models = [model(demo_model, name, **degrees) for name, degrees in LAYOUTS.items()]
     with LocalCluster(deployment(*models)) as cluster:
         ready(cluster)
@@ -72,9 +78,9 @@ def test_one_seed_is_one_picture_on_every_layout(server: str) -> None:
     assert np.abs(picture(generate(server, seed=8)) - reference).max() > 100
 
 
-def test_nothing_listens_beyond_loopback(server: str) -> None:
+def test_nothing_listens_beyond_loopback(server: str, listened_before: set[tuple[Address, int]]) -> None:
     """Serve's replicas would open a port on all interfaces where anybody may run code."""
-    found = listeners(process_tree(os.getpid()))
+    found = listeners(process_tree(os.getpid())) - listened_before
     assert len(found) > len(LAYOUTS)  # at least a port of each gang
     assert {str(address) for address, _ in found if not address.is_loopback} == set()
 
