@@ -110,7 +110,7 @@ def test_a_long_prompt_is_cut_as_by_the_classic_pipeline_and_reported(
     loaded = load_model(model(demo_models[family]), mesh)
     denoising = begun(loaded, request)
     assert any(re.search(rf"reads {kept} of [67]\d\d tokens", warning) for warning in denoising.warnings)
-    assert all(warning.startswith("prompt: tokenizer") for warning in denoising.warnings)
+    assert all(warning.startswith("prompt: text_encoder") for warning in denoising.warnings)
     _, made = alone(demo_models[family], request)
     classic = DiffusionPipeline.from_pretrained(demo_models[family], local_files_only=True)
     classic.set_progress_bar_config(disable=True)
