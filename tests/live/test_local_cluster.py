@@ -153,6 +153,7 @@ def own(mark: str, name: str) -> list[int]:
     return [pid for pid, command in marked_processes(mark).items() if name in command]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("core", ["/raylet/raylet", "/gcs/gcs_server"])
 def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen[str], mark: str, core: str) -> None:
     folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
@@ -166,6 +167,7 @@ def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen
     assert not any(Path(folder).exists() for folder in folders)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_serve_stops_when_it_is_asked_to(
     serving: subprocess.Popen[str], mark: str, sign: signal.Signals, code: int
@@ -178,6 +180,7 @@ def test_serve_stops_when_it_is_asked_to(
     assert not any(Path(folder).exists() for folder in folders)
 
 
+@pytest.mark.fault
 def test_serve_stops_although_its_controller_does_not_answer(serving: subprocess.Popen[str], mark: str) -> None:
     (controller,) = own(mark, "ray::ServeController")
     os.kill(controller, signal.SIGSTOP)
