@@ -136,7 +136,7 @@ def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
 def keep(gangs: int, decision: PolicyState) -> PolicyState:
     """A decision without memory: what runs stays, and the offered load is at most a typical one of that many gangs.
 
-    After a loss of Serve's controller one busy gang is no load of 1.0: that would ask for a second gang at once.
+    A new controller knows no past: one busy gang would count as a full load of 1.0, and a second gang would start.
     """
     fewer, enough = (_load_for(count, decision.request_s, decision.target_s) for count in (gangs - 1, gangs))
     return replace(decision, wanted=gangs, offered=min(decision.offered, (fewer + enough) / 2))

@@ -114,7 +114,7 @@ class Edge:
         await answer.end()
 
     async def _read(self, receive: Receive, messages: list[Message]) -> bool:
-        """Add a body's messages to those given; False if there is no room for them."""
+        """Append the messages of a body to those given; return False if they exceed `ALL_HELD_BYTES`."""
         size, more = 0, True
         while more and size <= HELD_BYTES:
             message = await receive()

@@ -176,7 +176,7 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
     """The model of this name or alias; without a name, the only model.
 
     Raises:
-        ModelNotFound: there is no such model.
+        ModelNotFound: the deployment does not have the model.
         InvalidParameter: no name was given, and there are several models.
     """
     known = ", ".join(models)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import edge
 from service.rollout.environment import PRIVATE_CLUSTER
@@ -43,7 +43,7 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def proxy(gateway: Gateway) -> AsyncIterator[int]:
+async def proxy(gateway: ASGIApp) -> AsyncIterator[int]:
     """A server as Serve starts it; yields its port."""
     (middleware,) = edge.middlewares()
     app = middleware.cls(gateway)
@@ -145,6 +145,49 @@ def test_a_head_that_is_too_long_closes_the_connection() -> None:
                     await writer.drain()
                     await asyncio.sleep(0.05)
                 assert await asyncio.wait_for(reader.read(), 3) == b""
+            writer.close()
+
+    asyncio.run(story())
+
+
+def test_a_head_that_follows_an_unanswered_request_is_limited_as_well() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with proxy(never) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"0\r\n\r\n")
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(4):
+                    writer.write(b"GET /livez HTTP/1.1\r\nx: " + b"x" * edge.MAX_HEADER_BYTES)
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+                assert await asyncio.wait_for(reader.read(), 3) == b""
+            writer.close()
+
+    asyncio.run(story())
+
+
+def test_the_rest_of_a_body_that_was_answered_early_is_no_head() -> None:
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"2"), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def story() -> None:
+        async with proxy(refuses) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            rest = 8 * edge.MAX_HEADER_BYTES
+            writer.write(HEAD + str(edge.HELD_BYTES + 1 + rest).encode() + b"\r\n\r\n" + b"x" * (edge.HELD_BYTES + 1))
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
+            assert await reader.readexactly(2) == b"{}"
+            for _ in range(8):
+                writer.write(b"x" * edge.MAX_HEADER_BYTES)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+            assert not reader.at_eof()
             writer.close()
 
     asyncio.run(story())
