@@ -154,15 +154,19 @@ class LocalCluster:
         """Refuse new requests, and return when those in flight are answered, or the gateway is gone.
 
         Raises:
-            TimeoutError: Serve does not listen, or requests are unfinished after the longest grace period.
+            TimeoutError: Serve or the gateway does not listen, or requests are unfinished after the grace period.
         """
         within(ANSWERS_WITHIN_S, drain, "telling the gateway to take no more requests")
-        silent, limit_s = 0, max(model.grace_period_s for model in self.spec.models)
-        deadline = time.monotonic() + limit_s
+        silent, drains, limit_s = 0, False, max(model.grace_period_s for model in self.spec.models)
+        told = time.monotonic()
         while silent < SILENT_POLLS:
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - told
+            if not drains and waited_s > ANSWERS_WITHIN_S:
+                raise TimeoutError(f"the gateway still takes requests {ANSWERS_WITHIN_S:g} s after it was told not to")
+            if waited_s > limit_s:
                 raise TimeoutError(f"requests in flight did not end within {limit_s:g} s, their grace period")
             answer = _readiness(self.url)
+            drains = drains or answer.get("status") == "draining"
             if answer.get("status") == "draining" and not answer["in_flight"]:
                 return
             silent = 0 if "status" in answer else silent + 1  # an error: no gateway

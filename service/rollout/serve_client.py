@@ -8,6 +8,7 @@ argument for the address and the folder of a node. `tests/service/test_serve_cli
 import copy
 import logging
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from ray.serve.schema import ServeDeploySchema
 
 CORE = ("gcs_server", "raylet")
 """Ray's names of the processes without which a node does not run."""
+
+ENDS_WITHIN_S = 15.0
+"""A sound node ends in two."""
 
 
 def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_store_bytes: int) -> None:
@@ -56,9 +60,15 @@ def connect(address: str, node_ip_address: str | None) -> None:
 def disconnect() -> None:
     """Leave the cluster, which ends if this process started it.
 
-    Serve's cached client outlives `ray.shutdown` and would be taken for that of the next cluster, so it goes too.
+    A core that hangs would be waited for without end, so it is killed after `ENDS_WITHIN_S` seconds. Serve's cached
+    client outlives `ray.shutdown` and would be taken for that of the next cluster, so it goes too.
     """
-    ray.shutdown()
+    impatience = threading.Timer(ENDS_WITHIN_S, _kill_node)
+    impatience.start()
+    try:
+        ray.shutdown()
+    finally:
+        impatience.cancel()
     _disconnect()  # type: ignore[no-untyped-call]
 
 
@@ -66,6 +76,12 @@ def dead_processes() -> list[str]:
     """The processes of a Ray node that this process started and that died, such as `raylet`, without asking Ray."""
     node = worker._global_node
     return [] if node is None else [kind for kind, _ in node.dead_processes() if kind in CORE]
+
+
+def _kill_node() -> None:
+    """Kill Ray's processes that this process started; those that they started end by themselves."""
+    if (node := worker._global_node) is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def start_serve(host: str, port: int, **options: Any) -> None:

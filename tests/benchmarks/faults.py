@@ -12,6 +12,8 @@ was left of the start. `serve` is the command itself, for which SIGTERM, SIGINT 
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,11 +24,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import httpx
 import yaml
@@ -46,10 +47,19 @@ TITLES = {
 }
 """How each process is found among those of the cluster."""
 
+ENDS = ("raylet", "gcs", "serve")
+"""The processes whose end is the end of `spray serve`: their rows wait for that first, for `END_S` seconds."""
+END_S = 20.0
+
 SIGNALS = ("SIGKILL", "SIGSTOP")
 OF_SERVE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
+EVERY = (*OF_SERVE, "SIGSTOP")
 PHASES = ("load", "warm-up", "encode", "denoise", "decode", "idle")
 STARTING = {"load": re.compile(r"demo: [1-9]\d*% loaded"), "warm-up": re.compile(r"demo: 100% loaded")}
+
+HEAD = """\
+| process | signal | phase | the caller saw | served again | process gone | `spray serve` exited | left |
+|---|---|---|---|---|---|---|---|"""
 
 PATIENCE_S = 120.0
 REQUEST = {"model": "demo", "prompt": "a cup of coffee", "seed": 7, "num_inference_steps": 10}
@@ -68,12 +78,16 @@ class Cell:
     exit: str = "-"
     left: str = "-"
 
+    def __str__(self) -> str:
+        return f"| {' | '.join(vars(self).values())} |"
+
 
 class Serving:
-    """`spray serve` of a demo model; a context manager.
+    """`spray serve` of a demo model.
 
     Attributes:
         url: of its server, once it is ready.
+        struck: the processes that have been given a signal.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -96,20 +110,19 @@ class Serving:
         )
         threading.Thread(target=self._read, daemon=True).start()
         self.url = ""
+        self.struck: set[int] = set()
         self._folders: set[str] = set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
+    def close(self) -> None:
+        """End the command, and whatever of its cluster is left."""
+        if not self.struck & set(self.processes()):  # nothing of it is stopped, so that it can end by itself
             self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+            self.wait_ended(60)
+        self.process.kill()
+        self.process.wait()
         for pid in self.processes():  # of this cluster alone: they carry its mark
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     @property
     def ended(self) -> bool:
@@ -137,22 +150,46 @@ class Serving:
         return marked_processes(self._mark)
 
     def find(self, process: str) -> int:
-        """The id of a process; of ranks, that of the second one."""
-        found = {pid: line for pid, line in self.processes().items() if TITLES[process] in line}
-        self._folders |= set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(self.processes().values())))
-        return self.process.pid if process == "serve" else max(found)
+        """The id of a process, once there is one that was not struck; of ranks, that of the second one."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            living = self.processes()
+            self._folders |= set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(living.values())))
+            found = [pid for pid, line in living.items() if TITLES[process] in line and pid not in self.struck]
+            if process == "serve" or found:
+                return self.process.pid if process == "serve" else max(found)
+            time.sleep(0.1)
+        raise TimeoutError(f"no new {process} within {PATIENCE_S:g} s")
+
+    def wait_ended(self, seconds: float) -> None:
+        """Wait for the end of the command, at most so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def wait_gone(self, pid: int) -> bool:
+        """Wait for the end of a process; False if it is still there ten seconds later."""
+        deadline = time.monotonic() + 10
+        while (there := pid in self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not there
 
     def left(self) -> str:
-        """What is there ten seconds after the command has ended."""
-        deadline = time.monotonic() + 10
+        """What is there twenty seconds after the command has ended: Ray's agents look for their raylet every few seconds."""
+        deadline = time.monotonic() + 20
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         folders = [folder for folder in self._folders if Path(folder).exists()]
-        return f"{len(self.processes())} processes, {len(folders)} folders"
+        kinds = sorted(_kind(line) for line in self.processes().values())
+        return f"{', '.join(kinds) or 'no process'}; {len(folders)} folders"
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         self._lines.extend(self.process.stdout)
+
+
+def _kind(command_line: str) -> str:
+    """The name of a process by its command line, or that line's beginning."""
+    return next((kind for kind, title in TITLES.items() if title in command_line), command_line[:40].strip())
 
 
 def ask(url: str, stepped: Callable[[int, int], None] = lambda step, of: None) -> str:
@@ -211,8 +248,10 @@ def watch(serving: Serving, cell: Cell, pid: int, began: float, asked: Future[st
     if asked is not None:
         saw_at: list[float] = []
         asked.add_done_callback(lambda _: saw_at.append(time.monotonic()))
+    if cell.process in ENDS and cell.signal != "SIGSTOP":
+        serving.wait_ended(END_S)
     while time.monotonic() < deadline and not serving.ended:
-        if serving.url and cell.process != "serve" and ask(serving.url) == "the picture":
+        if serving.url and ask(serving.url) == "the picture":
             cell.served = f"{time.monotonic() - began:.1f} s"
             break
         if not serving.url and serving.wait_ready():
@@ -226,7 +265,7 @@ def watch(serving: Serving, cell: Cell, pid: int, began: float, asked: Future[st
     if serving.ended:
         cell.exit = f"{serving.process.returncode} after {time.monotonic() - began:.1f} s"
         cell.left = serving.left()
-    cell.gone = "yes" if pid not in serving.processes() else "no"
+    cell.gone = "yes" if serving.wait_gone(pid) else "no"
 
 
 def measure(serving: Serving, cell: Cell) -> None:
@@ -236,7 +275,7 @@ def measure(serving: Serving, cell: Cell) -> None:
     elif not serving.url:
         serving.wait_ready()
         ask(serving.url)
-    pid = serving.find(cell.process)
+    serving.struck.add(pid := serving.find(cell.process))
     if cell.phase in STARTING:
         os.kill(pid, getattr(signal, cell.signal))
         began, asked = time.monotonic(), None
@@ -245,40 +284,52 @@ def measure(serving: Serving, cell: Cell) -> None:
     watch(serving, cell, pid, began, asked)
 
 
-def cells(arguments: argparse.Namespace) -> list[Cell]:
+def rows(phases: Iterable[str], processes: Iterable[str] = TITLES, signals: Iterable[str] = EVERY) -> list[Cell]:
     """The rows, in an order in which a cluster is used for many."""
     return [
         Cell(process, sign, phase)
-        for phase in arguments.phases
-        for process in arguments.processes
+        for phase, process in itertools.product(phases, processes)
         for sign in (OF_SERVE if process == "serve" else SIGNALS)
-        if sign in arguments.signals
+        if sign in signals
     ]
+
+
+class Bench:
+    """The cluster that rows are measured on: one for many, a new one where the last row may have harmed it."""
+
+    def __init__(self, folder: Path) -> None:
+        write_demo_model(folder / "model", "qwen-image")
+        self._folder = folder
+        self._serving: Serving | None = None
+
+    def measure(self, cell: Cell) -> None:
+        """Fill in one row."""
+        if self._serving is None or self._serving.ended or cell.phase in STARTING:
+            self.close()
+            self._serving = Serving(self._folder / "model", self._folder)
+        measure(self._serving, cell)
+        if cell.gone == "no" or cell.served.startswith("not"):
+            self.close()
+
+    def close(self) -> None:
+        """End the cluster."""
+        if self._serving is not None:
+            self._serving.close()
+            self._serving = None
 
 
 def main() -> None:
     """Measure the rows that were asked for, and print each when it is known."""
     parser = argparse.ArgumentParser(description="What a fault of each process costs its callers.")
     parser.add_argument("--processes", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--signals", nargs="+", choices=sorted({*SIGNALS, *OF_SERVE}), default=[*SIGNALS, *OF_SERVE])
+    parser.add_argument("--signals", nargs="+", choices=sorted(EVERY), default=EVERY)
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=["idle", "denoise"])
     arguments = parser.parse_args()
-    print("| process | signal | phase | the caller saw | served again | process gone | `spray serve` exited | left |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_demo_model(model := Path(folder, "model"), "qwen-image")
-        serving: Serving | None = None
-        try:
-            for cell in cells(arguments):
-                if serving is None or serving.ended or cell.phase in STARTING:
-                    if serving is not None:
-                        serving.__exit__()
-                    serving = Serving(model, Path(folder))
-                measure(serving, cell)
-                print(f"| {' | '.join(vars(cell).values())} |", flush=True)
-        finally:
-            if serving is not None:
-                serving.__exit__()
+    print(HEAD, flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Bench(Path(folder))) as bench:
+        for cell in rows(arguments.phases, arguments.processes, arguments.signals):
+            bench.measure(cell)
+            print(cell, flush=True)
 
 
 if __name__ == "__main__":

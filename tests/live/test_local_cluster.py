@@ -227,6 +227,14 @@ def test_draining_waits_no_longer_than_the_grace_period(monkeypatch: pytest.Monk
         local.LocalCluster.drain(SimpleNamespace(url="", spec=spec))  # type: ignore[arg-type]
 
 
+def test_draining_does_not_wait_for_a_gateway_that_does_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "ANSWERS_WITHIN_S", 0.1)
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: {"status": "ok", "in_flight": 0})
+    with pytest.raises(TimeoutError, match="still takes requests"):
+        local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
+
+
 def test_draining_does_not_wait_for_a_controller_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "ANSWERS_WITHIN_S", 0.1)
     monkeypatch.setattr(local, "drain", threading.Event().wait)

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 
 from deploy.spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
-from workers.gang.rank_process import set_up_rank_process
+from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 LOOPBACK = "127.0.0.1"
@@ -112,10 +112,7 @@ def _receive(rank: int, connection: Connection) -> Report:
 
 def _serve_rank(index: int, model: ModelSpec, request: GenerationRequest, parent: Connection) -> None:
     try:
-        set_up_rank_process()
-        from workers.gang.rank import Rank  # here: its libraries read what was just set, and the parent needs no torch
-
-        rank = Rank(index, model, device_index=index)
+        rank = import_rank()(index, model, device_index=index)
         if index == 0:
             port = rank.open_rendezvous(LOOPBACK)
             parent.send(port)

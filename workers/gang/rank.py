@@ -8,6 +8,7 @@ What a rank raises tells the gang what to do. All ranks agree on a `RequestError
 gang is sound. Anything else may have left the others inside a collective: the gang is lost.
 """
 
+import gc
 import os
 import resource
 import socket
@@ -112,6 +113,8 @@ class Rank:
         self._phase = "starting"
         self._warm_up()
         self._warm_up_adapters(self.model.loras)
+        gc.collect()
+        gc.freeze()  # the model stays; looking through its objects between steps would only cost time
         self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
         return self.status()

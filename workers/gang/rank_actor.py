@@ -12,7 +12,7 @@ import ray
 
 from deploy.spec import LoRA, ModelSpec
 from workers.exporter import Exporter, share_values
-from workers.gang.rank_process import set_up_rank_process
+from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
 
@@ -41,10 +41,8 @@ class RankActor:
             logging.getLogger("sp_core").setLevel(logging.INFO)
         folder = fetch(self._model, self._models_folder)  # the gang's own node has it; another node may not
         here = self._model.model_copy(update={"source": str(folder)})
-        set_up_rank_process()
-        from workers.gang.rank import Rank  # here: the gang imports this module, and must start without torch
-
-        self._made = Rank(self._number, here, node_id=self._node_id, replica=self._replica)
+        rank = import_rank()  # here: the gang imports this module, and must start without torch
+        self._made = rank(self._number, here, node_id=self._node_id, replica=self._replica)
 
     @property
     def _rank(self) -> "Rank":
