@@ -61,9 +61,8 @@ class Rank:
         self._step = self._total_steps = 0
         self._read = 0.0
         self._cancelled: str | None = None  # a request's id, written by the control thread
-        if model.device == "cuda":
-            torch.cuda.set_device(device_index)
-        else:
+        self._device_index = device_index
+        if model.device == "cpu":
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
 
     def open_rendezvous(self, host: str) -> int:
@@ -91,6 +90,7 @@ class Rank:
             ValueError: the model cannot be loaded or the layout does not fit it.
             RuntimeError: the ranks did not meet within the start-up limit.
         """
+        self._use_device()
         if host.startswith("127.") and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         limits = self.model.timeouts
@@ -126,6 +126,7 @@ class Rank:
             RequestError: the request does not suit the model.
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
         """
+        self._use_device()
         try:
             yield from self._generate(request)
         finally:
@@ -141,6 +142,7 @@ class Rank:
         Raises:
             RequestFailed: some rank could not read or run one; every rank keeps the adapters that it had.
         """
+        self._use_device()
         former = self._loaded
         self._phase = "load"
         try:
@@ -152,6 +154,11 @@ class Rank:
                 raise
         finally:
             self._phase = "idle"
+
+    def _use_device(self) -> None:
+        """Compute on this rank's GPU. First in what computes: torch keeps it by thread, and Ray has several."""
+        if self.model.device == "cuda":
+            torch.cuda.set_device(self._device_index)
 
     def _on_progress(self, loaded: float) -> None:
         self._read = loaded
