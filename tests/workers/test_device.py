@@ -62,7 +62,7 @@ def test_a_models_own_environment_wins() -> None:
 def test_every_method_that_computes_uses_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray calls them on other threads than the constructor, and torch's current device belongs to a thread."""
     used: list[tuple[int, int]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: used.append((index, threading.get_ident())))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append((device.index, threading.get_ident())))
     rank = Rank(0, a_model(), device_index=3)
     assert not used
 

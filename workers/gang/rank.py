@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
+from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.gang.warm_up import warm_up_requests
@@ -61,7 +62,7 @@ class Rank:
         self._step = self._total_steps = 0
         self._read = 0.0
         self._cancelled: str | None = None  # a request's id, written by the control thread
-        self._device_index = device_index
+        self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
         if model.device == "cpu":
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
 
@@ -88,7 +89,7 @@ class Rank:
 
         Raises:
             ValueError: the model cannot be loaded or the layout does not fit it.
-            RuntimeError: the ranks did not meet within the start-up limit.
+            RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
         self._use_device()
         if host.startswith("127.") and sys.platform == "linux":
@@ -106,8 +107,15 @@ class Rank:
             rank=self.rank,
             world_size=degrees.world_size,
             timeout=timedelta(seconds=limits.startup_s),
+            device_id=self._device if self.model.device == "cuda" else None,  # opens communicators now, not in a step
         )
-        mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        mesh = ParallelMesh.create(
+            degrees,
+            device_type=self.model.device,
+            timeout_s=limits.phase_s,
+            control_timeout_s=max(limits.startup_s, limits.phase_s),
+        )
+        probe(mesh)
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
@@ -158,7 +166,7 @@ class Rank:
     def _use_device(self) -> None:
         """Compute on this rank's GPU. First in what computes: torch keeps it by thread, and Ray has several."""
         if self.model.device == "cuda":
-            torch.cuda.set_device(self._device_index)
+            torch.cuda.set_device(self._device)
 
     def _on_progress(self, loaded: float) -> None:
         self._read = loaded
