@@ -25,13 +25,14 @@ from deploy.spec import LoRA, ModelSpec
 from sp_core.mesh import ParallelMesh
 from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
-from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.errors import OutOfMemory, PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.metrics import RankMetrics
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.media import encode
+from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -133,14 +134,23 @@ class Rank:
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
+            OutOfMemory: likewise, or inside a step, where other ranks may wait for this one.
         """
         self._use_device()
+        agreed: bool | None = None
         try:
             yield from self._generate(request)
+        except Exception as error:
+            failed_together = isinstance(error, RequestFailed)
+            if not is_out_of_memory(error.__cause__ if failed_together else error):
+                raise
+            agreed = failed_together or self.model.parallel.world_size == 1
         finally:
             self._phase = "idle"
             if self._cancelled == request.request_id:
                 self._cancelled = None
+        if agreed is not None:  # only here, where the error and the tensors of its frames are gone
+            raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Use exactly these adapters from the next request on. All ranks must call it at once, between requests.

@@ -20,7 +20,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.spec import LoRA, ModelSpec
-from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
+from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.device import by_device, environment
 from workers.gang.placement import bundle
 from workers.gang.rank_actor import RankActor
@@ -101,7 +101,7 @@ class RankGroup:
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was canceled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on, except after an `OutOfMemory` inside a step.
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
@@ -185,7 +185,11 @@ class RankGroup:
 
         Raises:
             GangLost: it is any other error. Its rank may have left the others inside a collective.
+            OutOfMemory: likewise, but the request would cost any gang its ranks.
         """
+        if isinstance(error, OutOfMemory) and not error.agreed:
+            self._lose(str(error))
+            raise error
         if isinstance(error, RequestError | RequestFailed):
             return error
         self._lose(f"{type(error).__name__}: {error}".splitlines()[0])
