@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from deploy.spec import LoRA, ModelSpec
+from sp_core.cuda_kernels import in_use
 from sp_core.mesh import ParallelMesh
 from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
@@ -249,6 +250,7 @@ class Rank:
             loaded=self._read,
             step=self._step,
             total_steps=self._total_steps,
+            kernel=in_use(self._device) if self._usable else "",
         )
 
     def renumber(self, replica: str) -> None:

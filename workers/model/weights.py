@@ -33,6 +33,7 @@ def load_transformer(
     kind: type[nn.Module] | None = None,
     plan: SequenceParallelModelPlan | None = None,
     on_progress: Callable[[float], None] = lambda loaded: None,
+    kernel: str | None = None,
 ) -> nn.Module:
     """Build a diffusers transformer on this rank's device, parallelized over `mesh`. All ranks must call it.
 
@@ -43,13 +44,15 @@ def load_transformer(
         kind: its class; None: the diffusers class that its config names.
         plan: where to split and gather; None: see `parallelize`.
         on_progress: called with the share of the tensors that is read, from 0 to 1.
+        kernel: see `parallelize`.
 
     Raises:
+        RuntimeError: the attention kernel does not work here.
         ValueError: see `build`; the layout or the plan does not fit the model, or the files are not the
             weights of this class.
     """
     model = build(folder, kind)
-    parallelize(model, mesh, plan)
+    parallelize(model, mesh, plan, dtype=dtype, kernel=kernel)
     fill(model, folder, mesh.device, dtype, on_progress)
     return model.eval()
 
