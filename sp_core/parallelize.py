@@ -70,7 +70,7 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     replacing = family if given is None else None  # a family's file knows what is where in its own plan only
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        return Handle(apply_replacements(model, replacing), irreversible=irreversible)
+        return Handle(apply_replacements(model, replacing, config), irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
         raise ValueError(
@@ -80,7 +80,7 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
     hooks = install_hooks(model, found, context)
-    restore = apply_replacements(model, replacing)
+    restore = apply_replacements(model, replacing, config)
     release = bind_attention(model, attention, context)
     _parallelized.add(model)
     return Handle([lambda: _parallelized.discard(model), hooks.remove, *restore, release], context, irreversible)

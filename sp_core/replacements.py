@@ -12,18 +12,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sp_core import real_rotation
-from sp_core.models.family import ModelFamily
+from sp_core import real_rotation, shared_modulation
+from sp_core.models.family import Config, ModelFamily, RealRotation
 
 _logger = logging.getLogger(__name__)
 
 
-def apply_replacements(model: nn.Module, family: ModelFamily | None) -> list[Callable[[], None]]:
+def apply_replacements(model: nn.Module, family: ModelFamily | None, config: Config) -> list[Callable[[], None]]:
     """Make the replacements of the family that fit this model.
 
     Args:
         model: the hooks of its plan are installed already; its attention is not bound yet.
         family: its family, if it has one.
+        config: the model's.
 
     Returns:
         Functions that undo them, to be called in reverse order.
@@ -37,9 +38,12 @@ def apply_replacements(model: nn.Module, family: ModelFamily | None) -> list[Cal
         return []
     undo = []
     for replacement in family.replacements:
-        done = real_rotation.replace(model, replacement)
+        if isinstance(replacement, RealRotation):
+            done = real_rotation.replace(model, replacement)
+        else:
+            done = shared_modulation.replace(model, config, replacement)
         if done is None:
-            _logger.info("%s is not as %s expects; it stays as it is", kind.__name__, replacement)
+            _logger.info("%s keeps this part of its own: it is not as %s expects", kind.__name__, replacement)
         else:
             undo.append(done)
     return undo

@@ -99,6 +99,23 @@ class RealRotation:
 
 
 @dataclass(frozen=True)
+class SharedModulation:
+    """Layers that see nothing but the embedding of the timestep: the forwards of one step may share what they return.
+
+    Applied by `sp_core.shared_modulation`.
+
+    Attributes:
+        source: the module of the model that embeds the timestep, once a forward.
+        layers: patterns of the layers that take the embedding; each is an `nn.Sequential`.
+        unless: keys of the model's config; where one is true, something else decides about modulation as well.
+    """
+
+    source: str
+    layers: tuple[str, ...]
+    unless: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """How one family of transformers is parallelized.
 
@@ -127,7 +144,7 @@ class ModelFamily:
     own_stream: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
-    replacements: tuple[RealRotation, ...] = ()
+    replacements: tuple[RealRotation | SharedModulation, ...] = ()
     refused: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
 

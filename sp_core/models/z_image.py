@@ -11,7 +11,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, RealRotation, Tokens
+from sp_core.models.family import Example, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Heads, Rowwise
 
@@ -55,6 +55,7 @@ Z_IMAGE = ModelFamily(
     },
     replacements=(
         RealRotation("rope_embedder", "freqs_cis", "ZSingleStreamAttnProcessor", norms=(("norm_q", 0), ("norm_k", 0))),
+        SharedModulation("t_embedder", ("*.adaLN_modulation",)),
     ),
     examples={
         "z-image": Example(
