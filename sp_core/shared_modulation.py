@@ -3,7 +3,7 @@
 A guided step is two forwards at one timestep, and each block of each forward turns the same embedding into its shifts,
 scales and gates (adaLN). Those layers see one row a sample, so their time is that of reading their weights; reading
 them once instead of twice is what is saved. A single product over the stacked weights of all layers would read as much,
-and hold all of them twice while they are stacked.
+and need all of them twice while they are stacked.
 
     with same_timestep():      # the caller says that all forwards in it have one timestep
         model(**prompted)
