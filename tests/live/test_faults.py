@@ -121,7 +121,7 @@ def test_too_little_memory_is_the_requests_fault(server: str) -> None:
     answer = generate(server, model="bystander")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "out_of_memory"), answer.text
     assert answer.json()["error"]["message"] == (
-        "'bystander' has too little memory for 64x64: ask for fewer pixels, frames or pictures"
+        "'bystander' has too little memory for 64x48: ask for fewer pixels, frames or pictures"
     )
     assert answer.headers["x-should-retry"] == "false"
     assert generate(server, model="bystander").status_code == 200
