@@ -1,5 +1,6 @@
 """`make gpu`, tried on the CPU: every part writes its rows, and what goes wrong is a row too."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from sp_core.degrees import ParallelDegrees
 from tests.benchmarks.gpu import __main__ as command
-from tests.benchmarks.gpu import machine, serve
+from tests.benchmarks.gpu import machine, rank_work, serve
 from tests.benchmarks.gpu.part import LeftOut, Part
 from tests.benchmarks.gpu.table import Table
+from workers.messages import GenerationResult
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,11 +111,11 @@ def test_a_rank_starts_draws_cancels_and_outlives_a_lack_of_memory(written: dict
     found = written["serve"]
     phases = {row["phase"]: row["note"] for row in found if "phase" in row}
     assert {"process, imports", "transformer, from its files", "first request", "second request"} <= set(phases)
-    assert phases["the second picture is the first"] == "yes"
+    assert phases["second picture"] == "the same, to the byte"
     assert [row["ended with"] for row in found if "ended with" in row] == ["RequestCancelled"] * 5
     memory = [row["outcome"] for row in found if "outcome" in row]
     assert memory[0].startswith("OutOfMemory: 'z-image' has too little memory for 64x64")
-    assert memory[1:] == ["the same picture as before"] * 2
+    assert memory[1:] == ["the same, to the byte"] * 2
     assert "start of the ranks and one picture" in [row.get("what") for row in found]
 
 
@@ -159,6 +163,17 @@ def test_a_part_that_hangs_or_crashes_has_failed(
     table = Table(tmp_path / "t.md")
     assert command._run_part("steps", [sys.executable, "-c", program], dict(os.environ), table)
     assert says in (tmp_path / "t.md").read_text()
+
+
+def test_another_picture_is_told_from_the_same() -> None:
+    def drawn(shade: int) -> GenerationResult:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (100, shade, 100)).save(file, "PNG")
+        return GenerationResult((file.getvalue(),), (7,), ParallelDegrees(), 0.1, (0.1,), 0.1)
+
+    found = [rank_work._beside(drawn(shade), drawn(100)) for shade in (100, 101, 102)]
+    said = ["the same, to the byte", "differs by 1 of 255", "differs by 2 of 255"]
+    assert found == list(zip(said, (False, False, True), strict=True))
 
 
 def test_a_rank_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,18 @@ def _installed(wheels: Path | None) -> Iterator[list[str]]:
     if not files:
         raise SystemExit(f"{wheels} holds no wheel")
     with tempfile.TemporaryDirectory(prefix="spray-wheels-") as folder:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", folder]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            folder,
+        ]
         subprocess.run([*install, *files], check=True)
         yield [folder]
 

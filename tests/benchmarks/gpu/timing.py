@@ -68,19 +68,17 @@ def launches(call: Call, device: torch.device) -> int:
         call()
         finish(device)
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    return sum(event.device_type == kind for event in seen.events())
+    # torch.compile names regions, which show up among the kernels
+    return sum(event.device_type == kind and not event.is_user_annotation for event in seen.events())
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Bytes that torch has handed out at most during a call, weights included; None on a CPU."""
+def launches_and_peak(call: Call, device: torch.device) -> tuple[int, int | None]:
+    """As `launches`, and the bytes that torch has handed out at most meanwhile, weights included; None on a CPU."""
     if device.type != "cuda":
-        call()
-        return None
+        return launches(call, device), None
     finish(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
-    finish(device)
-    return torch.cuda.max_memory_allocated(device)
+    return launches(call, device), torch.cuda.max_memory_allocated(device)
 
 
 def best_gemm(device: torch.device, dtype: torch.dtype, side: int) -> float:
