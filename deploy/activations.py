@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.families.family import DecodeBytes, ForwardBytes
-from deploy.families.lookup import decode_bytes, find_family, forward_bytes
+from deploy.families.lookup import component_dtype, decode_bytes, find_family, forward_bytes
 from deploy.model_folder import read_config
 from deploy.spec import ModelSpec
 
@@ -78,9 +78,16 @@ def activation_bytes(model: ModelSpec, folder: Path, request: Request) -> int | 
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:
         return None
-    per_element = 2 if model.torch_dtype == "float32" else 1
-    phases = (_forward_bytes(forward, model, transformer, request), _decode_bytes(decode, model, vae, request))
-    return math.ceil(per_element * max(phases))
+    phases = (
+        _width_of(model.torch_dtype) * _forward_bytes(forward, model, transformer, request),
+        _width_of(component_dtype(model, folder, "vae")) * _decode_bytes(decode, model, vae, request),
+    )
+    return math.ceil(max(phases))
+
+
+def _width_of(dtype: str) -> int:
+    """Bytes of an element, in those of the types that were measured."""
+    return 2 if dtype == "float32" else 1
 
 
 def largest_fitting(model: ModelSpec, folder: Path, request: Request, available: int) -> Request | None:

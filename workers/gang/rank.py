@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from deploy.spec import LoRA, ModelSpec
+from sp_core.cuda_kernels import in_use
 from sp_core.mesh import ParallelMesh
 from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
@@ -93,8 +94,6 @@ class Rank:
             RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
         self._use_device()
-        if host.startswith("127.") and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         limits = self.model.timeouts
         if self.rank != 0:
             startup = timedelta(seconds=limits.startup_s)
@@ -249,6 +248,7 @@ class Rank:
             loaded=self._read,
             step=self._step,
             total_steps=self._total_steps,
+            kernel=in_use(self._device) if self._usable else "",
         )
 
     def renumber(self, replica: str) -> None:
