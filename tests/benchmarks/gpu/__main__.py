@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -38,11 +39,12 @@ def main() -> int:
     parser.add_argument("--fake", action="store_true", help="on the CPU with small sizes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables")
     parser.add_argument("--wheels", type=Path, help="folder with wheels of what this Python lacks")
+    parser.add_argument("--only", default="", metavar="NAME", help="of the models of steps, those whose name has this")
     parser.add_argument("--without-ray", action="store_true", help="as where Ray is missing")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # this is the process of a part
     asked = parser.parse_args()
     if asked.into:
-        return _run_here(asked.part, asked.into, asked.fake, not asked.without_ray)
+        return _run_here(asked.part, asked.into, asked.fake, not asked.without_ray, asked.only)
     if not asked.fake and not machine.cards():
         print("no GPU is here: nvidia-smi names none. FAKE=1 tries the script on the CPU", file=sys.stderr)
         return 2
@@ -65,6 +67,7 @@ def _run_parts(asked: argparse.Namespace, path: list[str]) -> int:
     for part in [asked.part] if asked.part else PARTS:
         command = [sys.executable, "-m", "tests.benchmarks.gpu", part, "--into", str(file)]
         command += [f"--{flag}" for flag in ("fake", "without-ray") if vars(asked)[flag.replace("-", "_")]]
+        command += ["--only", asked.only] if asked.only else []
         failed |= _run_part(part, command, environment, table)
     print(f"\n{file}")
     return int(failed)
@@ -88,11 +91,16 @@ def _run_part(part: str, command: list[str], environment: dict[str, str], table:
     return code != 0
 
 
-def _run_here(part: str, file: Path, fake: bool, with_ray: bool) -> int:
+def _run_here(part: str, file: Path, fake: bool, with_ray: bool, only: str) -> int:
     from tests.benchmarks.gpu.part import Part  # here: it loads torch, which must find the wheels' folder
 
-    running = Part(Table(file), fake, time.monotonic() + BUDGET_S, with_ray)
-    importlib.import_module(f"tests.benchmarks.gpu.{part}").run(running)
+    running = Part(Table(file), fake, time.monotonic() + BUDGET_S, with_ray, only)
+    try:
+        importlib.import_module(f"tests.benchmarks.gpu.{part}").run(running)
+    except Exception as error:  # outside of any row
+        traceback.print_exc()
+        running.table.say(f"\nfailed: {type(error).__name__}: {error}")
+        return 1
     return int(running.failures > 0)
 
 
@@ -127,7 +135,8 @@ def _given_path() -> list[str]:
 
 
 def _command(asked: argparse.Namespace) -> str:
-    given = {"PART": asked.part, "FAKE": "1" if asked.fake else None, "WHEELS": asked.wheels and asked.wheels.name}
+    given = {"PART": asked.part, "ONLY": asked.only, "FAKE": asked.fake and "1"}
+    given["WHEELS"] = asked.wheels and asked.wheels.name
     return " ".join(["make gpu", *(f"{name}={value}" for name, value in given.items() if value)])
 
 

@@ -1,6 +1,7 @@
 """Part 1: is it right on a GPU? Tests, the probe of the groups, the same answer on every layout."""
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from sp_core.attention.region_attention import attention_kept_local
@@ -35,6 +37,13 @@ BARS = {torch.float32: BAR, torch.bfloat16: 0.05}
 
 SERVED = ("qwen-image", "z-image", "flux", "wan")
 """Examples of the transformers that spray serves: on 8 ranks and in bf16 only these, to be done in time."""
+
+WIDER: dict[str, dict[str, Any]] = {
+    "qwen-image": {"attention_head_dim": 16, "axes_dims_rope": (8, 4, 4)},
+    "flux": {"attention_head_dim": 16, "axes_dims_rope": (8, 4, 4)},
+    "wan": {"attention_head_dim": 16},
+}
+"""Changes of the examples in bf16: kernels for it need head sizes that are multiples of 8."""
 
 AGAINST_CPU = 1e-4
 """The same of one GPU from one CPU, in fp32: they add up in another order."""
@@ -169,8 +178,14 @@ def _against_cpu(part: Part, name: str) -> Sequence[object]:
 @torch.no_grad()
 def forwards(name: str, cells: Sequence[examples.Cell], device: torch.device, dtype: torch.dtype) -> list[Any]:
     """What a transformer answers on one device, by cell."""
-    model = examples.TINY[name].build().to(device, dtype)
+    model = _build(name, dtype).to(device, dtype)
     return [tensors_of(model(**_inputs(name, cell, device, dtype), return_dict=False)) for cell in cells]
+
+
+def _build(name: str, dtype: torch.dtype) -> nn.Module:
+    example = examples.TINY[name].example
+    init = dict(example.init) | (WIDER.get(name, {}) if dtype == torch.bfloat16 else {})
+    return examples.Tiny(dataclasses.replace(example, init=init)).build()
 
 
 def _inputs(name: str, cell: examples.Cell, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -203,7 +218,7 @@ def _compare(
 def compare(mesh: ParallelMesh, name: str, cells: Sequence[examples.Cell], dtype: torch.dtype) -> tuple[float, float]:
     """On one rank: the largest difference from one process, and that with attention kept local."""
     examples.quiet_diffusers()
-    model = examples.TINY[name].build().to(mesh.device, dtype)
+    model = _build(name, dtype).to(mesh.device, dtype)
     inputs = [_inputs(name, cell, mesh.device, dtype) | {"return_dict": False} for cell in cells]
     plain = [tensors_of(model(**given)) for given in inputs]
     handle = parallelize(model, mesh)

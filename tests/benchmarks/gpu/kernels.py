@@ -2,8 +2,8 @@
 
 Milliseconds are the median of five rounds; TFLOP/s count 4 x B x H x S x K x D. "first" is the first call with a shape:
 some kernels make a plan for each. "error" is the largest difference of the first rows from plain arithmetic in fp32, in
-units of max(1, max|reference|); above 8 epsilon of the dtype the row has failed. What `sp_core.kernels` would choose is
-said at the end.
+units of max(1, max|reference|); above 8 epsilon of the dtype the row has failed. At the end is what
+`sp_core.cuda_kernels` would choose.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sp_core import kernels
+from sp_core import cuda_kernels, kernels
 from sp_core.verify.divergence import error
 from tests.benchmarks.gpu import machine, timing
 from tests.benchmarks.gpu.part import LeftOut, Part, release
@@ -22,7 +22,7 @@ from tests.benchmarks.gpu.part import LeftOut, Part, release
 ROWS = 64
 """Queries that are compared to plain arithmetic."""
 
-OPTIONAL = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}
+OPTIONAL = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface"}
 """Kernels that come in packages of their own."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -97,9 +97,15 @@ def run(part: Part) -> None:
             head = (shape.name, "text" if shape.masked else "none", size, name)
             part.row(head, lambda shape=shape, name=name, attend=attend: _measure(part, shape, name, attend, peak))
             release(device)
-    part.table.begin("Choice", "By `sp_core.kernels`, at start.", ("head size", "kernel"))
+    part.table.begin("Choice", "By `sp_core.cuda_kernels`, of what is right here.", ("head size", "kernel"))
     for head_size in (16,) if part.fake else (64, 128):
-        part.row((head_size,), lambda size=head_size: (kernels.name_of_choice(device, dtype, size),))
+        part.row((head_size,), lambda size=head_size: (_choice(part, size),))
+
+
+def _choice(part: Part, head_size: int) -> str:
+    if part.fake:
+        return cuda_kernels.in_use(part.device)
+    return cuda_kernels.fastest(part.device, part.dtype, head_size)
 
 
 def _kernels(device: torch.device, masked: bool) -> Mapping[str, Attend]:
@@ -110,11 +116,11 @@ def _kernels(device: torch.device, masked: bool) -> Mapping[str, Attend]:
         return found | {"sp_core, with log-sum-exp": with_lse}
     if device.type == "cpu":
         return found | {"torch flash for CPU": with_lse}
-    named = {name: _without_mask(kernel) for name, kernel in kernels.KERNELS.items()}
+    named = {name: _without_mask(kernel) for name, kernel in cuda_kernels.KERNELS.items()}
     return found | named
 
 
-def _without_mask(kernel: kernels.Kernel) -> Attend:
+def _without_mask(kernel: cuda_kernels.Kernel) -> Attend:
     return lambda query, key, value, mask: kernel(query, key, value, None)[0]
 
 

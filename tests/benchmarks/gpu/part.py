@@ -23,6 +23,7 @@ class Part:
         fake: on the CPU with small sizes, to see that the script works.
         deadline: by `time.monotonic`; rows that would begin later are left out.
         with_ray: whether Ray may be used.
+        only: part of the names of the models to be measured.
         failures: rows that have failed.
     """
 
@@ -30,6 +31,7 @@ class Part:
     fake: bool
     deadline: float
     with_ray: bool = True
+    only: str = ""
     failures: int = field(default=0, init=False)
 
     @property

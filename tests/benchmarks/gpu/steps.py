@@ -1,8 +1,9 @@
 """Part 3: what a denoising step of a full-size transformer costs, beside plain diffusers.
 
 A step is the transformer's forwards: two where guidance has two branches. "diffusers" calls the model as its pipelines
-do; "spray" is the same weights as a rank of one has them, through the guider of the loop. They take turns. "a rank of"
-a layout is one rank's share of the step with the exchange left out: the least that the layout can take.
+do; "spray" is the same weights as a rank of one has them, through the guider of the loop. Eager, they take turns; where
+they are compiled, one follows the other. "a rank of" a layout is one rank's share of the step with the exchange left
+out: the least that the layout can take.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
+from sp_core import cuda_kernels
 from sp_core.degrees import ParallelDegrees
+from sp_core.handle import Handle
 from sp_core.mesh import MeshAxis, ParallelMesh
 from sp_core.parallelize import parallelize
 from tests.benchmarks.gpu import machine, timing
@@ -44,6 +47,9 @@ FAKE_SHARES = (ParallelDegrees(ulysses_degree=2), ParallelDegrees(ring_degree=2)
 
 GUIDANCE = 4.0
 
+HEAD_SIZE = 128
+"""Of all full-size transformers."""
+
 
 def run(part: Part) -> None:
     """Write the table."""
@@ -57,12 +63,13 @@ def run(part: Part) -> None:
     part.table.begin(
         "Steps",
         f"{part.dtype}, random weights. Floor: FLOP / {floor}; a product of {256 if part.fake else 8192} wide ran at "
-        f"{best / 1e12:.3g}. ms: median of turns. x diffusers: the median of the ratios of one turn. Launches: "
+        f"{best / 1e12:.3g}. ms: median of turns. x diffusers: the median of the ratios of one turn; "
+        "compiled, the ratio of the medians. Launches: "
         f"{'operators, for want of a GPU' if part.fake else 'kernels and copies'}. first s: the first call, compiling "
         "included. FLOP of the packages flash-attn 2 and 3 are not counted.",
         COLUMNS,
     )
-    for case in cases(part.fake):
+    for case in [case for case in cases(part.fake) if part.only.lower() in case.name.lower()]:
         head = (case.name, case.size)
         held: list[nn.Module] = []
         if part.row((*head, "-", "load"), lambda case=case, held=held: _load(part, case, held), needs_s=20):
@@ -85,10 +92,13 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None
     """Eager, then a rank's shares, then compiled: what is compiled stays so."""
     inputs = case.steps_inputs(part.device, part.dtype)
     counted: list[int] = []
-    ours = _as_a_rank_has_it(_twin(model), case, part, ParallelMesh.create(
-        ParallelDegrees(), device_type=part.device.type, timeout_s=60
-    ))  # fmt: skip
-    calls = {"diffusers": _plain_step(model, inputs), "spray": _step(ours, inputs)}
+    kernel = None
+    if not part.fake:
+        kernel = cuda_kernels.fastest(part.device, part.dtype, HEAD_SIZE, cuda_kernels.TORCHS_OWN)
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type=part.device.type, timeout_s=60)
+    ours, handle = _as_a_rank_has_it(_twin(model), case, part, mesh, kernel)
+    handle.remove()  # else torch would prefer the kernel in plain diffusers too
+    calls = {"diffusers": _plain_step(model, inputs), "spray": _preferring(_step(ours, inputs), kernel)}
 
     def count() -> tuple[object, ...]:
         counted.append(timing.flops(calls["diffusers"], part.device))
@@ -108,14 +118,27 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None
             each.compile_repeated_blocks(fullgraph=True, **options)  # type: ignore[operator]
         return ()
 
-    if part.row((case.name, case.size, "-", "compile"), compiled, needs_s=60):
-        _measure_mode(part, case, "compiled", calls, total, rate)
+    if part.row((case.name, case.size, f"kernel of spray: {kernel}", "compile"), compiled, needs_s=60):
+        against = None
+        for by, call in calls.items():  # one by one, because a graph of one would serve the other, its kernel included
+            torch._dynamo.reset()
+            against = _measure_mode(part, case, "compiled", {by: call}, total, rate, against) or against
 
 
 def _measure_mode(
-    part: Part, case: Case, mode: str, calls: Mapping[str, Callable[[], object]], total: int, rate: float
-) -> None:
-    """A row for each, after both have taken turns. One that fails does not keep the other from its row."""
+    part: Part,
+    case: Case,
+    mode: str,
+    calls: Mapping[str, Callable[[], object]],
+    total: int,
+    rate: float,
+    against: float | None = None,
+) -> float | None:
+    """A row for each, after they have taken turns. One that fails does not keep the other from its row.
+
+    Returns:
+        The seconds of plain diffusers, to which those of a later call can be compared.
+    """
     first: dict[str, float] = {}
     usable = {}
     for by, call in calls.items():
@@ -131,8 +154,11 @@ def _measure_mode(
             turns.update(timing.in_turn(usable, part.device, 0.2 if part.fake else ENOUGH_S, least=2))
         launched, peak = timing.launches_and_peak(usable[by], part.device)
         took = statistics.median(turns[by])
-        against = turns.get("diffusers")
-        ratio = statistics.median(a / b for a, b in zip(turns[by], against, strict=True)) if against else "-"
+        plain = turns.get("diffusers")
+        if plain:
+            ratio: object = statistics.median(a / b for a, b in zip(turns[by], plain, strict=True))
+        else:
+            ratio = took / against if against else "-"
         return (
             took * 1e3, min(turns[by]) * 1e3, total / 1e12, total / rate * 1e3, f"{total / rate / took:.0%}",
             launched, "-" if peak is None else peak / 1e9, ratio, first[by],
@@ -140,13 +166,14 @@ def _measure_mode(
 
     for by in usable:
         part.row((case.name, case.size, by, mode), lambda by=by: measured(by))
+    return statistics.median(turns["diffusers"]) if turns.get("diffusers") else None
 
 
 def _share(
     part: Part, case: Case, model: nn.Module, inputs: list[Inputs], degrees: ParallelDegrees, rate: float
 ) -> tuple[object, ...]:
     with diffusers_as_it_was(), without_peers(degrees, part.device.type) as mesh:
-        call = _step(_as_a_rank_has_it(_twin(model), case, part, mesh), inputs)
+        call = _step(_as_a_rank_has_it(_twin(model), case, part, mesh, None)[0], inputs)
         total = timing.flops(call, part.device)
         turns = timing.in_turn({"": call}, part.device, 0.1 if part.fake else 1.0, least=2)[""]
         launched, peak = timing.launches_and_peak(call, part.device)
@@ -172,11 +199,24 @@ def _twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _as_a_rank_has_it(model: Any, case: Case, part: Part, mesh: ParallelMesh) -> Any:
-    parallelize(model, mesh)
+def _as_a_rank_has_it(model: Any, case: Case, part: Part, mesh: ParallelMesh, kernel: str | None) -> tuple[Any, Handle]:
+    handle = parallelize(model, mesh, dtype=part.dtype, kernel=kernel)
     if case.timestep_is_kept and part.dtype != torch.float32:
         keep_timestep_exact(model, part.dtype)
-    return model
+    return model, handle
+
+
+def _preferring(call: Callable[[], object], kernel: str | None) -> Callable[[], object]:
+    """With torch's attention preferring a kernel, as it does in the process of a rank of one."""
+
+    def step() -> object:
+        undo = cuda_kernels.prefer(kernel) if kernel else lambda: None
+        try:
+            return call()
+        finally:
+            undo()
+
+    return step
 
 
 def _plain_step(model: Any, inputs: list[Inputs]) -> Callable[[], object]:
