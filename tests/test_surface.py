@@ -153,7 +153,7 @@ COMMANDS = {
     "models": {"server", "json"},
     "doctor": {"file", "set"},
     "schema": set(),
-    "verify": {"target", "config", "world"},
+    "verify": {"target", "config", "world", "device"},
     "generate": {
         "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale",
         "guidance_scale_2", "num_frames", "fps", "seed", "n", "lora", "server", "local", "model", "device", *DEGREES,
