@@ -1,15 +1,13 @@
 """Part 1: is it right on a GPU? Tests, the probe of the groups, the same answer on every layout."""
 
-import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from sp_core.parallelize import parallelize
 from sp_core.verify import examples
 from sp_core.verify.divergence import tensors_of
 from sp_core.verify.rank_pool import RankPool
-from sp_core.verify.verify import BAR, BLIND, difference, layouts
+from sp_core.verify.verify import BAR, BLIND, closing_pool, difference, layouts
 from tests.benchmarks.gpu.part import LeftOut, Part
 from tests.benchmarks.gpu.ranks import on_ranks
 from tests.benchmarks.gpu.staged import name_what_torch_lacks
@@ -58,35 +56,27 @@ def run(part: Part) -> None:
     part.row(("NCCL",), _nccl)
     part.table.begin("Tests with the mark `gpu`", "`pytest -m gpu`.", ("file", "outcome", "s"))
     _tests(part)
-    devices = 1 if part.fake else torch.cuda.device_count()
+    devices = 0 if part.fake else torch.cuda.device_count()
     worlds = [2] if part.fake else [n for n in (2, 4, 8) if n <= devices] or [2, 4, 8]
-    with _pool(max(worlds)) as pool, tempfile.TemporaryDirectory() as folder:
-        meetings = (f"{folder}/{number}" for number in itertools.count())
-        over_nccl = not part.fake and devices > 1
-        said = "Over NCCL, one rank per GPU." if over_nccl else "Over gloo: there is no second GPU."
-        if not part.fake and not over_nccl:
-            said += " The first row is NCCL with one rank, which has no groups to probe."
-        part.table.begin("Probe", said, ("layout", "outcome", "s"))
-        if not part.fake and not over_nccl:
-            part.row(("1 rank on NCCL",), lambda: _probe(part, pool, ParallelDegrees(), next(meetings)))
+    over_nccl = devices > 1
+    if devices == 1:
+        said = "NCCL alone has one rank, which has no groups to probe. Several share the GPU, over gloo."
+    else:
+        said = "Over NCCL, a GPU for each rank." if over_nccl else "Over gloo, for want of GPUs."
+    part.table.begin("Probe", said, ("layout", "outcome", "s"))
+    if devices == 1:
+        with closing_pool(1, "cuda") as pool:
+            part.row(("1 rank on NCCL",), lambda: _probe(part, pool, ParallelDegrees()))
+    with closing_pool(max(worlds), "cuda" if over_nccl else "cpu") as pool:
         for degrees in layouts(worlds[-1]):
-            part.row((degrees,), lambda d=degrees: _probe(part, pool, d, next(meetings) if over_nccl else None))
-        _same_answer(part, pool, worlds, meetings if over_nccl else None)
+            part.row((degrees,), lambda degrees=degrees: _probe(part, pool, degrees))
+        _same_answer(part, pool, worlds)
 
 
 def _nccl() -> Sequence[object]:
     if not torch.cuda.is_available():
         raise LeftOut("no GPU")
     return (".".join(str(number) for number in torch.cuda.nccl.version()),)  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _pool(size: int) -> Iterator[RankPool]:
-    pool = RankPool(size)
-    try:
-        yield pool
-    finally:
-        pool.stop()
 
 
 def _tests(part: Part) -> None:
@@ -112,9 +102,9 @@ def _pytest(file: Path, fake: bool) -> Sequence[object]:
     return lines[-1].strip("= "), time.monotonic() - began
 
 
-def _probe(part: Part, pool: RankPool, degrees: ParallelDegrees, meeting: str | None) -> Sequence[object]:
+def _probe(part: Part, pool: RankPool, degrees: ParallelDegrees) -> Sequence[object]:
     began = time.monotonic()
-    said = on_ranks(pool, degrees, part.device.type, meeting, probe)
+    said = on_ranks(pool, degrees, part.device.type, probe)
     return said[0], time.monotonic() - began
 
 
@@ -133,10 +123,9 @@ def probe(mesh: ParallelMesh) -> str:
     return "sums agree; the probe passed"
 
 
-def _same_answer(part: Part, pool: RankPool, worlds: Sequence[int], meetings: Iterator[str] | None) -> None:
-    where = (
-        "on the CPU" if part.fake else "a GPU per rank, over NCCL" if meetings else "all ranks on one GPU, over gloo"
-    )
+def _same_answer(part: Part, pool: RankPool, worlds: Sequence[int]) -> None:
+    where = "a GPU per rank, over NCCL" if pool.device_type == "cuda" else "all ranks on one GPU, over gloo"
+    where = "on the CPU" if part.fake else where
     part.table.begin(
         "The same answer",
         f"Tiny transformers on their examples; {where}. Largest difference from one process, in units of "
@@ -153,9 +142,7 @@ def _same_answer(part: Part, pool: RankPool, worlds: Sequence[int], meetings: It
     for dtype, world, name in proofs:
         for degrees in layouts(world):
             head = (name, degrees, str(dtype).removeprefix("torch."))
-            part.row(
-                head, lambda n=name, d=degrees, t=dtype: _compare(part, pool, d, n, t, meetings and next(meetings))
-            )
+            part.row(head, lambda n=name, d=degrees, t=dtype: _compare(part, pool, d, n, t))
 
 
 def _cells(name: str) -> list[examples.Cell]:
@@ -200,12 +187,10 @@ def _inputs(name: str, cell: examples.Cell, device: torch.device, dtype: torch.d
     return found
 
 
-def _compare(
-    part: Part, pool: RankPool, degrees: ParallelDegrees, name: str, dtype: torch.dtype, meeting: str | None
-) -> Sequence[object]:
+def _compare(part: Part, pool: RankPool, degrees: ParallelDegrees, name: str, dtype: torch.dtype) -> Sequence[object]:
     began = time.monotonic()
     cells = _cells(name)
-    found = on_ranks(pool, degrees, part.device.type, meeting, compare, name, cells, dtype)
+    found = on_ranks(pool, degrees, part.device.type, compare, name, cells, dtype)
     by, kept = (max(values) for values in zip(*found, strict=True))
     if not by <= BARS[dtype]:
         raise ValueError(f"differs from one process by {by:.1e}")
