@@ -15,7 +15,7 @@ from PIL import Image
 
 from sp_core.degrees import ParallelDegrees
 from tests.benchmarks.gpu import __main__ as command
-from tests.benchmarks.gpu import machine, rank_work, serve
+from tests.benchmarks.gpu import checks, machine, rank_work, serve
 from tests.benchmarks.gpu.part import LeftOut, Part
 from tests.benchmarks.gpu.table import Table
 from workers.messages import GenerationResult
@@ -149,6 +149,22 @@ def test_what_fails_and_what_is_left_out_are_rows(tmp_path: Path) -> None:
         "left out: no second GPU",
         "left out: the time of this part is over",
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "raises", "says"),
+    [
+        ("import nowhere_to_be_found", LeftOut, "imports nowhere_to_be_found, which is not installed"),
+        ("raise ValueError('broken')", AssertionError, "ERROR"),
+    ],
+    ids=["lacks a package", "is broken"],
+)
+def test_a_file_of_tests_that_cannot_be_imported(
+    tmp_path: Path, source: str, raises: type[Exception], says: str
+) -> None:
+    (tmp_path / "test_it.py").write_text(source)
+    with pytest.raises(raises, match=says):
+        checks._pytest(tmp_path / "test_it.py", fake=True)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,9 @@ def _pytest(file: Path, fake: bool) -> Sequence[object]:
     command += ["--collect-only", "--noconftest"] if fake else []  # the fixtures load much, and nothing is run
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=240)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
+    missing = re.search(r"No module named '(\w+)", done.stdout)
+    if done.returncode and missing and importlib.util.find_spec(missing[1]) is None:
+        raise LeftOut(f"the file imports {missing[1]}, which is not installed")
     if done.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-3:] or [done.stderr[-300:]]
         raise AssertionError("; ".join(failed)[:500])
