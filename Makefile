@@ -26,8 +26,13 @@ fault: $(READY)
 soak: $(READY)
 	$(PYTEST) -m soak -s
 
-gpu: $(READY)
-	$(PYTEST) -m gpu -s
+# On a GPU; FAKE=1 tries it on the CPU. PART=checks|kernels|steps|serve; without, all. ONLY= is the name of a model of
+# steps. RESULTS= is a folder for the tables.
+# With PYTHON= and no .venv, that Python as it is: it needs torch, no network, and what else it lacks in WHEELS=folder.
+GIVEN := $(and $(filter-out file,$(origin PYTHON)),$(if $(wildcard $(ROOT).venv),,yes))
+gpu: $(if $(GIVEN),,$(READY))
+	cd $(ROOT) && $(if $(GIVEN),$(PYTHON),$(BIN)/python) -m tests.benchmarks.gpu $(PART) $(if $(FAKE),--fake) $(if $(ONLY),--only '$(ONLY)') \
+	  $(if $(RESULTS),--results '$(abspath $(RESULTS))') $(if $(WHEELS),--wheels '$(abspath $(WHEELS))')
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
