@@ -8,7 +8,6 @@ import ctypes
 import functools
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -30,8 +29,10 @@ def register_guard() -> None:
     """Register a guard that does nothing, in this process. A build for CUDA has its own."""
     if torch.version.cuda:
         return
-    library = Path(tempfile.gettempdir()) / f"spray-cuda-guard-{torch.__version__}-{os.getuid()}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spray"
+    library = cache / f"cuda-guard-{torch.__version__}.so"
     if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
         _compile(library)
     ctypes.CDLL(str(library))
 
