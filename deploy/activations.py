@@ -10,13 +10,13 @@ also where groups of ranks divide the branches, so `cfg_parallel_size` changes n
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.families.family import DecodeBytes, ForwardBytes
-from deploy.families.lookup import decode_bytes, find_family, forward_bytes
+from deploy.families.lookup import component_dtype, decode_bytes, find_family, forward_bytes
 from deploy.model_folder import read_config
 from deploy.spec import ModelSpec
 
@@ -25,6 +25,10 @@ TOKEN_SIDE = 16
 
 TOKEN_FRAMES = 4
 """The video VAEs make one latent frame of this many frames, except for the first frame."""
+
+
+LESS = 0.9
+"""The formula may be below the truth for a request that did not fit; one that needs this much of it is smaller."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,46 @@ def activation_bytes(model: ModelSpec, folder: Path, request: Request) -> int | 
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:
         return None
-    per_element = 2 if model.torch_dtype == "float32" else 1
-    phases = (_forward_bytes(forward, model, transformer, request), _decode_bytes(decode, model, vae, request))
-    return math.ceil(per_element * max(phases))
+    phases = (
+        _width_of(model.torch_dtype) * _forward_bytes(forward, model, transformer, request),
+        _width_of(component_dtype(model, folder, "vae")) * _decode_bytes(decode, model, vae, request),
+    )
+    return math.ceil(max(phases))
+
+
+def _width_of(dtype: str) -> int:
+    """Bytes of an element, in those of the types that were measured."""
+    return 2 if dtype == "float32" else 1
+
+
+def largest_fitting(model: ModelSpec, folder: Path, request: Request, available: int) -> Request | None:
+    """The next smaller request that needs at most `available` bytes, and clearly less than this one, which did not fit.
+
+    Fewer pictures come first, then fewer frames, then smaller ones, in tenths. None: nothing fits, or a class of the
+    model was not measured.
+    """
+    needed = activation_bytes(model, folder, request)
+    if needed is None:
+        return None
+    bound = min(available, int(LESS * needed))
+    return next(
+        (less for less in _smaller(request, model) if (activation_bytes(model, folder, less) or 0) <= bound), None
+    )
+
+
+def _smaller(request: Request, model: ModelSpec) -> Iterator[Request]:
+    for n in range(request.n - 1, 0, -1):
+        yield replace(request, n=n)
+    one = replace(request, n=1)
+    for tenths in range(9, 1, -1):
+        frames = 1 + (request.frames - 1) * tenths // 10 // TOKEN_FRAMES * TOKEN_FRAMES
+        if frames < one.frames:
+            yield replace(one, frames=frames)
+    multiple = model.limits.size_multiple
+    for tenths in range(9, 1, -1):
+        width, height = (side * tenths // 10 // multiple * multiple for side in (request.width, request.height))
+        if width and height:
+            yield replace(one, width=width, height=height)
 
 
 def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.activations import activation_bytes, largest_request
-from deploy.families.lookup import kept_in_fp32
+from deploy.families.lookup import component_dtype, kept_in_fp32
 from deploy.model_folder import component_folders, read_config
 from deploy.safetensors_headers import read_header, read_headers
 from deploy.spec import ModelSpec
@@ -114,21 +114,24 @@ def weight_bytes(model: ModelSpec, folder: Path) -> int:
     Raises:
         ValueError: see `rank_memory`.
     """
-    components = sum(_component_bytes(model, name, path) for name, path in component_folders(folder).items())
+    components = sum(
+        _component_bytes(model, name, path, component_dtype(model, folder, name))
+        for name, path in component_folders(folder).items()
+    )
     element = ELEMENT_BYTES[model.torch_dtype]
     adapters = sum(info.elements * element for lora in model.loras for info in read_header(Path(lora.source)).values())
     return components + adapters
 
 
-def _component_bytes(model: ModelSpec, name: str, folder: Path) -> int:
+def _component_bytes(model: ModelSpec, name: str, folder: Path, dtype: str) -> int:
     config = read_config(folder / "config.json")
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or [""])))
     size = model.parallel.tensor_parallel_size if name.startswith("transformer") else 1
     sharded = _sharded_tensors(folder, kind, config) if size > 1 else []
-    in_fp32 = _stays_in_fp32(kind, model.torch_dtype)
+    in_fp32 = _stays_in_fp32(kind, dtype)
     total = 0
     for tensor, info in read_headers(folder).items():
-        element = ELEMENT_BYTES[model.torch_dtype] if in_fp32.isdisjoint(tensor.split(".")) else 4
+        element = ELEMENT_BYTES[dtype] if in_fp32.isdisjoint(tensor.split(".")) else 4
         whole = info.elements * element if info.is_floating else info.nbytes
         total += whole // size if any(fnmatchcase(tensor, pattern) for pattern in sharded) else whole
     return total

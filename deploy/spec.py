@@ -150,6 +150,12 @@ class ModelSpec(_Section):
         None, description="of weights and activations; default bfloat16 on cuda, float32 on cpu"
     )
     parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: ranks per axis")
+    vae_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="of the VAE; absent: float32 where the model's authors decode in it (Wan), else dtype"
+    )
+    attention_kernel: Literal["torch-flash", "torch-cudnn", "flash-attn-2", "flash-attn-3"] | None = Field(
+        None, description="of attention without a mask on cuda; absent: the fastest on the first rank, when it starts"
+    )
     compile: bool = Field(False, description="compile the transformer's blocks; needs warmup_shapes")
     warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that run once at start")
     text_encoder: Literal["rank0", "replicate"] = Field(
@@ -202,6 +208,12 @@ class ModelSpec(_Section):
         for name, default, _ in pairs[:2]:
             if default % self.limits.size_multiple:
                 raise ValueError(f"defaults.{name} is {default}, not a multiple of {self.limits.size_multiple}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernel_is_for_cuda(self) -> Self:
+        if self.attention_kernel and self.device == "cpu":
+            raise ValueError(f"attention_kernel is {self.attention_kernel}, but device is cpu; leave one of them out")
         return self
 
     @field_validator("loras")

@@ -20,7 +20,10 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     cfg_parallel.py   the branches of guidance on separate groups of ranks
     tile_parallel.py  the tiles of a VAE's decode shared among all ranks
     collectives.py    every data-moving collective call in the package
+    probe.py          tries every group once, before it is trusted
     kernels.py        attention on one device
+    cuda_kernels.py   the kernels to choose from on CUDA
+    kernel_choice.py  which of them all ranks take
     diffusers_private.py, torch_private.py   all private names of these libraries that sp_core relies on
     verify/           does a model give the same answer on every layout?
 

@@ -90,16 +90,24 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
         return [tensors]
     shapes = _all_shapes(tensors, axis)
     if axis.rank:
-        for tensor in tensors:
-            dist.send(tensor.contiguous(), group_dst=0, group=axis.group)
+        _run_batch([dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors])
         return []
-    gathered = [tensors]
-    for rank in range(1, axis.size):
-        # tensors[0] exists: rank 0 is given work first, so if it has none, nobody has
-        gathered.append([tensors[0].new_empty(shape) for shape in shapes[rank]])
-        for tensor in gathered[rank]:
-            dist.recv(tensor, group_src=rank, group=axis.group)
-    return gathered
+    # tensors[0] exists where it is asked for: rank 0 is given work first, so if it has none, nobody has
+    others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
+    _run_batch(
+        [
+            dist.P2POp(dist.irecv, each, group=axis.group, group_peer=rank)
+            for rank, received in enumerate(others, 1)
+            for each in received
+        ]
+    )
+    return [tensors, *others]
+
+
+def _run_batch(messages: list[dist.P2POp]) -> None:
+    """Send or receive. As a batch: NCCL would open a communicator of two for each pair of ranks (pytorch#160342)."""
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
 
 
 def on_any_rank(flag: bool, axis: MeshAxis) -> bool:

@@ -54,7 +54,9 @@ class ParallelMesh:
         self._axes = axes
 
     @classmethod
-    def create(cls, degrees: ParallelDegrees, *, device_type: str, timeout_s: float) -> "ParallelMesh":
+    def create(
+        cls, degrees: ParallelDegrees, *, device_type: str, timeout_s: float, control_timeout_s: float | None = None
+    ) -> "ParallelMesh":
         """Build this rank's groups; every rank of the world must call it, with the same arguments.
 
         Args:
@@ -62,6 +64,7 @@ class ParallelMesh:
             device_type: `"cpu"` (gloo) or `"cuda"` (NCCL; this rank uses the current CUDA device).
             timeout_s: seconds after which a collective of any of these groups fails. Explicit, because sub-groups
                 do not inherit the timeout of `init_process_group`.
+            control_timeout_s: the same for decisions, for which a rank may wait while another loads; None: `timeout_s`.
 
         Raises:
             RuntimeError: `torch.distributed` is not initialized although the layout has more than one rank.
@@ -91,8 +94,14 @@ class ParallelMesh:
         for name in ("gang", "sequence", *AXES):
             same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
             axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout)
-        control = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        patience = timedelta(seconds=control_timeout_s or timeout_s)
+        control = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
         return cls(degrees, device, axes, control)
+
+    @property
+    def axes(self) -> tuple[MeshAxis, ...]:
+        """This rank's place and group on every axis, in the order in which all ranks made them."""
+        return tuple(self._axes.values())
 
     def axis(self, name: AxisName) -> MeshAxis:
         """This rank's place and group on the axis `name`."""

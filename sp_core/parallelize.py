@@ -16,12 +16,14 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from sp_core import diffusers_private, kernels
+from sp_core import diffusers_private
 from sp_core.attention.diffusers_backend import bind_attention
 from sp_core.attention.discovery import find_attention
+from sp_core.cuda_kernels import in_use
 from sp_core.degrees import check_layout, layout_advice, num_heads
 from sp_core.handle import Handle
 from sp_core.hooks import context_of_plan, install_hooks
+from sp_core.kernel_choice import settle_kernel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.models.lookup import families, find_family
@@ -39,7 +41,14 @@ _parallelized: WeakSet[nn.Module] = WeakSet()
 _logger = logging.getLogger(__name__)
 
 
-def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelModelPlan | None = None) -> Handle:
+def parallelize(
+    model: nn.Module,
+    mesh: ParallelMesh,
+    plan: SequenceParallelModelPlan | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    kernel: str | None = None,
+) -> Handle:
     """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
 
     Every rank must call it, on models with equal weights. The model's code does not change, nor do its weights, unless
@@ -50,37 +59,41 @@ def parallelize(model: nn.Module, mesh: ParallelMesh, plan: SequenceParallelMode
         mesh: the ranks.
         plan: where to split and gather; None takes the class's own `_sp_plan`, else that of its family, else reads
             diffusers' `_cp_plan`.
+        dtype: in which the model will compute; None: that of its weights, which may have to be loaded yet.
+        kernel: of attention without a mask on CUDA, by its name in `sp_core.cuda_kernels`; None: the fastest on rank 0.
 
     Returns:
         The handle whose `remove()` gives the plain model back; for a tensor-parallel model it raises and does nothing.
 
     Raises:
-        ValueError: the layout or the plan does not fit the model, or the model has no plan.
+        ValueError: the layout, the plan or the kernel does not fit the model, or the model has no plan.
+        RuntimeError: the kernel does not work here, or none does.
     """
     if model in _parallelized:
         raise ValueError(f"{type(model).__name__} is parallelized already; remove() that first")
     config = _config(model)
     check_layout(mesh.degrees, num_heads(config))
     family = find_family(_class_names(model))
+    forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
+    _report(model, mesh, config)
     irreversible = ""
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
         irreversible = "a tensor-parallel model holds only a part of its weights; load it again to have it whole"
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        return Handle([], irreversible=irreversible)
+        return Handle([forget_kernel], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
-    _report(model, mesh, config)
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
     hooks = install_hooks(model, found, context)
     release = bind_attention(model, attention, context)
     _parallelized.add(model)
-    return Handle([lambda: _parallelized.discard(model), hooks.remove, release], context, irreversible)
+    return Handle([forget_kernel, lambda: _parallelized.discard(model), hooks.remove, release], context, irreversible)
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -93,15 +106,20 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
+
+
+def _head_size(config: Mapping[str, Any]) -> int | None:
+    heads, size = num_heads(config), config.get("attention_head_dim")
+    return config["dim"] // heads if size is None and heads and "dim" in config else size
+
+
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
     """Log how the model will run: the kernel, and what the layout costs needlessly."""
-    heads, head_size = num_heads(config), config.get("attention_head_dim")
-    if head_size is None and heads and "dim" in config:
-        head_size = config["dim"] // heads
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    kernel = kernels.name_of_choice(mesh.device, dtype, head_size)
+    kernel = in_use(mesh.device)
     _logger.info("%s on %s: attention by %s", type(model).__name__, mesh.degrees, kernel)
-    advice = layout_advice(mesh.degrees, heads)
+    advice = layout_advice(mesh.degrees, num_heads(config))
     if advice:
         _logger.info("%s", advice)
 

@@ -7,9 +7,10 @@ streams.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 from sp_core.mesh import MeshAxis, ParallelMesh
 
@@ -27,15 +28,19 @@ class Stream:
         size: ranks.
         padded: pad to equal shares.
         replicated: tokens in front of them that every rank holds.
+        trimmed: count no padding, as attention sees the stream where it can leave the padding out.
     """
 
     length: int
     size: int
     padded: bool = False
     replicated: int = 0
+    trimmed: bool = False
 
     def share(self, rank: int) -> int:
         """Split tokens on a rank, padding included. Plain arithmetic, so that a traced length stays a symbol."""
+        if self.trimmed:
+            return replace(self, trimmed=False).real[rank]
         if self.padded or self.length < self.size:
             return (self.length + self.size - 1) // self.size
         return (self.length + self.size - 1 - rank) // self.size
@@ -99,6 +104,7 @@ class TokenLayout:
     order_known: bool = True
     _order: torch.Tensor | None = field(default=None, repr=False)
     _real: torch.Tensor | None = field(default=None, repr=False)
+    _trimmed: "TokenLayout | None" = field(default=None, repr=False)
     _last_mask: tuple[torch.Tensor | None, int | None, object] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +133,36 @@ class TokenLayout:
             return self
         front = Stream(0, self.streams[0].size, replicated=joint)
         return TokenLayout((front, *self.streams), self.rank, self.order_known)
+
+    def trimmed(self) -> "TokenLayout | None":
+        """The same tokens without padding; None where a rank would have none left.
+
+        Raises:
+            ValueError: it depends on the order of the streams, which is not known.
+        """
+        if self._trimmed is None:
+            self._require_order("streams need padding on these ranks")
+            streams = tuple(replace(stream, trimmed=True) for stream in self.streams)
+            self._trimmed = TokenLayout(streams, self.rank, self.order_known)
+        return self._trimmed if all(self._trimmed.lengths) else None
+
+    def trim(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(B, L, ...)` without this rank's padding."""
+        held = [stream.held[self.rank] for stream in self.streams]
+        real = [stream.replicated + stream.real[self.rank] for stream in self.streams]
+        parts = tensor.split(held, dim=1)
+        return torch.cat([part[:, :length] for part, length in zip(parts, real, strict=True)], dim=1)
+
+    def untrim(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The inverse of `trim`: padding is 0."""
+        held = [stream.held[self.rank] for stream in self.streams]
+        real = [stream.replicated + stream.real[self.rank] for stream in self.streams]
+        parts = tensor.split(real, dim=1)
+        padded = [
+            pad(part, (*(0, 0) * (tensor.ndim - 2), 0, length - part.shape[1]))
+            for part, length in zip(parts, held, strict=True)
+        ]
+        return torch.cat(padded, dim=1)
 
     def over(self, mesh: ParallelMesh) -> tuple[AxisLayout, AxisLayout]:
         """The same tokens by axis: those of this rank's Ulysses group, and the chunk of each group on the ring.

@@ -36,7 +36,7 @@ PLAN_API = {
 }
 
 FUNCTIONS = {
-    sp_core.parallelize.parallelize: ["model", "mesh", "plan"],
+    sp_core.parallelize.parallelize: ["model", "mesh", "plan", "dtype", "kernel"],
     sp_core.hooks.apply_sequence_parallel: ["model", "plan", "mesh"],
     sp_core.sp_plan.validate_sp_plan: ["plan"],
     sp_core.sp_plan.get_sp_plan_from_model: ["model"],
@@ -48,7 +48,7 @@ FUNCTIONS = {
         "self", "query", "key", "value", "mask", "joint_query", "joint_key", "joint_value", "joint_strategy",
         "joint_sharded",
     ],
-    ParallelMesh.create: ["degrees", "device_type", "timeout_s"],
+    ParallelMesh.create: ["degrees", "device_type", "timeout_s", "control_timeout_s"],
     Adapters.load: ["self", "name", "weights"],
     Adapters.unload: ["self", "name"],
     Adapters.activate: ["self", "scales"],
@@ -70,6 +70,7 @@ SPEC_KEYS = frozenset(
     models.autoscaling models.autoscaling.min_replicas models.autoscaling.max_replicas
     models.autoscaling.target_backlog_seconds models.autoscaling.upscale_delay_s
     models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s
+    models.attention_kernel models.vae_dtype
     models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
     models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
@@ -137,6 +138,7 @@ ERRORS = {
     "QueueFull": (429, "queue_full"),
     "RequestCancelled": (499, "cancelled"),
     "RequestFailed": (500, "generation_failed"),
+    "OutOfMemory": (400, "out_of_memory"),
     "ShuttingDown": (503, "shutting_down"),
     "ModelUnavailable": (503, "model_unavailable"),
     "GangLost": (503, "worker_lost"),

@@ -12,6 +12,7 @@
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
     + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
+    | + OutOfMemory           ... because a device has too little memory for its size; not tried again
     | + RequestCancelled      ... because the caller left
     | + PeerFailed            ... on another rank, which has the reason
     + GangLost                a rank died, hung or broke; the gang is replaced, the request can run elsewhere
@@ -86,6 +87,24 @@ class ModelUnavailable(SprayError):
 
 class RequestFailed(SprayError):
     """The request failed on a sound gang."""
+
+
+class OutOfMemory(RequestFailed):
+    """A device has too little memory for the request.
+
+    Args:
+        message: what was asked for, and what would fit.
+        agreed: all ranks have stopped at the same boundary. If not, the gang is lost; this is the one `RequestFailed`
+            that may say so, because another gang would have as little memory.
+    """
+
+    def __init__(self, message: str, agreed: bool) -> None:
+        super().__init__(message, agreed)
+        self.message = message
+        self.agreed = agreed
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class RequestCancelled(RequestFailed):

@@ -123,6 +123,7 @@ class RankStatus:
         step: denoising steps done of the request that it runs, or ran last.
         total_steps: all steps of that request; 0 until its scheduler has set them. A scheduler of second order takes
             more than `num_inference_steps`.
+        kernel: what computes attention; empty until the model is loaded.
     """
 
     rank: int
@@ -134,3 +135,4 @@ class RankStatus:
     loaded: float
     step: int
     total_steps: int = 0
+    kernel: str = ""

@@ -78,6 +78,7 @@ class PipelineFamily:
             the heads.
         kept_in_fp32: modules and parameters that diffusers loads in fp32 although the others are loaded in half
             precision, by transformer class; as path components of their names.
+        vae_in_fp32: its authors decode in fp32, also where the transformer runs in half precision.
         schedulers: those that it runs with.
         refused: keys of `model_index.json` that must not be set, with the reason.
         components: what a request runs through, by the names in `model_index.json`.
@@ -93,6 +94,7 @@ class PipelineFamily:
     decode_bytes: Mapping[str, DecodeBytes] = field(default_factory=dict)
     ffn_dim: Callable[[Config], int | None] = _ffn_dim
     kept_in_fp32: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    vae_in_fp32: bool = False
     schedulers: Schedulers = field(default_factory=lambda: FLOW_MATCH)
     refused: Mapping[str, str] = field(default_factory=dict)
     components: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")

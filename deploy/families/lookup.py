@@ -12,6 +12,7 @@ from deploy import families as room
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
+from deploy.spec import ModelSpec
 
 
 @functools.cache
@@ -48,6 +49,17 @@ def find_family(folder: Path) -> PipelineFamily:
         ValueError: the folder is not a model, or one that spray cannot run.
     """
     return families()[family_name(folder)]
+
+
+def component_dtype(model: ModelSpec, folder: Path, component: str) -> str:
+    """The name of the torch dtype in which a component of a model folder is loaded.
+
+    Raises:
+        ValueError: see `find_family`.
+    """
+    if not component.startswith("vae"):
+        return model.torch_dtype
+    return model.vae_dtype or ("float32" if find_family(folder).vae_in_fp32 else model.torch_dtype)
 
 
 def forward_bytes(transformer: str) -> ForwardBytes | None:

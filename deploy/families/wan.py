@@ -16,6 +16,7 @@ FAMILY = PipelineFamily(
     kept_in_fp32={
         "WanTransformer3DModel": frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
     },
+    vae_in_fp32=True,
     needed_with={"boundary_ratio": "transformer_2"},
     schedulers={
         **{name: {**needs, **NOT_SHIFTED} for name, needs in FLOW_MATCH.items()},

@@ -16,6 +16,7 @@ from workers.errors import (
     InvalidParameter,
     ModelNotFound,
     ModelUnavailable,
+    OutOfMemory,
     QueueFull,
     RequestCancelled,
     RequestError,
@@ -62,6 +63,7 @@ STATUS: dict[type[Exception], Status] = {
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
     RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
     RequestFailed: Status(500, "server_error", "generation_failed"),
+    OutOfMemory: Status(400, "invalid_request_error", "out_of_memory"),
     ModelUnavailable: Status(503, "server_error", "model_unavailable", retry=True),
     GangLost: Status(503, "server_error", "worker_lost"),  # the gateway has tried again, as often as it may
 }

@@ -251,9 +251,9 @@ def _in_url(host: str) -> str:
 
 
 def _loaded() -> dict[str, float]:
-    """How far each model is loaded, from 0 to 1, while its ranks exist: the minimum over its gangs, by their rank 0."""
+    """How far each model is loaded, from 0 to 1, while its ranks exist: the least of its gangs, by one rank of each."""
     actors = ray.util.list_named_actors(all_namespaces=True)
-    first = [actor for actor in actors if actor["name"].endswith("-rank0")]
+    first = [actor for actor in actors if actor["name"].endswith("-bundle0")]
     found: dict[str, float] = {}
     for actor in first:
         with contextlib.suppress(RayError, ValueError):  # still starting, or already gone

@@ -84,19 +84,26 @@ def region_attention(
         )
     forward = context.running()
     layout: TokenLayout | None = None
+    trimmed: TokenLayout | None = None
     rank_mask = RankMask()
     misfit: ValueError | None = None
     try:
         if forward is not None:
             layout = _layout(forward.region, query, key, value, site, joint)
         if layout is not None:
-            rank_mask = mask_for_ranks(site.name, mask, layout, query)
+            trimmed = layout.trimmed() if mask is None and layout.has_padding else None
+            rank_mask = RankMask() if trimmed else mask_for_ranks(site.name, mask, layout, query)
     except ValueError as error:
         misfit = error
     _agree(misfit, site, joint)  # before the first exchange: a rank that raises alone leaves the others waiting
     if forward is None or layout is None:
         return context.local_attention(query, key, value, mask, scale)
     forward.record_attention()
+    if trimmed is not None:  # a mask over the whole sequence, for the padding of a short text, costs the fast kernel
+        query, key, value = (layout.trim(tensor) for tensor in (query, key, value))
+        if _kept_local:
+            return layout.untrim(kernels.local_attention(query, key, value, None, scale))
+        return layout.untrim(sequence_parallel_attention(query, key, value, rank_mask, scale, trimmed, context.mesh))
     if _kept_local:
         return kernels.local_attention(query, key, value, rank_mask.key_mask, scale)
     return sequence_parallel_attention(query, key, value, rank_mask, scale, layout, context.mesh)

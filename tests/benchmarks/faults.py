@@ -174,7 +174,7 @@ class Serving:
         return not there
 
     def left(self) -> str:
-        """What is there twenty seconds after the command has ended: Ray's agents look for their raylet every few seconds."""
+        """What is there twenty seconds after the end of the command: Ray's agents miss their raylet only then."""
         deadline = time.monotonic() + 20
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)

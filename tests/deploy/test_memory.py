@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.activations import Request, activation_bytes, largest_request
+from deploy.activations import Request, activation_bytes, largest_fitting, largest_request
 from deploy.families.family import DecodeBytes, ForwardBytes
 from deploy.families.lookup import decode_bytes, families, forward_bytes
 from deploy.memory import GIB, format_bytes, parse_memory, rank_memory, weight_bytes, what_fits
@@ -153,6 +153,35 @@ def test_wider_types_and_wider_models_need_more(tmp_path: Path) -> None:
     assert narrow is not None
     wide = spec_of(folder).model_copy(update={"dtype": "float32"})
     assert activation_bytes(wide, folder, LARGE) == 2 * narrow
+
+
+def test_the_largest_request_that_fits(tmp_path: Path) -> None:
+    folder = a_model(tmp_path)
+    model = spec_of(folder)
+    whole = activation_bytes(model, folder, LARGE)
+    assert whole is not None
+    assert largest_fitting(model, folder, LARGE, whole // 2) == Request(2048, 2048, 1, 2)  # fewer pictures first
+    assert largest_fitting(model, folder, LARGE, 10 * whole) == Request(2048, 2048, 1, 3)  # it did not fit, after all
+    one = Request(2048, 2048, 1, 1)
+    smaller = largest_fitting(model, folder, one, whole // 8)
+    assert smaller == Request(1432, 1432, 1, 1)
+    assert largest_fitting(model, folder, one, 0) is None
+    unknown = a_model(tmp_path / "unknown", "ATransformerThatNobodyMeasured")
+    assert largest_fitting(spec_of(unknown), unknown, one, whole) is None
+
+
+def test_a_video_that_fits_is_shorter(tmp_path: Path) -> None:
+    folder = a_model(tmp_path, "WanTransformer3DModel")
+    model, video = spec_of(folder), Request(832, 480, 81, 1)
+    needed = activation_bytes(model, folder, video)
+    assert needed is not None
+    shorter = largest_fitting(model, folder, video, needed * 3 // 4)
+    assert shorter is not None
+    assert (shorter.width, shorter.frames % 4) == (832, 1)
+    assert needed // 2 < (activation_bytes(model, folder, shorter) or 0) <= needed * 3 // 4
+    smaller = largest_fitting(model, folder, video, needed // 2)  # as short as it may get, it needs more than that
+    assert smaller is not None
+    assert (smaller.width < 832, smaller.frames) == (True, 81)
 
 
 def test_the_largest_request(tmp_path: Path) -> None:

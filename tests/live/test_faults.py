@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import ray
+import torch
 
 from service.cli.client import read_cluster
 from service.rollout.local_cluster import LocalCluster
@@ -60,6 +61,8 @@ def strike(actor: Any, fault: str, after: Path | None = None) -> None:
                 wait_while(after)
             if fault == "raise":
                 raise ValueError("struck")
+            if fault == "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
             os.kill(os.getpid(), getattr(signal, fault))
 
     in_each_forward(actor, count)
@@ -111,6 +114,27 @@ def test_a_struck_rank_costs_seconds_and_no_request(server: str, fault: str, cap
     assert generate(server).status_code == 200
 
 
+def test_too_little_memory_is_the_requests_fault(server: str) -> None:
+    """It is answered at once and tried nowhere else. One rank goes on; of several the others may wait, so all go."""
+    alone = rank_statuses("bystander")[0].pid
+    on_rank("bystander", 0, strike, "out of memory")
+    answer = generate(server, model="bystander")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "out_of_memory"), answer.text
+    assert answer.json()["error"]["message"] == (
+        "'bystander' has too little memory for 64x64: ask for fewer pixels, frames or pictures"
+    )
+    assert answer.headers["x-should-retry"] == "false"
+    assert generate(server, model="bystander").status_code == 200
+    assert rank_statuses("bystander")[0].pid == alone
+
+    ranks = [status.pid for status in rank_statuses("struck")]
+    on_rank("struck", 1, strike, "out of memory")
+    answer = generate(server)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "out_of_memory"), answer.text
+    wait_ended(ranks)
+    assert generate(server).status_code == 200
+
+
 def test_requests_that_wait_are_answered_as_well(server: str, tmp_path: Path) -> None:
     reference = pixels(generate(server).json()["data"][0]["b64_json"])
     (calm := tmp_path / "calm").touch()
@@ -145,7 +169,7 @@ def test_a_failure_between_steps_is_the_requests_own(server: str) -> None:
 
 def break_scheduler(actor: Any) -> None:
     def set_timesteps(self: Any, sigmas: Any = None, **_: Any) -> None:
-        raise MemoryError("struck scheduler")
+        raise ArithmeticError("struck scheduler")
 
     type(actor._rank._loaded.pipeline.scheduler).sound = type(actor._rank._loaded.pipeline.scheduler).set_timesteps
     type(actor._rank._loaded.pipeline.scheduler).set_timesteps = set_timesteps

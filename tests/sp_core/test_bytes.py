@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sp_core import kernels
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
@@ -89,6 +90,33 @@ def test_bytes_of_heads_that_the_ranks_do_not_divide(ranks: RankPool, layout: st
 @pytest.mark.parametrize(("name", "layout"), [("wan", "tp 2"), ("qwen-image", "ulysses 2 x ring 2")])
 def test_bytes_in_half_precision(ranks: RankPool, name: str, layout: str) -> None:
     check(ranks, layout, name, ["uneven"], 12, torch.bfloat16)
+
+
+def test_padding_of_a_short_text_travels_nowhere(ranks: RankPool) -> None:
+    """Nor does a mask that hides it, which would cost every layer the fast kernel."""
+    for found in ranks.run(LAYOUTS["ulysses 2"], kernels_without_mask, 1):
+        assert found == {"masks": 0, "calls": 2}
+    for found in ranks.run(LAYOUTS["ulysses 3"], kernels_without_mask, 2):
+        assert found == {"masks": 0, "calls": 2}
+
+
+def kernels_without_mask(mesh: ParallelMesh, text: int) -> dict[str, int]:
+    """How many attentions a forward with a text of so few tokens has, and how many have a mask."""
+    model = the_model("qwen-image", 12)
+    parallelize(model, mesh)
+    given = qwen.inputs(height=5, width=5, text=text)
+    found = {"masks": 0, "calls": 0}
+    attend = kernels.attention
+
+    def counted(query: Any, key: Any, value: Any, mask: Any = None, scale: Any = None) -> torch.Tensor:
+        found["calls"] += 1
+        found["masks"] += mask is not None
+        return attend(query, key, value, mask, scale)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(kernels, "attention", counted)
+        model(**given)
+    return found
 
 
 def test_formulas_of_the_literature() -> None:

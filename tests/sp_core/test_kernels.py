@@ -1,7 +1,6 @@
-"""Attention on one device: partial attentions merge, and only right kernels are chosen."""
+"""Attention on one device: partial attentions merge."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -86,42 +85,3 @@ def test_fewer_key_heads_and_masks_of_models() -> None:
     mask = torch.arange(9).expand(2, 9) < 6
     expected = kernels.attention(query, *(t[:, :6].expand(-1, -1, 3, -1) for t in (key, value)))
     assert (kernels.local_attention(query, key, value, mask) - expected).abs().max() <= BAR
-
-
-def right(query: Any, key: Any, value: Any, scale: Any) -> Any:
-    return kernels.attention_with_lse(query, key, value, scale=scale)
-
-
-def wrong(query: Any, key: Any, value: Any, scale: Any) -> Any:
-    output, lse = right(query, key, value, scale)
-    return output, lse * 0.95  # outputs are right, but would merge wrongly
-
-
-def absent(query: Any, key: Any, value: Any, scale: Any) -> Any:
-    raise ImportError("No module named 'flash_attn'\nlong explanation")
-
-
-def test_only_right_kernels_are_chosen() -> None:
-    found = kernels.try_kernels({"right": right, "wrong": wrong, "absent": absent}, CPU, torch.float16, 16, tokens=300)
-    assert isinstance(found["right"], float)
-    assert str(found["wrong"]).startswith("is wrong by")
-    assert found["absent"] == "ImportError: No module named 'flash_attn'"
-
-
-def test_without_any_kernel_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", {"absent": absent})
-    with pytest.raises(RuntimeError, match=r"no attention kernel works on cpu .* head size 8: .*flash_attn"):
-        kernels.choose(CPU, torch.float16, 8)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table of what is there; whatever is chosen is right, by the way it is chosen."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    found = kernels.try_kernels(kernels.KERNELS, device, torch.bfloat16, 128)
-    with capsys.disabled():
-        for name, line in found.items():
-            flops = 4 * 4096**2 * 8 * 128
-            print(f"{name:<16} {flops / line / 1e12:.0f} TFLOP/s" if isinstance(line, float) else f"{name:<16} {line}")
-    assert any(isinstance(line, float) for line in found.values())

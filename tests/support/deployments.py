@@ -54,8 +54,9 @@ def pixels(b64_json: str) -> np.ndarray[Any, np.dtype[np.int16]]:
 def rank_actors(name: str) -> list[Any]:
     """Handles of the model's running ranks, in rank order."""
     actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(f"{name}-")]
-    actors.sort(key=lambda actor: actor["name"])
-    return [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
+    ranks = [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
+    numbers = [status.rank for status in ray.get([rank.status.remote() for rank in ranks], timeout=120)]
+    return [rank for _, rank in sorted(zip(numbers, ranks, strict=True), key=lambda pair: pair[0])]
 
 
 def rank_statuses(name: str) -> list[RankStatus]:

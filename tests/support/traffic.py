@@ -16,12 +16,13 @@ What the arithmetic assumes, for a block of H heads of D on s tokens with e byte
 weights, U trade heads and R form the ring:
 
 - Tokens and heads. Each stream is split on its own over all U R ranks, as evenly as possible, the longer shares first;
-  a stream with fewer tokens than ranks is padded to one token each. Heads: H / t, in the largest equal shares that
+  a stream with fewer tokens than ranks is padded to one token each, but attention leaves the padding out, unless the
+  caller gives a mask or a rank would have no token left. Heads: H / t, in the largest equal shares that
   suffice, so that the last ranks of U may have fewer. No grouped queries.
 - Ulysses: three lanes (query, key, value) to where a head is, one lane back. Even: 4 (sHD/t) e (U-1) / (R U^2).
 - Ring: keys and values of every chunk but the next rank's. Even: 2 (sHD/t) e (R-1) / (R U).
-- A key mask (the caller's, or one that hides padding) travels with the tokens, in multiples of 8 elements a token, so
-  that rows stay aligned: in Ulysses for the whole batch together, in the ring for each row of it.
+- A key mask (the caller's, or one that hides padding where it is not left out) travels with the tokens, in multiples of 8
+  elements a token, so that rows stay aligned: in Ulysses for the whole batch together, in the ring for each row of it.
 - Tensor parallelism: one sum of (tokens of this rank) x HD for each row-wise layer that a stream passes, and one fp32
   number a token for each norm over the heads of all ranks. Even: 2 sums a stream are 4 sHD e (t-1)/t a block.
 - After the blocks the last stream's predicted tokens are gathered once, padded to the longest share; before that, their
@@ -166,17 +167,19 @@ def _forward(shape: Shape, degrees: ParallelDegrees, rank: int) -> Bytes:
 
     shares = [_tokens(length, ranks) for length in shape.split]
     held = [sum(of_rank) for of_rank in zip(*shares, strict=True)]
-    chunks = [sum(held[row * ulysses : (row + 1) * ulysses]) for row in range(ring)]
+    real = [sum(of_rank) for of_rank in zip(*(_real(length, ranks) for length in shape.split), strict=True)]
+    masked = shape.masked or not all(real)
+    seen = held if masked else real  # tokens of each rank in attention
+    chunks = [sum(seen[row * ulysses : (row + 1) * ulysses]) for row in range(ring)]
     heads = shape.heads // weights
     largest = -(-heads // ulysses)
     columns = [max(0, min(largest, heads - column * largest)) for column in range(ulysses)]
     lane = shape.batch * shape.head_size  # elements of one head of a token
-    masked = shape.masked or any(length < ranks for length in shape.split)
 
     others = [column for column in range(ulysses) if column != my_column]
     mask_row = -(-shape.batch // 8) * 8 if masked else 0
-    there = sum(held[at] * (3 * columns[column] * lane + mask_row) for column in others)
-    back = sum(held[my_row * ulysses + column] * columns[my_column] * lane for column in others)
+    there = sum(seen[at] * (3 * columns[column] * lane + mask_row) for column in others)
+    back = sum(seen[my_row * ulysses + column] * columns[my_column] * lane for column in others)
     passed_on = sum(chunks) - chunks[(my_row + 1) % ring] if ring > 1 else 0
     shift = passed_on * (2 * columns[my_column] * lane + (8 * shape.batch if masked else 0))
 
@@ -197,6 +200,11 @@ def _forward(shape: Shape, degrees: ParallelDegrees, rank: int) -> Bytes:
 def _tokens(length: int, ranks: int) -> list[int]:
     """Tokens of a stream on each rank."""
     return [max(1, length // ranks + (rank < length % ranks)) for rank in range(ranks)]
+
+
+def _real(length: int, ranks: int) -> list[int]:
+    """The same without padding."""
+    return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
 
 
 def _summed(size: int, ranks: int) -> Fraction:

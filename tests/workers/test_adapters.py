@@ -73,8 +73,12 @@ def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: st
     family, request, told = REQUESTS[name]
     _, made = alone(demo_models[family], request)
     classic = DiffusionPipeline.from_pretrained(demo_models[family], local_files_only=True)
+    assert differ(made, ask(classic, demo_models[family], request, told)) <= 1
+
+
+def ask(classic: Any, folder: Path, request: GenerationRequest, told: dict[str, Any]) -> list[Any]:
+    """The pictures or videos of the classic pipeline."""
     classic.set_progress_bar_config(disable=True)
-    count = find_adapter(demo_models[family]).count_input
     expected = classic(
         request.prompt,
         width=request.width,
@@ -82,11 +86,10 @@ def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: st
         num_inference_steps=request.num_inference_steps,
         generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.n)],
         output_type="np",
-        **{count: request.n},
+        **{find_adapter(folder).count_input: request.n},
         **told,
     )[0]
-    reference = [(each * 255).round().astype(np.int16) for each in expected]
-    assert differ(made, reference) <= 1
+    return [(each * 255).round().astype(np.int16) for each in expected]
 
 
 LONG = {
@@ -175,6 +178,29 @@ def test_timesteps_are_not_rounded_in_bfloat16(demo_models: dict[str, Path], sca
         request.prompt, guidance_scale=scale, generator=generators, num_images_per_prompt=request.n, **size
     ).images
     assert differ(made, [pixels(each) for each in expected]) <= 1
+
+
+@pytest.mark.parametrize(("name", "given"), [("wan, unguided", None), ("z-image", "float32")])
+def test_a_vae_decodes_in_its_own_dtype(demo_models: dict[str, Path], name: str, given: str | None) -> None:
+    """Wan's authors decode in fp32; of others it can be asked."""
+    family, request, told = REQUESTS[name]
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    _, made = generate(mesh, demo_models[family], request, dtype="bfloat16", vae_dtype=given)
+    classic = DiffusionPipeline.from_pretrained(demo_models[family], torch_dtype=torch.bfloat16)
+    classic.vae = type(classic.vae).from_pretrained(demo_models[family] / "vae")
+    expected = ask(classic, demo_models[family], request, told)
+    assert differ(made, expected) <= 1
+    _, in_half = generate(mesh, demo_models[family], request, dtype="bfloat16", vae_dtype="bfloat16")
+    assert differ(in_half, expected) > 1  # else the test would show nothing
+
+
+def test_a_vae_in_another_dtype_gets_latents_in_it(demo_models: dict[str, Path]) -> None:
+    """diffusers' own Flux decoder does not convert them, and fails."""
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    latents, made = generate(mesh, demo_models["flux"], PICTURES, dtype="bfloat16", vae_dtype="float32")
+    same, in_half = generate(mesh, demo_models["flux"], PICTURES, dtype="bfloat16")
+    assert torch.equal(latents, same)
+    assert 0 < differ(made, in_half) < 16
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -10,7 +10,6 @@ from workers.gang.placement import (
     Node,
     Unschedulable,
     bundle,
-    bundles_by_node,
     may_host,
     placement_group,
     unschedulable,
@@ -133,17 +132,3 @@ def test_what_is_missing_is_a_value() -> None:
 )
 def test_which_nodes_may_host_a_rank(model: ModelSpec, there: Node, may: bool) -> None:
     assert may_host(model, there) is may
-
-
-@pytest.mark.parametrize(
-    ("nodes", "order"),
-    [
-        ({0: "a", 1: "a"}, [0, 1]),
-        ({0: "a", 1: "b", 2: "a", 3: "b"}, [0, 2, 1, 3]),
-        ({3: "a", 2: "b", 1: "a", 0: "b"}, [0, 2, 1, 3]),
-        ({0: "z", 1: "a", 2: "m", 3: "z", 4: "a"}, [0, 3, 1, 4, 2]),  # where the first is, not what comes first by name
-        ({}, []),
-    ],
-)
-def test_neighboring_ranks_share_a_node_and_the_first_stays_first(nodes: dict[int, str], order: list[int]) -> None:
-    assert bundles_by_node(nodes) == order

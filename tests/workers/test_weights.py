@@ -14,7 +14,7 @@ from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.sp_core.test_families import worst
 from workers.model import weights
-from workers.model.weights import fill, load_transformer
+from workers.model.weights import build, fill, load_transformer
 
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
@@ -59,6 +59,27 @@ def test_files_are_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = load_transformer(saved(tmp_path, "qwen-image"), mesh, torch.float32)
     reference = examples.TINY["qwen-image"].model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_several_files_at_once_are_the_same_weights(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "qwen-image", max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    model, seen = build(folder), []
+    fill(model, folder, torch.device("cpu"), torch.bfloat16, seen.append, at_once=3)
+    reference = examples.TINY["qwen-image"].model
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_the_weights_are_not_the_files_memory(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "qwen-image")
+    model = build(folder)
+    fill(model, folder, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)  # the file is mapped read-only: this would end the process
+    assert not torch.equal(next(model.parameters()), next(examples.TINY["qwen-image"].model.parameters()))
 
 
 def test_types_are_those_of_diffusers(tmp_path: Path) -> None:

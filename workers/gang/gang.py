@@ -180,6 +180,7 @@ class Gang:
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
             "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
+            "kernel": self._ranks.statuses[0].kernel if self._ranks and not self._replacing else "",
             "phase": phase,
             "step": step,
             "trouble": LOST if self._replacing else self._started.adapters.trouble,

@@ -74,19 +74,6 @@ def placement_group(model: ModelSpec) -> dict[str, Any]:
     return options
 
 
-def bundles_by_node(nodes_of_bundles: Mapping[int, str]) -> list[int]:
-    """Order bundles so that neighboring ranks share a node, beginning with the node of the first bundle.
-
-    Args:
-        nodes_of_bundles: the node id of each bundle, from Ray's placement group table.
-
-    Returns:
-        The index of the bundle for rank 0, for rank 1, and so on.
-    """
-    first_seen = list(dict.fromkeys(nodes_of_bundles[index] for index in sorted(nodes_of_bundles)))
-    return sorted(nodes_of_bundles, key=lambda index: (first_seen.index(nodes_of_bundles[index]), index))
-
-
 def may_host(model: ModelSpec, node: Node) -> bool:
     """Whether the node, if it were empty, could hold a rank of the model."""
     return _has_labels(model, node) and _places(node, bundle(model)) > 0

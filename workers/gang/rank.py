@@ -22,15 +22,18 @@ import torch
 import torch.distributed as dist
 
 from deploy.spec import LoRA, ModelSpec
+from sp_core.cuda_kernels import in_use
 from sp_core.mesh import ParallelMesh
+from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
-from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.errors import OutOfMemory, PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.metrics import RankMetrics
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.media import encode
+from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -61,9 +64,8 @@ class Rank:
         self._step = self._total_steps = 0
         self._read = 0.0
         self._cancelled: str | None = None  # a request's id, written by the control thread
-        if model.device == "cuda":
-            torch.cuda.set_device(device_index)
-        else:
+        self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
+        if model.device == "cpu":
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
 
     def open_rendezvous(self, host: str) -> int:
@@ -89,8 +91,9 @@ class Rank:
 
         Raises:
             ValueError: the model cannot be loaded or the layout does not fit it.
-            RuntimeError: the ranks did not meet within the start-up limit.
+            RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
+        self._use_device()
         if host.startswith("127.") and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         limits = self.model.timeouts
@@ -106,8 +109,15 @@ class Rank:
             rank=self.rank,
             world_size=degrees.world_size,
             timeout=timedelta(seconds=limits.startup_s),
+            device_id=self._device if self.model.device == "cuda" else None,  # opens communicators now, not in a step
         )
-        mesh = ParallelMesh.create(degrees, device_type=self.model.device, timeout_s=limits.phase_s)
+        mesh = ParallelMesh.create(
+            degrees,
+            device_type=self.model.device,
+            timeout_s=limits.phase_s,
+            control_timeout_s=max(limits.startup_s, limits.phase_s),
+        )
+        probe(mesh)
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
@@ -125,13 +135,23 @@ class Rank:
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
+            OutOfMemory: likewise, or inside a step, where other ranks may wait for this one.
         """
+        self._use_device()
+        agreed: bool | None = None
         try:
             yield from self._generate(request)
+        except Exception as error:
+            failed_together = isinstance(error, RequestFailed)
+            if not is_out_of_memory(error.__cause__ if failed_together else error):
+                raise
+            agreed = failed_together or self.model.parallel.world_size == 1
         finally:
             self._phase = "idle"
             if self._cancelled == request.request_id:
                 self._cancelled = None
+        if agreed is not None:  # only here, where the error and the tensors of its frames are gone
+            raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Use exactly these adapters from the next request on. All ranks must call it at once, between requests.
@@ -141,6 +161,7 @@ class Rank:
         Raises:
             RequestFailed: some rank could not read or run one; every rank keeps the adapters that it had.
         """
+        self._use_device()
         former = self._loaded
         self._phase = "load"
         try:
@@ -152,6 +173,11 @@ class Rank:
                 raise
         finally:
             self._phase = "idle"
+
+    def _use_device(self) -> None:
+        """Compute on this rank's GPU. First in what computes: torch keeps it by thread, and Ray has several."""
+        if self.model.device == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _on_progress(self, loaded: float) -> None:
         self._read = loaded
@@ -224,6 +250,7 @@ class Rank:
             loaded=self._read,
             step=self._step,
             total_steps=self._total_steps,
+            kernel=in_use(self._device) if self._usable else "",
         )
 
     def renumber(self, replica: str) -> None:

@@ -4,7 +4,6 @@ What watches or steers a rank is in a concurrency group of its own, so that it a
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import ray
 
 from deploy.spec import LoRA, ModelSpec
 from workers.exporter import Exporter, share_values
+from workers.gang.device import Place, own_place
 from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
@@ -22,19 +22,34 @@ if TYPE_CHECKING:
 
 @ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
 class RankActor:
-    """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`."""
+    """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`.
 
-    def __init__(self, rank: int, model: ModelSpec, models_folder: str | None, replica: str) -> None:
+    It learns its number only when all processes are there, because that depends on their devices.
+    """
+
+    def __init__(self, model: ModelSpec, models_folder: str | None, replica: str) -> None:
         self._exporter = Exporter(share_values())
-        self._number, self._model, self._models_folder, self._replica = rank, model, models_folder, replica
-        self._node_id = ray.get_runtime_context().get_node_id()
+        self._model, self._models_folder, self._replica = model, models_folder, replica
+        self._place = own_place()
+        self._number = -1  # until `take_number`
         self._made: Rank | None = None  # until `prepare`, which takes seconds; `status` answers before
 
+    @ray.method(concurrency_group="control")
+    def place(self) -> Place:
+        """Where it runs. The first call."""
+        return self._place
+
+    @ray.method(concurrency_group="control")
+    def take_number(self, rank: int) -> RankStatus:
+        """Be this rank. The second call."""
+        self._number = rank
+        return self._starting()
+
     def prepare(self) -> None:
-        """Fetch the model, import torch and make the `Rank`. The first call.
+        """Fetch the model, import torch and make the `Rank`. The third call.
 
         Raises:
-            ValueError: the model's files cannot be had, or are damaged.
+            ValueError: the model's files cannot be had, or are damaged, or CUDA does not show the rank's GPU.
         """
         logging.basicConfig(format="%(name)s: %(message)s")
         if self._number == 0:  # all ranks would log the same: the kernel, and what the layout costs
@@ -42,7 +57,10 @@ class RankActor:
         folder = fetch(self._model, self._models_folder)  # the gang's own node has it; another node may not
         here = self._model.model_copy(update={"source": str(folder)})
         rank = import_rank()  # here: the gang imports this module, and must start without torch
-        self._made = rank(self._number, here, node_id=self._node_id, replica=self._replica)
+        self._made = rank(self._number, here, self._place.cuda_index, self._place.node_id, self._replica)
+
+    def _starting(self) -> RankStatus:
+        return RankStatus(self._number, self._place.pid, self._place.node_id, "starting", 0, self._model.name, 0.0, 0)
 
     @property
     def _rank(self) -> "Rank":
@@ -70,7 +88,7 @@ class RankActor:
     def status(self) -> RankStatus:
         """See `Rank.status`."""
         if self._made is None:
-            return RankStatus(self._number, os.getpid(), self._node_id, "starting", 0, self._model.name, 0.0, 0)
+            return self._starting()
         return self._made.status()
 
     @ray.method(concurrency_group="control")

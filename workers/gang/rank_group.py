@@ -16,12 +16,13 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import get_current_placement_group, placement_group_table
+from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.spec import LoRA, ModelSpec
-from workers.errors import GangLost, PeerFailed, RequestError, RequestFailed, SprayError
-from workers.gang.placement import bundle, bundles_by_node
+from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
+from workers.gang.device import by_device, environment
+from workers.gang.placement import bundle
 from workers.gang.rank_actor import RankActor
 from workers.gang.watch import Watch, watch_start
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
@@ -78,10 +79,10 @@ class RankGroup:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        ranks = _create(model, models_folder, name, replica)
+        processes = _create(model, models_folder, name, replica)
         limit = model.timeouts.startup_s
         try:
-            statuses = await asyncio.wait_for(_assemble_watched(ranks, model), limit)
+            ranks, statuses = await asyncio.wait_for(_assemble_watched(processes, model), limit)
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:
@@ -100,7 +101,7 @@ class RankGroup:
 
         Raises:
             RequestError: the request does not suit the model.
-            RequestFailed: it failed, or was canceled; the ranks go on.
+            RequestFailed: it failed, or was canceled; the ranks go on, except after an `OutOfMemory` inside a step.
             GangLost: the ranks are lost.
         """
         run = _Run(self._ranks, request, self._context)
@@ -184,7 +185,11 @@ class RankGroup:
 
         Raises:
             GangLost: it is any other error. Its rank may have left the others inside a collective.
+            OutOfMemory: likewise, but the request would cost any gang its ranks.
         """
+        if isinstance(error, OutOfMemory) and not error.agreed:
+            self._lose(str(error))
+            raise error
         if isinstance(error, RequestError | RequestFailed):
             return error
         self._lose(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -211,33 +216,34 @@ class RankGroup:
 
 
 def _create(model: ModelSpec, models_folder: str | None, name: str, replica: str) -> list[Any]:
-    """Create the actors, rank 0 first, in the bundles of this replica's placement group."""
+    """Create one actor in each bundle of this replica's placement group, in the order of the bundles."""
     group = get_current_placement_group()
     assert group is not None, "a gang runs in the placement group of its Serve replica"
-    resources = bundle(model)
-    order = bundles_by_node(placement_group_table(group)["bundles_to_node_id"])
+    resources, variables = bundle(model), environment(model)
     return [
         RankActor.options(  # type: ignore[attr-defined]
-            name=f"{name}-rank{i}",
+            name=f"{name}-bundle{index}",
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            runtime_env={"env_vars": model.env} if model.env else None,
+            runtime_env={"env_vars": variables} if variables else None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        ).remote(i, model, models_folder, replica)
-        for i, index in enumerate(order)
+        ).remote(model, models_folder, replica)
+        for index in range(model.parallel.world_size)
     ]
 
 
-async def _assemble_watched(ranks: Sequence[Any], model: ModelSpec) -> list[RankStatus]:
-    """Assemble the ranks; if one of them hangs, kill all."""
-    statuses = await asyncio.gather(*(rank.status.remote() for rank in ranks))
+async def _assemble_watched(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any], list[RankStatus]]:
+    """Number the processes and assemble them; if one of them hangs, kill all. Returns them in rank order."""
+    places = await asyncio.gather(*(process.place.remote() for process in processes))
+    ranks = [processes[index] for index in by_device(places)]
+    statuses = await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks)))
     ready = asyncio.ensure_future(_assemble(ranks))
     watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
     try:
         await asyncio.wait([ready, watch], return_when=asyncio.FIRST_COMPLETED)
         if watch.done():
             watch.result()
-        return await ready
+        return ranks, await ready
     except BaseException:
         _kill_all(ranks, statuses)
         raise

@@ -193,6 +193,7 @@ class Denoising:
         self._workflow.loop.set_block_state(self._state, self._loop_state)
         if not self._decodes:
             return []
+        self._state.set("latents", self._state.get("latents").to(self._pipeline.vae.dtype))  # not all decoders do it
         try:
             self._run(self._workflow.decode)
         except TilesHandedOver:

@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import ModularPipeline
 
-from deploy.families.lookup import find_family
+from deploy.families.lookup import component_dtype, find_family
 from deploy.model_folder import component_classes
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
@@ -111,8 +111,11 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
         pipeline.register_components(**{name: transformer})
     absent = _absent_here(model, mesh, present)
     others = set(present) & set(pipeline.pretrained_component_names) - absent - set(transformers)
-    dtype = getattr(torch, model.torch_dtype)
-    loaded = {name: load_component(pipeline, folder, name, dtype=dtype) for name in present if name in others}
+    loaded = {
+        name: load_component(pipeline, folder, name, dtype=getattr(torch, component_dtype(model, folder, name)))
+        for name in present
+        if name in others
+    }
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
     pipeline.to(mesh.device)
@@ -149,7 +152,13 @@ def _load_transformer(
     """One transformer, parallelized; compiled, if the deployment says so, together with its pipeline's hook."""
     dtype = getattr(torch, model.torch_dtype)
     transformer: Any = load_transformer(
-        Path(model.source) / name, mesh, dtype, transformer_class(model), sequence_plan(model), on_progress
+        Path(model.source) / name,
+        mesh,
+        dtype,
+        transformer_class(model),
+        sequence_plan(model),
+        on_progress,
+        model.attention_kernel,
     )
     if rounds_timestep and dtype != torch.float32:
         keep_timestep_exact(transformer, dtype)

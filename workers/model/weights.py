@@ -5,7 +5,9 @@ holds a tensor that it does not keep. Called by `workers.model.loader`.
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from workers.model.diffusers_internals import stays_fp32
 READ_AT_ONCE = 32 * 2**20
 """Bytes after which a file is opened again: while it is open, what was read of it counts as this process's memory."""
 
+FILES_AT_ONCE = 4
+"""For a GPU: one thread cannot read as fast as a disk, or copy as fast as the bus."""
+
 
 def load_transformer(
     folder: Path,
@@ -33,6 +38,7 @@ def load_transformer(
     kind: type[nn.Module] | None = None,
     plan: SequenceParallelModelPlan | None = None,
     on_progress: Callable[[float], None] = lambda loaded: None,
+    kernel: str | None = None,
 ) -> nn.Module:
     """Build a diffusers transformer on this rank's device, parallelized over `mesh`. All ranks must call it.
 
@@ -43,13 +49,15 @@ def load_transformer(
         kind: its class; None: the diffusers class that its config names.
         plan: where to split and gather; None: see `parallelize`.
         on_progress: called with the share of the tensors that is read, from 0 to 1.
+        kernel: see `parallelize`.
 
     Raises:
+        RuntimeError: the attention kernel does not work here.
         ValueError: see `build`; the layout or the plan does not fit the model, or the files are not the
             weights of this class.
     """
     model = build(folder, kind)
-    parallelize(model, mesh, plan)
+    parallelize(model, mesh, plan, dtype=dtype, kernel=kernel)
     fill(model, folder, mesh.device, dtype, on_progress)
     return model.eval()
 
@@ -103,24 +111,53 @@ def fill(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[float], None] = lambda loaded: None,
+    at_once: int | None = None,
 ) -> None:
     """Read this rank's share of all parameters and buffers of a model that was built without weights.
+
+    Args:
+        model: without weights.
+        folder: with its files.
+        device: of the weights.
+        dtype: of the weights, except those that the class keeps in fp32.
+        on_progress: called with the share of the tensors that is read, from 0 to 1, by any thread.
+        at_once: files that are read at once; None: several for a GPU, one for the CPU, where ranks share the cores.
 
     Raises:
         ValueError: the files do not hold exactly the tensors of the model, or one has another shape.
     """
     expected, files = model.state_dict(keep_vars=True), verified_files(model, folder)
     parts = {name: getattr(tensor, "part", None) for name, tensor in expected.items()}
-    for count, (name, tensor) in enumerate(_read(files, parts), 1):
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        # A copy: `tensor` is the file's memory.
-        kept = tensor.to(device, _dtype_of(name, tensor, type(model), dtype), copy=True)
-        on_progress(count / len(expected))
-        owner, _, leaf = name.rpartition(".")
-        is_parameter = isinstance(expected[name], nn.Parameter)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=False) if is_parameter else kept)
+    counting, count = threading.Lock(), 0
+
+    def fill_from(path: Path) -> None:
+        nonlocal count
+        for name, tensor in _read(path, [name for name, file in files.items() if file == path], parts):
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+            kept = _moved(tensor, device, _dtype_of(name, tensor, type(model), dtype))
+            owner, _, leaf = name.rpartition(".")
+            is_parameter = isinstance(expected[name], nn.Parameter)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=False) if is_parameter else kept)
+            with counting:
+                count += 1
+                on_progress(count / len(expected))
+
+    with ThreadPoolExecutor(at_once or (FILES_AT_ONCE if device.type == "cuda" else 1)) as threads:
+        filling = [threads.submit(fill_from, path) for path in dict.fromkeys(files.values())]
+        try:
+            for each in filling:
+                each.result()
+        except BaseException:
+            threads.shutdown(wait=True, cancel_futures=True)
+            raise
     _move_buffers(model, device)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A copy, for the tensor is the file's memory. A GPU converts it itself, faster than the CPU."""
+    there = tensor.to(device)
+    return there.to(dtype, copy=there is tensor)
 
 
 def _dtype_of(name: str, tensor: torch.Tensor, kind: type[nn.Module], dtype: torch.dtype) -> torch.dtype:
@@ -137,18 +174,17 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 setattr(module, leaf, buffer.to(device))
 
 
-def _read(files: Mapping[str, Path], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor, or this rank's part of it, file by file. Each is valid only until the next."""
-    for path in dict.fromkeys(files.values()):
-        names = [name for name, file in files.items() if file == path]
-        while names:
-            read = 0
-            with safe_open(path, framework="pt") as file:
-                while names and read < READ_AT_ONCE:
-                    name = names.pop()
-                    tensor = file.get_tensor(name) if parts[name] is None else _slices(file, name, *parts[name])
-                    read += tensor.nbytes
-                    yield name, tensor
+def _read(path: Path, names: list[str], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield these tensors of a file, or this rank's part of each. Each is valid only until the next."""
+    names = list(names)
+    while names:
+        read = 0
+        with safe_open(path, framework="pt") as file:
+            while names and read < READ_AT_ONCE:
+                name = names.pop()
+                tensor = file.get_tensor(name) if parts[name] is None else _slices(file, name, *parts[name])
+                read += tensor.nbytes
+                yield name, tensor
 
 
 def _slices(file: Any, name: str, dim: int, index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,191 @@
+"""The attention kernels to choose from on CUDA, without a mask and in half precision, and which of them is in use.
+
+Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, H, D)`. Called by
+`sp_core.kernels`; `sp_core.kernel_choice` makes rank 0's choice that of all ranks.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sp_core import torch_private
+
+_logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+
+WithLse = tuple[torch.Tensor, torch.Tensor]
+"""An output `(B, S, H, D)` and its log-sum-exp `(B, S, H)`."""
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], WithLse]
+"""q, k, v and the scale."""
+
+
+def _torch_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = torch_private.flash_cuda(*heads_first, 0.0, False, False, scale=scale)
+    return output.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _torch_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = torch_private.cudnn_cuda(*heads_first, None, True, 0.0, False, False, scale=scale)
+    return output.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2)
+
+
+def _flash_attn_2(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    from flash_attn import flash_attn_func  # only here: the package is optional, and tried like any kernel
+
+    output, lse, *_ = flash_attn_func(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    return output, lse.transpose(1, 2)
+
+
+def _flash_attn_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    from flash_attn_interface import flash_attn_func  # only here: optional as well
+
+    output, lse, *_ = flash_attn_func(query, key, value, softmax_scale=scale, return_attn_probs=True)
+    return output, lse.transpose(1, 2)
+
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "torch-flash": _torch_flash,
+        "torch-cudnn": _torch_cudnn,
+        "flash-attn-2": _flash_attn_2,
+        "flash-attn-3": _flash_attn_3,
+    }
+)
+"""What there is to choose from on CUDA, without a mask, in half precision."""
+
+
+TORCHS_OWN: Mapping[str, SDPBackend] = MappingProxyType(
+    {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
+)
+"""Those that torch's own attention may be told to take."""
+
+_in_use: dict[tuple[torch.device, torch.dtype, int], str] = {}
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
+    """The kernel in use: the one that `use` has named, else the fastest.
+
+    Raises:
+        RuntimeError: no kernel is right.
+    """
+    key = (device, dtype, head_size)
+    if key not in _in_use:
+        _in_use[key] = fastest(device, dtype, head_size)
+    return KERNELS[_in_use[key]]
+
+
+def use(device: torch.device, dtype: torch.dtype, head_size: int, name: str) -> None:
+    """Use this kernel from now on.
+
+    Raises:
+        RuntimeError: it is not installed, or wrong.
+    """
+    (found,) = try_kernels({name: KERNELS[name]}, device, dtype, head_size).values()
+    if isinstance(found, str):
+        raise RuntimeError(f"attention_kernel {name} cannot be used on {device} in {dtype}: {found}")
+    _in_use[device, dtype, head_size] = name
+
+
+def prefer(name: str) -> Callable[[], None]:
+    """Let torch's own attention take this kernel where it can, one of `TORCHS_OWN`, in the whole process.
+
+    Returns:
+        What undoes it.
+    """
+    others = (*TORCHS_OWN.values(), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    preference = sdpa_kernel([TORCHS_OWN[name], *(each for each in others if each is not TORCHS_OWN[name])], True)
+    preference.__enter__()
+
+    def undo() -> None:
+        preference.__exit__(None, None, None)
+
+    return undo
+
+
+def in_use(device: torch.device) -> str:
+    """The kernels of a device, for people: without a mask and in half precision, or with one."""
+    if device.type == "cpu":
+        return "torch's flash attention for CPU"
+    chosen = sorted({name for key, name in _in_use.items() if key[0] == device})
+    return "; ".join(filter(None, [", ".join(chosen), "with a mask or in fp32: torch's memory-efficient attention"]))
+
+
+def fastest(device: torch.device, dtype: torch.dtype, head_size: int, names: Iterable[str] | None = None) -> str:
+    """The fastest kernel that is installed and right. What was tried is logged.
+
+    Args:
+        device: where to try.
+        dtype: float16 or bfloat16.
+        head_size: D.
+        names: which to try; None: all.
+
+    Raises:
+        RuntimeError: no kernel is.
+    """
+    found = try_kernels({name: KERNELS[name] for name in names or KERNELS}, device, dtype, head_size)
+    for name, line in found.items():
+        said = f"{line * 1e6:.0f} us" if isinstance(line, float) else line
+        _logger.info("attention on %s in %s, head size %d, by %s: %s", device, dtype, head_size, name, said)
+    seconds = {name: line for name, line in found.items() if isinstance(line, float)}
+    if not seconds:
+        raise RuntimeError(f"no attention kernel works on {device} in {dtype} with head size {head_size}: {found}")
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def try_kernels(
+    kernels: Mapping[str, Kernel], device: torch.device, dtype: torch.dtype, head_size: int, tokens: int = 4096
+) -> dict[str, float | str]:
+    """Seconds of each kernel, or why it cannot be used.
+
+    A kernel is right if output and log-sum-exp agree with plain arithmetic in fp32, within the precision of `dtype`.
+    """
+    shape = (1, tokens, 8, head_size)
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    few = slice(0, 256)
+    reference = _plainly(query[:, few], key, value)
+    found: dict[str, float | str] = {}
+    for name, kernel in kernels.items():
+        try:
+            outcome = kernel(query, key, value, None)
+            wrong = [_error(ours[:, few], theirs) for ours, theirs in zip(outcome, reference, strict=True)]
+            if not max(wrong) <= 8 * torch.finfo(dtype).eps:
+                found[name] = f"is wrong by {max(wrong):.1e}"
+            else:
+                found[name] = _seconds(lambda kernel=kernel: kernel(query, key, value, None), device)  # type: ignore[misc]
+        except Exception as error:  # it is not installed, or not for this device
+            found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return found
+
+
+def _plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> WithLse:
+    scores = torch.einsum("bshd,bkhd->bshk", query.float(), key.float()) / math.sqrt(query.shape[3])
+    lse = scores.logsumexp(dim=-1)
+    return torch.einsum("bshk,bkhd->bshd", (scores - lse.unsqueeze(-1)).exp(), value.float()), lse
+
+
+def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours.float() - reference).abs().max()) / max(1.0, float(reference.abs().max()))
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The shortest of several runs."""
+    least = math.inf
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        least = min(least, time.perf_counter() - began)
+    return least

@@ -1,0 +1,51 @@
+"""Which errors mean that memory ran out, and what the caller reads."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.deployments import model
+from workers.errors import OutOfMemory
+from workers.messages import GenerationRequest
+from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("error", "means"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ..."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (None, False),
+    ],
+)
+def test_which_errors_mean_it(error: BaseException | None, means: bool) -> None:
+    assert is_out_of_memory(error) is means
+
+
+def test_the_real_allocators_error_means_it() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert free_memory(torch.device("cpu")) is None
+
+
+def test_the_caller_reads_what_would_fit(demo_model: Path) -> None:
+    spec = model(demo_model)
+    request = GenerationRequest(
+        request_id="a", model="a", prompt="x", width=512, height=512, n=2, seed=0, num_inference_steps=2
+    )
+    unknown = advice(spec, request, None)
+    assert unknown == f"{spec.name!r} has too little memory for 512x512, n=2: ask for fewer pixels, frames or pictures"
+    assert advice(spec, request, 2**40).endswith("512x512 would fit")
+    assert "(1024.0 GiB are free, about " in advice(spec, request, 2**40)
+    assert advice(spec, request, 1).endswith("ask for fewer pixels, frames or pictures")
+
+
+def test_it_crosses_processes() -> None:
+    again = pickle.loads(pickle.dumps(OutOfMemory("too large", False)))
+    assert (str(again), again.agreed) == ("too large", False)

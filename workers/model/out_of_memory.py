@@ -1,0 +1,50 @@
+"""What a rank does when its device has too little memory for a request: it says which size would fit.
+
+Called by `workers.gang.rank`. Asking again would fail again, so nobody does.
+"""
+
+import gc
+from pathlib import Path
+
+import torch
+
+from deploy.activations import Request, activation_bytes, largest_fitting
+from deploy.memory import format_bytes
+from deploy.spec import ModelSpec
+from workers.messages import GenerationRequest
+
+ALLOCATORS_SAY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+"""What errors say that have no class of their own."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device or this machine had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS_SAY)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Give back what no tensor holds; return the bytes that are free on a GPU, None on CPU."""
+    gc.collect()
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def advice(model: ModelSpec, request: GenerationRequest, free: int | None) -> str:
+    """What did not fit, and what would.
+
+    Args:
+        model: its `source` is the folder.
+        request: what was asked for.
+        free: bytes that activations may take; None if unknown.
+    """
+    asked = Request(request.width, request.height, request.num_frames, request.n)
+    needed = activation_bytes(model, Path(model.source), asked)
+    need = f", about {format_bytes(needed)} are needed" if needed is not None else ""
+    there = f" ({format_bytes(free)} are free{need})" if free is not None else ""
+    fits = largest_fitting(model, Path(model.source), asked, free) if free is not None else None
+    smaller = f"{fits} would fit" if fits else "ask for fewer pixels, frames or pictures"
+    return f"{model.name!r} has too little memory for {asked}{there}: {smaller}"
