@@ -7,6 +7,7 @@ memory, so that a laptop does it in a second.
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def watch_forward(
     *,
     layers: int = 2,
     run: Run = plain,
-    kernel: str = "torch cuDNN",
+    kernel: str = "torch-cudnn",
 ) -> Watched:
     """Load a model as one rank of a layout, and run it twice.
 
@@ -114,14 +115,14 @@ def watch_forward(
         rank: the rank.
         layers: of each kind.
         run: what to run, `plain` or `guided`.
-        kernel: the attention kernel that counts as the fastest, by its name in `sp_core.kernels`.
+        kernel: the attention kernel that counts as the fastest, by its name in `sp_core.cuda_kernels`.
     """
     register_guard()
     loading, refused = Seen(), ""
     with one_rank(degrees, rank) as mesh, kernel_chosen(kernel), torch.no_grad():
         built = _built(model, layers)
         whole = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-        handle = parallelize(built, mesh)
+        handle = parallelize(built, mesh, dtype=BF16, kernel=kernel)
         groups = device_groups(mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), AttendsAsOnCuda():
             with Watch(loading, groups), _files_of(whole):
@@ -154,14 +155,29 @@ def _built(model: FullWidth, layers: int) -> nn.Module:
 def _files_of(whole: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Inside, any folder has a file with tensors of these shapes, of which a rank reads its parts."""
 
-    def read(files: Mapping[str, Path], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in files:
+    def read(path: Path, names: list[str], parts: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
             shape = list(whole[name])
             if parts[name] is not None:
                 dim, index = parts[name]
                 shape[dim] = len(index)
             yield name, torch.empty(shape, dtype=BF16)
 
-    files = mock.patch.object(weights, "verified_files", lambda *_: dict.fromkeys(whole, Path()))
-    with files, mock.patch.object(weights, "_read", read):
+    with (
+        mock.patch.object(weights, "verified_files", lambda *_: dict.fromkeys(whole, Path())),
+        mock.patch.object(weights, "_read", read),
+        mock.patch.object(weights, "ThreadPoolExecutor", _ThisThread),
+    ):
         yield
+
+
+class _ThisThread(Executor):
+    """Instead of threads, in which no mode would be active."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args, **kwargs))
+        return done

@@ -40,7 +40,7 @@ def draw_on_pretended_cuda(
     with mock.patch.object(mesh_module.dist, "get_backend", lambda _: "nccl"):  # hosts then have groups of their own
         mesh = ParallelMesh.create(mesh.degrees, device_type="cpu", timeout_s=240)
     loaded, seen = load_model(spec, mesh), Seen() if seen is None else seen
-    with pretended(seen, device_groups(mesh)), kernel_chosen("torch cuDNN"):
+    with pretended(seen, device_groups(mesh)), kernel_chosen("torch-cudnn"):
         for part in loaded.pipeline.components.values():
             if isinstance(part, nn.Module):
                 move(part)

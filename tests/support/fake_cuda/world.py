@@ -1,6 +1,6 @@
 """One rank of a world of any size, in one process: its collectives return at once and exchange nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sp_core import collectives, kernels
-from sp_core.degrees import AXES, ParallelDegrees
+from sp_core import collectives, cuda_kernels
+from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 
 _HOST_EXCHANGES = ("_all_lengths", "on_any_rank")
@@ -41,14 +41,21 @@ def one_rank(degrees: ParallelDegrees, rank: int) -> Iterator[ParallelMesh]:
 
 def device_groups(mesh: ParallelMesh) -> set[str]:
     """The names of the groups for tensors on devices; the others are for hosts."""
-    axes = [mesh.axis(name) for name in ("gang", "sequence", *AXES)]
-    return {axis.group.group_name for axis in axes if axis.group is not None}
+    return {axis.group.group_name for axis in mesh.axes if axis.group is not None}
 
 
 @contextmanager
 def kernel_chosen(name: str) -> Iterator[None]:
-    """Inside, this kernel is the fastest: there is no device to try them on."""
-    with mock.patch.object(kernels, "choose", lambda *_: kernels.KERNELS[name]):
+    """Inside, every attention kernel works and this one is the fastest: there is no device to try them on."""
+
+    def tried(candidates: Mapping[str, Any], *_: Any) -> dict[str, float]:
+        return {each: float(each != name) for each in candidates}
+
+    with (
+        mock.patch.object(cuda_kernels, "try_kernels", tried),
+        mock.patch.object(cuda_kernels, "_in_use", {}),
+        mock.patch.object(cuda_kernels, "prefer", lambda _: lambda: None),
+    ):
         yield
 
 
