@@ -106,7 +106,7 @@ EXPECTED = {
         waits={MASK_OF_TEXT: 1},
     ),
     "z-image": Expected(
-        "1,u2,u4,u8,r2,t2",
+        "1,u2,u4,r2,t2",
         (region(2, 30, 128, 3840, 4096), region(2, 30, 128, 3840, 64), region(2, 30, 128, 3840, 4160)),
         sums=12,
     ),
@@ -120,7 +120,7 @@ EXPECTED = {
         sums=10,
     ),
     "flux-2": Expected(
-        "u2,u8,r2,t2", (region(2, 48, 128, 128, 512, 4096), region(2, 48, 128, 0, 512, 4096, row_layers=1)), sums=10
+        "u2,r2,t2", (region(2, 48, 128, 128, 512, 4096), region(2, 48, 128, 0, 512, 4096, row_layers=1)), sums=10
     ),
     "ltx": Expected(
         "1,u2,u8,r2,t2",

@@ -1,8 +1,6 @@
 """One operator as it is called, and what the call would mean on a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,28 +29,25 @@ _KINDS = {"alltoall_base_": "exchange", "send": "shift", "allreduce_": "sum", "_
 """Collectives by the names that `tests.support.traffic` has for them."""
 
 
-@dataclass(frozen=True)
 class Call:
-    """An operator and its arguments, before it runs."""
+    """An operator and its arguments, before it runs.
 
-    operator: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    Attributes:
+        operator: of `torch.ops`.
+        args: by position.
+        kwargs: by name.
+        name: of the operator, without namespace and overload.
+        tensors: all tensors among the arguments.
+        on_cuda: whether any of them is.
+    """
 
-    @cached_property
-    def name(self) -> str:
-        """Without namespace and overload."""
-        return str(self.operator._schema.name).partition("::")[2]
-
-    @cached_property
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, torch.Tensor)]
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether any argument is."""
-        return any(tensor.is_cuda for tensor in self.tensors)
+    def __init__(self, operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
+        self.operator = operator
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+        self.name: str = operator._opname
+        self.tensors = [leaf for leaf in tree_leaves((args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.on_cuda = any(tensor.is_cuda for tensor in self.tensors)
 
     @property
     def is_collective(self) -> bool:
@@ -67,7 +62,7 @@ class Call:
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The process group among the arguments of a collective."""
-        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        leaves = tree_leaves((self.args, self.kwargs))
         boxed = [
             leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
         ]
@@ -86,7 +81,7 @@ class Call:
     @property
     def starts_kernel(self) -> bool:
         """Whether the device has anything to do."""
-        views = self.operator.is_view or self.operator.namespace == "prim" or self.name in _COMPUTE_NOTHING
+        views = self.operator.is_view or self.name in _COMPUTE_NOTHING
         return not views and not self.is_collective
 
     @property

@@ -50,7 +50,9 @@ class Watch(TorchDispatchMode):
         self._groups = groups
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        seen, call = self._seen, Call(operator, args, kwargs or {})
+        if operator.namespace == "prim":  # a question about a tensor
+            return operator(*args, **(kwargs or {}))
+        seen, call = self._seen, Call(operator, args, kwargs)
         if call.is_collective:
             group = call.group
             seen.exchange(call, group is not None and group.group_name in self._groups)

@@ -80,13 +80,15 @@ class Pretending(TorchDispatchMode):
         self._groups = groups
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = Call(operator, args, kwargs or {})
+        if operator.namespace == "prim":  # a question about a tensor
+            return operator(*args, **(kwargs or {}))
+        call = Call(operator, args, kwargs)
         if call.is_collective:
             group = call.group
             self._seen.exchange(call, group is not None and group.group_name in self._groups)
         else:
             self._look_at(call)
-        on_host = [tree_map(_on_host, part) for part in (args, dict(call.kwargs))]
+        on_host = [tree_map(_on_host, part) for part in (args, call.kwargs)]
         made = STAND_INS.get(operator, operator)(*on_host[0], **on_host[1])
         known = {id(_on_host(tensor)): tensor for tensor in call.tensors}
         device = call.kwargs.get("device")
