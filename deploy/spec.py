@@ -96,6 +96,11 @@ class Placement(_Section):
     )
     node_labels: dict[str, str] = Field({}, description="only nodes with these Ray labels")
     cpus_per_rank: float = Field(1.0, gt=0, description="CPU cores that each rank reserves")
+    network_interface: str | None = Field(
+        None,
+        min_length=1,
+        description="over which ranks talk to each other, such as eth0; absent: the one of the address that Ray uses",
+    )
     memory: int | None = Field(None, ge=1, description="bytes of main memory that each rank reserves; absent: none")
 
 

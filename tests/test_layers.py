@@ -18,7 +18,7 @@ ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
     "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
-    | {"huggingface_hub", "prometheus_client"},
+    | {"huggingface_hub", "prometheus_client", "psutil"},
     "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"},
 }
 """Packages of others, by layer; the standard library besides."""

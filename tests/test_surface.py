@@ -70,7 +70,7 @@ SPEC_KEYS = frozenset(
     models.autoscaling models.autoscaling.min_replicas models.autoscaling.max_replicas
     models.autoscaling.target_backlog_seconds models.autoscaling.upscale_delay_s
     models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s
-    models.attention_kernel models.vae_dtype
+    models.attention_kernel models.vae_dtype models.placement.network_interface
     models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
     models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
@@ -153,7 +153,7 @@ COMMANDS = {
     "models": {"server", "json"},
     "doctor": {"file", "set"},
     "schema": set(),
-    "verify": {"target", "config", "world"},
+    "verify": {"target", "config", "world", "device"},
     "generate": {
         "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale",
         "guidance_scale_2", "num_frames", "fps", "seed", "n", "lora", "server", "local", "model", "device", *DEGREES,

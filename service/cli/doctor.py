@@ -21,8 +21,10 @@ from deploy.memory import GIB, format_bytes
 from deploy.model_folder import cache_root, model_folder
 from deploy.safetensors_headers import verify_checksums, verify_weights
 from deploy.spec import DeploymentSpec
+from service.rollout.cluster_folder import place
 from service.rollout.environment import has_token
 from service.rollout.ports import bind_error
+from workers.gang.network import interfaces
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """The oldest NVIDIA driver that runs a CUDA release, by their major versions."""
@@ -86,16 +88,18 @@ class Machine:
         run: runs a command and returns what it prints; empty if it fails.
         disk: takes a folder and returns the size of its file system, with `total` and `free` in bytes.
         files: the limit of open files.
+        interfaces: the addresses of each network interface.
     """
 
     dev: Path = Path("/dev")
     shm: Path = Path("/dev/shm")
-    tmp: Path = Path("/tmp")
+    tmp: Path = field(default_factory=place)
     home: Path = field(default_factory=Path.home)
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     run: Callable[[list[str]], str] = _output
     disk: Callable[[Path], Any] = shutil.disk_usage
     files: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    interfaces: Callable[[], Mapping[str, list[str]]] = interfaces
 
 
 def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> list[Finding]:
@@ -115,6 +119,7 @@ def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> lis
         _open_files(machine),
         *(_keys(machine, spec) if spec else ()),
         *(_weights(spec) if spec else ()),
+        *(_interfaces(machine, spec) if spec else ()),
     ]
 
 
@@ -160,6 +165,17 @@ def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) ->
         yield Finding("nccl", "fail", "torch has no NCCL", "install torch's Linux build, which brings NCCL")
     else:
         yield Finding("nccl", "ok", torch["nccl"] or "none; ranks on CPUs use gloo")
+
+
+def _interfaces(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
+    """Are the network interfaces that the file names on this machine?"""
+    there = machine.interfaces()
+    usable = ", ".join(sorted(name for name, addresses in there.items() if addresses))
+    for name in sorted({each.placement.network_interface or "" for each in spec.models} - {""}):
+        addresses = there.get(name, [])
+        advice = "" if addresses else f"set placement.network_interface to one of {usable}"
+        found = f"{name} has {addresses[0]}" if addresses else f"{name} is not here, or has no address"
+        yield Finding("network", "fail" if advice else "ok", found, advice)
 
 
 def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:

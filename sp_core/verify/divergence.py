@@ -82,6 +82,7 @@ def _difference(share: torch.Tensor, whole: torch.Tensor, places: list[tuple[tor
         for dim in dims or range(share.ndim):
             for index, local in places:
                 if share.shape[dim] == local and whole.shape[dim] > int(index.max()):
+                    index = index.to(share.device)
                     real = index >= 0
                     mine = share.index_select(dim, real.nonzero().flatten())
                     found.append(error(mine, whole.index_select(dim, index[real])))

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks on this machine: real processes, started once, reused for many runs of different world sizes.
+"""A pool of ranks on this machine: real processes, started once, reused for many runs of different world sizes.
 
 `pool.run(degrees, fn, *args)` calls `fn(mesh, *args)` on `degrees.world_size` ranks at once and returns their results
 in rank order. `fn` must be a module-level function. Used by `sp_core.verify.verify`, by benchmarks and by the tests.
@@ -43,10 +43,16 @@ class RankFailed(RuntimeError):
 
 
 class RankPool:
-    """Up to `size` ranks, with one thread each; started on first use."""
+    """Up to `size` ranks, started on first use.
 
-    def __init__(self, size: int = 4) -> None:
+    Args:
+        size: the most ranks that a run may have.
+        device_type: `cpu`: ranks with one thread each, over gloo; `cuda`: one GPU each, over NCCL.
+    """
+
+    def __init__(self, size: int = 4, device_type: str = "cpu") -> None:
         self.size = size
+        self.device_type = device_type
         self._workers: list[tuple[Any, Connection]] = []
         self._store: Any = None
         self._runs = 0
@@ -95,7 +101,9 @@ class RankPool:
         context = mp.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self._store.port, theirs, self.device_type), daemon=True
+            )
             process.start()
             self._workers.append((process, ours))
 
@@ -107,8 +115,14 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
         return DIED
 
 
-def _serve(rank: int, port: int, connection: Connection) -> None:
-    torch.set_num_threads(1)
+def _serve(rank: int, port: int, connection: Connection, device_type: str) -> None:
+    device: torch.device | None = None
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # what is compared must be exact; matmul does without by default
+    else:
+        torch.set_num_threads(1)
     store = _store(port, is_master=False)
     while True:
         try:
@@ -117,17 +131,25 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
             return
         try:
             own = dist.PrefixStore(f"run {run}", store)  # type: ignore[attr-defined]
-            connection.send((True, _run(rank, degrees, own, fn, args)))
+            connection.send((True, _run(rank, degrees, own, device, fn, args)))
         except Exception as error:
             connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
 
-def _run(rank: int, degrees: ParallelDegrees, store: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(
+    rank: int,
+    degrees: ParallelDegrees,
+    store: Any,
+    device: torch.device | None,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> Any:
     timeout = timedelta(seconds=RENDEZVOUS_S)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=degrees.world_size, timeout=timeout)
+    backend, size = "nccl" if device else "gloo", degrees.world_size
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
     mesh: ParallelMesh | None = None
     try:
-        mesh = ParallelMesh.create(degrees, device_type="cpu", timeout_s=TIMEOUT_S)
+        mesh = ParallelMesh.create(degrees, device_type="cuda" if device else "cpu", timeout_s=TIMEOUT_S)
         mesh.agree(0)  # wait until all have met: a quick `fn` would hang up on ranks that are still connecting
         return fn(mesh, *args)
     finally:

@@ -82,13 +82,16 @@ class Unverifiable(ValueError):
     """The class cannot be found, built or called as described."""
 
 
-def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 3, 4)) -> Iterator[tuple[bool, str]]:
+def verify(
+    target: str, config: Path | None = None, worlds: Sequence[int] = (2, 3, 4), device_type: str = "cpu"
+) -> Iterator[tuple[bool, str]]:
     """Prove a class on all layouts of some world sizes.
 
     Args:
         target: `package.module:Class`.
         config: a JSON file with `init` and `inputs`, or a diffusers config (which is `init`).
         worlds: numbers of ranks.
+        device_type: `cpu`, or `cuda`, where each rank needs a GPU of its own.
 
     Yields:
         Lines of a report; True with those that are good news.
@@ -96,9 +99,11 @@ def verify(target: str, config: Path | None = None, worlds: Sequence[int] = (2, 
     Raises:
         Unverifiable: see there.
     """
+    if device_type == "cuda" and torch.cuda.device_count() < max(worlds):
+        raise Unverifiable(f"{max(worlds)} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
     arguments = (target, None if config is None else config.read_text())
     proofs = find_proofs(*arguments)
-    with closing_pool(max(worlds)) as pool:
+    with closing_pool(max(worlds), device_type) as pool:
         for name, proof in proofs.items():
             _run_alone(name, proof)
             yield True, f"{name}: {len(proof.inputs)} inputs"
@@ -113,9 +118,9 @@ def layouts(world: int) -> list[ParallelDegrees]:
 
 
 @contextmanager
-def closing_pool(size: int) -> Iterator[RankPool]:
+def closing_pool(size: int, device_type: str = "cpu") -> Iterator[RankPool]:
     """A pool of ranks that stops at the end of the block."""
-    pool = RankPool(size)
+    pool = RankPool(size, device_type)
     try:
         yield pool
     finally:
@@ -163,20 +168,30 @@ def compare(mesh: ParallelMesh, target: str, config: str | None, name: str) -> O
     """On one rank: every case of a proof, parallel and plain."""
     proof = find_proofs(target, config)[name]
     outcome = Outcome()
-    model = proof.build()
+    model = proof.build().to(mesh.device)
+    given = {case: _on(mesh.device, inputs) for case, inputs in proof.inputs.items()}
     with torch.no_grad():
-        plain = {case: tensors_of(model(**inputs)) for case, inputs in proof.inputs.items()}
+        plain = {case: tensors_of(model(**inputs)) for case, inputs in given.items()}
         handle = parallelize(model, mesh)
-        for case, inputs in proof.inputs.items():
+        for case, inputs in given.items():
             outcome.differences[case] = difference(tensors_of(model(**inputs)), plain[case])
         with attention_kept_local():
-            for case, inputs in proof.inputs.items():
+            for case, inputs in given.items():
                 outcome.controls[case] = difference(tensors_of(model(**inputs)), plain[case])
         handle.remove()
         wrong = [case for case, by in outcome.differences.items() if not by <= BAR]
-        for case in [case for case in proof.inputs if mesh.agree(int(case in wrong))[0]]:
-            outcome.diverged[case] = _first_divergence(model, mesh, proof.inputs[case])
+        for case in [case for case in given if mesh.agree(int(case in wrong))[0]]:
+            outcome.diverged[case] = _first_divergence(model, mesh, given[case])
     return outcome
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """The same inputs with their tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _on(device, each) for name, each in value.items()}
+    return type(value)(_on(device, each) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _first_divergence(model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str, Any]) -> str:

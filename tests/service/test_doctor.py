@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.memory import GIB
-from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec
+from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placement
 from service.cli import doctor
 from service.cli.doctor import Finding, Machine, diagnose
 from sp_core.degrees import ParallelDegrees
@@ -43,6 +43,17 @@ def a_machine(
 def found(machine: Machine, name: str, spec: DeploymentSpec | None = None) -> Finding:
     (finding,) = [finding for finding in diagnose(spec, machine) if finding.name == name]
     return finding
+
+
+def test_interfaces_that_the_file_names_are_looked_for(tmp_path: Path) -> None:
+    spec = served()
+    named = spec.models[0].model_copy(update={"placement": Placement(network_interface="eth1")})
+    spec = spec.model_copy(update={"models": (named,)})
+    there = {"eth0": ["10.0.0.1"], "eth1": [], "lo": ["127.0.0.1"]}
+    missing = found(a_machine(tmp_path, interfaces=lambda: there), "network", spec)
+    assert (missing.level, missing.advice) == ("fail", "set placement.network_interface to one of eth0, lo")
+    usable = found(a_machine(tmp_path, interfaces=lambda: there | {"eth1": ["10.0.1.1"]}), "network", spec)
+    assert (usable.level, usable.found) == ("ok", "eth1 has 10.0.1.1")
 
 
 def served(ranks: int = 2, device: str = "cuda", source: str = "/nowhere") -> DeploymentSpec:

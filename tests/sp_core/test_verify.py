@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from service.cli.main import main
 from sp_core.verify.verify import Unverifiable, find_proofs, verify
@@ -112,9 +113,18 @@ def test_what_cannot_be_verified(models: Path, capsys: pytest.CaptureFixture[str
     ):
         assert main(["verify", *arguments, "--world", "2"]) == 2
         assert says in capsys.readouterr().err
+    if torch.cuda.device_count() < 64:
+        assert main(["verify", "readme_models:Standard", "--world", "64", "--device", "cuda"]) == 2
+        assert "64 ranks need as many GPUs, this machine has" in capsys.readouterr().err
     for worlds in ("1", "2,x", ""):
         assert main(["verify", "readme_models:Standard", "--world", worlds]) == 2
         assert "expected comma-separated numbers of at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_classes_of_diffusers_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "diffusers:QwenImageTransformer2DModel", "--world", "2", "--device", "cuda"]) == 0
 
 
 def test_a_config_file_says_how_to_build_and_call(models: Path) -> None:

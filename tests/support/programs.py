@@ -12,4 +12,5 @@ def needs(program: str, why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"{program} is not installed: {why}")
 
 
+needs_iproute = needs("ip", "two nodes are two network namespaces of this machine, joined by a cable")
 needs_compiler = needs("g++", "torch.compile makes C++ on CPU")

@@ -21,8 +21,8 @@ weights, U trade heads and R form the ring:
   suffice, so that the last ranks of U may have fewer. No grouped queries.
 - Ulysses: three lanes (query, key, value) to where a head is, one lane back. Even: 4 (sHD/t) e (U-1) / (R U^2).
 - Ring: keys and values of every chunk but the next rank's. Even: 2 (sHD/t) e (R-1) / (R U).
-- A key mask (the caller's, or one that hides padding where it is not left out) travels with the tokens, in multiples of 8
-  elements a token, so that rows stay aligned: in Ulysses for the whole batch together, in the ring for each row of it.
+- A key mask (the caller's, or one that hides padding where it is not left out) travels with the tokens, in multiples of
+  8 elements a token, so that rows stay aligned: in Ulysses for the whole batch, in the ring for each row of it.
 - Tensor parallelism: one sum of (tokens of this rank) x HD for each row-wise layer that a stream passes, and one fp32
   number a token for each norm over the heads of all ranks. Even: 2 sums a stream are 4 sHD e (t-1)/t a block.
 - After the blocks the last stream's predicted tokens are gathered once, padded to the longest share; before that, their

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 
 from deploy.spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
+from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
@@ -112,6 +113,7 @@ def _receive(rank: int, connection: Connection) -> Report:
 
 def _serve_rank(index: int, model: ModelSpec, request: GenerationRequest, parent: Connection) -> None:
     try:
+        use_interface(None, LOOPBACK)
         rank = import_rank()(index, model, device_index=index)
         if index == 0:
             port = rank.open_rendezvous(LOOPBACK)

@@ -94,8 +94,6 @@ class Rank:
             RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
         self._use_device()
-        if host.startswith("127.") and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         limits = self.model.timeouts
         if self.rank != 0:
             startup = timedelta(seconds=limits.startup_s)

@@ -12,6 +12,7 @@ import ray
 from deploy.spec import LoRA, ModelSpec
 from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
+from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
@@ -31,6 +32,7 @@ class RankActor:
         self._exporter = Exporter(share_values())
         self._model, self._models_folder, self._replica = model, models_folder, replica
         self._place = own_place()
+        self._address = ""  # where other ranks reach this process; from `prepare` on
         self._number = -1  # until `take_number`
         self._made: Rank | None = None  # until `prepare`, which takes seconds; `status` answers before
 
@@ -49,7 +51,8 @@ class RankActor:
         """Fetch the model, import torch and make the `Rank`. The third call.
 
         Raises:
-            ValueError: the model's files cannot be had, or are damaged, or CUDA does not show the rank's GPU.
+            ValueError: the model's files cannot be had, or are damaged, or CUDA does not show the rank's GPU, or the
+                network interface is not there.
         """
         logging.basicConfig(format="%(name)s: %(message)s")
         if self._number == 0:  # all ranks would log the same: the kernel, and what the layout costs
@@ -57,6 +60,8 @@ class RankActor:
         folder = fetch(self._model, self._models_folder)  # the gang's own node has it; another node may not
         here = self._model.model_copy(update={"source": str(folder)})
         rank = import_rank()  # here: the gang imports this module, and must start without torch
+        node_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._address = use_interface(here.placement.network_interface, node_address)
         self._made = rank(self._number, here, self._place.cuda_index, self._place.node_id, self._replica)
 
     def _starting(self) -> RankStatus:
@@ -69,8 +74,7 @@ class RankActor:
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the address where the ranks of this gang meet, and return it."""
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return host, self._rank.open_rendezvous(host)
+        return self._address, self._rank.open_rendezvous(self._address)
 
     def join(self, host: str, port: int) -> RankStatus:
         """See `Rank.join`."""

@@ -1,7 +1,7 @@
 """`spray verify`: does a model class give the same answer on every layout?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ def verify(
     config: Annotated[
         Path | None, typer.Option(help='JSON: {"init": {...}, "inputs": {...}}, or a diffusers config.')
     ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the ranks run.")] = "cpu",
     world: Annotated[str, typer.Option(metavar="RANKS", help="Numbers of ranks, comma-separated.")] = "2,3,4",
 ) -> None:
     """Prove that a model class gives the same answer on every layout."""
@@ -25,7 +26,7 @@ def verify(
 
     try:
         good = True
-        for is_good, line in proof.verify(target, config, worlds):
+        for is_good, line in proof.verify(target, config, worlds, device):
             print(line if is_good else f"{line}  <--", flush=True)
             good = good and is_good
     except proof.Unverifiable as error:

@@ -1,0 +1,129 @@
+"""Ranks on two nodes meet over the interface that they are told, or the one that has their node's address.
+
+The two nodes are network namespaces of this machine, joined by a cable of their own.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.programs import needs_iproute
+from workers.gang import network
+from workers.gang.network import use_interface
+
+THERE = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.5", "fd00::5"], "eth1": []}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "interfaces", lambda: THERE)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("environment")
+def test_the_interface_of_the_nodes_address_is_gloos() -> None:
+    assert use_interface(None, "10.0.0.5") == "10.0.0.5"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_named_interface_is_that_of_both_and_of_the_rendezvous() -> None:
+    assert use_interface("eth0", "127.0.0.1") == "10.0.0.5"
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth0", "=eth0")
+
+
+@pytest.mark.usefixtures("environment")
+def test_the_operators_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    use_interface("eth0", "127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("name", "said"), [("eth7", "is not on this machine"), ("eth1", "has no address")])
+def test_an_interface_that_cannot_be_used_is_refused(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"network_interface: {name} {said}; choose from eth0, lo"):
+        use_interface(name, "10.0.0.5")
+
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+RANK = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from workers.gang.network import use_interface
+
+rank, interface, node_address, tells = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "tells"
+wait = 60 if tells else 12
+if tells:
+    use_interface(interface or None, node_address)
+store = dist.TCPStore("10.77.0.1", 29500, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=wait))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=wait))
+total = torch.tensor([float(rank + 1)])
+dist.all_reduce(total)
+print("total", total.item())
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[str]]:
+    """The commands that run something on either node."""
+    if os.geteuid() and "CI" not in os.environ:
+        pytest.skip("only root may make network namespaces")
+    holders = [subprocess.Popen(["unshare", "--net", "sleep", "600"]) for _ in ADDRESSES]
+    try:
+        own = Path("/proc/self/ns/net").readlink()
+        while any(Path(f"/proc/{holder.pid}/ns/net").readlink() == own for holder in holders):
+            assert all(holder.poll() is None for holder in holders), "unshare --net is not allowed here"
+            time.sleep(0.01)
+        enter = [f"nsenter --target {holder.pid} --net" for holder in holders]
+        cable = f"ip link add cable type veth peer name cable netns {holders[1].pid}"
+        subprocess.run(f"{enter[0]} {cable}".split(), check=True)
+        for command, address in zip(enter, ADDRESSES, strict=True):
+            subprocess.run(f"{command} ip address add {address}/24 dev cable".split(), check=True)
+            subprocess.run(f"{command} ip link set cable up".split(), check=True)
+            subprocess.run(f"{command} ip link set lo up".split(), check=True)
+        yield enter
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+
+def ranks_meet(nodes: list[str], *, interface: str, tells: bool) -> list[str]:
+    """The last line that each of two ranks prints."""
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
+    ranks = [
+        subprocess.Popen(
+            [*node.split(), sys.executable, "-c", RANK, str(i), interface, ADDRESSES[i], "tells" if tells else ""],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=variables,
+        )
+        for i, node in enumerate(nodes)
+    ]
+    return [(rank.communicate(timeout=120)[0].strip().splitlines() or [""])[-1] for rank in ranks]
+
+
+@needs_iproute
+@pytest.mark.processes
+@pytest.mark.parametrize("interface", ["", "cable"])
+def test_ranks_on_two_nodes_meet(nodes: list[str], interface: str) -> None:
+    assert ranks_meet(nodes, interface=interface, tells=True) == ["total 3.0"] * 2
+
+
+@needs_iproute
+@pytest.mark.processes
+def test_left_alone_they_do_not_meet(nodes: list[str]) -> None:
+    assert "total 3.0" not in ranks_meet(nodes, interface="", tells=False)
