@@ -1,10 +1,10 @@
 """What a layer costs on a GPU besides arithmetic, for all families and layouts, counted on fake CUDA tensors.
 
-    python -m tests.benchmarks.fake_cuda [--families wan,flux] [--layouts u2,r2]
+    python -m tests.benchmarks.fake_cuda [--families "wan;flux"] [--layouts u2,r2]
 
-Needs no GPU, and takes no memory: full-width transformers, of which only shapes exist. Prints a table in Markdown. Per
-layer is the difference between a model with two layers of each kind and one with one: a family with two kinds of blocks
-has one of each in it, and so has Wan VACE's control. Of the first rank, which never has less to do than others.
+Needs no GPU, and takes no memory: full-width transformers, of which only shapes exist. Prints two tables in Markdown.
+A layer is the difference between a model with two layers of each kind and one with one: where a family has two kinds of
+blocks, it is one of each. Of the first rank, which never has less to do than others.
 
     kernels         operators that start one: without compilation, each is a launch by the host
     elementwise     what they read and write, matrix products and attention left out: the time of a layer that

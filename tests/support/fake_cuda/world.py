@@ -1,5 +1,6 @@
 """One rank of a world of any size, in one process: its collectives return at once and exchange nothing."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,10 +26,12 @@ def one_rank(degrees: ParallelDegrees, rank: int) -> Iterator[ParallelMesh]:
     What hosts exchange is not faked: every rank answers as this one does. Lengths must therefore divide evenly.
     """
     assert not dist.is_initialized()
+    excepthook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world_size)
     new_group = dist.new_group
     with ExitStack() as patched:
         patched.callback(dist.destroy_process_group)
+        patched.callback(setattr, sys, "excepthook", excepthook)  # it has been wrapped, and would be again each time
         patched.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
         fake_group = mock.patch.object(dist, "new_group", lambda ranks=None, **_: new_group(ranks, backend="fake"))
         with fake_group:
