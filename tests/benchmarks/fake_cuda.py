@@ -33,9 +33,8 @@ from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
 from tests.support.fake_cuda.families import FULL_WIDTH
 from tests.support.fake_cuda.forward import Watched, watch_forward
-from tests.support.fake_cuda.request import draw_on_pretended_cuda
-from workers.demo_models.writer import FAMILIES, write_demo_model
-from workers.messages import GenerationRequest
+from tests.support.fake_cuda.request import REQUESTS, draw_on_pretended_cuda
+from workers.demo_models.writer import write_demo_model
 
 LAYOUTS = {
     "1": ParallelDegrees(),
@@ -48,13 +47,13 @@ LAYOUTS = {
     "u4r2": ParallelDegrees(ulysses_degree=4, ring_degree=2),
 }
 
-STEPS = 4
-
 
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=";".join(FULL_WIDTH), help="names, separated by semicolons")
+    parser.add_argument(
+        "--families", default=";".join(FULL_WIDTH), help="names, separated by semicolons; empty: only the waits"
+    )
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     chosen = parser.parse_args()
     diffusers.logging.set_verbosity_error()
@@ -62,7 +61,7 @@ def main() -> None:
         "| family | layout | kernels a layer | elementwise MB a layer | sent MB a layer | attention a layer | waits |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name in chosen.families.split(";"):
+    for name in filter(None, chosen.families.split(";")):
         for layout in chosen.layouts.split(","):
             print(f"| {name} | {layout} | {' | '.join(of_a_layer(name, LAYOUTS[layout]))} |", flush=True)
     print()
@@ -96,19 +95,16 @@ def print_waits() -> None:
     """Of a step of a whole request, and where."""
     print("| family | waits before the loop | a step | after it | where in a step |")
     print("|---|---|---|---|---|")
-    request = GenerationRequest(
-        "a", "demo", "a cup of coffee", width=96, height=64, num_inference_steps=STEPS, seed=3, guidance_scale=4.0
-    )
     pool, degrees = RankPool(2), ParallelDegrees(ulysses_degree=2)
     with tempfile.TemporaryDirectory() as folder:
-        for family in FAMILIES:
+        for family, request in REQUESTS.items():
             write_demo_model(Path(folder) / family, family)
             spec = model(Path(folder) / family, ulysses_degree=2)
             _, seen = pool.run(degrees, draw_on_pretended_cuda, spec, request)[0]
             phases: Counter[str] = Counter()
             for (phase, _), count in seen.waits.items():
                 phases[phase] += count
-            steps = {line: count / (STEPS - 1) for line, count in seen.waits_in("step").items()}
+            steps = {line: count / (request.num_inference_steps - 1) for line, count in seen.waits_in("step").items()}
             before = sum(phases[phase] for phase in ("encode", "share_encoded", "prepare"))
             where = "; ".join(f"{count:.3g} x {line}" for line, count in steps.items())
             print(f"| {family} | {before} | {sum(steps.values()):.3g} | {phases['finish']} | {where} |", flush=True)

@@ -22,7 +22,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
 from tests.support.fake_cuda.guard import needs_guard
-from tests.support.fake_cuda.request import Pictures, draw, draw_on_pretended_cuda
+from tests.support.fake_cuda.request import REQUESTS, Pictures, draw, draw_on_pretended_cuda
 from tests.support.fake_cuda.seen import Seen
 from workers.messages import GenerationRequest
 
@@ -37,18 +37,6 @@ LAYOUTS = {
     "c2": ParallelDegrees(cfg_parallel_size=2),
 }
 """Ulysses, ring, tensor, guidance."""
-
-PICTURE = GenerationRequest(
-    "a", "demo", "a cup of coffee", width=96, height=64, num_inference_steps=3, seed=3, guidance_scale=4.0
-)
-GUIDED = replace(PICTURE, negative_prompt="blurry")
-
-REQUESTS = {
-    "qwen-image": GUIDED,
-    "z-image": PICTURE,
-    "wan": replace(GUIDED, num_frames=5, output_format="mp4"),
-    "flux": PICTURE,
-}
 
 COPIED = "copies from cpu to cuda"
 FETCHED = "copies from cuda to cpu"

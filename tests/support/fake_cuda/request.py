@@ -4,6 +4,8 @@ The ranks are real processes and their exchanges are real, over gloo. Groups tha
 hosts, and what is handed to each is checked.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +24,19 @@ from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
 Pictures = list[np.ndarray[Any, Any]]
+
+_PICTURE = GenerationRequest(
+    "a", "demo", "a cup of coffee", width=96, height=64, num_inference_steps=3, seed=3, guidance_scale=4.0
+)
+_GUIDED = replace(_PICTURE, negative_prompt="blurry")
+
+REQUESTS: Mapping[str, GenerationRequest] = {
+    "qwen-image": _GUIDED,
+    "z-image": _PICTURE,
+    "wan": replace(_GUIDED, num_frames=5, output_format="mp4"),
+    "flux": _PICTURE,
+}
+"""For the demo model of each family, with guidance of two branches where it has that."""
 
 
 def draw(mesh: ParallelMesh, spec: ModelSpec, request: GenerationRequest) -> Pictures:
