@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.support.fake_cuda.attention import STAND_INS, AttendsAsOnCuda
 from tests.support.fake_cuda.calls import Call
+from tests.support.fake_cuda.guard import register_guard
 from tests.support.fake_cuda.seen import Seen
 
 CUDA = torch.device("cuda", 0)
@@ -142,6 +143,7 @@ def pretended(seen: Seen, groups: set[str]) -> Iterator[None]:
         seen: where to note.
         groups: the names of the process groups that would be NCCL's; the others are of hosts.
     """
+    register_guard()
     patches: list[AbstractContextManager[object]] = [
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),

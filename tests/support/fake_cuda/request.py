@@ -15,7 +15,6 @@ from torch import nn
 from deploy.spec import ModelSpec
 from sp_core import mesh as mesh_module
 from sp_core.mesh import ParallelMesh
-from tests.support.fake_cuda.guard import register_guard
 from tests.support.fake_cuda.pretend import CUDA, move, pretended
 from tests.support.fake_cuda.seen import Seen
 from tests.support.fake_cuda.world import device_groups, kernel_chosen
@@ -51,7 +50,6 @@ def draw_on_pretended_cuda(
 
     Loading is not part of it: the model is loaded on the CPU and moved.
     """
-    register_guard()
     with mock.patch.object(mesh_module.dist, "get_backend", lambda _: "nccl"):  # hosts then have groups of their own
         mesh = ParallelMesh.create(mesh.degrees, device_type="cpu", timeout_s=240)
     loaded, seen = load_model(spec, mesh), Seen() if seen is None else seen
