@@ -14,6 +14,9 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     region.py         what is split in a running forward: SequenceContext, RunningForward, Region
     sp_sharding.py    sp_shard / sp_gather, for models that shard themselves; the operators that torch.compile sees
     token_layout.py   how token streams lie on the ranks: arithmetic on lengths
+    replacements.py   parts that are exchanged for something faster, as the family's file declares
+    real_rotation.py  one of them: rotations without complex numbers in compiled blocks
+    shared_modulation.py  another: modulation computed once a step
     attention/        attention across ranks, and how a model's attention gets there
     tensor_parallel.py  the tensor plan at work: parts of layers, summed over the ranks
     lora.py           LoRA adapters beside the linear layers, shared like them, switched without merging

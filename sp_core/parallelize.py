@@ -1,4 +1,4 @@
-"""Makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, attention.
+"""Makes a model run on all ranks of a mesh, in order: check, weights, hooks of the plan, replacements, attention.
 
     mesh = ParallelMesh.create(ParallelDegrees(ulysses_degree=2), device_type="cpu", timeout_s=60)
     handle = parallelize(model, mesh)
@@ -27,6 +27,7 @@ from sp_core.kernel_choice import settle_kernel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.models.lookup import families, find_family
+from sp_core.replacements import apply_replacements
 from sp_core.sp_plan import (
     SequenceParallelModelPlan,
     SequenceParallelOutput,
@@ -81,8 +82,10 @@ def parallelize(
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
         irreversible = "a tensor-parallel model holds only a part of its weights; load it again to have it whole"
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
+    replacing = family if given is None else None  # a family's file knows what is where in its own plan only
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        return Handle([forget_kernel], irreversible=irreversible)
+        restore = apply_replacements(model, replacing, config)
+        return Handle([forget_kernel, *restore], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
         raise ValueError(
@@ -91,9 +94,11 @@ def parallelize(
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
     hooks = install_hooks(model, found, context)
+    restore = apply_replacements(model, replacing, config)
     release = bind_attention(model, attention, context)
     _parallelized.add(model)
-    return Handle([forget_kernel, lambda: _parallelized.discard(model), hooks.remove, release], context, irreversible)
+    undo = [forget_kernel, lambda: _parallelized.discard(model), hooks.remove, *restore, release]
+    return Handle(undo, context, irreversible)
 
 
 def _class_names(model: nn.Module) -> list[str]:

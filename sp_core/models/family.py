@@ -80,6 +80,42 @@ class Example:
 
 
 @dataclass(frozen=True)
+class RealRotation:
+    """Processors rotate queries and keys by complex numbers; in compiled blocks they shall do it by real ones.
+
+    Applied by `sp_core.real_rotation`.
+
+    Attributes:
+        source: what makes the rotations: a module of the model, or another attribute that it calls.
+        parameter: of the processors' call, that takes them: one tensor, or a tuple of several.
+        processor: class name of diffusers' processors that take them. All attention of the model has it.
+        norms: names of the norms of the attention right after which it rotates, each with which rotation it takes.
+    """
+
+    source: str
+    parameter: str
+    processor: str
+    norms: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class SharedModulation:
+    """Layers that see nothing but the embedding of the timestep: the forwards of one step may share what they return.
+
+    Applied by `sp_core.shared_modulation`.
+
+    Attributes:
+        source: the module of the model that embeds the timestep, once a forward.
+        layers: patterns of the layers that take the embedding; each is an `nn.Sequential`.
+        unless: keys of the model's config; where one is true, something else decides about modulation as well.
+    """
+
+    source: str
+    layers: tuple[str, ...]
+    unless: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """How one family of transformers is parallelized.
 
@@ -96,6 +132,7 @@ class ModelFamily:
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
         refused_processors: class names of processors that would be silently wrong, with the reason.
+        replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
         refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
         examples: what the family is proved with, by the name of the variant.
     """
@@ -107,6 +144,7 @@ class ModelFamily:
     own_stream: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
+    replacements: tuple[RealRotation | SharedModulation, ...] = ()
     refused: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Callable
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Rowwise
 
@@ -81,6 +81,19 @@ QWEN_IMAGE = ModelFamily(
         "transformer_blocks.*.*_mlp.net.0.proj": Colwise(),
         "transformer_blocks.*.*_mlp.net.2": Rowwise(),
     },
+    replacements=(
+        RealRotation(
+            "pos_embed",
+            "image_rotary_emb",
+            "QwenDoubleStreamAttnProcessor2_0",
+            norms=(("norm_q", 0), ("norm_k", 0), ("norm_added_q", 1), ("norm_added_k", 1)),
+        ),
+        SharedModulation(
+            "time_text_embed",
+            ("transformer_blocks.*.img_mod", "transformer_blocks.*.txt_mod"),
+            unless=("zero_cond_t", "use_additional_t_cond"),  # two timesteps; what kind of layer a picture is
+        ),
+    ),
     examples={
         "qwen-image": _example(_inputs),
         "qwen-image edit": _example(_edit_inputs, zero_cond_t=True),

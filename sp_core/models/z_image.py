@@ -11,7 +11,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Heads, Rowwise
 
@@ -20,7 +20,7 @@ def _stack(name: str) -> SequenceParallelModelPlan:
     return {
         f"{name}.0": {"x": SequenceParallelInput(split_dim=1, expected_dims=3)},
         f"{name}.*": {
-            "freqs_cis": SequenceParallelInput(split_dim=1, expected_dims=3),
+            "freqs_cis": SequenceParallelInput(split_dim=1),  # complex (B, S, D), or real pairs (B, S, D, 2)
             "attn_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
             "noise_mask": SequenceParallelInput(split_dim=1, expected_dims=2),
         },
@@ -53,6 +53,10 @@ Z_IMAGE = ModelFamily(
         "*.feed_forward.w[13]": Colwise(),
         "*.feed_forward.w2": Rowwise(),
     },
+    replacements=(
+        RealRotation("rope_embedder", "freqs_cis", "ZSingleStreamAttnProcessor", norms=(("norm_q", 0), ("norm_k", 0))),
+        SharedModulation("t_embedder", ("*.adaLN_modulation",)),
+    ),
     examples={
         "z-image": Example(
             "ZImageTransformer2DModel",

@@ -46,7 +46,8 @@ class Recording:
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             for tensor in tensors_of(output):
-                self.outputs.append((name, tensor.detach().clone()))
+                real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # as replaced rotations are
+                self.outputs.append((name, real.detach().clone()))
                 self._places.append(_places())
 
         return record

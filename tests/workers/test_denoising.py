@@ -14,6 +14,7 @@ from deploy.spec import LoRA
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.shared_modulation import SharedSequential
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
@@ -94,6 +95,19 @@ def test_one_rank_is_the_classic_pipeline(demo_model: Path, name: str) -> None:
     assert len(pictures) == len(expected) == request.n
     for picture, reference in zip(pictures, expected, strict=True):
         assert np.abs(picture - np.asarray(reference, dtype=np.int16)).max() <= 1
+
+
+def test_the_forwards_of_a_guided_step_share_their_modulation(demo_model: Path) -> None:
+    loaded = load_model(model(demo_model), ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60))
+    calls: list[torch.Tensor] = []
+    layers = [each for each in loaded.pipeline.transformer.modules() if isinstance(each, SharedSequential)]
+    for layer in layers:
+        layer[-1].register_forward_hook(lambda _layer, _args, output: calls.append(output))
+    denoising = begun(loaded, REQUESTS["uneven, guided"])
+    denoising.step()
+    denoising.step()
+    assert len(calls) == 2 * len(layers) > 0  # two steps; two forwards in each
+    assert not torch.equal(calls[0], calls[len(layers)])
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

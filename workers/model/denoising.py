@@ -21,6 +21,7 @@ from diffusers.modular_pipelines import BlockState, LoopSequentialPipelineBlocks
 
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
+from sp_core.shared_modulation import same_timestep
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
@@ -169,7 +170,8 @@ class Denoising:
         """Do one denoising step. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
         i, before = self._steps_done, self._loop_state
-        _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
+        with same_timestep():
+            _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
         if self.latents.is_cuda:
             torch.cuda.synchronize()  # kernels are queued: without this, the step's time and errors show up later
