@@ -42,7 +42,8 @@ bench: $(READY)
 	  && $(BIN)/python -m tests.benchmarks.load_memory && $(BIN)/python -m tests.benchmarks.encoder_memory \
 	  && $(BIN)/python -m tests.benchmarks.activation_memory && $(BIN)/python -m tests.benchmarks.layouts \
 	  && $(BIN)/python -m tests.benchmarks.fleet_sim && $(BIN)/python -m tests.benchmarks.gateway_overhead \
-	  && $(BIN)/python -m tests.benchmarks.autoscale && $(BIN)/python -m tests.benchmarks.replacements
+	  && $(BIN)/python -m tests.benchmarks.autoscale && $(BIN)/python -m tests.benchmarks.replacements \
+	  && $(BIN)/python -m tests.benchmarks.fake_cuda
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
