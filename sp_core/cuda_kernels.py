@@ -19,6 +19,9 @@ _logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
+HEAD_SIZES = 8
+"""Head sizes are multiples of this, or padded to one."""
+
 WithLse = tuple[torch.Tensor, torch.Tensor]
 """An output `(B, S, H, D)` and its log-sum-exp `(B, S, H)`."""
 

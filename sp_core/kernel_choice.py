@@ -40,6 +40,7 @@ def settle_kernel(
         raise ValueError(f"attention_kernel {pinned!r} cannot be used{where}; choose from {', '.join(candidates)}")
     if mesh.device.type == "cpu" or dtype not in cuda_kernels.HALF or head_size is None:
         return lambda: None
+    head_size += -head_size % cuda_kernels.HEAD_SIZES
     name = pinned
     if name is None and mesh.axis("gang").rank == 0:
         name = cuda_kernels.fastest(mesh.device, dtype, head_size, candidates)

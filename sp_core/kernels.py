@@ -11,10 +11,10 @@ else the kernel that `sp_core.cuda_kernels` says.
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sp_core import torch_private
-from sp_core.cuda_kernels import HALF, WithLse, choose
+from sp_core.cuda_kernels import HALF, HEAD_SIZES, WithLse, choose
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ def attention(
         mask: additive, broadcastable to `(B, H, S, K)`.
         scale: of the scores; None is 1/sqrt(D).
     """
+    size = query.shape[3]
+    if _must_pad(query):
+        return attention(_padded(query), _padded(key), _padded(value), mask, scale or size**-0.5)[..., :size]
     key, value = _for_all_heads(query, key, value)
     if mask is None and _has_choice(query) and not torch.compiler.is_compiling():
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)[0]
@@ -106,6 +109,11 @@ def attention_with_lse(
         The output `(B, S, H, D)`, and the log of the softmax's denominator `(B, S, H)` in fp32. Rows without a visible
         key have output 0 and log -inf; the kernels themselves return NaN or 0 there, which would poison a merge.
     """
+    size = query.shape[3]
+    if _must_pad(query):
+        scale = scale or size**-0.5
+        output, lse = attention_with_lse(_padded(query), _padded(key), _padded(value), mask, scale)
+        return output[..., :size], lse
     key, value = _for_all_heads(query, key, value)
     if mask is None and _has_choice(query):
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)
@@ -143,6 +151,16 @@ def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tens
     base = torch.maximum(one.base, other.base)
     floor = base.masked_fill(torch.isneginf(base), 0)
     return one.lse + (one.base - floor), other.lse + (other.base - floor), base
+
+
+def _must_pad(query: torch.Tensor) -> bool:
+    """CUDA's kernels read rows of whole vectors."""
+    return query.device.type == "cuda" and query.shape[3] % HEAD_SIZES != 0
+
+
+def _padded(tensor: torch.Tensor) -> torch.Tensor:
+    """`(B, S, H, D)` with zeros at the end of each head, which change no score."""
+    return pad(tensor, (0, -tensor.shape[3] % HEAD_SIZES))
 
 
 def _for_all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,6 +80,20 @@ def test_a_nan_is_not_hidden() -> None:
     assert expected[0, :3].isfinite().all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_are_padded_give_the_same(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, whose kernels take only heads of a multiple of 8."""
+    query, key, value = (torch.cat((tokens(count, count), tokens(count, 5)[..., :4]), -1) for count in (5, 9, 9))
+    mask = torch.randn(2, 1, 5, 9, generator=torch.Generator().manual_seed(1)) if masked else None
+    plain, lse = kernels.attention(query, key, value, mask), kernels.attention_with_lse(query, key, value, mask)[1]
+    monkeypatch.setattr(kernels, "_must_pad", lambda query: query.shape[3] % 8 != 0)
+    assert (kernels.attention(query, key, value, mask) - plain).abs().max() <= BAR
+    output, padded_lse = kernels.attention_with_lse(query, key, value, mask)
+    assert output.shape == query.shape
+    assert (output - plain).abs().max() <= BAR
+    assert (padded_lse - lse).abs().max() <= BAR
+
+
 def test_fewer_key_heads_and_masks_of_models() -> None:
     query, key, value = tokens(5, 0), tokens(9, 1)[:, :, :1], tokens(9, 2)[:, :, :1]
     mask = torch.arange(9).expand(2, 9) < 6

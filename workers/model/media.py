@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import av
 from PIL import Image
 
 from workers.messages import GenerationRequest
@@ -26,6 +25,8 @@ def _picture(picture: Image.Image, output_format: str, compression: int) -> byte
 
 def _video(frames: Sequence[Image.Image], fps: int) -> bytes:
     """H.264 in MP4."""
+    import av  # here: whoever draws only pictures does without
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "18"})
