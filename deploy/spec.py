@@ -156,7 +156,7 @@ class ModelSpec(_Section):
     )
     parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: ranks per axis")
     vae_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="of the VAE; absent: float32 where the model's authors decode in it (Wan), else dtype"
+        None, description="of the VAE; absent: float32 if the family's authors decode in it, else dtype"
     )
     attention_kernel: Literal["torch-flash", "torch-cudnn", "flash-attn-2", "flash-attn-3"] | None = Field(
         None, description="of attention without a mask on cuda; absent: the fastest on the first rank, when it starts"

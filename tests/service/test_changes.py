@@ -54,6 +54,8 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "digest": ("0" * 64, "upgrade", f"digest None -> {'0' * 64}"),
     "device": ("cpu", "upgrade", "device cuda -> cpu"),
     "dtype": ("float16", "upgrade", "dtype None -> float16"),
+    "vae_dtype": ("float32", "upgrade", "vae_dtype None -> float32"),
+    "attention_kernel": ("torch-cudnn", "upgrade", "attention_kernel None -> torch-cudnn"),
     "parallel": (ParallelDegrees(ulysses_degree=2), "upgrade", "parallel.ulysses_degree 1 -> 2"),
     "compile": (True, "upgrade", "compile False -> True"),
     "warmup_shapes": ((WarmupShape(width=64, height=64),), "upgrade", "warmup_shapes"),

@@ -35,7 +35,7 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
 ) -> None:
     gang = Gang({})
     assert gang._progress() == ("starting", 0)
-    gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1])])  # type: ignore[assignment]
+    gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")])  # type: ignore[assignment]
     gang._running = running
     assert gang._progress() == now
 
@@ -56,7 +56,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         gang._setup = Setup(spec, adapters, FAMILY, None, context, {}, metrics)
         adapters.want((INK,))
         ranks = SimpleNamespace(
-            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7)], startup_s=1.0, set_loras=refuse
+            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7, kernel="fast")], startup_s=1.0, set_loras=refuse
         )
         gang._ranks = ranks  # type: ignore[assignment]
 
@@ -91,7 +91,7 @@ class FakeRanks:
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
-        self.statuses = [SimpleNamespace(phase="idle", step=0, pid=7)]
+        self.statuses = [SimpleNamespace(phase="idle", step=0, pid=7, kernel="")]
         self.finish = asyncio.Event()
 
     async def run(self, request: GenerationRequest) -> Any:
