@@ -51,6 +51,9 @@ ENDS = ("raylet", "gcs", "serve")
 """The processes whose end is the end of `spray serve`: their rows wait for that first, for `END_S` seconds."""
 END_S = 20.0
 
+UNNOTICED = ("controller", "raylet", "gcs")
+"""Those that nobody replaces while they are only stopped; requests go on without them."""
+
 SIGNALS = ("SIGKILL", "SIGSTOP")
 OF_SERVE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
 EVERY = (*OF_SERVE, "SIGSTOP")
@@ -166,9 +169,9 @@ class Serving:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
-    def wait_gone(self, pid: int) -> bool:
-        """Wait for the end of a process; False if it is still there ten seconds later."""
-        deadline = time.monotonic() + 10
+    def wait_gone(self, pid: int, seconds: float) -> bool:
+        """Wait for the end of a process; False if it is still there so many seconds later."""
+        deadline = time.monotonic() + seconds
         while (there := pid in self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return not there
@@ -265,7 +268,8 @@ def watch(serving: Serving, cell: Cell, pid: int, began: float, asked: Future[st
     if serving.ended:
         cell.exit = f"{serving.process.returncode} after {time.monotonic() - began:.1f} s"
         cell.left = serving.left()
-    cell.gone = "yes" if serving.wait_gone(pid) else "no"
+    unnoticed = cell.signal == "SIGSTOP" and cell.process in UNNOTICED
+    cell.gone = "yes" if serving.wait_gone(pid, 1 if unnoticed else 10) else "no"
 
 
 def measure(serving: Serving, cell: Cell) -> None:
