@@ -177,8 +177,8 @@ class Serving:
         return not there
 
     def left(self) -> str:
-        """What is there twenty seconds after the end of the command: Ray's agents miss their raylet only then."""
-        deadline = time.monotonic() + 20
+        """What is there ten seconds after the end of the command; Ray's agents may miss their raylet only later."""
+        deadline = time.monotonic() + 10
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         folders = [folder for folder in self._folders if Path(folder).exists()]
