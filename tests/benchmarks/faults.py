@@ -58,7 +58,7 @@ SIGNALS = ("SIGKILL", "SIGSTOP")
 OF_SERVE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
 EVERY = (*OF_SERVE, "SIGSTOP")
 PHASES = ("load", "warm-up", "encode", "denoise", "decode", "idle")
-STARTING = {"load": re.compile(r"demo: [1-9]\d*% loaded"), "warm-up": re.compile(r"demo: 100% loaded")}
+STARTING = {"load": re.compile(r"demo: 0 % loaded"), "warm-up": re.compile(r"demo: [1-9]\d* % loaded")}
 
 HEAD = """\
 | process | signal | phase | the caller saw | served again | process gone | `spray serve` exited | left |
@@ -133,9 +133,10 @@ class Serving:
         return self.process.poll() is not None
 
     def wait_said(self, pattern: str) -> bool:
-        """Wait for a line of output; False if the command ended first."""
+        """Wait for a line of output; False if the command ended first, or said nothing of it for `PATIENCE_S`."""
+        deadline = time.monotonic() + PATIENCE_S
         while not any(re.search(pattern, line) for line in list(self._lines)):
-            if self.ended:
+            if self.ended or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True
