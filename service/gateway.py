@@ -36,6 +36,7 @@ from workers.errors import (
     GangLost,
     ModelNotFound,
     ModelUnavailable,
+    OutOfMemory,
     QueueFull,
     ShuttingDown,
     SprayError,
@@ -214,8 +215,10 @@ class Gateway:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
             except (RayActorError, RayTaskError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
+                if isinstance(cause, OutOfMemory) and not cause.agreed:
+                    await self._quarantine.count(known_as)  # it has cost a gang, and would cost the next one
                 if not isinstance(cause, GangLost | RayActorError):
-                    raise cause from None  # the gang is sound: another would fail the same way
+                    raise cause from None  # another gang would fail the same way
                 await self._lost(request, known_as, cause, begun)
             finally:
                 waiting.leave(request.request_id)

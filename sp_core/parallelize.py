@@ -75,8 +75,6 @@ def parallelize(
     config = _config(model)
     check_layout(mesh.degrees, num_heads(config))
     family = find_family(_class_names(model))
-    forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
-    _report(model, mesh, config)
     irreversible = ""
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))
@@ -84,6 +82,8 @@ def parallelize(
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     replacing = family if given is None else None  # a family's file knows what is where in its own plan only
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
+        forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
+        _report(model, mesh, config)
         restore = apply_replacements(model, replacing, config)
         return Handle([forget_kernel, *restore], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
@@ -91,6 +91,8 @@ def parallelize(
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
+    forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
+    _report(model, mesh, config)
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
     hooks = install_hooks(model, found, context)

@@ -1,11 +1,13 @@
 """What `spray serve` notices of the core of its cluster, without a cluster."""
 
+import inspect
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 from ray._private import worker
+from ray._private.node import Node
 
 from service.rollout import core_watch, serve_client
 from service.rollout.core_watch import CoreWatch, within
@@ -18,6 +20,25 @@ def test_a_dead_process_of_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert CoreWatch().failure() == "Ray has ended: raylet died"
     monkeypatch.setattr(worker, "_global_node", None)
     assert CoreWatch().failure() == ""
+
+
+def test_a_core_that_hangs_is_killed_so_that_the_end_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = threading.Event()
+    node = SimpleNamespace(kill_all_processes=lambda check_alive, allow_graceful: killed.set())
+    monkeypatch.setattr(worker, "_global_node", node)
+    monkeypatch.setattr(serve_client, "ENDS_WITHIN_S", 0.05)
+    monkeypatch.setattr(serve_client.ray, "shutdown", lambda: killed.wait(10))
+    serve_client.disconnect()
+    assert killed.is_set()
+    killed.clear()
+    monkeypatch.setattr(serve_client.ray, "shutdown", lambda: None)
+    serve_client.disconnect()
+    assert not killed.wait(0.2)  # a sound one is not
+
+
+def test_how_a_core_is_killed_is_as_ray_has_it() -> None:
+    parameters = inspect.signature(Node.kill_all_processes).parameters
+    assert {"check_alive", "allow_graceful"} <= set(parameters)
 
 
 @pytest.mark.parametrize("hangs", [True, False])

@@ -27,6 +27,7 @@ from workers.errors import (
     GangLost,
     ModelNotFound,
     ModelUnavailable,
+    OutOfMemory,
     QueueFull,
     RequestFailed,
     RequestQuarantined,
@@ -278,6 +279,23 @@ def test_a_request_costs_at_most_two_gangs_however_often_it_is_asked(
         now = time.time()
         monkeypatch.setattr(quarantine, "time", SimpleNamespace(time=lambda: now + quarantine.KEPT_S))
         assert await ask(opened, drawn) == [RESULT]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_too_large_a_request_goes_to_no_other_gang_and_costs_two_at_most(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, agreed: bool
+) -> None:
+    sent = serving(opened, monkeypatch, *[[Begun(), OutOfMemory("too large", agreed)]] * 3)
+
+    async def story() -> None:
+        for count in (1, 2):
+            with pytest.raises(OutOfMemory, match="too large"):
+                await ask(opened, REQUEST)
+            assert len(sent) == count
+        with pytest.raises(OutOfMemory if agreed else RequestQuarantined):  # agreed: it has cost nothing
+            await ask(opened, REQUEST)
 
     asyncio.run(story())
 

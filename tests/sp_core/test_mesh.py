@@ -13,6 +13,8 @@ from sp_core.token_layout import Stream, TokenLayout
 from sp_core.verify.rank_pool import RankPool
 from tests.support.toys import TWO
 
+CPU = torch.device("cpu")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,6 +49,19 @@ def test_a_mesh_needs_its_ranks() -> None:
     alone = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
     assert alone.axis("sequence").size == 1
     assert alone.agree(0, 1) == (0, 1)
+
+
+def waits(mesh: ParallelMesh) -> tuple[float, float]:
+    """Seconds that a decision may wait, and a collective of another group."""
+    made = ParallelMesh.create(TWO, device_type="cpu", timeout_s=60, control_timeout_s=90)
+    group = made.axis("gang").group
+    assert group is not None and made.control is not None
+    options = [each._get_backend(CPU).options._timeout.total_seconds() for each in (made.control, group)]
+    return options[0], options[1]
+
+
+def test_a_decision_may_wait_longer_for_a_rank_that_loads(ranks: RankPool) -> None:
+    assert ranks.run(TWO, waits) == [(90.0, 60.0)] * 2
 
 
 def wrong_world(mesh: ParallelMesh) -> str:

@@ -74,7 +74,8 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         return [lost, gang.record_routing_stats()["now"]]
 
     lost, back = asyncio.run(story())
-    assert (lost["phase"], lost["pids"]) == ("starting", [])
+    assert (lost["phase"], lost["pids"], lost["kernel"]) == ("starting", [], "")
+    assert back["kernel"] == "fast"
     assert lost["trouble"] == "a gang has lost its ranks, new ones start"
     assert (back["pids"], back["trouble"]) == ([7], "the adapters cannot be changed: no such file")
     assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1

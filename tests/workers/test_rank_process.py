@@ -12,7 +12,12 @@ before = dict(os.environ)
 import workers.gang.local, workers.gang.rank_process, workers.model.files
 assert "huggingface_hub" in sys.modules and "torch" not in sys.modules
 assert dict(os.environ) == before
-workers.gang.rank_process.set_up_rank_process()
+import gc
+paused = []
+set_up = workers.gang.rank_process.set_up_rank_process
+workers.gang.rank_process.set_up_rank_process = lambda: (paused.append(not gc.isenabled()), set_up())
+assert workers.gang.rank_process.import_rank().__name__ == "Rank"
+assert paused == [True] and gc.isenabled() and gc.get_freeze_count() > 100_000
 import diffusers.utils.hub_utils, huggingface_hub, transformers
 offline = huggingface_hub.is_offline_mode()
 assert diffusers.utils.hub_utils.HF_HUB_OFFLINE is offline

@@ -1,7 +1,7 @@
 """Which device a rank uses, and what its process's environment says of it.
 
 Each rank sees all GPUs of its node and is told which one is its own. A mask, which is Ray's default, hides the others
-from NCCL and CUDA: first operations are slow (pytorch#147502), nodes hang (ray#61073), symmetric memory is impossible.
+from NCCL and CUDA. It is blamed for slow first operations (pytorch#147502) and nodes that hang (ray#61073).
 `workers.gang.rank_group` orders the ranks by what this file says, `workers.gang.rank` computes on it.
 """
 
