@@ -179,6 +179,9 @@ def test_a_video_that_fits_is_shorter(tmp_path: Path) -> None:
     assert shorter is not None
     assert (shorter.width, shorter.frames % 4) == (832, 1)
     assert needed // 2 < (activation_bytes(model, folder, shorter) or 0) <= needed * 3 // 4
+    assert largest_fitting(model, folder, video, 10 * needed) == Request(
+        832, 480, 57, 1
+    )  # clearly less, whatever is free
     smaller = largest_fitting(model, folder, video, needed // 2)  # as short as it may get, it needs more than that
     assert smaller is not None
     assert (smaller.width < 832, smaller.frames) == (True, 81)
