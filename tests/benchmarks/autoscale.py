@@ -26,6 +26,9 @@ from workers.demo_models.writer import write_demo_model
 
 PERIOD_S = 0.5
 
+PATIENCE_S = 240.0
+"""For the gangs to come, and for them to go."""
+
 SCALING = Autoscaling(
     min_replicas=0,
     max_replicas=3,
@@ -72,22 +75,22 @@ class Run:
         return [count for i, count in enumerate(counts) if i == 0 or counts[i - 1] != count]
 
 
-def models(folder: Path) -> tuple[ModelSpec, ModelSpec]:
-    """One that scales from nothing to three gangs, one that does not scale."""
+def models(folder: Path, scaling: Autoscaling = SCALING) -> tuple[ModelSpec, ModelSpec]:
+    """One that scales from nothing, one that does not scale."""
     busy = model(folder, "busy").model_copy(
-        update={"autoscaling": SCALING, "max_queued": 64, "defaults": Defaults(width=64, height=48)}
+        update={"autoscaling": scaling, "max_queued": 64, "defaults": Defaults(width=64, height=48)}
     )
     return busy, model(folder, "still")
 
 
-def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 240) -> Run:
+def measure(server: str, seconds: float, most: int = SCALING.max_replicas, callers: int = 6) -> Run:
     """Load the model `busy`, then wait until it sleeps, then wake it.
 
     Args:
         server: its base URL.
         seconds: of load at least; it goes on until all the gangs that may run have come, or patience ends.
+        most: gangs that may run.
         callers: that ask at once, each again when it is answered.
-        patience_s: for the gangs to come, and for them to go.
     """
     run, began, over = Run(), time.monotonic(), threading.Event()
     client = httpx.Client(timeout=300, trust_env=False, limits=httpx.Limits(max_connections=callers + 1))
@@ -114,11 +117,16 @@ def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 2
             time.sleep(PERIOD_S)
 
     def all_came() -> bool:
-        return any(sample.gangs["busy"] == SCALING.max_replicas for sample in run.samples)
+        return any(sample.gangs["busy"] == most for sample in run.samples)
 
     def load() -> None:
-        while (passed := time.monotonic() - began) < seconds or (passed < patience_s and not all_came()):
+        while (passed := time.monotonic() - began) < seconds or (passed < PATIENCE_S and not all_came()):
             ask()
+
+    def wait_for(gangs: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while run.samples[-1].gangs["busy"] != gangs and time.monotonic() < deadline:
+            time.sleep(PERIOD_S)
 
     run.pids.append(pids())
     with ThreadPoolExecutor(callers + 1) as threads:
@@ -127,11 +135,9 @@ def measure(server: str, seconds: float, callers: int = 6, patience_s: float = 2
             for caller in [threads.submit(load) for _ in range(callers)]:
                 caller.result()
             run.loaded_s = time.monotonic() - began
-            deadline = time.monotonic() + patience_s
-            while run.samples[-1].gangs["busy"] and time.monotonic() < deadline:
-                time.sleep(PERIOD_S)
+            wait_for(0)
             ask()  # wakes it
-            time.sleep(2 * PERIOD_S)
+            wait_for(1)  # the cluster's view lags behind the answer
         finally:
             over.set()
         watching.result()
