@@ -16,9 +16,11 @@ install: $(READY)
 check: $(READY) lint
 	$(PYTEST) -q -m "(not processes or mechanism) and not fault and not soak and not gpu"
 
-# Everything but the three targets that follow.
+# Everything but the three targets that follow. First what shares no cluster, two files at a time, then the live clusters,
+# one by one: their tests measure time.
 test: $(READY) lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/live -n 2 --dist loadfile
+	$(PYTEST) tests/live
 
 fault: $(READY)
 	$(PYTEST) -m fault -s

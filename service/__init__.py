@@ -2,7 +2,7 @@
 
     app.py          DeploymentSpec -> Serve applications: one per model, one for the gateway
     gateway.py      the gateway: table of models, admission, retry after a lost gang
-    routing.py      which gang a request goes to
+    routing.py      which gang a request goes to, when its turn comes
     autoscaling.py  how many gangs a model needs
     edge.py         limits on reading requests, in the proxies of Serve
     names.py        what the applications are called in Serve

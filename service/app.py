@@ -32,9 +32,6 @@ SPARE_REQUESTS = 1000
 HEALTH_CHECK = {"health_check_period_s": 1.0, "health_check_timeout_s": 2.0}
 """Serve replaces a replica after three checks without an answer: within ten seconds, where its defaults take 100."""
 
-ROUTER_BACKOFF_S = 0.05
-"""A waiting request asks again after this time; a gang that becomes free is idle for no longer."""
-
 
 def gang_app(args: dict[str, Any]) -> Application:
     """Build a model's application, whose replicas are its gangs. Called by Serve.
@@ -108,7 +105,6 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
         "request_router_config": {
             "request_router_class": "service.routing:LeastBacklogRouter",
             "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
-            "max_backoff_s": ROUTER_BACKOFF_S,
         },
         "ray_actor_options": {"num_cpus": 0},
         **placement_group(model),
@@ -136,6 +132,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "user_config": gateway_table(spec.models)
         | {
             "draining": False,
+            "gateways": spec.gateway.replicas,
             "local_only": is_loopback(spec.gateway.host) and spec.auth.api_keys_env is None,
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,

@@ -25,12 +25,12 @@ from deploy.spec import ModelSpec
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
-from service.state import router_registry
+from service.state import router_registry, shared_turns
 from service.state.model_states import ModelState
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
-from service.state.waiting import waiting_for
+from service.state.waiting import Place, waiting_for
 from workers.errors import (
     Forbidden,
     GangLost,
@@ -102,6 +102,7 @@ class Gateway:
         self._handles = {name: handle for name, handle in self._handles.items() if name in self._models}
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
+        shared_turns.share(user_config.get("gateways", 1) > 1)
         self.max_body_bytes = user_config["max_body_bytes"]
         try:
             self._keys = api_keys(user_config["api_keys_env"])
@@ -191,7 +192,7 @@ class Gateway:
             metrics.ended(outcome)
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        known_as, place = fingerprint(_caller.get(), request), time.time()
+        known_as, place = fingerprint(_caller.get(), request), Place(time.time(), _caller.get())
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
         model = self._models.get(request.model)

@@ -1,108 +1,34 @@
-"""Which gang a request goes to: the one with the least backlog in seconds; among equals, a warm one.
+"""Which gang a request goes to: the one that `service.state.turns` gives it when its turn comes.
 
-Ray Serve runs a `LeastBacklogRouter` per model in every gateway, as the deployment's `RequestRouterConfig` names it.
-The router reads each gang's last report (`GangBacklog.as_stats`, from `record_routing_stats`) and corrects it by what
-its own gateway has sent and seen finished since then. `tiers` makes the decision and knows nothing of Ray.
-
-A gang accepts one request at a time and refuses others. So requests wait in the gateway, first come, first served, and
-the router decides which free gang takes the next one. A gang that replaces its ranks gets none while others run. A gang
-that works for another gateway looks free until it reports: it refuses, and the next in the tiers is asked. A request
-takes its turn even if a warm gang is free sooner. One that lost its gang keeps the place that it had.
+Ray Serve runs a `LeastBacklogRouter` per model in every gateway, as the deployment's `RequestRouterConfig` names it. A
+request waits here, in Serve's own queue, so that waiting work drives the autoscaler and wakes a model that sleeps. When
+its turn comes it is sent to the gang; a gang that is busy after all refuses it, and it asks for another turn.
 """
 
-import random
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from service.state.router_registry import register
+from service.state.shared_turns import SharedTurns
+from service.state.turns import Ticket, Turn
 from service.state.waiting import waiting_for
 from workers.gang.cost import shape_of
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
-COMPARABLE_S = 2.0
-"""Backlogs that differ by at most this count as equal: a cold shape costs about as much."""
 
-OFFERED = 4
-"""Gangs per tier. Serve asks every gang of a tier if it is free; out of a hundred gangs, only a few may be asked."""
-
-UNKNOWN_S = 60.0
-"""Assumed seconds of a request whose gang has not learned yet what a request costs."""
-
-GangId = TypeVar("GangId")
-
-
-@dataclass
-class Sent:
-    """What one gateway knows of a gang beyond the gang's report.
-
-    Attributes:
-        running: id of the unfinished request that it sent there; None if there is none.
-        sent_at: when it was sent, in seconds since the epoch.
-        freed_at: when the last one finished, in seconds since the epoch; 0 for never.
-        request_id: of the last `GenerationRequest`.
-        lost_at: when a request lost its ranks there, in seconds since the epoch; 0 for never.
-    """
-
-    running: str | None = None
-    sent_at: float = 0.0
-    freed_at: float = 0.0
-    request_id: str = ""
-    lost_at: float = 0.0
-
-
-def backlog_s(report: GangBacklog, sent: Sent, now: float) -> float:
-    """Seconds until the gang is free, to the knowledge of one gateway.
-
-    Args:
-        report: the gang's last report.
-        sent: what this gateway knows beyond the report.
-        now: seconds since the epoch.
-    """
-    reported_s = report.backlog_s - (now - report.reported_at) if sent.freed_at < report.reported_at else 0.0
-    own_s = 0.0
-    if sent.running is not None and sent.sent_at >= report.reported_at:
-        own_s = max(COMPARABLE_S * 1.01, (report.request_s or UNKNOWN_S) - (now - sent.sent_at))  # overdue: still busy
-    return max(0.0, reported_s, own_s)
-
-
-def is_lost(report: GangBacklog, sent: Sent) -> bool:
-    """True while the gang replaces its ranks, to the knowledge of one gateway."""
-    return report.replacing or sent.lost_at > report.reported_at
-
-
-def tiers(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> list[list[GangId]]:
-    """The gangs to ask, in tiers. A request goes to the first tier with a free gang.
-
-    Gangs within `COMPARABLE_S` of the least backlog come first, in two tiers: the warm ones, then the others. The rest
-    follows by backlog. Equals keep their order: shuffle them first, so that two gateways do not rush to the same one.
-
-    Args:
-        gangs: those that may be asked.
-        backlogs: seconds until each is free.
-        warm: those that have run the request's shape.
-    """
-    ordered = sorted(gangs, key=lambda gang: backlogs[gang])
-    least_s = backlogs[ordered[0]] if ordered else 0.0
-    comparable = [gang for gang in ordered if backlogs[gang] <= least_s + COMPARABLE_S]
-    ordered_tiers = [
-        [gang for gang in comparable if gang in warm],
-        [gang for gang in comparable if gang not in warm],
-        ordered[len(comparable) :],
-    ]
-    return [tier[:OFFERED] for tier in ordered_tiers if tier]
-
-
-class LeastBacklogRouter(FIFOMixin, RequestRouter):
+class LeastBacklogRouter(RequestRouter):
     """What Serve runs, by name: `RequestRouterConfig(request_router_class="service.routing:LeastBacklogRouter")`."""
 
     def initialize_state(self, **_kwargs: Any) -> None:
         """Called by Serve once, before any request."""
-        self._sent: dict[ReplicaID, Sent] = {}
+        self._turns = SharedTurns(self.app_name)
+        self._given: dict[str, Turn] = {}  # by Serve's id of the request: sent there, not yet accepted
+        self._accepted: dict[tuple[str, str], Turn] = {}  # by gang and that id
+        self._loop: asyncio.AbstractEventLoop | None = None
         register(self.app_name, self)
 
     def gang_reports(self) -> list[Mapping[str, Any]]:
@@ -111,48 +37,77 @@ class LeastBacklogRouter(FIFOMixin, RequestRouter):
 
     def lose(self, request_id: str) -> None:
         """Called by the gateway when a request has lost its ranks."""
-        for sent in list(self._sent.values()):  # the router adds to it in another thread
-            if sent.request_id == request_id:
-                sent.request_id, sent.lost_at = "", time.time()
+        self._on_loop(self._turns.lose, request_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve when gangs come, go or report."""
+        super().update_replicas(replicas)
+        self._loop = asyncio.get_running_loop()
+        self._turns.know({each.replica_id.unique_id: GangBacklog.from_stats(each.routing_stats) for each in replicas})
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Called by Serve when a gang is gone, before the news comes from the controller."""
+        super().on_replica_actor_died(replica_id)
+        self._on_loop(lambda: self.update_replicas(list(self.curr_replicas.values())))
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """Queue a request by its place, where Serve would append it: one that lost its gang has waited before."""
+        """Wait for the request's turn. Called again if the gang did not take the request."""
         request = pending_request.args[0] if pending_request.args else None
-        place = waiting_for(self.app_name).place(request.request_id) if isinstance(request, GenerationRequest) else None
-        pending_request.created_at = place or pending_request.created_at
-        return await super()._choose_replica_for_request(pending_request, is_retry=True)  # sorted by `created_at`
+        if not isinstance(request, GenerationRequest):  # such as a call for a status, which suits any gang
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        internal = pending_request.metadata.internal_request_id
+        if before := self._given.pop(internal, None):
+            self._turns.end(before, refused=True)
+        ticket = self._ticket(request, pending_request.created_at)
+        while True:
+            turn = await self._turns.take(ticket)
+            for replica in self.curr_replicas.values():
+                if replica.replica_id.unique_id == turn.gang:
+                    self._given[internal] = turn
+                    return replica
+            self._turns.end(turn, refused=True)  # another gateway has heard of it first
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The gangs to ask, in tiers. A call without a `GenerationRequest`, such as for a status, suits any gang."""
+        """For calls that are no generation: any gang."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
-        request = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        shape = shape_of(request) if isinstance(request, GenerationRequest) else None
-        replicas = {replica.replica_id: replica for replica in candidate_replicas}
-        self._sent = {gang: sent for gang, sent in self._sent.items() if gang in replicas or sent.running}
-        reports = {gang: GangBacklog.from_stats(replica.routing_stats) for gang, replica in replicas.items()}
-        now = time.time()
-        backlogs = {gang: backlog_s(report, self._sent.get(gang, Sent()), now) for gang, report in reports.items()}
-        warm = frozenset(gang for gang, report in reports.items() if shape in report.shapes)
-        lost = {gang for gang, report in reports.items() if is_lost(report, self._sent.get(gang, Sent()))}
-        takers = [gang for gang in replicas if gang not in lost] or list(replicas)  # all lost: wait where ranks start
-        shuffled = random.sample(takers, len(takers))
-        return [[replicas[gang] for gang in tier] for tier in tiers(shuffled, backlogs, warm)]
+        return [candidate_replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a gang has accepted a request."""
+        internal = pending_request.metadata.internal_request_id
+        if turn := self._given.pop(internal, None):
+            self._accepted[replica_id.unique_id, internal] = turn
         if pending_request.args and isinstance(pending_request.args[0], GenerationRequest):
-            sent = self._sent.setdefault(replica_id, Sent())
-            sent.running, sent.sent_at = pending_request.metadata.internal_request_id, time.time()
-            sent.request_id = pending_request.args[0].request_id
-            waiting_for(self.app_name).leave(sent.request_id)
+            waiting_for(self.app_name).leave(pending_request.args[0].request_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called by Serve when a request has ended for any reason, also when a gang has refused it."""
-        sent = self._sent.get(replica_id)
-        if sent is not None and sent.running == internal_request_id:
-            sent.running, sent.freed_at = None, time.time()
+        """Called by Serve when a request has ended for any reason, also when a gang has refused it; on any thread."""
+        self._on_loop(self._complete, replica_id.unique_id, internal_request_id)
+
+    def _complete(self, gang: str, internal: str) -> None:
+        turn = self._accepted.pop((gang, internal), None)
+        given = self._given.get(internal)
+        if turn is None and given is not None and given.gang == gang:  # its caller left before the gang took it
+            turn = self._given.pop(internal)
+        if turn is not None:
+            self._turns.end(turn)
+
+    def _ticket(self, request: GenerationRequest, created_at: float) -> Ticket:
+        place = waiting_for(self.app_name).place(request.request_id)
+        return Ticket(
+            request_id=request.request_id,
+            caller=place.caller if place else "",
+            cost=float(request.width * request.height * request.num_frames * request.n * request.num_inference_steps),
+            place=place.admitted_at if place else created_at,
+            shape=shape_of(request),
+        )
+
+    def _on_loop(self, call: Callable[..., None], *args: Any) -> None:
+        """Call it on the loop that routes. Before there is one, nothing has been routed."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(call, *args)

@@ -4,6 +4,7 @@ model_states.py     the state of each model, with its reason
 poller.py           reads that state, less often while all is well
 router_registry.py  the request routers of this process: queues and the gangs' reports
 waiting.py          who waits for a gang, and in which place
+turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

@@ -3,29 +3,39 @@
 A module of its own, because Serve copies the module of a request router into the process that routes.
 """
 
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a waiting request stands.
+
+    Attributes:
+        admitted_at: seconds since the epoch.
+        caller: with whom it is served in turn; see `service.state.turns`.
+    """
+
+    admitted_at: float
+    caller: str = ""
+
 
 class Waiting:
     """The requests of one model. Each has a place, which it keeps when it loses its gang and waits again."""
 
     def __init__(self) -> None:
-        self._places: dict[str, float] = {}
+        self._places: dict[str, Place] = {}
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def enter(self, request_id: str, place: float) -> None:
-        """Let a request wait.
-
-        Args:
-            place: when it was admitted, in seconds since the epoch; the least is served first.
-        """
+    def enter(self, request_id: str, place: Place) -> None:
+        """Let a request wait."""
         self._places[request_id] = place
 
     def leave(self, request_id: str) -> None:
         """A gang took the request, or its caller left."""
         self._places.pop(request_id, None)
 
-    def place(self, request_id: str) -> float | None:
+    def place(self, request_id: str) -> Place | None:
         """The place of a waiting request; None if it does not wait."""
         return self._places.get(request_id)
 

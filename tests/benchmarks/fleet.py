@@ -22,7 +22,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, default_auto
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from service.autoscaling import BacklogPolicy
-from service.routing import tiers
+from service.state.turns import best
 from tests.benchmarks.fleet_traffic import DAY_S, Arrival, Load
 from workers.gang.cost import CostModel, shape_of
 from workers.gang.stats import GangLoad
@@ -166,7 +166,7 @@ class Fleet:
             return self._rng.choice(self._free)
         free = {gang.number: gang for gang in self._rng.sample(self._free, len(self._free))}
         warm = frozenset(number for number, gang in free.items() if shape in gang.warm)
-        return free[tiers(list(free), dict.fromkeys(free, 0.0), warm)[0][0]]
+        return free[best(list(free), dict.fromkeys(free, 0.0), warm)]
 
     def _finish(self, now_s: float, gang: Gang) -> None:
         """A gang is ready for its first request, or done with one."""

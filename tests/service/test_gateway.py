@@ -20,7 +20,7 @@ from service.state import quarantine
 from service.state.head_store import HeadStore
 from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
-from service.state.waiting import waiting_for
+from service.state.waiting import Place, waiting_for
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
 from workers.errors import (
@@ -386,12 +386,12 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
     full = a_model("full").model_copy(update={"max_queued": 2})
     request = replace(REQUEST, model="full")
     waiting = waiting_for("model-full")
-    places: list[float | None] = []
+    places: list[Place | None] = []
 
     def lose(*_: Any) -> None:
         """Others came while this one ran, and fill the queue."""
         for number in range(2):
-            waiting.enter(str(number), time.time())
+            waiting.enter(str(number), Place(time.time()))
 
     monkeypatch.setattr("service.state.router_registry.lose", lose)
     sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])

@@ -175,6 +175,7 @@ class Gang:
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
             replacing=self._replacing,
+            busy=self._running is not None,
         )
         phase, step = self._progress()
         now = {

@@ -41,6 +41,7 @@ class GangBacklog:
         request_s: seconds of a typical request; 0 before the first was learned.
         shapes: each (width, height, num_frames) that the gang has run.
         replacing: the gang has lost its ranks, and new ones start.
+        busy: a request has the ranks.
     """
 
     backlog_s: float = 0.0
@@ -48,6 +49,7 @@ class GangBacklog:
     request_s: float = 0.0
     shapes: frozenset[tuple[int, int, int]] = frozenset()
     replacing: bool = False
+    busy: bool = False
 
     def as_stats(self) -> dict[str, Any]:
         """What `record_routing_stats` returns; shapes as lists of three numbers."""

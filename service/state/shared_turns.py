@@ -1,0 +1,206 @@
+"""One `Turns` for all gateways of a cluster, so that they neither rush to the same gang nor overtake each other.
+
+A gateway alone keeps its turns itself. Several ask one actor, the keeper, which the first of them starts. A gateway
+that cannot reach the keeper goes on by itself: then gangs refuse some of its requests, which costs time and loses
+nothing.
+
+Called by `service.routing`, on the event loop that routes; `share` by `service.gateway`.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import inspect
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from service.state import turns
+from service.state.turns import Ticket, Turn, Turns
+from workers.gang.stats import GangBacklog
+
+logger = logging.getLogger("ray.serve")
+
+BEAT_S = 1.0
+"""How often a gateway tells the keeper that it is there, and which gangs it knows."""
+
+SILENT_S = 3.0
+"""After so long without a word, a gateway counts as gone, and so does the keeper."""
+
+UNUSED_S = 600.0
+"""The keeper ends when no gateway has asked for so long: nothing else would end it."""
+
+WAITING = 100_000
+"""Requests that may wait in the keeper at once; each is a call that has not returned."""
+
+NAMESPACE = "spray"
+
+_several = False
+
+
+def share(several: bool) -> None:
+    """Say whether there are other gateways."""
+    global _several
+    _several = several
+
+
+class Keeper:
+    """The actor. All its methods run on one event loop."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, Turns] = {}
+        self._heard: dict[tuple[str, str], float] = {}  # by application and asker: when
+        self._watching: asyncio.Task[None] | None = None
+
+    async def take(self, application: str, ticket: Ticket) -> Turn:
+        """See `Turns.take`."""
+        return await self._of(application).take(ticket)
+
+    async def leave(self, application: str, request_id: str) -> None:
+        """See `Turns.leave`."""
+        self._of(application).leave(request_id)
+
+    async def end(self, application: str, turn: Turn, refused: bool) -> None:
+        """See `Turns.end`."""
+        self._of(application).end(turn, refused)
+
+    async def lose(self, application: str, request_id: str) -> None:
+        """See `Turns.lose`."""
+        self._of(application).lose(request_id)
+
+    async def beat(self, application: str, asker: str, reports: Mapping[str, GangBacklog]) -> None:
+        """A gateway is there; see `Turns.know`."""
+        self._watching = self._watching or asyncio.create_task(self._watch())
+        self._heard[application, asker] = time.monotonic()
+        self._of(application).know(asker, reports)
+
+    def _of(self, application: str) -> Turns:
+        return self._turns.setdefault(application, Turns())
+
+    async def _watch(self) -> None:
+        """Forget gateways that say nothing, and end when all are silent."""
+        heard_at = time.monotonic()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now = time.monotonic()
+            for application, asker in [key for key, at in self._heard.items() if now - at > SILENT_S]:
+                del self._heard[application, asker]
+                self._of(application).forget(asker)
+            if self._heard:
+                heard_at = now
+            elif now - heard_at > UNUSED_S:
+                ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+
+def start_keeper() -> Any:
+    """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
+    source = inspect.getsource(turns) + inspect.getsource(sys.modules[__name__])
+    made = ray.remote(Keeper).options(
+        name=f"turns-{hashlib.sha256(source.encode()).hexdigest()[:12]}",
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",  # else it would end with the gateway that started it
+        max_restarts=-1,
+        num_cpus=0,
+        max_concurrency=WAITING,
+    )
+    return made.remote()
+
+
+class SharedTurns:
+    """What a router asks: `Turns` of its own, or the keeper's where there are several gateways.
+
+    Args:
+        application: whose gangs.
+    """
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._asker = uuid.uuid4().hex
+        self._own = Turns()
+        self._reports: Mapping[str, GangBacklog] = {}
+        self._keeper: Any = None  # while it answers
+        self._away = asyncio.Event()
+        self._beating: asyncio.Task[None] | None = None
+        self._shared: set[Turn] = set()  # those that the keeper gave
+
+    async def take(self, ticket: Ticket) -> Turn:
+        """See `Turns.take`."""
+        ticket = dataclasses.replace(ticket, asker=self._asker)
+        if _several and self._keeper is not None:
+            turn = await self._ask(self._keeper, ticket)
+            if turn is not None:
+                self._shared.add(turn)
+                return turn
+        return await self._own.take(ticket)
+
+    def end(self, turn: Turn, refused: bool = False) -> None:
+        """See `Turns.end`."""
+        if turn not in self._shared:
+            self._own.end(turn, refused)
+            return
+        self._shared.discard(turn)
+        if self._keeper is not None:
+            self._keeper.end.remote(self._application, turn, refused)
+
+    def lose(self, request_id: str) -> None:
+        """See `Turns.lose`."""
+        self._own.lose(request_id)
+        if self._keeper is not None:
+            self._keeper.lose.remote(self._application, request_id)
+
+    def know(self, reports: Mapping[str, GangBacklog]) -> None:
+        """See `Turns.know`."""
+        self._reports = reports
+        self._own.know(self._asker, reports)
+        if self._keeper is not None:
+            self._keeper.beat.remote(self._application, self._asker, reports)
+        elif _several and (self._beating is None or self._beating.done()):
+            self._beating = asyncio.create_task(self._beat())
+
+    async def _ask(self, keeper: Any, ticket: Ticket) -> Turn | None:
+        """A turn from the keeper; None if it is away before the request has one."""
+        asked = asyncio.ensure_future(_result(keeper.take.remote(self._application, ticket)))
+        away = asyncio.ensure_future(self._away.wait())
+        try:
+            await asyncio.wait({asked, away}, return_when=asyncio.FIRST_COMPLETED)
+            return asked.result() if asked.done() else None
+        except RayError as error:
+            self._lose_keeper(error)
+            return None
+        finally:
+            away.cancel()
+            if not asked.done():
+                asked.cancel()
+                keeper.leave.remote(self._application, ticket.request_id)
+
+    async def _beat(self) -> None:
+        """Tell the keeper every second that this gateway is there; notice when the keeper is not."""
+        while _several:
+            try:
+                found = self._keeper or await asyncio.to_thread(start_keeper)
+                beat = found.beat.remote(self._application, self._asker, self._reports)
+                await asyncio.wait_for(_result(beat), SILENT_S)
+                self._keeper = found
+                self._away.clear()
+            except (RayError, TimeoutError, ValueError) as error:
+                self._lose_keeper(error)
+            await asyncio.sleep(BEAT_S)
+        self._keeper = None
+        self._away.set()
+
+    def _lose_keeper(self, error: Exception) -> None:
+        if self._keeper is not None:
+            logger.warning("%s: this gateway takes turns by itself: %s", self._application, error)
+        self._keeper = None
+        self._away.set()
+
+
+async def _result(reference: Any) -> Any:
+    return await reference

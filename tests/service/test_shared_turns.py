@@ -1,0 +1,144 @@
+"""One keeper for several gateways: a real actor, which is killed; and gateways that fall silent."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from service.rollout.cluster_folder import place
+from service.state import shared_turns
+from service.state.shared_turns import SharedTurns, start_keeper
+from tests.service.test_turns import idle, settle, ticket
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place())
+    ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_turns, "_several", True)
+    monkeypatch.setattr(shared_turns, "BEAT_S", 0.2)
+    monkeypatch.setattr(shared_turns, "SILENT_S", 20.0)
+
+
+async def connected(*gateways: SharedTurns) -> None:
+    for gateway in gateways:
+        gateway.know({"a": idle()})
+    async with asyncio.timeout(60):
+        while not all(gateway._keeper for gateway in gateways):
+            await asyncio.sleep(0.01)
+
+
+def story(application: str, tell: Callable[[SharedTurns, SharedTurns], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        gateways = SharedTurns(application), SharedTurns(application)
+        await connected(*gateways)
+        await asyncio.wait_for(tell(*gateways), 60)
+        for gateway in gateways:
+            assert gateway._beating is not None
+            gateway._beating.cancel()
+
+    asyncio.run(run())
+
+
+def test_two_gateways_take_turns_on_one_gang() -> None:
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        first = await one.take(ticket("x"))
+        second, third = asyncio.create_task(two.take(ticket("y"))), asyncio.create_task(one.take(ticket("z")))
+        await asyncio.sleep(0.5)
+        assert not second.done() and not third.done()
+        one.end(first)
+        two.end(await second)
+        one.end(await third)
+
+    story("in turn", tell)
+
+
+def test_who_leaves_in_one_gateway_does_not_hold_up_the_other() -> None:
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        first = await one.take(ticket("x"))
+        leaving, staying = asyncio.create_task(one.take(ticket("y"))), asyncio.create_task(two.take(ticket("z")))
+        await asyncio.sleep(0.3)
+        leaving.cancel()
+        await settle()
+        one.end(first)
+        two.end(await staying)
+
+    story("leaving", tell)
+
+
+def test_a_gateway_that_falls_silent_holds_nothing() -> None:
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        keeper = start_keeper()
+        await keeper.beat.remote("silent", "dead", {"a": idle()})
+        await keeper.take.remote("silent", ticket("x", asker="dead"))
+        waiting = asyncio.create_task(two.take(ticket("y")))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 30)  # the keeper's own limit: `SILENT_S` is changed in this process only
+
+    story("silent", tell)
+
+
+def test_without_a_keeper_each_goes_on_by_itself_and_then_they_meet_again() -> None:
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        held = await one.take(ticket("x"))
+        waiting = asyncio.create_task(two.take(ticket("y")))
+        await asyncio.sleep(0.3)
+        ray.kill(start_keeper(), no_restart=False)
+        turn = await asyncio.wait_for(waiting, 30)  # its own: the gang will refuse it
+        two.end(turn, refused=True)
+        assert turn not in two._shared
+        one.end(held)
+        while one._keeper is not None:
+            await asyncio.sleep(0.01)
+        await connected(one, two)
+        last = await one.take(ticket("z"))
+        assert last in one._shared
+        one.end(last)
+
+    story("killed", tell)
+
+
+def test_one_gateway_needs_no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_turns, "_several", False)
+
+    async def tell() -> None:
+        alone = SharedTurns("alone")
+        alone.know({"a": idle()})
+        alone.end(await alone.take(ticket("x")))
+        assert alone._beating is None
+
+    asyncio.run(tell())
+
+
+def test_the_keeper_ends_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: an actor has its own copy of the limits."""
+    ended: list[bool] = []
+    monkeypatch.setattr(shared_turns, "BEAT_S", 0.01)
+    monkeypatch.setattr(shared_turns, "SILENT_S", 0.05)
+    monkeypatch.setattr(shared_turns, "UNUSED_S", 0.2)
+    monkeypatch.setattr(ray.actor, "exit_actor", lambda: ended.append(True))
+
+    async def tell() -> None:
+        keeper = shared_turns.Keeper()
+        for _ in range(20):
+            await keeper.beat("m", "one", {})
+            await asyncio.sleep(0.02)
+        assert not ended
+        await asyncio.sleep(1)
+        assert ended
+
+    asyncio.run(tell())
