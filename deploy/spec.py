@@ -20,7 +20,9 @@ Task = Literal["text-to-image", "text-to-video"]
 NO_NUL = r"^[^\x00]*$"
 """Of paths: the system's functions take no NUL."""
 
-LIVE = frozenset({"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued"})
+LIVE = frozenset(
+    {"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued", "max_queued_s"}
+)
 """Keys of a model that change while its gangs run. A change of any other key starts new gangs."""
 
 
@@ -190,6 +192,9 @@ class ModelSpec(_Section):
         900.0, gt=0, description="seconds that a stopping gang may take to finish its request"
     )
     max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
+    max_queued_s: float | None = Field(
+        600.0, gt=0, description="longest expected wait in seconds, then 429; OpenAI's clients wait 600; null: any"
+    )
 
     @field_validator("parallel", mode="before")
     @classmethod

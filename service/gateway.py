@@ -195,9 +195,13 @@ class Gateway:
         known_as, place = fingerprint(_caller.get(), request), Place(time.time(), _caller.get())
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
-        model = self._models.get(request.model)
-        if model is not None and len(waiting) >= model.max_queued:
-            raise QueueFull(f"too many requests wait for {request.model!r}; try again later")
+        before = len(waiting)
+        waiting.enter(request.request_id, place)  # at once, so that those who come meanwhile count it
+        try:
+            await self._check_queue(request, before)
+        except BaseException:
+            waiting.leave(request.request_id)
+            raise
         while True:
             begun = False
             waiting.enter(request.request_id, place)
@@ -223,6 +227,27 @@ class Gateway:
                 await self._lost(request, known_as, cause, begun)
             finally:
                 waiting.leave(request.request_id)
+
+    async def _check_queue(self, request: GenerationRequest, waiting: int) -> None:
+        """Refuse a request that would have to wait too long, or among too many.
+
+        Raises:
+            QueueFull: it would.
+        """
+        model = self._models.get(request.model)
+        if model is None or not waiting:
+            return
+        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller.get())
+        if waiting >= model.max_queued:
+            raise QueueFull(
+                f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None
+            )
+        if model.max_queued_s is not None and wait_s > model.max_queued_s:
+            raise QueueFull(
+                f"a request for {model.name!r} would have to wait {wait_s:.0f} s, at most {model.max_queued_s:g} s is "
+                "allowed; try again later",
+                wait_s - model.max_queued_s,
+            )
 
     async def _lost(self, request: GenerationRequest, known_as: str, cause: Exception, begun: bool) -> None:
         """Return if the request may go to another gang.

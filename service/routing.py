@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from service.state.router_registry import register
 from service.state.shared_turns import SharedTurns
-from service.state.turns import Ticket, Turn
+from service.state.turns import Prospect, Ticket, Turn
 from service.state.waiting import waiting_for
 from workers.gang.cost import shape_of
 from workers.gang.stats import GangBacklog
@@ -34,6 +34,13 @@ class LeastBacklogRouter(RequestRouter):
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """The last report of each running gang."""
         return [replica.routing_stats for replica in self.curr_replicas.values() if replica.routing_stats]
+
+    async def prospect(self, caller: str) -> Prospect:
+        """What a new request of this caller would have to wait for. Called by the gateway, on its own loop."""
+        if self._loop is None:
+            return Prospect(0, 0.0)
+        asked = asyncio.run_coroutine_threadsafe(self._turns.prospect(caller), self._loop)
+        return await asyncio.wrap_future(asked)
 
     def lose(self, request_id: str) -> None:
         """Called by the gateway when a request has lost its ranks."""

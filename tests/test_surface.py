@@ -65,8 +65,8 @@ SPEC_KEYS = frozenset(
     models.defaults.guidance_scale models.defaults.guidance_scale_2 models.defaults.num_frames models.defaults.fps
     models.limits models.limits.max_width models.limits.max_height models.limits.size_multiple
     models.limits.max_num_inference_steps models.limits.max_num_frames models.limits.max_n
-    models.limits.max_work models.max_queued models.grace_period_s models.revision models.aliases models.tasks
-    models.plan models.transformer_class models.env
+    models.limits.max_work models.max_queued models.max_queued_s models.grace_period_s models.revision
+    models.aliases models.tasks models.plan models.transformer_class models.env
     models.autoscaling models.autoscaling.min_replicas models.autoscaling.max_replicas
     models.autoscaling.target_backlog_seconds models.autoscaling.upscale_delay_s
     models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s

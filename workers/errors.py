@@ -78,7 +78,18 @@ class ShuttingDown(SprayError):
 
 
 class QueueFull(SprayError):
-    """As many requests wait for the model as its `max_queued` allows."""
+    """More waits for the model than its `max_queued` or `max_queued_s` allows.
+
+    Attributes:
+        retry_after_s: when there may be room, in seconds; None: unknown.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ModelUnavailable(SprayError):

@@ -5,6 +5,7 @@ Every error that leaves the API passes through `answer`. OpenAI's client retries
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ from workers.errors import (
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
+
+MAX_RETRY_AFTER_S = 120
+"""OpenAI's client waits no longer: it does not ask again at all."""
 
 GATEWAY_LOST = "gateway_lost"
 """The code that proxies answer with while there is no gateway; see `service.edge`."""
@@ -82,8 +86,14 @@ def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     message = str(error) if status is not UNEXPECTED else "the server made a mistake; its log has the details"
     param = error.param if isinstance(error, RequestError) else None
     code = error.code if isinstance(error, InvalidParameter) else status.code
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status.retry else {"x-should-retry": "false"}
+    headers = {"retry-after": str(retry_after_s(error))} if status.retry else {"x-should-retry": "false"}
     return status.http, envelope(message, status.type, param, code), headers
+
+
+def retry_after_s(error: Exception) -> int:
+    """After how many seconds a request that may succeed later should be sent again."""
+    known = error.retry_after_s if isinstance(error, QueueFull) else None
+    return RETRY_AFTER_S if known is None else max(1, min(MAX_RETRY_AFTER_S, math.ceil(known)))
 
 
 def log(error: Exception) -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from service.state.turns import Prospect
 from service.state.waiting import waiting_for
 
 
@@ -16,6 +17,9 @@ class GangRouter(Protocol):
 
     def gang_reports(self) -> Sequence[Mapping[str, Any]]:
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
+
+    async def prospect(self, caller: str) -> Prospect:
+        """What a new request of this caller would have to wait for."""
 
     def lose(self, request_id: str) -> None:
         """The gang that ran this request has lost its ranks."""
@@ -33,6 +37,12 @@ def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
     """How many requests wait in this process for an application, and the last reports of its gangs."""
     router = _routers.get(application)
     return len(waiting_for(application)), router.gang_reports() if router else ()
+
+
+async def prospect(application: str, caller: str) -> Prospect:
+    """What a new request of this caller would have to wait for; nothing, if nobody has asked the application yet."""
+    router = _routers.get(application)
+    return await router.prospect(caller) if router else Prospect(0, 0.0)
 
 
 def lose(application: str, request_id: str) -> None:

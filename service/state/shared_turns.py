@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError
 
 from service.state import turns
-from service.state.turns import Ticket, Turn, Turns
+from service.state.turns import Prospect, Ticket, Turn, Turns
 from workers.gang.stats import GangBacklog
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +73,10 @@ class Keeper:
     async def lose(self, application: str, request_id: str) -> None:
         """See `Turns.lose`."""
         self._of(application).lose(request_id)
+
+    async def prospect(self, application: str, caller: str) -> Prospect:
+        """See `Turns.prospect`."""
+        return self._of(application).prospect(caller)
 
     async def beat(self, application: str, asker: str, reports: Mapping[str, GangBacklog]) -> None:
         """A gateway is there; see `Turns.know`."""
@@ -154,6 +158,17 @@ class SharedTurns:
         self._own.lose(request_id)
         if self._keeper is not None:
             self._keeper.lose.remote(self._application, request_id)
+
+    async def prospect(self, caller: str) -> Prospect:
+        """See `Turns.prospect`."""
+        if _several and self._keeper is not None:
+            try:
+                asked = self._keeper.prospect.remote(self._application, caller)
+                found: Prospect = await asyncio.wait_for(_result(asked), SILENT_S)
+                return found
+            except (RayError, TimeoutError) as error:
+                self._lose_keeper(error)
+        return self._own.prospect(caller)
 
     def know(self, reports: Mapping[str, GangBacklog]) -> None:
         """See `Turns.know`."""

@@ -68,6 +68,18 @@ class Turn:
     gang: str
 
 
+class Prospect(NamedTuple):
+    """What a request has to wait for, as far as is known.
+
+    Attributes:
+        ahead: requests that are served before it.
+        wait_s: seconds until its turn; 0 also while nobody knows what a request costs.
+    """
+
+    ahead: int
+    wait_s: float
+
+
 class Waiter(NamedTuple):
     """A request in the queue."""
 
@@ -110,6 +122,12 @@ class Holding:
         if self.freed_at >= self.report.reported_at:
             return 0.0
         return max(0.0, self.report.backlog_s - (now - self.report.reported_at))
+
+    def remaining_s(self, now: float, request_s: float) -> float:
+        """Seconds left of what it runs. `request_s`: what a request takes, for one that it has not reported yet."""
+        if self.turn and not (self.report.busy and self.report.reported_at > self.given_at):
+            return max(0.0, request_s - (now - self.given_at))
+        return self.backlog_s(now)
 
 
 class Turns:
@@ -192,6 +210,17 @@ class Turns:
             if holding.turn and holding.ticket is not None and holding.ticket.asker == asker:
                 holding.turn = 0  # the gang ends the request itself; until then it refuses
         self.know(asker, {})
+
+    def prospect(self, caller: str) -> Prospect:
+        """What a new request of this caller would have to wait for."""
+        now, tag = time.time(), max(self._served, self._ends.get(caller, 0.0))
+        ahead = sum(waiter.tag <= tag for waiter in self._waiting.values())
+        if not ahead and self._free(now):
+            return Prospect(0, 0.0)
+        learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
+        request_s = sum(learned) / len(learned) if learned else 0.0
+        running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
+        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)))
 
     def _tag(self, ticket: Ticket) -> float:
         """Where in the common order the request comes."""

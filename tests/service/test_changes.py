@@ -75,6 +75,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "autoscaling": (Autoscaling(max_replicas=3), "adjust", "autoscaling.max_replicas 1 -> 3"),
     "grace_period_s": (60.0, "adjust", "grace_period_s 900.0 -> 60.0"),
     "max_queued": (8, "adjust", "max_queued 64 -> 8"),
+    "max_queued_s": (60.0, "adjust", "max_queued_s 600.0 -> 60.0"),
 }
 """By field: another value, what a change of it does to running gangs, and how it is told."""
 
@@ -267,6 +268,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     metrics = {"host": "0.0.0.0", "port": 9500}
     assert table == {
         "draining": False,
+        "gateways": 2,
         "local_only": False,
         "max_body_bytes": 2048,
         "api_keys_env": "KEYS",

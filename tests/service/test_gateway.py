@@ -15,11 +15,13 @@ from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
 from service import gateway
+from service.api.errors import answer
 from service.gateway import Gateway
 from service.state import quarantine
 from service.state.head_store import HeadStore
 from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
+from service.state.turns import Prospect
 from service.state.waiting import Place, waiting_for
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
@@ -413,6 +415,41 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
         waiting.leave("0")
         assert len(waiting) == 1, "who was answered waits no more"
         waiting.leave("1")
+
+    asyncio.run(story())
+
+
+def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = a_model("patient").model_copy(update={"max_queued": 2, "max_queued_s": 30.0})
+    request, waiting = replace(REQUEST, model="patient"), waiting_for("model-patient")
+    prospects = [Prospect(1, 31.5), Prospect(1, 29.0), Prospect(9, 60.0)]
+    counted: list[int] = []
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        counted.append(len(waiting))
+        return prospects.pop(0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+    serving(opened, monkeypatch, [Begun(), RESULT])
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [patient.model_dump(mode="json")]})
+        waiting.enter("another", Place(time.time()))
+        with pytest.raises(QueueFull, match="would have to wait 32 s, at most 30 s") as late:
+            await ask(opened, request)
+        assert answer(late.value)[2] == {"retry-after": "2"}
+        assert len(waiting) == 1
+        assert await ask(opened, request) == [RESULT]
+        assert len(waiting) == 1
+        waiting.enter("a third", Place(time.time()))
+        with pytest.raises(QueueFull, match="2 requests wait") as full:
+            await ask(opened, request)
+        assert answer(full.value)[2] == {"retry-after": "6"}
+        assert counted == [2, 2, 3], "it is counted while it asks"
+        waiting.leave("another")
+        waiting.leave("a third")
 
     asyncio.run(story())
 

@@ -290,6 +290,22 @@ def test_tags_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     story(tell)
 
 
+def test_what_a_new_request_would_wait_for() -> None:
+    async def tell(turns: Turns) -> None:
+        assert turns.prospect("") == (0, 0.0)  # nothing is known
+        turns.know("", {name: idle(request_s=10.0) for name in "ab"})
+        assert turns.prospect("") == (0, 0.0)  # a gang is free
+        served = Served(turns)
+        await served.enter(*(ticket(f"{caller}{i}", caller) for i in range(4) for caller in ("one", "two")))
+        ahead, wait_s = turns.prospect("one")
+        assert (ahead, wait_s) == (6, pytest.approx((6 * 10 + 2 * 10) / 2, abs=1))
+        assert turns.prospect("three").ahead == 0  # both others have had a turn
+        turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
+        assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)
+
+    story(tell)
+
+
 def test_the_gang_with_the_least_backlog_and_among_equals_a_warm_one() -> None:
     assert best(list("abc"), {"a": 300.0, "b": 5.0, "c": 90.0}, frozenset("a")) == "b"
     assert best(list("abc"), {"a": 0.0, "b": 1.0, "c": 30.0}, frozenset("bc")) == "b"
