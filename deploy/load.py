@@ -72,6 +72,9 @@ def load_with_origins(
         raise SpecError("\n".join(mistakes))
     folder = path.resolve().parent
     spec = spec.model_copy(update={"models": tuple(_beside(folder, model) for model in spec.models)})
+    if spec.auth.api_keys_file:
+        file = str(folder / spec.auth.api_keys_file)
+        spec = spec.model_copy(update={"auth": spec.auth.model_copy(update={"api_keys_file": file})})
     origins = {name: overridden.origins.get(at, "default") for at, name, _ in _values(spec)}
     return LoadedSpec(spec, origins)
 

@@ -5,6 +5,7 @@ YAML comes in through `deploy.load`; the frozen objects go to `service.app` (wha
 its unit.
 """
 
+import ipaddress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -24,6 +25,14 @@ LIVE = frozenset(
     {"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued", "max_queued_s"}
 )
 """Keys of a model that change while its gangs run. A change of any other key starts new gangs."""
+
+
+def is_loopback(host: str) -> bool:
+    """True for a name or an address of the machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class SpecError(ValueError):
@@ -308,8 +317,19 @@ class Auth(_Section):
     """Who may call."""
 
     api_keys_env: str | None = Field(
-        None, description="environment variable of the gateway with comma-separated API keys; absent: anybody may call"
+        None, description="environment variable of the gateway with comma-separated API keys, which may do everything"
     )
+    api_keys_file: str | None = Field(
+        None, description="file of API keys on the gateway's nodes, each with its limits; read again when it changes"
+    )
+    insecure: bool = Field(
+        False, description="let anybody call who reaches gateway.host, though it is not this machine alone"
+    )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether callers need an API key."""
+        return self.api_keys_env is not None or self.api_keys_file is not None
 
 
 class DeploymentSpec(_Section):
@@ -333,6 +353,15 @@ class DeploymentSpec(_Section):
     def _ports_differ(self) -> Self:
         if self.metrics.port and self.metrics.port == self.gateway.port:
             raise ValueError(f"metrics.port and gateway.port are both {self.metrics.port}; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _is_closed(self) -> Self:
+        if not (self.auth.needs_key or self.auth.insecure or is_loopback(self.gateway.host)):
+            raise ValueError(
+                f"gateway.host is {self.gateway.host}, where other machines may call, and nobody needs a key; set "
+                "auth.api_keys_env or auth.api_keys_file, or allow it with auth.insecure: true"
+            )
         return self
 
     @field_validator("models")

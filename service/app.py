@@ -13,8 +13,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from service.api.origin import is_loopback
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from workers.gang.gang import Gang
@@ -133,9 +132,10 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         | {
             "draining": False,
             "gateways": spec.gateway.replicas,
-            "local_only": is_loopback(spec.gateway.host) and spec.auth.api_keys_env is None,
+            "local_only": is_loopback(spec.gateway.host) and not spec.auth.needs_key,
             "max_body_bytes": spec.limits.max_body_bytes,
             "api_keys_env": spec.auth.api_keys_env,
+            "api_keys_file": spec.auth.api_keys_file,
             "metrics": spec.metrics_at,
             "models_folder": spec.storage.models,
         },

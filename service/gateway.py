@@ -6,12 +6,9 @@ again on another one. Nothing about it is random after its admission, seed inclu
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
-import os
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,19 +18,23 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deploy.spec import ModelSpec
+from deploy.api_keys import ApiKey
+from deploy.spec import ModelSpec, SpecError
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
 from service.state import router_registry, shared_turns
+from service.state.keyring import Keyring
 from service.state.model_states import ModelState
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
 from service.state.waiting import Place, waiting_for
 from workers.errors import (
+    AdminOnly,
     Forbidden,
     GangLost,
+    ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
@@ -57,15 +58,12 @@ PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-NOT_ADMITTED = (Unauthorized, Forbidden, UnsupportedMediaType)
+NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType)
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
-_caller: ContextVar[str] = ContextVar("caller", default="")
-"""Who sent the request that this task answers: a digest of the API key."""
-
-UNSET: list[str] = []
-"""The API keys before the first configuration: nobody has one."""
+_caller: ContextVar[ApiKey | None] = ContextVar("caller", default=None)
+"""The API key of the request that this task answers; None where none is needed."""
 
 
 class Gateway:
@@ -82,7 +80,7 @@ class Gateway:
         self.draining = False
         self.local_only = False
         self.in_flight = 0
-        self._keys: list[str] | None = UNSET
+        self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._poller = Poller()
@@ -105,10 +103,10 @@ class Gateway:
         shared_turns.share(user_config.get("gateways", 1) > 1)
         self.max_body_bytes = user_config["max_body_bytes"]
         try:
-            self._keys = api_keys(user_config["api_keys_env"])
-        except RuntimeError as error:
-            if self._keys is UNSET:
-                raise
+            self._keyring.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
+        except SpecError as error:
+            if not self._keyring.configured:
+                raise RuntimeError(str(error)) from None
             logger.error("%s; the former keys remain valid", error)
         self._poller.follow(self._models)
         self._quarantine.follow()
@@ -121,27 +119,27 @@ class Gateway:
         """The REST API. Called by Serve when this replica is constructed."""
         return rest_app(self)
 
-    def admit(self, authorization: str | None) -> None:
+    def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Reject callers without a valid API key, if the deployment has keys.
 
         Args:
             authorization: the `Authorization` header; None if there is none.
+            admin: the call concerns what others have asked for.
 
         Raises:
             Unauthorized: the header has no valid key.
+            AdminOnly: the key has not the scope.
         """
-        _caller.set("")
-        if self._keys is None:
+        _caller.set(None)
+        if self._keyring.open:
             return
         scheme, _, given = (authorization or "").partition(" ")
-        given = given.strip(" \t")  # not all that Unicode calls a space: those are bytes of letters
-        _caller.set(hashlib.sha256(given.encode()).hexdigest())
-        # Servers decode headers as latin-1, whatever clients mean: their letters may be those of UTF-8, or the bytes.
-        meant = given.encode(), given.encode("latin-1", "replace")
-        if scheme.lower() != "bearer" or not any(
-            hmac.compare_digest(sent, key.encode()) for key in self._keys for sent in meant
-        ):
+        key = self._keyring.find(given.strip(" \t"))  # not all that Unicode calls a space: those are bytes of letters
+        if scheme.lower() != "bearer" or key is None:
             raise Unauthorized("a valid API key is required, as 'Authorization: Bearer KEY'")
+        if admin and not key.admin:
+            raise AdminOnly(f"the key {key.name!r} has the scope {key.scope!r}; this needs 'admin'")
+        _caller.set(key)
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
@@ -178,12 +176,13 @@ class Gateway:
         try:
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
-            async with contextlib.aclosing(self._generate(request)) as reports:
-                async for report in reports:
-                    if isinstance(report, GenerationResult):
-                        outcome = OK
-                        metrics.answered(time.monotonic() - began, report.seconds)
-                    yield report
+            with self._allowed(request):
+                async with contextlib.aclosing(self._generate(request)) as reports:
+                    async for report in reports:
+                        if isinstance(report, GenerationResult):
+                            outcome = OK
+                            metrics.answered(time.monotonic() - began, report.seconds)
+                        yield report
         except Exception as error:
             outcome = find_status(error).code
             raise
@@ -191,8 +190,27 @@ class Gateway:
             self.in_flight -= 1
             metrics.ended(outcome)
 
+    @contextlib.contextmanager
+    def _allowed(self, request: GenerationRequest) -> Iterator[None]:
+        """What the caller's key allows; it counts as long as the request waits or runs.
+
+        Raises:
+            ModelNotAllowed: the key is for other models.
+            RateLimited: it has used what it may.
+        """
+        key = _caller.get()
+        if key is None:
+            yield
+            return
+        if key.models is not None and request.model not in key.models:
+            allowed = ", ".join(key.models)
+            raise ModelNotAllowed(f"the key {key.name!r} may not ask {request.model!r}; it may: {allowed}")
+        with self._keyring.allowance(key).take(key, request.work):
+            yield
+
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
-        known_as, place = fingerprint(_caller.get(), request), Place(time.time(), _caller.get())
+        caller = _caller_name()
+        known_as, place = fingerprint(caller, request), Place(time.time(), caller)
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
         before = len(waiting)
@@ -237,7 +255,7 @@ class Gateway:
         model = self._models.get(request.model)
         if model is None or not waiting:
             return
-        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller.get())
+        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller_name())
         if waiting >= model.max_queued:
             raise QueueFull(
                 f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None
@@ -312,6 +330,11 @@ class Gateway:
                 answer.cancel()  # type: ignore[no-untyped-call]
 
 
+def _caller_name() -> str:
+    key = _caller.get()
+    return key.name if key else ""
+
+
 def _own_name() -> str:
     """The name of this replica's actor, by which gangs see that it is alive; empty outside Serve."""
     try:
@@ -322,17 +345,3 @@ def _own_name() -> str:
 
 def _applications() -> Collection[str]:
     return serve.status().applications
-
-
-def api_keys(variable: str | None) -> list[str] | None:
-    """The comma-separated API keys in an environment variable; None if no variable is named: anybody may call.
-
-    Raises:
-        RuntimeError: the variable holds no key.
-    """
-    if variable is None:
-        return None
-    keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
-    if not keys:
-        raise RuntimeError(f"auth.api_keys_env is {variable}, but the gateway's environment holds no keys in it")
-    return keys

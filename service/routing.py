@@ -109,7 +109,7 @@ class LeastBacklogRouter(RequestRouter):
         return Ticket(
             request_id=request.request_id,
             caller=place.caller if place else "",
-            cost=float(request.width * request.height * request.num_frames * request.n * request.num_inference_steps),
+            cost=float(request.work),
             place=place.admitted_at if place else created_at,
             shape=shape_of(request),
         )

@@ -78,7 +78,8 @@ SPEC_KEYS = frozenset(
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.replicas
-    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models auth auth.api_keys_env
+    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models
+    auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )
 
@@ -132,6 +133,9 @@ ERRORS = {
     "InvalidParameter": (400, "invalid_value"),
     "Unauthorized": (401, "invalid_api_key"),
     "Forbidden": (403, "forbidden"),
+    "ModelNotAllowed": (403, "model_not_allowed"),
+    "AdminOnly": (403, "admin_only"),
+    "RateLimited": (429, "rate_limit_exceeded"),
     "UnsupportedMediaType": (415, "unsupported_media_type"),
     "ModelNotFound": (404, "model_not_found"),
     "RequestQuarantined": (422, "request_quarantined"),
@@ -153,6 +157,7 @@ COMMANDS = {
     "models": {"server", "json"},
     "doctor": {"file", "set"},
     "schema": set(),
+    "key": {"name", "admin"},
     "verify": {"target", "config", "world", "device"},
     "generate": {
         "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale",

@@ -69,6 +69,14 @@ class Forbidden(RequestError):
     """The request may come from a web page of another site."""
 
 
+class ModelNotAllowed(RequestError):
+    """The caller's API key is not for this model."""
+
+
+class AdminOnly(RequestError):
+    """The call concerns what others have asked for, and the caller's API key has not the scope `admin`."""
+
+
 class UnsupportedMediaType(RequestError):
     """The body is not sent as JSON."""
 
@@ -77,11 +85,11 @@ class ShuttingDown(SprayError):
     """The deployment is about to stop and takes no new requests."""
 
 
-class QueueFull(SprayError):
-    """More waits for the model than its `max_queued` or `max_queued_s` allows.
+class TryLater(SprayError):
+    """The request would be taken at another time.
 
     Attributes:
-        retry_after_s: when there may be room, in seconds; None: unknown.
+        retry_after_s: when, in seconds from now; None: unknown.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -90,6 +98,14 @@ class QueueFull(SprayError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class QueueFull(TryLater):
+    """More waits for the model than its `max_queued` or `max_queued_s` allows."""
+
+
+class RateLimited(TryLater):
+    """The caller's API key has used what it is allowed."""
 
 
 class ModelUnavailable(SprayError):

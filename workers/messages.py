@@ -59,6 +59,11 @@ class GenerationRequest:
     report_steps: bool = False
     seed_drawn: bool = False
 
+    @property
+    def work(self) -> int:
+        """Pixels x frames x steps x pictures: what limits and fair shares count."""
+        return self.width * self.height * self.num_frames * self.num_inference_steps * self.n
+
 
 @dataclass(frozen=True)
 class Begun:

@@ -27,8 +27,8 @@ class Backend(Protocol):
     local_only: bool
     in_flight: int
 
-    def admit(self, authorization: str | None) -> None:
-        """Raise `Unauthorized` unless this `Authorization` header allows the call."""
+    def admit(self, authorization: str | None, admin: bool = False) -> None:
+        """Raise `Unauthorized` or `AdminOnly` unless this `Authorization` header allows the call."""
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.backend import Served
@@ -12,7 +12,8 @@ probes = APIRouter()
 
 
 @router.get("/cluster")
-async def cluster(backend: Served) -> dict[str, Any]:
+async def cluster(http: Request, backend: Served) -> dict[str, Any]:
+    backend.admit(http.headers.get("authorization"), admin=True)
     return backend.cluster()
 
 

@@ -12,18 +12,22 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 
 from workers.errors import (
+    AdminOnly,
     Forbidden,
     GangLost,
     InvalidParameter,
+    ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
     QueueFull,
+    RateLimited,
     RequestCancelled,
     RequestError,
     RequestFailed,
     RequestQuarantined,
     ShuttingDown,
+    TryLater,
     Unauthorized,
     UnsupportedMediaType,
 )
@@ -60,11 +64,14 @@ STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
     Forbidden: Status(403, "invalid_request_error", "forbidden"),
+    ModelNotAllowed: Status(403, "invalid_request_error", "model_not_allowed"),
+    AdminOnly: Status(403, "invalid_request_error", "admin_only"),
     UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
     RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined"),
     ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),
     QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
+    RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded", retry=True),
     RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
     RequestFailed: Status(500, "server_error", "generation_failed"),
     OutOfMemory: Status(400, "invalid_request_error", "out_of_memory"),
@@ -92,7 +99,7 @@ def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 def retry_after_s(error: Exception) -> int:
     """After how many seconds a request that may succeed later should be sent again."""
-    known = error.retry_after_s if isinstance(error, QueueFull) else None
+    known = error.retry_after_s if isinstance(error, TryLater) else None
     return RETRY_AFTER_S if known is None else max(1, min(MAX_RETRY_AFTER_S, math.ceil(known)))
 
 

@@ -4,13 +4,13 @@ A browser sends requests for any page to any server that it reaches, one on its 
 nothing else would tell such a request from its user's. Called by the routers before a body is read.
 """
 
-import ipaddress
 import re
 import uuid
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
+from deploy.spec import is_loopback
 from workers.errors import Forbidden, UnsupportedMediaType
 
 ID_HEADER = "x-request-id"
@@ -42,14 +42,6 @@ def reject_foreign_pages(http: Request, local_only: bool) -> None:
         raise Forbidden(f"a page of {origin} may not call this server")
     if local_only and not is_loopback(name):
         raise Forbidden(f"this server is not {host!r}; call it by localhost or 127.0.0.1")
-
-
-def is_loopback(host: str) -> bool:
-    """True for a name or an address of the machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def request_id(http: Request) -> str:

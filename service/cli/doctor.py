@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy.api_keys import read_api_keys
 from deploy.components import verify_components
 from deploy.memory import GIB, format_bytes
 from deploy.model_folder import cache_root, model_folder
 from deploy.safetensors_headers import verify_checksums, verify_weights
-from deploy.spec import DeploymentSpec
+from deploy.spec import DeploymentSpec, SpecError
 from service.rollout.cluster_folder import place
 from service.rollout.environment import has_token
 from service.rollout.ports import bind_error
@@ -213,6 +214,11 @@ def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
 
 
 def _keys(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
+    if file := spec.auth.api_keys_file:
+        try:
+            yield Finding("API keys", "ok", f"{file} has {len(read_api_keys(Path(file)))}", "")
+        except SpecError as error:
+            yield Finding("API keys", "warn", str(error), "the gateway needs the file on each node where it runs")
     variable = spec.auth.api_keys_env
     if variable and not machine.environment.get(variable):
         advice = (

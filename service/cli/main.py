@@ -9,6 +9,7 @@
     spray doctor [FILE]   look for common problems of this machine
     spray schema          print the JSON schema of deployment files
     spray generate "..."  run one request: on a server, or with --local in processes of its own
+    spray key NAME        make an API key
     spray verify CLASS    prove that a model class gives the same answer on every layout
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done (`spray serve`: SIGTERM), 1 failed,
@@ -24,7 +25,7 @@ import typer
 
 from deploy.spec import SpecError
 from service.cli.client import ServerError
-from service.cli.commands import deploy, doctor, files, generate, serve, status, verify
+from service.cli.commands import deploy, doctor, files, generate, key, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, doctor.doctor, files.schema,
-    generate.generate, verify.verify,
+    generate.generate, key.key, verify.verify,
 ):  # fmt: skip
     app.command()(command)
 

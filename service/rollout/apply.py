@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from ray import serve
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from service.api.origin import is_loopback
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
 from service.app import gateway_table, serve_config
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 from service.rollout.changes import DEPLOYING, Change, running_models, user_config
@@ -53,7 +52,7 @@ def apply_changes(
     others = {name: app for name, app in present.items() if name not in desired and name not in removed}
     start_serve(spec.gateway.host, spec.gateway.port)
     host, _ = listens_at()  # not always the file's: Serve may run already
-    user_config(desired[GATEWAY_APP])["local_only"] = is_loopback(host) and spec.auth.api_keys_env is None
+    user_config(desired[GATEWAY_APP])["local_only"] = is_loopback(host) and not spec.auth.needs_key
     apply_config([*desired.values(), *others.values()])
 
 

@@ -98,7 +98,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
     before = {
         "gateway": {"replicas": options["num_replicas"]},
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
-        "auth": {"api_keys_env": options["user_config"]["api_keys_env"]},
+        "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},
         "metrics": options["user_config"]["metrics"],
     }
     after = spec.model_dump(include={name: set(keys) for name, keys in before.items()}) | {"metrics": spec.metrics_at}

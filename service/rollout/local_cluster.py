@@ -26,7 +26,6 @@ from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
 from service.api.errors import GATEWAY_LOST
 from service.app import serve_config
-from service.gateway import api_keys
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
 from service.rollout.cluster_folder import make_folder, remove_abandoned
@@ -35,6 +34,7 @@ from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
 from service.rollout.serve_client import apply_config, dead_processes, disconnect, start_ray, start_serve
+from service.state.keyring import check_keys
 from service.state.model_states import failure
 from workers.errors import GangLost
 
@@ -82,10 +82,7 @@ class LocalCluster:
         check_deployment(self.spec, devices)
         if SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK):
             raise SpecError(f"{SHARED_MEMORY} cannot be written, and Ray keeps its objects there; mount it writable")
-        try:
-            api_keys(self.spec.auth.api_keys_env)
-        except RuntimeError as error:  # the gateway inherits this environment
-            raise SpecError(f"{error}; set it to comma-separated keys") from None
+        check_keys(self.spec.auth)  # the gateway inherits this environment
         # Ports before Ray: what cannot be bound is reported here in one line, not later in the log of a replica.
         self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
         host, port = self._reservation.getsockname()[:2]

@@ -2,8 +2,7 @@
 
 import socket
 
-from deploy.spec import DeploymentSpec
-from service.api.origin import is_loopback
+from deploy.spec import DeploymentSpec, is_loopback
 
 
 def bind_error(host: str, port: int) -> str:
@@ -21,7 +20,7 @@ def bind_error(host: str, port: int) -> str:
 
 def open_to_all(spec: DeploymentSpec) -> str:
     """A warning if whoever reaches the HTTP port may use it; empty if callers need a key or are on this machine."""
-    if spec.auth.api_keys_env or is_loopback(spec.gateway.host):
+    if spec.auth.needs_key or is_loopback(spec.gateway.host):
         return ""
     return (
         f"warning: anybody who reaches {spec.gateway.host}:{spec.gateway.port} may use this deployment; "

@@ -5,6 +5,7 @@ poller.py           reads that state, less often while all is well
 router_registry.py  the request routers of this process: queues and the gangs' reports
 waiting.py          who waits for a gang, and in which place
 turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways
+keyring.py          the API keys of a gateway, and what each has left
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

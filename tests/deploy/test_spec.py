@@ -46,6 +46,8 @@ def a_model(**changes: Any) -> dict[str, Any]:
         (a_model(device="tpu"), "models.0.device: Input should be 'cuda' or 'cpu', got 'tpu'"),
         (a_model(name="a b"), "models.0.name"),
         (a_model(max_queued=0), "models.0.max_queued"),
+        (a_model() | {"gateway": {"host": "0.0.0.0"}}, "nobody needs a key; set auth.api_keys_env or"),
+        (a_model() | {"gateway": {"host": "spray.example"}}, "or allow it with auth.insecure: true"),
         (a_model(timeouts={"startup_s": float("inf")}), "models.0.timeouts.startup_s: Input should be a finite number"),
         (a_model(limits={"max_width": 512}), "defaults.width is 1024, above limits.max_width, 512"),
         (a_model(defaults={"height": 100}), "defaults.height is 100, not a multiple of 16"),

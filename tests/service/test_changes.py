@@ -246,12 +246,14 @@ def test_bundles_and_options_of_a_model() -> None:
 
 
 def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
-    spec = DeploymentSpec(models=(BEFORE,), gateway=GatewaySpec(replicas=2, port=1234, host="0.0.0.0"))
+    spec = DeploymentSpec(
+        models=(BEFORE,), gateway=GatewaySpec(replicas=2, port=1234, host="0.0.0.0"), auth=Auth(insecure=True)
+    )
     other = spec.model_copy(
         update={
             "models": (changed("max_queued"), BEFORE.model_copy(update={"name": "b"})),
             "limits": GatewayLimits(max_body_bytes=2048),
-            "auth": Auth(api_keys_env="KEYS"),
+            "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
             "metrics": Metrics(port=9500),
         }
     )
@@ -272,6 +274,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "local_only": False,
         "max_body_bytes": 2048,
         "api_keys_env": "KEYS",
+        "api_keys_file": "/keys.yaml",
         "metrics": metrics,
         "models_folder": None,
     }

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
+from deploy.api_keys import digest
 from service import gateway
 from service.api.errors import answer
 from service.gateway import Gateway
@@ -26,11 +28,14 @@ from service.state.waiting import Place, waiting_for
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
 from workers.errors import (
+    AdminOnly,
     GangLost,
+    ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
     QueueFull,
+    RateLimited,
     RequestFailed,
     RequestQuarantined,
     ShuttingDown,
@@ -92,6 +97,45 @@ def test_a_gateway_whose_keys_are_missing_does_not_open(
     monkeypatch.setenv("KEYS", keys)
     with pytest.raises(RuntimeError, match="api_keys_env is KEYS, but"):
         asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
+
+
+def test_what_a_key_may_do(opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (file := tmp_path / "keys.yaml").write_text(
+        f"keys:\n- {{name: web, sha256: {digest('k1')}, models: [one], max_concurrent: 1}}\n"
+        f"- {{name: ops, sha256: {digest('k2')}, scope: admin}}\n"
+    )
+    inner = FakeBackend()
+    seen: list[str] = []
+
+    def generate(request: GenerationRequest) -> Any:
+        seen.append(gateway._caller_name())
+        return inner.generate(request)
+
+    monkeypatch.setattr(opened, "_generate", generate)
+    models = [a_model(name).model_dump(mode="json") for name in ("one", "two")]
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": models, "api_keys_file": str(file)})
+        opened.admit("Bearer k2", admin=True)
+        opened.admit("Bearer k1")
+        with pytest.raises(AdminOnly, match="'web' has the scope 'generate'"):
+            opened.admit("Bearer k1", admin=True)
+        opened.admit("Bearer k1")
+        with pytest.raises(ModelNotAllowed, match="'web' may not ask 'two'; it may: one"):
+            await ask(opened, replace(REQUEST, model="two"))
+        running = asyncio.ensure_future(ask(opened, replace(REQUEST, prompt="slow")))
+        await asyncio.sleep(0)
+        with pytest.raises(RateLimited, match="at most 1"):
+            await ask(opened, REQUEST)
+        opened.admit("Bearer k2")
+        await ask(opened, REQUEST)
+        inner.released.set()
+        await running
+        opened.admit("Bearer k1")
+        await ask(opened, REQUEST)
+
+    asyncio.run(story())
+    assert seen == ["web", "ops", "web"]
 
 
 def test_the_table_of_a_gateway_changes_while_it_runs(opened: Gateway) -> None:

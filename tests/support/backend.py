@@ -56,7 +56,7 @@ class FakeBackend:
             "bug": ZeroDivisionError("secret detail"),
         }
 
-    def admit(self, authorization: str | None) -> None:
+    def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Reject callers without the key, if a test has set one."""
         if self.key is not None and authorization != f"Bearer {self.key}":
             raise Unauthorized("a valid API key is required")

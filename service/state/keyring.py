@@ -1,0 +1,163 @@
+"""Keyring: the API keys of a gateway, and what each has left of its allowance. For `service.gateway`.
+
+Keys come from a variable of the environment, from a file, or from both. The file is read again when it changes, so that
+keys are added and withdrawn without a restart; while it cannot be read, the former keys remain valid.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
+from deploy.spec import Auth, SpecError
+from workers.errors import RateLimited
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 2.0
+
+MINUTE_S = 60.0
+
+
+class Allowance:
+    """What one key may still do.
+
+    Work is a bucket that holds a minute's worth and fills up steadily. A request takes its work at once, and may
+    overdraw a full bucket, so that none is too large for ever.
+    """
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._spent = 0.0
+        self._at = time.monotonic()
+
+    @contextlib.contextmanager
+    def take(self, key: ApiKey, work: float) -> Iterator[None]:
+        """Let one request of the key wait and run.
+
+        Args:
+            key: with its limits, which may have changed.
+            work: pixels x frames x steps x pictures.
+
+        Raises:
+            RateLimited: the key has no more.
+        """
+        if key.max_concurrent is not None and self._running >= key.max_concurrent:
+            raise RateLimited(
+                f"the key {key.name!r} has {self._running} requests that wait or run, at most {key.max_concurrent} are "
+                "allowed; wait for one of them"
+            )
+        if key.max_work_per_minute is not None:
+            now = time.monotonic()
+            self._spent = max(0.0, self._spent - key.max_work_per_minute * (now - self._at) / MINUTE_S)
+            self._at = now
+            over = self._spent + min(work, key.max_work_per_minute) - key.max_work_per_minute
+            if over > 0:
+                raise RateLimited(
+                    f"the key {key.name!r} has used its work of this minute, {key.max_work_per_minute:g} pixels x "
+                    "frames x steps; try again later",
+                    over / key.max_work_per_minute * MINUTE_S,
+                )
+            self._spent += work
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+
+class Keyring:
+    """The keys of one gateway. Without any, anybody may call."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.configured = False
+        self._from_variable: tuple[ApiKey, ...] = ()
+        self._from_file: tuple[ApiKey, ...] = ()
+        self._file: Path | None = None
+        self._read: object = None  # what the file was like when it was read
+        self._allowances: dict[str, Allowance] = {}
+        self._following: asyncio.Task[None] | None = None
+
+    def configure(self, variable: str | None, file: str | None) -> None:
+        """Take the keys of this variable and file from now on.
+
+        Raises:
+            SpecError: one of them holds no usable keys. The former keys remain valid.
+        """
+        from_variable = variable_keys(variable)
+        path = Path(file) if file else None
+        read = _stamp(path) if path else None
+        from_file = read_api_keys(path) if path else ()
+        self.open, self.configured = variable is None and file is None, True
+        self._from_variable, self._from_file, self._file, self._read = from_variable, from_file, path, read
+        if path and self._following is None:
+            self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    def find(self, given: str) -> ApiKey | None:
+        """The key that was sent in a header.
+
+        Servers decode headers as latin-1, whatever clients mean: their letters may be those of UTF-8, or the bytes.
+        """
+        sent = (given.encode("utf-8", "surrogateescape"), given.encode("latin-1", "replace"))
+        return find_key((*self._from_variable, *self._from_file), sent)
+
+    def allowance(self, key: ApiKey) -> Allowance:
+        """What the key has left."""
+        return self._allowances.setdefault(key.name, Allowance())
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            file = self._file
+            if file is None or (stamp := await asyncio.to_thread(_stamp, file)) == self._read:
+                continue
+            self._read = stamp
+            try:
+                self._from_file = await asyncio.to_thread(read_api_keys, file)
+                logger.info("%s: %d API keys", file, len(self._from_file))
+            except SpecError as error:
+                logger.error("%s; the former keys remain valid", error)
+
+
+def check_keys(auth: Auth) -> None:
+    """Refuse keys that a gateway with this environment and these files could not read.
+
+    Raises:
+        SpecError: it could not.
+    """
+    variable_keys(auth.api_keys_env)
+    if auth.api_keys_file:
+        read_api_keys(Path(auth.api_keys_file))
+
+
+def variable_keys(variable: str | None) -> tuple[ApiKey, ...]:
+    """The comma-separated keys in an environment variable. They may do everything.
+
+    Raises:
+        SpecError: the variable holds no key.
+    """
+    if variable is None:
+        return ()
+    keys = list(dict.fromkeys(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()))
+    if not keys:
+        raise SpecError(
+            f"auth.api_keys_env is {variable}, but the gateway's environment holds no keys in it; set it to "
+            "comma-separated keys"
+        )
+    return tuple(
+        ApiKey(name=f"{variable}.{number}", sha256=digest(key), scope="admin") for number, key in enumerate(keys, 1)
+    )
+
+
+def _stamp(file: Path) -> object:
+    """Differs when the file does: Kubernetes replaces a mounted secret by another inode."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        return error.errno
+    return found.st_ino, found.st_size, found.st_mtime_ns
