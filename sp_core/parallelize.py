@@ -84,7 +84,7 @@ def parallelize(
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
         forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
         _report(model, mesh, config)
-        restore = apply_replacements(model, replacing, config)
+        restore = apply_replacements(model, replacing, config, mesh)
         return Handle([forget_kernel, *restore], irreversible=irreversible)
     found, order_known = (plan, True) if plan is not None else _find_plan(model, family)
     if found and not any(isinstance(entry, SequenceParallelOutput | list | tuple) for entry in found.values()):
@@ -96,7 +96,7 @@ def parallelize(
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
     hooks = install_hooks(model, found, context)
-    restore = apply_replacements(model, replacing, config)
+    restore = apply_replacements(model, replacing, config, mesh)
     release = bind_attention(model, attention, context)
     _parallelized.add(model)
     undo = [forget_kernel, lambda: _parallelized.discard(model), hooks.remove, *restore, release]

@@ -13,18 +13,22 @@ from collections.abc import Callable
 from torch import nn
 
 from sp_core import real_rotation, shared_modulation
+from sp_core.mesh import ParallelMesh
 from sp_core.models.family import Config, ModelFamily, RealRotation
 
 _logger = logging.getLogger(__name__)
 
 
-def apply_replacements(model: nn.Module, family: ModelFamily | None, config: Config) -> list[Callable[[], None]]:
+def apply_replacements(
+    model: nn.Module, family: ModelFamily | None, config: Config, mesh: ParallelMesh
+) -> list[Callable[[], None]]:
     """Make the replacements of the family that fit this model.
 
     Args:
         model: the hooks of its plan are installed already; its attention is not bound yet.
         family: its family, if it has one.
         config: the model's.
+        mesh: the ranks.
 
     Returns:
         Functions that undo them, to be called in reverse order.
@@ -41,7 +45,7 @@ def apply_replacements(model: nn.Module, family: ModelFamily | None, config: Con
         if isinstance(replacement, RealRotation):
             done = real_rotation.replace(model, replacement)
         else:
-            done = shared_modulation.replace(model, config, replacement)
+            done = shared_modulation.replace(model, config, replacement, mesh)
         if done is None:
             _logger.info("%s keeps this part of its own: it is not as %s expects", kind.__name__, replacement)
         else:

@@ -1,29 +1,37 @@
-"""Modulation that depends on the timestep only: computed once a step for all layers and all forwards of the step.
+"""Modulation computed once: each rank computes some layers, and the forwards of one step share what they can.
 
-A guided step is two forwards at one timestep, and each block of each forward turns the same embedding into its shifts,
-scales and gates (adaLN). Those layers see one row a sample, so their time is that of reading their weights; reading
-them once instead of twice is what is saved. A single product over the stacked weights of all layers would read as much,
-and need all of them twice while they are stacked.
+Each block turns one embedding of the timestep into its shifts, scales and gates (adaLN). Those layers see one row a
+sample, so their time is that of reading their weights: a third of Qwen-Image's. All sequence ranks, and all tensor
+ranks, would read the same weights for the same row. So each computes its share of the layers as soon as the embedding
+is there, and one gather gives all values to all of them; then the blocks find the values ready.
+
+A guided step is two forwards at one timestep. Where the embedding depends on nothing else, the second takes the values
+of the first:
 
     with same_timestep():      # the caller says that all forwards in it have one timestep
         model(**prompted)
         model(**unprompted)    # its layers return what the first forward has computed
 
-Outside of such a step nothing is shared. The layers' own forward computes the values, so adapters, parallel and
-quantized layers inside them do their part. Declared as `SharedModulation` in a family's file, called by
-`sp_core.replacements`; `workers.model.denoising` opens the steps.
+The layers' own forward computes the values, so adapters, parallel and quantized layers do their part. Whole layers are
+shared out, not rows: a stacked weight would need all of them twice. Declared as `SharedModulation` in a family's file,
+called by `sp_core.replacements`; `workers.model.denoising` opens the steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatch
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
+from sp_core import collectives
+from sp_core.mesh import MeshAxis, ParallelMesh
 from sp_core.models.family import SharedModulation
+from sp_core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 _Key = tuple[Any, ...]
 _Values = list[torch.Tensor]
@@ -44,74 +52,30 @@ def same_timestep() -> Iterator[None]:
         _step.reset(token)
 
 
-class SharedSequential(nn.Sequential):
-    """Returns the value that it was given, if there is one; else computes it of its input.
-
-    Attributes:
-        shared: `(B, out)`, during a forward.
-    """
-
-    shared: torch.Tensor | None = None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`(B, in)` to `(B, out)`."""
-        if self.shared is not None:
-            return self.shared
-        output: torch.Tensor = super().forward(input)  # type: ignore[no-untyped-call]
-        return output
-
-
-class _Modulations:
-    """The layers of one model whose values are shared, and the hooks that give them to the layers."""
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self._layers = layers
-        self._embedded = 0  # times that this forward has embedded a timestep
-
-    def begin(self, *_: Any) -> None:
-        self._embedded = 0
-
-    def embedded(self, _module: nn.Module, _args: Any, embedding: torch.Tensor) -> None:
-        """Give all layers their values of this embedding, `(B, D)`."""
-        values = _step.get()
-        self._embedded += 1
-        if values is None or torch.compiler.is_compiling():
-            return
-        if self._embedded > 1:  # two embeddings in one forward: which layer takes which, only the model knows
-            self.end()
-            return
-        key = (id(self), embedding.shape, embedding.dtype, embedding.device)
-        if key not in values:
-            values[key] = [layer(embedding) for layer in self._layers]
-        for layer, value in zip(self._layers, values[key], strict=True):
-            layer.shared = value
-
-    def end(self, *_: Any) -> None:
-        """The layers compute again."""
-        for layer in self._layers:
-            layer.__dict__.pop("shared", None)
-
-
-def replace(model: nn.Module, config: Mapping[str, Any], modulation: SharedModulation) -> Callable[[], None] | None:
-    """Let the layers of this model share their values within a step.
+def replace(
+    model: nn.Module, config: Mapping[str, Any], modulation: SharedModulation, mesh: ParallelMesh
+) -> Callable[[], None] | None:
+    """Let ranks and forwards share the values of this model's layers.
 
     Args:
         model: its weights may come later.
         config: the model's.
         modulation: which layers, and where their input is made.
+        mesh: the ranks.
 
     Returns:
         The function that undoes it; None if the model is not as it says: nothing is changed then.
     """
     layers = [m for n, m in model.named_modules() if any(fnmatch(n, pattern) for pattern in modulation.layers)]
     source = getattr(model, modulation.source, None)
-    if not layers or not isinstance(source, nn.Module) or any(type(layer) is not nn.Sequential for layer in layers):
+    if not layers or not isinstance(source, nn.Module) or not all(_is_as_expected(layer) for layer in layers):
         return None
     if any(config.get(key) for key in modulation.unless):
         return None
+    sharing = _Modulations(layers, modulation, mesh)
     for layer in layers:
-        layer.__class__ = SharedSequential
-    sharing = _Modulations(layers)
+        layer.shared = None
+        layer.forward = MethodType(_shared_or_own, layer)  # not of another class: adapters change that of linear layers
     hooks = [
         model.register_forward_pre_hook(sharing.begin),
         source.register_forward_hook(sharing.embedded),
@@ -121,8 +85,109 @@ def replace(model: nn.Module, config: Mapping[str, Any], modulation: SharedModul
     def undo() -> None:
         for hook in hooks:
             hook.remove()
-        sharing.end()
         for layer in layers:
-            layer.__class__ = nn.Sequential
+            del layer.shared, layer.forward
 
     return undo
+
+
+def _shared_or_own(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    """The forward of a layer, `(B, in)` to `(B, out)`: what it was given, if it was given something."""
+    shared: torch.Tensor | None = layer.shared
+    return type(layer).forward(layer, input) if shared is None else shared
+
+
+class _Modulations:
+    """The layers of one model whose values are shared, and the hooks that give them to the layers."""
+
+    def __init__(self, layers: Sequence[Any], modulation: SharedModulation, mesh: ParallelMesh) -> None:
+        self._layers = layers
+        self._linears = [_linear(layer) for layer in layers]
+        self._modulation = modulation
+        self._axes = _sharing(self._linears, mesh) if modulation.across_ranks else []
+        self._widths = [linear.out_features for linear in self._linears]
+        place, ranks = 0, 1
+        for axis in self._axes:
+            place, ranks = place + axis.rank * ranks, ranks * axis.size
+        self._dealt = _deal(self._widths, ranks)
+        self._mine = self._dealt[place]
+        self._embedded = -1  # times that this forward has embedded a timestep; negative: no forward is running
+
+    def begin(self, *_: Any) -> None:
+        self._embedded = 0
+
+    def embedded(self, _module: nn.Module, _args: Any, embedding: torch.Tensor) -> None:
+        """Give all layers their values of this embedding, `(B, D)`."""
+        if torch.compiler.is_compiling() or self._embedded < 0:
+            return
+        self._embedded += 1
+        step = _step.get() if self._modulation.timestep_only else None
+        if (step is None and not self._axes) or not self._are_beside(embedding):
+            return
+        if self._embedded > 1:  # two embeddings in one forward: which layer takes which, only the model knows
+            self._forget()
+            return
+        step = {} if step is None else step
+        key = (id(self), embedding.shape, embedding.dtype, embedding.device)
+        if key not in step:
+            step[key] = self._values(silu(embedding) if self._modulation.silu else embedding)
+        for layer, value in zip(self._layers, step[key], strict=True):
+            layer.__dict__["shared"] = value  # a module's own way to set an attribute takes ten times as long
+
+    def end(self, *_: Any) -> None:
+        """The forward is over: the layers compute again."""
+        self._embedded = -1
+        self._forget()
+
+    def _forget(self) -> None:
+        for layer in self._layers:
+            layer.__dict__["shared"] = None
+
+    def _are_beside(self, embedding: torch.Tensor) -> bool:
+        """Whether all layers have their weights where the embedding is, in one dtype; some may be offloaded yet.
+
+        The same on all ranks, for they all have all layers.
+        """
+        weights = {(linear.weight.device, linear.weight.dtype) for linear in self._linears}
+        return len(weights) == 1 and weights.pop()[0] == embedding.device
+
+    def _values(self, input: torch.Tensor) -> _Values:
+        """What each layer makes of its input, `(B, in)`. A collective of the ranks that share."""
+        mine = [self._layers[i](input) for i in self._mine]
+        if not self._axes:
+            return mine
+        longest = max(sum(self._widths[i] for i in dealt) for dealt in self._dealt)
+        missing = longest - sum(self._widths[i] for i in self._mine)
+        packed = torch.cat([*mine, input.new_zeros(len(input), missing)], dim=1)
+        for axis in self._axes:
+            packed = torch.cat(collectives.all_gather_equal(packed, axis))
+        values: dict[int, torch.Tensor] = {}
+        for dealt, row in zip(self._dealt, packed.chunk(len(self._dealt)), strict=True):
+            widths = [self._widths[i] for i in dealt]
+            values.update(zip([*dealt, -1], row.split([*widths, longest - sum(widths)], dim=1), strict=True))
+        return [values[i] for i in range(len(self._layers))]
+
+
+def _is_as_expected(layer: nn.Module) -> bool:
+    """Whether it is a linear layer, or ends with one, and nobody has given it another forward."""
+    linear = _linear(layer)
+    return isinstance(linear, nn.Linear) and "forward" not in vars(layer)
+
+
+def _linear(layer: nn.Module) -> Any:
+    return layer[-1] if type(layer) is nn.Sequential and len(layer) else layer
+
+
+def _sharing(linears: Sequence[nn.Linear], mesh: ParallelMesh) -> list[MeshAxis]:
+    """The axes whose ranks have the same layers and the same embedding, the innermost first."""
+    parts = any(isinstance(linear, ColumnParallelLinear | RowParallelLinear) for linear in linears)
+    axes = [mesh.axis("sequence")] if parts else [mesh.axis("tp"), mesh.axis("sequence")]
+    return [axis for axis in axes if axis.size > 1]
+
+
+def _deal(widths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which layers each rank computes: the widest first, each to the rank with the least to do."""
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for layer in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        min(dealt, key=lambda taken: sum(widths[i] for i in taken)).append(layer)
+    return [sorted(taken) for taken in dealt]

@@ -100,18 +100,25 @@ class RealRotation:
 
 @dataclass(frozen=True)
 class SharedModulation:
-    """Layers that see nothing but the embedding of the timestep: the forwards of one step may share what they return.
+    """Layers that see nothing but one embedding of the timestep and, maybe, of more: what they return can be shared.
 
     Applied by `sp_core.shared_modulation`.
 
     Attributes:
-        source: the module of the model that embeds the timestep, once a forward.
-        layers: patterns of the layers that take the embedding; each is an `nn.Sequential`.
+        source: the module of the model that makes the embedding, `(B, D)`, once a forward.
+        layers: patterns of the layers that take it; each is an `nn.Linear`, or an `nn.Sequential` that ends with one.
+        silu: they are given the SiLU of the embedding.
+        timestep_only: nothing but the timestep decides what it is: the forwards of one step may share it.
+        across_ranks: each sequence rank computes some of the layers. Worth it where reading their weights takes longer
+            than a gather: from about 1 GB on.
         unless: keys of the model's config; where one is true, something else decides about modulation as well.
     """
 
     source: str
     layers: tuple[str, ...]
+    silu: bool = False
+    timestep_only: bool = True
+    across_ranks: bool = True
     unless: tuple[str, ...] = ()
 
 

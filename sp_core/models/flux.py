@@ -11,7 +11,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, ModelFamily, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Rowwise
 
@@ -73,6 +73,18 @@ FLUX = ModelFamily(
     refused_processors={
         "FluxIPAdapterAttnProcessor": "it attends to image prompts the same way as to the sequence",
     },
+    replacements=(
+        SharedModulation(
+            "time_text_embed",
+            (
+                "transformer_blocks.*.norm1.linear",
+                "transformer_blocks.*.norm1_context.linear",
+                "single_transformer_blocks.*.norm.linear",
+            ),
+            silu=True,
+            timestep_only=False,  # the pooled prompt
+        ),
+    ),
     examples={
         "flux": Example("FluxTransformer2DModel", _TINY, _inputs, _GAINS),
         "flux control": Example("FluxTransformer2DModel", _TINY, _control_inputs, _GAINS),

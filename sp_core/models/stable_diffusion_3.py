@@ -10,7 +10,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, ModelFamily, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 
 
@@ -45,6 +45,14 @@ STABLE_DIFFUSION_3 = ModelFamily(
     },
     own_stream={"*.attn2": "hidden_states"},
     captured_processors=("JointAttnProcessor2_0",),
+    replacements=(
+        SharedModulation(
+            "time_text_embed",
+            ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"),
+            silu=True,
+            timestep_only=False,  # the pooled prompt
+        ),
+    ),
     examples={
         "sd3": Example(
             "SD3Transformer2DModel",

@@ -55,7 +55,7 @@ Z_IMAGE = ModelFamily(
     },
     replacements=(
         RealRotation("rope_embedder", "freqs_cis", "ZSingleStreamAttnProcessor", norms=(("norm_q", 0), ("norm_k", 0))),
-        SharedModulation("t_embedder", ("*.adaLN_modulation",)),
+        SharedModulation("t_embedder", ("*.adaLN_modulation",), across_ranks=False),  # of 256 features: soon read
     ),
     examples={
         "z-image": Example(

@@ -231,5 +231,5 @@ def test_a_family_declares_what_diffusers_has() -> None:
             if isinstance(each, RealRotation):
                 assert real_rotation.replace(model, each) is not None
             else:
-                done = shared_modulation.replace(model, model.config, each)
+                done = shared_modulation.replace(model, model.config, each, one_rank())
                 assert (done is None) == (name == "qwen-image edit")

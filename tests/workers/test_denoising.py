@@ -14,7 +14,6 @@ from deploy.spec import LoRA
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from sp_core.shared_modulation import SharedSequential
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
@@ -100,7 +99,7 @@ def test_one_rank_is_the_classic_pipeline(demo_model: Path, name: str) -> None:
 def test_the_forwards_of_a_guided_step_share_their_modulation(demo_model: Path) -> None:
     loaded = load_model(model(demo_model), ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60))
     calls: list[torch.Tensor] = []
-    layers = [each for each in loaded.pipeline.transformer.modules() if isinstance(each, SharedSequential)]
+    layers = [each for each in loaded.pipeline.transformer.modules() if "shared" in vars(each)]
     for layer in layers:
         layer[-1].register_forward_hook(lambda _layer, _args, output: calls.append(output))
     denoising = begun(loaded, REQUESTS["uneven, guided"])
