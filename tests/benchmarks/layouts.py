@@ -32,7 +32,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -190,7 +190,8 @@ def compare(_: ParallelMesh, work: Work, repeats: int) -> dict[str, Found]:
     if work.family == "qwen-image":
         name = f"{DIFFUSERS} {world}"
         steps[name] = step_of(tensor_parallel(copy.deepcopy(whole)), branches, ALONE)
-        expected[name] = expected[f"tp {world}"]
+        theirs = replace(shape, modulation=())
+        expected[name] = predicted(theirs, ParallelDegrees(tensor_parallel_size=world), rank)
     steps[ONE] = step_of(whole, branches, ALONE)
 
     reference = steps[ONE]()

@@ -68,12 +68,14 @@ class Expected:
 
     def exchanges(self, degrees: ParallelDegrees) -> dict[str, int]:
         """Collectives of each kind."""
+        shared = sum(size > 1 for size in (degrees.tensor_parallel_size, degrees.sequence_parallel_size))
         attentions, regions = sum(region.layers for region in self.regions), sum(r.out > 0 for r in self.regions)
         counts = {
             "exchange": 2 * attentions if degrees.ulysses_degree > 1 else 0,
             "shift": (degrees.ring_degree - 1) * attentions,
             "sum": self.sums if degrees.tensor_parallel_size > 1 else 0,
-            "gather": regions if degrees.sequence_parallel_size > 1 else 0,
+            "gather": (regions if degrees.sequence_parallel_size > 1 else 0)
+            + sum(shared for region in self.regions if region.modulation),
         }
         return {kind: count for kind, count in counts.items() if count}
 
@@ -83,7 +85,7 @@ class Expected:
         return {kind: forwards * count / 2 for kind, count in total.items() if count and kind != "integers"}
 
 
-def region(layers: int, heads: int, head_size: int, out: int, *split: int, **rest: int) -> Shape:
+def region(layers: int, heads: int, head_size: int, out: int, *split: int, **rest: Any) -> Shape:
     """Its predicted stream is the last; `out` is 0 where another region gathers it."""
     options: Any = {"row_layers": 2, "itemsize": 2, **rest}
     return Shape(layers, heads, head_size, out, split, **options)
@@ -94,14 +96,17 @@ MASK_OF_TEXT = (
 )
 """The mask's length, a number that the host knows, is made a tensor."""
 
-QWEN_IMAGE = region(2, 24, 128, 64, 24, 4096)
+OF_QWEN_IMAGE, OF_FLUX, OF_SD3 = (4 * (18432,), 4 * (18432,) + 2 * (9216,), 3 * (9216,) + (3072,))
+"""Features that the layers of modulation make, which ranks share. SD3's last block modulates its text once."""
+
+QWEN_IMAGE = region(2, 24, 128, 64, 24, 4096, modulation=OF_QWEN_IMAGE)
 WAN = region(2, 40, 128, 64, 75600, row_layers=3, norms=3, whole=512)
 
 EXPECTED = {
     "qwen-image": Expected("1,u2,u4,u8,r2,u2r2,t2,t2u2", (QWEN_IMAGE,), sums=8),
     "qwen-image, masked": Expected(
         "u2,u2r2",
-        (region(2, 24, 128, 64, 24, 4096, batch=2, masked=True),),
+        (region(2, 24, 128, 64, 24, 4096, batch=2, masked=True, modulation=OF_QWEN_IMAGE),),
         kernel="efficient",
         waits={MASK_OF_TEXT: 1},
     ),
@@ -116,7 +121,7 @@ EXPECTED = {
     ),
     "flux": Expected(
         "1,u2,u8,r2,u2r2,t2",
-        (region(2, 24, 128, 64, 512, 4096), region(2, 24, 128, 0, 512, 4096, row_layers=1)),
+        (region(2, 24, 128, 64, 512, 4096, modulation=OF_FLUX), region(2, 24, 128, 0, 512, 4096, row_layers=1)),
         sums=10,
     ),
     "flux-2": Expected(
@@ -131,7 +136,7 @@ EXPECTED = {
     "hunyuan-video": Expected(
         "1,u2,u8,r2", (region(4, 24, 128, 64, 256, 4800, masked=True),), local={"efficient": 2}, kernel="efficient"
     ),
-    "sd3": Expected("u2,u8,r2", (region(2, 24, 64, 64, 328, 4096),)),
+    "sd3": Expected("u2,u8,r2", (region(2, 24, 64, 64, 328, 4096, modulation=OF_SD3),)),
 }
 """By name in `FULL_WIDTH`. A wait that is not here fails its test, and says where it is."""
 

@@ -156,11 +156,12 @@ def count_collectives(mesh: ParallelMesh, masked: bool) -> dict[str, int]:
 def test_collectives_per_layer(
     ranks: RankPool, degrees: ParallelDegrees, exchanges: int, shifts: int, masked: bool
 ) -> None:
-    """Ulysses: two exchanges a layer, with a mask too; ring: P - 1 shifts; and two for the gather after the layers."""
+    """Ulysses: two exchanges a layer, with a mask too; ring: P - 1 shifts; two for the gather after the layers, and one
+    for the modulation before them."""
     expected = {
         "all_to_all_single": 2 * exchanges,
         "batch_isend_irecv": 2 * shifts,
-        "all_gather_single": 2,
+        "all_gather_single": 3,
         "all_reduce": 0,
     }
     assert ranks.run(degrees, count_collectives, masked) == [expected] * degrees.world_size

@@ -27,6 +27,9 @@ weights, U trade heads and R form the ring:
   number a token for each norm over the heads of all ranks. Even: 2 sums a stream are 4 sHD e (t-1)/t a block.
 - After the blocks the last stream's predicted tokens are gathered once, padded to the longest share; before that, their
   lengths (8 bytes a rank).
+- Modulation that ranks share: each computes some of the layers, the widest first, each to the rank with the least, and
+  sends the others their one row a sample, padded to the most that a rank has: first among the tensor ranks, then what
+  these have together among the sequence ranks. Even, for a width of n: n e (t U R - 1) / (t U R).
 - Guidance: two branches. On two groups each runs one forward and both exchange their predictions; else two forwards.
 - The first forward also asks once for each attention across ranks whether it fits on all: a sum of 8 bytes.
 """
@@ -104,6 +107,7 @@ class Shape:
         batch: samples.
         itemsize: bytes of an element.
         masked: the caller gives a mask.
+        modulation: how many features each layer makes whose work is shared out among the ranks.
     """
 
     layers: int
@@ -117,13 +121,16 @@ class Shape:
     batch: int = 1
     itemsize: int = 4
     masked: bool = False
+    modulation: tuple[int, ...] = ()
 
 
 def of_qwen_image(config: Mapping[str, Any], text: int, image: int, **rest: Any) -> Shape:
     """Text and image are split, joined in attention, and pass two row-wise layers each: out of attention, out of the
-    feed-forward."""
+    feed-forward. A layer of each block modulates each stream: shift, scale and gate, twice."""
     out = config["patch_size"] ** 2 * config["out_channels"]
-    return Shape(*_sizes(config), out, (text, image), row_layers=2, **rest)
+    layers, heads, head_size = _sizes(config)
+    modulation = (6 * heads * head_size,) * (2 * layers)
+    return Shape(layers, heads, head_size, out, (text, image), row_layers=2, modulation=modulation, **rest)
 
 
 def of_wan(config: Mapping[str, Any], text: int, video: int, **rest: Any) -> Shape:
@@ -186,12 +193,13 @@ def _forward(shape: Shape, degrees: ParallelDegrees, rank: int) -> Bytes:
     rows = shape.row_layers * held[at] * shape.heads * shape.head_size * shape.itemsize
     norms = (shape.norms * held[at] + shape.whole) * 4
     gathered = max(shares[-1]) * shape.batch * shape.out * shape.itemsize
+    modulated = _most(shape.modulation, weights * ranks) * shape.batch * shape.itemsize
     return Counter(
         {
             "exchange": shape.layers * (there + back) * shape.itemsize,
             "shift": shape.layers * shift * shape.itemsize,
             "sum": shape.layers * shape.batch * _summed(rows + norms, weights),
-            "gather": (ranks - 1) * gathered,
+            "gather": (ranks - 1) * gathered + (weights - 1 + weights * (ranks - 1)) * modulated,
             "integers": (ranks - 1) * 8,
         }
     )
@@ -205,6 +213,14 @@ def _tokens(length: int, ranks: int) -> list[int]:
 def _real(length: int, ranks: int) -> list[int]:
     """The same without padding."""
     return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
+
+
+def _most(widths: tuple[int, ...], ranks: int) -> int:
+    """Features that the rank with the most of them makes."""
+    made = [0] * ranks
+    for width in sorted(widths, reverse=True):
+        made[made.index(min(made))] += width
+    return max(made)
 
 
 def _summed(size: int, ranks: int) -> Fraction:
