@@ -1,20 +1,34 @@
 """Sequence parallelism on two CPU ranks: ours against diffusers' own, and against one process.
 
-    python -m tests.benchmarks.sp_vs_diffusers [--repeats N] [--tokens 900 2000] [--models qwen-image wan z-image]
+    python -m tests.benchmarks.sp_vs_diffusers [--repeats 21] [--tokens 800 1984] [--models qwen-image wan z-image]
+        [--against ...] [--skip-hooks]
 
 Transformers of about 100 million parameters with random weights, in the shape of three families; two gloo ranks with
-one thread each. All modes take turns in one run on the same processes, in shuffled order; the table shows the median
-seconds of a forward on the slower rank, and each mode's time relative to ours: the median of the ratios of one turn.
-diffusers has no plan for Z-Image; it is given ours. At last: what hooks and seam cost where nothing is exchanged.
+one thread each, each on a core of its own. In each turn our mode (Ulysses) is paired with every other: both run one
+after the other, and change places from turn to turn. The table has, for each other mode,
+
+    ms          median of its forwards, on the slower rank
+    ours / it   median over the turns of the ratio within a pair: below 1 ours is faster
+    95 %        where that median lies, by bootstrap: resampling the turns
+    middle half of the ratios
+    processor   the same median for the processor time of both ranks together, which leaves out waiting and suffers less
+                from other work on the machine
+
+The first row pairs ours with a second copy of itself. Its ratio must be 1; how far its interval reaches from 1 is what
+the run can tell apart, and the last line says whether that is 2 %. diffusers has no plan for Z-Image; it is given ours.
+At last: what hooks and seam cost where nothing is exchanged.
 """
 
 import argparse
+import gc
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -45,7 +59,16 @@ from sp_core.parallelize import parallelize
 from sp_core.verify.rank_pool import RankPool
 
 TEXT = 64
-MODES = ("ours, ulysses 2", "ours, ring 2", "diffusers, ulysses 2", "diffusers, anything 2", "1 thread", "2 threads")
+CONTROL, RIVALS = "ours again", ("diffusers, ulysses 2", "diffusers, anything 2")
+OTHERS = (CONTROL, *RIVALS, "ours, ring 2", "1 thread", "2 threads")
+RESOLVED = 0.02
+"""The difference that a run is meant to tell apart."""
+
+Run = tuple[float, float]
+"""Seconds of one forward on one rank: of the clock, of the processor."""
+
+Pair = tuple[Run, Run]
+"""A forward of ours, and one of another mode, next to each other."""
 
 
 def qwen_image() -> Any:
@@ -127,66 +150,110 @@ SHAPES = {
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description="Forward time of one transformer, ours against diffusers' own.")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[900, 2000])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[800, 1984])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    arguments = parser.parse_args()
-    print(f"{arguments.repeats} turns, {os.cpu_count()} cores, {TEXT} text tokens; seconds of a forward, slower rank")
+    parser.add_argument("--against", nargs="+", default=[CONTROL, *RIVALS], choices=OTHERS, metavar="MODE")
+    parser.add_argument("--skip-hooks", action="store_true")
+    chosen = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(f"{chosen.repeats} turns, {os.cpu_count()} cores, load {load:.1f} at the start; {TEXT} text tokens")
     pool = RankPool(size=2)
-    for name in arguments.models:
-        for tokens in arguments.tokens:
-            ranks = pool.run(ParallelDegrees(ulysses_degree=2), compare, name, tokens, arguments.repeats)
-            slower = {mode: [max(pair) for pair in zip(*(rank[mode] for rank in ranks), strict=True)] for mode in MODES}
-            print(f"\n{name}, {tokens} image tokens          median    least    x ours")
-            for mode in MODES:
-                ratio = statistics.median(a / b for a, b in zip(slower[mode], slower[MODES[0]], strict=True))
-                print(f"  {mode:<30} {statistics.median(slower[mode]):>7.3f} {min(slower[mode]):>8.3f} {ratio:>8.2f}")
+    for name in chosen.models:
+        for tokens in chosen.tokens:
+            ranks = pool.run(
+                ParallelDegrees(ulysses_degree=2), compare, name, tokens, chosen.repeats, list(chosen.against)
+            )
+            print(f"\n{name + f', {tokens} image tokens':<32} ms  ours / it       95 %      middle half  processor")
+            report(ranks)
     pool.stop()
-    print_hook_cost()
+    if not chosen.skip_hooks:
+        print_hook_cost()
 
 
-def compare(ulysses: ParallelMesh, name: str, tokens: int, repeats: int) -> dict[str, list[float]]:
-    """On one rank: seconds of each mode's forwards, turn by turn."""
+def report(ranks: list[dict[str, list[Pair]]]) -> None:
+    """Print the table of one model and length."""
+    found: dict[str, tuple[float, float, float]] = {}
+    for mode in ranks[0]:
+        by_turn = list(zip(*(rank[mode] for rank in ranks), strict=True))
+        clock = [tuple(max(rank[side][0] for rank in turn) for side in (0, 1)) for turn in by_turn]
+        processor = [tuple(sum(rank[side][1] for rank in turn) for side in (0, 1)) for turn in by_turn]
+        ratios, of_processor = ([ours / its for ours, its in pairs] for pairs in (clock, processor))
+        found[mode] = (statistics.median(ratios), *interval(ratios))
+        first, _, third = statistics.quantiles(ratios, n=4)
+        middle, low, high = found[mode]
+        print(
+            f"  {mode:<24} {1e3 * statistics.median(its for _, its in clock):>8.1f} {middle:>10.3f}"
+            f"  {low:.3f} - {high:.3f}  {first:.3f} - {third:.3f} {statistics.median(of_processor):>10.3f}",
+            flush=True,
+        )
+    if CONTROL in found:
+        off = max(abs(end - 1) for end in found[CONTROL][1:])
+        print(f"  told apart: {off:.1%}" + ("" if off <= RESOLVED else ", which is too much: more turns, or less load"))
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Where the median lies in 95 % of 2000 samples, drawn with replacement."""
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return medians[50], medians[-51]
+
+
+def compare(ulysses: ParallelMesh, name: str, tokens: int, turns: int, against: list[str]) -> dict[str, list[Pair]]:
+    """On one rank: each mode's forwards, turn by turn, paired with ours."""
     shape = SHAPES[name]
-    ring = ParallelMesh.create(ParallelDegrees(ring_degree=2), device_type="cpu", timeout_s=60)
-    models = {mode: seeded(shape.model) for mode in ("ours", "ours ring", "diffusers", "anything", "plain")}
-    parallelize(models["ours"], ulysses)
-    parallelize(models["ours ring"], ring)
-    context_parallel(models["diffusers"], shape.cp_plan, ulysses_degree=2)
-    context_parallel(models["anything"], shape.cp_plan, ulysses_degree=2, ulysses_anything=True)
-    height = int(tokens**0.5) // 2 * 2
+    height = next(each for each in range(int(tokens**0.5), 0, -1) if tokens % each == 0)
     torch.manual_seed(1)
     inputs = shape.inputs(height, tokens // height)
+    alone = {"1 thread": 1, "2 threads": 2}
+    models = {mode: seeded(shape.model) for mode in ("ours", *against)}
+    ring = ParallelMesh.create(ParallelDegrees(ring_degree=2), device_type="cpu", timeout_s=60)
+    for mode, model in models.items():
+        if mode in RIVALS:
+            context_parallel(model, shape.cp_plan, ulysses_degree=2, ulysses_anything=mode == RIVALS[1])
+        elif mode not in alone:
+            parallelize(model, ring if mode == "ours, ring 2" else ulysses)
 
-    def parallel(model: str) -> float:
-        return timed(lambda: models[model](**inputs, return_dict=False))
+    def run(mode: str) -> Run:
+        dist.barrier()
+        if mode in alone and dist.get_rank():
+            return 0.0, 0.0
+        with on_cores(alone.get(mode, 1)):
+            began = time.process_time()
+            seconds = timed(lambda: models[mode](**inputs, return_dict=False))
+            return seconds, time.process_time() - began
 
-    def alone(threads: int) -> float:
-        torch.set_num_threads(threads)
-        seconds = timed(lambda: models["plain"](**inputs, return_dict=False)) if dist.get_rank() == 0 else 0.0
-        torch.set_num_threads(1)
-        return seconds
-
-    runs: dict[str, Callable[[], float]] = {
-        MODES[0]: lambda: parallel("ours"),
-        MODES[1]: lambda: parallel("ours ring"),
-        MODES[2]: lambda: parallel("diffusers"),
-        MODES[3]: lambda: parallel("anything"),
-        MODES[4]: lambda: alone(1),
-        MODES[5]: lambda: alone(2),
-    }
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    order = list(runs)
-    shuffled = random.Random(0)  # the same on both ranks; who comes after whom must not matter
+    pairs: dict[str, list[Pair]] = {mode: [] for mode in against}
+    gc.disable()  # a collection would hit one side of a pair
     with torch.no_grad():
-        for turn in range(repeats + 1):
-            shuffled.shuffle(order)
-            for mode in order:
-                dist.barrier()
-                took = runs[mode]()
-                if turn:  # the first warms up
-                    seconds[mode].append(took)
-    return seconds
+        for turn in range(-2, turns):  # the first two warm up
+            for mode in against:
+                if turn % 2:
+                    theirs, ours = run(mode), run("ours")
+                else:
+                    ours, theirs = run("ours"), run(mode)
+                if turn >= 0:
+                    pairs[mode].append((ours, theirs))
+            gc.collect()
+    gc.enable()
+    return pairs
+
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@contextmanager
+def on_cores(threads: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads: one, on a core of this rank's own, or several, on all cores."""
+    own = {CORES[dist.get_rank() % len(CORES)]}
+    for task in Path("/proc/self/task").iterdir():  # gloo's threads too
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(task.name), own if threads == 1 else set(CORES))
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def print_hook_cost() -> None:
