@@ -27,8 +27,8 @@ ENCODERS_IN_FP32 = {"T5EncoderModel": frozenset({"wo"}), "UMT5EncoderModel": fro
 """What transformers keeps in fp32 where a text encoder is loaded in fp16."""
 
 CUDA_RESERVE = 3 * GIB // 2
-"""Bytes that a rank on a GPU needs on top: CUDA's context, NCCL's buffers, gaps between allocations. Assumed, not
-measured."""
+"""Bytes that a rank on a GPU needs on top: CUDA's context, NCCL's buffers, gaps between allocations, and what
+`sp_core.shared_modulation` keeps. Assumed, not measured."""
 
 UNITS = {"": GIB, "G": GIB, "GIB": GIB, "M": 2**20, "MIB": 2**20, "T": 2**40, "TIB": 2**40}
 UNITS |= {"MB": 10**6, "GB": 10**9, "TB": 10**12}

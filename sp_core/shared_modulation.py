@@ -6,20 +6,26 @@ ranks, would read the same weights for the same row. So each computes its share 
 is there, and one gather gives all values to all of them; then the blocks find the values ready.
 
 A guided step is two forwards at one timestep. Where the embedding depends on nothing else, the second takes the values
-of the first:
+of the first. And requests of one size with as many steps have the same timesteps: given the timestep itself, a rank
+keeps its share of the values, and reads no weights again for a schedule that it has seen:
 
-    with same_timestep():      # the caller says that all forwards in it have one timestep
+    with same_timestep(t):     # the caller says that all forwards in it have this timestep
         model(**prompted)
         model(**unprompted)    # its layers return what the first forward has computed
 
-The layers' own forward computes the values, so adapters, parallel and quantized layers do their part. Whole layers are
-shared out, not rows: a stacked weight would need all of them twice. Declared as `SharedModulation` in a family's file,
-called by `sp_core.replacements`; `workers.model.denoising` opens the steps.
+Keeping is by value, not by request, so requests may take steps in turns. A product of all steps at once would save the
+first request, too, but not give the same bits, and it needs each model's way from a timestep to its embedding.
+
+The layers' own forward computes the values, so adapters and parallel layers do their part. Whole layers are shared out,
+not rows: a stacked weight would need all of them twice. Declared as `SharedModulation` in a family's file, called by
+`sp_core.replacements`; `workers.model.denoising` opens the steps.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from types import MethodType
 from typing import Any
@@ -29,23 +35,37 @@ from torch import nn
 from torch.nn.functional import silu
 
 from sp_core import collectives
-from sp_core.mesh import MeshAxis, ParallelMesh
+from sp_core.degrees import AxisName
+from sp_core.mesh import ParallelMesh
 from sp_core.models.family import SharedModulation
 from sp_core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 _Key = tuple[Any, ...]
 _Values = list[torch.Tensor]
 
-_step: ContextVar[dict[_Key, _Values] | None] = ContextVar("step", default=None)
+KEPT_BYTES = 2**28
+"""Of a model on each rank; what was used least recently goes. 50 steps of Qwen-Image, whole, are 221 MB in bf16."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    timestep: float | None
+    values: dict[_Key, _Values] = field(default_factory=dict)
+
+
+_step: ContextVar[_Step | None] = ContextVar("step", default=None)
 
 
 @contextmanager
-def same_timestep() -> Iterator[None]:
+def same_timestep(timestep: float | None = None) -> Iterator[None]:
     """All forwards inside have the same timestep, and the same active adapters: layers may share their modulation.
 
     A step inside a step is one of its own.
+
+    Args:
+        timestep: it, if its values may be kept for other steps: no adapter is active, and no weight will change.
     """
-    token = _step.set({})
+    token = _step.set(_Step(timestep))
     try:
         yield
     finally:
@@ -104,13 +124,16 @@ class _Modulations:
         self._layers = layers
         self._linears = [_linear(layer) for layer in layers]
         self._modulation = modulation
+        self._mesh = mesh  # not its groups, which must end with it, while a module may live forever
         self._axes = _sharing(self._linears, mesh) if modulation.across_ranks else []
         self._widths = [linear.out_features for linear in self._linears]
         place, ranks = 0, 1
-        for axis in self._axes:
+        for axis in map(mesh.axis, self._axes):
             place, ranks = place + axis.rank * ranks, ranks * axis.size
         self._dealt = _deal(self._widths, ranks)
         self._mine = self._dealt[place]
+        self._kept: OrderedDict[_Key, torch.Tensor] = OrderedDict()  # this rank's values, packed
+        self._kept_bytes = 0
         self._embedded = -1  # times that this forward has embedded a timestep; negative: no forward is running
 
     def begin(self, *_: Any) -> None:
@@ -127,11 +150,14 @@ class _Modulations:
         if self._embedded > 1:  # two embeddings in one forward: which layer takes which, only the model knows
             self._forget()
             return
-        step = {} if step is None else step
         key = (id(self), embedding.shape, embedding.dtype, embedding.device)
-        if key not in step:
-            step[key] = self._values(silu(embedding) if self._modulation.silu else embedding)
-        for layer, value in zip(self._layers, step[key], strict=True):
+        if step is None or key not in step.values:
+            values = self._values(embedding, None if step is None else step.timestep)
+            if step is not None:
+                step.values[key] = values
+        else:
+            values = step.values[key]
+        for layer, value in zip(self._layers, values, strict=True):
             layer.__dict__["shared"] = value  # a module's own way to set an attribute takes ten times as long
 
     def end(self, *_: Any) -> None:
@@ -144,28 +170,42 @@ class _Modulations:
             layer.__dict__["shared"] = None
 
     def _are_beside(self, embedding: torch.Tensor) -> bool:
-        """Whether all layers have their weights where the embedding is, in one dtype; some may be offloaded yet.
-
-        The same on all ranks, for they all have all layers.
+        """Whether the weights of all layers are where the embedding is, and of its dtype: some may be offloaded yet, or
+        quantized. The same on all ranks, for they all have all layers.
         """
         weights = {(linear.weight.device, linear.weight.dtype) for linear in self._linears}
-        return len(weights) == 1 and weights.pop()[0] == embedding.device
+        plain = not torch.is_autocast_enabled(embedding.device.type)
+        return plain and weights == {(embedding.device, embedding.dtype)}
 
-    def _values(self, input: torch.Tensor) -> _Values:
-        """What each layer makes of its input, `(B, in)`. A collective of the ranks that share."""
-        mine = [self._layers[i](input) for i in self._mine]
-        if not self._axes:
-            return mine
-        longest = max(sum(self._widths[i] for i in dealt) for dealt in self._dealt)
-        missing = longest - sum(self._widths[i] for i in self._mine)
-        packed = torch.cat([*mine, input.new_zeros(len(input), missing)], dim=1)
-        for axis in self._axes:
+    def _values(self, embedding: torch.Tensor, timestep: float | None) -> _Values:
+        """What each layer makes of the embedding, `(B, D)`. A collective of the ranks that share."""
+        keeps = timestep is not None and not torch.is_grad_enabled()
+        packed = self._own_of_timestep(embedding, timestep) if keeps else self._own(embedding)
+        for axis in map(self._mesh.axis, self._axes):
             packed = torch.cat(collectives.all_gather_equal(packed, axis))
         values: dict[int, torch.Tensor] = {}
         for dealt, row in zip(self._dealt, packed.chunk(len(self._dealt)), strict=True):
             widths = [self._widths[i] for i in dealt]
-            values.update(zip([*dealt, -1], row.split([*widths, longest - sum(widths)], dim=1), strict=True))
+            made = row.split([*widths, row.shape[1] - sum(widths)], dim=1)
+            values.update(zip(dealt, made, strict=False))  # the last is padding
         return [values[i] for i in range(len(self._layers))]
+
+    def _own(self, embedding: torch.Tensor) -> torch.Tensor:
+        """What this rank's layers make, side by side, padded to the most that a rank has."""
+        given = silu(embedding) if self._modulation.silu else embedding
+        most = max(sum(self._widths[i] for i in dealt) for dealt in self._dealt)
+        missing = most - sum(self._widths[i] for i in self._mine)
+        return torch.cat([*(self._layers[i](given) for i in self._mine), given.new_zeros(len(given), missing)], dim=1)
+
+    def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
+        key = (timestep, embedding.shape, embedding.dtype, embedding.device)
+        if key not in self._kept:
+            self._kept[key] = self._own(embedding)
+            self._kept_bytes += self._kept[key].nbytes
+        self._kept.move_to_end(key)
+        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return self._kept[key]
 
 
 def _is_as_expected(layer: nn.Module) -> bool:
@@ -178,11 +218,11 @@ def _linear(layer: nn.Module) -> Any:
     return layer[-1] if type(layer) is nn.Sequential and len(layer) else layer
 
 
-def _sharing(linears: Sequence[nn.Linear], mesh: ParallelMesh) -> list[MeshAxis]:
+def _sharing(linears: Sequence[nn.Linear], mesh: ParallelMesh) -> list[AxisName]:
     """The axes whose ranks have the same layers and the same embedding, the innermost first."""
     parts = any(isinstance(linear, ColumnParallelLinear | RowParallelLinear) for linear in linears)
-    axes = [mesh.axis("sequence")] if parts else [mesh.axis("tp"), mesh.axis("sequence")]
-    return [axis for axis in axes if axis.size > 1]
+    axes: list[AxisName] = ["sequence"] if parts else ["tp", "sequence"]
+    return [name for name in axes if mesh.axis(name).size > 1]
 
 
 def _deal(widths: Sequence[int], ranks: int) -> list[list[int]]:
