@@ -107,6 +107,27 @@ def test_the_forwards_of_a_guided_step_share_their_modulation(demo_model: Path) 
     denoising.step()
     assert len(calls) == 2 * len(layers) > 0  # two steps; two forwards in each
     assert not torch.equal(calls[0], calls[len(layers)])
+    again, last = begun(loaded, REQUESTS["uneven, guided"]), denoising.latents
+    again.step()
+    again.step()
+    assert len(calls) == 2 * len(layers)  # the timesteps are those of the first request
+    assert torch.equal(again.latents, last)
+
+
+def test_a_request_with_an_adapter_takes_no_modulation_of_one_without(demo_model: Path, ink: LoRA) -> None:
+    plain, adapted = REQUESTS["even"], replace(REQUESTS["even"], loras=(("ink", 1.0),))
+    latents = {}
+    for order in ((adapted,), (plain, adapted, plain)):
+        mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+        loaded = load_model(model(demo_model).model_copy(update={"loras": (ink,)}), mesh)
+        for request in order:
+            denoising = begun(loaded, request)
+            denoising.step()
+            key = (request.loras, len(order))
+            assert torch.equal(latents.setdefault(key, denoising.latents), denoising.latents)
+    without, alone, after = (latents[key] for key in (((), 3), (adapted.loras, 1), (adapted.loras, 3)))
+    assert torch.equal(after, alone)
+    assert error(without, alone) > 100 * BAR
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

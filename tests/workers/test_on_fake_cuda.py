@@ -72,6 +72,7 @@ ONCE: Mapping[str, set[str]] = {
         f"diffusers/modular_pipelines/flux/before_denoise.py FluxRoPEInputsStep.__call__: {COPIED}",
         f"diffusers/pipelines/flux/pipeline_flux.py FluxPipeline._prepare_latent_image_ids: {COPIED}",
         f"workers/model/denoising.py _drop_full_masks: {READ}",
+        f"workers/model/denoising.py Denoising.prepare: {FETCHED}",
     },
     # Tables of rotations, besides what each step waits for.
     "first step": {

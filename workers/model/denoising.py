@@ -101,6 +101,7 @@ class Denoising:
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
+        self._timesteps: list[float] = []  # from `prepare` on
         self._steps_done = 0
 
     @property
@@ -163,6 +164,7 @@ class Denoising:
         loop_state.num_inference_steps = len(loop_state.timesteps)  # guiders count these; a scheduler may add some
         if self._adapter.rounds_timestep:
             loop_state.dtype = torch.float32  # see `workers.model.adapters.pipeline_adapter.keep_timestep_exact`
+        self._timesteps = loop_state.timesteps.tolist()  # for the host, once: a step must not wait for its own
         self._loop_state = loop_state
 
     @torch.no_grad()
@@ -170,7 +172,7 @@ class Denoising:
         """Do one denoising step. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
         i, before = self._steps_done, self._loop_state
-        with same_timestep():
+        with same_timestep(None if self.request.loras else self._timesteps[i]):
             _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
         if self.latents.is_cuda:
