@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
-from service.api.schemas import ImageGenerationBody, VideoGenerationBody, parse_body, to_request
+from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.schemas import to_request
 from service.cli.client import generate_remotely, generate_video_remotely, server_url
 from service.cli.options import Server, UsageError
 from service.cli.output import say
