@@ -45,6 +45,11 @@ def _may_be_null(schema: dict[str, Any]) -> None:
         field.update({"anyOf": [*(kinds or [inner]), {"type": "null"}]} | kept)
 
 
+def _whole(given: object) -> object:
+    """7.0 is a whole number in JSON."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
 def _seconds(given: object) -> object:
     """A number that is sent as text, as OpenAI's clients do."""
     return float(given) if isinstance(given, str) and re.fullmatch(SECONDS, given) else given
@@ -58,7 +63,8 @@ Seconds = Annotated[
 ]
 Text = Annotated[str, Field(max_length=32_000)]
 Prompt = Annotated[Text, Field(min_length=1), AfterValidator(_visible)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Whole = Annotated[int, BeforeValidator(_whole, int)]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Scale = Annotated[float, Field(ge=0, le=30)]
 ResponseFormat = Literal["b64_json", "url", "file"]
 
@@ -120,10 +126,10 @@ class GenerationBody(Ignored):
     prompt: Prompt = Field(description="what to draw; must have a visible character")
     model: str | None = Field(None, description="a name or an alias; may be absent if there is one model")
     size: str = Field("auto", description="WIDTHxHEIGHT within the model's limits, or auto: the model's default")
-    width: int | None = Field(None, ge=1, description="pixels; with `height`, instead of `size`")
-    height: int | None = Field(None, ge=1, description="pixels; with `width`, instead of `size`")
+    width: Whole | None = Field(None, ge=1, description="pixels; with `height`, instead of `size`")
+    height: Whole | None = Field(None, ge=1, description="pixels; with `width`, instead of `size`")
     negative_prompt: Text | None = Field(None, description="what to avoid")
-    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps; absent: the model's default")
+    num_inference_steps: Whole | None = Field(None, ge=1, description="denoising steps; absent: the model's default")
     guidance_scale: Scale | None = Field(None, description="how closely to follow the prompt")
     true_cfg_scale: Scale | None = Field(
         None, description="another name of guidance_scale where guidance is by two branches"
@@ -138,8 +144,8 @@ class GenerationBody(Ignored):
         None,
         description="more fields of this body, as an object or as JSON text; clients that know only OpenAI's send it",
     )
-    n: int | None = Field(None, ge=1, le=10, description="how many; absent: 1")
-    num_outputs_per_prompt: int | None = Field(None, ge=1, le=10, description="another name of `n`")
+    n: Whole | None = Field(None, ge=1, le=10, description="how many; absent: 1")
+    num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=10, description="another name of `n`")
     response_format: ResponseFormat | None = Field(
         None, description="b64_json: base64 in JSON; url: in JSON, where to fetch it; file: the bytes, a zip if several"
     )
@@ -157,9 +163,9 @@ class ImageGenerationBody(GenerationBody):
 
     seeds: list[Seed] | None = Field(None, min_length=1, max_length=10, description="one for each of the n pictures")
     output_format: ImageFormat = Field("png", description="of the files")
-    output_compression: int = Field(100, ge=0, le=100, description="quality of jpeg and webp")
+    output_compression: Whole = Field(100, ge=0, le=100, description="quality of jpeg and webp")
     background: Literal["auto", "opaque"] = "auto"
-    partial_images: int = Field(0, ge=0, le=0, description="previews in a stream; there are none yet")
+    partial_images: Whole = Field(0, ge=0, le=0, description="previews in a stream; there are none yet")
     style: str | None = None
     moderation: str | None = None
 
@@ -167,13 +173,13 @@ class ImageGenerationBody(GenerationBody):
 class VideoGenerationBody(GenerationBody):
     """Body of `POST /v1/videos/sync`."""
 
-    n: int | None = Field(None, ge=1, le=1, description="videos: one")
-    num_outputs_per_prompt: int | None = Field(None, ge=1, le=1, description="another name of `n`")
-    num_frames: int | None = Field(None, ge=1, description="comes before `seconds`; absent: the model's default")
+    n: Whole | None = Field(None, ge=1, le=1, description="videos: one")
+    num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="another name of `n`")
+    num_frames: Whole | None = Field(None, ge=1, description="comes before `seconds`; absent: the model's default")
     seconds: Seconds | None = Field(
         None, description="how long, instead of num_frames: 4k + 1 frames, as near as possible"
     )
-    fps: int | None = Field(None, ge=1, le=120, description="frames per second; absent: the model's default")
+    fps: Whole | None = Field(None, ge=1, le=120, description="frames per second; absent: the model's default")
 
 
 Kind = TypeVar("Kind", bound=GenerationBody)

@@ -60,7 +60,12 @@ def takes(kind: type[GenerationBody]) -> dict[str, Any]:
 
 def event_stream(description: str) -> dict[str, Any]:
     """The description of a stream of server-sent events, for the `content` of an answer."""
-    return {"text/event-stream": {"schema": {"type": "string", "description": description}}}
+    event = {
+        "type": "object",
+        "description": description,
+        "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON, or [DONE]"}},
+    }
+    return {"text/event-stream": {"schema": event}}
 
 
 def describe(app: FastAPI) -> None:
@@ -81,6 +86,11 @@ def _described(app: FastAPI) -> dict[str, Any]:
     components.setdefault("schemas", {}).update(bodies["$defs"])
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     described["security"] = [{}, {"key": []}]  # a key, if the deployment has keys
+    for operation in (operation for path in described["paths"].values() for operation in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]  # FastAPI's own idea; `rest` puts such errors into the envelope
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
     return described
 
 

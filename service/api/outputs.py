@@ -32,9 +32,9 @@ KINDS = {
 FILE = {kind: {"schema": BYTES} for kind in KINDS.values()}
 
 
-@router.api_route(
+@router.head("/{name}", include_in_schema=False)
+@router.get(
     "/{name}",
-    methods=["GET", "HEAD"],
     response_class=Response,
     responses=READING_ERRORS
     | {

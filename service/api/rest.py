@@ -6,6 +6,7 @@ Paths and bodies are OpenAI's. Every error, that of an unknown path included, co
 from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -14,7 +15,7 @@ from service.api.backend import Backend, require_key, require_own_host
 from service.api.disconnect import CancelWhenGone
 from service.api.errors import answer, envelope, log
 from service.api.openapi import describe
-from workers.errors import SprayError
+from workers.errors import InvalidParameter, SprayError
 
 DESCRIPTION = "Pictures and videos from diffusion transformers, in OpenAI's shapes. Every error has OpenAI's envelope."
 
@@ -29,6 +30,7 @@ def rest_app(backend: Backend) -> FastAPI:
     app.state.backend = backend
     app.add_middleware(CancelWhenGone)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(SprayError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])  # here, so that no new route can forget it
@@ -45,6 +47,15 @@ async def _answer_error(http: Request, error: Exception) -> Response:
     log(error)
     status, body, headers = answer(error)
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def _answer_validation_error(http: Request, error: Exception) -> Response:
+    """A parameter of a path or a query that FastAPI itself has found wrong."""
+    assert isinstance(error, RequestValidationError)
+    mistake = error.errors()[0]
+    return await _answer_error(
+        http, InvalidParameter(str(mistake["loc"][-1]), f"{mistake['loc'][-1]}: {mistake['msg']}")
+    )
 
 
 async def _answer_http_error(http: Request, error: Exception) -> Response:
