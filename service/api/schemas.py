@@ -47,8 +47,6 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
     if body.extra_params:
         name = next(iter(body.extra_params))
         raise InvalidParameter(f"extra_params.{name}", f"{model.name!r} has no extra parameters; leave out {name!r}")
-    if body.flow_shift is not None:
-        raise InvalidParameter("flow_shift", f"{model.name!r} takes no flow_shift: its scheduler's own is used")
     request = GenerationRequest(
         request_id=request_id,
         model=model.name,
@@ -62,6 +60,9 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
         loras=_loras(_either(body, "loras", "lora") or [], model),
         seed=seeds[0] if seeds else secrets.randbelow(2**32),
         seed_drawn=not seeds,
+        seeds=seeds if len(seeds) > 1 else (),
+        true_cfg=body.true_cfg_scale is not None,
+        flow_shift=body.flow_shift,
         n=n,
         report_steps=body.stream,
     )
@@ -92,18 +93,16 @@ def _either(body: GenerationBody, name: str, other: str) -> Any:
     return second if first is None else first
 
 
-def _seeds(body: GenerationBody, n: int) -> list[int]:
-    """The seed of each picture; empty if the caller leaves it open."""
+def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
+    """The seed of each picture, or only the first; empty if the caller leaves it open."""
     seeds = body.seeds if isinstance(body, ImageGenerationBody) else None
     if seeds is None:
-        return [] if body.seed is None else [body.seed]
+        return () if body.seed is None else (body.seed,)
     if len(seeds) != n:
         raise InvalidParameter("seeds", f"seeds has {len(seeds)} numbers for n = {n} pictures; give one for each")
     if body.seed not in (None, seeds[0]):
         raise InvalidParameter("seeds", f"seed is {body.seed}, and seeds begins with {seeds[0]}; leave one out")
-    if seeds != list(range(seeds[0], seeds[0] + n)):
-        raise InvalidParameter("seeds", "seeds must be consecutive: picture i is drawn with the first one + i")
-    return seeds
+    return tuple(seeds)
 
 
 def _frames(body: VideoGenerationBody, fps: int) -> int | None:
@@ -122,7 +121,7 @@ def _check_limits(request: GenerationRequest, limits: Limits, frames: str) -> No
     _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
     _at_most(frames, request.num_frames, limits.max_num_frames)
     _at_most("n", request.n, limits.max_n)
-    if request.seed + request.n - 1 > MAX_SEED:
+    if request.all_seeds[-1] > MAX_SEED:
         raise InvalidParameter(
             "seed", f"the last of {request.n} pictures would have a seed above {MAX_SEED}; lower seed or n"
         )

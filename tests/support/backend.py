@@ -95,7 +95,7 @@ class FakeBackend:
             while request.prompt == "endless":
                 await asyncio.sleep(0.01)
                 yield StepEvent(1, 1, 0.5)
-            seeds = tuple(request.seed + i for i in range(request.n))
+            seeds = request.all_seeds
             warnings = ("prompt: text_encoder reads 512 of 719 tokens",) if request.prompt == "long" else ()
             pictures = tuple(f"picture {seed}".encode() for seed in seeds)
             yield GenerationResult(pictures, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2, warnings)
