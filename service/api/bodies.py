@@ -21,7 +21,9 @@ MAX_SEED = 2**53 - 1
 INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
 """Unicode's categories of spaces, line breaks, control characters and the like."""
 
-PICTURE_INPUTS = frozenset({"image", "images", "image_url", "mask", "mask_image", "markup", "input_reference", "video"})
+PICTURE_INPUTS = frozenset(
+    {"image", "images", "image_url", "mask", "mask_image", "markup", "input_reference", "video", "video_reference"}
+)
 """Fields of other servers that hold pictures or videos to start from, which no model here takes yet."""
 
 

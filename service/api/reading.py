@@ -94,7 +94,7 @@ def _with_extra_body(raw: object) -> object:
         raise InvalidParameter("extra_body", "extra_body must be an object, or JSON text of one")
     own = {name: value for name, value in raw.items() if name != "extra_body"}
     for name, value in extra.items():
-        if name == "extra_body" or own.get(name, value) != value:
+        if name == "extra_body" or str(own.get(name, value)) != str(value):  # in a form, one of them is text
             raise InvalidParameter("extra_body", f"extra_body has {name!r} as well, with another value; leave one out")
     return own | extra
 
