@@ -74,6 +74,8 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
     request = to_request(body, find_model(backend.models(), body.model), request_id(http))
     headers = ignored_header(body.ignored)
     deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
+    if form == "url":
+        await asyncio.to_thread(backend.outputs.prepare)
     if body.stream:
         include_progress = body.stream_options.include_progress
         return await EventStream.open(backend.generate(request), request, include_progress, headers, deliver)

@@ -78,6 +78,16 @@ class OutputStore:
         self._given, self._ttl_s = folder, ttl_s
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep_forever())
 
+    def prepare(self) -> None:
+        """See that files can be kept, before they are computed. Blocks.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        folder = self._open()
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written; set storage.outputs.folder to one that can")
+
     def keep(self, content: bytes, kind: str) -> Link:
         """Write a file; it is there whole, also after a crash, or not at all. Blocks.
 
@@ -114,7 +124,10 @@ class OutputStore:
         if not re.fullmatch("[0-9]{1,12}", expires) or not hmac.compare_digest(
             self._sign(name, int(expires)).encode(), signature.encode("utf-8", "replace")
         ):
-            raise Forbidden("the URL's signature is wrong; take the URL as it was answered")
+            raise Forbidden(
+                "the URL's signature is not this server's; take the URL as it was answered. (Gateways on several nodes "
+                "need a shared folder: storage.outputs.folder.)"
+            )
         if time.time() >= int(expires):
             raise Forbidden("the URL has expired; ask for the picture or video again")
         file = folder / name

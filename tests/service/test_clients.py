@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from service.api.rest import rest_app
+from service.cli.main import main
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
 
@@ -145,6 +146,20 @@ def test_openais_client_reads_the_errors(client: openai.OpenAI) -> None:
     assert (large.value.status_code, large.value.code) == (413, "body_too_large")
     assert client.models.retrieve("brush").id == "paint"
     assert {model.id for model in client.models.list()} == {"one", "two", "paint", "film"}
+
+
+@pytest.mark.parametrize("name", ["cup.mp4", "cup.webp"])
+def test_spray_generate_shows_steps(
+    server: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = "film" if name.endswith("mp4") else "one"
+    code = main(["generate", "a", "--model", model, "--seed", "7", "--output", name, "--server", server])
+    said = capsys.readouterr()
+    assert (code, said.out) == (0, f"{name}\n"), said.err
+    assert "seeds: 7" in said.err
+    assert "step 1/1" in said.err
+    assert Path(name).read_bytes() == b"picture 7"
 
 
 RIVALS: list[tuple[str, str, str, dict[str, Any]]] = [

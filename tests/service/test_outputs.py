@@ -226,6 +226,19 @@ def made(client: TestClient, path: str = "/v1/images/generations", **body: Any) 
     return answer
 
 
+def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "file"))
+    backend = FakeBackend()
+    client = TestClient(rest_app(backend), raise_server_exceptions=False)
+    for stream in (True, False):
+        body = {"model": "one", "prompt": "a", "response_format": "url", "stream": stream}
+        answer = client.post("/v1/images/generations", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert str(tmp_path) not in answer.text
+    assert backend.requests == []
+
+
 def test_an_answer_may_hold_urls(client: TestClient) -> None:
     answer = made(client, n=2, response_format="url", output_format="webp").json()
     assert [picture["seed"] for picture in answer["data"]] == [7, 8]
