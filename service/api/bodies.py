@@ -65,7 +65,7 @@ Seconds = Annotated[
 ]
 Text = Annotated[str, Field(max_length=32_000)]
 Prompt = Annotated[Text, Field(min_length=1), AfterValidator(_visible)]
-Whole = Annotated[int, BeforeValidator(_whole, int)]
+Whole = Annotated[int, BeforeValidator(_whole)]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Scale = Annotated[float, Field(ge=0, le=30)]
 ResponseFormat = Literal["b64_json", "url", "file"]

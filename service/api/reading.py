@@ -29,6 +29,8 @@ BODY_S = 30.0
 NESTED = frozenset({"loras", "lora", "seeds", "stream_options", "extra_params"})
 """Fields that are objects or lists."""
 
+LISTS = frozenset({"loras", "lora", "seeds"})
+
 NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,3})")
 """A field's name, and up to three names or empty brackets behind it."""
 
@@ -121,11 +123,19 @@ async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str
             matched = NAME.fullmatch(name)
             if matched is None:
                 raise InvalidParameter(name, f"{name!r} is no name of a field", "unknown_parameter")
+            if name in LISTS and name in fields:
+                fields[name] = [*_listed(fields[name]), *_listed(_value(name, value))]
+                continue
             path = [matched[1], *re.findall(r"\[([^\[\]]*)\]", matched[2])]
             _put(fields, path, _value(name, value), name)
     finally:
         await form.close()
-    return fields
+    return fields | {name: _listed(fields[name]) for name in LISTS & fields.keys()}
+
+
+def _listed(value: object) -> list[object]:
+    """A field of a form that is a list: forms repeat it, and one that comes once is a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _put(place: Any, path: list[str], value: object, name: str) -> None:

@@ -145,12 +145,14 @@ def test_forms_as_openais_clients_nest_them(client: TestClient, backend: FakeBac
     assert (request.loras, request.all_seeds, request.report_steps) == ((("ink", 0.8),), (7, 3), True)
     as_form(client, IMAGES, ("loras[][name]", "ink"), ("loras[][scale]", "2"), model="one")
     assert backend.requests[1].loras == (("ink", 2.0),)
+    as_form(client, IMAGES, ("seeds", "7"), ("seeds", "3"), ("n", "2"), ("loras", '{"name": "ink"}'), model="one")
+    assert (backend.requests[2].all_seeds, backend.requests[2].loras) == ((7, 3), (("ink", 1.0),))
 
 
 FORMS = [
     ([("n", "1"), ("n", "2")], "n"),
     ([("n", "1"), ("n[]", "2")], "n[]"),
-    ([("lora[name]", "ink"), ("lora", "{}")], "lora"),
+    ([("stream_options[include_progress]", "true"), ("stream_options", "{}")], "stream_options"),
     ([("lora[", "x")], "lora["),
     ([("[n]", "x")], "[n]"),
     ([("a[b][c][d][e]", "x")], "a[b][c][d][e]"),

@@ -114,6 +114,9 @@ def test_the_description_is_complete() -> None:
     assert {"400", "401", "403", "404", "408", "413", "415", "422", "429", "499", "500", "503"} <= set(
         create["responses"]
     )
+    body = said["components"]["schemas"]["ImageGenerationBody"]["properties"]
+    assert [kind.get("maximum") for kind in body["output_compression"]["anyOf"]] == [100, None]
+    assert [kind.get("maximum") for kind in body["n"]["anyOf"]] == [10, None]
     fields = said["components"]["schemas"]["ImageGenerationBody"]["properties"]
     assert set(fields) == set(ImageGenerationBody.model_fields)
     assert "queue_full" in create["responses"]["429"]["description"]
