@@ -33,8 +33,21 @@ def _visible(text: str) -> str:
     return text
 
 
-def _may_be_null(schema: dict[str, Any]) -> None:
-    """Say in the JSON schema what `Body` does: a field that may be absent may be null."""
+BOUNDS = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+"""JSON schema's words for pydantic's, which pydantic itself leaves as they are behind a `BeforeValidator`."""
+
+
+def _with_bounds(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {BOUNDS.get(key, key): _with_bounds(part) for key, part in schema.items()}
+
+
+def _true_schema(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema what `Body` does: bounds, and that a field that may be absent may be null."""
+    schema["properties"] = _with_bounds(schema.get("properties", {}))
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
         field.pop("title", None)
@@ -74,7 +87,7 @@ ResponseFormat = Literal["b64_json", "url", "file"]
 class Body(BaseModel):
     """A JSON object of a request. A field that is null is as absent: OpenAI's clients send null for None."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_may_be_null)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_true_schema)
 
     @model_validator(mode="before")
     @classmethod
