@@ -81,6 +81,7 @@ Prompt = Annotated[Text, Field(min_length=1), AfterValidator(_visible)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Scale = Annotated[float, Field(ge=0, le=30)]
+Scalar = str | bool | float
 ResponseFormat = Literal["b64_json", "url", "file"]
 
 
@@ -124,15 +125,15 @@ class Ignored(Body):
     user: str | None = None
     safety_identifier: str | None = None
     quality: str | None = None
-    generator_device: Any = None
-    enable_teacache: Any = None
-    vae_use_slicing: Any = None
-    vae_use_tiling: Any = None
-    return_stage_metrics: Any = None
-    enhance_prompt: Any = None
-    bot_task: Any = None
-    perf_dump_path: Any = None
-    output_path: Any = None
+    generator_device: Scalar | None = None
+    enable_teacache: Scalar | None = None
+    vae_use_slicing: Scalar | None = None
+    vae_use_tiling: Scalar | None = None
+    return_stage_metrics: Scalar | None = None
+    enhance_prompt: Scalar | None = None
+    bot_task: Scalar | None = None
+    perf_dump_path: Scalar | None = None
+    output_path: Scalar | None = None
 
 
 class GenerationBody(Ignored):
