@@ -20,7 +20,9 @@ from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
 PREFIX = "SPRAY_"
 
-NOT_CONFIGURATION = frozenset({"SPRAY_ADDRESS", "SPRAY_SERVER", "SPRAY_API_KEYS", "SPRAY_API_KEY", "SPRAY_METRICS_DIR"})
+NOT_CONFIGURATION = frozenset(
+    {"SPRAY_ADDRESS", "SPRAY_SERVER", "SPRAY_API_KEYS", "SPRAY_API_KEY", "SPRAY_METRICS_DIR", "SPRAY_OUTPUTS_DIR"}
+)
 """Variables with other purposes: the cluster and the server to talk to, the keys that a gateway accepts, a caller's
 key. The variable that `auth.api_keys_env` names is not configuration either."""
 

@@ -305,12 +305,24 @@ class Metrics(_Section):
     )
 
 
+class Outputs(_Section):
+    """Finished pictures and videos, for answers that hold their URL."""
+
+    folder: str | None = Field(
+        None,
+        pattern=r"^/[^\x00]*$",
+        description="absolute; shared by all nodes that a gateway may run on; absent: one of each node and cluster",
+    )
+    ttl_s: float = Field(3600.0, gt=0, le=31_536_000, description="seconds for which a URL is valid and its file kept")
+
+
 class Storage(_Section):
     """Where each node keeps files."""
 
     models: str | None = Field(
         None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
     )
+    outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
 
 
 class Auth(_Section):

@@ -138,6 +138,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "api_keys_file": spec.auth.api_keys_file,
             "metrics": spec.metrics_at,
             "models_folder": spec.storage.models,
+            "outputs": spec.storage.outputs.model_dump(),
         },
     }
     return {

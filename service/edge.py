@@ -6,7 +6,10 @@ such as that a gateway has died, comes in the envelope of all other errors.
 """
 
 import asyncio
+import functools
 import json
+import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn.config
@@ -15,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from service.api.errors import GATEWAY_LOST, RETRY_AFTER_S, envelope
+from service.api.origin import ID_HEADER
 
 HEADER_S = 10.0
 """For the head of a request, from the connection or from the first byte of the next head on it."""
@@ -89,19 +93,21 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        request_id = dict(scope.get("headers", ())).get(ID_HEADER.encode(), b"") or uuid.uuid4().hex.encode()
+        refuse = functools.partial(_refuse, send, request_id)
         messages: list[Message] = []
         try:
             async with asyncio.timeout(BODY_S):
                 held = await self._read(receive, messages)
         except TimeoutError:
             text = f"the body did not arrive within {BODY_S:g} s"
-            await _refuse(send, 408, text, "invalid_request_error", "body_timeout", {"x-should-retry": "false"})
+            await refuse(408, text, "invalid_request_error", "body_timeout", {"x-should-retry": "false"})
             return
         finally:
             self._held -= sum(len(message.get("body", b"")) for message in messages)
         if not held:
             text = "too many requests are being read"
-            await _refuse(send, 503, text, "server_error", "overloaded", {"retry-after": str(RETRY_AFTER_S)})
+            await refuse(503, text, "server_error", "overloaded", {"retry-after": str(RETRY_AFTER_S)})
             return
         if messages[-1]["type"] == "http.disconnect":
             return
@@ -109,8 +115,9 @@ class Edge:
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        answer = _InEnvelope(send)
-        await self._app(scope, replay, answer)
+        own = [pair for pair in scope.get("headers", ()) if pair[0] != ID_HEADER.encode()]
+        answer = _InEnvelope(send, refuse)
+        await self._app({**scope, "headers": [*own, (ID_HEADER.encode(), request_id)]}, replay, answer)
         await answer.end()
 
     async def _read(self, receive: Receive, messages: list[Message]) -> bool:
@@ -130,8 +137,8 @@ class Edge:
 class _InEnvelope:
     """Sends what the gateway answers, and replaces what Serve says without one, which is plain text."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, refuse: Callable[..., Awaitable[None]]) -> None:
+        self._send, self._refuse = send, refuse
         self._replaced = False
         self._begun = False
 
@@ -152,13 +159,16 @@ class _InEnvelope:
 
     async def _answer(self) -> None:
         text = "the gateway is starting or gone; another one takes its place"
-        await _refuse(self._send, 503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
+        await self._refuse(503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
 
 
-async def _refuse(send: Send, status: int, text: str, kind: str, code: str, headers: dict[str, str]) -> None:
+async def _refuse(
+    send: Send, request_id: bytes, status: int, text: str, kind: str, code: str, headers: dict[str, str]
+) -> None:
     """Answer with an error; the connection ends, for the rest of a body may still come."""
     body = json.dumps(envelope(text, kind, None, code)).encode()
     found: dict[str, Any] = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
     raw = [(name.encode(), str(value).encode()) for name, value in (found | headers).items()]
+    raw.append((ID_HEADER.encode(), request_id))
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

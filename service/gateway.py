@@ -19,13 +19,14 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.api_keys import ApiKey
-from deploy.spec import ModelSpec, SpecError
+from deploy.spec import ModelSpec, Outputs, SpecError
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
 from service.state import router_registry, shared_turns
 from service.state.keyring import Keyring
 from service.state.model_states import ModelState
+from service.state.outputs import OutputStore
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
@@ -80,6 +81,7 @@ class Gateway:
         self.draining = False
         self.local_only = False
         self.in_flight = 0
+        self.outputs = OutputStore()
         self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
@@ -110,6 +112,7 @@ class Gateway:
             logger.error("%s; the former keys remain valid", error)
         self._poller.follow(self._models)
         self._quarantine.follow()
+        self.outputs.follow(**user_config.get("outputs", Outputs().model_dump()))  # an older version deployed none
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
             self._metrics_of(name)

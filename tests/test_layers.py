@@ -37,7 +37,7 @@ WITHOUT_TORCH = tuple(
     deploy.spec deploy.load deploy.check deploy.schema deploy.memory
     workers.messages workers.gang.gang workers.gang.placement workers.model.files
     workers.gang.cost workers.gang.stats service.autoscaling service.routing
-    service.api.schemas service.api.rest service.app service.cli.main service.cli.doctor
+    service.api.bodies service.api.schemas service.api.rest service.app service.cli.main service.cli.doctor
     """.split()
 )
 

@@ -16,8 +16,8 @@ import sp_core.sp_plan
 import sp_core.sp_sharding
 from deploy.spec import DeploymentSpec
 from service.api import errors as status
+from service.api.bodies import ImageGenerationBody, VideoGenerationBody
 from service.api.rest import rest_app
-from service.api.schemas import ImageGenerationBody, VideoGenerationBody
 from service.cli import main as cli
 from service.state.model_states import STATES
 from sp_core.attention.layer import SequenceParallelAttention
@@ -78,37 +78,42 @@ SPEC_KEYS = frozenset(
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.replicas
-    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models
+    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models storage.outputs
+    storage.outputs.folder storage.outputs.ttl_s
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )
 
 ROUTES = frozenset(
     {
+        "GET /docs",
+        "GET /health",
         "GET /livez",
+        "GET /openapi.json",
         "GET /readyz",
         "GET /v1/cluster",
         "GET /v1/models",
+        "GET /v1/outputs/{name}",
+        "HEAD /v1/outputs/{name}",
         "GET /v1/models/{name:path}",
         "POST /v1/images/generations",
         "POST /v1/videos/sync",
     }
 )
 
-IMAGE_FIELDS = frozenset(
+FIELDS = frozenset(
     """
-    prompt model n size response_format output_format output_compression background stream stream_options
-    partial_images quality style moderation user safety_identifier
-    negative_prompt num_inference_steps guidance_scale seed loras
+    prompt model n size response_format stream stream_options quality user safety_identifier extra_body
+    negative_prompt num_inference_steps guidance_scale guidance_scale_2 true_cfg_scale flow_shift seed loras lora
+    width height num_outputs_per_prompt extra_params
+    generator_device enable_teacache vae_use_slicing vae_use_tiling return_stage_metrics enhance_prompt bot_task
+    perf_dump_path output_path
     """.split()
 )
-
-VIDEO_FIELDS = frozenset(
-    """
-    prompt model size num_frames fps user safety_identifier
-    negative_prompt num_inference_steps guidance_scale guidance_scale_2 seed loras
-    """.split()
-)
+IMAGE_FIELDS = FIELDS | {
+    "seeds", "output_format", "output_compression", "background", "partial_images", "style", "moderation"
+}  # fmt: skip
+VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps"}
 
 METRICS = {
     "spray_step_seconds": {"model", "replica", "rank"},
@@ -131,6 +136,9 @@ MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
 
 ERRORS = {
     "InvalidParameter": (400, "invalid_value"),
+    "BodyTimeout": (408, "body_timeout"),
+    "BodyTooLarge": (413, "body_too_large"),
+    "OutputNotFound": (404, "output_not_found"),
     "Unauthorized": (401, "invalid_api_key"),
     "Forbidden": (403, "forbidden"),
     "ModelNotAllowed": (403, "model_not_allowed"),

@@ -3,11 +3,14 @@
     SprayError
     + RequestError            the caller's fault; nothing was lost, and asking again does not help
     | + InvalidParameter      one parameter is wrong; `param` names it
+    | | + BodyTooLarge        ... or the body as a whole is too large
+    | | + BodyTimeout         ... or it came too slowly
+    | + OutputNotFound        the picture or video at a URL is not kept, or not anymore
     | + ModelNotFound         no such model in this deployment
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     | + Forbidden             a web page of another site may have sent it
-    | + UnsupportedMediaType  its body is not sent as JSON
+    | + UnsupportedMediaType  its body is sent neither as JSON nor as a form
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -51,6 +54,18 @@ class InvalidParameter(RequestError):
         return self.message
 
 
+class BodyTooLarge(InvalidParameter):
+    """The body has more bytes than the deployment allows."""
+
+
+class BodyTimeout(InvalidParameter):
+    """The body did not arrive in time."""
+
+
+class OutputNotFound(RequestError):
+    """The picture or video is not kept, or not anymore."""
+
+
 class ModelNotFound(RequestError):
     """The request names a model that the deployment does not have."""
 
@@ -78,7 +93,7 @@ class AdminOnly(RequestError):
 
 
 class UnsupportedMediaType(RequestError):
-    """The body is not sent as JSON."""
+    """The body is sent neither as JSON nor as a form."""
 
 
 class ShuttingDown(SprayError):

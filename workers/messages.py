@@ -32,12 +32,15 @@ class GenerationRequest:
         loras: adapters by name, each with its scale.
         num_frames: of a video; 1 for pictures.
         fps: of a video, frames per second.
-        seed: of the first picture or video; number i uses seed + i.
+        seed: of the first picture or video; number i uses seed + i, unless `seeds` says otherwise.
         n: how many pictures or videos.
         output_format: of the encoded files.
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
         seed_drawn: the seed is not the caller's, so the same body asked again has another.
+        seeds: one for each picture or video; empty: those that follow from `seed`.
+        true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
+        flow_shift: of the noise schedule; None: the model's own.
     """
 
     request_id: str
@@ -58,6 +61,14 @@ class GenerationRequest:
     output_compression: int = 100
     report_steps: bool = False
     seed_drawn: bool = False
+    seeds: tuple[int, ...] = ()
+    true_cfg: bool = False
+    flow_shift: float | None = None
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seed of each picture or video."""
+        return self.seeds or tuple(self.seed + i for i in range(self.n))
 
     @property
     def work(self) -> int:

@@ -3,13 +3,19 @@
 rest.py        assembles the FastAPI application: routers, access, error handlers
 images.py      POST /v1/images/generations
 videos.py      POST /v1/videos/sync
+outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 models.py      GET /v1/models
-cluster.py     GET /v1/cluster, and the probes /livez and /readyz
+cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
+openapi.py     /openapi.json and /docs
 backend.py     what the API needs of the gateway, and how routes get at it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
-schemas.py     request bodies -> GenerationRequest
-responses.py   results, events and models -> response bodies
+reading.py     JSON or a form, within limits -> the fields of a body
+bodies.py      the declared bodies of requests
+schemas.py     a body -> GenerationRequest
+generation.py  a body -> its answer: JSON, a file or a stream
+answers.py     the declared bodies of answers
+responses.py   results, events and models -> bodies of answers
 errors.py      the one table of errors -> HTTP answers
 """

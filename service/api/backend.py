@@ -9,8 +9,9 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends, Request
 
 from deploy.spec import ModelSpec
-from service.api.origin import reject_foreign_pages
+from service.api.origin import reject_foreign_hosts, reject_foreign_pages
 from service.state.model_states import ModelState
+from service.state.outputs import OutputStore
 from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
@@ -26,6 +27,7 @@ class Backend(Protocol):
     draining: bool
     local_only: bool
     in_flight: int
+    outputs: OutputStore
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Raise `Unauthorized` or `AdminOnly` unless this `Authorization` header allows the call."""
@@ -57,6 +59,11 @@ async def require_key(http: Request, backend: Served) -> None:
     """Reject callers without a valid API key, and foreign web pages, before their body is read; on every /v1 route."""
     backend.admit(http.headers.get("authorization"))
     reject_foreign_pages(http, backend.local_only)
+
+
+async def require_own_host(http: Request, backend: Served) -> None:
+    """Reject calls of a loopback server by another name; on every route that needs no key and is no probe."""
+    reject_foreign_hosts(http, backend.local_only)
 
 
 async def run(backend: Backend, request: GenerationRequest) -> GenerationResult:

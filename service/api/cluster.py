@@ -1,29 +1,37 @@
-"""The cluster: `GET /v1/cluster` for callers; `GET /livez` and `GET /readyz` for probes, which have no key."""
+"""The cluster: `GET /v1/cluster` for callers; `/livez`, `/readyz` and `/health` for probes, which have no key."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from service.api.answers import Alive, ClusterObject, Ready
 from service.api.backend import Served
+from service.api.openapi import READING_ERRORS
 
 router = APIRouter()
 probes = APIRouter()
 
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "they should not"}}
 
-@router.get("/cluster")
-async def cluster(http: Request, backend: Served) -> dict[str, Any]:
+
+@router.get("/cluster", response_model=ClusterObject, responses=READING_ERRORS)
+async def cluster(http: Request, backend: Served) -> Response:
+    """Nodes, devices, gangs and queues."""
     backend.admit(http.headers.get("authorization"), admin=True)
-    return backend.cluster()
+    return JSONResponse(backend.cluster())
 
 
-@probes.get("/livez")
+@probes.get("/livez", response_model=Alive)
 async def livez() -> dict[str, str]:
+    """The process answers."""
     return {"status": "ok"}
 
 
-@probes.get("/readyz")
+@probes.get("/health", response_model=Ready, responses=NOT_READY)
+@probes.get("/readyz", response_model=Ready, responses=NOT_READY)
 async def readyz(backend: Served) -> Response:
+    """Whether requests should come here: some model runs or sleeps, and the gateway does not stop."""
     states = backend.states()
     waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
     ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network

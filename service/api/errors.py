@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from workers.errors import (
     AdminOnly,
+    BodyTimeout,
+    BodyTooLarge,
     Forbidden,
     GangLost,
     InvalidParameter,
@@ -20,6 +22,7 @@ from workers.errors import (
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
+    OutputNotFound,
     QueueFull,
     RateLimited,
     RequestCancelled,
@@ -62,6 +65,9 @@ class Status:
 
 STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
+    BodyTimeout: Status(408, "invalid_request_error", "body_timeout"),
+    BodyTooLarge: Status(413, "invalid_request_error", "body_too_large"),
+    OutputNotFound: Status(404, "invalid_request_error", "output_not_found"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
     Forbidden: Status(403, "invalid_request_error", "forbidden"),
     ModelNotAllowed: Status(403, "invalid_request_error", "model_not_allowed"),

@@ -1,24 +1,37 @@
 """Pictures: `POST /v1/images/generations`."""
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from typing import Annotated, Any
 
-from service.api.backend import Served, run
-from service.api.origin import request_id
-from service.api.responses import ignored_header, images_response, warnings_header
-from service.api.schemas import ImageGenerationBody, find_model, parse_body, read_json, to_request
-from service.api.streaming import EventStream
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from service.api.answers import GenerationResponse
+from service.api.backend import Served
+from service.api.bodies import ImageGenerationBody
+from service.api.generation import respond
+from service.api.openapi import BYTES, ERRORS, event_stream, takes
+from service.api.reading import reader
 
 router = APIRouter(prefix="/images")
 
+SUCCESS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the pictures: in JSON, as events with `stream`, as files with `response_format: file`",
+        "content": event_stream("events image_generation.progress and .completed, then [DONE]")
+        | {f"image/{kind}": {"schema": BYTES} for kind in ("png", "jpeg", "webp")}
+        | {"application/zip": {"schema": BYTES}},
+    }
+}
 
-@router.post("/generations")
-async def generate_images(http: Request, backend: Served) -> Response:
-    body = parse_body(await read_json(http.stream(), backend.max_body_bytes), ImageGenerationBody)
-    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
-    headers = ignored_header(body.ignored)
-    if body.stream:
-        include_progress = body.stream_options.include_progress
-        return await EventStream.open(backend.generate(request), request, include_progress, headers)
-    result = await run(backend, request)
-    return JSONResponse(images_response(request, result), headers=headers | warnings_header(result))
+
+@router.post(
+    "/generations",
+    response_model=GenerationResponse,
+    responses=ERRORS | SUCCESS,
+    openapi_extra=takes(ImageGenerationBody),
+)
+async def generate_images(
+    http: Request, backend: Served, body: Annotated[ImageGenerationBody, Depends(reader(ImageGenerationBody))]
+) -> Response:
+    """Draw pictures."""
+    return await respond(http, backend, body, "b64_json")

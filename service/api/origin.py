@@ -13,6 +13,9 @@ from fastapi import Request
 from deploy.spec import is_loopback
 from workers.errors import Forbidden, UnsupportedMediaType
 
+BODY_KINDS = ("", "application/json", "multipart/form-data")
+"""Of bodies. Pages send forms unasked, always with their origin; they cannot leave the kind out, as programs do."""
+
 ID_HEADER = "x-request-id"
 
 
@@ -30,16 +33,29 @@ def reject_foreign_pages(http: Request, local_only: bool) -> None:
     """
     headers = http.headers
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if http.method == "POST" and kind not in ("", "application/json"):  # pages cannot leave it out, programs do
-        raise UnsupportedMediaType(f"content-type must be application/json, not {kind!r}")
+    if http.method == "POST" and kind not in BODY_KINDS:
+        raise UnsupportedMediaType(f"content-type must be application/json or multipart/form-data, not {kind!r}")
     host, origin = headers.get("host", ""), headers.get("origin")
     try:
         foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
-        name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
-        raise Forbidden("the request's host or origin is malformed") from None
+        raise Forbidden("the request's origin is malformed") from None
     if foreign and not headers.get("authorization"):  # pages of other origins cannot add one unasked
         raise Forbidden(f"a page of {origin} may not call this server")
+    reject_foreign_hosts(http, local_only)
+
+
+def reject_foreign_hosts(http: Request, local_only: bool) -> None:
+    """Reject what asks for a host that this server is not: the part of `reject_foreign_pages` that needs no origin.
+
+    Raises:
+        Forbidden: it does.
+    """
+    host = http.headers.get("host", "")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        raise Forbidden("the request's host is malformed") from None
     if local_only and not is_loopback(name):
         raise Forbidden(f"this server is not {host!r}; call it by localhost or 127.0.0.1")
 

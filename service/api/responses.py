@@ -3,9 +3,8 @@
 Keys that OpenAI's bodies do not have (seeds, timings, states) come beside its own; its client keeps them.
 """
 
-import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.spec import ModelSpec
@@ -23,20 +22,32 @@ def warnings_header(result: GenerationResult) -> dict[str, str]:
     return {"x-warnings": "; ".join(result.warnings)} if result.warnings else {}
 
 
-def images_response(request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
-    """OpenAI's ImagesResponse, with seeds, layout and timings as extra keys."""
+def generation_response(
+    request: GenerationRequest, result: GenerationResult, data: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """OpenAI's ImagesResponse, with seeds, layout and timings as extra keys.
+
+    Args:
+        request: what was asked for.
+        result: of it.
+        data: of each picture or video its seed, and its content or URL.
+    """
+    video = {"num_frames": request.num_frames, "fps": request.fps} if is_video(request) else {}
     return {
         "created": int(time.time()),
-        "data": [
-            {"b64_json": base64.b64encode(image).decode(), "seed": seed}
-            for image, seed in zip(result.outputs, result.seeds, strict=True)
-        ],
+        "data": [dict(made) for made in data],
         "size": f"{request.width}x{request.height}",
         "output_format": request.output_format,
         "background": "opaque",
+        **video,
         "metrics": metrics(result),
         "warnings": list(result.warnings),
     }
+
+
+def is_video(request: GenerationRequest) -> bool:
+    """True for a video, False for pictures."""
+    return request.output_format == "mp4"
 
 
 def metrics(result: GenerationResult) -> dict[str, Any]:
@@ -49,22 +60,25 @@ def metrics(result: GenerationResult) -> dict[str, Any]:
     }
 
 
-def progress_event(event: StepEvent) -> dict[str, Any]:
+def progress_event(request: GenerationRequest, event: StepEvent) -> dict[str, Any]:
     """The stream event of one step."""
     return {
-        "type": "image_generation.progress",
+        "type": f"{_subject(request)}.progress",
         "step": event.step,
         "total_steps": event.total_steps,
         "seconds": event.seconds,
     }
 
 
-def completed_events(request: GenerationRequest, result: GenerationResult) -> list[dict[str, Any]]:
-    """OpenAI's stream event for each finished picture."""
-    response = images_response(request, result)
-    shared = {key: response[key] for key in ("size", "output_format", "background", "metrics", "warnings")}
-    shared |= {"type": "image_generation.completed", "created_at": response["created"], "quality": "auto"}
-    return [shared | picture for picture in response["data"]]
+def completed_events(request: GenerationRequest, response: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """OpenAI's stream event for each finished picture, or video, of a `generation_response`."""
+    shared = {key: value for key, value in response.items() if key not in ("created", "data")}
+    shared |= {"type": f"{_subject(request)}.completed", "created_at": response["created"], "quality": "auto"}
+    return [shared | made for made in response["data"]]
+
+
+def _subject(request: GenerationRequest) -> str:
+    return "video_generation" if is_video(request) else "image_generation"
 
 
 def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
@@ -78,8 +92,19 @@ def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
         "tasks": list(model.tasks or ()),
         "state": state.state if state else "starting",
         "reason": state.reason if state else "",
+        "eta_seconds": _eta_seconds(state) if state else None,
         "layout": str(model.parallel),
         "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
         "defaults": model.defaults.model_dump(),
         "limits": model.limits.model_dump(),
     }
+
+
+def _eta_seconds(state: ModelState) -> float | None:
+    """Seconds until a typical request that comes now would be answered; None if the gangs have not learned that yet."""
+    gangs = [gang for gang in state.gangs if gang.get("request_s")]
+    if state.state != "running" or not gangs:
+        return None
+    typical = sum(gang["request_s"] for gang in gangs) / len(gangs)
+    backlog = sum(gang["backlog_s"] for gang in gangs) + state.queued * typical
+    return float(round(backlog / len(gangs) + typical, 1))

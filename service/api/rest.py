@@ -3,29 +3,42 @@
 Paths and bodies are OpenAI's. Every error, that of an unknown path included, comes in OpenAI's envelope.
 """
 
+from importlib.metadata import version
+
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from service.api import cluster, images, models, videos
-from service.api.backend import Backend, require_key
+from service.api import cluster, images, models, openapi, outputs, videos
+from service.api.backend import Backend, require_key, require_own_host
 from service.api.disconnect import CancelWhenGone
 from service.api.errors import answer, envelope, log
-from workers.errors import SprayError
+from service.api.openapi import describe
+from workers.errors import InvalidParameter, SprayError
+
+DESCRIPTION = "Pictures and videos from diffusion transformers, in OpenAI's shapes. Every error has OpenAI's envelope."
+
+CODES = {404: "unknown_path", 405: "method_not_allowed", 416: "range_not_satisfiable"}
+"""Of Starlette's own errors."""
 
 
 def rest_app(backend: Backend) -> FastAPI:
     """The application that answers at the HTTP port."""
-    app = FastAPI(title="spray", openapi_url=None)
+    app = FastAPI(title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None)
+    describe(app)
     app.state.backend = backend
     app.add_middleware(CancelWhenGone)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(SprayError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])  # here, so that no new route can forget it
     for subject in (images, videos, models, cluster):
         v1.include_router(subject.router)
     app.include_router(v1)
+    app.include_router(outputs.router, prefix="/v1", dependencies=[Depends(require_own_host)])  # URLs are signed
+    app.include_router(openapi.router, dependencies=[Depends(require_own_host)])
     app.include_router(cluster.probes)
     return app
 
@@ -36,10 +49,19 @@ async def _answer_error(http: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+async def _answer_validation_error(http: Request, error: Exception) -> Response:
+    """A parameter of a path or a query that FastAPI itself has found wrong."""
+    assert isinstance(error, RequestValidationError)
+    mistake = error.errors()[0]
+    return await _answer_error(
+        http, InvalidParameter(str(mistake["loc"][-1]), f"{mistake['loc'][-1]}: {mistake['msg']}")
+    )
+
+
 async def _answer_http_error(http: Request, error: Exception) -> Response:
     """Starlette's own errors: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
-    code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{http.method} {http.url.path}: {error.detail}"
-    body = envelope(message, "invalid_request_error", None, code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    body = envelope(message, "invalid_request_error", None, CODES.get(error.status_code))
+    headers = {"x-should-retry": "false"} | dict(error.headers or {})
+    return JSONResponse(body, status_code=error.status_code, headers=headers)

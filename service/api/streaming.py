@@ -1,8 +1,8 @@
-"""Server-sent events: what a streaming request yields, as text for the wire. For `service.api.images`."""
+"""Server-sent events: what a streaming request yields, as text for the wire. For `service.api.generation`."""
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Self
 
 from fastapi.responses import StreamingResponse
@@ -14,6 +14,8 @@ from service.api.responses import completed_events, progress_event
 from service.state.model_states import ModelState
 from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult
+
+Deliver = Callable[[GenerationRequest, GenerationResult], Awaitable[dict[str, Any]]]
 
 
 class EventStream(StreamingResponse):
@@ -41,8 +43,16 @@ class EventStream(StreamingResponse):
         request: GenerationRequest,
         include_progress: bool,
         headers: Mapping[str, str],
+        deliver: Deliver,
     ) -> Self:
         """Wait for the first report, so that the status line can tell whether the request was admitted.
+
+        Args:
+            reports: of the request.
+            request: what was asked for.
+            include_progress: send an event per step.
+            headers: of the answer.
+            deliver: makes the body of an answer from the result.
 
         Raises:
             Exception: what the backend raises before its first report.
@@ -50,7 +60,7 @@ class EventStream(StreamingResponse):
         first = await anext(reports, None)
         if first is None:
             raise GangLost("the ranks ended without a result")
-        return cls(_events(first, reports, request, include_progress), reports, headers)
+        return cls(_events(first, reports, request, include_progress, deliver), reports, headers)
 
     async def stream_response(self, send: Send) -> None:
         """Called by Starlette."""
@@ -60,7 +70,11 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    first: Report, reports: AsyncGenerator[Report], request: GenerationRequest, include_progress: bool
+    first: Report,
+    reports: AsyncGenerator[Report],
+    request: GenerationRequest,
+    include_progress: bool,
+    deliver: Deliver,
 ) -> AsyncGenerator[str]:
     """The events of one request: progress, the pictures, `[DONE]`.
 
@@ -68,10 +82,10 @@ async def _events(
     An error ends the stream as its last event, because the status line has been sent by then.
     """
     try:
-        for event in _of(first, request, include_progress):
+        for event in await _of(first, request, include_progress, deliver):
             yield event
         async for report in reports:
-            for event in _of(report, request, include_progress):
+            for event in await _of(report, request, include_progress, deliver):
                 yield event
         yield "data: [DONE]\n\n"
     except Exception as error:
@@ -79,14 +93,14 @@ async def _events(
         yield f"data: {json.dumps(answer(error)[1])}\n\n"
 
 
-def _of(report: Report, request: GenerationRequest, include_progress: bool) -> list[str]:
+async def _of(report: Report, request: GenerationRequest, include_progress: bool, deliver: Deliver) -> list[str]:
     """The events of one report."""
     if isinstance(report, ModelState):
         return [f": {request.model} is {report.state}, {report.queued} wait\n\n"]
     if isinstance(report, GenerationResult):
-        return [_event(event) for event in completed_events(request, report)]
+        return [_event(event) for event in completed_events(request, await deliver(request, report))]
     if include_progress:
-        return [_event(progress_event(report))]
+        return [_event(progress_event(request, report))]
     return [f": step {report.step}/{report.total_steps}\n\n"]
 
 

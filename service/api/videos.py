@@ -1,22 +1,33 @@
-"""Videos: `POST /v1/videos/sync`, which answers with the MP4 itself."""
+"""Videos: `POST /v1/videos/sync`, which answers with the MP4 itself, or with events while it is made."""
 
-import json
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from service.api.backend import Served, run
-from service.api.origin import request_id
-from service.api.responses import ignored_header, metrics, warnings_header
-from service.api.schemas import VideoGenerationBody, find_model, parse_body, read_json, to_request
+from service.api.answers import GenerationResponse
+from service.api.backend import Served
+from service.api.bodies import VideoGenerationBody
+from service.api.generation import respond
+from service.api.openapi import BYTES, ERRORS, event_stream, takes
+from service.api.reading import reader
 
 router = APIRouter(prefix="/videos")
 
+SUCCESS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the video: the file itself, in JSON with another `response_format`, as events with `stream`",
+        "content": event_stream("events video_generation.progress and .completed, then [DONE]")
+        | {"video/mp4": {"schema": BYTES}},
+    }
+}
 
-@router.post("/sync")
-async def generate_video(http: Request, backend: Served) -> Response:
-    body = parse_body(await read_json(http.stream(), backend.max_body_bytes), VideoGenerationBody)
-    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
-    result = await run(backend, request)
-    headers = {"x-seed": str(result.seeds[0]), "x-metrics": json.dumps(metrics(result))} | warnings_header(result)
-    return Response(result.outputs[0], media_type="video/mp4", headers=headers | ignored_header(body.ignored))
+
+@router.post(
+    "/sync", response_model=GenerationResponse, responses=ERRORS | SUCCESS, openapi_extra=takes(VideoGenerationBody)
+)
+async def generate_video(
+    http: Request, backend: Served, body: Annotated[VideoGenerationBody, Depends(reader(VideoGenerationBody))]
+) -> Response:
+    """Make a video."""
+    return await respond(http, backend, body, "file")

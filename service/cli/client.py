@@ -15,6 +15,8 @@ import httpx
 
 from workers.messages import StepEvent
 
+PICTURES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
+
 NO_LIMIT = httpx.Timeout(10.0, read=None)
 
 
@@ -45,20 +47,23 @@ class Generated:
     metrics: dict[str, Any]
 
 
-def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None]) -> list[Generated]:
-    """Generate pictures on a server.
+def generate_remotely(
+    server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None], path: str = PICTURES
+) -> list[Generated]:
+    """Generate pictures or a video on a server.
 
     Args:
         server: its base URL.
-        body: fields of `POST /v1/images/generations`.
+        body: the fields of the path.
         on_step: called after each step.
+        path: of the API, `PICTURES` or `VIDEOS`.
 
     Raises:
         ServerError: it cannot be reached, refuses, or fails.
     """
     streamed = body | {"stream": True, "stream_options": {"include_progress": True}}
-    pictures = []
-    url = f"{server.rstrip('/')}/v1/images/generations"
+    made = []
+    url = f"{server.rstrip('/')}{path}"
     try:
         with httpx.stream(
             "POST", url, json=streamed, headers=_authorization(), timeout=NO_LIMIT, trust_env=False
@@ -71,41 +76,15 @@ def generate_remotely(server: str, body: dict[str, Any], on_step: Callable[[Step
                     continue
                 if "error" in event:
                     raise ServerError(event["error"]["message"])
-                if event["type"] == "image_generation.progress":
+                if event["type"].endswith(".progress"):
                     on_step(StepEvent(event["step"], event["total_steps"], event["seconds"]))
-                elif event["type"] == "image_generation.completed":
-                    pictures.append(Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"]))
+                elif event["type"].endswith(".completed"):
+                    made.append(Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"]))
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise ServerError(f"no answer from {server}: {error}") from None
-    if not pictures:
-        raise ServerError(f"{server} ended the stream without a picture")
-    return pictures
-
-
-def generate_video_remotely(server: str, body: dict[str, Any]) -> Generated:
-    """Generate a video on a server.
-
-    Args:
-        server: its base URL.
-        body: fields of `POST /v1/videos/sync`.
-
-    Raises:
-        ServerError: it cannot be reached, refuses, or fails.
-    """
-    try:
-        response = httpx.post(
-            f"{server.rstrip('/')}/v1/videos/sync",
-            json=body,
-            headers=_authorization(),
-            timeout=NO_LIMIT,
-            trust_env=False,
-        )
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ServerError(f"no answer from {server}: {error}") from None
-    if response.status_code != 200:
-        raise ServerError(_message(response.content, response.status_code))
-    headers = response.headers
-    return Generated(response.content, int(headers["x-seed"]), json.loads(headers["x-metrics"]))
+    if not made:
+        raise ServerError(f"{server} ended the stream without a result")
+    return made
 
 
 def read_cluster(server: str) -> dict[str, Any]:

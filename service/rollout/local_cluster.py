@@ -96,7 +96,8 @@ class LocalCluster:
             self.token_file.write_text(token)
         os.environ.pop("RAY_ADDRESS", None)
         try:
-            with _inherited("SPRAY_METRICS_DIR", self._folder / "metrics"):
+            metrics, outputs = self._folder / "metrics", self._folder / "outputs"
+            with _inherited("SPRAY_METRICS_DIR", metrics), _inherited("SPRAY_OUTPUTS_DIR", outputs):
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}

@@ -85,6 +85,40 @@ def test_nothing_listens_beyond_loopback(server: str, listened_before: set[tuple
     assert {str(address) for address, _ in found if not address.is_loopback} == set()
 
 
+def test_a_picture_has_the_same_bytes_each_way(server: str) -> None:
+    drawn = base64.b64decode(generate(server).json()["data"][0]["b64_json"])
+    file = generate(server, response_format="file")
+    assert (file.headers["content-type"], file.headers["x-seed"]) == ("image/png", "7")
+    url = generate(server, response_format="url").json()["data"][0]["url"]
+    assert url.startswith(f"{server}/v1/outputs/")
+    fetched = httpx.get(url, trust_env=False)
+    stream = generate(server, stream=True).text.splitlines()
+    (event,) = (json.loads(line[6:]) for line in stream if line.startswith("data: {"))
+    form = httpx.post(
+        f"{server}/v1/images/generations",
+        files={"model": (None, "demo-2"), "prompt": (None, "a cup of coffee"), "seeds[]": (None, "7")},
+        timeout=300,
+        trust_env=False,
+    )
+    by_form = base64.b64decode(form.json()["data"][0]["b64_json"])
+    assert drawn == file.content == fetched.content == base64.b64decode(event["b64_json"]) == by_form
+    part = httpx.get(url, headers={"range": "bytes=8-15"}, trust_env=False)
+    assert (part.status_code, part.content) == (206, drawn[8:16])
+    for wrong, status in ((f"{url}0", 403), (url.partition("?")[0], 403)):
+        answer = httpx.get(wrong, trust_env=False)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "forbidden")
+    assert generate(server, seeds=[7], prompt="another cup").content != drawn
+
+
+def test_every_answer_has_one_id_and_the_description_is_there(server: str) -> None:
+    for path, status in (("/openapi.json", 200), ("/docs", 200), ("/health", 200), ("/v1/models", 200), ("/v2", 404)):
+        answer = httpx.get(f"{server}{path}", headers={"x-request-id": "mine"}, trust_env=False)
+        assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, ["mine"])
+        assert len(httpx.get(f"{server}{path}", trust_env=False).headers["x-request-id"]) == 32
+    eta = httpx.get(f"{server}/v1/models/demo-2", trust_env=False).json()["eta_seconds"]
+    assert eta is None or eta > 0
+
+
 def test_openai_client(server: str) -> None:
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     drawn = client.images.generate(model="demo-2", prompt="a cup of coffee", size="64x96", extra_body={"seed": 7})

@@ -21,6 +21,7 @@ from deploy.spec import (
     LoRA,
     Metrics,
     ModelSpec,
+    Outputs,
     Placement,
     SpecError,
     Storage,
@@ -255,6 +256,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
             "metrics": Metrics(port=9500),
+            "storage": Storage(outputs=Outputs(ttl_s=60)),
         }
     )
     configs = serve_config(spec, "id"), serve_config(other, "id")
@@ -277,6 +279,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "api_keys_file": "/keys.yaml",
         "metrics": metrics,
         "models_folder": None,
+        "outputs": {"folder": None, "ttl_s": 60.0},
     }
 
 

@@ -222,6 +222,27 @@ def test_what_serve_says_by_itself_comes_in_the_envelope(status: int, kind: byte
         assert "dead" not in json.dumps(body)
 
 
+@pytest.mark.parametrize("given", [b"", b"mine"])
+def test_what_the_edge_refuses_has_the_requests_id(given: bytes) -> None:
+    sent: list[Message] = []
+    seen: list[Any] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+
+    scope = {"type": "http", "headers": [(b"x-request-id", given)] if given else []}
+    asyncio.run(edge.Edge(silent)(scope, receive, send))
+    answered = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
+    assert answered == seen
+    assert answered == [given] if given else len(answered[0]) == 32
+
+
 def test_a_gateway_that_dies_silently_is_said_in_the_envelope() -> None:
     sent: list[Message] = []
 

@@ -9,15 +9,10 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from service.api.bodies import MAX_SEED, ImageGenerationBody, LoRAChoice, StreamOptions, VideoGenerationBody
+from service.api.generation import Delivery
 from service.api.rest import rest_app
-from service.api.schemas import (
-    MAX_SEED,
-    ImageGenerationBody,
-    LoRAChoice,
-    StreamOptions,
-    VideoGenerationBody,
-    to_request,
-)
+from service.api.schemas import to_request
 from service.api.streaming import EventStream
 from tests.support.backend import FakeBackend
 
@@ -65,7 +60,8 @@ REFUSED = [
     ({"guidance_scale": "x"}, "guidance_scale", "invalid_value"),
     ({"guidance_scale": 31}, "guidance_scale", "invalid_value"),
     ({"negative_prompt": 3}, "negative_prompt", "invalid_value"),
-    ({"response_format": "url"}, "response_format", "invalid_value"),
+    ({"response_format": "uri"}, "response_format", "invalid_value"),
+    ({"response_format": "file", "stream": True}, "response_format", "invalid_value"),
     ({"output_format": "gif"}, "output_format", "invalid_value"),
     ({"background": "transparent"}, "background", "invalid_value"),
     ({"partial_images": 2}, "partial_images", "invalid_value"),
@@ -194,7 +190,7 @@ def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, bac
     backend.max_body_bytes = 2048
     assert client.post(path, content=body.ljust(2047) + b"}").status_code == 200
     answer = client.post(path, content=body.ljust(2048) + b"}")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_too_large")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert "larger than 2048 bytes" in answer.json()["error"]["message"]
     backend.max_body_bytes = 2049
     assert client.post(path, content=body.ljust(2048) + b"}").status_code == 200
@@ -234,7 +230,8 @@ def test_a_stream_that_fails_later_ends_with_the_error(client: TestClient) -> No
 def test_a_client_that_leaves_before_the_first_event_frees_its_gang(backend: FakeBackend) -> None:
     async def story() -> None:
         request = to_request(ImageGenerationBody(prompt="endless", model="one"), backend.models()["one"], "a")
-        stream = await EventStream.open(backend.generate(request), request, include_progress=False, headers={})
+        deliver = Delivery("b64_json", backend.outputs, "")
+        stream = await EventStream.open(backend.generate(request), request, False, {}, deliver)
 
         async def gone(_: Any) -> None:
             raise OSError("the client left")

@@ -7,6 +7,7 @@ from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
 from service.state.model_states import ModelState
+from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
 from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed, ShuttingDown, Unauthorized
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
@@ -31,6 +32,7 @@ class FakeBackend:
         self.draining = False
         self.local_only = False
         self.in_flight = 0
+        self.outputs = OutputStore()
         self.key: str | None = None
         self.closed = False
         self.released = asyncio.Event()
@@ -93,8 +95,9 @@ class FakeBackend:
             while request.prompt == "endless":
                 await asyncio.sleep(0.01)
                 yield StepEvent(1, 1, 0.5)
-            seeds = tuple(request.seed + i for i in range(request.n))
+            seeds = request.all_seeds
             warnings = ("prompt: text_encoder reads 512 of 719 tokens",) if request.prompt == "long" else ()
-            yield GenerationResult((b"picture",) * request.n, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2, warnings)
+            pictures = tuple(f"picture {seed}".encode() for seed in seeds)
+            yield GenerationResult(pictures, seeds, ParallelDegrees(), 0.1, (0.5,), 0.2, warnings)
         finally:
             self.closed = True

@@ -84,7 +84,7 @@ def ask(classic: Any, folder: Path, request: GenerationRequest, told: dict[str, 
         width=request.width,
         height=request.height,
         num_inference_steps=request.num_inference_steps,
-        generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.n)],
+        generator=[torch.Generator().manual_seed(seed) for seed in request.all_seeds],
         output_type="np",
         **{find_adapter(folder).count_input: request.n},
         **told,
@@ -172,7 +172,7 @@ def test_timesteps_are_not_rounded_in_bfloat16(demo_models: dict[str, Path], sca
     _, made = generate(mesh, demo_models["z-image"], request, dtype="bfloat16")
     classic = DiffusionPipeline.from_pretrained(demo_models["z-image"], torch_dtype=torch.bfloat16)
     classic.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.n)]
+    generators = [torch.Generator().manual_seed(seed) for seed in request.all_seeds]
     size = {"width": request.width, "height": request.height, "num_inference_steps": request.num_inference_steps}
     expected = classic(
         request.prompt, guidance_scale=scale, generator=generators, num_images_per_prompt=request.n, **size
@@ -203,6 +203,28 @@ def test_a_vae_in_another_dtype_gets_latents_in_it(demo_models: dict[str, Path])
     assert 0 < differ(made, in_half) < 16
 
 
+SHIFTS = {"z-image": {"guidance_scale": 0.0}, "wan": {"guidance_scale": 1.0, "num_frames": 5}}
+
+
+@pytest.mark.parametrize("family", SHIFTS)
+def test_a_shift_of_the_request_is_that_of_the_classic_pipelines_scheduler(
+    demo_models: dict[str, Path], family: str
+) -> None:
+    folder, told = demo_models[family], SHIFTS[family]
+    plain = replace(PICTURES, width=64, height=48, seeds=(9, 4), **told)
+    plain = replace(plain, output_format="mp4") if family == "wan" else plain
+    classic = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    name = "flow_shift" if "flow_shift" in classic.scheduler.config else "shift"
+    classic.scheduler = type(classic.scheduler).from_config(classic.scheduler.config, **{name: 9.0})
+    _, made = alone(folder, replace(plain, flow_shift=9.0))
+    assert differ(made, ask(classic, folder, plain, told)) <= 1
+    _, unshifted = alone(folder, plain)
+    assert differ(made, unshifted) > 5
+    _, alone_again = alone(folder, replace(plain, seeds=(4, 9)))
+    assert differ(unshifted, alone_again[::-1]) <= 1  # each picture is that of its own seed
+    assert differ(unshifted, alone_again) > 5
+
+
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "frames": ("wan", {"num_frames": 8}, r"multiple of 4, plus 1 \(such as 5 or 9\), got 8"),
     "frames of a picture": ("flux", {"num_frames": 5, "output_format": "png"}, "makes pictures, got num_frames=5"),
@@ -211,6 +233,12 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "format of a picture": ("z-image", {"num_frames": 1}, r"makes images \(png, jpeg, webp\), got 'mp4'"),
     "negative prompt": (
         "flux", {"num_frames": 1, "output_format": "png", "negative_prompt": "x"}, "not guided by a negative prompt",
+    ),
+    "true guidance": (
+        "flux", {"num_frames": 1, "output_format": "png", "true_cfg": True}, "'demo' evaluates one branch",
+    ),
+    "shift by the size": (
+        "flux", {"num_frames": 1, "output_format": "png", "flow_shift": 3.0}, "takes no flow_shift: its FlowMatch",
     ),
 }  # fmt: skip
 

@@ -228,7 +228,7 @@ class Rank:
         if reports:
             yield GenerationResult(
                 outputs=outputs,
-                seeds=tuple(request.seed + i for i in range(request.n)),
+                seeds=request.all_seeds,
                 degrees=self.model.parallel,
                 encode_seconds=encoded - started,
                 step_seconds=tuple(seconds),

@@ -26,6 +26,7 @@ from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
+from workers.model.flow_shift import shifted
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
 from workers.model.truncation import WatchedTokenizer
 
@@ -250,10 +251,10 @@ class Denoising:
         """
         request = self.request
         if not self._splits_pictures:
-            return [request.seed + i for i in range(request.n)]
+            return list(request.all_seeds)
         each = -(-request.n // self._cfg.size)
         first = self._cfg.rank * each
-        return [request.seed + min(first + i, request.n - 1) for i in range(each)]
+        return [request.all_seeds[min(first + i, request.n - 1)] for i in range(each)]
 
     def _run(self, blocks: tuple[Any, ...]) -> None:
         for block in blocks:
@@ -267,7 +268,7 @@ def _for_one_request(shared: Any, request: GenerationRequest, generators: list[t
     ranks would differ. With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0
     by 0 there.
     """
-    scheduler = copy.deepcopy(shared)
+    scheduler = copy.deepcopy(shared) if request.flow_shift is None else shifted(shared, request)
     if "generator" in inspect.signature(scheduler.step).parameters:
         scheduler.step = functools.partial(scheduler.step, generator=generators)
     if request.num_inference_steps == 1 and scheduler.config.get("shift_terminal"):

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
-from service.api.schemas import ImageGenerationBody, VideoGenerationBody, parse_body, to_request
-from service.cli.client import generate_remotely, generate_video_remotely, server_url
+from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.schemas import to_request
+from service.cli.client import PICTURES, VIDEOS, generate_remotely, server_url
 from service.cli.options import Server, UsageError
 from service.cli.output import say
 from service.cli.progress import StepProgress
@@ -154,11 +155,8 @@ def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
 
 def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
     body = asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
-    if asked.is_video:
-        video = generate_video_remotely(server, body)
-        return Made([video.content], [video.seed])
-    pictures = generate_remotely(server, body, progress.show)
-    return Made([picture.content for picture in pictures], [picture.seed for picture in pictures])
+    made = generate_remotely(server, body, progress.show, VIDEOS if asked.is_video else PICTURES)
+    return Made([file.content for file in made], [file.seed for file in made])
 
 
 def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress: StepProgress) -> Made:

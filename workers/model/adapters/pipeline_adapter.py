@@ -75,6 +75,11 @@ class PipelineAdapter:
             if value % multiple:
                 raise InvalidParameter("size", f"{param} must be a multiple of {multiple}, got {value}", "invalid_size")
         self.check_frames(pipeline, request)
+        if request.true_cfg and self.family.guided_above is None:
+            raise InvalidParameter(
+                "true_cfg_scale",
+                f"{request.model!r} evaluates one branch, so it has no true_cfg_scale; its own is guidance_scale",
+            )
         if (request.output_format == "mp4") != (self.output == "videos"):
             allowed = "mp4" if self.output == "videos" else "png, jpeg, webp"
             raise InvalidParameter(

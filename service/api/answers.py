@@ -1,0 +1,115 @@
+"""What the API answers: the declared bodies of responses, for `/openapi.json`. `responses.py` fills them.
+
+Keys that OpenAI's bodies do not have come beside its own; its client keeps them.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deploy.spec import Defaults, Limits, Task
+from service.state.model_states import State
+
+
+class Answer(BaseModel):
+    """A JSON object of an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Error(Answer):
+    """OpenAI's error object."""
+
+    message: str = Field(description="what was given, what is allowed, what to change")
+    type: str = Field(description="invalid_request_error, rate_limit_error or server_error")
+    param: str | None = Field(description="the field that is wrong; null: no single one")
+    code: str | None = Field(description="a stable word for programs")
+
+
+class ErrorResponse(Answer):
+    """Every error, of every path."""
+
+    error: Error
+
+
+class Metrics(Answer):
+    """How a request was computed."""
+
+    layout: str = Field(description="parallel degrees of the gang")
+    encode_seconds: float
+    step_seconds: list[float]
+    decode_seconds: float
+
+
+class Generated(Answer):
+    """One picture or video: its bytes, or where they are."""
+
+    b64_json: str | None = Field(None, description="the file in base64; absent if a URL was asked for")
+    url: str | None = Field(None, description="where the file is until `expires_at`; needs no key")
+    expires_at: int | None = Field(None, description="of the URL, in seconds since the epoch")
+    seed: int = Field(description="draws the same again")
+
+
+class GenerationResponse(Answer):
+    """OpenAI's ImagesResponse, for pictures and videos."""
+
+    created: int = Field(description="seconds since the epoch")
+    data: list[Generated]
+    size: str = Field(description="WIDTHxHEIGHT")
+    output_format: str
+    background: Literal["opaque"]
+    num_frames: int | None = Field(None, description="of a video")
+    fps: int | None = Field(None, description="of a video")
+    metrics: Metrics
+    warnings: list[str] = Field(description="what a caller should know, such as that a prompt was cut")
+
+
+class ModelObject(Answer):
+    """OpenAI's Model; what follows `owned_by` is spray's."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    aliases: list[str]
+    tasks: list[Task] = Field(description="empty if it is not known yet; then it can be asked for anything")
+    state: State
+    reason: str = Field(description="why it does not run, or not as it should")
+    eta_seconds: float | None = Field(description="until a typical request of now is answered; null: not known")
+    layout: str
+    loras: list[str]
+    defaults: Defaults
+    limits: Limits
+
+
+class ModelList(Answer):
+    """All models."""
+
+    object: Literal["list"]
+    data: list[ModelObject]
+
+
+class Alive(Answer):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class Ready(Answer):
+    """Whether requests should come here."""
+
+    status: Literal["ok", "waiting", "draining"]
+    waiting_for: list[str] = Field(description="models that neither run nor sleep")
+    in_flight: int = Field(description="requests in this gateway")
+    instance_id: str
+
+
+class ClusterObject(BaseModel):
+    """Nodes, devices and gangs; see `GET /v1/cluster` in service/README.md."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["cluster"]
+    nodes: int | None = None
+    devices: dict[str, Any] | None = None
+    models: list[dict[str, Any]] | None = None

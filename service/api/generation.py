@@ -1,0 +1,110 @@
+"""One generation, from its body to its answer: JSON, a file, or a stream. For the routers of pictures and videos.
+
+Finished files leave in base64, as they are, or by a URL; the bytes are the same.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from service.api.backend import Backend, run
+from service.api.bodies import GenerationBody, ResponseFormat
+from service.api.origin import request_id
+from service.api.outputs import KINDS
+from service.api.responses import generation_response, ignored_header, metrics, warnings_header
+from service.api.schemas import find_model, to_request
+from service.api.streaming import EventStream
+from service.state.outputs import OutputStore
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest, GenerationResult
+
+SAME_TIME = (1980, 1, 1, 0, 0, 0)
+"""Of each file in a zip, so that the same pictures make the same bytes."""
+
+
+class Delivery:
+    """How the files of one request reach its caller.
+
+    Args:
+        form: base64 or URLs.
+        outputs: where files with URLs are kept.
+        base: begins each URL.
+    """
+
+    def __init__(self, form: ResponseFormat, outputs: OutputStore, base: str) -> None:
+        self._form, self._outputs, self._base = form, outputs, base
+
+    async def __call__(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+        """The body of an answer with these files."""
+        data = [
+            await self._deliver(output, request.output_format) | {"seed": seed}
+            for output, seed in zip(result.outputs, result.seeds, strict=True)
+        ]
+        return generation_response(request, result, data)
+
+    async def _deliver(self, output: bytes, kind: str) -> dict[str, Any]:
+        if self._form == "url":
+            link = await asyncio.to_thread(self._outputs.keep, output, kind)
+            return {"url": self._base + link.path, "expires_at": link.expires}
+        return {"b64_json": base64.b64encode(output).decode()}
+
+
+async def respond(http: Request, backend: Backend, body: GenerationBody, default: ResponseFormat) -> Response:
+    """Run what a body asks for, and answer in the form that it asks for.
+
+    Args:
+        http: the request that brought it.
+        backend: runs it.
+        body: what is asked for.
+        default: `response_format` of an answer that is no stream.
+
+    Raises:
+        Exception: what the backend raises.
+    """
+    form = body.response_format or ("b64_json" if body.stream else default)
+    if body.stream and form == "file":
+        raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
+    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
+    headers = ignored_header(body.ignored)
+    deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
+    if form == "url":
+        await asyncio.to_thread(backend.outputs.prepare)
+    if body.stream:
+        include_progress = body.stream_options.include_progress
+        return await EventStream.open(backend.generate(request), request, include_progress, headers, deliver)
+    result = await run(backend, request)
+    headers |= warnings_header(result)
+    if form == "file":
+        return _file(request, result, headers)
+    return JSONResponse(await deliver(request, result), headers=headers)
+
+
+def _file(request: GenerationRequest, result: GenerationResult, headers: Mapping[str, str]) -> Response:
+    """The file itself, or a zip of several; what else there is to say goes into headers."""
+    kind, content = str(request.output_format), result.outputs[0]
+    if len(result.outputs) > 1:
+        kind, content = "zip", _zip(result, kind)
+    said = {
+        "x-seed": ", ".join(map(str, result.seeds)),
+        "x-metrics": json.dumps(metrics(result)),
+        "content-disposition": f'attachment; filename="{request.model}-{result.seeds[0]}.{kind}"',
+    }
+    if kind == "mp4":
+        said |= {"x-num-frames": str(request.num_frames), "x-fps": str(request.fps)}
+    return Response(content, media_type=KINDS[kind], headers=said | dict(headers))
+
+
+def _zip(result: GenerationResult, kind: str) -> bytes:
+    """A zip with a file per picture, named by its number and seed; not compressed, since pictures are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number, (output, seed) in enumerate(zip(result.outputs, result.seeds, strict=True)):
+            archive.writestr(zipfile.ZipInfo(f"{number}-{seed}.{kind}", SAME_TIME), output)
+    return buffer.getvalue()

@@ -1,0 +1,100 @@
+"""Finished files: `GET /v1/outputs/{name}`, to which the URLs of answers lead. Their signature is the key.
+
+Files never change, so their name is their ETag. One range of bytes is answered; what is no such range gets the whole.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from service.api.backend import Served
+from service.api.openapi import BYTES, READING_ERRORS
+
+router = APIRouter(prefix="/outputs")
+
+CHUNK = 1 << 20
+RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+
+KINDS = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "zip": "application/zip",
+}
+"""Content types by suffix."""
+
+FILE = {kind: {"schema": BYTES} for kind in KINDS.values()}
+
+
+@router.head("/{name}", include_in_schema=False)
+@router.get(
+    "/{name}",
+    response_class=Response,
+    responses=READING_ERRORS
+    | {
+        200: {"description": "the file", "content": FILE},
+        206: {"description": "a range of its bytes", "content": FILE},
+        304: {"description": "the caller has it"},
+        416: READING_ERRORS[404] | {"description": "range_not_satisfiable"},
+    },
+)
+async def retrieve_output(
+    http: Request, backend: Served, name: str, expires: str = "", signature: str = ""
+) -> Response:
+    """A picture, a video or a zip of pictures, until its URL expires."""
+    file = await asyncio.to_thread(backend.outputs.find, name, expires, signature)
+    size, etag = file.stat().st_size, f'"{name}"'
+    headers = {
+        "etag": etag,
+        "accept-ranges": "bytes",
+        "cache-control": "private, immutable",
+        "content-disposition": f'inline; filename="{name}"',
+        "x-content-type-options": "nosniff",
+    }
+    if etag in re.split(r"\s*,\s*", http.headers.get("if-none-match", "")):
+        return Response(status_code=304, headers=headers)
+    first, end = _range(http, etag, size)
+    status = 200 if (first, end) == (0, size) else 206
+    if status == 206:
+        headers["content-range"] = f"bytes {first}-{end - 1}/{size}"
+    headers["content-length"] = str(end - first)
+    kind = KINDS[file.suffix.removeprefix(".")]
+    if http.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=kind)
+    return StreamingResponse(_chunks(file, first, end), status_code=status, headers=headers, media_type=kind)
+
+
+def _range(http: Request, etag: str, size: int) -> tuple[int, int]:
+    """First byte, and the one behind the last, that the caller asks for."""
+    asked = RANGE.fullmatch(http.headers.get("range", "").replace(" ", ""))
+    if asked is None or asked[0] == "bytes=-" or http.headers.get("if-range", etag) != etag:
+        return 0, size
+    if not asked[1]:  # the last so many
+        first, end = max(0, size - int(asked[2])), size
+    else:
+        first, end = int(asked[1]), min(size, int(asked[2] or size) + 1)
+        if asked[2] and int(asked[2]) < first:
+            return 0, size
+    if first >= end:
+        raise HTTPException(416, f"the file has {size} bytes", {"content-range": f"bytes */{size}"})
+    return first, end
+
+
+async def _chunks(file: Path, first: int, end: int) -> AsyncGenerator[bytes]:
+    opened = await asyncio.to_thread(file.open, "rb")
+    try:
+        await asyncio.to_thread(opened.seek, first)
+        while first < end:
+            chunk = await asyncio.to_thread(opened.read, min(CHUNK, end - first))
+            if not chunk:
+                return
+            first += len(chunk)
+            yield chunk
+    finally:
+        opened.close()

@@ -1,0 +1,163 @@
+"""Reads the body of a request, within limits: JSON or a form comes in, an object of Python goes out. For the routers.
+
+Forms carry text alone. What is nested in them comes as `lora[name]`, as OpenAI's clients send it, or as JSON.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.api.backend import Served
+from service.api.bodies import PICTURE_INPUTS, Kind, parse_body
+from workers.errors import BodyTimeout, BodyTooLarge, InvalidParameter
+
+MAX_KEYS = 100
+"""Of an object in a body, and fields of a form."""
+
+MAX_FILES = 16
+"""Of a form. Their bytes count as all others of a body."""
+
+BODY_S = 30.0
+"""For reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
+
+NESTED = frozenset({"loras", "lora", "seeds", "stream_options", "extra_params"})
+"""Fields that are objects or lists."""
+
+LISTS = frozenset({"loras", "lora", "seeds"})
+
+NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,3})")
+"""A field's name, and up to three names or empty brackets behind it."""
+
+
+def reader(kind: type[Kind]) -> Callable[..., Awaitable[Kind]]:
+    """The dependency by which a route gets its body: read within limits, and validated."""
+
+    async def read(http: Request, backend: Served) -> Kind:
+        chunks = _limited(http.stream(), backend.max_body_bytes)
+        is_form = http.headers.get("content-type", "").lower().startswith("multipart/form-data")
+        try:
+            async with asyncio.timeout(BODY_S):
+                raw = await read_form(http.headers, chunks) if is_form else await read_json(chunks)
+        except TimeoutError:
+            raise BodyTimeout(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
+        return parse_body(_with_extra_body(raw), kind, from_text=is_form)
+
+    return read
+
+
+async def _limited(chunks: AsyncIterator[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
+    """The same chunks; at most so many bytes, and the rest is not read."""
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise BodyTooLarge(None, f"the body is larger than {max_bytes} bytes", "body_too_large")
+        yield chunk
+
+
+async def read_json(chunks: AsyncIterator[bytes]) -> object:
+    """The JSON of a body.
+
+    Raises:
+        InvalidParameter: the body is not JSON, or has too many keys.
+    """
+    raw = bytearray()
+    async for chunk in chunks:
+        raw += chunk
+    return _parse(raw, None)
+
+
+def _parse(raw: str | bytearray, param: str | None) -> object:
+    try:
+        return json.loads(raw, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        raise InvalidParameter(param, f"{param or 'the body'} is not JSON", "invalid_body") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:  # to find the one to complain about takes long
+        raise InvalidParameter(None, f"an object has more than {MAX_KEYS} keys", "invalid_body")
+    return dict(pairs)
+
+
+def _with_extra_body(raw: object) -> object:
+    """The body, with the fields of its `extra_body` among its own."""
+    if not isinstance(raw, dict) or raw.get("extra_body") is None:
+        return raw
+    extra = raw["extra_body"]
+    extra = _parse(extra, "extra_body") if isinstance(extra, str) else extra
+    if not isinstance(extra, dict):
+        raise InvalidParameter("extra_body", "extra_body must be an object, or JSON text of one")
+    own = {name: value for name, value in raw.items() if name != "extra_body"}
+    for name, value in extra.items():
+        if name == "extra_body" or str(own.get(name, value)) != str(value):  # in a form, one of them is text
+            raise InvalidParameter("extra_body", f"extra_body has {name!r} as well, with another value; leave one out")
+    return own | extra
+
+
+async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str, Any]:
+    """The fields of a `multipart/form-data` body.
+
+    Raises:
+        InvalidParameter: it is malformed, has too many fields, a field twice, or a file.
+    """
+    parser = MultiPartParser(headers, chunks, max_files=MAX_FILES, max_fields=MAX_KEYS, max_part_size=1 << 30)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidParameter(None, f"the form cannot be read: {error.message}", "invalid_body") from None
+    except UnicodeDecodeError:
+        raise InvalidParameter(None, "the form's text is not UTF-8", "invalid_body") from None
+    fields: dict[str, Any] = {}
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, str):
+                said = "no model takes pictures yet" if name.partition("[")[0] in PICTURE_INPUTS else "it is no file"
+                raise InvalidParameter(name, f"{name!r} is sent as a file, which is not supported: {said}")
+            matched = NAME.fullmatch(name)
+            if matched is None:
+                raise InvalidParameter(name, f"{name!r} is no name of a field", "unknown_parameter")
+            if name in LISTS and name in fields:
+                fields[name] = [*_listed(fields[name]), *_listed(_value(name, value))]
+                continue
+            path = [matched[1], *re.findall(r"\[([^\[\]]*)\]", matched[2])]
+            _put(fields, path, _value(name, value), name)
+    finally:
+        await form.close()
+    return fields | {name: _listed(fields[name]) for name in LISTS & fields.keys()}
+
+
+def _listed(value: object) -> list[object]:
+    """A field of a form that is a list: forms repeat it, and one that comes once is a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _put(place: Any, path: list[str], value: object, name: str) -> None:
+    """Add the value of one field of a form, by the parts of its name; an empty part is the end of a list."""
+    part, *rest = path
+    if isinstance(place, list) and not rest:
+        place.append(value)
+    elif isinstance(place, list):
+        if not place or not isinstance(place[-1], dict) or rest[0] in place[-1]:
+            place.append({})  # the next object of a list begins where a name comes again
+        _put(place[-1], rest, value, name)
+    elif rest:
+        inner = place.setdefault(part, {} if rest[0] else [])
+        if not isinstance(inner, dict if rest[0] else list):
+            raise InvalidParameter(name, f"{name!r} is given twice, in different ways")
+        _put(inner, rest, value, name)
+    elif part in place:
+        raise InvalidParameter(name, f"{name!r} is given twice")
+    else:
+        place[part] = value
+
+
+def _value(name: str, text: str) -> object:
+    """A field of a form: JSON where the body has an object or a list, else the text."""
+    return _parse(text, name) if name in NESTED and text.lstrip()[:1] in ("{", "[") else text

@@ -1,0 +1,250 @@
+"""Outputs: files that expire, URLs that nobody makes up, and what HTTP says about both."""
+
+import asyncio
+import os
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.api.rest import rest_app
+from service.state import outputs
+from service.state.outputs import KEY, OutputStore
+from tests.support.backend import FakeBackend
+from workers.errors import Forbidden, OutputNotFound
+
+CONTENT = bytes(range(256)) * 9000
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def client(folder: Path) -> TestClient:
+    backend = FakeBackend()
+    backend.key = "sesame"  # a signed URL needs none
+    return TestClient(rest_app(backend), base_url="http://here:8000")
+
+
+@pytest.fixture
+def url(folder: Path) -> str:
+    return OutputStore().keep(CONTENT, "png").path
+
+
+def test_what_one_gateway_keeps_the_others_find(folder: Path) -> None:
+    link = OutputStore().keep(CONTENT, "webp")
+    assert OutputStore().find(link.name, str(link.expires), link.signature).read_bytes() == CONTENT
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / KEY).stat().st_mode) == 0o600
+
+
+def test_gateways_that_start_together_share_one_key(folder: Path) -> None:
+    stores = [OutputStore() for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        links = list(pool.map(lambda store: store.keep(b"a", "png"), stores))
+    for store in stores:
+        for link in links:
+            assert store.find(link.name, str(link.expires), link.signature).read_bytes() == b"a"
+    assert sorted(file.name for file in folder.iterdir()) == sorted([KEY, *(link.name for link in links)])
+
+
+def test_a_link_cannot_be_made_up(folder: Path) -> None:
+    store = OutputStore()
+    link, other = store.keep(b"a", "png"), store.keep(b"b", "png")
+    expires, signature = str(link.expires), link.signature
+    for name, until, signed in (
+        (link.name, expires, other.signature),
+        (link.name, str(link.expires + 1), signature),
+        (other.name, expires, signature),
+        (link.name, expires, ""),
+        (link.name, expires, "é\udcff"),
+        (link.name, "", signature),
+        (link.name, "٣", signature),
+        ("../key", expires, signature),
+    ):
+        with pytest.raises(Forbidden):
+            store.find(name, until, signed)
+    for name in ("../outputs/key", KEY, "a/../key", f"{link.name}.new"):  # signed by mistake
+        (folder / f"{link.name}.new").touch()
+        with pytest.raises(OutputNotFound):
+            store.find(name, expires, store._sign(name, link.expires))
+    assert store.find(link.name, expires, signature)
+
+
+def test_files_expire_and_are_swept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        store = OutputStore()
+        store.follow(None, 50)
+        link = store.keep(b"a", "png")
+        store.follow(None, 500)
+        later = store.keep(b"b", "png")
+        (folder / "x.png.new").touch()
+        now = time.time()
+        monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
+        with pytest.raises(Forbidden, match="has expired"):
+            store.find(link.name, str(link.expires), link.signature)
+        store.sweep()
+        assert {file.name for file in folder.iterdir()} == {KEY, later.name, "x.png.new"}
+        assert store.find(later.name, str(later.expires), later.signature)
+        monkeypatch.setattr(outputs.time, "time", lambda: now + 4000)
+        store.sweep()
+        assert [file.name for file in folder.iterdir()] == [KEY]
+
+    asyncio.run(story())
+
+
+def test_the_sweeper_runs_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(outputs, "PERIOD_S", 0.01)
+        store = OutputStore()
+        file = folder / store.keep(b"a", "png").name
+        os.utime(file, (1, 1))
+        store.follow(None, 60)
+        async with asyncio.timeout(10):
+            while file.exists():
+                await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_what_ended_clusters_have_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPRAY_OUTPUTS_DIR", raising=False)
+    monkeypatch.setattr(outputs.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("RAY_RAYLET_PID", "1")
+    old = tmp_path / "spray-outputs-1" / OutputStore().keep(b"a", "png").name
+    os.utime(old, (1, 1))
+    monkeypatch.setenv("RAY_RAYLET_PID", "2")
+    OutputStore().sweep()
+    assert not old.exists()
+    assert (tmp_path / "spray-outputs-1" / KEY).exists()
+
+
+def test_a_folder_that_is_given_may_change(tmp_path: Path, folder: Path) -> None:
+    async def story() -> None:
+        store = OutputStore()
+        store.follow(str(tmp_path / "shared"), 60)
+        link = store.keep(b"a", "png")
+        assert (tmp_path / "shared" / link.name).exists()
+        store.follow(None, 60)
+        with pytest.raises(Forbidden):  # another folder has another key
+            store.find(link.name, str(link.expires), link.signature)
+
+    asyncio.run(story())
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = OutputStore()
+    store.keep(b"a", "png")
+
+    def full(_: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(outputs.os, "fsync", full)
+    before = sorted(folder.iterdir())
+    with pytest.raises(OSError, match="no space"):
+        store.keep(b"b", "png")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_url_answers_with_the_file(client: TestClient, url: str) -> None:
+    for method in ("GET", "HEAD"):
+        answer = client.request(method, url)
+        assert answer.status_code == 200
+        assert answer.content == (CONTENT if method == "GET" else b"")
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["content-length"] == str(len(CONTENT))
+        assert answer.headers["content-disposition"].startswith("inline; filename=")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    again = client.get(url, headers={"if-none-match": f'"x", {answer.headers["etag"]}'})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+SIZE = len(CONTENT)
+RANGES = [
+    ("bytes=0-9", 0, 10),
+    ("bytes=5-", 5, SIZE),
+    ("bytes=-7", SIZE - 7, SIZE),
+    (f"bytes=10-{SIZE * 2}", 10, SIZE),
+    (f"bytes=-{SIZE * 2}", 0, SIZE),
+    ("bytes=9-5", 0, SIZE),
+    ("bytes=-", 0, SIZE),
+    ("bytes=0-1,4-5", 0, SIZE),
+    ("lines=0-1", 0, SIZE),
+    ("bytes=x-1", 0, SIZE),
+]
+
+
+@pytest.mark.parametrize(("asked", "first", "end"), RANGES)
+def test_a_range_of_bytes(client: TestClient, url: str, asked: str, first: int, end: int) -> None:
+    answer = client.get(url, headers={"range": asked})
+    assert answer.content == CONTENT[first:end]
+    assert answer.headers["content-length"] == str(end - first)
+    assert answer.status_code == (200 if (first, end) == (0, SIZE) else 206)
+    assert answer.headers.get("content-range", "") == (
+        f"bytes {first}-{end - 1}/{SIZE}" if answer.status_code == 206 else ""
+    )
+
+
+def test_a_range_of_another_file_is_the_whole(client: TestClient, url: str) -> None:
+    assert client.get(url, headers={"range": "bytes=0-9", "if-range": '"old"'}).content == CONTENT
+
+
+@pytest.mark.parametrize("asked", [f"bytes={SIZE}-", "bytes=-0"])
+def test_a_range_outside_of_the_file(client: TestClient, url: str, asked: str) -> None:
+    answer = client.get(url, headers={"range": asked})
+    assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{SIZE}")
+    assert answer.json()["error"]["code"] == "range_not_satisfiable"
+
+
+def test_wrong_and_old_urls_have_the_envelope(client: TestClient, url: str, folder: Path) -> None:
+    path, _, query = url.partition("?")
+    for wrong in (
+        path,
+        f"{path}?expires=1&signature=2",
+        f"{path}?{query}0",
+        url.replace("/v1/outputs/", "/v1/outputs/a"),
+    ):
+        answer = client.get(wrong)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+    for file in folder.glob("*.png"):
+        file.unlink()
+    answer = client.get(url)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "output_not_found")
+
+
+def made(client: TestClient, path: str = "/v1/images/generations", **body: Any) -> Any:
+    body = {"model": "one", "prompt": "a", "seed": 7} | body
+    answer = client.post(path, json=body, headers={"authorization": "Bearer sesame"})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "file"))
+    backend = FakeBackend()
+    client = TestClient(rest_app(backend), raise_server_exceptions=False)
+    for stream in (True, False):
+        body = {"model": "one", "prompt": "a", "response_format": "url", "stream": stream}
+        answer = client.post("/v1/images/generations", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert str(tmp_path) not in answer.text
+    assert backend.requests == []
+
+
+def test_an_answer_may_hold_urls(client: TestClient) -> None:
+    answer = made(client, n=2, response_format="url", output_format="webp").json()
+    assert [picture["seed"] for picture in answer["data"]] == [7, 8]
+    assert all("b64_json" not in picture for picture in answer["data"])
+    assert all(abs(picture["expires_at"] - time.time() - 3600) < 60 for picture in answer["data"])
+    urls = [picture["url"] for picture in answer["data"]]
+    assert all(url.startswith("http://here:8000/v1/outputs/") for url in urls)
+    assert [client.get(url).content for url in urls] == [b"picture 7", b"picture 8"]
+    assert client.get(urls[0]).headers["content-type"] == "image/webp"
