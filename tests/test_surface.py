@@ -77,7 +77,7 @@ SPEC_KEYS = frozenset(
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
-    gateway gateway.host gateway.port gateway.replicas
+    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas
     limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()

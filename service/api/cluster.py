@@ -1,11 +1,14 @@
 """The cluster: `GET /v1/cluster` for callers; `GET /livez` and `GET /readyz` for probes, which have no key."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from service.api.backend import Served
+from service.api.backend import Backend, Served
+
+TAKES_REQUESTS = ("running", "asleep")
+"""The states of a model whose requests are answered without anybody's help."""
 
 router = APIRouter()
 probes = APIRouter()
@@ -24,10 +27,7 @@ async def livez() -> dict[str, str]:
 
 @probes.get("/readyz")
 async def readyz(backend: Served) -> Response:
-    states = backend.states()
-    waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
-    ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
-    status = "draining" if backend.draining else "ok" if ready else "waiting"
+    status, waiting = readiness(backend)
     body = {
         "status": status,
         "waiting_for": waiting,
@@ -35,3 +35,11 @@ async def readyz(backend: Served) -> Response:
         "instance_id": backend.instance_id,
     }
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
+
+
+def readiness(backend: Backend) -> tuple[Literal["ok", "waiting", "draining"], list[str]]:
+    """Whether the gateway takes requests, and the models that do not."""
+    states = backend.states()
+    waiting = [name for name, state in states.items() if state.state not in TAKES_REQUESTS]
+    ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
+    return "draining" if backend.draining else "ok" if ready else "waiting", waiting

@@ -1,0 +1,64 @@
+"""What Serve's gRPC proxies offer, listen at and take in. The deployment's config names `SERVICES`.
+
+Serve lets its gRPC port listen on all interfaces, whatever the host of HTTP is, and takes messages of 2 GiB. Both have
+no public option, so `prepare` replaces them in each proxy before it listens; `service.edge` calls it there. The other
+file of this layer that uses Serve's private names is `service.rollout.serve_client`.
+"""
+
+from typing import Any
+
+SERVICES = (
+    "service.proto.mediagen.v1.generation_service_pb2_grpc.add_MediaGenerationServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""What adds each service to a server. Serve adds reflection, which lists these, and its own."""
+
+MOST_RECEIVED_BYTES = 64 << 20
+"""Of one message, in a proxy. The gateway then applies `limits.max_body_bytes`, which a proxy does not know."""
+
+MOST_SENT_BYTES = 512 << 20
+"""Of one message. Only `GenerateImage` answers with more than 2 MiB."""
+
+PING_S = 10
+"""Clients may ask this often whether the server is there while it has nothing to say, as in a long decode."""
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MOST_RECEIVED_BYTES),
+    ("grpc.max_send_message_length", MOST_SENT_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_S * 1000),
+]
+
+
+def prepare() -> None:
+    """Let the gRPC server of the proxy in this process listen at the host of HTTP, and bound its messages.
+
+    Raises:
+        RuntimeError: Serve has changed, and the port would be open to other machines.
+    """
+    from ray.serve._private import default_impl, grpc_util, proxy  # here: only proxies have them to replace
+
+    binds: Any = default_impl
+    serves: Any = grpc_util
+    starts: Any = proxy
+    replaced = (
+        (binds, "add_grpc_address"),
+        (serves, "DEFAULT_GRPC_SERVER_OPTIONS"),
+        (starts, "start_asgi_http_server"),
+    )
+    if not all(hasattr(*each) for each in replaced):
+        raise RuntimeError("this version of Ray opens the gRPC port of a proxy in another way; see service.rpc.proxy")
+    serves.DEFAULT_GRPC_SERVER_OPTIONS = OPTIONS
+    start_http = starts.start_asgi_http_server
+
+    def start(http_proxy: Any, http_options: Any, **others: Any) -> Any:
+        """A proxy calls this right before it starts its gRPC server, and only here the host is known."""
+        binds.add_grpc_address = lambda server, address: server.add_insecure_port(at(http_options.host, address))
+        return start_http(http_proxy, http_options, **others)
+
+    starts.start_asgi_http_server = start
+
+
+def at(host: str, address: str) -> str:
+    """The address on this host instead of on all interfaces."""
+    port = address.rpartition(":")[2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
