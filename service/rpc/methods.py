@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from service.api.backend import Backend, Report, run
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -146,6 +146,11 @@ class GrpcMethods(Backend):
     async def Check(self, request: HealthCheckRequest, grpc_context: Context) -> HealthCheckResponse:
         """Health, once."""
         return check(self, request.service)
+
+    @answering(HealthListResponse)
+    async def List(self, request: HealthListRequest, grpc_context: Context) -> HealthListResponse:
+        """Health of the server and of every model."""
+        return HealthListResponse(statuses={name: check(self, name) for name in ("", *self.models())})
 
     @streaming(lambda error: HealthCheckResponse())
     async def Watch(self, request: HealthCheckRequest, grpc_context: Context) -> AsyncGenerator[HealthCheckResponse]:
