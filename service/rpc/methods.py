@@ -17,7 +17,7 @@ from service.api.backend import Backend, Report, run
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events, image_response, model_message, report_event
 from service.rpc.health import MOST_WATCHERS, check, watch
-from service.rpc.requests import chunk_bytes, id_of, stream_warnings, to_generation, to_streamed
+from service.rpc.requests import chunk_bytes, id_of, in_message, stream_warnings, to_generation, to_streamed
 from service.rpc.statuses import Context, admit, metadata, name_request, refuse
 from workers.errors import GangLost, InvalidParameter, NotSupported, QueueFull
 from workers.messages import GenerationResult
@@ -101,7 +101,9 @@ class GrpcMethods(Backend):
         began = time.monotonic()
         request_id = _enter(self, request, grpc_context)
         generation = to_generation(request, self.models(), request_id)
-        return image_response(generation, await run(self, generation), began)
+        with in_message():
+            result = await run(self, generation)
+        return image_response(generation, result, began)
 
     @streaming(lambda error: pb.GenerateStreamResponse(error=error))
     async def GenerateStream(
@@ -182,15 +184,16 @@ async def _taken_on(reports: AsyncGenerator[Report]) -> AsyncGenerator[Report | 
     """None once a request is taken on, then its reports. The first may take long, while the request waits."""
     coming = asyncio.ensure_future(anext(reports, None))
     try:
-        await asyncio.wait([coming], timeout=REFUSED_WITHIN_S)
-        if coming.done():
-            coming.result()  # raises if it is refused
-        yield None
-        first = await coming
-        if first is not None:
-            yield first
-        async for report in reports:
-            yield report
+        with in_message():
+            await asyncio.wait([coming], timeout=REFUSED_WITHIN_S)
+            if coming.done():
+                coming.result()  # raises if it is refused
+            yield None
+            first = await coming
+            if first is not None:
+                yield first
+            async for report in reports:
+                yield report
     finally:
         coming.cancel()
         await asyncio.wait([coming])

@@ -32,30 +32,33 @@ OPTIONS = [
 def prepare() -> None:
     """Let the gRPC server of the proxy in this process listen at the host of HTTP, and bound its messages.
 
+    A proxy starts HTTP right before gRPC, and asks then whether its host is an IPv6 address. Only there the host is
+    seen: the proxy's class comes by value, with the functions that it has looked up before.
+
     Raises:
         RuntimeError: Serve has changed, and the port would be open to other machines.
     """
-    from ray.serve._private import default_impl, grpc_util, proxy  # here: only proxies have them to replace
+    from ray.serve._private import default_impl, grpc_util, http_util  # here: only proxies have them to replace
 
     binds: Any = default_impl
     serves: Any = grpc_util
-    starts: Any = proxy
-    replaced = (
-        (binds, "add_grpc_address"),
-        (serves, "DEFAULT_GRPC_SERVER_OPTIONS"),
-        (starts, "start_asgi_http_server"),
-    )
+    asks: Any = http_util
+    replaced = ((binds, "add_grpc_address"), (serves, "DEFAULT_GRPC_SERVER_OPTIONS"), (asks, "is_ipv6"))
     if not all(hasattr(*each) for each in replaced):
         raise RuntimeError("this version of Ray opens the gRPC port of a proxy in another way; see service.rpc.proxy")
     serves.DEFAULT_GRPC_SERVER_OPTIONS = OPTIONS
-    start_http = starts.start_asgi_http_server
+    binds.add_grpc_address = _add_nowhere
+    is_ipv6 = asks.is_ipv6
 
-    def start(http_proxy: Any, http_options: Any, **others: Any) -> Any:
-        """A proxy calls this right before it starts its gRPC server, and only here the host is known."""
-        binds.add_grpc_address = lambda server, address: server.add_insecure_port(at(http_options.host, address))
-        return start_http(http_proxy, http_options, **others)
+    def is_ipv6_seen(host: str) -> Any:
+        binds.add_grpc_address = lambda server, address: server.add_insecure_port(at(host, address))
+        return is_ipv6(host)
 
-    starts.start_asgi_http_server = start
+    asks.is_ipv6 = is_ipv6_seen
+
+
+def _add_nowhere(server: Any, address: str) -> None:
+    raise RuntimeError("the host of HTTP is not known, at which gRPC should listen; see service.rpc.proxy")
 
 
 def at(host: str, address: str) -> str:

@@ -50,7 +50,7 @@ def to_generation(
         field = f"scheduling.{message.scheduling.ListFields()[0][0].name}"
         raise InvalidParameter(field, f"{field} is not supported yet; give the call a deadline", "unknown_parameter")
     params = message.params
-    with _in_message():
+    with in_message():
         model = find_model(models, params.model or None)
         task = _task(params, model, streams=isinstance(message, pb.GenerateStreamRequest))
         kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
@@ -140,7 +140,7 @@ def _task(params: pb.GenerationParams, model: ModelSpec, streams: bool) -> Task:
 
 
 @contextlib.contextmanager
-def _in_message() -> Iterator[None]:
+def in_message() -> Iterator[None]:
     """Errors about a field of a body become those about a field of `params`."""
     try:
         yield
@@ -172,6 +172,6 @@ def _reject_newer(message: Message, path: str) -> None:
             "unknown_parameter",
         )
     for field, value in message.ListFields():
-        if field.type == field.TYPE_MESSAGE:
-            for part in value if hasattr(value, "append") or hasattr(value, "add") else [value]:
+        if field.message_type is not None and field.message_type.file.name == pb.DESCRIPTOR.name:
+            for part in [value] if isinstance(value, Message) else value:
                 _reject_newer(part, f"{path}.{field.name}" if path else field.name)

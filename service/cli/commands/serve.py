@@ -78,10 +78,10 @@ def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
     lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
     if len(models) < len(spec.models):
         lines.append(f"  and {len(spec.models) - len(models)} more models")
-    if cluster.grpc_target:
-        lines.append(f"gRPC: {cluster.grpc_target}")
-    if cluster.metrics_url:
-        lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
+    also = [f"gRPC: {cluster.grpc_target}"] if cluster.grpc_target else []
+    also += [f"metrics for Prometheus: {cluster.metrics_url}"] if cluster.metrics_url else []
+    if also:
+        lines.append("; ".join(also))
     token = f"RAY_AUTH_TOKEN_PATH={cluster.token_file} " if cluster.token_file else ""
     return [*lines, f"change it while it runs: {token}spray deploy FILE --address {cluster.address}"]
 
