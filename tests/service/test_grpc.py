@@ -299,7 +299,8 @@ def test_a_stream_has_all_files_in_chunks() -> None:
         *["accepted", "queued", "progress", "restarted", "progress", "progress"],
         *["output_header", "output_chunk", "output_chunk", "output_chunk", "output_header", "output_chunk", "done"],
     ]
-    assert (events[1].queued.state, events[1].queued.reason, events[1].queued.waiting) == ("starting", "loading", 3)
+    queued = events[1].queued
+    assert (queued.state, queued.reason, queued.waiting, queued.position) == ("starting", "loading", 3, 0)
     assert events[3].restarted.attempt == 2
     progress = [event.progress for event in events if event.HasField("progress")]
     assert [(each.step, each.eta_seconds, each.stage) for each in progress] == [
