@@ -5,7 +5,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from google.rpc import error_details_pb2 as details
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
+from PIL import Image
 
 from deploy.spec import Auth, Defaults
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -227,6 +231,41 @@ def test_a_client_that_knows_only_reflection_draws_a_picture(channel: grpc.Chann
     assert [each.data for each in answer.outputs] == [
         base64.b64decode(rest(cluster, size="64x48").json()["data"][0]["b64_json"])
     ]
+
+
+def test_the_example_of_the_documents_draws_a_picture(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[2] / "service" / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import grpc" in block]
+    assert "127.0.0.1:9000" in example and "Bearer KEY" in example
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("127.0.0.1:9000", cluster.grpc_target).replace("Bearer KEY", f"Bearer {KEY}"), {})
+    assert Image.open(tmp_path / "cup.png").size == (64, 64)
+    assert capsys.readouterr().out.splitlines() == [f"step {step}/4" for step in (1, 2, 3, 4)]
+
+
+def test_a_client_of_others_finds_its_way(cluster: LocalCluster) -> None:
+    """buf's, which asks by reflection as grpcurl does."""
+    url = f"http://{cluster.grpc_target}/{SERVICE}/GenerateStream"
+    key, body = f"authorization: Bearer {KEY}", json.dumps({"params": CUP})
+    command = [Path(sys.executable).parent / "buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+    answer = subprocess.run([*command, "-H", key, "-d", body, url], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    kinds = [next(iter(event)) for event in json_lines(answer.stdout)]
+    assert [kind for kind in kinds if kind != "queued"] == [
+        "accepted", *["progress"] * 3, "outputHeader", "outputChunk", "done",
+    ]  # fmt: skip
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """The JSON objects that follow each other in a text."""
+    decoder, found = json.JSONDecoder(), []
+    while text := text.strip():
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:]
+    return found
 
 
 def busy_steps(hold: Path) -> None:
