@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from service.api.errors import GATEWAY_LOST, RETRY_AFTER_S, envelope
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S, envelope
 from service.rpc import proxy
 
 HEADER_S = 10.0
@@ -153,8 +153,7 @@ class _InEnvelope:
             await self._answer()
 
     async def _answer(self) -> None:
-        text = "the gateway is starting or gone; another one takes its place"
-        await _refuse(self._send, 503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
+        await _refuse(self._send, 503, GATEWAY_GONE, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
 
 
 async def _refuse(send: Send, status: int, text: str, kind: str, code: str, headers: dict[str, str]) -> None:

@@ -42,7 +42,9 @@ MAX_RETRY_AFTER_S = 120
 """OpenAI's client waits no longer: it does not ask again at all."""
 
 GATEWAY_LOST = "gateway_lost"
-"""The code that proxies answer with while there is no gateway; see `service.edge`."""
+"""The code that proxies answer with while there is no gateway; see `service.edge` and `service.rpc.proxy`."""
+
+GATEWAY_GONE = "the gateway is starting or gone; another one takes its place"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """What Serve's gRPC proxies offer, listen at and take in. The deployment's config names `SERVICES`.
 
-Serve lets its gRPC port listen on all interfaces, whatever the host of HTTP is, and takes messages of 2 GiB. Both have
-no public option, so `prepare` replaces them in each proxy before it listens; `service.edge` calls it there. The other
-file of this layer that uses Serve's private names is `service.rollout.serve_client`.
+Serve lets its gRPC port listen on all interfaces, whatever the host of HTTP is, takes messages of 2 GiB, and answers
+with Ray's own words when a gateway has died. None of this has a public option, so `prepare` replaces it in each proxy
+before it listens; `service.edge` calls it there.
 """
 
 from typing import Any
+
+import grpc
+
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
+from service.proto.mediagen.v1 import generation_service_pb2 as pb
+from service.rpc.statuses import set_status
 
 SERVICES = (
     "service.proto.mediagen.v1.generation_service_pb2_grpc.add_MediaGenerationServiceServicer_to_server",
@@ -29,8 +35,12 @@ OPTIONS = [
 ]
 
 
+OF_A_LOST_GATEWAY = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
+"""What Serve says by itself where no gateway answers: it died, it cannot start, it is not deployed yet."""
+
+
 def prepare() -> None:
-    """Let the gRPC server of the proxy in this process listen at the host of HTTP, and bound its messages.
+    """Let the gRPC server of the proxy in this process listen at the host of HTTP, bound its messages, name its errors.
 
     A proxy starts HTTP right before gRPC, and asks then whether its host is an IPv6 address. Only there the host is
     seen: the proxy's class comes by value, with the functions that it has looked up before.
@@ -38,12 +48,18 @@ def prepare() -> None:
     Raises:
         RuntimeError: Serve has changed, and the port would be open to other machines.
     """
-    from ray.serve._private import default_impl, grpc_util, http_util  # here: only proxies have them to replace
+    from ray.serve._private import default_impl, grpc_util, http_util, proxy  # here: only proxies use them
 
     binds: Any = default_impl
     serves: Any = grpc_util
     asks: Any = http_util
-    replaced = ((binds, "add_grpc_address"), (serves, "DEFAULT_GRPC_SERVER_OPTIONS"), (asks, "is_ipv6"))
+    ends: Any = proxy
+    replaced = (
+        (binds, "add_grpc_address"),
+        (serves, "DEFAULT_GRPC_SERVER_OPTIONS"),
+        (asks, "is_ipv6"),
+        (ends, "set_grpc_code_and_details"),
+    )
     if not all(hasattr(*each) for each in replaced):
         raise RuntimeError("this version of Ray opens the gRPC port of a proxy in another way; see service.rpc.proxy")
     serves.DEFAULT_GRPC_SERVER_OPTIONS = OPTIONS
@@ -55,6 +71,15 @@ def prepare() -> None:
         return is_ipv6(host)
 
     asks.is_ipv6 = is_ipv6_seen
+    set_as_serve_does = ends.set_grpc_code_and_details
+
+    def set_in_our_words(context: Any, status: Any) -> None:
+        if not context.code() and status.code in OF_A_LOST_GATEWAY:
+            set_status(context, "UNAVAILABLE", pb.JobError(code=GATEWAY_LOST, message=GATEWAY_GONE), retry=True)
+        else:
+            set_as_serve_does(context, status)
+
+    ends.set_grpc_code_and_details = set_in_our_words
 
 
 def _add_nowhere(server: Any, address: str) -> None:

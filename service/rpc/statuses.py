@@ -87,19 +87,32 @@ def refuse(context: Context, error: Exception) -> pb.JobError:
     log(error)
     row = find_status(error)
     said = answer(error)[1]["error"]
-    code, message, param = said["code"], _short(said["message"]), _short(said["param"] or "")
-    details: list[Any] = [ErrorInfo(reason=code, domain=DOMAIN)]
-    if row.grpc == "INVALID_ARGUMENT" and param:
-        details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=param, description=message)]))
-    if row.retry:
-        retry = RetryInfo()
-        retry.retry_delay.FromSeconds(RETRY_AFTER_S)
-        details.append(retry)
-    rich = RichStatus(code=Code.Value(row.grpc), message=message, details=map(_packed, details))
-    context.set_code(grpc.StatusCode[row.grpc])
-    context.set_details(message)
+    told = pb.JobError(code=said["code"], message=_short(said["message"]), param=_short(said["param"] or ""))
+    set_status(context, row.grpc, told, row.retry)
+    return told
+
+
+def set_status(context: Context, name: str, error: pb.JobError, retry: bool) -> None:
+    """Set the status of a call, with its details.
+
+    Args:
+        context: of the call.
+        name: of the `grpc.StatusCode`.
+        error: what is told.
+        retry: the same call may succeed later.
+    """
+    details: list[Any] = [ErrorInfo(reason=error.code, domain=DOMAIN)]
+    if name == "INVALID_ARGUMENT" and error.param:
+        violation = BadRequest.FieldViolation(field=error.param, description=error.message)
+        details.append(BadRequest(field_violations=[violation]))
+    if retry:
+        later = RetryInfo()
+        later.retry_delay.FromSeconds(RETRY_AFTER_S)
+        details.append(later)
+    rich = RichStatus(code=Code.Value(name), message=error.message, details=map(_packed, details))
+    context.set_code(grpc.StatusCode[name])
+    context.set_details(error.message)
     _add_trailing(context, rpc_status.to_status(rich).trailing_metadata)
-    return pb.JobError(code=code, message=message, param=param)
 
 
 def _packed(detail: Any) -> AnyMessage:

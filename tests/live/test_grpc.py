@@ -352,3 +352,33 @@ def test_a_stream_that_loses_its_gang_starts_again(stub: services.MediaGeneratio
     restarts = [event.restarted.attempt for event in events if event.HasField("restarted")]
     assert restarts == [2]
     assert files(events) == reference
+
+
+@pytest.mark.fault
+def test_a_gateway_that_dies_is_said_so(
+    cluster: LocalCluster, stub: services.MediaGenerationServiceStub, tmp_path: Path
+) -> None:
+    (hold := tmp_path / "hold").touch()
+    on_rank("demo", 0, in_each_forward, functools.partial(wait_while, hold))
+    call = streamed(stub)
+    try:
+        assert next(call).HasField("accepted")
+        tree = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in process_tree(os.getpid())}
+        (gateway,) = [pid for pid, command in tree.items() if command.startswith("ray::ServeReplica:gateway:")]
+        os.kill(gateway, signal.SIGKILL)
+        code, found = refusal(call)
+    finally:
+        hold.unlink()
+    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "gateway_lost")
+    assert found["RetryInfo"].retry_delay.seconds == 5
+    request = pb.GenerateImageRequest(params=pb.GenerationParams(**CUP))
+    assert wait_for(lambda: again(stub, request), bool)
+
+
+def again(stub: services.MediaGenerationServiceStub, request: pb.GenerateImageRequest) -> Any:
+    """The answer, or None while there is no gateway."""
+    try:
+        return stub.GenerateImage(request, metadata=WITH_KEY, timeout=60)
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.UNAVAILABLE, error  # type: ignore[attr-defined]
+        return None

@@ -7,18 +7,26 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 from ray.serve._private import default_impl, grpc_util, http_util, proxy
+from ray.serve._private.proxy_request_response import ResponseStatus
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from deploy.spec import GatewaySpec, SpecError
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
 from service.app import check_ports, grpc_options
 from service.rollout import local_cluster as local
 from service.rpc.proxy import MOST_RECEIVED_BYTES, OPTIONS, SERVICES, at, prepare
 from tests.service.test_ports import SPEC
 from tests.support.listeners import listeners
 
-RELIED_ON = [(default_impl, "add_grpc_address"), (grpc_util, "DEFAULT_GRPC_SERVER_OPTIONS"), (http_util, "is_ipv6")]
+RELIED_ON = [
+    (default_impl, "add_grpc_address"),
+    (grpc_util, "DEFAULT_GRPC_SERVER_OPTIONS"),
+    (http_util, "is_ipv6"),
+    (proxy, "set_grpc_code_and_details"),
+]
 
 
 @pytest.fixture
@@ -80,7 +88,59 @@ def test_messages_are_bounded(serve: None) -> None:
     assert "DEFAULT_GRPC_SERVER_OPTIONS +" in inspect.getsource(grpc_util.gRPCGenericServer.__init__)
 
 
+class Ended:
+    """The context of a call in a proxy."""
+
+    def __init__(self, code: grpc.StatusCode | None = None) -> None:
+        self.found: dict[str, Any] = {"code": code, "details": "" if code is None else "ours", "trailing": ()}
+
+    def code(self) -> Any:
+        return self.found["code"]
+
+    def details(self) -> Any:
+        return self.found["details"]
+
+    def trailing_metadata(self) -> Any:
+        return self.found["trailing"]
+
+    def set_code(self, code: Any) -> None:
+        self.found["code"] = code
+
+    def set_details(self, details: str) -> None:
+        self.found["details"] = details
+
+    def set_trailing_metadata(self, trailing: Any) -> None:
+        self.found["trailing"] = trailing
+
+
+@pytest.mark.parametrize(
+    ("own", "code", "told"),
+    [
+        (None, "INTERNAL", "UNAVAILABLE"),
+        (None, "UNAVAILABLE", "UNAVAILABLE"),
+        (None, "NOT_FOUND", "UNAVAILABLE"),
+        (None, "CANCELLED", None),
+        (None, "DEADLINE_EXCEEDED", None),
+        (None, "OK", None),
+        ("INVALID_ARGUMENT", "OK", None),
+        ("INTERNAL", "INTERNAL", None),
+    ],
+)
+def test_what_serve_says_of_a_lost_gateway_is_said_in_our_words(
+    serve: None, own: str | None, code: str, told: str | None
+) -> None:
+    prepare()
+    ended = Ended(own and grpc.StatusCode[own])
+    proxy.set_grpc_code_and_details(ended, ResponseStatus(grpc.StatusCode[code], message="ray.exceptions: at 10.0.0.1"))
+    assert ended.code() == grpc.StatusCode[told or own or code]
+    assert ended.details() == (GATEWAY_GONE if told else "ours" if own else "ray.exceptions: at 10.0.0.1")
+    rich = dict(ended.trailing_metadata()).get("grpc-status-details-bin", b"")
+    assert (GATEWAY_LOST.encode() in rich) == bool(told)
+
+
 def test_what_is_relied_on_is_there() -> None:
+    assert not hasattr(proxy.gRPCProxy, "__ray_metadata__")  # comes by reference, and finds what is replaced
+    assert inspect.getsource(proxy.gRPCProxy).count("set_grpc_code_and_details(context, status)") == 4
     assert "import add_grpc_address" in inspect.getsource(grpc_util.start_grpc_server)  # looked up when it starts
     assert "is_ipv6(http_options.host)" in inspect.getsource(http_util.start_asgi_http_server)
     assert "await" not in inspect.getsource(http_util.start_asgi_http_server)  # its task ends before that of gRPC runs
