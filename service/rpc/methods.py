@@ -22,8 +22,8 @@ from service.rpc.statuses import Context, admit, metadata, name_request, refuse
 from workers.errors import GangLost, InvalidParameter, NotSupported, QueueFull
 from workers.messages import GenerationResult
 
-REFUSED_WITHIN_S = 0.1
-"""A request that the gateway refuses is refused at once; after this time, one that waits counts as taken on."""
+REFUSED_WITHIN_S = 0.5
+"""A request that the gateway refuses is refused by then, so one that waits counts as taken on."""
 
 NO_JOBS = "there are no jobs yet; GenerateImage and GenerateStream answer while the call lasts"
 

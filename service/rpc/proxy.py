@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.statuses import set_status
 
@@ -75,7 +75,7 @@ def prepare() -> None:
 
     def set_in_our_words(context: Any, status: Any) -> None:
         if not context.code() and status.code in OF_A_LOST_GATEWAY:
-            set_status(context, "UNAVAILABLE", pb.JobError(code=GATEWAY_LOST, message=GATEWAY_GONE), retry=True)
+            set_status(context, "UNAVAILABLE", pb.JobError(code=GATEWAY_LOST, message=GATEWAY_GONE), RETRY_AFTER_S)
         else:
             set_as_serve_does(context, status)
 

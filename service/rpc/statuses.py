@@ -18,7 +18,7 @@ from google.rpc.status_pb2 import Status as RichStatus
 from grpc_status import rpc_status
 
 from service.api.backend import Backend
-from service.api.errors import RETRY_AFTER_S, answer, find_status, log
+from service.api.errors import answer, find_status, log, retry_after_s
 from service.api.origin import ID_HEADER, is_loopback
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import Forbidden
@@ -88,26 +88,26 @@ def refuse(context: Context, error: Exception) -> pb.JobError:
     row = find_status(error)
     said = answer(error)[1]["error"]
     told = pb.JobError(code=said["code"], message=_short(said["message"]), param=_short(said["param"] or ""))
-    set_status(context, row.grpc, told, row.retry)
+    set_status(context, row.grpc, told, retry_after_s(error) if row.retry else None)
     return told
 
 
-def set_status(context: Context, name: str, error: pb.JobError, retry: bool) -> None:
+def set_status(context: Context, name: str, error: pb.JobError, after_s: int | None) -> None:
     """Set the status of a call, with its details.
 
     Args:
         context: of the call.
         name: of the `grpc.StatusCode`.
         error: what is told.
-        retry: the same call may succeed later.
+        after_s: the same call may succeed after so many seconds; None: it will not.
     """
     details: list[Any] = [ErrorInfo(reason=error.code, domain=DOMAIN)]
     if name == "INVALID_ARGUMENT" and error.param:
         violation = BadRequest.FieldViolation(field=error.param, description=error.message)
         details.append(BadRequest(field_violations=[violation]))
-    if retry:
+    if after_s is not None:
         later = RetryInfo()
-        later.retry_delay.FromSeconds(RETRY_AFTER_S)
+        later.retry_delay.FromSeconds(after_s)
         details.append(later)
     rich = RichStatus(code=Code.Value(name), message=error.message, details=map(_packed, details))
     context.set_code(grpc.StatusCode[name])

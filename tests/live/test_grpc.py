@@ -315,7 +315,7 @@ def test_a_full_queue_is_said_so(stub: services.MediaGenerationServiceStub, tmp_
     finally:
         held.unlink()
     assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue_full")
-    assert found["RetryInfo"].retry_delay.seconds == 5
+    assert 1 <= found["RetryInfo"].retry_delay.seconds <= 120
     codes = {each.code() for each in asked}
     assert codes == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
 

@@ -17,8 +17,8 @@ from ray.serve.schema import ServeStatus
 
 from deploy.api_keys import digest
 from service import gateway
-from service.api.errors import answer
 from service.api.backend import Restarted
+from service.api.errors import answer
 from service.gateway import Gateway
 from service.state import quarantine
 from service.state.head_store import HeadStore

@@ -27,7 +27,7 @@ from service.rpc.requests import MOST_CHUNK_BYTES, to_generation
 from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
-from workers.errors import InvalidParameter, OutOfMemory
+from workers.errors import InvalidParameter, OutOfMemory, QueueFull
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 OK = grpc.StatusCode.OK
@@ -270,6 +270,14 @@ def test_what_the_backend_raises_has_its_status(
     if call is stream:
         events = [event.WhichOneof("event") for event in answer.messages]
         assert events == (["accepted", "progress", "error"] if prompt == "later" else ["error"])
+
+
+@pytest.mark.parametrize(("known", "told"), [(None, 5), (41.5, 42), (9999.0, 120)])
+def test_when_to_ask_again_is_said_as_over_rest(known: float | None, told: int) -> None:
+    backend = Backend()
+    backend.raises["full"] = QueueFull("too many requests wait", known)
+    assert errors.answer(backend.raises["full"])[2] == {"retry-after": str(told)}
+    assert image(backend, prompt="full").details["RetryInfo"].retry_delay.seconds == told
 
 
 def test_every_error_has_a_status_of_grpc() -> None:
