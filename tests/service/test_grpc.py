@@ -22,7 +22,7 @@ from service.gateway import Gateway
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rpc import health, statuses
-from service.rpc.methods import GrpcMethods
+from service.rpc.methods import GrpcMethods, _taken_on
 from service.rpc.requests import MOST_CHUNK_BYTES, to_generation
 from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
@@ -379,6 +379,22 @@ def test_a_caller_who_leaves_ends_its_request(call: str, leaves: str) -> None:
                 await asyncio.sleep(0.01)
             if leaves == "deadline":
                 assert await asked.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+@pytest.mark.parametrize("heard", [0, 1, 2])
+def test_a_stream_that_is_closed_between_two_reports_ends_its_request(heard: int) -> None:
+    """So it is when the client reads slowly and leaves: no report is waited for then."""
+    backend = Backend()
+    request = to_generation(pb.GenerateImageRequest(params=params(prompt="endless")), backend.models(), "x")
+
+    async def story() -> None:
+        reports = _taken_on(backend.generate(request))
+        for _ in range(1 + heard):
+            await anext(reports)
+        await reports.aclose()
+        assert backend.closed
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
