@@ -5,7 +5,7 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo install check test fault soak gpu lint bench clean
+.PHONY: demo install check test fault soak gpu proto lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
@@ -35,6 +35,11 @@ GIVEN := $(and $(filter-out file,$(origin PYTHON)),$(if $(wildcard $(ROOT).venv)
 gpu: $(if $(GIVEN),,$(READY))
 	cd $(ROOT) && $(if $(GIVEN),$(PYTHON),$(BIN)/python) -m tests.benchmarks.gpu $(PART) $(if $(FAKE),--fake) $(if $(ONLY),--only '$(ONLY)') \
 	  $(if $(RESULTS),--results '$(abspath $(RESULTS))') $(if $(WHEELS),--wheels '$(abspath $(WHEELS))')
+
+# The generated code of the gRPC contract, after a change of the .proto file.
+proto: $(READY)
+	cd $(ROOT) && $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	  service/proto/mediagen/v1/generation_service.proto
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

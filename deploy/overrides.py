@@ -82,7 +82,7 @@ class Overrides:
             if equals:
                 self._put(path.strip(), text, _FLAG, origin="--set", said=f"--set {path.strip()}")
             else:
-                self._mistakes[f"--set {flag}"] = "expected PATH=VALUE, such as gateway.port=9000"
+                self._mistakes[f"--set {flag}"] = "expected PATH=VALUE, such as gateway.port=8001"
 
     def _put(self, name: str, text: str, spelling: _Spelling, origin: str, said: str) -> KeyPath:
         """Set one value; returns its path, or an empty one if the name cannot be used."""

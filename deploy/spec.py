@@ -6,6 +6,7 @@ its unit.
 """
 
 import ipaddress
+import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -284,6 +285,9 @@ class GatewaySpec(_Section):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    grpc_port: int | None = Field(
+        9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, on a local cluster only; null: no gRPC"
+    )
     replicas: int = Field(1, ge=1, description="gateway processes; two or more survive the loss of one")
 
 
@@ -363,8 +367,14 @@ class DeploymentSpec(_Section):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
-        if self.metrics.port and self.metrics.port == self.gateway.port:
-            raise ValueError(f"metrics.port and gateway.port are both {self.metrics.port}; change one")
+        ports = {
+            "metrics.port": self.metrics.port,
+            "gateway.port": self.gateway.port,
+            "gateway.grpc_port": self.gateway.grpc_port,
+        }
+        for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
+            if port and port == same:
+                raise ValueError(f"{one} and {other} are both {port}; change one")
         return self
 
     @model_validator(mode="after")

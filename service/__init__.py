@@ -1,4 +1,4 @@
-"""service: two APIs, one gateway. REST today, gRPC to come.
+"""service: two APIs, one gateway.
 
     app.py          DeploymentSpec -> Serve applications: one per model, one for the gateway
     gateway.py      the gateway: table of models, admission, retry after a lost gang
@@ -7,6 +7,8 @@
     edge.py         limits on reading requests, in the proxies of Serve
     names.py        what the applications are called in Serve
     api/            the REST API, and the table of errors
+    rpc/            the gRPC API
+    proto/          its contract, and the code generated from it
     state/          what the cluster is doing
     rollout/        what differs between a file and a cluster, the checks before a change, and the change itself
     cli/            the command `spray`

@@ -16,6 +16,7 @@ from ray.serve import Application, Deployment
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
+from service.rpc.proxy import SERVICES
 from workers.gang.gang import Gang
 from workers.gang.placement import placement_group
 
@@ -43,7 +44,7 @@ def gang_app(args: dict[str, Any]) -> Application:
 
 
 def gateway_app(args: dict[str, Any]) -> Application:
-    """Build the application of the gateway, which answers HTTP. Called by Serve.
+    """Build the application of the gateway, which answers HTTP and gRPC. Called by Serve.
 
     Args:
         args: `{"instance_id": ...}`.
@@ -63,16 +64,28 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": spec.gateway.host, "port": spec.gateway.port},
+        "grpc_options": grpc_options(spec.gateway.grpc_port),
         "applications": [*models, gateway_application(spec, instance_id)],
     }
+
+
+def grpc_options(port: int | None) -> dict[str, Any]:
+    """Serve's options for gRPC. Without services, it does not listen.
+
+    Args:
+        port: where it listens, at the host of HTTP; None: nowhere.
+    """
+    return {"grpc_servicer_functions": []} if port is None else {"port": port, "grpc_servicer_functions": [*SERVICES]}
 
 
 def check_ports(spec: DeploymentSpec) -> None:
     """Reject ports that work for `spray serve` only.
 
     Raises:
-        SpecError: the metrics port is 0; the processes of a node could not agree on a free one.
+        SpecError: the metrics port or the gRPC port is 0; the processes of a node could not agree on a free one.
     """
+    if spec.gateway.grpc_port == 0:
+        raise SpecError("gateway.grpc_port: 0 takes a free port for `spray serve`; on a cluster, name a port or null")
     if spec.metrics.port == 0:
         raise SpecError("metrics.port: 0 takes a free port for `spray serve`; on a cluster, name a port or null")
 

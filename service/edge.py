@@ -2,7 +2,7 @@
 
 Serve's proxies call `middlewares` when they start, as `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it. A request
 reaches the gateway when its body is there, so slow senders take none of the gateway's slots. What Serve says by itself,
-such as that a gateway has died, comes in the envelope of all other errors.
+such as that a gateway has died, comes in the envelope of all other errors. The gRPC port is `service.rpc.proxy`'s.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from service.api.errors import GATEWAY_LOST, RETRY_AFTER_S, envelope
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S, envelope
 from service.api.origin import ID_HEADER
+from service.rpc import proxy
 
 HEADER_S = 10.0
 """For the head of a request, from the connection or from the first byte of the next head on it."""
@@ -38,6 +39,7 @@ ALL_HELD_BYTES = 256 << 20
 def middlewares() -> list[Middleware]:
     """Called by Serve in each proxy, before it listens."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.edge:LimitedProtocol"
+    proxy.prepare()
     return [Middleware(Edge)]
 
 
@@ -158,8 +160,7 @@ class _InEnvelope:
             await self._answer()
 
     async def _answer(self) -> None:
-        text = "the gateway is starting or gone; another one takes its place"
-        await self._refuse(503, text, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
+        await self._refuse(503, GATEWAY_GONE, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
 
 
 async def _refuse(

@@ -20,9 +20,11 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.api_keys import ApiKey
 from deploy.spec import ModelSpec, Outputs, SpecError
+from service.api.backend import Report, Restarted
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
+from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
 from service.state.keyring import Keyring
 from service.state.model_states import ModelState
@@ -38,6 +40,7 @@ from workers.errors import (
     ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
+    NotSupported,
     OutOfMemory,
     QueueFull,
     ShuttingDown,
@@ -59,7 +62,7 @@ PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType)
+NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported)
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
@@ -67,8 +70,8 @@ _caller: ContextVar[ApiKey | None] = ContextVar("caller", default=None)
 """The API key of the request that this task answers; None where none is needed."""
 
 
-class Gateway:
-    """One replica of the gateway.
+class Gateway(GrpcMethods):
+    """One replica of the gateway. It answers REST by the application that it builds, and gRPC by inherited methods.
 
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
@@ -159,7 +162,7 @@ class Gateway:
                 self._handle(name)  # creates its router, through which the gangs report
         return self._poller.cluster()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run one request, on another gang if the first is lost. While it waits, its model's state is yielded.
 
         Raises:
@@ -211,9 +214,9 @@ class Gateway:
         with self._keyring.allowance(key).take(key, request.work):
             yield
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         caller = _caller_name()
-        known_as, place = fingerprint(caller, request), Place(time.time(), caller)
+        known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
         before = len(waiting)
@@ -248,6 +251,8 @@ class Gateway:
                 await self._lost(request, known_as, cause, begun)
             finally:
                 waiting.leave(request.request_id)
+            attempt += 1
+            yield Restarted(attempt, f"the ranks of {request.model!r} were lost")  # the log has why
 
     async def _check_queue(self, request: GenerationRequest, waiting: int) -> None:
         """Refuse a request that would have to wait too long, or among too many.

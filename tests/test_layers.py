@@ -19,7 +19,8 @@ ALLOWED = {
     "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"},
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client", "psutil"},
-    "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"},
+    "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"}
+    | {"grpc", "grpc_health", "grpc_status", "google"},
 }
 """Packages of others, by layer; the standard library besides."""
 

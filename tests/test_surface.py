@@ -19,6 +19,7 @@ from service.api import errors as status
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody
 from service.api.rest import rest_app
 from service.cli import main as cli
+from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.state.model_states import STATES
 from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.degrees import AXES, ParallelDegrees
@@ -77,7 +78,7 @@ SPEC_KEYS = frozenset(
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
-    gateway gateway.host gateway.port gateway.replicas
+    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas
     limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models storage.outputs
     storage.outputs.folder storage.outputs.ttl_s
     auth auth.api_keys_env auth.api_keys_file auth.insecure
@@ -100,6 +101,25 @@ ROUTES = frozenset(
         "POST /v1/videos/sync",
     }
 )
+
+RPCS = frozenset(
+    """
+    GenerateImage GenerateStream ListModels
+    CreateJob GetJob ListJobs WatchJob CancelJob DeleteJob DownloadOutput
+    """.split()
+)
+
+EVENTS = {
+    "accepted": 1, "queued": 2, "progress": 3, "preview": 4, "output_header": 5, "output_chunk": 6, "done": 7,
+    "restarted": 8, "error": 9,
+}  # fmt: skip
+
+PARAMS = {
+    "model": 1, "task": 2, "prompt": 3, "negative_prompt": 4, "inputs": 5, "n": 6, "width": 7, "height": 8,
+    "num_inference_steps": 9, "guidance_scale": 10, "guidance_scale_2": 11, "true_cfg_scale": 12, "flow_shift": 13,
+    "boundary_ratio": 14, "strength": 15, "seed": 16, "num_frames": 17, "fps": 18, "loras": 19, "output_format": 20,
+    "output_quality": 21, "extra": 22, "seeds": 23, "embed_metadata": 24,
+}  # fmt: skip
 
 FIELDS = frozenset(
     """
@@ -135,25 +155,26 @@ METRICS = {
 MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
 
 ERRORS = {
-    "InvalidParameter": (400, "invalid_value"),
-    "BodyTimeout": (408, "body_timeout"),
-    "BodyTooLarge": (413, "body_too_large"),
-    "OutputNotFound": (404, "output_not_found"),
-    "Unauthorized": (401, "invalid_api_key"),
-    "Forbidden": (403, "forbidden"),
-    "ModelNotAllowed": (403, "model_not_allowed"),
-    "AdminOnly": (403, "admin_only"),
-    "RateLimited": (429, "rate_limit_exceeded"),
-    "UnsupportedMediaType": (415, "unsupported_media_type"),
-    "ModelNotFound": (404, "model_not_found"),
-    "RequestQuarantined": (422, "request_quarantined"),
-    "QueueFull": (429, "queue_full"),
-    "RequestCancelled": (499, "cancelled"),
-    "RequestFailed": (500, "generation_failed"),
-    "OutOfMemory": (400, "out_of_memory"),
-    "ShuttingDown": (503, "shutting_down"),
-    "ModelUnavailable": (503, "model_unavailable"),
-    "GangLost": (503, "worker_lost"),
+    "InvalidParameter": (400, "invalid_value", "INVALID_ARGUMENT"),
+    "BodyTimeout": (408, "body_timeout", "DEADLINE_EXCEEDED"),
+    "BodyTooLarge": (413, "body_too_large", "RESOURCE_EXHAUSTED"),
+    "OutputNotFound": (404, "output_not_found", "NOT_FOUND"),
+    "Unauthorized": (401, "invalid_api_key", "UNAUTHENTICATED"),
+    "Forbidden": (403, "forbidden", "PERMISSION_DENIED"),
+    "ModelNotAllowed": (403, "model_not_allowed", "PERMISSION_DENIED"),
+    "AdminOnly": (403, "admin_only", "PERMISSION_DENIED"),
+    "RateLimited": (429, "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
+    "UnsupportedMediaType": (415, "unsupported_media_type", "INVALID_ARGUMENT"),
+    "ModelNotFound": (404, "model_not_found", "NOT_FOUND"),
+    "RequestQuarantined": (422, "request_quarantined", "FAILED_PRECONDITION"),
+    "QueueFull": (429, "queue_full", "RESOURCE_EXHAUSTED"),
+    "RequestCancelled": (499, "cancelled", "CANCELLED"),
+    "RequestFailed": (500, "generation_failed", "INTERNAL"),
+    "OutOfMemory": (400, "out_of_memory", "RESOURCE_EXHAUSTED"),
+    "NotSupported": (501, "not_supported", "UNIMPLEMENTED"),
+    "ShuttingDown": (503, "shutting_down", "UNAVAILABLE"),
+    "ModelUnavailable": (503, "model_unavailable", "UNAVAILABLE"),
+    "GangLost": (503, "worker_lost", "ABORTED"),
 }
 
 COMMANDS = {
@@ -205,8 +226,17 @@ def test_rest_routes_and_fields() -> None:
     assert set(STATES) == MODEL_STATES
 
 
+def test_grpc() -> None:
+    """Names may be added, with new numbers."""
+    (service,) = pb.DESCRIPTOR.services_by_name.values()
+    assert service.full_name == "mediagen.v1.MediaGenerationService"
+    assert set(service.methods_by_name) == RPCS
+    for message, numbers in ((pb.GenerateStreamResponse, EVENTS), (pb.GenerationParams, PARAMS)):
+        assert {field.name: field.number for field in message.DESCRIPTOR.fields} == numbers
+
+
 def test_every_error_has_its_row() -> None:
-    assert {kind.__name__: (row.http, row.code) for kind, row in status.STATUS.items()} == ERRORS
+    assert {kind.__name__: (row.http, row.code, row.grpc) for kind, row in status.STATUS.items()} == ERRORS
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, errors.SprayError) and not kind.__subclasses__():
             rows = [base for base in kind.__mro__ if base in status.STATUS]

@@ -11,6 +11,7 @@
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     | + Forbidden             a web page of another site may have sent it
     | + UnsupportedMediaType  its body is sent neither as JSON nor as a form
+    | + NotSupported          the API has it, this version does not do it
     + ShuttingDown            the deployment takes no new requests
     + QueueFull               too many requests wait for the model; ask again later
     + ModelUnavailable        no gang of the model can be started now; ask again later
@@ -20,8 +21,8 @@
     | + PeerFailed            ... on another rank, which has the reason
     + GangLost                a rank died, hung or broke; the gang is replaced, the request can run elsewhere
 
-`service.api.errors` maps each to its HTTP answer. They cross process boundaries by pickle, which rebuilds an exception
-from its arguments.
+`service.api.errors` maps each to its HTTP and gRPC answer. They cross process boundaries by pickle, which rebuilds an
+exception from its arguments.
 """
 
 
@@ -94,6 +95,10 @@ class AdminOnly(RequestError):
 
 class UnsupportedMediaType(RequestError):
     """The body is sent neither as JSON nor as a form."""
+
+
+class NotSupported(RequestError):
+    """The API's contract has what is asked for, and this version does not do it."""
 
 
 class ShuttingDown(SprayError):

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -15,8 +16,22 @@ from service.state.outputs import OutputStore
 from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
-Report = StepEvent | GenerationResult | ModelState
-"""What a request yields: steps, its model's state while it waits, and the result last."""
+
+@dataclass(frozen=True)
+class Restarted:
+    """A request lost its ranks and starts again on others: steps count from 1, the seed stays.
+
+    Attributes:
+        attempt: 2 for the first restart.
+        reason: what became of the ranks.
+    """
+
+    attempt: int
+    reason: str
+
+
+Report = StepEvent | GenerationResult | ModelState | Restarted
+"""What a request yields: steps, its model's state while it waits, each restart, and the result last."""
 
 
 class Backend(Protocol):

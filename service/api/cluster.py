@@ -1,13 +1,16 @@
 """The cluster: `GET /v1/cluster` for callers; `/livez`, `/readyz` and `/health` for probes, which have no key."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.answers import Alive, ClusterObject, Ready
-from service.api.backend import Served
+from service.api.backend import Backend, Served
 from service.api.openapi import READING_ERRORS
+
+TAKES_REQUESTS = ("running", "asleep")
+"""The states of a model whose requests are answered without anybody's help."""
 
 router = APIRouter()
 probes = APIRouter()
@@ -32,10 +35,7 @@ async def livez() -> dict[str, str]:
 @probes.get("/readyz", response_model=Ready, responses=NOT_READY)
 async def readyz(backend: Served) -> Response:
     """Whether requests should come here: some model runs or sleeps, and the gateway does not stop."""
-    states = backend.states()
-    waiting = [name for name, state in states.items() if state.state not in ("running", "asleep")]
-    ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
-    status = "draining" if backend.draining else "ok" if ready else "waiting"
+    status, waiting = readiness(backend)
     body = {
         "status": status,
         "waiting_for": waiting,
@@ -43,3 +43,11 @@ async def readyz(backend: Served) -> Response:
         "instance_id": backend.instance_id,
     }
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
+
+
+def readiness(backend: Backend) -> tuple[Literal["ok", "waiting", "draining"], list[str]]:
+    """Whether the gateway takes requests, and the models that do not."""
+    states = backend.states()
+    waiting = [name for name, state in states.items() if state.state not in TAKES_REQUESTS]
+    ready = len(waiting) < len(states)  # one model that cannot start must not take the others off the network
+    return "draining" if backend.draining else "ok" if ready else "waiting", waiting

@@ -1,7 +1,8 @@
-"""The one table of errors: each exception -> its HTTP status and its body in OpenAI's error envelope.
+"""The one table of errors: each exception -> its HTTP and gRPC status, and its body in OpenAI's error envelope.
 
-Every error that leaves the API passes through `answer`. OpenAI's client retries 429 and 5xx by itself;
-`x-should-retry: false` stops it from repeating a request that cannot succeed.
+Every error that leaves the REST API passes through `answer`, and `service.rpc.statuses` turns it into a gRPC status.
+OpenAI's client retries 429 and 5xx by itself; `x-should-retry: false` stops it from repeating a request that cannot
+succeed.
 """
 
 import logging
@@ -21,6 +22,7 @@ from workers.errors import (
     ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
+    NotSupported,
     OutOfMemory,
     OutputNotFound,
     QueueFull,
@@ -43,7 +45,9 @@ MAX_RETRY_AFTER_S = 120
 """OpenAI's client waits no longer: it does not ask again at all."""
 
 GATEWAY_LOST = "gateway_lost"
-"""The code that proxies answer with while there is no gateway; see `service.edge`."""
+"""The code that proxies answer with while there is no gateway; see `service.edge` and `service.rpc.proxy`."""
+
+GATEWAY_GONE = "the gateway is starting or gone; another one takes its place"
 
 
 @dataclass(frozen=True)
@@ -54,38 +58,41 @@ class Status:
         http: status code.
         type: OpenAI's error type.
         code: a stable word for programs; an `InvalidParameter` has its own.
+        grpc: name of the gRPC status.
         retry: the same request may succeed later.
     """
 
     http: int
     type: str
     code: str
+    grpc: str
     retry: bool = False
 
 
 STATUS: dict[type[Exception], Status] = {
-    InvalidParameter: Status(400, "invalid_request_error", "invalid_value"),
-    BodyTimeout: Status(408, "invalid_request_error", "body_timeout"),
-    BodyTooLarge: Status(413, "invalid_request_error", "body_too_large"),
-    OutputNotFound: Status(404, "invalid_request_error", "output_not_found"),
-    Unauthorized: Status(401, "invalid_request_error", "invalid_api_key"),
-    Forbidden: Status(403, "invalid_request_error", "forbidden"),
-    ModelNotAllowed: Status(403, "invalid_request_error", "model_not_allowed"),
-    AdminOnly: Status(403, "invalid_request_error", "admin_only"),
-    UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
-    ModelNotFound: Status(404, "invalid_request_error", "model_not_found"),
-    RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined"),
-    ShuttingDown: Status(503, "server_error", "shutting_down", retry=True),
-    QueueFull: Status(429, "rate_limit_error", "queue_full", retry=True),
-    RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded", retry=True),
-    RequestCancelled: Status(499, "invalid_request_error", "cancelled"),
-    RequestFailed: Status(500, "server_error", "generation_failed"),
-    OutOfMemory: Status(400, "invalid_request_error", "out_of_memory"),
-    ModelUnavailable: Status(503, "server_error", "model_unavailable", retry=True),
-    GangLost: Status(503, "server_error", "worker_lost"),  # the gateway has tried again, as often as it may
+    InvalidParameter: Status(400, "invalid_request_error", "invalid_value", "INVALID_ARGUMENT"),
+    BodyTimeout: Status(408, "invalid_request_error", "body_timeout", "DEADLINE_EXCEEDED"),
+    BodyTooLarge: Status(413, "invalid_request_error", "body_too_large", "RESOURCE_EXHAUSTED"),
+    OutputNotFound: Status(404, "invalid_request_error", "output_not_found", "NOT_FOUND"),
+    Unauthorized: Status(401, "invalid_request_error", "invalid_api_key", "UNAUTHENTICATED"),
+    Forbidden: Status(403, "invalid_request_error", "forbidden", "PERMISSION_DENIED"),
+    ModelNotAllowed: Status(403, "invalid_request_error", "model_not_allowed", "PERMISSION_DENIED"),
+    AdminOnly: Status(403, "invalid_request_error", "admin_only", "PERMISSION_DENIED"),
+    UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type", "INVALID_ARGUMENT"),
+    ModelNotFound: Status(404, "invalid_request_error", "model_not_found", "NOT_FOUND"),
+    RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined", "FAILED_PRECONDITION"),
+    NotSupported: Status(501, "invalid_request_error", "not_supported", "UNIMPLEMENTED"),
+    ShuttingDown: Status(503, "server_error", "shutting_down", "UNAVAILABLE", retry=True),
+    QueueFull: Status(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED", retry=True),
+    RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded", "RESOURCE_EXHAUSTED", retry=True),
+    RequestCancelled: Status(499, "invalid_request_error", "cancelled", "CANCELLED"),
+    RequestFailed: Status(500, "server_error", "generation_failed", "INTERNAL"),
+    OutOfMemory: Status(400, "invalid_request_error", "out_of_memory", "RESOURCE_EXHAUSTED"),
+    ModelUnavailable: Status(503, "server_error", "model_unavailable", "UNAVAILABLE", retry=True),
+    GangLost: Status(503, "server_error", "worker_lost", "ABORTED"),  # the gateway has tried again, as often as it may
 }
 
-UNEXPECTED = Status(500, "server_error", "internal_error")
+UNEXPECTED = Status(500, "server_error", "internal_error", "INTERNAL")
 
 
 def find_status(error: Exception) -> Status:

@@ -62,6 +62,10 @@ def reject_foreign_hosts(http: Request, local_only: bool) -> None:
 
 def request_id(http: Request) -> str:
     """A new id that begins with the one in the header, which Serve's proxies add, log and answer."""
-    given = http.headers.get(ID_HEADER, "")
+    return new_id(http.headers.get(ID_HEADER, ""))
+
+
+def new_id(given: str) -> str:
+    """A new id that begins with the given one, if that can be part of an id."""
     own = uuid.uuid4().hex
     return f"{given}-{own[:8]}" if re.fullmatch(r"[\w.-]{1,64}", given) else own

@@ -8,7 +8,7 @@ from typing import Any, Self
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from service.api.backend import Report
+from service.api.backend import Report, Restarted
 from service.api.errors import answer, log
 from service.api.responses import completed_events, progress_event
 from service.state.model_states import ModelState
@@ -97,6 +97,8 @@ async def _of(report: Report, request: GenerationRequest, include_progress: bool
     """The events of one report."""
     if isinstance(report, ModelState):
         return [f": {request.model} is {report.state}, {report.queued} wait\n\n"]
+    if isinstance(report, Restarted):
+        return [f": lost its ranks and starts again, attempt {report.attempt}\n\n"]
     if isinstance(report, GenerationResult):
         return [_event(event) for event in completed_events(request, await deliver(request, report))]
     if include_progress:

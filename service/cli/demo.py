@@ -41,7 +41,7 @@ def demo(
     spec = load_spec(DEPLOYMENT)
     (model,) = spec.models
     _ensure_model(Path(model.source))
-    ports = {"gateway": spec.gateway.model_copy(update={"port": 0}), "metrics": Metrics(port=0)}
+    ports = {"gateway": spec.gateway.model_copy(update={"port": 0, "grpc_port": None}), "metrics": Metrics(port=0)}
     spec = spec.model_copy(update=ports)
     began = time.monotonic()
     _say(f"starting {model.name} ({model.parallel}, {model.device}) on a local Ray cluster")

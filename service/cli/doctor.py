@@ -196,16 +196,19 @@ def _shared_memory(machine: Machine, spec: DeploymentSpec | None) -> Finding:
 
 
 def _ports(spec: DeploymentSpec | None) -> Iterator[Finding]:
-    named = {"gateway": spec.gateway.model_dump(), "metrics": spec.metrics_at} if spec else {}
-    for part, where in named.items():
-        host, port = where["host"], where["port"]
+    named: dict[str, tuple[str, str, int | None]] = {}
+    if spec:
+        named["gateway port"] = ("gateway.port", spec.gateway.host, spec.gateway.port)
+        named["gRPC port"] = ("gateway.grpc_port", spec.gateway.host, spec.gateway.grpc_port)
+        named["metrics port"] = ("metrics.port", spec.metrics_at["host"], spec.metrics_at["port"])
+    for part, (key, host, port) in named.items():
         if not port:
             continue
         reason = bind_error(host, port)
-        advice = f"stop what listens there (ss -ltnp), or set {part}.port; 0 takes a free one for spray serve"
+        advice = f"stop what listens there (ss -ltnp), or set {key}; 0 takes a free one for spray serve"
         level: Literal["ok", "fail"] = "fail" if reason else "ok"
         said = f"{host}:{port} is {f'taken ({reason})' if reason else 'free'}"
-        yield Finding(f"{part} port", level, said, advice if reason else "")
+        yield Finding(part, level, said, advice if reason else "")
     for port, use in PORTS.items():
         reason = bind_error("127.0.0.1", port)
         advice = f"another program has it, perhaps a Ray cluster; {use} will not be reachable there" if reason else ""

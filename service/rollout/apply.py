@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ray import serve
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
-from service.app import gateway_table, serve_config
+from service.app import gateway_table, grpc_options, serve_config
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 from service.rollout.changes import DEPLOYING, Change, running_models, user_config
 from service.rollout.serve_client import applications, apply_config, listens_at, start_serve
@@ -50,7 +50,7 @@ def apply_changes(
     user_config(desired[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
     removed = {app_name(change.model) for change in changes if change.action == "remove"}
     others = {name: app for name, app in present.items() if name not in desired and name not in removed}
-    start_serve(spec.gateway.host, spec.gateway.port)
+    start_serve(spec.gateway.host, spec.gateway.port, grpc_options(spec.gateway.grpc_port))
     host, _ = listens_at()  # not always the file's: Serve may run already
     user_config(desired[GATEWAY_APP])["local_only"] = is_loopback(host) and not spec.auth.needs_key
     apply_config([*desired.values(), *others.values()])

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX
-from service.rollout.serve_client import listens_at
+from service.rollout.serve_client import grpc_port, listens_at
 
 Action = Literal["add", "upgrade", "adjust", "keep", "remove", "leave"]
 
@@ -93,7 +93,9 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
     """What the rollout does to the gateway, in lines to print. Its table of models follows from the models' changes."""
     gateway = present.get(GATEWAY_APP)
     if gateway is None:
-        return [f"add     {GATEWAY_APP}: at {spec.gateway.host}:{spec.gateway.port}"]
+        grpc = spec.gateway.grpc_port
+        also = "" if grpc is None else f", gRPC at {spec.gateway.host}:{grpc}"
+        return [f"add     {GATEWAY_APP}: at {spec.gateway.host}:{spec.gateway.port}{also}"]
     options = gateway["deployments"][0]
     before = {
         "gateway": {"replicas": options["num_replicas"]},
@@ -107,6 +109,9 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
     host, port = listens_at()
     if (host, port) != (spec.gateway.host, spec.gateway.port) and spec.gateway.port:
         lines.append(f"keep    {GATEWAY_APP}: listens at {host}:{port} until Serve is restarted")
+    if (before_port := grpc_port()) != spec.gateway.grpc_port:
+        place = "does not answer gRPC" if before_port is None else f"answers gRPC at {host}:{before_port}"
+        lines.append(f"keep    {GATEWAY_APP}: {place} until Serve is restarted")
     return lines
 
 

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, SpecError
 from service.api.errors import GATEWAY_LOST
-from service.app import serve_config
+from service.app import grpc_options, serve_config
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
 from service.rollout.cluster_folder import make_folder, remove_abandoned
@@ -69,11 +69,12 @@ class LocalCluster:
         self.spec = settle_here(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
+        self.grpc_target = ""
         self.metrics_url = ""
         self.address = ""
         self.token_file: Path | None = None
         self._folder: Path | None = None
-        self._reservation: socket.socket | None = None
+        self._reservations: list[socket.socket] = []
 
     def __enter__(self) -> Self:
         if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]
@@ -84,9 +85,7 @@ class LocalCluster:
             raise SpecError(f"{SHARED_MEMORY} cannot be written, and Ray keeps its objects there; mount it writable")
         check_keys(self.spec.auth)  # the gateway inherits this environment
         # Ports before Ray: what cannot be bound is reported here in one line, not later in the log of a replica.
-        self._reservation = _reserve_port(self.spec.gateway.host, self.spec.gateway.port)
-        host, port = self._reservation.getsockname()[:2]
-        self.url = f"http://{_in_url(host)}:{port}"
+        host, port, grpc_port = self._reserve_ports()
         self._find_metrics_port()
         remove_abandoned()
         self._folder, self._lock = make_folder()
@@ -101,7 +100,7 @@ class LocalCluster:
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
-            start_serve(host, port, proxy_location="HeadOnly", logging_config=quiet)
+            start_serve(host, port, grpc_options(grpc_port), proxy_location="HeadOnly", logging_config=quiet)
             apply_config(serve_config(self.spec, self.instance_id)["applications"], logging_config=quiet)
         except RayError as error:
             self.stop()
@@ -174,13 +173,33 @@ class LocalCluster:
         """End every process of the cluster and remove its folder. May be called more than once."""
         if ray.is_initialized():
             disconnect()
-        if self._reservation is not None:
-            self._reservation.close()
-            self._reservation = None
+        while self._reservations:
+            self._reservations.pop().close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._lock.close()
             self._folder = None
+
+    def _reserve_ports(self) -> tuple[str, int, int | None]:
+        """Host, HTTP port and gRPC port, which nobody else takes before Serve binds them.
+
+        Raises:
+            SpecError: one of them is taken.
+        """
+        gateway = self.spec.gateway
+        try:
+            self._reservations.append(_reserve_port(gateway.host, gateway.port))
+            host, port = self._reservations[-1].getsockname()[:2]
+            self.url = f"http://{_in_url(host)}:{port}"
+            if gateway.grpc_port is None:
+                return host, port, None
+            self._reservations.append(_reserve_port(gateway.host, gateway.grpc_port, "gateway.grpc_port"))
+        except SpecError:
+            self.stop()
+            raise
+        grpc_port = self._reservations[-1].getsockname()[1]
+        self.grpc_target = f"{_in_url(host)}:{grpc_port}"
+        return host, port, grpc_port
 
     def _find_metrics_port(self) -> None:
         """Choose a free port if the file says 0; reject one that is taken.
@@ -221,7 +240,7 @@ def _inherited(variable: str, value: Path) -> Iterator[None]:
             os.environ[variable] = former
 
 
-def _reserve_port(host: str, port: int) -> socket.socket:
+def _reserve_port(host: str, port: int, key: str = "gateway.port") -> socket.socket:
     """A socket that holds `port`, or a free one for 0, so that nobody else takes it before Serve binds it.
 
     Serve binds with SO_REUSEPORT: it would not notice that a port is taken, but it can share the port with this socket,
@@ -241,7 +260,8 @@ def _reserve_port(host: str, port: int) -> socket.socket:
             return reservation
         except OSError as error:
             reason = str(error.strerror)
-    raise SpecError(f"gateway.port: {host}:{port} cannot be bound ({reason}); choose another with --port")
+    how = "with --port" if key == "gateway.port" else f"with --set {key}=PORT, or null for none"
+    raise SpecError(f"{key}: {host}:{port} cannot be bound ({reason}); choose another {how}")
 
 
 def _in_url(host: str) -> str:

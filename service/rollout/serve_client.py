@@ -84,10 +84,18 @@ def _kill_node() -> None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-def start_serve(host: str, port: int, **options: Any) -> None:
-    """Start Serve, listening at `host:port`. If it runs already, it goes on listening where it does."""
+def start_serve(host: str, port: int, grpc_options: dict[str, Any], **options: Any) -> None:
+    """Start Serve. If it runs already, it goes on listening where it does.
+
+    Args:
+        host: where it listens.
+        port: the one of HTTP.
+        grpc_options: what `service.app.grpc_options` returned.
+        options: others of Serve.
+    """
     if _get_global_client(raise_if_no_controller_running=False) is None:
-        serve.start(**({"proxy_location": "EveryNode", "http_options": {"host": host, "port": port}} | options))
+        where = {"http_options": {"host": host, "port": port}, "grpc_options": grpc_options}
+        serve.start(**({"proxy_location": "EveryNode"} | where | options))
 
 
 def applications() -> dict[str, dict[str, Any]]:
@@ -106,6 +114,14 @@ def listens_at() -> tuple[str, int]:
     assert client is not None, "Serve runs"
     where = client.get_serve_details()["http_options"]
     return where["host"], where["port"]
+
+
+def grpc_port() -> int | None:
+    """The port at which Serve listens for gRPC; None if it does not."""
+    client = _get_global_client()
+    assert client is not None, "Serve runs"
+    options = client.get_serve_details()["grpc_options"] or {}
+    return options["port"] if options.get("grpc_servicer_functions") else None
 
 
 def apply_config(applications: Sequence[dict[str, Any]], **options: Any) -> None:

@@ -212,7 +212,7 @@ def test_variables_of_other_purposes(file: Path) -> None:
         ({}, ["gateway.prot=1"], "--set gateway.prot: unknown key; did you mean 'gateway.port'?"),
         ({}, ["models.wan2.3.device=cpu"], "unknown key; did you mean 'models.wan2.2.device'?"),
         ({}, ["models.2.device=cpu"], "--set models.2.device: unknown key"),
-        ({}, ["gateway.port"], "--set gateway.port: expected PATH=VALUE, such as gateway.port=9000"),
+        ({}, ["gateway.port"], "--set gateway.port: expected PATH=VALUE, such as gateway.port=8001"),
         ({PORT: "x"}, [], f"{PORT}: gateway.port: Input should be a valid integer, unable to parse string"),
         ({PORT: ""}, [], f"{PORT}: gateway.port: Input should be a valid integer, got nothing"),
         ({PORT: "["}, [], f"{PORT}: is not YAML: "),
@@ -311,7 +311,7 @@ def test_overrides_leave_a_broken_section_to_the_schema(tmp_path: Path) -> None:
 
 def test_print_config_shows_each_value_and_its_origin(file: Path) -> None:
     token = {f"{QWEN}ENV__HF_TOKEN": "hf_x", f"{QWEN}ENV__NCCL_DEBUG": "INFO"}
-    loaded = load_with_origins(file, {PORT: "9000"} | token, ["models.wan2.2.aliases=[w]"])
+    loaded = load_with_origins(file, {PORT: "9001"} | token, ["models.wan2.2.aliases=[w]"])
     lines = print_config(loaded)
     shown = dict(line.split("  # ") for line in lines)
     assert {key.rstrip(): origin for key, origin in shown.items() if origin != "default"} == {
@@ -326,7 +326,7 @@ def test_print_config_shows_each_value_and_its_origin(file: Path) -> None:
         'models.wan2.2.device = "cpu"': f"file {file}:7",
         'models.wan2.2.loras.0.name = "ink"': f"file {file}:9",
         f'models.wan2.2.loras.0.source = "{file.parent}/ink.safetensors"': f"file {file}:9",
-        "gateway.port = 9000": PORT,
+        "gateway.port = 9001": PORT,
     }
     assert "models.qwen-image.warmup_shapes = []" in {key.rstrip() for key in shown}
     assert len({line.index("  # ") for line in lines if len(line.split("  # ")[0].rstrip()) <= 88}) == 1

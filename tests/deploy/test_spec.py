@@ -60,6 +60,8 @@ def a_model(**changes: Any) -> dict[str, Any]:
         ({"models": []}, "at least one model is needed"),
         ({"models": a_model()["models"] * 2}, "two models are called 'a'"),
         (a_model() | {"metrics": {"port": 8000}}, "yaml: metrics.port and gateway.port are both 8000"),
+        (a_model() | {"gateway": {"port": 9000}}, "yaml: gateway.port and gateway.grpc_port are both 9000"),
+        (a_model() | {"gateway": {"grpc_port": 9464}}, "metrics.port and gateway.grpc_port are both 9464"),
         ({"model": []}, "model: unknown key; did you mean 'models'?"),
         ([], "expected a mapping with the key 'models', got list"),
         ("{", "is not YAML"),

@@ -56,7 +56,9 @@ def spec(demo_model: Path) -> DeploymentSpec:
     wide = wide.model_copy(update={"placement": Placement(strategy="PACK", cpus_per_rank=0.8)})
     ports = random.sample(METRICS_PORTS, 20)
     port = next(port for port in ports if not bind_error(LOOPBACK, port))
-    return DeploymentSpec(models=(wide, narrow), gateway=GatewaySpec(port=port), metrics=Metrics(port=None))
+    return DeploymentSpec(
+        models=(wide, narrow), gateway=GatewaySpec(port=port, grpc_port=None), metrics=Metrics(port=None)
+    )
 
 
 def deployed(spec: DeploymentSpec, address: str, folder: Path) -> int:

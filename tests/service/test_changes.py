@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from ray.serve import Application
 from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
@@ -40,6 +41,7 @@ from service.app import (
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rollout.changes import Change, find_changes, keep_derived, with_digests_of
+from service.rpc.proxy import SERVICES
 from sp_core.degrees import ParallelDegrees
 from workers.gang.gang import Gang
 
@@ -262,6 +264,9 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
     configs = serve_config(spec, "id"), serve_config(other, "id")
     before, after = (config["applications"][-1] for config in configs)
     assert configs[0]["http_options"] == {"host": "0.0.0.0", "port": 1234}
+    assert configs[0]["grpc_options"] == {"port": 9000, "grpc_servicer_functions": list(SERVICES)}
+    silent = spec.model_copy(update={"gateway": GatewaySpec(grpc_port=None)})
+    assert not gRPCOptions(**serve_config(silent, "id")["grpc_options"]).grpc_servicer_functions
     assert before["args"] == after["args"] == {"instance_id": "id"}
     assert len({get_app_code_version(schema) for schema in _schemas([before, after])}) == 1
     (options,) = after["deployments"]

@@ -90,7 +90,7 @@ def test_schema_is_a_schema_that_knows_the_files(file: Path, capsys: pytest.Capt
 def test_each_value_with_where_it_comes_from(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SPRAY_GATEWAY__PORT", "9000")
+    monkeypatch.setenv("SPRAY_GATEWAY__PORT", "9001")
     monkeypatch.setenv("SPRAY_MODELS__A__MAX_QUEUED", "5")
     arguments = [
         "check",
@@ -106,7 +106,7 @@ def test_each_value_with_where_it_comes_from(
     origins = {value.strip(): origin for value, origin in lines.items()}
     assert origins["models.a.max_queued = 6"] == "--set"
     assert origins['models.b.c.dtype = "float16"'] == "--set"
-    assert origins["gateway.port = 9000"] == "SPRAY_GATEWAY__PORT"
+    assert origins["gateway.port = 9001"] == "SPRAY_GATEWAY__PORT"
     assert origins["models.b.c.max_queued = 7"] == f"file {file}:4"
     assert origins["models.a.grace_period_s = 900.0"] == "default"
 
@@ -256,12 +256,17 @@ def test_the_doctor_fails_only_for_what_keeps_gangs_from_running(
 
 def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_spec(file)
-    cluster = SimpleNamespace(address="10.0.0.1:6379", metrics_url="http://127.0.0.1:9464/metrics", token_file=None)
+    cluster = SimpleNamespace(
+        address="10.0.0.1:6379",
+        metrics_url="http://127.0.0.1:9464/metrics",
+        grpc_target="127.0.0.1:9000",
+        token_file=None,
+    )
     assert serve._banner(spec, cluster) == [  # type: ignore[arg-type]
         "spray on 16 CPU cores and 4 GPUs",
         "  a: ulysses_degree=4 on cuda",
         "  b.c: 1 rank on cpu",
-        "metrics for Prometheus: http://127.0.0.1:9464/metrics",
+        "gRPC: 127.0.0.1:9000; metrics for Prometheus: http://127.0.0.1:9464/metrics",
         "change it while it runs: spray deploy FILE --address 10.0.0.1:6379",
     ]
     cluster.token_file = "/tmp/spray-x/auth_token"

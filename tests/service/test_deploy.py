@@ -55,7 +55,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     for module in (apply, serve_client):
         monkeypatch.setattr(module, "applications", lambda: cluster.applications)
-    monkeypatch.setattr(apply, "start_serve", lambda host, port: None)
+    monkeypatch.setattr(apply, "start_serve", lambda host, port, grpc_options: None)
     monkeypatch.setattr(apply, "listens_at", lambda: ("127.0.0.1", 8000))
     monkeypatch.setattr(apply, "apply_config", cluster.tell)
     return cluster
@@ -262,17 +262,23 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "listens_at", lambda: ("127.0.0.1", 8000))
+    monkeypatch.setattr(changes, "grpc_port", lambda: 9000)
     spec = DeploymentSpec(models=(A, B))
     assert find_gateway_changes(spec, cluster.applications) == []
-    gateway, auth = GatewaySpec(port=9000, replicas=2), Auth(api_keys_env="KEYS")
+    gateway, auth = GatewaySpec(port=8001, grpc_port=None, replicas=2), Auth(api_keys_env="KEYS")
     other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
     assert find_gateway_changes(other, cluster.applications) == [
         "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
         "auth.api_keys_env None -> KEYS)",
         "keep    gateway: listens at 127.0.0.1:8000 until Serve is restarted",
+        "keep    gateway: answers gRPC at 127.0.0.1:9000 until Serve is restarted",
     ]
+    monkeypatch.setattr(changes, "grpc_port", lambda: None)
+    (line,) = find_gateway_changes(spec, cluster.applications)
+    assert line == "keep    gateway: does not answer gRPC until Serve is restarted"
     cluster.applications = {}
-    assert find_gateway_changes(other, cluster.applications) == ["add     gateway: at 127.0.0.1:9000"]
+    assert find_gateway_changes(other, cluster.applications) == ["add     gateway: at 127.0.0.1:8001"]
+    assert find_gateway_changes(spec, {}) == ["add     gateway: at 127.0.0.1:8000, gRPC at 127.0.0.1:9000"]
 
 
 PLAN = [

@@ -109,11 +109,13 @@ def test_ports(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        spec = served().model_copy(update={"gateway": GatewaySpec(port=port), "metrics": Metrics(port=port)})
-        for part in ("gateway", "metrics"):
-            taken = found(a_machine(tmp_path), f"{part} port", spec)
+        spec = served().model_copy(
+            update={"gateway": GatewaySpec(port=port, grpc_port=port), "metrics": Metrics(port=port)}
+        )
+        for name, key in (("gateway", "gateway.port"), ("gRPC", "gateway.grpc_port"), ("metrics", "metrics.port")):
+            taken = found(a_machine(tmp_path), f"{name} port", spec)
             assert taken.level == "fail"
-            assert f"set {part}.port" in taken.advice
+            assert f"set {key};" in taken.advice
     assert found(a_machine(tmp_path), "gateway port", spec).level == "ok"
 
 

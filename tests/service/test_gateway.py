@@ -17,6 +17,7 @@ from ray.serve.schema import ServeStatus
 
 from deploy.api_keys import digest
 from service import gateway
+from service.api.backend import Restarted
 from service.api.errors import answer
 from service.gateway import Gateway
 from service.state import quarantine
@@ -208,7 +209,7 @@ class Answer:
 def test_a_request_that_waits_for_nothing_ends(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch, state: ModelState | None, raised: Any
 ) -> None:
-    found = {"one": ModelState("starting", queued=1)}
+    found = {"one": ModelState("starting", queued=2)}
     monkeypatch.setattr(gateway, "PATIENCE_S", 0.01)
     monkeypatch.setattr(gateway, "_applications", list)
     monkeypatch.setattr(opened, "states", lambda: found)
@@ -367,8 +368,8 @@ def test_an_answer_clears_a_request(opened: Gateway, monkeypatch: pytest.MonkeyP
     serving(opened, monkeypatch, LOST, [Begun(), RESULT], LOST, [Begun(), RESULT])
 
     async def story() -> None:
-        assert await ask(opened, REQUEST) == [RESULT]
-        assert await ask(opened, REQUEST) == [RESULT]
+        for _ in range(2):
+            assert await ask(opened, REQUEST) == [Restarted(2, "the ranks of 'one' were lost"), RESULT]
 
     asyncio.run(story())
 
@@ -377,7 +378,8 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
-    assert asyncio.run(ask(opened, REQUEST)) == [RESULT]
+    restarts = [Restarted(attempt, "the ranks of 'one' were lost") for attempt in (2, 3, 4)]
+    assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
 
 
 def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +453,7 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
 
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [full.model_dump(mode="json")]})
-        assert await ask(opened, request) == [RESULT]
+        assert (await ask(opened, request))[-1] == RESULT
         assert len(sent) == 2
         assert len(set(places)) == 1, "it keeps its place"
         with pytest.raises(QueueFull):
@@ -520,6 +522,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [counted.model_dump(mode="json")]})
         async with contextlib.aclosing(opened.generate(request)) as reports:  # lost once, then answered
+            assert await anext(reports) == Restarted(2, "the ranks of 'counted' were lost")
             assert await anext(reports) is result
             assert count("requests_in_flight") == 1
         with pytest.raises(RequestFailed):

@@ -265,3 +265,13 @@ async def _left_early(backend: FakeBackend, prompt: str, spec_version: str) -> b
         await rest_app(backend)(scope, receive, send)  # in this task: when it returns, the work has ended
     assert sent >= 3
     return backend.closed
+
+
+def test_a_stream_says_when_its_request_starts_again(client: TestClient) -> None:
+    body = {"model": "one", "prompt": "again", "stream": True}
+    lines = client.post("/v1/images/generations", json=body).text.splitlines()
+    assert [line for line in lines if line.startswith(":")] == [
+        ": step 1/1",
+        ": lost its ranks and starts again, attempt 2",
+        ": step 1/1",
+    ]

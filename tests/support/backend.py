@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
+from service.api.backend import Report, Restarted
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
@@ -75,10 +76,10 @@ class FakeBackend:
         """Marked, so that a test recognizes it."""
         return {"object": "cluster", "mark": "of the backend"}
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepEvent | GenerationResult | ModelState]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits.
 
-        `later` fails after its first step, `long` is answered with a warning.
+        `later` fails after its first step, `long` is answered with a warning, `again` loses its ranks once.
         """
         self.requests.append(request)
         if request.prompt in self.raises:
@@ -90,6 +91,9 @@ class FakeBackend:
             if request.prompt == "slow":
                 await self.released.wait()
             yield StepEvent(1, 1, 0.5)
+            if request.prompt == "again":
+                yield Restarted(2, "the ranks were lost")
+                yield StepEvent(1, 1, 0.5)
             if request.prompt == "later":
                 raise self.raises["lost"]
             while request.prompt == "endless":

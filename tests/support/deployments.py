@@ -43,7 +43,7 @@ def model(folder: Path, name: str = "demo", **degrees: int) -> ModelSpec:
 
 def deployment(*models: ModelSpec) -> DeploymentSpec:
     """These models on free ports."""
-    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0), metrics=Metrics(port=0))
+    return DeploymentSpec(models=models, gateway=GatewaySpec(port=0, grpc_port=0), metrics=Metrics(port=0))
 
 
 def pixels(b64_json: str) -> np.ndarray[Any, np.dtype[np.int16]]:

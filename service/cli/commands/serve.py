@@ -25,13 +25,17 @@ def serve(
     file: File,
     overrides: Overrides = [],  # noqa: B006  # typer copies it
     port: Annotated[
-        int | None, typer.Option(help="HTTP port instead of the file's. 0 takes a free one.", show_default=False)
+        int | None,
+        typer.Option(help="HTTP port instead of the file's. 0 takes free ones, also for gRPC.", show_default=False),
     ] = None,
 ) -> None:
     """Serve a deployment file on this machine until Ctrl-C or SIGTERM."""
     spec = load(file, overrides).spec
     if port is not None:
-        spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update={"port": port})})
+        ports = {"port": port}
+        if port == 0 and spec.gateway.grpc_port is not None:
+            ports["grpc_port"] = 0  # or a second server would find the first one's
+        spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update=ports)})
     check_deployment(spec, local_devices())
     use_private_cluster()
     from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray: after the line above
@@ -74,8 +78,10 @@ def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
     lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
     if len(models) < len(spec.models):
         lines.append(f"  and {len(spec.models) - len(models)} more models")
-    if cluster.metrics_url:
-        lines.append(f"metrics for Prometheus: {cluster.metrics_url}")
+    also = [f"gRPC: {cluster.grpc_target}"] if cluster.grpc_target else []
+    also += [f"metrics for Prometheus: {cluster.metrics_url}"] if cluster.metrics_url else []
+    if also:
+        lines.append("; ".join(also))
     token = f"RAY_AUTH_TOKEN_PATH={cluster.token_file} " if cluster.token_file else ""
     return [*lines, f"change it while it runs: {token}spray deploy FILE --address {cluster.address}"]
 

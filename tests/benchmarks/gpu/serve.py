@@ -120,7 +120,7 @@ def _served(model: ModelSpec) -> Iterator[Any]:
 
     from service.rollout.local_cluster import LocalCluster
 
-    spec = DeploymentSpec(models=(model,), gateway=GatewaySpec(port=0), metrics=Metrics(port=None))
+    spec = DeploymentSpec(models=(model,), gateway=GatewaySpec(port=0, grpc_port=None), metrics=Metrics(port=None))
     with LocalCluster(spec) as cluster, httpx.Client(trust_env=False, timeout=READY_S) as client:
         cluster.wait_ready(timeout_s=READY_S)
         yield lambda body: client.post(f"{cluster.url}/v1/images/generations", json=body)

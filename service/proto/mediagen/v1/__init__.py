@@ -1,0 +1,1 @@
+"""The protobuf package `mediagen.v1`: the contract and its generated code."""

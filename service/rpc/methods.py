@@ -1,0 +1,200 @@
+"""The RPCs. Serve's gRPC proxies call the gateway's method of the RPC's bare name, so the gateway inherits these.
+
+A message and the call's context come in. No method raises: see `service.rpc.statuses`. Names are those of the contract.
+"""
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
+
+from service.api.backend import Backend, Report, run
+from service.proto.mediagen.v1 import generation_service_pb2 as pb
+from service.rpc.answers import finished_events, image_response, model_message, report_event
+from service.rpc.health import MOST_WATCHERS, check, watch
+from service.rpc.requests import chunk_bytes, id_of, in_message, stream_warnings, to_generation, to_streamed
+from service.rpc.statuses import Context, admit, metadata, name_request, refuse
+from workers.errors import GangLost, InvalidParameter, NotSupported, QueueFull
+from workers.messages import GenerationResult
+
+REFUSED_WITHIN_S = 0.5
+"""A request that the gateway refuses is refused by then, so one that waits counts as taken on."""
+
+NO_JOBS = "there are no jobs yet; GenerateImage and GenerateStream answer while the call lasts"
+
+Answer = TypeVar("Answer", bound=Message)
+Unary = Callable[[Any, Any, Context], Awaitable[Answer]]
+Stream = Callable[[Any, Any, Context], AsyncGenerator[Answer]]
+
+
+def answering(kind: type[Answer]) -> Callable[[Unary[Answer]], Unary[Answer]]:
+    """Let a unary method's errors be its status, beside an empty answer of this kind."""
+
+    def wrap(method: Unary[Answer]) -> Unary[Answer]:
+        @functools.wraps(method)
+        async def answered(self: Any, request: Any, grpc_context: Context) -> Answer:
+            try:
+                return await method(self, request, grpc_context)
+            except Exception as error:
+                refuse(grpc_context, error)
+                return kind()
+
+        return answered
+
+    return wrap
+
+
+def streaming(last: Callable[[pb.JobError], Answer]) -> Callable[[Stream[Answer]], Stream[Answer]]:
+    """Let a stream's errors be its status. The last message brings the status: Serve forgets one that comes after it.
+
+    Args:
+        last: makes that message of the error.
+    """
+
+    def wrap(method: Stream[Answer]) -> Stream[Answer]:
+        @functools.wraps(method)
+        async def streamed(self: Any, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
+            try:
+                async with contextlib.aclosing(method(self, request, grpc_context)) as messages:
+                    async for message in messages:
+                        yield message
+            except Exception as error:
+                yield last(refuse(grpc_context, error))
+
+        return streamed
+
+    return wrap
+
+
+def _no_jobs(kind: type[Answer]) -> Unary[Answer]:
+    @answering(kind)
+    async def refused(self: Backend, request: Any, grpc_context: Context) -> Answer:
+        admit(self, grpc_context)
+        raise NotSupported(NO_JOBS)
+
+    return refused
+
+
+def _no_job_stream(kind: type[Answer]) -> Stream[Answer]:
+    @streaming(lambda error: kind())
+    async def refused(self: Backend, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
+        admit(self, grpc_context)
+        raise NotSupported(NO_JOBS)
+        yield kind()  # this makes it a stream
+
+    return refused
+
+
+class GrpcMethods(Backend):
+    """A backend that answers RPCs."""
+
+    _watchers = 0
+
+    @answering(pb.GenerateImageResponse)
+    async def GenerateImage(self, request: pb.GenerateImageRequest, grpc_context: Context) -> pb.GenerateImageResponse:
+        """Pictures, all in one answer."""
+        began = time.monotonic()
+        request_id = _enter(self, request, grpc_context)
+        generation = to_generation(request, self.models(), request_id)
+        with in_message():
+            result = await run(self, generation)
+        return image_response(generation, result, began)
+
+    @streaming(lambda error: pb.GenerateStreamResponse(error=error))
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, grpc_context: Context
+    ) -> AsyncGenerator[pb.GenerateStreamResponse]:
+        """Pictures or a video, with all that happens on the way."""
+        began = time.monotonic()
+        request_id = _enter(self, request, grpc_context)
+        size, ignored = chunk_bytes(request.options), stream_warnings(request.options)
+        generation = to_streamed(request, self.models(), request_id)
+        taken: list[float] = []
+        async with contextlib.aclosing(_taken_on(self.generate(generation))) as reports:
+            async for report in reports:
+                if report is None:
+                    yield pb.GenerateStreamResponse(accepted=pb.GenerateStreamResponse.Accepted(job_id=request_id))
+                elif isinstance(report, GenerationResult):
+                    for event in finished_events(generation, report, size, began, ignored):
+                        yield event
+                    return
+                else:
+                    yield report_event(report, taken)
+        raise GangLost("the ranks ended without a result")
+
+    @answering(pb.ListModelsResponse)
+    async def ListModels(self, request: pb.ListModelsRequest, grpc_context: Context) -> pb.ListModelsResponse:
+        """The models of the deployment."""
+        admit(self, grpc_context)
+        states = self.states()
+        return pb.ListModelsResponse(
+            models=[model_message(model, states.get(name)) for name, model in self.models().items()]
+        )
+
+    CreateJob = _no_jobs(pb.CreateJobResponse)
+    GetJob = _no_jobs(pb.GetJobResponse)
+    ListJobs = _no_jobs(pb.ListJobsResponse)
+    WatchJob = _no_job_stream(pb.WatchJobResponse)
+    CancelJob = _no_jobs(pb.CancelJobResponse)
+    DeleteJob = _no_jobs(pb.DeleteJobResponse)
+    DownloadOutput = _no_job_stream(pb.DownloadOutputResponse)
+
+    @answering(HealthCheckResponse)
+    async def Check(self, request: HealthCheckRequest, grpc_context: Context) -> HealthCheckResponse:
+        """Health, once."""
+        return check(self, request.service)
+
+    @answering(HealthListResponse)
+    async def List(self, request: HealthListRequest, grpc_context: Context) -> HealthListResponse:
+        """Health of the server and of every model."""
+        return HealthListResponse(statuses={name: check(self, name) for name in ("", *self.models())})
+
+    @streaming(lambda error: HealthCheckResponse())
+    async def Watch(self, request: HealthCheckRequest, grpc_context: Context) -> AsyncGenerator[HealthCheckResponse]:
+        """Health, whenever it changes."""
+        if self._watchers >= MOST_WATCHERS:
+            raise QueueFull(f"{MOST_WATCHERS} calls of Watch are open; close some, or call Check")
+        self._watchers += 1
+        try:
+            async with contextlib.aclosing(watch(self, request.service)) as answers:
+                async for answer in answers:
+                    yield answer
+        finally:
+            self._watchers -= 1
+
+
+def _enter(backend: Backend, request: pb.GenerateImageRequest | pb.GenerateStreamRequest, context: Context) -> str:
+    """Let a caller in, and return the id of its request."""
+    admit(backend, context)
+    if request.ByteSize() > backend.max_body_bytes:
+        text = f"the message is larger than {backend.max_body_bytes} bytes"
+        raise InvalidParameter(None, text, "body_too_large")
+    given = metadata(context)
+    request_id = id_of(request.request_id, given.get("x-request-id") or given.get("request_id", ""))
+    name_request(context, request_id)
+    return request_id
+
+
+async def _taken_on(reports: AsyncGenerator[Report]) -> AsyncGenerator[Report | None]:
+    """None once a request is taken on, then its reports. The first may take long, while the request waits."""
+    coming = asyncio.ensure_future(anext(reports, None))
+    try:
+        with in_message():
+            await asyncio.wait([coming], timeout=REFUSED_WITHIN_S)
+            if coming.done():
+                coming.result()  # raises if it is refused
+            yield None
+            first = await coming
+            if first is not None:
+                yield first
+            async for report in reports:
+                yield report
+    finally:
+        coming.cancel()
+        await asyncio.wait([coming])
+        await reports.aclose()

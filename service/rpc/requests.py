@@ -1,0 +1,178 @@
+"""Messages -> `GenerationRequest`: a message becomes a body of REST and is validated as one. For `service.rpc.methods`.
+
+So there is one set of rules. Each field that is set goes into the body by its name, and what REST's body does not know
+is refused by that name; only what has another name or shape in REST is named here. Errors name the field by its path in
+the message, such as `params.width`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from deploy.spec import ModelSpec, Task
+from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.origin import new_id
+from service.api.schemas import find_model, to_request
+from service.proto.mediagen.v1 import generation_service_pb2 as pb
+from workers.errors import InvalidParameter, ModelNotFound
+from workers.messages import GenerationRequest
+
+TASKS: dict[int, Task] = {pb.TASK_TEXT_TO_IMAGE: "text-to-image", pb.TASK_TEXT_TO_VIDEO: "text-to-video"}
+
+OTHER_NAMES = {"output_compression": "output_quality", "size": "width"}
+"""Fields of REST's bodies that are called otherwise here."""
+
+CHUNK_BYTES = 1 << 20
+LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 4 << 10, 2 << 20
+"""Of a stream's messages: clients receive at most 4 MiB unless told otherwise, and each message costs some."""
+
+
+def to_generation(
+    message: pb.GenerateImageRequest | pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str
+) -> GenerationRequest:
+    """The request of a message.
+
+    Args:
+        message: of either RPC; `GenerateImage` makes no videos.
+        models: of the deployment, by name.
+        request_id: what `id_of` returned.
+
+    Raises:
+        InvalidParameter: a field is wrong or not supported, or the model is for another task.
+        ModelNotFound: the deployment does not have the model.
+    """
+    _reject_newer(message, "")
+    if message.HasField("scheduling") and message.scheduling.ListFields():
+        field = f"scheduling.{message.scheduling.ListFields()[0][0].name}"
+        raise InvalidParameter(field, f"{field} is not supported yet; give the call a deadline", "unknown_parameter")
+    params = message.params
+    with in_message():
+        model = find_model(models, params.model or None)
+        task = _task(params, model, streams=isinstance(message, pb.GenerateStreamRequest))
+        kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
+        return to_request(parse_body(_body(params, task), kind), model, request_id)
+
+
+def to_streamed(message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str) -> GenerationRequest:
+    """The same with a report for each step."""
+    return replace(to_generation(message, models, request_id), report_steps=True)
+
+
+def chunk_bytes(options: pb.StreamOptions) -> int:
+    """How much of a file one message of a stream may hold.
+
+    Raises:
+        InvalidParameter: the client asks for more or less than is allowed.
+    """
+    asked = options.chunk_bytes or CHUNK_BYTES
+    if not LEAST_CHUNK_BYTES <= asked <= MOST_CHUNK_BYTES:
+        allowed = f"0, or {LEAST_CHUNK_BYTES} to {MOST_CHUNK_BYTES}"
+        raise InvalidParameter("options.chunk_bytes", f"chunk_bytes must be {allowed}, got {asked}")
+    return asked
+
+
+def stream_warnings(options: pb.StreamOptions) -> list[pb.Warning]:
+    """What a client should know of the options that have no effect."""
+    asked = [field.name for field, _ in options.ListFields() if field.name.startswith("preview_")]
+    text = "{} has no effect: there are no previews yet"
+    return [pb.Warning(code="parameter_ignored", message=text.format(name), param=f"options.{name}") for name in asked]
+
+
+def id_of(given: str, in_metadata: str) -> str:
+    """A new id, which begins with the one that the client gave.
+
+    Args:
+        given: in the message.
+        in_metadata: else this one counts, if it is of the same form.
+
+    Raises:
+        InvalidParameter: the id in the message is of another form.
+    """
+    if given and not re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII):
+        raise InvalidParameter("request_id", "request_id must be 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+    return new_id(given or in_metadata)
+
+
+def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
+    """REST's body. All types are those of JSON, as REST is strict about them."""
+    body = {field.name: _plain(value) for field, value in params.ListFields() if field.name != "task"}
+    if "loras" in body:
+        body["loras"] = [{field.name: value for field, value in lora.ListFields()} for lora in params.loras]
+    if params.HasField("width") != params.HasField("height"):
+        one, other = ("width", "height") if params.HasField("width") else ("height", "width")
+        raise InvalidParameter(other, f"{other} is required with {one}", "missing_required_parameter")
+    if params.HasField("width"):
+        body["size"] = f"{body.pop('width')}x{body.pop('height')}"
+    if "output_quality" in body:
+        body["output_compression"] = body.pop("output_quality")
+    if "fps" in body and params.fps.is_integer():
+        body["fps"] = int(params.fps)
+    if task == "text-to-video" and body.get("output_format") == "mp4":
+        del body["output_format"]  # it is the only one
+    return body
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if hasattr(value, "append") else value
+
+
+def _task(params: pb.GenerationParams, model: ModelSpec, streams: bool) -> Task:
+    """What to make.
+
+    Raises:
+        InvalidParameter: the model cannot, or the RPC does not.
+    """
+    makes = model.tasks or tuple(TASKS.values())
+    task = TASKS.get(params.task) or ("text-to-image" if "text-to-image" in makes else makes[0])
+    if params.task and params.task not in TASKS:
+        known = ", ".join(map(pb.Task.Name, TASKS))
+        name = pb.Task.Name(params.task) if params.task in pb.Task.values() else params.task
+        raise InvalidParameter("task", f"task {name} is not supported yet; supported: {known}", "wrong_task")
+    if task not in makes:
+        raise InvalidParameter("task", f"{model.name!r} is not for {task}; it is for {', '.join(makes)}", "wrong_task")
+    if task == "text-to-video" and not streams:
+        raise InvalidParameter("task", "GenerateImage makes no videos; call GenerateStream", "wrong_task")
+    return task
+
+
+@contextlib.contextmanager
+def in_message() -> Iterator[None]:
+    """Errors about a field of a body become those about a field of `params`."""
+    try:
+        yield
+    except InvalidParameter as error:
+        if error.param is None:
+            raise
+        name = OTHER_NAMES.get(error.param, error.param)
+        message = error.message.replace("output_compression", name) if name != "width" else error.message
+        if error.code == "unknown_parameter":
+            message = f"{name} is not supported for this task"
+        raise InvalidParameter(f"params.{name}", message, error.code) from None
+    except ModelNotFound as error:
+        error.param = "params.model"
+        raise
+
+
+def _reject_newer(message: Message, path: str) -> None:
+    """Reject a field that this version of the contract does not have, at any depth.
+
+    Raises:
+        InvalidParameter: there is one.
+    """
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        where = path or "the message"
+        raise InvalidParameter(
+            path or None,
+            f"{where} has a field with the number {unknown[0].field_number}, which this server does not know",
+            "unknown_parameter",
+        )
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.file.name == pb.DESCRIPTOR.name:
+            for part in [value] if isinstance(value, Message) else value:
+                _reject_newer(part, f"{path}.{field.name}" if path else field.name)

@@ -1,0 +1,177 @@
+"""What `service.rpc.proxy` relies on inside Serve, and where a proxy's gRPC server then listens."""
+
+import asyncio
+import inspect
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from ray.serve._private import default_impl, grpc_util, http_util, proxy
+from ray.serve._private.proxy_request_response import ResponseStatus
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from deploy.spec import GatewaySpec, SpecError
+from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
+from service.app import check_ports, grpc_options
+from service.rollout import local_cluster as local
+from service.rpc.proxy import MOST_RECEIVED_BYTES, OPTIONS, SERVICES, at, prepare
+from tests.service.test_ports import SPEC
+from tests.support.listeners import listeners
+
+RELIED_ON = [
+    (default_impl, "add_grpc_address"),
+    (grpc_util, "DEFAULT_GRPC_SERVER_OPTIONS"),
+    (http_util, "is_ipv6"),
+    (proxy, "set_grpc_code_and_details"),
+]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test changes of Serve's modules is taken back."""
+    for module, name in RELIED_ON:
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+def start(port: int) -> set[str]:
+    """Start the servers of a proxy for 127.0.0.1 in its order, and return where the one of gRPC listens."""
+
+    async def story() -> set[str]:
+        loop = asyncio.get_running_loop()
+        where = HTTPOptions(host="127.0.0.1", port=0)
+        http, _ = await http_util.start_asgi_http_server(lambda *_: None, where, event_loop=loop)  # type: ignore[arg-type, return-value]
+        options = gRPCOptions(**grpc_options(port))
+        task, server = await grpc_util.start_grpc_server(
+            lambda service_method, streaming_type: None, options, event_loop=loop, enable_so_reuseport=True
+        )
+        found = {each for each in listeners([os.getpid()]) if each[1] == port}
+        await server.stop(None)
+        task.cancel()
+        http.cancel()
+        return {str(address) for address, _ in found}
+
+    return asyncio.run(story())
+
+
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    """A port that is held as a local cluster holds it for Serve, which shares it."""
+    with local._reserve_port("127.0.0.1", 0, "gateway.grpc_port") as held:
+        yield held.getsockname()[1]
+
+
+def test_a_proxys_grpc_listens_at_the_host_of_http(serve: None, held_port: int) -> None:
+    prepare()
+    assert start(held_port) == {"127.0.0.1"}
+    assert at("fd00::7", "[::]:9000") == "[fd00::7]:9000"
+    assert at("0.0.0.0", "[::]:9000") == "0.0.0.0:9000"
+
+
+def test_without_preparation_it_listens_everywhere(held_port: int) -> None:
+    """The control. If this fails, Serve has learned to bind, and `prepare` may go."""
+    assert start(held_port) & {"::", "0.0.0.0"}
+
+
+def test_where_the_host_is_not_seen_it_listens_nowhere(serve: None) -> None:
+    prepare()
+    with pytest.raises(RuntimeError, match="the host of HTTP is not known"):
+        asyncio.run(grpc_util.start_grpc_server(None, gRPCOptions(port=1), event_loop=None))  # type: ignore[arg-type]
+
+
+def test_messages_are_bounded(serve: None) -> None:
+    prepare()
+    assert grpc_util.DEFAULT_GRPC_SERVER_OPTIONS == OPTIONS
+    assert dict(OPTIONS)["grpc.max_receive_message_length"] == MOST_RECEIVED_BYTES
+    assert "DEFAULT_GRPC_SERVER_OPTIONS +" in inspect.getsource(grpc_util.gRPCGenericServer.__init__)
+
+
+class Ended:
+    """The context of a call in a proxy."""
+
+    def __init__(self, code: grpc.StatusCode | None = None) -> None:
+        self.found: dict[str, Any] = {"code": code, "details": "" if code is None else "ours", "trailing": ()}
+
+    def code(self) -> Any:
+        return self.found["code"]
+
+    def details(self) -> Any:
+        return self.found["details"]
+
+    def trailing_metadata(self) -> Any:
+        return self.found["trailing"]
+
+    def set_code(self, code: Any) -> None:
+        self.found["code"] = code
+
+    def set_details(self, details: str) -> None:
+        self.found["details"] = details
+
+    def set_trailing_metadata(self, trailing: Any) -> None:
+        self.found["trailing"] = trailing
+
+
+@pytest.mark.parametrize(
+    ("own", "code", "told"),
+    [
+        (None, "INTERNAL", "UNAVAILABLE"),
+        (None, "UNAVAILABLE", "UNAVAILABLE"),
+        (None, "NOT_FOUND", "UNAVAILABLE"),
+        (None, "CANCELLED", None),
+        (None, "DEADLINE_EXCEEDED", None),
+        (None, "OK", None),
+        ("INVALID_ARGUMENT", "OK", None),
+        ("INTERNAL", "INTERNAL", None),
+    ],
+)
+def test_what_serve_says_of_a_lost_gateway_is_said_in_our_words(
+    serve: None, own: str | None, code: str, told: str | None
+) -> None:
+    prepare()
+    ended = Ended(own and grpc.StatusCode[own])
+    proxy.set_grpc_code_and_details(ended, ResponseStatus(grpc.StatusCode[code], message="ray.exceptions: at 10.0.0.1"))
+    assert ended.code() == grpc.StatusCode[told or own or code]
+    assert ended.details() == (GATEWAY_GONE if told else "ours" if own else "ray.exceptions: at 10.0.0.1")
+    rich = dict(ended.trailing_metadata()).get("grpc-status-details-bin", b"")
+    assert (GATEWAY_LOST.encode() in rich) == bool(told)
+
+
+def test_what_is_relied_on_is_there() -> None:
+    assert not hasattr(proxy.gRPCProxy, "__ray_metadata__")  # comes by reference, and finds what is replaced
+    assert inspect.getsource(proxy.gRPCProxy).count("set_grpc_code_and_details(context, status)") == 4
+    assert "import add_grpc_address" in inspect.getsource(grpc_util.start_grpc_server)  # looked up when it starts
+    assert "is_ipv6(http_options.host)" in inspect.getsource(http_util.start_asgi_http_server)
+    assert "await" not in inspect.getsource(http_util.start_asgi_http_server)  # its task ends before that of gRPC runs
+    starts = inspect.getsource(proxy.ProxyActor.__ray_metadata__.modified_class.__init__)
+    order = [starts.index(f"{name}(") for name in ("configure_http_middlewares", "start_asgi_http_server")]
+    assert [*order, starts.index("start_grpc_server(")] == sorted([*order, starts.index("start_grpc_server(")])
+
+
+@pytest.mark.parametrize(("module", "name"), RELIED_ON)
+def test_a_proxy_that_cannot_be_prepared_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    monkeypatch.delattr(module, name)
+    with pytest.raises(RuntimeError, match="opens the gRPC port of a proxy in another way"):
+        prepare()
+
+
+def test_serve_finds_the_services() -> None:
+    assert len(gRPCOptions(**grpc_options(9000)).grpc_servicer_func_callable) == len(SERVICES)
+    assert not grpc_options(None)["grpc_servicer_functions"]
+
+
+def test_a_free_port_is_for_local_clusters_only() -> None:
+    with pytest.raises(SpecError, match=r"gateway\.grpc_port: 0 takes a free port for `spray serve`"):
+        check_ports(SPEC.model_copy(update={"metrics": SPEC.metrics.model_copy(update={"port": None})}))
+    named = SPEC.model_copy(update={"gateway": GatewaySpec(), "metrics": SPEC.metrics.model_copy(update={"port": 1})})
+    check_ports(named)
+
+
+def test_a_grpc_port_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SpecError, match=rf"gateway\.grpc_port: 127\.0\.0\.1:{port} cannot be bound .*--set"):
+            local._reserve_port("127.0.0.1", port, "gateway.grpc_port")
