@@ -18,7 +18,9 @@ from tests.support.in_process import served
 README = (Path(__file__).parents[2] / "service" / "README.md").read_text()
 BLOCKS = [(match[1], match[2].strip()) for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)]
 CURLS = [i for i, (_, text) in enumerate(BLOCKS) if text.startswith("curl")]
-PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
+PROGRAMS = [
+    text for kind, text in BLOCKS if kind == "python" and "grpc" not in text
+]  # for that: tests/live/test_grpc.py
 AT = "http://127.0.0.1:8000"
 
 

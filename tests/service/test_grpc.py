@@ -125,8 +125,8 @@ def methods(file: Any) -> list[tuple[str, bool]]:
 
 def test_the_same_body_is_the_same_request_as_over_rest() -> None:
     models = Backend().models()
-    fields = {"negative_prompt": "b", "num_inference_steps": 3, "guidance_scale": 0.0, "seed": 0, "n": 2}
-    fields |= {"output_format": "webp"}
+    fields = {"negative_prompt": "b", "num_inference_steps": 3, "true_cfg_scale": 0.0, "seeds": [0, 9], "n": 2}
+    fields |= {"output_format": "webp", "flow_shift": 3.0}
     body = ImageGenerationBody(
         model="paint", prompt="a", size="64x48", output_compression=0, loras=[{"name": "ink"}], **fields
     )
@@ -172,12 +172,14 @@ REFUSED = [
     ({"model": "paint", "task": "TASK_TEXT_TO_VIDEO"}, "task", "wrong_task"),
     ({"model": "film", "task": "TASK_TEXT_TO_IMAGE"}, "task", "wrong_task"),
     ({"model": ""}, "model", "missing_required_parameter"),
+    ({"guidance_scale_2": 1}, "guidance_scale_2", "invalid_value"),
+    ({"seeds": [1, 2]}, "seeds", "invalid_value"),
+    ({"guidance_scale": 2, "true_cfg_scale": 1}, "true_cfg_scale", "invalid_value"),
     *[
         ({name: value}, name, "unknown_parameter")
         for name, value in {
-            "inputs": [{"role": "image", "uri": "https://example.org"}], "guidance_scale_2": 1, "true_cfg_scale": 1,
-            "flow_shift": 1, "boundary_ratio": 0, "strength": 0, "num_frames": 5, "fps": 8, "extra": {"a": 1},
-            "seeds": [1], "embed_metadata": False,
+            "inputs": [{"role": "image", "uri": "https://example.org"}], "boundary_ratio": 0, "strength": 0,
+            "num_frames": 5, "fps": 8, "extra": {"a": 1}, "embed_metadata": False,
         }.items()
     ],
 ]  # fmt: skip
