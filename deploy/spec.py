@@ -326,6 +326,9 @@ class Storage(_Section):
     models: str | None = Field(
         None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
     )
+    compiled: str | None = Field(
+        None, description="folder for compiled blocks, on every node; absent: a private one among temporary files"
+    )
     outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
 
 

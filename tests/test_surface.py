@@ -79,8 +79,8 @@ SPEC_KEYS = frozenset(
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.grpc_port gateway.replicas
-    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models storage.outputs
-    storage.outputs.folder storage.outputs.ttl_s
+    limits limits.max_body_bytes metrics metrics.host metrics.port
+    storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )
