@@ -61,6 +61,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "attention_kernel": ("torch-cudnn", "upgrade", "attention_kernel None -> torch-cudnn"),
     "parallel": (ParallelDegrees(ulysses_degree=2), "upgrade", "parallel.ulysses_degree 1 -> 2"),
     "compile": (True, "upgrade", "compile False -> True"),
+    "cuda_graphs": (True, "upgrade", "cuda_graphs False -> True"),
     "warmup_shapes": ((WarmupShape(width=64, height=64),), "upgrade", "warmup_shapes"),
     "text_encoder": ("replicate", "upgrade", "text_encoder rank0 -> replicate"),
     "vae": ("rank0", "upgrade", "vae all -> rank0"),

@@ -20,11 +20,18 @@ from sp_core.verify.verify import BAR
 from tests.sp_core.test_compile import Own
 from tests.support.deployments import model
 from tests.support.programs import needs_compiler
+from workers.gang.rank import Rank
+from workers.messages import GenerationRequest
 from workers.model.compile_cache import cache_folder
 from workers.model.compiler import Compiler
+from workers.model.loader import GRAPHS, load_model
 from workers.model.torch_internals import VARIABLE, graphs
 
 ULYSSES = ParallelDegrees(ulysses_degree=2)
+
+TWO_GUIDED_STEPS = GenerationRequest(
+    "a", "demo", "a cup", negative_prompt="", width=64, height=48, num_inference_steps=2, seed=1, guidance_scale=4.0
+)
 
 COUNTING = """#!/bin/sh
 case " $* " in *" -shared "*) echo "$@" >> {calls};; esac
@@ -69,13 +76,13 @@ def start(mesh: ParallelMesh, folder: Path, root: Path, work: Callable[[Path], N
 
 
 def damage(root: Path) -> None:
-    """Cut a library short, and flip the first byte of a file of each other kind that is loaded."""
+    """Cut all libraries short, and flip the first byte of a file of each other kind that is loaded."""
     files = [file for file in sorted(cache_folder(str(root)).rglob("*")) if file.is_file()]
-    for kind in ("*.so", "*.py", "fxgraph/*/*/*", "aotautograd/*/*"):
-        file = next(file for file in files if file.match(kind))
+    others = [next(f for f in files if f.match(kind)) for kind in ("*.py", "fxgraph/*/*/*", "aotautograd/*/*")]
+    for file in [*others, *(file for file in files if file.suffix == ".so")]:
         content = file.read_bytes()
         file.unlink()  # this process still has the whole one
-        file.write_bytes(content[:1000] if kind == "*.so" else b"\0" + content[1:])
+        file.write_bytes(content[:1000] if file.suffix == ".so" else b"\0" + content[1:])
     note(root)
 
 
@@ -107,6 +114,31 @@ def test_a_second_start_compiles_nothing(demo_model: Path, tmp_path: Path, monke
     (before,) = (int(line) for line in (tmp_path / "notes").read_text().split())
     assert before > 0
     assert len((tmp_path / "calls").read_text().splitlines()) > before
+
+
+def test_graphs_are_asked_for_and_told_where_a_forward_begins(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    begun: list[bool] = []
+    torch.compile(torch.sin, options=GRAPHS)  # torch refuses options that it does not have
+
+    def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+    for recorded, options, times in ((False, {}, 0), (True, {"options": {"triton.cudagraphs": True}}, 4)):
+        asked.clear()
+        ours = spec(demo_model, ParallelDegrees()).model_copy(update={"cuda_graphs": recorded})
+        rank = Rank(0, ours)
+        rank._use(load_model(ours, mesh))
+        assert len(asked) == len(rank._loaded.pipeline.transformer.transformer_blocks)
+        assert asked[0] == asked[-1] == {"fullgraph": True} | options
+        list(rank._denoise(rank._begin(TWO_GUIDED_STEPS)))
+        assert len(begun) == times
 
 
 def test_a_folder_that_cannot_be_used_costs_only_what_it_would_save(

@@ -88,6 +88,7 @@ def what_decides(model: ModelSpec, device: str) -> dict[str, Any]:
         "parallel": asdict(model.parallel),
         "dtype": model.torch_dtype,
         "attention_kernel": model.attention_kernel,
+        "cuda_graphs": model.cuda_graphs,
         "device": device,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
