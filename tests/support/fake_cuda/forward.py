@@ -181,7 +181,7 @@ class _PlainCopies:
         self._device = device
 
     def move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device)
+        return tensor.to(self._device, non_blocking=True)
 
     def finish(self) -> None:
         pass
