@@ -103,7 +103,7 @@ class Gang:
         of their own, ahead of later requests.
 
         Args:
-            user_config: `{"model": ModelSpec.live, "storage": DeploymentSpec.storage,
+            user_config: `{"model": ModelSpec.live, "storage": its `models` and `compiled`,
                 "metrics": DeploymentSpec.metrics_at}`.
 
         Raises:
