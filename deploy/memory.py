@@ -46,12 +46,14 @@ class RankMemory:
         activations: at the largest request that the limits allow; None if the model's class was not measured.
         request: that request, as text.
         reserve: for CUDA and NCCL.
+        graphs: whether CUDA graphs come on top, which keep memory of their own; nobody has measured how much.
     """
 
     weights: int
     activations: int | None
     request: str
     reserve: int
+    graphs: bool = False
 
     @property
     def total(self) -> int:
@@ -65,6 +67,7 @@ class RankMemory:
             else f"{format_bytes(self.activations)} of activations at {self.request}"
         )
         reserve = f" + {format_bytes(self.reserve)} for CUDA" if self.reserve else ""
+        reserve += " + unknown CUDA graphs" if self.graphs else ""
         return f"{format_bytes(self.weights)} of weights + {activations}{reserve} = {format_bytes(self.total)}"
 
 
@@ -105,6 +108,7 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
         activations=activation_bytes(model, folder, request),
         request=str(request),
         reserve=CUDA_RESERVE if model.device == "cuda" else 0,
+        graphs=model.cuda_graphs,
     )
 
 

@@ -174,6 +174,11 @@ class ModelSpec(_Section):
         None, description="of attention without a mask on cuda; absent: the fastest on the first rank, when it starts"
     )
     compile: bool = Field(False, description="compile the transformer's blocks; needs warmup_shapes")
+    cuda_graphs: bool = Field(
+        False,
+        description="record compiled blocks as CUDA graphs, all but attention; needs compile, a GPU for each rank and "
+        "tensor_parallel_size 1. Not yet run on a GPU",
+    )
     warmup_shapes: tuple[WarmupShape, ...] = Field((), description="sizes that run once at start")
     text_encoder: Literal["rank0", "replicate"] = Field(
         "rank0",
@@ -234,6 +239,21 @@ class ModelSpec(_Section):
     def _kernel_is_for_cuda(self) -> Self:
         if self.attention_kernel and self.device == "cpu":
             raise ValueError(f"attention_kernel is {self.attention_kernel}, but device is cpu; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_can_be_recorded(self) -> Self:
+        reasons = {
+            "compile is false; set it": not self.compile,
+            "device is cpu; leave cuda_graphs out": self.device == "cpu",
+            # Sums between ranks would be recorded too, and whoever replays alone waits for ever.
+            "tensor_parallel_size is above 1; use ulysses_degree or ring_degree": (
+                self.parallel.tensor_parallel_size > 1
+            ),
+        }
+        for reason, holds in reasons.items():
+            if self.cuda_graphs and holds:
+                raise ValueError(f"cuda_graphs is true, but {reason}")
         return self
 
     @field_validator("loras")
@@ -325,6 +345,9 @@ class Storage(_Section):
 
     models: str | None = Field(
         None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
+    )
+    compiled: str | None = Field(
+        None, description="folder for compiled blocks, on every node; absent: a private one among temporary files"
     )
     outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
 

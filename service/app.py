@@ -59,7 +59,7 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
     """
-    on_nodes = {"models_folder": spec.storage.models, "metrics": spec.metrics_at}
+    on_nodes = {"storage": spec.storage.model_dump(include={"models", "compiled"}), "metrics": spec.metrics_at}
     models = [model_application(model, on_nodes) for model in spec.models]
     return {
         "proxy_location": "EveryNode",
@@ -95,7 +95,7 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
 
     Args:
         model: with its `tasks` derived, if its folder can be read.
-        on_nodes: what all gangs share: `storage.models` and `DeploymentSpec.metrics_at`.
+        on_nodes: what all gangs share: the folders of `storage` that ranks use, and `DeploymentSpec.metrics_at`.
     """
     scaling = model.autoscaling
     options = {

@@ -119,7 +119,7 @@ def _innermost(caller: str) -> RunningForward:
     return forward
 
 
-@torch.library.custom_op("sp_core::shard", mutates_args=())
+@torch.library.custom_op("sp_core::shard", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _shard_operator(
     tensor: torch.Tensor, dim: int, number: int, stream: str | None, padded: bool, replicated: int, rank: int, size: int
 ) -> torch.Tensor:
@@ -138,7 +138,7 @@ def _(
     return tensor.new_empty(shape)
 
 
-@torch.library.custom_op("sp_core::gather", mutates_args=())
+@torch.library.custom_op("sp_core::gather", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _gather_operator(tensor: torch.Tensor, dim: int, number: int, stream: str | None, closes: bool) -> torch.Tensor:
     whole = gather(SequenceContext.numbered(number), tensor, dim, stream=stream, closes=closes)
     return whole.clone(memory_format=torch.contiguous_format)

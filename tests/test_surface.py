@@ -72,15 +72,15 @@ SPEC_KEYS = frozenset(
     models.autoscaling.target_backlog_seconds models.autoscaling.upscale_delay_s
     models.autoscaling.downscale_delay_s models.autoscaling.downscale_to_zero_delay_s
     models.attention_kernel models.vae_dtype models.placement.network_interface
-    models.compile models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
+    models.compile models.cuda_graphs models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
     models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.grpc_port gateway.replicas
-    limits limits.max_body_bytes metrics metrics.host metrics.port storage storage.models storage.outputs
-    storage.outputs.folder storage.outputs.ttl_s
+    limits limits.max_body_bytes metrics metrics.host metrics.port
+    storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )

@@ -26,6 +26,7 @@ from service.rollout.cluster_folder import place
 from service.rollout.environment import has_token
 from service.rollout.ports import bind_error
 from workers.gang.network import interfaces
+from workers.model.compile_cache import bytes_in, cache_folder
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """The oldest NVIDIA driver that runs a CUDA release, by their major versions."""
@@ -116,6 +117,7 @@ def diagnose(spec: DeploymentSpec | None, machine: Machine | None = None) -> lis
         _shared_memory(machine, spec),
         *_ports(spec),
         *_disks(machine, spec),
+        *_compiled(spec),
         *_ray(machine),
         _open_files(machine),
         *(_keys(machine, spec) if spec else ()),
@@ -248,6 +250,19 @@ def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
     advice = "Ray keeps logs and spilled objects there: make room, or mount a larger volume"
     few = free < ROOM_FOR_LOGS
     yield Finding("disk for logs", "warn" if few else "ok", found, advice if few else "")
+
+
+def _compiled(spec: DeploymentSpec | None) -> Iterator[Finding]:
+    """Where compiled blocks are kept: code that ranks run, which nobody else may write."""
+    if spec and not any(model.compile for model in spec.models):
+        return
+    folder = cache_folder(spec.storage.compiled if spec else None)
+    others = [path for path in (folder.parent, folder) if path.exists() and path.stat().st_uid != os.getuid()]
+    if others:
+        advice = "set storage.compiled to a folder where only the user of the ranks may write"
+        yield Finding("compiled blocks", "warn", f"not kept: {others[0]} belongs to somebody else", advice)
+    else:
+        yield Finding("compiled blocks", "ok", f"{format_bytes(bytes_in(folder))} at {folder}")
 
 
 def _ray(machine: Machine) -> Iterator[Finding]:

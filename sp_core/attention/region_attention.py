@@ -154,7 +154,7 @@ def _agree(misfit: ValueError | None, site: AttentionSite, joint: int) -> None:
         raise misfit
 
 
-@torch.library.custom_op("sp_core::attention", mutates_args=())
+@torch.library.custom_op("sp_core::attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _attention_operator(
     query: torch.Tensor,
     key: torch.Tensor,

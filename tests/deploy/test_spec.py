@@ -35,6 +35,9 @@ def a_model(**changes: Any) -> dict[str, Any]:
     return {"models": [{"name": "a", "source": "model", "device": "cpu"} | changes]}
 
 
+COMPILED: dict[str, Any] = {"compile": True, "warmup_shapes": [{"width": 64, "height": 64}], "device": "cuda"}
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -52,6 +55,12 @@ def a_model(**changes: Any) -> dict[str, Any]:
         (a_model(limits={"max_width": 512}), "defaults.width is 1024, above limits.max_width, 512"),
         (a_model(defaults={"height": 100}), "defaults.height is 100, not a multiple of 16"),
         (a_model(compile=True), "compile needs warmup_shapes, or the first callers would wait"),
+        (a_model(cuda_graphs=True, device="cuda"), "cuda_graphs is true, but compile is false; set it"),
+        (a_model(cuda_graphs=True, **COMPILED | {"device": "cpu"}), "but device is cpu; leave cuda_graphs out"),
+        (
+            a_model(cuda_graphs=True, **COMPILED, parallel={"tensor_parallel_size": 2}),
+            "but tensor_parallel_size is above 1; use ulysses_degree or ring_degree",
+        ),
         (a_model(warmup_shapes=[{"width": 4096, "height": 64}]), "warmup_shapes.0 is 4096x64, above the limits"),
         (a_model(warmup_shapes=[{"width": 100, "height": 64}]), "warmup_shapes.0 is not a multiple of 16 pixels"),
         (a_model(warmup_shapes=[{"width": 64, "height": 64, "num_frames": 500}]), "above limits.max_num_frames"),
@@ -339,6 +348,14 @@ def test_hub_models_that_are_not_here_are_no_obstacle(tmp_path: Path) -> None:
 def test_where_the_hubs_cache_is() -> None:
     assert cache_root(None) == Path(huggingface_hub.constants.HF_HUB_CACHE)
     assert cache_root("/m") == Path("/m")
+
+
+def test_graphs_of_sequence_ranks_are_allowed_and_not_counted(tmp_path: Path, demo_model: Path) -> None:
+    content = a_model(cuda_graphs=True, **COMPILED, parallel={"ulysses_degree": 2, "ring_degree": 2})
+    (model,) = load_spec(write(tmp_path, content)).models
+    assert model.cuda_graphs
+    assert " for CUDA + unknown CUDA graphs = " in str(rank_memory(model, demo_model))
+    assert "graphs" not in str(rank_memory(model.model_copy(update={"cuda_graphs": False}), demo_model))
 
 
 def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:

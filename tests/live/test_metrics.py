@@ -181,7 +181,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     gang._setup = Setup(spec, AdapterSync(()), FAMILY, None, contextvars.copy_context(), metrics_at, metrics)
     gang._setup.metrics.backlog(5.0)
     gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
-    configured = {"model": spec.live, "models_folder": None, "metrics": metrics_at}
+    configured = {"model": spec.live, "storage": {}, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
         asyncio.run(gang.reconfigure(configured))
     assert told == ["0"]

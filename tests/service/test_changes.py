@@ -47,7 +47,7 @@ from workers.gang.gang import Gang
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "deploy").glob("*.yaml"))
 
-ON_NODES = {"models_folder": "/hub", "metrics": {"host": "127.0.0.1", "port": 9464}}
+ON_NODES = {"storage": {"models": "/hub", "compiled": None}, "metrics": {"host": "127.0.0.1", "port": 9464}}
 
 BEFORE = ModelSpec(name="a", source="/models/a", tasks=("text-to-image",))
 
@@ -61,6 +61,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "attention_kernel": ("torch-cudnn", "upgrade", "attention_kernel None -> torch-cudnn"),
     "parallel": (ParallelDegrees(ulysses_degree=2), "upgrade", "parallel.ulysses_degree 1 -> 2"),
     "compile": (True, "upgrade", "compile False -> True"),
+    "cuda_graphs": (True, "upgrade", "cuda_graphs False -> True"),
     "warmup_shapes": ((WarmupShape(width=64, height=64),), "upgrade", "warmup_shapes"),
     "text_encoder": ("replicate", "upgrade", "text_encoder rank0 -> replicate"),
     "vae": ("rank0", "upgrade", "vae all -> rank0"),
@@ -306,10 +307,10 @@ def test_where_metrics_are_read_restarts_nothing() -> None:
         check_ports(DeploymentSpec(models=(BEFORE,), metrics=Metrics(port=0)))
 
 
-def test_where_models_are_kept_restarts_nothing() -> None:
-    spec = DeploymentSpec(models=(BEFORE,), storage=Storage(models="/hub"))
+def test_where_files_are_kept_restarts_nothing() -> None:
+    spec = DeploymentSpec(models=(BEFORE,), storage=Storage(models="/hub", compiled="/compiled"))
     application, _ = serve_config(spec)["applications"]
-    assert application["deployments"][0]["user_config"]["models_folder"] == "/hub"
+    assert application["deployments"][0]["user_config"]["storage"] == {"models": "/hub", "compiled": "/compiled"}
     assert application["args"] == serve_config(DeploymentSpec(models=(BEFORE,)))["applications"][0]["args"]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from deploy.memory import GIB
-from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placement
+from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placement, Storage, WarmupShape
 from service.cli import doctor
 from service.cli.doctor import Finding, Machine, diagnose
 from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import deployment, model
+from workers.model.compile_cache import cache_folder
 
 TORCH = {"torch": "2.13.0", "cuda": "12.8", "nccl": "2.27.3", "usable": 2}
 
@@ -148,3 +149,20 @@ def test_this_machine() -> None:
 def test_commands_that_fail_print_nothing() -> None:
     run: Callable[[list[str]], str] = doctor._output
     assert run(["/nowhere/nothing"]) == run(["false"]) == ""
+
+
+def test_where_compiled_blocks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = served()
+    assert not [finding for finding in diagnose(spec, a_machine(tmp_path)) if finding.name == "compiled blocks"]
+    compiling = {"compile": True, "warmup_shapes": (WarmupShape(width=64, height=64),)}
+    models = tuple(model.model_copy(update=compiling) for model in spec.models)
+    spec = spec.model_copy(update={"models": models, "storage": Storage(compiled=str(tmp_path / "kept"))})
+    folder = cache_folder(spec.storage.compiled)
+    assert found(a_machine(tmp_path), "compiled blocks", spec).found == f"0.0 MiB at {folder}"
+    folder.mkdir(parents=True)
+    (folder / "code").write_bytes(bytes(2**20))
+    assert found(a_machine(tmp_path), "compiled blocks", spec).found == f"1.0 MiB at {folder}"
+    monkeypatch.setattr(doctor, "cache_folder", lambda _: folder)
+    monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
+    theirs = found(a_machine(tmp_path), "compiled blocks", spec)
+    assert (theirs.level, theirs.found) == ("warn", f"not kept: {folder.parent} belongs to somebody else")

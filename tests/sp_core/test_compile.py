@@ -22,6 +22,8 @@ from sp_core.verify.verify import BAR
 from tests.support import qwen
 from tests.support.programs import needs_compiler
 
+OPERATORS = ("attention", "shard", "gather")
+
 PROMPTS = [5, 9, *range(10, 30)]
 """Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
 
@@ -80,6 +82,12 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
 
 def test_operators_are_what_is_traced(ranks: RankPool) -> None:
     assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 6] * 2
+
+
+def test_no_operator_of_ours_is_recorded_in_a_cuda_graph() -> None:
+    """Each looks up the running forward, and may exchange with other ranks: neither happens when a graph replays."""
+    tagged = {name: torch.Tag.cudagraph_unsafe in getattr(torch.ops.sp_core, name).default.tags for name in OPERATORS}
+    assert tagged == dict.fromkeys(OPERATORS, True)
 
 
 def inductor(mesh: ParallelMesh) -> float:

@@ -140,7 +140,7 @@ EXPECTED = {
 }
 """By name in `FULL_WIDTH`. A wait that is not here fails its test, and says where it is."""
 
-OF_LOADING = {"workers/model/weights.py _moved", "workers/model/weights.py _move_buffers"}
+OF_LOADING = {"workers/model/weights.py _move_buffers"}
 """Where the host may wait while weights are read."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from deploy.spec import ModelSpec
+from deploy.spec import ModelSpec, Storage
 from service.rollout.cluster_folder import place
 from sp_core.degrees import ParallelDegrees
 from workers.gang.device import CUDA_ENVIRONMENT, Place, _visible_index, by_device, environment
@@ -90,7 +90,7 @@ def gpus() -> Iterator[None]:
 def test_each_rank_is_given_one_gpu_and_sees_all(gpus: None) -> None:
     model = a_model()
     options = {"num_cpus": 0.1, "num_gpus": 1, "runtime_env": {"env_vars": environment(model)}}
-    actors = [RankActor.options(**options).remote(model, None, "0") for _ in range(4)]  # type: ignore[attr-defined]
+    actors = [RankActor.options(**options).remote(model, Storage(), "0") for _ in range(4)]  # type: ignore[attr-defined]
     places = ray.get([actor.place.remote() for actor in actors], timeout=120)
     assert sorted(place.gpu for place in places) == ["0", "1", "2", "3"]
     ordered = [actors[i] for i in by_device(places)]

@@ -135,7 +135,7 @@ def inked(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
 async def deploy(gang: Gang, *loras: LoRA) -> None:
     """What Serve does when the deployment file names these adapters."""
     live = ModelSpec(name="inked", source="/a", loras=loras).live
-    config = {"model": live, "models_folder": None, "metrics": {"host": "127.0.0.1", "port": None}}
+    config = {"model": live, "storage": {}, "metrics": {"host": "127.0.0.1", "port": None}}
     await gang.reconfigure(config)
 
 

@@ -23,7 +23,7 @@ from ray import serve
 
 from deploy.families.family import PipelineFamily
 from deploy.families.lookup import find_family
-from deploy.spec import ModelSpec
+from deploy.spec import ModelSpec, Storage
 from workers.errors import GangLost
 from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
@@ -57,7 +57,7 @@ class Setup:
         model: as it is deployed. Its revision is the commit that was fetched.
         adapters: those of the model, and those that the ranks have.
         family: what is known of the model's pipeline.
-        models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
+        storage: where each node keeps files.
         context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
         metrics_at: arguments of `Exporter.serve_at`.
         metrics: where the gang observes, under its current number.
@@ -66,7 +66,7 @@ class Setup:
     model: ModelSpec
     adapters: AdapterSync
     family: PipelineFamily
-    models_folder: str | None
+    storage: Storage
     context: contextvars.Context
     metrics_at: dict[str, Any]
     metrics: GangMetrics
@@ -103,7 +103,7 @@ class Gang:
         of their own, ahead of later requests.
 
         Args:
-            user_config: `{"model": ModelSpec.live, "models_folder": where models from the hub are kept, or None,
+            user_config: `{"model": ModelSpec.live, "storage": its `models` and `compiled`,
                 "metrics": DeploymentSpec.metrics_at}`.
 
         Raises:
@@ -114,7 +114,7 @@ class Gang:
         number = str(serve.get_replica_context().rank.rank)
         self._exporter.serve_at(**user_config["metrics"])
         if self._ranks is None:
-            await self._start(model, user_config["models_folder"], user_config["metrics"], number)
+            await self._start(model, Storage(**user_config["storage"]), user_config["metrics"], number)
         else:
             self._adjust(model, user_config["metrics"], number)
 
@@ -195,18 +195,16 @@ class Gang:
         assert self._setup is not None, "Serve configures a replica before it uses it"
         return self._setup
 
-    async def _start(
-        self, model: ModelSpec, models_folder: str | None, metrics_at: dict[str, Any], number: str
-    ) -> None:
+    async def _start(self, model: ModelSpec, storage: Storage, metrics_at: dict[str, Any], number: str) -> None:
         """Fetch the model and start the first ranks."""
-        folder = await asyncio.to_thread(fetch, model, models_folder)
+        folder = await asyncio.to_thread(fetch, model, storage.models)
         family = find_family(folder)
         commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
         self._setup = Setup(
             model=model.model_copy(update=commit),
             adapters=AdapterSync(model.loras),
             family=family,
-            models_folder=models_folder,
+            storage=storage,
             context=contextvars.copy_context(),
             metrics_at=metrics_at,
             metrics=GangMetrics(model.name, number),
@@ -287,7 +285,7 @@ class Gang:
         name = f"{setup.model.name}-{replica}-{next(self._incarnation)}"
         number = setup.metrics.replica
         model = setup.model.model_copy(update={"loras": setup.adapters.start_over()})
-        ranks = await RankGroup.start(model, setup.models_folder, name, number, self._on_lost)
+        ranks = await RankGroup.start(model, setup.storage, name, number, self._on_lost)
         current = self._started  # a `reconfigure` may have come while they started
         current.metrics.started(ranks.startup_s)
         ranks.serve_metrics(**current.metrics_at)

@@ -30,6 +30,7 @@ from workers.errors import OutOfMemory, PeerFailed, RequestCancelled, RequestErr
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.metrics import RankMetrics
+from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.media import encode
@@ -47,10 +48,17 @@ class Rank:
         device_index: which of the visible CUDA devices it uses; ignored on CPU.
         node_id: the Ray node it runs on; empty outside Ray.
         replica: the gang's number among those of its model, for metrics.
+        compiled_folder: `storage.compiled` of the deployment.
     """
 
     def __init__(
-        self, rank: int, model: ModelSpec, device_index: int = 0, node_id: str = "", replica: str = "0"
+        self,
+        rank: int,
+        model: ModelSpec,
+        device_index: int = 0,
+        node_id: str = "",
+        replica: str = "0",
+        compiled_folder: str | None = None,
     ) -> None:
         self.rank = rank
         self.model = model
@@ -65,6 +73,7 @@ class Rank:
         self._read = 0.0
         self._cancelled: str | None = None  # a request's id, written by the control thread
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
+        self._compiler = Compiler(model, compiled_folder, self._device)
         if model.device == "cpu":
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
 
@@ -119,8 +128,9 @@ class Rank:
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
-        self._warm_up()
-        self._warm_up_adapters(self.model.loras)
+        with self._compiler.warming("start"):
+            self._warm_up()
+            self._warm_up_adapters(self.model.loras)
         gc.collect()
         gc.freeze()  # the model stays; looking through its objects between steps would only cost time
         self.renumber(self._replica)  # metrics begin here
@@ -165,7 +175,8 @@ class Rank:
         try:
             self._use(self._run_on_all_ranks(None, lambda: former.with_loras(loras)))
             try:
-                self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
+                with self._compiler.warming("new adapters"):
+                    self._warm_up_adapters(lora for lora in loras if lora not in former.shares)
             except (RequestError, RequestFailed):
                 self._use(former)
                 raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from deploy.spec import LoRA, ModelSpec
+from deploy.spec import LoRA, ModelSpec, Storage
 from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface
@@ -28,9 +28,9 @@ class RankActor:
     It learns its number only when all processes are there, because that depends on their devices.
     """
 
-    def __init__(self, model: ModelSpec, models_folder: str | None, replica: str) -> None:
+    def __init__(self, model: ModelSpec, storage: Storage, replica: str) -> None:
         self._exporter = Exporter(share_values())
-        self._model, self._models_folder, self._replica = model, models_folder, replica
+        self._model, self._storage, self._replica = model, storage, replica
         self._place = own_place()
         self._address = ""  # where other ranks reach this process; from `prepare` on
         self._number = -1  # until `take_number`
@@ -55,14 +55,16 @@ class RankActor:
                 network interface is not there.
         """
         logging.basicConfig(format="%(name)s: %(message)s")
-        if self._number == 0:  # all ranks would log the same: the kernel, and what the layout costs
-            logging.getLogger("sp_core").setLevel(logging.INFO)
-        folder = fetch(self._model, self._models_folder)  # the gang's own node has it; another node may not
+        if self._number == 0:  # all ranks would log the same: the kernel, what the layout costs, what was compiled
+            for name in ("sp_core", "workers.model"):
+                logging.getLogger(name).setLevel(logging.INFO)
+        folder = fetch(self._model, self._storage.models)  # the gang's own node has it; another node may not
         here = self._model.model_copy(update={"source": str(folder)})
         rank = import_rank()  # here: the gang imports this module, and must start without torch
         node_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._address = use_interface(here.placement.network_interface, node_address)
-        self._made = rank(self._number, here, self._place.cuda_index, self._place.node_id, self._replica)
+        place, compiled = self._place, self._storage.compiled
+        self._made = rank(self._number, here, place.cuda_index, place.node_id, self._replica, compiled)
 
     def _starting(self) -> RankStatus:
         return RankStatus(self._number, self._place.pid, self._place.node_id, "starting", 0, self._model.name, 0.0, 0)

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.spec import LoRA, ModelSpec
+from deploy.spec import LoRA, ModelSpec, Storage
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.device import by_device, environment
 from workers.gang.placement import bundle
@@ -64,13 +64,13 @@ class RankGroup:
 
     @classmethod
     async def start(
-        cls, model: ModelSpec, models_folder: str | None, name: str, replica: str, on_lost: Callable[[], None]
+        cls, model: ModelSpec, storage: Storage, name: str, replica: str, on_lost: Callable[[], None]
     ) -> Self:
         """Start the ranks, let them meet and load, and begin to watch them.
 
         Args:
             model: what the ranks load.
-            models_folder: where each node keeps models from the hub; None: Hugging Face's own cache.
+            storage: where each node keeps files.
             name: prefix of the ranks' actor names, unique in the cluster.
             replica: the gang's number among those of its model, for metrics.
             on_lost: called once, when the ranks are lost; not if they do not start.
@@ -79,7 +79,7 @@ class RankGroup:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        processes = _create(model, models_folder, name, replica)
+        processes = _create(model, storage, name, replica)
         limit = model.timeouts.startup_s
         try:
             ranks, statuses = await asyncio.wait_for(_assemble_watched(processes, model), limit)
@@ -215,7 +215,7 @@ class RankGroup:
         self._on_lost()
 
 
-def _create(model: ModelSpec, models_folder: str | None, name: str, replica: str) -> list[Any]:
+def _create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[Any]:
     """Create one actor in each bundle of this replica's placement group, in the order of the bundles."""
     group = get_current_placement_group()
     assert group is not None, "a gang runs in the placement group of its Serve replica"
@@ -227,7 +227,7 @@ def _create(model: ModelSpec, models_folder: str | None, name: str, replica: str
             num_gpus=resources.get("GPU", 0),
             runtime_env={"env_vars": variables} if variables else None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        ).remote(model, models_folder, replica)
+        ).remote(model, storage, replica)
         for index in range(model.parallel.world_size)
     ]
 

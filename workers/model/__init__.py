@@ -3,6 +3,9 @@
 files.py                where a model's files are on this node: fetched once, checked once
 digests.py              what a deployment's files are, by content
 loader.py               loads a model folder; weights.py reads a transformer's share, components.py all others
+staging.py              from a file's memory to a GPU's
+compiler.py             compiles blocks into a folder of the node, which the next process finds: compile_cache.py
+torch_internals.py      what torch keeps private
 out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
 adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step

@@ -30,6 +30,9 @@ from workers.model.weights import build, load_transformer
 RECOMPILE_LIMIT = 64
 """Graphs per block. torch's 8 are too few for several shapes, each with and without several adapters."""
 
+GRAPHS: dict[str, bool] = {"triton.cudagraphs": True}
+"""Of torch.compile. Operators with the tag `cudagraph_unsafe` split what is recorded, and run between the parts."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -164,7 +167,9 @@ def _load_transformer(
         keep_timestep_exact(transformer, dtype)
     if model.compile:
         torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
-        transformer.compile_repeated_blocks(fullgraph=True)
+        transformer.compile_repeated_blocks(fullgraph=True, **({"options": GRAPHS} if model.cuda_graphs else {}))
+    if model.cuda_graphs:  # tells where one forward ends and what it has returned may be overwritten
+        transformer.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     loaded: torch.nn.Module = transformer
     return loaded
 

@@ -23,6 +23,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import SequenceParallelModelPlan
 from workers.model.diffusers_internals import stays_fp32
+from workers.model.staging import Staging
 
 READ_AT_ONCE = 32 * 2**20
 """Bytes after which a file is opened again: while it is open, what was read of it counts as this process's memory."""
@@ -132,16 +133,21 @@ def fill(
 
     def fill_from(path: Path) -> None:
         nonlocal count
+        staging = Staging(device) if device.type == "cuda" else None
         for name, tensor in _read(path, [name for name, file in files.items() if file == path], parts):
             if tensor.shape != expected[name].shape:
                 raise ValueError(f"{name} of {folder} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-            kept = _moved(tensor, device, _dtype_of(name, tensor, type(model), dtype))
+            kind = _dtype_of(name, tensor, type(model), dtype)
+            # A GPU converts faster than the CPU. On the CPU it must be a copy, for the tensor is the file's memory.
+            kept = staging.move(tensor).to(kind) if staging else tensor.to(kind, copy=True)
             owner, _, leaf = name.rpartition(".")
             is_parameter = isinstance(expected[name], nn.Parameter)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=False) if is_parameter else kept)
             with counting:
                 count += 1
                 on_progress(count / len(expected))
+        if staging:
+            staging.finish()
 
     with ThreadPoolExecutor(at_once or (FILES_AT_ONCE if device.type == "cuda" else 1)) as threads:
         filling = [threads.submit(fill_from, path) for path in dict.fromkeys(files.values())]
@@ -151,13 +157,9 @@ def fill(
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
+    if device.type == "cuda":
+        Staging.release()
     _move_buffers(model, device)
-
-
-def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A copy, for the tensor is the file's memory. A GPU converts it itself, faster than the CPU."""
-    there = tensor.to(device)
-    return there.to(dtype, copy=there is tensor)
 
 
 def _dtype_of(name: str, tensor: torch.Tensor, kind: type[nn.Module], dtype: torch.dtype) -> torch.dtype:

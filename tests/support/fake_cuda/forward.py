@@ -169,8 +169,26 @@ def _files_of(whole: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
         mock.patch.object(weights, "verified_files", lambda *_: dict.fromkeys(whole, Path())),
         mock.patch.object(weights, "_read", read),
         mock.patch.object(weights, "ThreadPoolExecutor", _ThisThread),
+        mock.patch.object(weights, "Staging", _PlainCopies),
     ):
         yield
+
+
+class _PlainCopies:
+    """Instead of pinned memory and streams, which need a driver; `tests/workers/test_staging.py` has those."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def finish(self) -> None:
+        pass
+
+    @staticmethod
+    def release() -> None:
+        pass
 
 
 class _ThisThread(Executor):

@@ -1,0 +1,77 @@
+"""Compiles a rank's blocks into a folder that the next process finds, and says what was found.
+
+A `ModelSpec` and `storage.compiled` come in. Called by `workers.gang.rank` around whatever warms up.
+"""
+
+import contextlib
+import hashlib
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from deploy.spec import ModelSpec
+from workers.model.compile_cache import CompileCache, Warmed, cache_folder, what_decides
+from workers.model.torch_internals import compile_into, graphs
+
+logger = logging.getLogger(__name__)
+
+
+class Compiler:
+    """Where the blocks of one rank are compiled to. Nothing happens before `warming`.
+
+    Args:
+        model: whose `source` is a folder of this node.
+        root: `storage.compiled` of the deployment; None: among temporary files.
+        device: of the rank.
+    """
+
+    def __init__(self, model: ModelSpec, root: str | None, device: torch.device) -> None:
+        self._model, self._root, self._device = model, root, device
+        self._cache: CompileCache | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._opened = False
+
+    @contextlib.contextmanager
+    def warming(self, what: str) -> Iterator[None]:
+        """Inside, blocks are compiled unless an earlier process has done so; afterwards the next one finds them.
+
+        Args:
+            what: is warmed up, in a word; times are compared with those of the same.
+        """
+        if self._model.compile and not self._opened:
+            self._opened = True
+            self._open()
+        before, began = graphs(), time.monotonic()
+        yield
+        if self._cache is not None:
+            cached, compiled = (now - then for now, then in zip(graphs(), before, strict=True))
+            self._cache.keep(Warmed(what, cached, compiled, time.monotonic() - began))
+
+    def _open(self) -> None:
+        """A folder that cannot be used costs what it would have saved: this process then has one of its own."""
+        try:
+            cache = CompileCache(cache_folder(self._root), what_decides(self._model, code_target(self._device)))
+        except OSError as error:
+            logger.warning("compiled blocks are not kept: %s", error)
+            self._temporary = tempfile.TemporaryDirectory(prefix="spray-compiled-")  # private, unlike torch's own
+            compile_into(Path(self._temporary.name))
+            return
+        self._cache = cache if compile_into(cache.folder) else None
+
+
+def code_target(device: torch.device) -> str:
+    """What code for a device is made for: the GPU's model and CUDA's version, or the CPU with its instructions."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.major}.{properties.minor}, {torch.version.cuda or torch.version.hip}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    described = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return f"{platform.machine()}, {hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:12]}"

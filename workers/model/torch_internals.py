@@ -1,0 +1,31 @@
+"""What workers needs of torch's compiler and torch keeps private.
+
+`tests/workers/test_torch_internals.py` pins it. Called by `workers.model.compiler`. No other file of workers uses a
+private name of torch.
+"""
+
+import os
+from pathlib import Path
+
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_into(folder: Path) -> bool:
+    """Let the compiler of this process read and write there, unless the operator has named another folder.
+
+    Returns:
+        Whether it does.
+    """
+    if os.environ.get(VARIABLE, default_cache_dir()) != default_cache_dir():  # torch names its own at import
+        return False
+    os.environ[VARIABLE] = str(folder)
+    return True
+
+
+def graphs() -> tuple[int, int]:
+    """Graphs of this process whose code was in the folder, and graphs that were compiled."""
+    seen = counters["inductor"]
+    return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
