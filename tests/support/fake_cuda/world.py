@@ -15,7 +15,7 @@ from sp_core import collectives, cuda_kernels
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 
-_HOST_EXCHANGES = ("_all_lengths", "on_any_rank")
+_HOST_EXCHANGES = ("all_lengths", "on_any_rank")
 """Functions of `sp_core.collectives` that exchange integers between hosts, in plain tensors."""
 
 
