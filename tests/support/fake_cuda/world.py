@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -57,7 +57,7 @@ def kernel_chosen(name: str) -> Iterator[None]:
     with (
         mock.patch.object(cuda_kernels, "try_kernels", tried),
         mock.patch.object(cuda_kernels, "_in_use", {}),
-        mock.patch.object(cuda_kernels, "prefer", lambda _: lambda: None),
+        mock.patch.object(cuda_kernels, "preferred", lambda _: nullcontext()),
     ):
         yield
 
