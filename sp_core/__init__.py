@@ -17,6 +17,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     replacements.py   parts that are exchanged for something faster, as the family's file declares
     real_rotation.py  one of them: rotations without complex numbers in compiled blocks
     shared_modulation.py  another: modulation computed once a step
+    fused_gelu.py     another: GELU inside the product before it, on CUDA
     attention/        attention across ranks, and how a model's attention gets there
     tensor_parallel.py  the tensor plan at work: parts of layers, summed over the ranks
     lora.py           LoRA adapters beside the linear layers, shared like them, switched without merging

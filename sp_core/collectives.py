@@ -1,6 +1,6 @@
-"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather), `attention.ulysses`
-(exchange), `attention.ring` (shift), `attention.region_attention` (does it fit on all ranks?), `tensor_parallel` (sum),
-`cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
+"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather, and once the lengths),
+`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region_attention` (does it fit on all ranks?),
+`tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
 
 Lengths may differ from rank to rank. Callers must know all of them, because a collective whose sizes disagree hangs or
 corrupts instead of failing. On an axis of size 1, which has no group, nothing is sent.
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sp_core import torch_private
-from sp_core.mesh import MeshAxis, ParallelMesh
+from sp_core.mesh import MeshAxis
 
 
 def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], axis: MeshAxis) -> torch.Tensor:
@@ -46,19 +46,20 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
     return tensor
 
 
-def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torch.Tensor, list[int]]:
-    """Concatenate the sequence ranks' tensors along `dim`, in rank order; their lengths along `dim` may differ.
+def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxis) -> torch.Tensor:
+    """Concatenate the ranks' tensors along `dim`, in rank order; their lengths along `dim` may differ.
 
-    One small exchange of lengths on the host and one gather, padded to the longest share because gloo gathers only
-    equal shapes. Ragged shares differ by at most one token, so there is hardly any padding.
+    One gather, padded to the longest share because gloo gathers only equal shapes. Ragged shares differ by at most one
+    token, so there is hardly any padding.
 
-    Returns:
-        The joined tensor, and each rank's length.
+    Args:
+        tensor: this rank's share.
+        dim: the dimension to join.
+        lengths: of each rank's share along `dim`, its own included; the same list on all ranks.
+        axis: the ranks.
     """
-    axis = mesh.axis("sequence")
     if axis.size == 1:
-        return tensor, [tensor.shape[dim]]
-    lengths = _all_lengths(tensor.shape[dim], axis)
+        return tensor
     longest = max(lengths)
     local = tensor.movedim(dim, 0)  # ranks' shares are then contiguous in what is gathered
     padded = local.new_empty((longest, *local.shape[1:]))
@@ -67,7 +68,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: ParallelMesh) -> tuple[torc
     gathered = padded.new_empty((axis.size * longest, *local.shape[1:]))
     dist.all_gather_single(gathered, padded, group=axis.group)
     shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
-    return torch.cat(shares).movedim(0, dim), lengths
+    return torch.cat(shares).movedim(0, dim)
 
 
 def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]:
@@ -110,6 +111,15 @@ def _run_batch(messages: list[dist.P2POp]) -> None:
         work.wait()
 
 
+def all_lengths(length: int, axis: MeshAxis) -> list[int]:
+    """Each rank's length."""
+    if axis.size == 1:
+        return [length]
+    lengths = torch.zeros(axis.size, dtype=torch.int64)
+    dist.all_gather_single(lengths, torch.tensor([length]), group=axis.host_group)
+    return [int(n) for n in lengths.tolist()]
+
+
 def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
     """Whether the flag is set on any rank of the axis."""
     if axis.size == 1:
@@ -122,7 +132,7 @@ def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
 def _all_shapes(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[list[int]]]:
     """The shapes of every rank's tensors, by rank. As integers: torch's way for objects unpickles what comes in."""
     own = [number for tensor in tensors for number in (tensor.ndim, *tensor.shape)]
-    lengths = _all_lengths(len(own), axis)
+    lengths = all_lengths(len(own), axis)
     padded = torch.zeros(max(1, *lengths), dtype=torch.int64)
     padded[: len(own)] = torch.tensor(own, dtype=torch.int64)
     everyone = padded.new_empty(axis.size * len(padded))
@@ -139,12 +149,6 @@ def _split_shapes(numbers: list[int]) -> list[list[int]]:
         shapes.append(numbers[1:end])
         numbers = numbers[end:]
     return shapes
-
-
-def _all_lengths(length: int, axis: MeshAxis) -> list[int]:
-    lengths = torch.zeros(axis.size, dtype=torch.int64)
-    dist.all_gather_single(lengths, torch.tensor([length]), group=axis.host_group)
-    return [int(n) for n in lengths.tolist()]
 
 
 class RingShift:

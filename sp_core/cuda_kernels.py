@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 
 import torch
@@ -98,20 +99,15 @@ def use(device: torch.device, dtype: torch.dtype, head_size: int, name: str) -> 
     _in_use[device, dtype, head_size] = name
 
 
-def prefer(name: str) -> Callable[[], None]:
-    """Let torch's own attention take this kernel where it can, one of `TORCHS_OWN`, in the whole process.
-
-    Returns:
-        What undoes it.
-    """
+def preferred(name: str) -> AbstractContextManager[None]:
+    """Inside, torch's own attention takes this kernel where it can, one of `TORCHS_OWN`, in the whole process."""
     others = (*TORCHS_OWN.values(), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    preference = sdpa_kernel([TORCHS_OWN[name], *(each for each in others if each is not TORCHS_OWN[name])], True)
-    preference.__enter__()
+    return sdpa_kernel([TORCHS_OWN[name], *(each for each in others if each is not TORCHS_OWN[name])], True)
 
-    def undo() -> None:
-        preference.__exit__(None, None, None)
 
-    return undo
+def chosen(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """The name of the kernel in use; None: none has been chosen."""
+    return _in_use.get((device, dtype, head_size))
 
 
 def in_use(device: torch.device) -> str:

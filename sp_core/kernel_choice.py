@@ -3,24 +3,34 @@
 Timings are noisy, so two ranks, or one before and after a restart, might take different kernels, whose last digits
 differ: a request that is tried again would give another picture. So rank 0 chooses for all; a deployment may choose
 for good.
+
+Where ranks share a sequence a process has one choice for each device, type and head size: a later model takes that of
+an earlier one, and one that asks for another is refused. Where none do, the model calls torch's attention, which
+prefers the model's kernel while its forward runs, and no longer.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from sp_core import cuda_kernels
 from sp_core.mesh import ParallelMesh
 
+_users: defaultdict[tuple[torch.device, torch.dtype, int], WeakSet[nn.Module]] = defaultdict(WeakSet)
+"""Models whose ranks share a sequence, by what the choice is for."""
+
 
 def settle_kernel(
-    mesh: ParallelMesh, dtype: torch.dtype, head_size: int | None, pinned: str | None
+    model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, head_size: int | None, pinned: str | None
 ) -> Callable[[], None]:
     """Choose the kernel for attention without a mask. A collective of all ranks.
 
-    Where no rank shares a sequence the model calls torch's attention, which then prefers the kernel.
-
     Args:
+        model: the model; where no rank shares a sequence, its forward gets hooks.
         mesh: the ranks.
         dtype: of queries, keys and values.
         head_size: of the model; None if unknown: each rank then chooses at its first attention.
@@ -30,7 +40,7 @@ def settle_kernel(
         What undoes it.
 
     Raises:
-        ValueError: the pinned kernel is unknown, or cannot be used in this layout.
+        ValueError: the pinned kernel is unknown, cannot be used in this layout, or is not that of another model here.
         RuntimeError: no kernel works here, or the pinned one does not.
     """
     alone = mesh.degrees.sequence_parallel_size == 1
@@ -41,9 +51,44 @@ def settle_kernel(
     if mesh.device.type == "cpu" or dtype not in cuda_kernels.HALF or head_size is None:
         return lambda: None
     head_size += -head_size % cuda_kernels.HEAD_SIZES
-    name = pinned
+    what = (mesh.device, dtype, head_size)
+    shared = cuda_kernels.chosen(*what) if _users[what] and not alone else None
+    if pinned and shared and pinned != shared:
+        raise ValueError(
+            f"attention_kernel {pinned!r} cannot be used: another model of this process attends by {shared} in {dtype} "
+            f"with heads of {head_size}; choose {shared} for both, or remove() that model first"
+        )
+    name = pinned or shared
     if name is None and mesh.axis("gang").rank == 0:
         name = cuda_kernels.fastest(mesh.device, dtype, head_size, candidates)
     name = mesh.broadcast(None if name is None else name.encode()).decode()
     cuda_kernels.use(mesh.device, dtype, head_size, name)
-    return cuda_kernels.prefer(name) if alone else lambda: None
+    if alone:
+        return _prefer_in_forwards(model, name)
+    _users[what].add(model)
+    return lambda: _users[what].discard(model)
+
+
+def _prefer_in_forwards(model: nn.Module, name: str) -> Callable[[], None]:
+    """While the model's forward runs, torch's attention prefers this kernel. Returns what undoes it."""
+    entered: list[AbstractContextManager[None]] = []  # a forward may contain another of the same model
+
+    def begin(*_: object) -> None:
+        if not torch.compiler.is_compiling():
+            preference = cuda_kernels.preferred(name)
+            preference.__enter__()
+            entered.append(preference)
+
+    def end(*_: object) -> None:
+        if not torch.compiler.is_compiling() and entered:
+            entered.pop().__exit__(None, None, None)
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        while entered:  # forwards that were interrupted from outside
+            end()
+
+    return undo

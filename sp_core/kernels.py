@@ -133,15 +133,15 @@ def attention_with_lse(
 
 
 def merge(one: Partial, other: Partial) -> Partial:
-    """Attention over two sets of keys from attention over each, in fp32.
+    """Attention over two sets of keys from attention over each, in fp32. `one` is used up: its output is written over.
 
     A row that sees no key of one set takes the other's output unchanged; a row that sees none of either is 0.
     """
     one_lse, other_lse, base = _on_one_base(one, other)
-    both = torch.logaddexp(one_lse, other_lse)
-    reference = both.masked_fill(torch.isneginf(both), 0)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN
-    weight, other_weight = (torch.exp(lse - reference).unsqueeze(-1) for lse in (one_lse, other_lse))
-    return Partial(one.output.float() * weight + other.output.float() * other_weight, both, base)
+    least = torch.finfo(one_lse.dtype).min  # where neither sees a key, -inf + inf would be NaN
+    share = torch.sigmoid(other_lse - one_lse.clamp(min=least)).unsqueeze(-1)  # exp(other) / (exp(one) + exp(other))
+    output = one.output.float().lerp_(other.output.float(), share)  # one pass over the outputs
+    return Partial(output, torch.logaddexp(one_lse, other_lse), base)
 
 
 def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -82,7 +82,7 @@ def parallelize(
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     replacing = family if given is None else None  # a family's file knows what is where in its own plan only
     if mesh.degrees.sequence_parallel_size == 1 and given != {}:
-        forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
+        forget_kernel = settle_kernel(model, mesh, dtype or _dtype(model), _head_size(config), kernel)
         _report(model, mesh, config)
         restore = apply_replacements(model, replacing, config, mesh)
         return Handle([forget_kernel, *restore], irreversible=irreversible)
@@ -91,7 +91,7 @@ def parallelize(
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
-    forget_kernel = settle_kernel(mesh, dtype or _dtype(model), _head_size(config), kernel)
+    forget_kernel = settle_kernel(model, mesh, dtype or _dtype(model), _head_size(config), kernel)
     _report(model, mesh, config)
     attention = find_attention(model, family, optional=found == {})
     context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)

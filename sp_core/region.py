@@ -5,7 +5,7 @@
     Region            what is split now
 
 `sp_core/README.md` defines region, stream and companion. Streams are recorded with their full lengths, so every rank
-knows every rank's share, and attention exchanges no sizes.
+knows every rank's share: attention exchanges no sizes, and a gather once, to prove that the record is right.
 
 `sp_core.sp_sharding` splits and gathers here, for hooks and for models that shard themselves; attention reads the
 layout. Nothing here runs while torch.compile traces, except `begin` and `end`, which it leaves out of its graphs. A
@@ -13,7 +13,7 @@ context variable holds the running forward, so that forwards in other threads, a
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -29,6 +29,9 @@ _running: ContextVar["RunningForward | None"] = ContextVar("running forward", de
 _numbers = itertools.count()
 _contexts: WeakValueDictionary[int, "SequenceContext"] = WeakValueDictionary()
 """Weak: a context dies with the hooks of its model."""
+
+_REMEMBERED = 4096
+"""Checks that a context remembers: each size of request, with each length of text, makes a few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class SequenceContext:
     order_known: bool = True
     local_attention: Callable[..., torch.Tensor] = kernels.local_attention
     number: int = field(default_factory=lambda: next(_numbers))
-    _checked: set[str] = field(default_factory=set)  # grows only; see `is_first_check`
+    _settled: dict[Hashable, None] = field(default_factory=dict)  # in the order of `settle`
 
     def __post_init__(self) -> None:
         _contexts[self.number] = self
@@ -85,12 +88,19 @@ class SequenceContext:
         while (forward := _running.get()) is not None and forward.context is self:
             _running.set(forward.outer)
 
-    def is_first_check(self, attention: str) -> bool:
-        """Whether this is the first call for an attention. The ranks then agree that it fits on all of them."""
-        if attention in self._checked:
-            return False
-        self._checked.add(attention)
-        return True
+    def is_settled(self, what: Hashable) -> bool:
+        """Whether the ranks have compared this with one another, and agreed.
+
+        Args:
+            what: must be alike on all ranks, as who exchanges and who does not depends on it.
+        """
+        return what in self._settled
+
+    def settle(self, what: Hashable) -> None:
+        """The ranks agree on this; the oldest agreements are forgotten, on all ranks alike."""
+        self._settled[what] = None
+        if len(self._settled) > _REMEMBERED:
+            del self._settled[next(iter(self._settled))]
 
 
 class RunningForward:
@@ -109,6 +119,7 @@ class RunningForward:
         self.region = Region(context)
         self.attended = False
         self._sharded = 0
+        self._gathers = 0
 
     @staticmethod
     def innermost() -> "RunningForward | None":
@@ -128,6 +139,11 @@ class RunningForward:
         if stream is not None and self.region.is_closing:
             self.region = Region(self.context)
         return self.region.split(tensor, dim, stream, padded=padded, replicated=replicated)
+
+    def gather(self, tensor: torch.Tensor, dim: int, stream: str | None = None, *, closes: bool = True) -> torch.Tensor:
+        """`Region.gather`."""
+        self._gathers += 1
+        return self.region.gather(tensor, dim, stream, closes=closes, place=self._gathers)
 
     def record_attention(self) -> None:
         """An attention goes across ranks."""
@@ -190,7 +206,9 @@ class Region:
             share = pad(share, [0, 0] * (tensor.ndim - 1 - dim % tensor.ndim) + [0, missing])
         return torch.cat((tensor.narrow(dim, 0, replicated), share), dim) if replicated else share
 
-    def gather(self, tensor: torch.Tensor, dim: int, stream: str | None = None, *, closes: bool = True) -> torch.Tensor:
+    def gather(
+        self, tensor: torch.Tensor, dim: int, stream: str | None = None, *, closes: bool = True, place: int = 0
+    ) -> torch.Tensor:
         """The whole tensor, padding removed. A collective of the sequence ranks.
 
         Args:
@@ -198,14 +216,16 @@ class Region:
             dim: the dimension that is split.
             stream: the parameter name by which it was split; None where the lengths say which stream it is.
             closes: whether attention no longer sees the stream.
+            place: of this gather among those of the forward.
 
         Raises:
-            ValueError: no stream of this region lies on the ranks like this tensor, or more than one does.
+            ValueError: no stream of this region lies on the ranks like this tensor, or more than one does; on all
+                ranks, if it happens at the first gather in this place of streams of these lengths.
         """
-        whole, lengths = collectives.all_gather(tensor, dim, self._context.mesh)
-        name, found = self._stream_of(lengths, stream)
+        name, found = self._compared(tensor.shape[dim], stream, place)
+        whole = collectives.all_gather(tensor, dim, found.held, self._context.mesh.axis("sequence"))
         if found.replicated:  # each rank sent these tokens along: keep one copy
-            parts = list(whole.split(lengths, dim))
+            parts = list(whole.split(found.held, dim))
             own = parts[0].narrow(dim, 0, found.replicated)
             shares = [part.narrow(dim, found.replicated, part.shape[dim] - found.replicated) for part in parts]
             whole = torch.cat((own, *shares), dim)
@@ -214,15 +234,39 @@ class Region:
             self._layouts.clear()
         return whole.narrow(dim, 0, found.total)  # padding is at the end: shares without it are full
 
-    def _stream_of(self, lengths: list[int], stream: str | None) -> tuple[str, Stream]:
+    def _compared(self, length: int, stream: str | None, place: int) -> tuple[str, Stream]:
+        """The stream of which this rank gathers so many tokens.
+
+        The record knows all ranks' lengths. The ranks compare theirs with it once for each place and record, so that a
+        wrong record raises on all of them. Each time they do only where streams that lie on the ranks in several ways
+        may be meant. Nothing that decides this differs from rank to rank.
+        """
+        axis = self._context.mesh.axis("sequence")
+        candidates = self._candidates(stream)
+        record = (place, stream, *self.streams.items(), *(self.companions if not self.streams else ()))
+        ways = {tuple(split.held) for split in candidates.values()}
+        if len(ways) == 1 and self._context.is_settled(record):
+            (lengths,) = ways
+            if length != lengths[axis.rank]:
+                held = {name: split.held for name, split in candidates.items()}
+                raise ValueError(
+                    f"gather of {length} tokens on sequence rank {axis.rank}, but what was split lies on the ranks as "
+                    f"{held}"
+                )
+            return self._stream_of(list(lengths), candidates)
+        found = self._stream_of(collectives.all_lengths(length, axis), candidates)
+        self._context.settle(record)
+        return found
+
+    def _candidates(self, stream: str | None) -> dict[str, Stream]:
+        """What a gather may mean that names this stream, or none."""
+        if not self.streams:  # only rotations or masks were split
+            return {f"companion {i}": companion for i, companion in enumerate(self.companions)}
+        return {name: split for name, split in self.streams.items() if stream in (None, name.rpartition(".")[2])}
+
+    def _stream_of(self, lengths: list[int], candidates: dict[str, Stream]) -> tuple[str, Stream]:
         """The stream that lies on the ranks in these lengths. All ranks decide alike, because all know all lengths."""
-        fitting = {
-            name: split
-            for name, split in self.streams.items()
-            if split.held == lengths and stream in (None, name.rpartition(".")[2])
-        }
-        if not fitting and not self.streams:  # only rotations or masks were split
-            fitting = {f"companion {i}": c for i, c in enumerate(self.companions) if c.held == lengths}
+        fitting = {name: split for name, split in candidates.items() if split.held == lengths}
         if not fitting:
             held = {name: split.held for name, split in self.streams.items()}
             raise ValueError(f"gather of shares {lengths}, but what was split lies on the ranks as {held}")

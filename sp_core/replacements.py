@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sp_core import real_rotation, shared_modulation
+from sp_core import fused_gelu, real_rotation, shared_modulation
 from sp_core.mesh import ParallelMesh
-from sp_core.models.family import Config, ModelFamily, RealRotation
+from sp_core.models.family import Config, FusedGelu, ModelFamily, RealRotation
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def apply_replacements(
     for replacement in family.replacements:
         if isinstance(replacement, RealRotation):
             done = real_rotation.replace(model, replacement)
+        elif isinstance(replacement, FusedGelu):
+            done = fused_gelu.replace(model, replacement)
         else:
             done = shared_modulation.replace(model, config, replacement, mesh)
         if done is None:

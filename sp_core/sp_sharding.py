@@ -80,7 +80,7 @@ def gather(
     """See `Region.gather`."""
     if torch.compiler.is_compiling():
         return _gather_operator(tensor, dim, context.number, stream, closes)  # type: ignore[no-any-return]
-    return running_forward(context).region.gather(tensor, dim, stream, closes=closes)
+    return running_forward(context).gather(tensor, dim, stream, closes=closes)
 
 
 def leading(context: SequenceContext, count: int, stream: str) -> int:

@@ -1,8 +1,9 @@
 """Every private name of torch that sp_core relies on, used here and nowhere else.
 
-Public torch has no log-sum-exp of attention outside `flex_attention`, no all-reduce that torch.compile can trace, and
-no way to notice a write into a tensor. `tests/sp_core/test_private_names.py` fails when a release moves one of these,
-or when another file of sp_core reaches for one.
+Public torch has no log-sum-exp of attention outside `flex_attention`, no product with GELU in it, no all-reduce that
+torch.compile can trace, and no way to notice a write into a tensor, or a hook on a module.
+`tests/sp_core/test_private_names.py` fails when a release moves one of these, or when another file of sp_core reaches
+for one.
 """
 
 import torch
@@ -15,10 +16,19 @@ cudnn_cuda = torch.ops.aten._scaled_dot_product_cudnn_attention
 efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
 """Attention with its log-sum-exp, heads first: `(B, H, S, D)`."""
 
+gelu_of_product = torch._addmm_activation
+"""GELU of `bias + rows @ columns`, `(out,)`, `(N, in)`, `(in, out)`: its tanh approximation on CUDA, the exact one on
+CPU."""
+
 
 def traceable_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of all ranks' tensors, as a new tensor, in a graph of torch.compile."""
     return _all_reduce(tensor, "sum", group)  # type: ignore[no-any-return]
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody else takes part in the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def version(tensor: torch.Tensor) -> int | None:

@@ -143,13 +143,16 @@ def _layout(
 def _agree(misfit: ValueError | None, site: AttentionSite, joint: int) -> None:
     """Raise if the attention does not fit.
 
-    At its first call all ranks learn whether it fits on each of them: a wrong plan may fit on some by chance, and these
-    would wait for the others in an exchange that never comes. Later calls exchange nothing.
+    Until it has fitted once, all ranks learn whether it fits on each of them: a wrong plan may fit on some by chance,
+    and these would wait for the others in an exchange that never comes. Later calls exchange nothing.
     """
-    if site.context.is_first_check(f"{site.name}/{site.stream}/{joint > 0}"):
+    attention = f"{site.name}/{site.stream}/{joint > 0}"
+    if not site.context.is_settled(attention):
         somewhere = collectives.on_any_rank(misfit is not None, site.context.mesh.axis("sequence"))
         if somewhere and misfit is None:
             raise ValueError(f"attention {site.name!r} does not fit the plan on another rank; see there")
+        if misfit is None:
+            site.context.settle(attention)
     if misfit is not None:
         raise misfit
 

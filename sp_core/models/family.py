@@ -123,6 +123,19 @@ class SharedModulation:
 
 
 @dataclass(frozen=True)
+class FusedGelu:
+    """Layers that widen and apply the tanh approximation of GELU: on CUDA one operator can do both.
+
+    Applied by `sp_core.fused_gelu`.
+
+    Attributes:
+        layers: patterns of the layers, each diffusers' `GELU`.
+    """
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """How one family of transformers is parallelized.
 
@@ -151,7 +164,7 @@ class ModelFamily:
     own_stream: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
-    replacements: tuple[RealRotation | SharedModulation, ...] = ()
+    replacements: tuple[RealRotation | SharedModulation | FusedGelu, ...] = ()
     refused: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
 

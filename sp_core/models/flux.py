@@ -11,7 +11,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, SharedModulation, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Rowwise
 
@@ -74,6 +74,7 @@ FLUX = ModelFamily(
         "FluxIPAdapterAttnProcessor": "it attends to image prompts the same way as to the sequence",
     },
     replacements=(
+        FusedGelu(("transformer_blocks.*.ff.net.0", "transformer_blocks.*.ff_context.net.0")),
         SharedModulation(
             "time_text_embed",
             (

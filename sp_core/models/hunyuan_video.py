@@ -13,7 +13,7 @@ Peculiarities:
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, Tokens
 from sp_core.sp_plan import (
     SequenceParallelInput,
     SequenceParallelLeadingCount,
@@ -73,6 +73,7 @@ HUNYUAN_VIDEO = ModelFamily(
     transformer_classes=("HunyuanVideoTransformer3DModel",),
     sp_plan=_plan,
     local_attention=("context_embedder.*",),
+    replacements=(FusedGelu(("transformer_blocks.*.ff.net.0", "transformer_blocks.*.ff_context.net.0")),),
     examples={
         "hunyuan-video": _example(_inputs),
         "hunyuan-video token replace": _example(

@@ -12,7 +12,7 @@ Peculiarities:
 import functools
 from typing import Any, Literal
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import AcrossHeads, Channels, Colwise, Heads, Rowwise
 
@@ -70,6 +70,7 @@ LTX = ModelFamily(
         "*.ff.net.2": Rowwise(),
     },
     local_attention=("*.attn2",),
+    replacements=(FusedGelu(("transformer_blocks.*.ff.net.0",)),),
     examples={
         "ltx": _example(_inputs),
         "ltx per token": _example(functools.partial(_inputs, timestep="token")),

@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Callable
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, RealRotation, SharedModulation, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Rowwise
 
@@ -82,6 +82,7 @@ QWEN_IMAGE = ModelFamily(
         "transformer_blocks.*.*_mlp.net.2": Rowwise(),
     },
     replacements=(
+        FusedGelu(("transformer_blocks.*_mlp.net.0",)),
         RealRotation(
             "pos_embed",
             "image_rotary_emb",

@@ -10,7 +10,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, SharedModulation, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 
 
@@ -46,6 +46,7 @@ STABLE_DIFFUSION_3 = ModelFamily(
     own_stream={"*.attn2": "hidden_states"},
     captured_processors=("JointAttnProcessor2_0",),
     replacements=(
+        FusedGelu(("transformer_blocks.*.ff.net.0", "transformer_blocks.*.ff_context.net.0")),
         SharedModulation(
             "time_text_embed",
             ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear"),

@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Mapping
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, Tokens
+from sp_core.models.family import Example, FusedGelu, ModelFamily, Tokens
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     SequenceParallelCompanion,
@@ -100,6 +100,7 @@ WAN = ModelFamily(
     },
     tp_plan=_tp_plan,
     local_attention=("*.attn2",),
+    replacements=(FusedGelu(("*blocks.*.ffn.net.0",)),),
     examples={
         "wan": Example("WanTransformer3DModel", _TINY, _inputs, _GAINS),
         "wan per token": Example("WanTransformer3DModel", _TINY, _per_token_inputs, _GAINS),
@@ -124,6 +125,7 @@ WAN_VACE = ModelFamily(
     },
     tp_plan=_tp_plan,
     local_attention=("*.attn2",),
+    replacements=(FusedGelu(("*blocks.*.ffn.net.0",)),),
     examples={
         "wan vace": Example(
             "WanVACETransformer3DModel",

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend
 
 from sp_core import cuda_kernels
+from sp_core.degrees import ParallelDegrees
 from sp_core.kernel_choice import settle_kernel
 from sp_core.kernels import attention_with_lse
 from sp_core.mesh import ParallelMesh
@@ -65,7 +67,7 @@ def settled(mesh: ParallelMesh, pinned: str | None) -> str:
         patch.setattr(cuda_kernels, "_in_use", {})
         patch.setattr(cuda_kernels, "fastest", lambda *_: sorted(cuda_kernels.KERNELS)[mesh.axis("gang").rank])
         patch.setattr(cuda_kernels, "try_kernels", lambda kernels, *_: dict.fromkeys(kernels, 1e-3))
-        settle_kernel(mesh, torch.bfloat16, 128, pinned)
+        settle_kernel(nn.Identity(), mesh, torch.bfloat16, 128, pinned)()
         name = cuda_kernels.in_use(CUDA).split(";")[0]
         assert cuda_kernels.choose(CUDA, torch.bfloat16, 128) is cuda_kernels.KERNELS[name]
         return name
@@ -85,24 +87,112 @@ def test_a_pinned_kernel_that_does_not_work_is_refused(monkeypatch: pytest.Monke
     assert cuda_kernels.choose(CPU, torch.float16, 8) is right
 
 
-ALONE = ParallelMesh.create(TWO.__class__(), device_type="cpu", timeout_s=60)
+ALONE = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
 
 
 def test_one_rank_can_only_pin_what_torch_has() -> None:
     with pytest.raises(ValueError, match="cannot be used where no ranks share a sequence; choose from torch-flash, "):
-        settle_kernel(ALONE, torch.bfloat16, 128, "flash-attn-3")
-    settle_kernel(ALONE, torch.bfloat16, 128, "torch-flash")()  # on CPU nothing is to choose
+        settle_kernel(nn.Identity(), ALONE, torch.bfloat16, 128, "flash-attn-3")
+    settle_kernel(nn.Identity(), ALONE, torch.bfloat16, 128, "torch-flash")()  # on CPU nothing is to choose
 
 
-def test_torchs_attention_prefers_the_kernel_until_it_is_undone() -> None:
-    def first() -> int:
-        return int(torch._C._get_sdp_priority_order()[0])
+def order() -> list[int]:
+    """The kernels that torch's attention would try, the preferred one first."""
+    return list(torch._C._get_sdp_priority_order())
 
-    before = torch._C._get_sdp_priority_order()
-    undo = cuda_kernels.prefer("torch-cudnn")
-    assert first() == int(SDPBackend.CUDNN_ATTENTION)
-    undo_inner = cuda_kernels.prefer("torch-flash")
-    assert first() == int(SDPBackend.FLASH_ATTENTION)
-    undo_inner()
+
+FLASH, CUDNN = int(SDPBackend.FLASH_ATTENTION), int(SDPBackend.CUDNN_ATTENTION)
+
+
+class Asking(nn.Module):
+    """Writes down which kernel is preferred while it runs, and runs another inside, or fails."""
+
+    def __init__(self, inner: "Asking | None" = None) -> None:
+        super().__init__()
+        self.others = [inner] if inner else []  # not a submodule
+        self.preferred: list[int] = []
+
+    def forward(self, fails: bool = False) -> None:
+        self.preferred.append(order()[0])
+        for other in self.others:
+            other()
+        self.preferred.append(order()[0])
+        if fails:
+            raise ZeroDivisionError
+
+
+@pytest.fixture
+def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> ParallelMesh:
+    """A mesh that says so; every kernel works there."""
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+    mesh.device = CUDA
+    monkeypatch.setattr(cuda_kernels, "_in_use", {})
+    monkeypatch.setattr(cuda_kernels, "try_kernels", lambda kernels, *_: dict.fromkeys(kernels, 1e-3))
+    return mesh
+
+
+def test_models_on_one_gpu_prefer_each_its_own_kernel_and_only_while_they_run(on_one_gpu: ParallelMesh) -> None:
+    before = order()
+    second = Asking()
+    first = Asking(second)
+    undo_first = settle_kernel(first, on_one_gpu, torch.bfloat16, 128, "torch-cudnn")
+    undo_second = settle_kernel(second, on_one_gpu, torch.bfloat16, 128, "torch-flash")
+    assert order() == before
+    first()
+    assert (first.preferred, second.preferred) == ([CUDNN] * 2, [FLASH] * 2)
+    with pytest.raises(ZeroDivisionError):
+        second(fails=True)
+    assert order() == before
+    undo_first()  # in the order in which they came: the later one keeps its own
+    second()
+    assert second.preferred[-1] == FLASH
+    undo_second()
+    first(), second()
+    assert order() == before
+    assert first.preferred[-1] == second.preferred[-1] == before[0]
+
+
+def test_a_forward_that_was_interrupted_leaves_no_preference(on_one_gpu: ParallelMesh) -> None:
+    before, model = order(), Asking()
+    undo = settle_kernel(model, on_one_gpu, torch.bfloat16, 128, "torch-cudnn" if before[0] == FLASH else "torch-flash")
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model()
+    assert order() != before
     undo()
-    assert torch._C._get_sdp_priority_order() == before
+    assert order() == before
+
+
+def settled_twice(mesh: ParallelMesh) -> tuple[list[str], str, list[str]]:
+    """The kernels of two models that choose alike, what is said to one that does not, and of one that then may."""
+    mesh.device = CUDA
+    what = (CUDA, torch.bfloat16, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_kernels, "_in_use", {})
+        patch.setattr(cuda_kernels, "fastest", lambda *_: "flash-attn-3")
+        patch.setattr(cuda_kernels, "try_kernels", lambda kernels, *_: dict.fromkeys(kernels, 1e-3))
+        found, undo, models = [], [], [nn.Identity() for _ in range(3)]
+        for model, pinned in zip(models, ("torch-flash", None, "torch-flash"), strict=True):
+            undo.append(settle_kernel(model, mesh, torch.bfloat16, 128, pinned))
+            found.append(str(cuda_kernels.chosen(*what)))
+        with pytest.raises(ValueError) as refused:
+            settle_kernel(nn.Identity(), mesh, torch.bfloat16, 128, "torch-cudnn")
+        settle_kernel(nn.Identity(), mesh, torch.bfloat16, 64, "torch-cudnn")()  # its heads are others
+        undo[0]()
+        undo[1]()
+        models.clear()  # nobody has the third any more
+        undo.clear()
+        del model
+        for other in ("torch-cudnn", None):
+            settle_kernel(nn.Identity(), mesh, torch.bfloat16, 128, other)()
+        return found, str(refused.value), [str(cuda_kernels.chosen(*what))]
+
+
+def test_models_of_one_process_do_not_change_each_others_kernel(ranks: RankPool) -> None:
+    for found, said, last in ranks.run(TWO, settled_twice):
+        assert found == ["torch-flash"] * 3
+        assert (
+            "attention_kernel 'torch-cudnn' cannot be used: another model of this process attends by torch-flash"
+            in said
+        )
+        assert last == ["flash-attn-3"]

@@ -9,11 +9,11 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from sp_core import real_rotation, shared_modulation
+from sp_core import fused_gelu, real_rotation, shared_modulation
 from sp_core.degrees import ParallelDegrees
 from sp_core.lora import Adapters, LowRank
 from sp_core.mesh import ParallelMesh
-from sp_core.models.family import RealRotation
+from sp_core.models.family import FusedGelu, RealRotation
 from sp_core.models.lookup import find_family
 from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.parallelize import parallelize
@@ -230,6 +230,8 @@ def test_a_family_declares_what_diffusers_has() -> None:
         for each in family.replacements:
             if isinstance(each, RealRotation):
                 assert real_rotation.replace(model, each) is not None
+            elif isinstance(each, FusedGelu):
+                assert fused_gelu.replace(model, each) is not None
             else:
                 done = shared_modulation.replace(model, model.config, each, one_rank())
                 assert (done is None) == (name == "qwen-image edit")

@@ -25,13 +25,13 @@ weights, U trade heads and R form the ring:
   8 elements a token, so that rows stay aligned: in Ulysses for the whole batch, in the ring for each row of it.
 - Tensor parallelism: one sum of (tokens of this rank) x HD for each row-wise layer that a stream passes, and one fp32
   number a token for each norm over the heads of all ranks. Even: 2 sums a stream are 4 sHD e (t-1)/t a block.
-- After the blocks the last stream's predicted tokens are gathered once, padded to the longest share; before that, their
-  lengths (8 bytes a rank).
+- After the blocks the last stream's predicted tokens are gathered once, padded to the longest share.
 - Modulation that ranks share: each computes some of the layers, the widest first, each to the rank with the least, and
   sends the others their one row a sample, padded to the most that a rank has: first among the tensor ranks, then what
   these have together among the sequence ranks. Even, for a width of n: n e (t U R - 1) / (t U R).
 - Guidance: two branches. On two groups each runs one forward and both exchange their predictions; else two forwards.
-- The first forward also asks once for each attention across ranks whether it fits on all: a sum of 8 bytes.
+- The first forward also asks once for each attention across ranks whether it fits on all (a sum of 8 bytes), and at
+  the gather whether all have the lengths that the record says (8 bytes a rank). The second branch is as long.
 """
 
 import math
@@ -162,7 +162,8 @@ def predicted(shape: Shape, degrees: ParallelDegrees, rank: int, *, first: bool 
     prediction = shape.batch * shape.split[-1] * shape.out * shape.itemsize
     sent["gather"] += (groups - 1) * prediction
     if first:
-        sent["integers"] += shape.layers * _summed(8, degrees.sequence_parallel_size)
+        ranks = degrees.sequence_parallel_size
+        sent["integers"] += shape.layers * _summed(8, ranks) + (ranks - 1) * 8
     return sent
 
 
@@ -200,7 +201,6 @@ def _forward(shape: Shape, degrees: ParallelDegrees, rank: int) -> Bytes:
             "shift": shape.layers * shift * shape.itemsize,
             "sum": shape.layers * shape.batch * _summed(rows + norms, weights),
             "gather": (ranks - 1) * gathered + (weights - 1 + weights * (ranks - 1)) * modulated,
-            "integers": (ranks - 1) * 8,
         }
     )
 

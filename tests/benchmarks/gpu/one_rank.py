@@ -37,7 +37,7 @@ def without_peers(degrees: ParallelDegrees, device_type: str) -> Iterator[Parall
     try:
         with (
             mock.patch.object(dist, "new_group", fake_group),
-            mock.patch.object(collectives, "_all_lengths", equal_lengths),
+            mock.patch.object(collectives, "all_lengths", equal_lengths),
             mock.patch.object(collectives, "on_any_rank", lambda flag, axis: flag),
         ):
             mesh = ParallelMesh.create(degrees, device_type=device_type, timeout_s=60)

@@ -1,4 +1,5 @@
-"""Which attention kernel torch takes on CUDA, and plain arithmetic that answers as each of them does.
+"""Which attention kernel torch takes on CUDA, and plain arithmetic that answers as each of them does, and as CUDA's
+product with GELU does.
 
 Shapes, as these kernels have them: B batch, H heads, S query and K key tokens, D head size; q `(B, H, S, D)`.
 """
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
@@ -97,6 +98,12 @@ def _efficient(
     return output, padded, _seed(), _seed()
 
 
+def _gelu(bias: Any, rows: Any, columns: Any, *, use_gelu: bool = False) -> torch.Tensor:
+    """On CUDA GELU's tanh approximation, of the sum in fp32; torch's operator on the CPU computes the exact one."""
+    assert use_gelu
+    return gelu(bias.float() + rows.float() @ columns.float(), approximate="tanh").to(rows.dtype)
+
+
 def _seed() -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64)
 
@@ -105,5 +112,6 @@ STAND_INS: Mapping[Any, Callable[..., Any]] = {
     _aten._scaled_dot_product_cudnn_attention.default: _cudnn,
     _aten._scaled_dot_product_flash_attention.default: _flash,
     _aten._scaled_dot_product_efficient_attention.default: _efficient,
+    _aten._addmm_activation.default: _gelu,
 }
-"""For each kernel a function on the CPU with its arguments and results."""
+"""For each kernel that has none on the CPU a function with its arguments and results."""

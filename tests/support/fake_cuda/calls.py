@@ -23,7 +23,7 @@ _ATTENTION = {
     "_scaled_dot_product_efficient_attention": "efficient",
 }
 
-_MATMUL = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", *_ATTENTION})
+_MATMUL = frozenset({"mm", "addmm", "addmm_", "_addmm_activation", "bmm", "baddbmm", "convolution", *_ATTENTION})
 
 _KINDS = {"alltoall_base_": "exchange", "send": "shift", "allreduce_": "sum", "_allgather_base_": "gather"}
 """Collectives by the names that `tests.support.traffic` has for them."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ from sp_core import collectives, cuda_kernels
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 
-_HOST_EXCHANGES = ("_all_lengths", "on_any_rank")
+_HOST_EXCHANGES = ("all_lengths", "on_any_rank")
 """Functions of `sp_core.collectives` that exchange integers between hosts, in plain tensors."""
 
 
@@ -57,7 +57,7 @@ def kernel_chosen(name: str) -> Iterator[None]:
     with (
         mock.patch.object(cuda_kernels, "try_kernels", tried),
         mock.patch.object(cuda_kernels, "_in_use", {}),
-        mock.patch.object(cuda_kernels, "prefer", lambda _: lambda: None),
+        mock.patch.object(cuda_kernels, "preferred", lambda _: nullcontext()),
     ):
         yield
 
