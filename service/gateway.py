@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -50,7 +50,7 @@ from workers.errors import (
 )
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
-from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, StepEvent
 from workers.metrics import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")
@@ -242,11 +242,11 @@ class Gateway(GrpcMethods):
                 return
             except DeploymentUnavailableError:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
-            except (RayActorError, RayTaskError, SprayError) as error:
+            except (RayActorError, RayTaskError, ObjectLostError, SprayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if isinstance(cause, OutOfMemory) and not cause.agreed:
                     await self._quarantine.count(known_as)  # it has cost a gang, and would cost the next one
-                if not isinstance(cause, GangLost | RayActorError):
+                if not isinstance(cause, GangLost | RayActorError | ObjectLostError):
                     raise cause from None  # another gang would fail the same way
                 await self._lost(request, known_as, cause, begun)
             finally:
@@ -310,7 +310,8 @@ class Gateway(GrpcMethods):
 
         Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
-        coming = asyncio.ensure_future(anext(answer, None))
+        told = _with_result(answer)
+        coming = asyncio.ensure_future(anext(told, None))
         unfinished = True
         try:
             while True:
@@ -323,7 +324,7 @@ class Gateway(GrpcMethods):
                         return
                     unfinished = True
                     yield report
-                    coming = asyncio.ensure_future(anext(answer, None))
+                    coming = asyncio.ensure_future(anext(told, None))
                     continue
                 state = self.states().get(model)
                 if state is None and app_name(model) not in await asyncio.to_thread(_applications):
@@ -341,6 +342,12 @@ class Gateway(GrpcMethods):
 def _caller_name() -> str:
     key = _caller.get()
     return key.name if key else ""
+
+
+async def _with_result(reports: AsyncIterator[Any]) -> AsyncGenerator[Any]:
+    """A gang's reports, with the result in place of its `Answer`. By then the gang may run another request."""
+    async for report in reports:
+        yield await report.result if isinstance(report, Answer) else report
 
 
 def _own_name() -> str:

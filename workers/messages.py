@@ -2,9 +2,12 @@
 
 gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
-rank -> gang -> gateway    StepEvent after each step, if asked for; then one GenerationResult
+rank -> gang -> gateway    StepEvent after each step, if asked for
+rank -> gang               Drawn, when the ranks are free for the next request
+gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +15,7 @@ from sp_core.degrees import ParallelDegrees
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
-Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode"]
+Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode", "encode_media"]
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ class GenerationResult:
         degrees: the layout of the gang.
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
         step_seconds: wall time of each step on rank 0.
-        decode_seconds: wall time of decoding the latents and encoding the files, on rank 0.
+        decode_seconds: wall time of decoding the latents to pictures, on rank 0.
         warnings: what the caller should know, such as that a prompt was cut.
+        encode_media_seconds: wall time of encoding the pictures as files, on rank 0. The ranks have begun the next
+            request meanwhile.
     """
 
     outputs: tuple[bytes, ...]
@@ -117,11 +122,37 @@ class GenerationResult:
     step_seconds: tuple[float, ...]
     decode_seconds: float
     warnings: tuple[str, ...] = ()
+    encode_media_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Wall time of all stages on rank 0."""
-        return self.encode_seconds + sum(self.step_seconds) + self.decode_seconds
+        return self.encode_seconds + sum(self.step_seconds) + self.decode_seconds + self.encode_media_seconds
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures are decoded, and wait on rank 0 to be encoded. The ranks are free.
+
+    Attributes:
+        request_id: what was drawn.
+        took: its result, still without outputs.
+    """
+
+    request_id: str
+    took: GenerationResult
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The request has left the ranks; rank 0 encodes its pictures while they compute the next.
+
+    Attributes:
+        result: comes in a moment, to whoever awaits it in the same cluster. Raises what encoding has raised, or what
+            Ray raises if the rank or the gang ends before: the request can run again.
+    """
+
+    result: Awaitable[GenerationResult]
 
 
 @dataclass(frozen=True)
@@ -132,7 +163,7 @@ class RankStatus:
         rank: its number in the gang.
         pid: its process.
         node_id: the Ray node it runs on; empty outside Ray.
-        phase: what it is doing.
+        phase: what it is doing; never `encode_media`, which it does beside everything else.
         progress: grows with every boundary it passes; if it stands still for too long, the rank hangs.
         model: the name of its model.
         loaded: the share of the model's files that it has read, from 0 to 1.

@@ -21,7 +21,7 @@ STEP_SECONDS = Histogram(
 )
 STAGE_SECONDS = Histogram(
     "spray_stage_seconds",
-    "One stage of a request on one rank: encode, denoise or decode.",
+    "One stage of a request on one rank: encode, denoise or decode; encode_media on the first.",
     ["model", "replica", "rank", "stage"],
     buckets=STAGE_BUCKETS,
 )
@@ -75,8 +75,8 @@ BUILD = Gauge(
 )
 
 
-Stage = Literal["encode", "denoise", "decode"]
-STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+Stage = Literal["encode", "denoise", "decode", "encode_media"]
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode", "encode_media")
 
 
 class RankMetrics:

@@ -57,6 +57,7 @@ def metrics(result: GenerationResult) -> dict[str, Any]:
         "encode_seconds": result.encode_seconds,
         "step_seconds": list(result.step_seconds),
         "decode_seconds": result.decode_seconds,
+        "encode_media_seconds": result.encode_media_seconds,
     }
 
 

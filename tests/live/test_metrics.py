@@ -226,13 +226,14 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
     first = {"model": "demo", "replica": "0", "rank": "0"}
     steps = [seconds for metrics in told for seconds in metrics["step_seconds"]]
     assert value(samples, "spray_step_seconds_sum", **first) == pytest.approx(sum(steps), rel=1e-9)
-    for stage in ("encode", "decode"):
+    for stage in ("encode", "decode", "encode_media"):
         seconds = sum(metrics[f"{stage}_seconds"] for metrics in told)
         assert value(samples, "spray_stage_seconds_sum", **first, stage=stage) == pytest.approx(seconds, rel=1e-9)
     assert value(samples, "spray_requests_total", model="demo", outcome="ok") == 2
     assert value(samples, "spray_requests_total", model="demo", outcome="invalid_value") == 1
     assert value(samples, "spray_request_seconds_count", model="demo") == 2
-    computed = sum(steps) + sum(metrics["encode_seconds"] + metrics["decode_seconds"] for metrics in told)
+    outside = ("encode_seconds", "decode_seconds", "encode_media_seconds")
+    computed = sum(steps) + sum(metrics[stage] for metrics in told for stage in outside)
     whole, queued = (value(samples, f"spray_{what}_seconds_sum", model="demo") for what in ("request", "queue"))
     assert whole == pytest.approx(computed + queued, rel=1e-9)
     assert value(samples, "spray_gang_startup_seconds_count", model="demo") == 1

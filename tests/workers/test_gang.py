@@ -22,20 +22,23 @@ REQUEST = GenerationRequest("r", "a", "a cup", 64, 64, 4, seed=1)
 
 
 @pytest.mark.parametrize(
-    ("said", "running", "now"),
+    ("said", "running", "answering", "now"),
     [
-        (("idle", 4), None, ("idle", 0)),
-        (("idle", 4), REQUEST, ("encode", 0)),  # the rank has not said anything since it got the request
-        (("denoise", 2), REQUEST, ("denoise", 2)),
-        (("decode", 4), REQUEST, ("decode", 4)),
+        (("idle", 4), None, False, ("idle", 0)),
+        (("idle", 4), None, True, ("encode_media", 0)),
+        (("idle", 4), REQUEST, True, ("encode", 0)),  # the rank has not said anything since it got the request
+        (("denoise", 2), REQUEST, True, ("denoise", 2)),
+        (("decode", 4), REQUEST, False, ("decode", 4)),
     ],
 )
 def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
-    said: tuple[Any, int], running: GenerationRequest | None, now: tuple[str, int]
+    said: tuple[Any, int], running: GenerationRequest | None, answering: bool, now: tuple[str, int]
 ) -> None:
     gang = Gang({})
     assert gang._progress() == ("starting", 0)
-    gang._ranks = SimpleNamespace(statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")])  # type: ignore[assignment]
+    gang._ranks = SimpleNamespace(  # type: ignore[assignment]
+        statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")], answering=answering
+    )
     gang._running = running
     assert gang._progress() == now
 
@@ -56,7 +59,10 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         gang._setup = Setup(spec, adapters, FAMILY, None, context, {}, metrics)
         adapters.want((INK,))
         ranks = SimpleNamespace(
-            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7, kernel="fast")], startup_s=1.0, set_loras=refuse
+            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7, kernel="fast")],
+            startup_s=1.0,
+            set_loras=refuse,
+            answering=False,
         )
         gang._ranks = ranks  # type: ignore[assignment]
 
@@ -100,6 +106,11 @@ class FakeRanks:
         if self.lost:
             raise self.lost
         yield "done"
+
+    async def room(self) -> None:
+        pass
+
+    answering = False
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

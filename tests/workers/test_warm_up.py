@@ -16,7 +16,7 @@ from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
 from tests.support.programs import needs_compiler
 from workers.gang.rank import Rank
-from workers.messages import GenerationRequest, GenerationResult
+from workers.messages import Drawn, GenerationRequest
 from workers.model.loader import load_model
 from workers.model.torch_internals import graphs
 
@@ -46,7 +46,7 @@ def start(mesh: ParallelMesh, folder: Path, ink: LoRA, kept: Path) -> tuple[list
     rank.set_loras((ink,))
     found.append(counters["stats"]["unique_graphs"])
     for request in REQUESTS:
-        assert any(isinstance(report, GenerationResult) for report in rank.generate(request)) == (rank.rank == 0)
+        assert any(isinstance(report, Drawn) for report in rank.generate(request)) == (rank.rank == 0)
         found.append(counters["stats"]["unique_graphs"])
     return found, graphs()
 

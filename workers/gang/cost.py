@@ -57,7 +57,7 @@ class CostModel:
         steps = len(result.step_seconds)
         step_s = statistics.median(result.step_seconds) if steps else 0.0
         self._steps_per_asked = steps / request.num_inference_steps or 1.0
-        outside_s = result.encode_seconds + result.decode_seconds
+        outside_s = result.encode_seconds + result.decode_seconds  # not encode_media: the gang is free by then
         key = _key(request, forwards)
         learned = self._learned.pop(key, None) or _Learned(_work(request, forwards), step_s, outside_s)
         learned.step_s += WEIGHT * (step_s - learned.step_s)

@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from ray import serve
@@ -29,10 +29,10 @@ from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
-from workers.gang.rank_group import RankGroup, Report
+from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.stats import GangBacklog, GangLoad
-from workers.messages import Begun, GenerationRequest, GenerationResult, Phase
+from workers.messages import Answer, Begun, Drawn, GenerationRequest, Phase, StepEvent
 from workers.metrics import GangMetrics
 from workers.model.files import fetch
 
@@ -79,13 +79,14 @@ class Gang:
         fixed: `ModelSpec.fixed`.
     """
 
+    _ranks: RankGroup | None = None  # until they have started; afterwards the current ones, even when lost
+
     def __init__(self, fixed: dict[str, Any]) -> None:
         keep_replica_on_node_ip()
         self._fixed = fixed
         self._exporter = Exporter(share_values())
         self._turn = asyncio.Lock()  # whoever holds it has the ranks to itself: a request, a change, a replacement
         self._setup: Setup | None = None  # until the first `reconfigure`
-        self._ranks: RankGroup | None = None  # until they have started; afterwards the current ones, even when lost
         self._incarnation = itertools.count(1)
         self._losses = 0
         self._replacement: asyncio.Task[None] | None = None  # also while it runs, as a reference that keeps it alive
@@ -118,8 +119,10 @@ class Gang:
         else:
             self._adjust(model, user_config["metrics"], number)
 
-    async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncIterator[Begun | Report]:
-        """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then the result.
+    async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncIterator[Begun | StepEvent | Answer]:
+        """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then an `Answer`, whose result follows.
+
+        So the next request can begin while the pictures of this one are encoded.
 
         Args:
             request: what to draw.
@@ -137,10 +140,11 @@ class Gang:
                 yield Begun()
                 async with contextlib.aclosing(ranks.run(request)) as reports:
                     async for report in reports:
-                        if isinstance(report, GenerationResult):
+                        if isinstance(report, Drawn):
                             self._losses = 0
-                            self._costs.observe(request, self._forwards(request), report)
-                        yield report
+                            self._costs.observe(request, self._forwards(request), report.took)
+                        else:
+                            yield report
             finally:
                 watching.cancel()
                 self._running = None
@@ -153,6 +157,10 @@ class Gang:
         """
         if self._ranks is not None:
             self._ranks.check_watched()
+
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Called by Serve when this replica ends, after its last request: the ranks stay until they have answered."""
+        return self._ranks.answered() if self._ranks and self._ranks.answering else None
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
@@ -236,9 +244,12 @@ class Gang:
         while True:
             await self._whole.wait()
             async with self._turn:
+                ranks = self._ranks
+                assert ranks is not None, "Serve configures a replica before it sends requests"
                 if self._whole.is_set():
-                    assert self._ranks is not None, "Serve configures a replica before it sends requests"
-                    yield self._ranks
+                    await ranks.room()
+                if self._whole.is_set():
+                    yield ranks
                     return
 
     @property
@@ -264,7 +275,7 @@ class Gang:
             return "starting", 0
         latest = self._ranks.statuses[0]
         if self._running is None:
-            return latest.phase, 0
+            return "encode_media" if self._ranks.answering else latest.phase, 0
         if latest.phase == "idle":  # a status is some hundred milliseconds old: this one is from before the request
             return "encode", 0
         return latest.phase, latest.step

@@ -15,7 +15,7 @@ from deploy.spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, StepEvent
 
 LOOPBACK = "127.0.0.1"
 
@@ -122,7 +122,7 @@ def _serve_rank(index: int, model: ModelSpec, request: GenerationRequest, parent
             port = parent.recv()
         rank.join(LOOPBACK, port)
         for report in rank.generate(request):
-            parent.send(report)
+            parent.send(rank.answer(report.request_id) if isinstance(report, Drawn) else report)
         parent.send(None)
     except SprayError as error:
         parent.send(error)

@@ -1,8 +1,8 @@
 """Rank: one process, one device, one place in the mesh.
 
 The same method is called on all ranks at once (SPMD): by a gang on Ray through `workers.gang.rank_actor`, or by
-`workers.gang.local` without Ray. `status`, `renumber` and `cancel` may be called from another thread while `generate`
-computes.
+`workers.gang.local` without Ray. `status`, `renumber`, `cancel` and `answer` may be called from other threads while
+`generate` computes.
 
 What a rank raises tells the gang what to do. All ranks agree on a `RequestError` or `RequestFailed` at a boundary: the
 gang is sound. Anything else may have left the others inside a collective: the gang is lost.
@@ -11,29 +11,26 @@ gang is sound. Anything else may have left the others inside a collective: the g
 import gc
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from deploy.spec import LoRA, ModelSpec
 from sp_core.cuda_kernels import in_use
-from sp_core.mesh import ParallelMesh
-from sp_core.probe import probe
 from sp_core.tile_parallel import PeerTileFailed
-from workers.errors import OutOfMemory, PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed
+from workers.gang.boundary import Boundary
+from workers.gang.encoding import Encoding
+from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
 from workers.metrics import RankMetrics
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
-from workers.model.media import encode
 from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
@@ -65,13 +62,13 @@ class Rank:
         self._node_id = node_id
         self._replica = replica
         self._metrics: RankMetrics | None = None  # until it has joined, so that warming up counts nowhere
-        self._store: dist.TCPStore | None = None  # type: ignore[name-defined]  # rank 0 hosts it as long as it lives
+        self._store: Any = None  # once it has joined; rank 0 hosts it as long as it lives
         self._usable: LoadedModel | None = None  # until it has joined; `_loaded` asserts that it has
         self._phase: Phase = "starting"
-        self._progress = 0  # boundaries passed; read by the control thread, as are those below
-        self._step = self._total_steps = 0
+        self._boundary = Boundary(rank)
+        self._encoding = Encoding()
+        self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
-        self._cancelled: str | None = None  # a request's id, written by the control thread
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
         self._compiler = Compiler(model, compiled_folder, self._device)
         if model.device == "cpu":
@@ -83,16 +80,7 @@ class Rank:
         Args:
             host: the address to bind, reachable by all ranks.
         """
-        listener = socket.create_server((host, 0))  # bound here and handed over: no other program can take the port
-        port = int(listener.getsockname()[1])
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self.model.timeouts.startup_s),
-            master_listen_fd=listener.detach(),
-        )
+        self._store, port = host_store(host, self.model.timeouts.startup_s)
         return port
 
     def join(self, host: str, port: int) -> RankStatus:
@@ -103,28 +91,9 @@ class Rank:
             RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
         self._use_device()
-        limits = self.model.timeouts
         if self.rank != 0:
-            startup = timedelta(seconds=limits.startup_s)
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                host, port, is_master=False, wait_for_workers=False, timeout=startup
-            )
-        degrees = self.model.parallel
-        dist.init_process_group(
-            "nccl" if self.model.device == "cuda" else "gloo",
-            store=self._store,
-            rank=self.rank,
-            world_size=degrees.world_size,
-            timeout=timedelta(seconds=limits.startup_s),
-            device_id=self._device if self.model.device == "cuda" else None,  # opens communicators now, not in a step
-        )
-        mesh = ParallelMesh.create(
-            degrees,
-            device_type=self.model.device,
-            timeout_s=limits.phase_s,
-            control_timeout_s=max(limits.startup_s, limits.phase_s),
-        )
-        probe(mesh)
+            self._store = find_store(host, port, self.model.timeouts.startup_s)
+        mesh = form_mesh(self._store, self.rank, self.model, self._device)
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
@@ -137,8 +106,10 @@ class Rank:
         self._phase = "idle"
         return self.status()
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
-        """Run one request. Rank 0 yields its steps, if asked to, and then the result; the others yield nothing.
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
+        """Run one request. Rank 0 yields its steps, if asked to, and then that it is drawn; the others yield nothing.
+
+        Rank 0 keeps the pictures until `answer` is called for them.
 
         Raises:
             RequestError: the request does not suit the model.
@@ -156,10 +127,20 @@ class Rank:
             agreed = failed_together or self.model.parallel.world_size == 1
         finally:
             self._phase = "idle"
-            if self._cancelled == request.request_id:
-                self._cancelled = None
+            self._boundary.forget(request.request_id)
         if agreed is not None:  # only here, where the error and the tensors of its frames are gone
             raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
+
+    def answer(self, request_id: str) -> GenerationResult:
+        """On rank 0: encode what was drawn for a request. From a thread of its own: the next request may compute.
+
+        Raises:
+            RequestFailed: the pictures cannot be encoded. No other request is affected.
+        """
+        result = self._encoding.encode(request_id, self.model)
+        if self._metrics:
+            self._metrics.stage("encode_media", result.encode_media_seconds)
+        return result
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Use exactly these adapters from the next request on. All ranks must call it at once, between requests.
@@ -205,6 +186,8 @@ class Rank:
         for request in warm_up_requests(self.model):
             for _ in self._generate(request):
                 pass
+            if self.rank == 0:
+                self.answer(request.request_id)
 
     def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
         """Compile what these adapters need. Not to the end: rank 0 decodes alone, and could not fail together."""
@@ -214,7 +197,7 @@ class Rank:
                 for _ in self._denoise(self._begin(request)):
                     pass
 
-    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
         reports = self.rank == 0
         started = time.perf_counter()
         denoising = self._begin(request)
@@ -229,7 +212,7 @@ class Rank:
         self._phase = "decode"
         before = time.perf_counter()
         denoising.join_pictures()
-        outputs = self._finish(denoising)
+        pictures = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
         if self._metrics:
             self._metrics.stage("encode", encoded - started)
@@ -237,8 +220,8 @@ class Rank:
             self._metrics.stage("decode", decode_seconds)
             self._metrics.memory(self._peak_memory())
         if reports:
-            yield GenerationResult(
-                outputs=outputs,
+            result = GenerationResult(
+                outputs=(),
                 seeds=request.all_seeds,
                 degrees=self.model.parallel,
                 encode_seconds=encoded - started,
@@ -246,6 +229,7 @@ class Rank:
                 decode_seconds=decode_seconds,
                 warnings=denoising.warnings,
             )
+            yield self._encoding.keep(request, pictures, result)
 
     def status(self) -> RankStatus:
         """What this rank is doing. Answers while it computes."""
@@ -254,7 +238,7 @@ class Rank:
             pid=os.getpid(),
             node_id=self._node_id,
             phase=self._phase,
-            progress=self._progress,
+            progress=self._boundary.progress,
             model=self.model.name,
             loaded=self._read,
             step=self._step,
@@ -270,7 +254,7 @@ class Rank:
 
     def cancel(self, request_id: str) -> None:
         """Stop this request, and no other, at the next boundary, together with all ranks."""
-        self._cancelled = request_id
+        self._boundary.cancel(request_id)
 
     def _begin(self, request: GenerationRequest) -> Denoising:
         self._phase = "encode"
@@ -302,41 +286,16 @@ class Rank:
             denoising.step()  # an error inside is not agreed: the other ranks may wait in a collective of the forward
             after = f"step {self._step + 1} of {self._total_steps}"
             broken = None if denoising.finite else FloatingPointError(f"the latents are not finite after {after}")
-            self._sync_point(denoising.request, broken)
+            self._boundary.cross(self._loaded.mesh, denoising.request, broken)
             self._step += 1
             yield time.perf_counter() - before
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
-        """Do what every rank does by itself, without collectives, and return only if it worked on all of them."""
-        failure: Exception | None = None
+        return self._boundary.run(self._loaded.mesh, request, work)
+
+    def _finish(self, denoising: Denoising) -> list[Any]:
         try:
-            result = work()
-        except Exception as error:
-            failure = error
-        self._sync_point(request, failure)
-        return result
-
-    def _sync_point(self, request: GenerationRequest | None, failure: Exception | None = None) -> None:
-        """Pass a boundary: all ranks learn whether one failed or was told to stop, and raise or go on together.
-
-        The rank with the reason raises it; the others raise `PeerFailed`. A cancellation is agreed like a failure,
-        because it reaches the ranks at different moments.
-        """
-        self._progress += 1  # the gang takes a rank for stuck if this stands still for too long
-        stop = request is not None and self._cancelled == request.request_id
-        failed, cancelled = self._loaded.mesh.agree(failure is not None, stop)
-        if isinstance(failure, RequestError):
-            raise failure
-        if failure is not None:
-            raise RequestFailed(f"rank {self.rank}: {type(failure).__name__}: {failure}") from failure
-        if failed:
-            raise PeerFailed(f"rank {self.rank} stopped because another rank failed")
-        if request and cancelled:
-            raise RequestCancelled(f"request {request.request_id} was canceled")
-
-    def _finish(self, denoising: Denoising) -> tuple[bytes, ...]:
-        try:
-            return tuple(encode(made, denoising.request) for made in denoising.finish())
+            return denoising.finish()
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
         except Exception as error:  # no rank waits for this one: where tiles are shared, the VAE has told the others

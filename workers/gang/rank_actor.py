@@ -1,6 +1,7 @@
 """RankActor: a `Rank` as a Ray actor. Made by `workers.gang.rank_group`, in a gang that must start fast without torch.
 
-What watches or steers a rank is in a concurrency group of its own, so that it answers while a step computes.
+What watches or steers a rank is in a concurrency group of its own, so that it answers while a step computes. So is
+what encodes pictures: one after the other, beside the next request.
 """
 
 import logging
@@ -14,14 +15,14 @@ from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
 from workers.model.files import fetch
 
 if TYPE_CHECKING:
     from workers.gang.rank import Rank
 
 
-@ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]
+@ray.remote(concurrency_groups={"control": 1, "answers": 1})  # type: ignore[call-overload]
 class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`.
 
@@ -82,9 +83,14 @@ class RankActor:
         """See `Rank.join`."""
         return self._rank.join(host, port)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | GenerationResult]:
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
         """See `Rank.generate`."""
         yield from self._rank.generate(request)
+
+    @ray.method(concurrency_group="answers")
+    def answer(self, request_id: str) -> GenerationResult:
+        """See `Rank.answer`."""
+        return self._rank.answer(request_id)
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """See `Rank.set_loras`."""

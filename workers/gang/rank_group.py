@@ -8,28 +8,23 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import os
-import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.spec import LoRA, ModelSpec, Storage
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
-from workers.gang.device import by_device, environment
-from workers.gang.placement import bundle
-from workers.gang.rank_actor import RankActor
-from workers.gang.watch import Watch, watch_start
-from workers.messages import GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.gang.answers import Answers
+from workers.gang.rank_processes import assemble, create, kill_all
+from workers.gang.watch import Watch
+from workers.messages import Answer, Drawn, GenerationRequest, RankStatus, StepEvent
 
 logger = logging.getLogger("ray.serve")
 
-Report = StepEvent | GenerationResult
+Report = StepEvent | Drawn | Answer
 
 
 class RankGroup:
@@ -58,6 +53,7 @@ class RankGroup:
         self._lost: str | None = None  # the reason
         self._watch = Watch(ranks, statuses, model.timeouts, self._lose)
         self._watcher: asyncio.Task[None] | None = None
+        self._answers = Answers(model.timeouts.phase_s, self._lose)
         # Ray cancels whatever a canceled request has called, rank by rank, which would leave one of them alone in a
         # collective. Calls made in this context belong to the start of the ranks, not to a request.
         self._context = contextvars.copy_context()
@@ -79,10 +75,10 @@ class RankGroup:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        processes = _create(model, storage, name, replica)
+        processes = create(model, storage, name, replica)
         limit = model.timeouts.startup_s
         try:
-            ranks, statuses = await asyncio.wait_for(_assemble_watched(processes, model), limit)
+            ranks, statuses = await asyncio.wait_for(assemble(processes, model), limit)
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:
@@ -99,12 +95,14 @@ class RankGroup:
     async def run(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run one request on all ranks. When the caller leaves early, they stop at their next boundary.
 
+        Its answer is encoded when this has ended. Wait for `room` before.
+
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on, except after an `OutOfMemory` inside a step.
             GangLost: the ranks are lost.
         """
-        run = _Run(self._ranks, request, self._context)
+        run = _Run(self._ranks, request, self._context, self._answers)
         with self._watch.working():
             try:
                 async for report in self._collect(run):
@@ -112,6 +110,19 @@ class RankGroup:
             finally:
                 if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach them
                     await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+
+    async def room(self) -> None:
+        """Wait until another request may begin: few pictures wait to be encoded."""
+        await self._answers.room()
+
+    @property
+    def answering(self) -> bool:
+        """Whether pictures of earlier requests are still encoded."""
+        return len(self._answers) > 0
+
+    async def answered(self) -> None:
+        """Wait until they are not."""
+        await self._answers.given()
 
     def cancel(self, request_id: str) -> None:
         """Let the ranks stop this request at their next boundary; `run` then raises `RequestCancelled`."""
@@ -211,61 +222,22 @@ class RankGroup:
         self._lost = reason
         self._watch.stop()
         logger.error("%s: ranks lost: %s", self._model.name, reason)
-        _kill_all(self._ranks, self.statuses)
+        kill_all(self._ranks, self.statuses)
         self._on_lost()
-
-
-def _create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[Any]:
-    """Create one actor in each bundle of this replica's placement group, in the order of the bundles."""
-    group = get_current_placement_group()
-    assert group is not None, "a gang runs in the placement group of its Serve replica"
-    resources, variables = bundle(model), environment(model)
-    return [
-        RankActor.options(  # type: ignore[attr-defined]
-            name=f"{name}-bundle{index}",
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            runtime_env={"env_vars": variables} if variables else None,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        ).remote(model, storage, replica)
-        for index in range(model.parallel.world_size)
-    ]
-
-
-async def _assemble_watched(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any], list[RankStatus]]:
-    """Number the processes and assemble them; if one of them hangs, kill all. Returns them in rank order."""
-    places = await asyncio.gather(*(process.place.remote() for process in processes))
-    ranks = [processes[index] for index in by_device(places)]
-    statuses = await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks)))
-    ready = asyncio.ensure_future(_assemble(ranks))
-    watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
-    try:
-        await asyncio.wait([ready, watch], return_when=asyncio.FIRST_COMPLETED)
-        if watch.done():
-            watch.result()
-        return ranks, await ready
-    except BaseException:
-        _kill_all(ranks, statuses)
-        raise
-    finally:
-        ready.cancel()
-        watch.cancel()
-
-
-async def _assemble(ranks: Sequence[Any]) -> list[RankStatus]:
-    await asyncio.gather(*(rank.prepare.remote() for rank in ranks))
-    host, port = await ranks[0].open_rendezvous.remote()
-    return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in ranks)))
 
 
 class _Run:
     """One request on all ranks: what they report, and how many of them still run."""
 
-    def __init__(self, ranks: Sequence[Any], request: GenerationRequest, context: contextvars.Context) -> None:
+    def __init__(
+        self, ranks: Sequence[Any], request: GenerationRequest, context: contextvars.Context, answers: Answers
+    ) -> None:
         self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
         self.running = len(ranks)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
-        self._relays = [asyncio.create_task(_relay(rank, request, self.reports), context=context) for rank in ranks]
+        self._relays = [
+            asyncio.create_task(_relay(rank, request, self.reports, answers), context=context) for rank in ranks
+        ]
 
 
 class _RankDone:
@@ -275,11 +247,19 @@ class _RankDone:
         self.error = error
 
 
-async def _relay(rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]") -> None:
-    """Run the request on one rank, and put what it reports and how it ends into the queue of all ranks."""
+async def _relay(
+    rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]", answers: Answers
+) -> None:
+    """Run the request on one rank, and put what it reports and how it ends into the queue of all ranks.
+
+    What was drawn is asked for at once, even if the caller has left: else its pictures would stay on the rank.
+    """
     try:
         async for reference in rank.generate.options(num_returns="streaming").remote(request):
-            reports.put_nowait(await reference)
+            report = await reference
+            reports.put_nowait(report)
+            if isinstance(report, Drawn):
+                reports.put_nowait(answers.open(rank.answer.remote(report.request_id)))
     except RayTaskError as error:
         reports.put_nowait(_RankDone(error.cause))
     except Exception as error:
@@ -304,22 +284,3 @@ def _raise_reason(failures: list[SprayError]) -> None:
     """Raise the most telling of the failures, if any: a rank with the reason before ranks that only stopped with it."""
     if failures:
         raise min(failures, key=lambda error: isinstance(error, PeerFailed))
-
-
-def _kill_all(ranks: Sequence[Any], statuses: Sequence[RankStatus]) -> None:
-    here = ray.get_runtime_context().get_node_id()
-    for status, rank in zip(statuses, ranks, strict=True):
-        try:
-            if status.node_id == here:
-                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
-            else:
-                ray.kill(rank)
-        except Exception:  # the others must end all the same, and new ranks must start
-            logger.exception("rank %d cannot be killed", status.rank)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        logger.info("rank process %d had already ended", pid)

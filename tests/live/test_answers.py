@@ -1,0 +1,149 @@
+"""A gang begins the next request while the pictures of the last are encoded, and no answer is lost meanwhile."""
+
+import concurrent.futures
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray import serve
+
+from service.cli.client import read_cluster
+from service.names import app_name
+from service.rollout.local_cluster import LocalCluster
+from tests.support.deployments import (
+    PING_S,
+    deployment,
+    model,
+    on_rank,
+    pixels,
+    rank_statuses,
+    ready,
+    wait_for,
+    wait_while,
+)
+
+HELD, BROKEN = "a picture that takes long to encode", "a picture that cannot be encoded"
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[str]:
+    with LocalCluster(deployment(model(demo_model, ulysses_degree=2))) as cluster:
+        ready(cluster)
+        yield cluster.url
+
+
+@pytest.fixture(scope="module")
+def callers() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def generate(server: str, prompt: str) -> httpx.Response:
+    body = {"model": "demo", "prompt": prompt, "seed": 7}
+    return httpx.post(f"{server}/v1/images/generations", json=body, timeout=PING_S, trust_env=False)
+
+
+def picture(answer: httpx.Response) -> np.ndarray[Any, np.dtype[np.int16]]:
+    assert answer.status_code == 200, answer.text
+    return pixels(answer.json()["data"][0]["b64_json"])
+
+
+def hold_encoder(_: Any, there: Path) -> None:
+    """In the process of rank 0: let the encoder wait with one prompt while a file exists, and fail with another."""
+    from workers.gang import encoding
+
+    encode = encoding.encode
+
+    def slow(made: Any, request: Any) -> bytes:
+        if request.prompt == BROKEN:
+            raise ValueError("no such color")
+        if request.prompt == HELD:
+            wait_while(there)
+        return encode(made, request)
+
+    encoding.encode = slow
+
+
+def phase(server: str) -> str:
+    (shown,) = read_cluster(server)["models"]
+    return str(shown["gangs"][0]["now"]["phase"]) if shown["gangs"] else ""
+
+
+def pids() -> list[int]:
+    return [status.pid for status in rank_statuses("demo")]
+
+
+def hold(server: str, callers: concurrent.futures.Executor, there: Path) -> "concurrent.futures.Future[httpx.Response]":
+    """Ask for a picture, and wait until it is being encoded; it stays so until the file is gone."""
+    there.touch()
+    on_rank("demo", 0, hold_encoder, there)
+    held = callers.submit(generate, server, HELD)
+    wait_for(lambda: phase(server), lambda now: now == "encode_media")
+    return held
+
+
+def test_the_next_request_steps_before_the_last_is_answered(
+    server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    reference = picture(generate(server, HELD))
+    held = hold(server, callers, tmp_path / "held")
+    body = {"model": "demo", "prompt": "a fox", "stream": True, "stream_options": {"include_progress": True}}
+    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=PING_S, trust_env=False) as answer:
+        events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
+        assert next(events)["step"] == 1
+        assert not held.done()
+        (tmp_path / "held").unlink()
+        assert [*events][-1]["metrics"]["encode_media_seconds"] > 0
+    assert np.array_equal(picture(held.result()), reference)
+    assert held.result().json()["metrics"]["encode_media_seconds"] > 0
+
+
+def test_a_picture_that_cannot_be_encoded_fails_alone(
+    server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    before = pids()
+    held = hold(server, callers, tmp_path / "held")
+    broken = callers.submit(generate, server, BROKEN)
+    (tmp_path / "held").unlink()
+    answer = broken.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed"), answer.text
+    assert "encoding failed: ValueError: no such color" in answer.json()["error"]["message"]
+    assert held.result().status_code == 200
+    assert pids() == before
+
+
+def test_a_rank_that_is_killed_while_it_encodes_loses_nothing(
+    server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    reference = picture(generate(server, HELD))
+    held = hold(server, callers, tmp_path / "held")
+    before = pids()
+    os.kill(before[0], signal.SIGKILL)
+    assert np.array_equal(picture(held.result()), reference)
+    wait_for(pids, lambda now: len(now) == 2 and not set(now) & set(before))
+
+
+def test_a_gang_that_stops_answers_before(
+    server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """The last test: the model is gone afterwards."""
+    reference = picture(generate(server, HELD))
+    held = hold(server, callers, tmp_path / "held")
+    gone = callers.submit(serve.delete, app_name("demo"))
+    wait_for(lambda: serve.status().applications[app_name("demo")].status.value, lambda status: status == "DELETING")
+    wait_for(lambda: stopping(), lambda replicas: replicas == 1)
+    assert not held.done()
+    (tmp_path / "held").unlink()
+    assert np.array_equal(picture(held.result()), reference)
+    gone.result()
+
+
+def stopping() -> int:
+    (gang,) = serve.status().applications[app_name("demo")].deployments.values()
+    return int(gang.replica_states.get("STOPPING", 0))  # type: ignore[call-overload]

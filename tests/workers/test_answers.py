@@ -1,0 +1,209 @@
+"""Answers are encoded while the next request computes: few at once, each failure its own, none forgotten."""
+
+import asyncio
+import io
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from ray.exceptions import RayActorError
+
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from tests.support.deployments import model
+from workers.errors import OutOfMemory, RequestFailed
+from workers.gang import encoding
+from workers.gang.answers import MOST_OPEN, Answers
+from workers.gang.encoding import Encoding
+from workers.gang.rank import Rank
+from workers.gang.rank_group import RankGroup
+from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, StepEvent
+from workers.model.loader import load_model
+from workers.model.media import encode
+
+REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=1, report_steps=True)
+SPEC = model(Path("/nowhere"))
+
+
+def asked(request_id: str) -> GenerationRequest:
+    return GenerationRequest(request_id, "demo", "a cup", 64, 48, 2, seed=1)
+
+
+def took(seconds: float = 1.0) -> GenerationResult:
+    return GenerationResult((), (1,), ParallelDegrees(), seconds, (seconds,), seconds)
+
+
+def refuse(*_: Any) -> bytes:
+    raise ValueError("no such color")
+
+
+def run_dry(*_: Any) -> bytes:
+    raise MemoryError
+
+
+# on rank 0
+
+
+def test_a_file_has_the_bytes_that_encoding_at_once_makes(demo_model: Path) -> None:
+    spec = model(demo_model)
+    rank = Rank(0, spec)
+    rank._use(load_model(spec, ParallelMesh.create(spec.parallel, device_type="cpu", timeout_s=60)))
+    denoising = rank._begin(REQUEST)
+    for _ in rank._denoise(denoising):
+        pass
+    expected = tuple(encode(made, REQUEST) for made in denoising.finish())
+    *steps, drawn = rank.generate(REQUEST)
+    assert [step.step for step in steps if isinstance(step, StepEvent)] == [1, 2]
+    assert isinstance(drawn, Drawn)
+    assert drawn.took.outputs == ()
+    result = rank.answer(REQUEST.request_id)
+    assert result.outputs == expected
+    assert Image.open(io.BytesIO(result.outputs[0])).size == (64, 48)
+    assert result.seconds == pytest.approx(drawn.took.seconds + result.encode_media_seconds)
+    assert result.encode_media_seconds > 0
+    with pytest.raises(KeyError):  # it keeps nothing
+        rank.answer(REQUEST.request_id)
+
+
+@pytest.mark.parametrize(("fails", "error"), [(refuse, RequestFailed), (run_dry, OutOfMemory)])
+def test_a_file_that_cannot_be_made_fails_its_own_request(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, fails: Any, error: type[Exception]
+) -> None:
+    kept, picture = Encoding(), Image.new("RGB", (64, 48))
+    for name in "ab":
+        kept.keep(asked(name), [picture], took())
+    with monkeypatch.context() as broken, pytest.raises(error) as failed:
+        broken.setattr(encoding, "encode", fails)
+        kept.encode("a", model(demo_model))
+    assert type(failed.value) is error
+    assert len(kept.encode("b", SPEC).outputs) == 1
+    assert kept._waiting == {}
+
+
+# in the gang
+
+
+def test_few_answers_are_open_at_once() -> None:
+    async def story() -> None:
+        answers, results = Answers(60, pytest.fail), [asyncio.get_running_loop().create_future() for _ in range(3)]
+        for result in results[: MOST_OPEN - 1]:
+            answers.open(result)
+            await asyncio.wait_for(answers.room(), 60)
+        answers.open(results[MOST_OPEN - 1])
+        waits = asyncio.ensure_future(answers.room())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waits.done()
+        results[0].set_exception(RequestFailed("no such color"))  # as good as any other end
+        await asyncio.wait_for(waits, 60)
+        assert len(answers) == MOST_OPEN - 1
+        with pytest.raises(RequestFailed):
+            await results[0]
+        ends = asyncio.ensure_future(answers.given())
+        await asyncio.sleep(0)
+        assert not ends.done()
+        results[1].set_result(took())
+        await asyncio.wait_for(ends, 60)
+
+    asyncio.run(story())
+
+
+def test_an_answer_that_never_comes_costs_the_ranks() -> None:
+    async def story() -> None:
+        reasons: list[str] = []
+        answers = Answers(0.05, reasons.append)
+        answers.open(asyncio.get_running_loop().create_future())
+        await asyncio.wait_for(answers.given(), 60)
+        assert reasons == ["rank 0 has not encoded an answer within 0.05 s"]
+
+    asyncio.run(story())
+
+
+class FakeRank:
+    """As far as `RankGroup.run` calls it: rank 0 of a gang of one, whose encoder waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
+        self.answer = SimpleNamespace(remote=self._answer)
+        self.cancel = SimpleNamespace(remote=lambda _: None)
+        self.log: list[str] = []
+        self.may: dict[str, asyncio.Future[GenerationResult]] = {}
+
+    async def _generate(self, request: GenerationRequest) -> AsyncIterator[Any]:
+        self.log.append(f"{request.request_id} begins")
+        for report in (StepEvent(1, 1, 1.0), Drawn(request.request_id, took())):
+            told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            told.set_result(report)
+            yield told
+
+    def _answer(self, request_id: str) -> "asyncio.Future[GenerationResult]":
+        self.log.append(f"{request_id} is encoded")
+        self.may[request_id] = asyncio.get_running_loop().create_future()
+        return self.may[request_id]
+
+
+async def run(group: RankGroup, request_id: str) -> Answer:
+    await group.room()
+    *_, drawn, answer = [report async for report in group.run(asked(request_id))]
+    assert isinstance(drawn, Drawn)
+    assert isinstance(answer, Answer)
+    return answer
+
+
+def test_the_next_request_runs_while_an_answer_is_encoded() -> None:
+    async def story() -> None:
+        rank = FakeRank()
+        group = RankGroup(SPEC, [rank], [], 0.0, on_lost=lambda: None)
+        first, second = await run(group, "first"), await run(group, "second")
+        assert rank.log == ["first begins", "first is encoded", "second begins", "second is encoded"]
+        assert group.answering
+        third = asyncio.ensure_future(run(group, "third"))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert rank.log[4:] == []  # too many are open
+        rank.may["first"].set_exception(RequestFailed("no such color"))
+        await asyncio.wait_for(third, 60)
+        rank.may["second"].set_result(took(2.0))
+        assert (await second.result).encode_seconds == 2.0
+        with pytest.raises(RequestFailed, match="no such color"):
+            await first.result
+
+    asyncio.run(story())
+
+
+def test_pictures_of_a_caller_who_left_do_not_stay_on_the_rank() -> None:
+    async def story() -> None:
+        rank = FakeRank()
+        group = RankGroup(SPEC, [rank], [], 0.0, on_lost=lambda: None)
+        reports = group.run(asked("left"))
+        await anext(reports)
+        await reports.aclose()
+        assert rank.log == ["left begins", "left is encoded"]
+        rank.may["left"].set_exception(RayActorError())
+        await asyncio.wait_for(group.answered(), 60)
+        assert not group.answering
+
+    asyncio.run(story())
+
+
+def test_pictures_may_be_kept_and_encoded_by_two_threads() -> None:
+    kept, done = Encoding(), threading.Event()
+    picture = Image.new("RGB", (8, 8))
+
+    def work() -> None:
+        for number in range(100):
+            while str(number) not in kept._waiting:
+                pass
+            kept.encode(str(number), SPEC)
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    for number in range(100):
+        kept.keep(asked(str(number)), [picture], took())
+    assert done.wait(60)
+    assert kept._waiting == {}

@@ -1,0 +1,71 @@
+"""Boundary: where all ranks of a gang agree, between collectives, whether a request goes on.
+
+`workers.gang.rank` passes one after each part of a request. A failure or a cancellation then stops all ranks at the
+same place, and the gang is sound.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from sp_core.mesh import ParallelMesh
+from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
+from workers.messages import GenerationRequest
+
+Result = TypeVar("Result")
+
+
+class Boundary:
+    """One rank's part of it.
+
+    Args:
+        rank: its number.
+
+    Attributes:
+        progress: boundaries passed; read by another thread. The gang takes a rank for stuck if it stands still for too
+            long.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.progress = 0
+        self._rank = rank
+        self._cancelled: str | None = None  # a request's id, written by another thread
+
+    def cancel(self, request_id: str) -> None:
+        """Stop this request, and no other, at the next boundary. From any thread."""
+        self._cancelled = request_id
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        if self._cancelled == request_id:
+            self._cancelled = None
+
+    def run(self, mesh: ParallelMesh, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
+        """Do what every rank does by itself, without collectives, and return only if it worked on all of them."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        self.cross(mesh, request, failure)
+        return result
+
+    def cross(self, mesh: ParallelMesh, request: GenerationRequest | None, failure: Exception | None = None) -> None:
+        """All ranks learn whether one failed or was told to stop, and raise or go on together.
+
+        The rank with the reason raises it; the others raise `PeerFailed`. A cancellation is agreed like a failure,
+        because it reaches the ranks at different moments.
+
+        Raises:
+            RequestError, RequestFailed: on all ranks.
+        """
+        self.progress += 1
+        stop = request is not None and self._cancelled == request.request_id
+        failed, cancelled = mesh.agree(failure is not None, stop)
+        if isinstance(failure, RequestError):
+            raise failure
+        if failure is not None:
+            raise RequestFailed(f"rank {self._rank}: {type(failure).__name__}: {failure}") from failure
+        if failed:
+            raise PeerFailed(f"rank {self._rank} stopped because another rank failed")
+        if request and cancelled:
+            raise RequestCancelled(f"request {request.request_id} was canceled")

@@ -1,0 +1,91 @@
+"""The processes of a gang's ranks: made in the placement group, numbered, brought together; and killed.
+
+Called by `workers.gang.rank_group`.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deploy.spec import ModelSpec, Storage
+from workers.gang.device import by_device, environment
+from workers.gang.placement import bundle
+from workers.gang.rank_actor import RankActor
+from workers.gang.watch import watch_start
+from workers.messages import RankStatus
+
+logger = logging.getLogger("ray.serve")
+
+
+def create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[Any]:
+    """Create one actor in each bundle of this replica's placement group, in the order of the bundles."""
+    group = get_current_placement_group()
+    assert group is not None, "a gang runs in the placement group of its Serve replica"
+    resources, variables = bundle(model), environment(model)
+    return [
+        RankActor.options(  # type: ignore[attr-defined]
+            name=f"{name}-bundle{index}",
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            runtime_env={"env_vars": variables} if variables else None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote(model, storage, replica)
+        for index in range(model.parallel.world_size)
+    ]
+
+
+async def assemble(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any], list[RankStatus]]:
+    """Number the processes and bring them together; if one of them hangs, kill all. Returns them in rank order.
+
+    Raises:
+        GangLost: one was stopped, died or hung. What else a rank raises goes on to the caller.
+    """
+    places = await asyncio.gather(*(process.place.remote() for process in processes))
+    ranks = [processes[index] for index in by_device(places)]
+    statuses = await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks)))
+    ready = asyncio.ensure_future(_bring_together(ranks))
+    watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
+    try:
+        await asyncio.wait([ready, watch], return_when=asyncio.FIRST_COMPLETED)
+        if watch.done():
+            watch.result()
+        return ranks, await ready
+    except BaseException:
+        kill_all(ranks, statuses)
+        raise
+    finally:
+        ready.cancel()
+        watch.cancel()
+
+
+async def _bring_together(ranks: Sequence[Any]) -> list[RankStatus]:
+    await asyncio.gather(*(rank.prepare.remote() for rank in ranks))
+    host, port = await ranks[0].open_rendezvous.remote()
+    return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in ranks)))
+
+
+def kill_all(ranks: Sequence[Any], statuses: Sequence[RankStatus]) -> None:
+    """End all ranks at once: by pid on this node, by Ray on others."""
+    here = ray.get_runtime_context().get_node_id()
+    for status, rank in zip(statuses, ranks, strict=True):
+        try:
+            if status.node_id == here:
+                _kill(status.pid)  # ends a stopped process at once, where ray.kill waits five seconds
+            else:
+                ray.kill(rank)
+        except Exception:  # the others must end all the same, and new ranks must start
+            logger.exception("rank %d cannot be killed", status.rank)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        logger.info("rank process %d had already ended", pid)
