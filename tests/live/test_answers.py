@@ -1,6 +1,7 @@
 """A gang begins the next request while the pictures of the last are encoded, and no answer is lost meanwhile."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray
 from ray import serve
 
 from service.cli.client import read_cluster
@@ -27,6 +29,8 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
+
+Future = concurrent.futures.Future[httpx.Response]
 
 HELD, BROKEN = "a picture that takes long to encode", "a picture that cannot be encoded"
 
@@ -79,42 +83,48 @@ def pids() -> list[int]:
     return [status.pid for status in rank_statuses("demo")]
 
 
-def hold(server: str, callers: concurrent.futures.Executor, there: Path) -> "concurrent.futures.Future[httpx.Response]":
-    """Ask for a picture, and wait until it is being encoded; it stays so until the file is gone."""
+@contextlib.contextmanager
+def held(server: str, callers: concurrent.futures.Executor, there: Path) -> Iterator[Future]:
+    """Ask for a picture; inside, it is being encoded, until the file is gone."""
     there.touch()
-    on_rank("demo", 0, hold_encoder, there)
-    held = callers.submit(generate, server, HELD)
-    wait_for(lambda: phase(server), lambda now: now == "encode_media")
-    return held
+    try:
+        on_rank("demo", 0, hold_encoder, there)
+        asked = callers.submit(generate, server, HELD)
+        wait_for(lambda: phase(server), lambda now: now == "encode_media")
+        yield asked
+    finally:
+        there.unlink(missing_ok=True)
 
 
 def test_the_next_request_steps_before_the_last_is_answered(
     server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     reference = picture(generate(server, HELD))
-    held = hold(server, callers, tmp_path / "held")
     body = {"model": "demo", "prompt": "a fox", "stream": True, "stream_options": {"include_progress": True}}
-    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=PING_S, trust_env=False) as answer:
+    url = f"{server}/v1/images/generations"
+    with (
+        held(server, callers, tmp_path / "held") as asked,
+        httpx.stream("POST", url, json=body, timeout=PING_S, trust_env=False) as answer,
+    ):
         events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
         assert next(events)["step"] == 1
-        assert not held.done()
+        assert not asked.done()
         (tmp_path / "held").unlink()
         assert [*events][-1]["metrics"]["encode_media_seconds"] > 0
-    assert np.array_equal(picture(held.result()), reference)
-    assert held.result().json()["metrics"]["encode_media_seconds"] > 0
+    assert np.array_equal(picture(asked.result()), reference)
+    assert asked.result().json()["metrics"]["encode_media_seconds"] > 0
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(
     server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     before = pids()
-    held = hold(server, callers, tmp_path / "held")
-    broken = callers.submit(generate, server, BROKEN)
-    (tmp_path / "held").unlink()
+    with held(server, callers, tmp_path / "held") as asked:
+        broken = callers.submit(generate, server, BROKEN)
     answer = broken.result()
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed"), answer.text
     assert "encoding failed: ValueError: no such color" in answer.json()["error"]["message"]
-    assert held.result().status_code == 200
+    assert asked.result().status_code == 200
     assert pids() == before
 
 
@@ -122,28 +132,37 @@ def test_a_rank_that_is_killed_while_it_encodes_loses_nothing(
     server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     reference = picture(generate(server, HELD))
-    held = hold(server, callers, tmp_path / "held")
-    before = pids()
-    os.kill(before[0], signal.SIGKILL)
-    assert np.array_equal(picture(held.result()), reference)
+    with held(server, callers, tmp_path / "held") as asked:
+        before = pids()
+        os.kill(before[0], signal.SIGKILL)
+        assert np.array_equal(picture(asked.result()), reference)
     wait_for(pids, lambda now: len(now) == 2 and not set(now) & set(before))
 
 
-def test_a_gang_that_stops_answers_before(
+def note_its_end(_: Any, file: Path) -> None:
+    """In the process of the gang: make a file when Serve has told it to end."""
+    from workers.gang.rank_group import RankGroup
+
+    answered = RankGroup.answered
+
+    def noted(self: RankGroup) -> Any:
+        file.touch()
+        return answered(self)
+
+    RankGroup.answered = noted  # type: ignore[method-assign]
+
+
+def test_a_gang_that_ends_answers_before(
     server: str, callers: concurrent.futures.ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     """The last test: the model is gone afterwards."""
-    reference = picture(generate(server, HELD))
-    held = hold(server, callers, tmp_path / "held")
-    gone = callers.submit(serve.delete, app_name("demo"))
-    wait_for(lambda: serve.status().applications[app_name("demo")].status.value, lambda status: status == "DELETING")
-    wait_for(lambda: stopping(), lambda replicas: replicas == 1)
-    assert not held.done()
-    (tmp_path / "held").unlink()
-    assert np.array_equal(picture(held.result()), reference)
-    gone.result()
-
-
-def stopping() -> int:
-    (gang,) = serve.status().applications[app_name("demo")].deployments.values()
-    return int(gang.replica_states.get("STOPPING", 0))  # type: ignore[call-overload]
+    reference, ends = picture(generate(server, HELD)), tmp_path / "ends"
+    (name,) = (a for a in ray.util.list_named_actors(all_namespaces=True) if "model-demo#" in a["name"])
+    gang = ray.get_actor(name["name"], namespace=name["namespace"])
+    ray.get(gang.__ray_call__.remote(note_its_end, ends), timeout=120)
+    with held(server, callers, tmp_path / "held") as asked:
+        deleted = callers.submit(serve.delete, app_name("demo"))
+        wait_for(lambda: (ends.exists(), asked.done()), any)
+        assert not asked.done()
+    assert np.array_equal(picture(asked.result()), reference)
+    deleted.result()

@@ -37,7 +37,7 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
     gang = Gang({})
     assert gang._progress() == ("starting", 0)
     gang._ranks = SimpleNamespace(  # type: ignore[assignment]
-        statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")], answering=answering
+        statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")], answering=answering, answered=lambda: None
     )
     gang._running = running
     assert gang._progress() == now

@@ -48,7 +48,7 @@ class Answers:
 
     async def _follow(self, result: Awaitable[GenerationResult]) -> None:
         coming = asyncio.ensure_future(_ended(result))
-        patience_s = self._patience_s * (1 + len(self._open))  # those before it are encoded first
+        patience_s = self._patience_s * len(self._open)  # those before it are encoded first
         done, _ = await asyncio.wait([coming], timeout=patience_s)
         if not done:
             coming.cancel()

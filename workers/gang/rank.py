@@ -296,7 +296,9 @@ class Rank:
     def _finish(self, denoising: Denoising) -> list[Any]:
         try:
             return denoising.finish()
+        except PeerFailed:
+            raise
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
-        except Exception as error:  # no rank waits for this one: where tiles are shared, the VAE has told the others
+        except Exception as error:  # no rank waits for this one: where decoding is shared, the others have been told
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

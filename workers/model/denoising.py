@@ -28,6 +28,7 @@ from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.flow_shift import shifted
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
+from workers.model.picture_shares import decode_shared
 from workers.model.truncation import WatchedTokenizer
 
 
@@ -90,8 +91,10 @@ class Denoising:
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
-        if size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling"):
-            together = model.vae == "all"
+        together = model.vae == "all" and mesh.degrees.world_size > 1
+        self._tiles = size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling")
+        self._shares_decoding = together and request.n > 1 and not self._tiles
+        if self._tiles:
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
         given = self._inputs()
@@ -187,22 +190,36 @@ class Denoising:
 
     @torch.no_grad()
     def finish(self) -> list[Any]:
-        """Decode the latents. A collective, if the ranks share tiles.
+        """Decode the latents. A collective, if the ranks share tiles or pictures.
+
+        Pictures that are not cut into tiles are decoded one by one: that takes the least memory, and the pixels do not
+        depend on who decodes what.
 
         Returns:
             On rank 0 the pictures, or a list of frames for each video; nothing on the others.
 
         Raises:
-            PeerTileFailed: another rank could not decode its tiles.
+            PeerTileFailed, PeerFailed: another rank could not decode its tiles, or its pictures.
         """
         self._workflow.loop.set_block_state(self._state, self._loop_state)
+        if self._shares_decoding:
+            return decode_shared(self._decode_one, self.request.n, self._mesh)
         if not self._decodes:
             return []
-        self._state.set("latents", self._state.get("latents").to(self._pipeline.vae.dtype))  # not all decoders do it
+        if not self._tiles:
+            return [self._decode_one(i) for i in range(self.request.n)]
         try:
-            self._run(self._workflow.decode)
+            return self._decode(self.latents)
         except TilesHandedOver:
             return []
+
+    def _decode_one(self, i: int) -> Any:
+        (made,) = self._decode(self.latents[i : i + 1])
+        return made
+
+    def _decode(self, latents: torch.Tensor) -> list[Any]:
+        self._state.set("latents", latents.to(self._pipeline.vae.dtype))  # not all decoders do it
+        self._run(self._workflow.decode)
         outputs: list[Any] = self._state.get(self._adapter.output)
         return outputs
 

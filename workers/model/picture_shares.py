@@ -1,0 +1,62 @@
+"""Pictures shared out over the ranks of a gang: each decodes every N-th, rank 0 gets all.
+
+Called by `workers.model.denoising` where every rank has the VAE and a request asks for several pictures or videos. What
+travels is the finished pixels, over the hosts' own group: they are on the host anyway, to be encoded.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sp_core import collectives
+from sp_core.mesh import ParallelMesh
+from workers.errors import PeerFailed
+
+
+def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) -> list[Any]:
+    """Decode pictures, each on one rank. A collective of all ranks.
+
+    Args:
+        decode: makes picture `i`, `0 <= i < count`: an RGB picture, or the list of a video's frames.
+        count: how many there are.
+        mesh: the ranks, each of which has the whole latents.
+
+    Returns:
+        All of them on rank 0, in order; nothing on the others.
+
+    Raises:
+        PeerFailed: another rank could not decode its share. That one raises the reason.
+    """
+    gang = mesh.axis("gang")
+    failure: Exception | None = None
+    try:
+        made = [decode(i) for i in range(gang.rank, count, gang.size)]
+        pixels = [_pixels(each) for each in made]
+    except Exception as error:
+        failure = error
+    (failed,) = mesh.agree(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise PeerFailed(f"rank {gang.rank} stopped because another rank could not decode its pictures")
+    shares = collectives.gather(pixels, replace(gang, group=gang.host_group))
+    if gang.rank != 0:
+        return []
+    pictures = [made, *([_made(each) for each in share] for share in shares[1:])]
+    return [pictures[i % gang.size][i // gang.size] for i in range(count)]
+
+
+def _pixels(made: Any) -> torch.Tensor:
+    """`(H, W, 3)` of a picture, `(F, H, W, 3)` of a video."""
+    frames = np.stack([np.asarray(frame) for frame in made]) if isinstance(made, list) else np.array(made)
+    return torch.from_numpy(frames)
+
+
+def _made(pixels: torch.Tensor) -> Any:
+    if pixels.ndim == 4:
+        return [Image.fromarray(frame.numpy()) for frame in pixels]
+    return Image.fromarray(pixels.numpy())
