@@ -91,7 +91,7 @@ class StepEvent:
     Attributes:
         step: 1 for the first.
         total_steps: steps of the request.
-        seconds: wall time of this step on rank 0.
+        seconds: from the end of the step before to the end of this one, on rank 0's device.
     """
 
     step: int
@@ -108,7 +108,7 @@ class GenerationResult:
         seeds: the seed of each.
         degrees: the layout of the gang.
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
-        step_seconds: wall time of each step on rank 0.
+        step_seconds: of each step, from the end of the one before to its own, on rank 0's device.
         decode_seconds: wall time of decoding the latents to pictures, on rank 0.
         warnings: what the caller should know, such as that a prompt was cut.
         encode_media_seconds: wall time of encoding the pictures as files, on rank 0. The ranks have begun the next

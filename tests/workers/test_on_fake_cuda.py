@@ -25,6 +25,7 @@ from tests.support.fake_cuda.guard import needs_guard
 from tests.support.fake_cuda.request import REQUESTS, Pictures, draw, draw_on_pretended_cuda
 from tests.support.fake_cuda.seen import Seen
 from workers.messages import GenerationRequest
+from workers.model.step_ends import StepEnd, StepEnds
 
 pytestmark = needs_guard
 
@@ -88,11 +89,8 @@ ONCE: Mapping[str, set[str]] = {
 }
 """Where the host may wait outside the loop, by stage of a request."""
 
-OF_EACH_STEP = {
-    "workers/model/denoising.py Denoising.step: synchronizes": 1,
-    f"workers/model/denoising.py Denoising.finite: {READ}": 1,
-}
-"""Where it may wait in each step, and how often. The second makes the first needless but for where errors show."""
+END_OF_STEP = "workers/model/step_ends.py StepEnds.wait: waits for an event"
+"""The one wait of each step. It comes when the next step is queued, so there is none in the first."""
 
 OF_WAN = {
     f"diffusers/modular_pipelines/wan/denoise.py Wan22LoopDenoiser.__call__: {READ}": 1,
@@ -107,12 +105,14 @@ OF_WAN = {
 def unknown_waits(seen: Seen, family: str) -> dict[str, dict[str, int]]:
     """Waits that are not on the lists, by stage."""
     steps = REQUESTS[family].num_inference_steps
-    in_step = OF_EACH_STEP | (OF_WAN if family == "wan" else {})
+    in_step = OF_WAN if family == "wan" else {}
     found = {}
     for phase in sorted({phase for phase, _ in seen.waits}):
         known = dict.fromkeys(ONCE.get(phase, ()), 10**6)
         if phase in ("first step", "step"):
             known |= {line: count * (1 if phase == "first step" else steps - 1) for line, count in in_step.items()}
+        if phase == "step":
+            known[END_OF_STEP] = steps
         found[phase] = dict(Counter(seen.waits_in(phase)) - Counter(known))
     return {phase: waits for phase, waits in found.items() if waits}
 
@@ -137,6 +137,7 @@ def check(pool: RankPool, folder: Path, family: str, layout: str, **options: Any
     for _, seen in found:
         assert not seen.faults
         assert unknown_waits(seen, family) == {}
+        assert seen.waits_in("step")[END_OF_STEP] == request.num_inference_steps
     return [seen for _, seen in found]
 
 
@@ -194,7 +195,19 @@ def a_tensor_on_the_cpu() -> Iterator[None]:
         yield
 
 
-PLANTED = {each.__name__: each for each in (a_decision_on_a_value, a_strided_exchange, a_tensor_on_the_cpu)}
+@contextmanager
+def a_flag_that_is_not_waited_for() -> Iterator[None]:
+    def early(ends: StepEnds, step: int) -> StepEnd:
+        return StepEnd(step, 0.0, bool(ends._finite[step - 1]))
+
+    with mock.patch.object(StepEnds, "wait", early):
+        yield
+
+
+PLANTED = {
+    each.__name__: each
+    for each in (a_decision_on_a_value, a_strided_exchange, a_tensor_on_the_cpu, a_flag_that_is_not_waited_for)
+}
 
 
 def seen_with(mesh: ParallelMesh, model: ModelSpec, request: GenerationRequest, planted: str) -> tuple[Seen, str]:
@@ -236,3 +249,8 @@ def test_a_tensor_on_the_cpu_is_found(ranks: RankPool, demo_model: Path) -> None
         "sp_core/attention/ulysses.py _trade_heads_for_tokens: add of tensors on cuda and on the CPU"
     }
     assert "needs all tensors on one device" in said
+
+
+def test_a_flag_that_is_not_waited_for_is_found(ranks: RankPool, demo_model: Path) -> None:
+    _, said = with_planted(ranks, demo_model, "a_flag_that_is_not_waited_for")
+    assert said == "the latents are not finite after step 1"

@@ -69,6 +69,7 @@ class Rank:
         self._encoding = Encoding()
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
+        self._ahead = int(model.device == "cuda")  # steps that are queued before the host waits; a CPU queues nothing
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
         self._compiler = Compiler(model, compiled_folder, self._device)
         if model.device == "cpu":
@@ -253,7 +254,10 @@ class Rank:
         self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)
 
     def cancel(self, request_id: str) -> None:
-        """Stop this request, and no other, at the next boundary, together with all ranks."""
+        """Stop this request, and no other, at the next boundary, together with all ranks.
+
+        A GPU then finishes the step that is queued, for nobody, before it begins the next request.
+        """
         self._boundary.cancel(request_id)
 
     def _begin(self, request: GenerationRequest) -> Denoising:
@@ -281,14 +285,13 @@ class Rank:
     def _denoise(self, denoising: Denoising) -> Iterator[float]:
         """Run all steps; yield the seconds that each took."""
         self._phase = "denoise"
-        while not denoising.done:
-            before = time.perf_counter()
-            denoising.step()  # an error inside is not agreed: the other ranks may wait in a collective of the forward
-            after = f"step {self._step + 1} of {self._total_steps}"
-            broken = None if denoising.finite else FloatingPointError(f"the latents are not finite after {after}")
+        # An error inside a step is not agreed: the other ranks may wait in a collective of the forward.
+        for end in denoising.steps(self._ahead):
+            after = f"step {end.step} of {self._total_steps}"
+            broken = None if end.finite else FloatingPointError(f"the latents are not finite after {after}")
             self._boundary.cross(self._loaded.mesh, denoising.request, broken)
-            self._step += 1
-            yield time.perf_counter() - before
+            self._step = end.step
+            yield end.seconds
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
         return self._boundary.run(self._loaded.mesh, request, work)

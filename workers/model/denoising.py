@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +30,7 @@ from workers.model.adapters.lookup import find_adapter
 from workers.model.flow_shift import shifted
 from workers.model.loader import LoadedModel, encodes_here, is_encoder
 from workers.model.picture_shares import decode_shared
+from workers.model.step_ends import StepEnd, StepEnds
 from workers.model.truncation import WatchedTokenizer
 
 
@@ -57,7 +59,7 @@ class Workflow:
 
 
 class Denoising:
-    """One request in progress: `encode`, `share_encoded`, `prepare`, `step` until `done`, `join_pictures`, `finish`.
+    """One request in progress: `encode`, `share_encoded`, `prepare`, all `steps`, `join_pictures`, `finish`.
 
     It owns its scheduler and guiders: a pipeline has one of each, and two requests on one scheduler break each other.
     Where groups of ranks compute the branches of guidance, a request without guidance has its pictures divided among
@@ -107,6 +109,7 @@ class Denoising:
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
         self._timesteps: list[float] = []  # from `prepare` on
         self._steps_done = 0
+        self._ends: StepEnds  # from the first step on
 
     @property
     def total_steps(self) -> int:
@@ -128,11 +131,6 @@ class Denoising:
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know of the request, on ranks that encode: which prompts were cut."""
         return tuple(dict.fromkeys(self._warnings))
-
-    @property
-    def finite(self) -> bool:
-        """Whether the latents of this rank hold neither infinity nor NaN, which a decoder would make black pictures."""
-        return bool(self.latents.isfinite().all())
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -173,14 +171,27 @@ class Denoising:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Do one denoising step. A collective of all ranks."""
+        """Do one denoising step, which a GPU only queues; see `steps`. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
         i, before = self._steps_done, self._loop_state
+        if i == 0:
+            self._ends = StepEnds(self.latents.device, self.total_steps)
         with same_timestep(None if self.request.loras else self._timesteps[i]):
             _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
-        if self.latents.is_cuda:
-            torch.cuda.synchronize()  # kernels are queued: without this, the step's time and errors show up later
+        self._ends.mark(self.latents)
+
+    def steps(self, ahead: int) -> Iterator[StepEnd]:
+        """Do all steps, and yield the end of each. A collective of all ranks.
+
+        Args:
+            ahead: how many steps more are queued before the host waits for one to end, so that a GPU never waits for
+                the host in between. What goes wrong on the device shows up with the step that is waited for.
+        """
+        for step in range(1, self.total_steps + 1):
+            while not self.done and self._steps_done < step + ahead:
+                self.step()
+            yield self._ends.wait(step)
 
     def join_pictures(self) -> None:
         """Give all ranks the latents of all pictures. A collective, if the groups have divided the pictures."""

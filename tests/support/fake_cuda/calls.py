@@ -91,6 +91,14 @@ class Call:
             return f"reads a value ({self.name})"
         return self._wait_for_index() or self._wait_for_copy()
 
+    @property
+    def copies_later(self) -> bool:
+        """Whether it copies from CUDA to memory of the host that is there already, and the host goes on meanwhile."""
+        if self.name != "copy_" or not (bool(self.args[2:] and self.args[2]) or self.kwargs.get("non_blocking")):
+            return False
+        target, source = self.args[:2]
+        return bool(source.is_cuda and not target.is_cuda)
+
     def _wait_for_index(self) -> str:
         """Indexing with a mask counts it first; an index on the CPU is copied over."""
         if self.name not in ("index", "index_put", "index_put_", "_index_put_impl_") or not self.args[0].is_cuda:

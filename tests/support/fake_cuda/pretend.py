@@ -13,11 +13,12 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.support.fake_cuda.attention import STAND_INS, AttendsAsOnCuda
 from tests.support.fake_cuda.calls import Call
+from tests.support.fake_cuda.events import Queue, event_class
 from tests.support.fake_cuda.guard import register_guard
 from tests.support.fake_cuda.seen import Seen
 
@@ -73,10 +74,12 @@ class Pretending(TorchDispatchMode):
     Args:
         seen: where to note.
         groups: the names of the process groups that would be NCCL's; the others are of hosts.
+        queue: what the device has still to do for the host.
     """
 
-    def __init__(self, seen: Seen, groups: set[str]) -> None:
+    def __init__(self, seen: Seen, groups: set[str], queue: Queue) -> None:
         super().__init__()
+        self._queue = queue
         self._seen = seen
         self._groups = groups
 
@@ -89,6 +92,12 @@ class Pretending(TorchDispatchMode):
             self._seen.exchange(call, group is not None and group.group_name in self._groups)
         else:
             self._look_at(call)
+            if call.copies_later:
+                target, source = call.tensors
+                with _disable_current_modes():
+                    self._queue.copy(target, _on_host(source))
+                return target
+        call.kwargs.pop("pin_memory", None)  # a build for CPU has none
         on_host = [tree_map(_on_host, part) for part in (args, call.kwargs)]
         made = STAND_INS.get(operator, operator)(*on_host[0], **on_host[1])
         known = {id(_on_host(tensor)): tensor for tensor in call.tensors}
@@ -144,10 +153,12 @@ def pretended(seen: Seen, groups: set[str]) -> Iterator[None]:
         groups: the names of the process groups that would be NCCL's; the others are of hosts.
     """
     register_guard()
+    queue = Queue()
     patches: list[AbstractContextManager[object]] = [
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: seen.wait("synchronizes")),
+        mock.patch.object(torch.cuda, "Event", event_class(queue, seen)),
         mock.patch.object(torch, "save", functools.partial(_save, torch.save, seen)),
         mock.patch.object(torch, "load", functools.partial(_load, torch.load, seen)),
     ]
@@ -156,7 +167,7 @@ def pretended(seen: Seen, groups: set[str]) -> Iterator[None]:
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
-        for patch in (*patches, AttendsAsOnCuda(), Pretending(seen, groups)):
+        for patch in (*patches, AttendsAsOnCuda(), Pretending(seen, groups, queue)):
             stack.enter_context(patch)
         yield
 

@@ -4,7 +4,8 @@ The ranks are real processes and their exchanges are real, over gloo. Groups tha
 hosts, and what is handed to each is checked.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -68,15 +69,19 @@ def _stages(denoising: Denoising, mesh: ParallelMesh, seen: Seen) -> Pictures:
     for stage in (denoising.encode, denoising.share_encoded, denoising.prepare):
         seen.phase = stage.__name__
         stage()
-    seen.phase = "first step"
-    while not denoising.done:
-        denoising.step()
-        mesh.agree(0 if denoising.finite else 1)
-        seen.phase = "step"
+    with mock.patch.object(Denoising, "step", functools.partialmethod(_step, Denoising.step, seen)):
+        for end in denoising.steps(ahead=1):
+            if any(mesh.agree(not end.finite)):
+                raise RuntimeError(f"the latents are not finite after step {end.step}")
     for stage in (denoising.join_pictures, denoising.finish):
         seen.phase = stage.__name__
         made = stage()
     return [_pixels(each) for each in made or []]
+
+
+def _step(denoising: Denoising, step: Callable[[Denoising], None], seen: Seen) -> None:
+    seen.phase = "first step" if seen.phase == "prepare" else "step"
+    step(denoising)
 
 
 def _pixels(made: Any) -> np.ndarray[Any, Any]:

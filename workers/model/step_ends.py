@@ -1,0 +1,66 @@
+"""When the steps of a request end on the device, how long they took, and whether their latents are finite.
+
+`Denoising.step` marks each end. On a GPU that is an event in the stream, and a flag that is copied to the host behind
+it: the host learns both with one wait, and may have queued the next step by then. On a CPU a step has ended when it is
+marked.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """One step has ended.
+
+    Attributes:
+        step: 1 for the first.
+        seconds: since the end of the step before, or since the first began; on the device's clock.
+        finite: the latents hold neither infinity nor NaN, which a decoder would make black pictures.
+    """
+
+    step: int
+    seconds: float
+    finite: bool
+
+
+class StepEnds:
+    """Those of one request. Made when the first step begins.
+
+    Args:
+        device: what computes the steps, in its current stream.
+        total_steps: how many there will be.
+    """
+
+    def __init__(self, device: torch.device, total_steps: int) -> None:
+        self._on_cuda = device.type == "cuda"
+        # False until the device has said otherwise. Pinned, because the host would wait for a copy to other memory.
+        self._finite = torch.zeros(total_steps, dtype=torch.bool, pin_memory=self._on_cuda)
+        self._marks = [self._mark()]
+
+    def mark(self, latents: torch.Tensor) -> None:
+        """Here ends the next step, which has made these latents. The host does not wait."""
+        self._finite[len(self._marks) - 1].copy_(latents.isfinite().all(), non_blocking=True)
+        self._marks.append(self._mark())
+
+    def wait(self, step: int) -> StepEnd:
+        """Wait until the device has ended a step that was marked: `1 <= step`.
+
+        Raises:
+            RuntimeError: the device has failed, in this step or one before.
+        """
+        begin, end = self._marks[step - 1], self._marks[step]
+        if self._on_cuda:
+            end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3 if self._on_cuda else end - begin
+        return StepEnd(step, seconds, bool(self._finite[step - 1]))
+
+    def _mark(self) -> Any:  # an event, or seconds
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
