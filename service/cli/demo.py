@@ -76,7 +76,10 @@ def _report(output: Path, metrics: dict[str, Any], body: dict[str, Any]) -> None
     steps = metrics["step_seconds"]
     _say(f"picture:  {output}")
     _say(f"layout:   {metrics['layout']}")
-    _say(f"seconds:  encode {metrics['encode_seconds']:.3f}, decode {metrics['decode_seconds']:.3f}")
+    _say(
+        f"seconds:  encode {metrics['encode_seconds']:.3f}, decode {metrics['decode_seconds']:.3f}, "
+        f"PNG {metrics['encode_media_seconds']:.3f}"
+    )
     _say("steps:    " + " ".join(f"{seconds:.3f}" for seconds in steps))
     _say("the same by hand, while `spray serve deploy/local.yaml` runs:")
     _say(

@@ -12,7 +12,8 @@ from deploy.families.qwen_image import FAMILY
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, RequestCancelled, RequestFailed
 from workers.gang.adapter_sync import AdapterSync
-from workers.gang.gang import Gang, Setup
+from workers.gang.gang import Gang
+from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog
 from workers.messages import Begun, GenerationRequest
 from workers.metrics import GangMetrics
@@ -35,12 +36,15 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
     said: tuple[Any, int], running: GenerationRequest | None, answering: bool, now: tuple[str, int]
 ) -> None:
     gang = Gang({})
-    assert gang._progress() == ("starting", 0)
+    assert gang._progress() == ("starting", 0, 0)
     gang._ranks = SimpleNamespace(  # type: ignore[assignment]
-        statuses=[SimpleNamespace(phase=said[0], step=said[1], kernel="")], answering=answering, answered=lambda: None
+        statuses=[SimpleNamespace(phase=said[0], step=said[1], total_steps=7)],
+        answering=answering,
+        answered=lambda: None,
     )
     gang._running = running
-    assert gang._progress() == now
+    assert gang._progress()[:2] == now
+    assert gang._progress().total_steps == (7 if now[1] else 4 if running else 0)
 
 
 async def refuse(_: Any) -> None:
@@ -59,7 +63,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         gang._setup = Setup(spec, adapters, FAMILY, None, context, {}, metrics)
         adapters.want((INK,))
         ranks = SimpleNamespace(
-            statuses=[SimpleNamespace(phase="denoise", step=3, pid=7, kernel="fast")],
+            statuses=[SimpleNamespace(phase="denoise", step=3, total_steps=4, pid=7, kernel="fast")],
             startup_s=1.0,
             set_loras=refuse,
             answering=False,
@@ -98,7 +102,7 @@ class FakeRanks:
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
-        self.statuses = [SimpleNamespace(phase="idle", step=0, pid=7, kernel="")]
+        self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="")]
         self.finish = asyncio.Event()
 
     async def run(self, request: GenerationRequest) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 
 from ray import serve
 
-from deploy.families.family import PipelineFamily
 from deploy.families.lookup import find_family
 from deploy.spec import ModelSpec, Storage
 from workers.errors import GangLost
@@ -31,8 +30,9 @@ from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
 from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
-from workers.gang.stats import GangBacklog, GangLoad
-from workers.messages import Answer, Begun, Drawn, GenerationRequest, Phase, StepEvent
+from workers.gang.setup import Setup
+from workers.gang.stats import GangBacklog, GangLoad, Progress, progress
+from workers.messages import Answer, Begun, Drawn, GenerationRequest, StepEvent
 from workers.metrics import GangMetrics
 from workers.model.files import fetch
 
@@ -47,29 +47,6 @@ LOST = "a gang has lost its ranks, new ones start"
 
 ADAPTERS_AGAIN_S = 30.0
 """Adapters that the ranks refused are tried again after this time: their file may have been mended."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What the first `reconfigure` settles. Later ones put an adjusted copy in its place.
-
-    Attributes:
-        model: as it is deployed. Its revision is the commit that was fetched.
-        adapters: those of the model, and those that the ranks have.
-        family: what is known of the model's pipeline.
-        storage: where each node keeps files.
-        context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
-        metrics_at: arguments of `Exporter.serve_at`.
-        metrics: where the gang observes, under its current number.
-    """
-
-    model: ModelSpec
-    adapters: AdapterSync
-    family: PipelineFamily
-    storage: Storage
-    context: contextvars.Context
-    metrics_at: dict[str, Any]
-    metrics: GangMetrics
 
 
 class Gang:
@@ -185,15 +162,12 @@ class Gang:
             replacing=self._replacing,
             busy=self._running is not None,
         )
-        phase, step = self._progress()
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
             "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
             "kernel": self._ranks.statuses[0].kernel if self._ranks and not self._replacing else "",
-            "phase": phase,
-            "step": step,
+            **self._progress()._asdict(),
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
-            "total_steps": self._total_steps(),
             "startup_s": round(self._startup_s(), 3),
         }
         return backlog.as_stats() | {"now": now}
@@ -266,26 +240,13 @@ class Gang:
             return self._startup_s()
         if self._running is None:
             return 0.0
-        _, step = self._progress()
+        step = self._progress().step
         return self._costs.seconds(self._running, self._forwards(self._running), step) or 0.0
 
-    def _progress(self) -> tuple[Phase, int]:
-        """What the gang is doing, and how many steps of the running request are done."""
+    def _progress(self) -> Progress:
         if self._ranks is None or self._replacing:
-            return "starting", 0
-        latest = self._ranks.statuses[0]
-        if self._running is None:
-            return "encode_media" if self._ranks.answering else latest.phase, 0
-        if latest.phase == "idle":  # a status is some hundred milliseconds old: this one is from before the request
-            return "encode", 0
-        return latest.phase, latest.step
-
-    def _total_steps(self) -> int:
-        """Steps of the running request: as many as it asks for, until the ranks know how many its scheduler takes."""
-        if self._running is None or self._ranks is None:
-            return 0
-        _, step = self._progress()
-        return self._ranks.statuses[0].total_steps if step else self._running.num_inference_steps
+            return progress(None, self._running, False)
+        return progress(self._ranks.statuses[0], self._running, self._ranks.answering)
 
     def _forwards(self, request: GenerationRequest) -> int:
         return self._started.family.branches(request.guidance_scale, request.negative_prompt)

@@ -1,11 +1,14 @@
 """What a gang reports of its load: to the autoscaler and to the routers, every second.
 
 `workers.gang.gang` returns these from `record_autoscaling_stats` and `record_routing_stats`, which Ray Serve calls;
-`service.autoscaling` and `service.routing` read them. They cross Serve as dictionaries of plain numbers.
+`service.autoscaling` and `service.routing` read them. They cross Serve as dictionaries of plain numbers. `Progress` is
+for people.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+from workers.messages import GenerationRequest, Phase, RankStatus
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,35 @@ class GangBacklog:
         """Invert `as_stats`. Before the first report Serve has an empty dictionary, which gives the defaults."""
         known = {field.name: stats[field.name] for field in fields(cls) if field.name in stats}
         return cls(**{**known, "shapes": frozenset(tuple(shape) for shape in known.get("shapes", ()))})
+
+
+class Progress(NamedTuple):
+    """What a gang is doing.
+
+    Attributes:
+        phase: that of the running request, or of the ranks; `encode_media`: nothing runs, pictures are still encoded.
+        step: steps of the running request that are done.
+        total_steps: all of its steps: as many as it asks for, until the ranks know how many its scheduler takes. 0 if
+            none runs.
+    """
+
+    phase: Phase
+    step: int
+    total_steps: int
+
+
+def progress(latest: RankStatus | None, running: GenerationRequest | None, answering: bool) -> Progress:
+    """What a gang is doing, to its own knowledge.
+
+    Args:
+        latest: what rank 0 has said last, some hundred milliseconds ago; None: there are no sound ranks.
+        running: the request that has the ranks.
+        answering: pictures of earlier requests are encoded.
+    """
+    if latest is None:
+        return Progress("starting", 0, 0)
+    if running is None:
+        return Progress("encode_media" if answering else latest.phase, 0, 0)
+    if latest.phase == "idle":  # from before the request
+        return Progress("encode", 0, running.num_inference_steps)
+    return Progress(latest.phase, latest.step, latest.total_steps if latest.step else running.num_inference_steps)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -52,11 +51,14 @@ def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) 
 
 def _pixels(made: Any) -> torch.Tensor:
     """`(H, W, 3)` of a picture, `(F, H, W, 3)` of a video."""
-    frames = np.stack([np.asarray(frame) for frame in made]) if isinstance(made, list) else np.array(made)
-    return torch.from_numpy(frames)
+    frames = made if isinstance(made, list) else [made]
+    flat = torch.frombuffer(bytearray().join(frame.tobytes() for frame in frames), dtype=torch.uint8)
+    pixels = flat.view(len(frames), frames[0].height, frames[0].width, 3)
+    return pixels if isinstance(made, list) else pixels[0]
 
 
 def _made(pixels: torch.Tensor) -> Any:
     if pixels.ndim == 4:
-        return [Image.fromarray(frame.numpy()) for frame in pixels]
-    return Image.fromarray(pixels.numpy())
+        return [_made(frame) for frame in pixels]
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())

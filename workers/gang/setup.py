@@ -1,0 +1,33 @@
+"""What a gang knows of its model and its place once Serve has configured it. Kept by `workers.gang.gang`."""
+
+import contextvars
+import dataclasses
+from typing import Any
+
+from deploy.families.family import PipelineFamily
+from deploy.spec import ModelSpec, Storage
+from workers.gang.adapter_sync import AdapterSync
+from workers.metrics import GangMetrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the first `reconfigure` settles. Later ones put an adjusted copy in its place.
+
+    Attributes:
+        model: as it is deployed. Its revision is the commit that was fetched.
+        adapters: those of the model, and those that the ranks have.
+        family: what is known of the model's pipeline.
+        storage: where each node keeps files.
+        context: of the start. Whatever outlives a request must run in it: Ray cancels what a canceled request started.
+        metrics_at: arguments of `Exporter.serve_at`.
+        metrics: where the gang observes, under its current number.
+    """
+
+    model: ModelSpec
+    adapters: AdapterSync
+    family: PipelineFamily
+    storage: Storage
+    context: contextvars.Context
+    metrics_at: dict[str, Any]
+    metrics: GangMetrics
