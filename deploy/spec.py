@@ -185,7 +185,7 @@ class ModelSpec(_Section):
         description="which ranks hold the text encoders: the first, which sends its embeddings to the others, or all",
     )
     vae: Literal["rank0", "all"] = Field(
-        "all", description="which ranks hold the VAE: the first, or all, to share the tiles of large outputs"
+        "all", description="which ranks hold the VAE: the first, or all, to share pictures and large outputs' tiles"
     )
     vae_tiling_above: int = Field(
         2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"

@@ -1,18 +1,24 @@
 """The actors of a gang: one model copy on N devices.
 
 gang.py           Gang, the Serve deployment: its life, one request at a time, what it reports
-rank_group.py     the processes of a gang: starts them, hands each request to all of them, kills them together
+setup.py          what a gang knows of its model once Serve has configured it
+rank_group.py     the ranks of a gang: hands each request to all of them; lost together
+rank_processes.py their processes: made in the placement group, brought together, killed
+answers.py        requests that have left the ranks, whose pictures are still encoded
 watch.py          looks at the processes and the progress of ranks, and says when one is lost
 process_state.py  what /proc says of a rank's process
 rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
+rendezvous.py     how ranks find one another
+boundary.py       where all ranks agree whether a request goes on
+encoding.py       the pictures that rank 0 has decoded, until they are files
 local.py          a gang without Ray, for `spray generate --local`
 warm_up.py        what a rank runs at its start
 placement.py      ModelSpec -> Serve options: the bundles of a gang, and why they cannot be scheduled
 adapter_sync.py   brings the adapters of running ranks to those of the deployment file
 caller.py         sees that the gateway which sent a request has died
 cost.py           seconds that a request costs, learned from those before
-stats.py          what a gang reports to the autoscaler and to the routers
+stats.py          what a gang reports to the autoscaler, to the routers and to people
 ray_internals.py  what Ray has no public name for
 """

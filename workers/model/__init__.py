@@ -8,7 +8,9 @@ compiler.py             compiles blocks into a folder of the node, which the nex
 torch_internals.py      what torch keeps private
 out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
 adapters/               what each pipeline does its own way
-denoising.py            one request in progress, step by step
+denoising.py            one request in progress, step by step; workflow.py the blocks that it runs
+step_ends.py            when steps end on the device, and whether their latents are finite
+picture_shares.py       several pictures, each decoded on one rank
 truncation.py           notices prompts that are longer than what is read
 lora.py                 LoRA files -> what sp_core.lora takes; lora_strength.py how strong they are
 media.py                pictures to PNG, JPEG, WebP; videos to MP4

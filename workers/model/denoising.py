@@ -13,12 +13,11 @@ import functools
 import inspect
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from diffusers.modular_pipelines import BlockState, LoopSequentialPipelineBlocks, PipelineState
+from diffusers.modular_pipelines import BlockState, PipelineState
 
 from sp_core import collectives
 from sp_core.cfg_parallel import ParallelGuider
@@ -28,34 +27,11 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.flow_shift import shifted
-from workers.model.loader import LoadedModel, encodes_here, is_encoder
+from workers.model.loader import LoadedModel, encodes_here
 from workers.model.picture_shares import decode_shared
 from workers.model.step_ends import StepEnd, StepEnds
 from workers.model.truncation import WatchedTokenizer
-
-
-@dataclass(frozen=True)
-class Workflow:
-    """The blocks that one request runs through, in order.
-
-    Attributes:
-        encode: up to the last encoder; on the ranks that have encoders.
-        prepare: from there to the loop: initial latents, timesteps.
-        loop: its body is one step.
-        decode: after the loop.
-    """
-
-    encode: tuple[Any, ...]
-    prepare: tuple[Any, ...]
-    loop: LoopSequentialPipelineBlocks
-    decode: tuple[Any, ...]
-
-    @classmethod
-    def split(cls, blocks: tuple[Any, ...]) -> Self:
-        """Split the execution blocks of a modular pipeline."""
-        loop = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
-        prepare = 1 + max(i for i, block in enumerate(blocks[:loop]) if _encodes(block))
-        return cls(blocks[:prepare], blocks[prepare:loop], blocks[loop], blocks[loop + 1 :])
+from workers.model.workflow import Workflow
 
 
 class Denoising:
@@ -302,10 +278,6 @@ def _for_one_request(shared: Any, request: GenerationRequest, generators: list[t
     if request.num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
         scheduler.register_to_config(shift_terminal=None)
     return scheduler
-
-
-def _encodes(block: Any) -> bool:
-    return any(is_encoder(component.name) for component in block.expected_components)
 
 
 def _drop_full_masks(state: PipelineState) -> None:

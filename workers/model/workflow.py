@@ -1,0 +1,36 @@
+"""The blocks of a modular pipeline, cut at its loop. For `workers.model.denoising`."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks
+
+from workers.model.loader import is_encoder
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """The blocks that one request runs through, in order.
+
+    Attributes:
+        encode: up to the last encoder; on the ranks that have encoders.
+        prepare: from there to the loop: initial latents, timesteps.
+        loop: its body is one step.
+        decode: after the loop.
+    """
+
+    encode: tuple[Any, ...]
+    prepare: tuple[Any, ...]
+    loop: LoopSequentialPipelineBlocks
+    decode: tuple[Any, ...]
+
+    @classmethod
+    def split(cls, blocks: tuple[Any, ...]) -> Self:
+        """Split the execution blocks of a modular pipeline."""
+        loop = next(i for i, block in enumerate(blocks) if isinstance(block, LoopSequentialPipelineBlocks))
+        prepare = 1 + max(i for i, block in enumerate(blocks[:loop]) if _encodes(block))
+        return cls(blocks[:prepare], blocks[prepare:loop], blocks[loop], blocks[loop + 1 :])
+
+
+def _encodes(block: Any) -> bool:
+    return any(is_encoder(component.name) for component in block.expected_components)
