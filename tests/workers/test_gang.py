@@ -103,7 +103,8 @@ class FakeRanks:
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
         self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="")]
-        self.finish = asyncio.Event()
+        self.finish, self.has_room = asyncio.Event(), asyncio.Event()
+        self.has_room.set()
 
     async def run(self, request: GenerationRequest) -> Any:
         await self.finish.wait()
@@ -112,7 +113,7 @@ class FakeRanks:
         yield "done"
 
     async def room(self) -> None:
-        pass
+        await self.has_room.wait()
 
     answering = False
 
@@ -243,6 +244,34 @@ def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
         may.set()
         assert await asked == [Begun(), "done"]
         assert not GangBacklog.from_stats(gang.record_routing_stats()).replacing
+
+    asyncio.run(story())
+
+
+def test_a_request_waits_for_room_and_outlives_the_ranks_meanwhile(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many answers are open. The gang is busy then, but has not begun."""
+    gang, ranks = inked
+    new = FakeRanks((INK,))
+
+    async def start(*_: Any) -> FakeRanks:
+        return new
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+
+    async def story() -> None:
+        ranks.has_room.clear()
+        asked = asyncio.ensure_future(ask(gang))
+        await settled(gang)
+        assert GangBacklog.from_stats(gang.record_routing_stats()).busy
+        gang._on_lost()
+        ranks.lost = GangLost("struck")
+        ranks.finish.set()
+        ranks.has_room.set()
+        new.finish.set()
+        assert await asked == [Begun(), "done"]
+        assert not GangBacklog.from_stats(gang.record_routing_stats()).busy
 
     asyncio.run(story())
 

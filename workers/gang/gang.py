@@ -110,8 +110,7 @@ class Gang:
             RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
-        async with self._turn_on_ranks() as ranks:
-            self._running = request
+        async with self._turn_on_ranks(request) as ranks:
             watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
                 yield Begun()
@@ -124,7 +123,6 @@ class Gang:
                             yield report
             finally:
                 watching.cancel()
-                self._running = None
 
     async def check_health(self) -> None:
         """Called by Serve every second. A loss that is being dealt with is healthy: Serve would end the replica.
@@ -213,18 +211,22 @@ class Gang:
             self._adapter_change = asyncio.create_task(self._change_adapters(), context=setup.context)
 
     @contextlib.asynccontextmanager
-    async def _turn_on_ranks(self) -> AsyncIterator[RankGroup]:
+    async def _turn_on_ranks(self, request: GenerationRequest) -> AsyncIterator[RankGroup]:
         """A turn on sound ranks. Lost ones fail no request that had not begun: it waits until they are replaced."""
         while True:
             await self._whole.wait()
             async with self._turn:
-                ranks = self._ranks
+                if self._replacing:
+                    continue
+                ranks, self._running = self._ranks, request
                 assert ranks is not None, "Serve configures a replica before it sends requests"
-                if self._whole.is_set():
+                try:
                     await ranks.room()
-                if self._whole.is_set():
-                    yield ranks
-                    return
+                    if not self._replacing:
+                        yield ranks
+                        return
+                finally:
+                    self._running = None
 
     @property
     def _replacing(self) -> bool:
