@@ -11,7 +11,7 @@ from typing import Any
 
 import prometheus_client
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OwnerDiedError, RayActorError
 from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
@@ -28,6 +28,7 @@ from service.state.turns import Prospect
 from service.state.waiting import Place, waiting_for
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
+from workers import messages
 from workers.errors import (
     AdminOnly,
     GangLost,
@@ -380,6 +381,29 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
     serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
     restarts = [Restarted(attempt, "the ranks of 'one' were lost") for attempt in (2, 3, 4)]
     assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
+
+
+@pytest.mark.parametrize("lost", [RayActorError(), OwnerDiedError("ab", None, "")], ids=["its rank", "its gang"])
+def test_an_answer_that_is_lost_while_it_is_encoded_is_drawn_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def result(given: Any) -> GenerationResult:
+        if isinstance(given, Exception):
+            raise given
+        return RESULT
+
+    async def told(given: Any) -> AsyncGenerator[Any]:
+        yield Begun()
+        yield messages.Answer(result(given))
+
+    given = [lost, RESULT, RequestFailed("no such color")]
+    sent = serving(opened, monkeypatch)
+    monkeypatch.setattr(opened, "_attended", lambda *_: gateway._with_result(told(given.pop(0))))
+    assert asyncio.run(ask(opened, REQUEST))[-1] == RESULT
+    assert len(sent) == 2
+    with pytest.raises(RequestFailed, match="no such color"):
+        asyncio.run(ask(opened, REQUEST))
+    assert len(sent) == 3
 
 
 def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

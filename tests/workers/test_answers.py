@@ -109,7 +109,7 @@ def test_few_answers_are_open_at_once() -> None:
         results[1].set_result(took())
         await asyncio.wait_for(ends, 60)
 
-    asyncio.run(story())
+    asyncio.run(asyncio.wait_for(story(), 120))
 
 
 def test_an_answer_that_never_comes_costs_the_ranks() -> None:
@@ -120,7 +120,7 @@ def test_an_answer_that_never_comes_costs_the_ranks() -> None:
         await asyncio.wait_for(answers.given(), 60)
         assert reasons == ["rank 0 has not encoded an answer within 0.05 s"]
 
-    asyncio.run(story())
+    asyncio.run(asyncio.wait_for(story(), 120))
 
 
 class FakeRank:
@@ -172,7 +172,7 @@ def test_the_next_request_runs_while_an_answer_is_encoded() -> None:
         with pytest.raises(RequestFailed, match="no such color"):
             await first.result
 
-    asyncio.run(story())
+    asyncio.run(asyncio.wait_for(story(), 120))
 
 
 def test_pictures_of_a_caller_who_left_do_not_stay_on_the_rank() -> None:
@@ -187,7 +187,7 @@ def test_pictures_of_a_caller_who_left_do_not_stay_on_the_rank() -> None:
         await asyncio.wait_for(group.answered(), 60)
         assert not group.answering
 
-    asyncio.run(story())
+    asyncio.run(asyncio.wait_for(story(), 120))
 
 
 def test_pictures_may_be_kept_and_encoded_by_two_threads() -> None:
