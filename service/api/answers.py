@@ -39,6 +39,7 @@ class Metrics(Answer):
     encode_seconds: float
     step_seconds: list[float]
     decode_seconds: float
+    encode_media_seconds: float = Field(description="of making the files, while the gang draws for the next caller")
 
 
 class Generated(Answer):
