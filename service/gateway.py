@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.api_keys import ApiKey
 from deploy.spec import ModelSpec, Outputs, SpecError
-from service.api.backend import Report, Restarted
+from service.api.backend import Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.names import GANG, app_name
@@ -232,7 +232,7 @@ class Gateway(GrpcMethods):
             try:
                 answer = self._handle(request.model).generate.remote(request, _own_name())
                 assert isinstance(answer, DeploymentResponseGenerator)
-                async with contextlib.aclosing(self._attended(request.model, answer)) as reports:
+                async with contextlib.aclosing(self._attended(request.model, answer, request.request_id)) as reports:
                     async for report in reports:
                         if isinstance(report, Begun):
                             begun = True
@@ -304,9 +304,9 @@ class Gateway(GrpcMethods):
         return self._handles[model]
 
     async def _attended(
-        self, model: str, answer: DeploymentResponseGenerator[Any]
-    ) -> AsyncGenerator[Begun | StepEvent | GenerationResult | ModelState]:
-        """A gang's reports, and the model's state whenever the next report takes long.
+        self, model: str, answer: DeploymentResponseGenerator[Any], request_id: str = ""
+    ) -> AsyncGenerator[Begun | StepEvent | GenerationResult | Waiting]:
+        """A gang's reports, and the request's place whenever the next report takes long.
 
         Serve lets a request wait forever, even if no gang can start; such a request ends here.
         """
@@ -332,7 +332,8 @@ class Gateway(GrpcMethods):
                 if state is not None and state.state == "failed":
                     raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
                 if state is not None:  # else it was removed, and its gangs finish their requests
-                    yield state
+                    ahead = await router_registry.standing(app_name(model), request_id)
+                    yield Waiting(state, ahead.ahead + 1, ahead.wait_s) if ahead else Waiting(state)
         finally:
             if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()

@@ -42,6 +42,13 @@ class LeastBacklogRouter(RequestRouter):
         asked = asyncio.run_coroutine_threadsafe(self._turns.prospect(caller), self._loop)
         return await asyncio.wrap_future(asked)
 
+    async def standing(self, request_id: str) -> Prospect | None:
+        """What a request that waits still has to wait for. Called by the gateway, on its own loop."""
+        if self._loop is None:
+            return None
+        asked = asyncio.run_coroutine_threadsafe(self._turns.standing(request_id), self._loop)
+        return await asyncio.wrap_future(asked)
+
     def lose(self, request_id: str) -> None:
         """Called by the gateway when a request has lost its ranks."""
         self._on_loop(self._turns.lose, request_id)

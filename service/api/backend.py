@@ -30,8 +30,23 @@ class Restarted:
     reason: str
 
 
-Report = StepEvent | GenerationResult | ModelState | Restarted
-"""What a request yields: steps, its model's state while it waits, each restart, and the result last."""
+@dataclass(frozen=True)
+class Waiting:
+    """A request has had nothing to say for a while.
+
+    Attributes:
+        state: of its model.
+        position: 1 for the one that is served next; 0: it does not wait for a gang, or nobody knows.
+        wait_s: estimated seconds until its turn; 0: unknown.
+    """
+
+    state: ModelState
+    position: int = 0
+    wait_s: float = 0.0
+
+
+Report = StepEvent | GenerationResult | Waiting | Restarted
+"""What a request yields: steps, its place while it waits, each restart, and the result last."""
 
 
 class Backend(Protocol):
@@ -51,7 +66,7 @@ class Backend(Protocol):
         """The models of the deployment by name."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
-        """Run one request. While it waits, its model's state is yielded every few seconds."""
+        """Run one request. While it waits, its place is yielded every few seconds."""
 
     def states(self) -> dict[str, ModelState]:
         """The state of each model by name."""

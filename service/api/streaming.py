@@ -8,10 +8,9 @@ from typing import Any, Self
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from service.api.backend import Report, Restarted
+from service.api.backend import Report, Restarted, Waiting
 from service.api.errors import answer, log
 from service.api.responses import completed_events, progress_event
-from service.state.model_states import ModelState
 from workers.errors import GangLost
 from workers.messages import GenerationRequest, GenerationResult
 
@@ -95,8 +94,9 @@ async def _events(
 
 async def _of(report: Report, request: GenerationRequest, include_progress: bool, deliver: Deliver) -> list[str]:
     """The events of one report."""
-    if isinstance(report, ModelState):
-        return [f": {request.model} is {report.state}, {report.queued} wait\n\n"]
+    if isinstance(report, Waiting):
+        place = f", this is number {report.position}, in about {report.wait_s:.0f} s" if report.position else ""
+        return [f": {request.model} is {report.state.state}, {report.state.queued} wait{place}\n\n"]
     if isinstance(report, Restarted):
         return [f": lost its ranks and starts again, attempt {report.attempt}\n\n"]
     if isinstance(report, GenerationResult):

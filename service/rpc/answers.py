@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 
 from deploy.spec import ModelSpec
-from service.api.backend import Restarted
+from service.api.backend import Restarted, Waiting
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import TASKS
 from service.state.model_states import ModelState
@@ -49,15 +49,24 @@ def finished_events(
     yield Event(done=Event.Done(metrics=_metrics(result, began), warnings=warnings))
 
 
-def report_event(report: StepEvent | ModelState | Restarted, taken: list[float]) -> Event:
+def report_event(report: StepEvent | Waiting | Restarted, taken: list[float]) -> Event:
     """The event of a report.
 
     Args:
         report: of the backend.
         taken: seconds of the steps so far, which this function keeps.
     """
-    if isinstance(report, ModelState):
-        return Event(queued=pb.Queued(state=report.state, reason=report.reason, waiting=report.queued))
+    if isinstance(report, Waiting):
+        state = report.state
+        return Event(
+            queued=pb.Queued(
+                position=report.position,
+                eta_seconds=report.wait_s,
+                state=state.state,
+                reason=state.reason,
+                waiting=state.queued,
+            )
+        )
     if isinstance(report, Restarted):
         taken.clear()
         return Event(restarted=Event.Restarted(attempt=report.attempt, reason=report.reason))

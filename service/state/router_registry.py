@@ -21,6 +21,9 @@ class GangRouter(Protocol):
     async def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for."""
 
+    async def standing(self, request_id: str) -> Prospect | None:
+        """What a request that waits still has to wait for; None if it does not wait."""
+
     def lose(self, request_id: str) -> None:
         """The gang that ran this request has lost its ranks."""
 
@@ -43,6 +46,12 @@ async def prospect(application: str, caller: str) -> Prospect:
     """What a new request of this caller would have to wait for; nothing, if nobody has asked the application yet."""
     router = _routers.get(application)
     return await router.prospect(caller) if router else Prospect(0, 0.0)
+
+
+async def standing(application: str, request_id: str) -> Prospect | None:
+    """What a request that waits still has to wait for; None if it does not wait."""
+    router = _routers.get(application)
+    return await router.standing(request_id) if router else None
 
 
 def lose(application: str, request_id: str) -> None:

@@ -78,6 +78,10 @@ class Keeper:
         """See `Turns.prospect`."""
         return self._of(application).prospect(caller)
 
+    async def standing(self, application: str, request_id: str) -> Prospect | None:
+        """See `Turns.standing`."""
+        return self._of(application).standing(request_id)
+
     async def beat(self, application: str, asker: str, reports: Mapping[str, GangBacklog]) -> None:
         """A gateway is there; see `Turns.know`."""
         self._watching = self._watching or asyncio.create_task(self._watch())
@@ -161,14 +165,13 @@ class SharedTurns:
 
     async def prospect(self, caller: str) -> Prospect:
         """See `Turns.prospect`."""
-        if _several and self._keeper is not None:
-            try:
-                asked = self._keeper.prospect.remote(self._application, caller)
-                found: Prospect = await asyncio.wait_for(_result(asked), SILENT_S)
-                return found
-            except (RayError, TimeoutError) as error:
-                self._lose_keeper(error)
-        return self._own.prospect(caller)
+        asked: Prospect | None = await self._look("prospect", caller)
+        return asked or self._own.prospect(caller)
+
+    async def standing(self, request_id: str) -> Prospect | None:
+        """See `Turns.standing`."""
+        asked: Prospect | None = await self._look("standing", request_id)
+        return asked or self._own.standing(request_id)
 
     def know(self, reports: Mapping[str, GangBacklog]) -> None:
         """See `Turns.know`."""
@@ -194,6 +197,17 @@ class SharedTurns:
             if not asked.done():
                 asked.cancel()
                 keeper.leave.remote(self._application, ticket.request_id)
+
+    async def _look(self, method: str, of: str) -> Any:
+        """What the keeper answers; None if there is none, or it is away."""
+        if not _several or self._keeper is None:
+            return None
+        try:
+            asked = getattr(self._keeper, method).remote(self._application, of)
+            return await asyncio.wait_for(_result(asked), SILENT_S)
+        except (RayError, TimeoutError) as error:
+            self._lose_keeper(error)
+            return None
 
     async def _beat(self) -> None:
         """Tell the keeper every second that this gateway is there; notice when the keeper is not."""

@@ -213,14 +213,26 @@ class Turns:
 
     def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for."""
-        now, tag = time.time(), max(self._served, self._ends.get(caller, 0.0))
-        ahead = sum(waiter.tag <= tag for waiter in self._waiting.values())
+        tag = max(self._served, self._ends.get(caller, 0.0))
+        return self._expect(sum(waiter.tag <= tag for waiter in self._waiting.values()))
+
+    def _expect(self, ahead: int) -> Prospect:
+        """When whoever comes after so many waiting requests gets a gang."""
+        now = time.time()
         if not ahead and self._free(now):
             return Prospect(0, 0.0)
         learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
         request_s = sum(learned) / len(learned) if learned else 0.0
         running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
         return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)))
+
+    def standing(self, request_id: str) -> Prospect | None:
+        """What a request that waits still has to wait for; None if it does not wait."""
+        own = self._waiting.get(request_id)
+        if own is None:
+            return None
+        place = own.tag, own.ticket.place
+        return self._expect(sum((other.tag, other.ticket.place) < place for other in self._waiting.values()))
 
     def _tag(self, ticket: Ticket) -> float:
         """Where in the common order the request comes."""

@@ -17,7 +17,7 @@ from ray.serve.schema import ServeStatus
 
 from deploy.api_keys import digest
 from service import gateway
-from service.api.backend import Restarted
+from service.api.backend import Restarted, Waiting
 from service.api.errors import answer
 from service.gateway import Gateway
 from service.state import quarantine
@@ -218,7 +218,7 @@ def test_a_request_that_waits_for_nothing_ends(
 
     async def story() -> None:
         reports = opened._attended("one", answer)  # type: ignore[arg-type]
-        assert await anext(reports) == found["one"]
+        assert await anext(reports) == Waiting(found["one"])
         if state is None:
             del found["one"]
         else:
@@ -228,6 +228,25 @@ def test_a_request_that_waits_for_nothing_ends(
 
     asyncio.run(story())
     assert answer.cancelled
+
+
+def test_a_request_that_waits_hears_its_place(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [Prospect(2, 7.5), None]
+
+    async def standing(application: str, request_id: str) -> Prospect | None:
+        assert (application, request_id) == ("model-one", "a")
+        return places.pop(0)
+
+    monkeypatch.setattr(gateway, "PATIENCE_S", 0.01)
+    monkeypatch.setattr("service.state.router_registry.standing", standing)
+    monkeypatch.setattr(opened, "states", lambda: {"one": ModelState("running", queued=4)})
+
+    async def story() -> None:
+        async with contextlib.aclosing(opened._attended("one", Answer(), "a")) as reports:  # type: ignore[arg-type]
+            assert await anext(reports) == Waiting(ModelState("running", queued=4), 3, 7.5)
+            assert await anext(reports) == Waiting(ModelState("running", queued=4))  # it has its gang, and computes
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])

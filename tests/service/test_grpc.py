@@ -16,7 +16,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.api import errors
-from service.api.backend import Report, Restarted
+from service.api.backend import Report, Restarted, Waiting
 from service.api.schemas import ImageGenerationBody, VideoGenerationBody, find_model, to_request
 from service.gateway import Gateway
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -296,7 +296,7 @@ def test_a_long_message_fits_into_a_status() -> None:
 def test_a_stream_has_all_files_in_chunks() -> None:
     class Large(Backend):
         async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
-            yield ModelState("starting", "loading", queued=3)
+            yield Waiting(ModelState("starting", "loading", queued=3), 2, 7.5)
             yield StepEvent(1, 4, 0.5)
             yield Restarted(2, "the ranks were lost")
             yield StepEvent(1, 4, 1.0)
@@ -310,7 +310,8 @@ def test_a_stream_has_all_files_in_chunks() -> None:
         *["output_header", "output_chunk", "output_chunk", "output_chunk", "output_header", "output_chunk", "done"],
     ]
     queued = events[1].queued
-    assert (queued.state, queued.reason, queued.waiting, queued.position) == ("starting", "loading", 3, 0)
+    assert (queued.state, queued.reason, queued.waiting) == ("starting", "loading", 3)
+    assert (queued.position, queued.eta_seconds) == (2, 7.5)
     assert events[3].restarted.attempt == 2
     progress = [event.progress for event in events if event.HasField("progress")]
     assert [(each.step, each.eta_seconds, each.stage) for each in progress] == [

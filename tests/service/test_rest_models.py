@@ -220,7 +220,7 @@ def test_a_stream_says_what_it_waits_for(backend: FakeBackend, client: TestClien
     backend.found["paint"] = ModelState(state, queued=3)
     body = {"model": "brush", "prompt": "asleep", "stream": True}
     lines = [line for line in client.post(IMAGES, json=body).text.splitlines() if line]
-    assert lines[:3] == [f": paint is {state}, 3 wait"] * 3
+    assert lines[:3] == [f": paint is {state}, 3 wait, this is number 2, in about 7 s"] * 3
     assert lines[3] == ": step 1/1"
     assert lines[-1] == "data: [DONE]"
     assert client.post(IMAGES, json=body | {"stream": False}).status_code == 200

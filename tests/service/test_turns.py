@@ -296,10 +296,16 @@ def test_what_a_new_request_would_wait_for() -> None:
         turns.know("", {name: idle(request_s=10.0) for name in "ab"})
         assert turns.prospect("") == (0, 0.0)  # a gang is free
         served = Served(turns)
-        await served.enter(*(ticket(f"{caller}{i}", caller) for i in range(4) for caller in ("one", "two")))
+        who = [(f"{caller}{i}", caller) for i in range(4) for caller in ("one", "two")]
+        await served.enter(*(ticket(*each, place=place) for place, each in enumerate(who)))
         ahead, wait_s = turns.prospect("one")
         assert (ahead, wait_s) == (6, pytest.approx((6 * 10 + 2 * 10) / 2, abs=1))
         assert turns.prospect("three").ahead == 0  # both others have had a turn
+        assert turns.standing("one0") is None  # it has its turn
+        assert [turns.standing(f"{caller}1") for caller in ("one", "two")] == [
+            (0, pytest.approx(10, abs=1)),
+            (1, pytest.approx(15, abs=1)),
+        ]
         turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
         assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
-from service.api.backend import Report, Restarted
+from service.api.backend import Report, Restarted, Waiting
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
@@ -86,7 +86,7 @@ class FakeBackend:
             raise self.raises[request.prompt]
         try:
             for _ in itertools.count() if request.prompt == "never" else range(3 * (request.prompt == "asleep")):
-                yield self.found[request.model]
+                yield Waiting(self.found[request.model], 2, 7.4)
                 await asyncio.sleep(0.01)
             if request.prompt == "slow":
                 await self.released.wait()

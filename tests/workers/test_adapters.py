@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -27,6 +28,7 @@ from tests.workers.test_denoising import ALONE, Generated, begun, generate, pixe
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
+from workers.model.adapters.wan import WanAdapter
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 from workers.model.media import encode
@@ -255,6 +257,21 @@ def test_what_a_model_cannot_do_is_the_callers_mistake(demo_models: dict[str, Pa
 
 def test_every_family_has_a_demo_model(demo_models: dict[str, Path]) -> None:
     assert families().keys() == {family_name(folder) for folder in demo_models.values()}
+
+
+def test_a_second_scale_needs_a_second_transformer() -> None:
+    request = GenerationRequest(
+        "a", "film", "a", 64, 64, 2, seed=1, num_frames=5, guidance_scale_2=3.0, output_format="mp4"
+    )
+    pipeline = SimpleNamespace(
+        vae_scale_factor_temporal=4, vae_scale_factor_spatial=8, patch_size_spatial=2, transformer_2=object()
+    )
+    adapter = WanAdapter(families()["wan"])
+    adapter.check(pipeline, request)
+    pipeline.transformer_2 = None
+    adapter.check(pipeline, replace(request, guidance_scale_2=None))
+    with pytest.raises(InvalidParameter, match="'film' has one transformer; its scale is guidance_scale"):
+        adapter.check(pipeline, request)
 
 
 def test_a_video_file_has_the_frames() -> None:

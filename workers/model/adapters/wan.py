@@ -44,6 +44,14 @@ class WanAdapter(PipelineAdapter):
         """The number of frames."""
         return {"negative_prompt": request.negative_prompt, "num_frames": request.num_frames}
 
+    def check(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `PipelineAdapter.check`."""
+        super().check(pipeline, request)
+        if request.guidance_scale_2 is not None and pipeline.transformer_2 is None:
+            raise InvalidParameter(
+                "guidance_scale_2", f"{request.model!r} has one transformer; its scale is guidance_scale"
+            )
+
     def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         multiple = pipeline.vae_scale_factor_temporal
