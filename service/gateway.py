@@ -23,6 +23,7 @@ from deploy.spec import ModelSpec, Outputs, SpecError
 from service.api.backend import Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
+from service.deadline import check_deadline, within
 from service.names import GANG, app_name
 from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
@@ -183,7 +184,10 @@ class Gateway(GrpcMethods):
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
             with self._allowed(request):
-                async with contextlib.aclosing(self._generate(request)) as reports:
+                reports = self._generate(request)
+                if request.deadline_at is not None:
+                    reports = within(request.deadline_at, reports)
+                async with contextlib.aclosing(reports):
                     async for report in reports:
                         if isinstance(report, GenerationResult):
                             outcome = OK
@@ -259,11 +263,14 @@ class Gateway(GrpcMethods):
 
         Raises:
             QueueFull: it would.
+            DeadlineExceeded: it would be too late then.
         """
         model = self._models.get(request.model)
-        if model is None or not waiting:
+        if model is None or (not waiting and request.deadline_at is None):
             return
-        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller_name())
+        ahead, wait_s, request_s = await router_registry.prospect(app_name(model.name), _caller_name())
+        if request.deadline_at is not None:
+            check_deadline(request.deadline_at, wait_s + request_s)
         if waiting >= model.max_queued:
             raise QueueFull(
                 f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None

@@ -169,6 +169,7 @@ ERRORS = {
     "RequestQuarantined": (422, "request_quarantined", "FAILED_PRECONDITION"),
     "QueueFull": (429, "queue_full", "RESOURCE_EXHAUSTED"),
     "RequestCancelled": (499, "cancelled", "CANCELLED"),
+    "DeadlineExceeded": (504, "deadline_exceeded", "DEADLINE_EXCEEDED"),
     "RequestFailed": (500, "generation_failed", "INTERNAL"),
     "OutOfMemory": (400, "out_of_memory", "RESOURCE_EXHAUSTED"),
     "NotSupported": (501, "not_supported", "UNIMPLEMENTED"),

@@ -10,11 +10,16 @@
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     | + Forbidden             a web page of another site may have sent it
+    | + ModelNotAllowed       the caller's API key is for other models
+    | + AdminOnly             the caller's API key has not the scope for it
     | + UnsupportedMediaType  its body is sent neither as JSON nor as a form
     | + NotSupported          the API has it, this version does not do it
     + ShuttingDown            the deployment takes no new requests
-    + QueueFull               too many requests wait for the model; ask again later
+    + TryLater                it would be taken at another time
+    | + QueueFull             ... when fewer requests wait for the model
+    | + RateLimited           ... when the caller's API key may do more again
     + ModelUnavailable        no gang of the model can be started now; ask again later
+    + DeadlineExceeded        its deadline has passed, or cannot be met
     + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
     | + OutOfMemory           ... because a device has too little memory for its size; not tried again
     | + RequestCancelled      ... because the caller left
@@ -130,6 +135,10 @@ class RateLimited(TryLater):
 
 class ModelUnavailable(SprayError):
     """No gang of the model runs, and none is on its way."""
+
+
+class DeadlineExceeded(SprayError):
+    """The request has a deadline that has passed, or cannot be met."""
 
 
 class RequestFailed(SprayError):

@@ -41,6 +41,7 @@ class GenerationRequest:
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
         seed_drawn: the seed is not the caller's, so the same body asked again has another.
+        deadline_at: when it is worth nothing anymore, in seconds since the epoch; None: never. The gateway sees to it.
         seeds: one for each picture or video; empty: those that follow from `seed`.
         true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
         flow_shift: of the noise schedule; None: the model's own.
@@ -64,6 +65,7 @@ class GenerationRequest:
     output_compression: int = 100
     report_steps: bool = False
     seed_drawn: bool = False
+    deadline_at: float | None = None
     seeds: tuple[int, ...] = ()
     true_cfg: bool = False
     flow_shift: float | None = None

@@ -9,6 +9,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from service.api.backend import Backend, run
 from service.api.bodies import GenerationBody, ResponseFormat
-from service.api.origin import request_id
+from service.api.origin import deadline, request_id
 from service.api.outputs import KINDS
 from service.api.responses import generation_response, ignored_header, metrics, warnings_header
 from service.api.schemas import find_model, to_request
@@ -72,6 +73,7 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
     if body.stream and form == "file":
         raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
     request = to_request(body, find_model(backend.models(), body.model), request_id(http))
+    request = replace(request, deadline_at=deadline(http))
     headers = ignored_header(body.ignored)
     deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
     if form == "url":

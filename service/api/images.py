@@ -31,7 +31,9 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
     openapi_extra=takes(ImageGenerationBody),
 )
 async def generate_images(
-    http: Request, backend: Served, body: Annotated[ImageGenerationBody, Depends(reader(ImageGenerationBody))]
+    http: Request,
+    backend: Served,
+    body: Annotated[ImageGenerationBody, Depends(reader(ImageGenerationBody))],
 ) -> Response:
     """Draw pictures."""
     return await respond(http, backend, body, "b64_json")

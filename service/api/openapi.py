@@ -17,6 +17,7 @@ from pydantic.json_schema import models_json_schema
 from service.api.answers import ErrorResponse
 from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody
 from service.api.errors import STATUS, UNEXPECTED
+from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
 
 BODIES = (ImageGenerationBody, VideoGenerationBody)
 REF = "#/components/schemas/{model}"
@@ -52,10 +53,17 @@ READING_ERRORS = {status: said for status, said in ERRORS.items() if status not 
 
 
 def takes(kind: type[GenerationBody]) -> dict[str, Any]:
-    """The description of a route's body, for `openapi_extra`."""
+    """The description of a route's body and headers, for `openapi_extra`."""
     schema = {"$ref": REF.format(model=kind.__name__)}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
+    patience = {
+        "name": TIMEOUT_HEADER,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_SECONDS},
+        "description": "seconds from now on; a request that cannot be answered by then gets 504 at once",
+    }
+    return {"requestBody": {"required": True, "content": content}, "parameters": [patience]}
 
 
 def event_stream(description: str) -> dict[str, Any]:

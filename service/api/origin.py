@@ -4,17 +4,25 @@ A browser sends requests for any page to any server that it reaches, one on its 
 nothing else would tell such a request from its user's. Called by the routers before a body is read.
 """
 
+import math
 import re
+import time
 import uuid
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
 from deploy.spec import is_loopback
-from workers.errors import Forbidden, UnsupportedMediaType
+from workers.errors import Forbidden, InvalidParameter, UnsupportedMediaType
 
 BODY_KINDS = ("", "application/json", "multipart/form-data")
 """Of bodies. Pages send forms unasked, always with their origin; they cannot leave the kind out, as programs do."""
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""How long the caller waits for its answer."""
+
+MOST_SECONDS = 86_400
+"""Of a deadline, from now on."""
 
 ID_HEADER = "x-request-id"
 
@@ -58,6 +66,26 @@ def reject_foreign_hosts(http: Request, local_only: bool) -> None:
         raise Forbidden("the request's host is malformed") from None
     if local_only and not is_loopback(name):
         raise Forbidden(f"this server is not {host!r}; call it by localhost or 127.0.0.1")
+
+
+def deadline(http: Request) -> float | None:
+    """When the caller wants no answer anymore, in seconds since the epoch; None if the request does not say.
+
+    Raises:
+        InvalidParameter: the header is no number of seconds, or too many.
+    """
+    given = http.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MOST_SECONDS:
+        raise InvalidParameter(
+            TIMEOUT_HEADER, f"{TIMEOUT_HEADER} must be a number of seconds, at most {MOST_SECONDS}, got {given[:40]!r}"
+        )
+    return time.time() + seconds
 
 
 def request_id(http: Request) -> str:

@@ -27,7 +27,9 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
     "/sync", response_model=GenerationResponse, responses=ERRORS | SUCCESS, openapi_extra=takes(VideoGenerationBody)
 )
 async def generate_video(
-    http: Request, backend: Served, body: Annotated[VideoGenerationBody, Depends(reader(VideoGenerationBody))]
+    http: Request,
+    backend: Served,
+    body: Annotated[VideoGenerationBody, Depends(reader(VideoGenerationBody))],
 ) -> Response:
     """Make a video."""
     return await respond(http, backend, body, "file")

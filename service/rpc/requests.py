@@ -7,6 +7,7 @@ the message, such as `params.width`.
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from deploy.spec import ModelSpec, Task
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
-from service.api.origin import new_id
+from service.api.origin import MOST_SECONDS, new_id
 from service.api.schemas import find_model, to_request
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
@@ -47,15 +48,34 @@ def to_generation(
         ModelNotFound: the deployment does not have the model.
     """
     _reject_newer(message, "")
-    if message.HasField("scheduling") and message.scheduling.ListFields():
-        field = f"scheduling.{message.scheduling.ListFields()[0][0].name}"
-        raise InvalidParameter(field, f"{field} is not supported yet; give the call a deadline", "unknown_parameter")
+    deadline_at = _deadline_at(message.scheduling)
     params = message.params
     with in_message():
         model = find_model(models, params.model or None)
         task = _task(params, model, streams=isinstance(message, pb.GenerateStreamRequest))
         kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
-        return to_request(parse_body(_body(params, task), kind), model, request_id)
+        request = to_request(parse_body(_body(params, task), kind), model, request_id)
+        return replace(request, deadline_at=deadline_at)
+
+
+def _deadline_at(scheduling: pb.Scheduling) -> float | None:
+    """When the request is worth nothing anymore, in seconds since the epoch; None: never.
+
+    Raises:
+        InvalidParameter: it is not in the future; or something else of a request's scheduling is asked for.
+    """
+    for field, _ in scheduling.ListFields():
+        if field.name != "deadline_seconds":
+            name = f"scheduling.{field.name}"
+            raise InvalidParameter(name, f"{name} is not supported yet", "unknown_parameter")
+    if not scheduling.HasField("deadline_seconds"):
+        return None
+    if not 0 < scheduling.deadline_seconds <= MOST_SECONDS:
+        name = "scheduling.deadline_seconds"
+        raise InvalidParameter(
+            name, f"{name} must be above 0 and at most {MOST_SECONDS}, got {scheduling.deadline_seconds:g}"
+        )
+    return time.time() + scheduling.deadline_seconds
 
 
 def to_streamed(message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str) -> GenerationRequest:

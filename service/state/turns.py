@@ -74,10 +74,12 @@ class Prospect(NamedTuple):
     Attributes:
         ahead: requests that are served before it.
         wait_s: seconds until its turn; 0 also while nobody knows what a request costs.
+        request_s: seconds that requests take on average; 0: unknown.
     """
 
     ahead: int
     wait_s: float
+    request_s: float = 0.0
 
 
 class Waiter(NamedTuple):
@@ -219,12 +221,12 @@ class Turns:
     def _expect(self, ahead: int) -> Prospect:
         """When whoever comes after so many waiting requests gets a gang."""
         now = time.time()
-        if not ahead and self._free(now):
-            return Prospect(0, 0.0)
         learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
         request_s = sum(learned) / len(learned) if learned else 0.0
+        if not ahead and self._free(now):
+            return Prospect(0, 0.0, request_s)
         running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
-        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)))
+        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)), request_s)
 
     def standing(self, request_id: str) -> Prospect | None:
         """What a request that waits still has to wait for; None if it does not wait."""

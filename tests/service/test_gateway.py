@@ -31,6 +31,7 @@ from tests.support.backend import FakeBackend, a_model
 from workers import messages
 from workers.errors import (
     AdminOnly,
+    DeadlineExceeded,
     GangLost,
     ModelNotAllowed,
     ModelNotFound,
@@ -540,6 +541,36 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
         waiting.leave("another")
         waiting.leave("a third")
 
+    asyncio.run(story())
+
+
+def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = a_model("late").model_dump(mode="json")
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        return Prospect(0, 20.0, 10.0)
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [late]})
+        request = replace(REQUEST, model="late", deadline_at=time.time() + 29)
+        with pytest.raises(DeadlineExceeded, match="about 30 s from now, its deadline is in 29 s"):
+            await ask(opened, request)
+        answer = Answer()
+        handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
+        monkeypatch.setattr(opened, "_handle", lambda _: handle)
+        monkeypatch.setattr("service.gateway.DeploymentResponseGenerator", Answer)
+        monkeypatch.setattr("service.state.router_registry.prospect", nothing_waits)
+        with pytest.raises(DeadlineExceeded, match="it was stopped"):
+            await ask(opened, replace(request, deadline_at=time.time() + 0.2))
+        assert answer.cancelled
+        assert (opened.in_flight, len(waiting_for("model-late"))) == (0, 0)
+
+    async def nothing_waits(application: str, caller: str) -> Prospect:
+        return Prospect(0, 0.0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
     asyncio.run(story())
 
 

@@ -111,7 +111,7 @@ def test_the_description_is_complete() -> None:
     create = said["paths"]["/v1/images/generations"]["post"]
     assert set(create["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     assert set(create["responses"]["200"]["content"]) >= {"application/json", "text/event-stream", "application/zip"}
-    assert {"400", "401", "403", "404", "408", "413", "415", "422", "429", "499", "500", "503"} <= set(
+    assert {"504", "400", "401", "403", "404", "408", "413", "415", "422", "429", "499", "500", "503"} <= set(
         create["responses"]
     )
     body = said["components"]["schemas"]["ImageGenerationBody"]["properties"]

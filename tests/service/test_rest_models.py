@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -224,6 +225,19 @@ def test_a_stream_says_what_it_waits_for(backend: FakeBackend, client: TestClien
     assert lines[3] == ": step 1/1"
     assert lines[-1] == "data: [DONE]"
     assert client.post(IMAGES, json=body | {"stream": False}).status_code == 200
+
+
+def test_a_deadline_comes_as_a_header(backend: FakeBackend, client: TestClient) -> None:
+    body, before = {"model": "one", "prompt": "a"}, time.time()
+    assert client.post(IMAGES, json=body, headers={"x-request-timeout-seconds": "60.5"}).status_code == 200
+    at = backend.requests[-1].deadline_at
+    assert at is not None and before + 60.5 <= at <= time.time() + 60.5
+    assert client.post(IMAGES, json=body).status_code == 200
+    assert backend.requests[-1].deadline_at is None
+    for wrong in ("0", "-1", "soon", "nan", "inf", "1e9"):
+        answer = client.post(IMAGES, json=body, headers={"x-request-timeout-seconds": wrong})
+        assert answer.status_code == 400, wrong
+        assert answer.json()["error"]["param"] == "x-request-timeout-seconds"
 
 
 def test_a_stream_that_is_quick_says_nothing_of_states(client: TestClient) -> None:

@@ -292,19 +292,19 @@ def test_tags_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_new_request_would_wait_for() -> None:
     async def tell(turns: Turns) -> None:
-        assert turns.prospect("") == (0, 0.0)  # nothing is known
+        assert turns.prospect("") == (0, 0.0, 0.0)  # nothing is known
         turns.know("", {name: idle(request_s=10.0) for name in "ab"})
-        assert turns.prospect("") == (0, 0.0)  # a gang is free
+        assert turns.prospect("") == (0, 0.0, 10.0)  # a gang is free
         served = Served(turns)
         who = [(f"{caller}{i}", caller) for i in range(4) for caller in ("one", "two")]
         await served.enter(*(ticket(*each, place=place) for place, each in enumerate(who)))
-        ahead, wait_s = turns.prospect("one")
+        ahead, wait_s, _ = turns.prospect("one")
         assert (ahead, wait_s) == (6, pytest.approx((6 * 10 + 2 * 10) / 2, abs=1))
         assert turns.prospect("three").ahead == 0  # both others have had a turn
         assert turns.standing("one0") is None  # it has its turn
         assert [turns.standing(f"{caller}1") for caller in ("one", "two")] == [
-            (0, pytest.approx(10, abs=1)),
-            (1, pytest.approx(15, abs=1)),
+            (0, pytest.approx(10, abs=1), 10.0),
+            (1, pytest.approx(15, abs=1), 10.0),
         ]
         turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
         assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)
