@@ -61,4 +61,4 @@ def test_private_modules_are_imported_in_one_file_at_most(package: str) -> None:
         )
         if module.split(".")[0] == package and "._" in module
     }
-    assert users == ({"ray_internals.py"} if package == "ray" else set())
+    assert users == {"ray": {"ray_internals.py"}, "torch": {"torch_internals.py"}}.get(package, set())
