@@ -225,7 +225,7 @@ def test_a_full_queue_is_said_so(server: str, tmp_path: Path) -> None:
     assert set(codes) == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "queue_full"
-    assert refused.headers["retry-after"] == "5"
+    assert 1 <= int(refused.headers["retry-after"]) <= 120  # by the estimate
 
 
 def local_attention(actor: Any, local: bool) -> None:
