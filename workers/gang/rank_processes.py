@@ -15,6 +15,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deploy.spec import ModelSpec, Storage
+from workers.errors import GangLost
 from workers.gang.device import by_device, environment
 from workers.gang.placement import bundle
 from workers.gang.rank_actor import RankActor
@@ -22,6 +23,10 @@ from workers.gang.watch import watch_start
 from workers.messages import RankStatus
 
 logger = logging.getLogger("ray.serve")
+
+FIRST_WORD_S = 60.0
+"""A process that has said nothing for so long hangs: its pid is not known yet, so nobody can look at what it does. It
+takes a second on a quiet machine, tens of seconds on a very busy one."""
 
 
 def create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[Any]:
@@ -47,9 +52,12 @@ async def assemble(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any
     Raises:
         GangLost: one was stopped, died or hung. What else a rank raises goes on to the caller.
     """
-    places = await asyncio.gather(*(process.place.remote() for process in processes))
-    ranks = [processes[index] for index in by_device(places)]
-    statuses = await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks)))
+    try:
+        ranks, statuses = await asyncio.wait_for(_number(processes), FIRST_WORD_S)
+    except TimeoutError:
+        for process in processes:
+            ray.kill(process)
+        raise GangLost(f"a rank's process has said nothing for {FIRST_WORD_S:g} s since it was made") from None
     ready = asyncio.ensure_future(_bring_together(ranks))
     watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
     try:
@@ -63,6 +71,13 @@ async def assemble(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any
     finally:
         ready.cancel()
         watch.cancel()
+
+
+async def _number(processes: Sequence[Any]) -> tuple[list[Any], list[RankStatus]]:
+    """The processes in rank order, and what each says first."""
+    places = await asyncio.gather(*(process.place.remote() for process in processes))
+    ranks = [processes[index] for index in by_device(places)]
+    return ranks, list(await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks))))
 
 
 async def _bring_together(ranks: Sequence[Any]) -> list[RankStatus]:
