@@ -52,6 +52,7 @@ class ApiKey(BaseModel):
     @field_validator("sha256")
     @classmethod
     def _is_digest(cls, value: str) -> str:
+        value = value.lower()
         if not SHA256.fullmatch(value):
             raise ValueError("must be 64 hexadecimal digits, the SHA-256 of the key; `spray key NAME` prints one")
         return value
@@ -85,7 +86,7 @@ def read_api_keys(file: Path) -> tuple[ApiKey, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{file}: cannot be read: {error}") from None
     except YamlMistake as error:
-        raise SpecError(f"{file}: is not YAML: {error}") from None
+        raise SpecError(f"{file}:{error.line}: {error}") from None
     except ValidationError as error:
         mistakes = error.errors(include_input=False)
         lines = [f"{file}: {'.'.join(map(str, mistake['loc']))}: {mistake['msg']}" for mistake in mistakes]

@@ -58,6 +58,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         raise _located(error) from None
     except RecursionError:
         raise YamlMistake(1, "is nested too deeply") from None
+    except ValueError as error:  # a date that there is not
+        raise YamlMistake(1, f"has a value that cannot be: {error}; put it in quotes") from None
     return _unshared(value), dict(_lines(root, ()))
 
 

@@ -27,9 +27,7 @@ async def within(deadline_at: float, reports: AsyncGenerator[Report]) -> AsyncGe
             try:
                 done, _ = await asyncio.wait([coming], timeout=max(0.0, deadline_at - time.time()))
             finally:
-                if not coming.done():  # it must have ended before its generator can be closed
-                    coming.cancel()
-                    await asyncio.wait([coming])
+                await _end(coming)
             if not done:
                 raise DeadlineExceeded("the request's deadline has passed; it was stopped")
             if (report := coming.result()) is None:
@@ -37,18 +35,32 @@ async def within(deadline_at: float, reports: AsyncGenerator[Report]) -> AsyncGe
             yield report
 
 
+async def _end(report: "asyncio.Future[Report | None]") -> None:
+    """Let a pending report end before its generator is closed, however often this task is canceled meanwhile."""
+    canceled: asyncio.CancelledError | None = None
+    if not report.done():
+        report.cancel()
+    while not report.done():
+        try:
+            await asyncio.wait([report])
+        except asyncio.CancelledError as error:
+            canceled = error
+    if canceled is not None:
+        raise canceled
+
+
 def check_deadline(deadline_at: float, wait_s: float) -> None:
-    """Refuse a request that could not be done in time.
+    """Refuse a request whose turn would not come in time.
 
     Args:
         deadline_at: seconds since the epoch.
-        wait_s: seconds until its turn, and what requests take on average; 0: unknown.
+        wait_s: estimated seconds until its turn; 0: unknown.
 
     Raises:
         DeadlineExceeded: it could not.
     """
     left_s = deadline_at - time.time()
-    if left_s <= 0 or wait_s > left_s:
+    if wait_s >= left_s:
         raise DeadlineExceeded(
-            f"the request would take about {wait_s:.0f} s from now, its deadline is in {max(0.0, left_s):.0f} s"
+            f"the request would have to wait about {wait_s:.1f} s, its deadline is in {max(0.0, left_s):.1f} s"
         )

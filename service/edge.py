@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S, envelope
-from service.api.origin import ID_HEADER
+from service.api.origin import ID_HEADER, PASSED_TIMEOUT_HEADER, TIMEOUT_HEADER
 from service.rpc import proxy
 
 HEADER_S = 10.0
@@ -41,6 +41,10 @@ def middlewares() -> list[Middleware]:
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.edge:LimitedProtocol"
     proxy.prepare()
     return [Middleware(Edge)]
+
+
+PASSED_AS = {TIMEOUT_HEADER.encode(): PASSED_TIMEOUT_HEADER.encode()}
+"""Headers that the gateway gets under another name, for Serve's proxy acts on them."""
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvicorn chooses its base at run time
@@ -117,7 +121,8 @@ class Edge:
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        own = [pair for pair in scope.get("headers", ()) if pair[0] != ID_HEADER.encode()]
+        given = [pair for pair in scope.get("headers", ()) if pair[0] != ID_HEADER.encode()]
+        own = [(PASSED_AS.get(name, name), value) for name, value in given]
         answer = _InEnvelope(send, refuse)
         await self._app({**scope, "headers": [*own, (ID_HEADER.encode(), request_id)]}, replay, answer)
         await answer.end()

@@ -266,11 +266,11 @@ class Gateway(GrpcMethods):
             DeadlineExceeded: it would be too late then.
         """
         model = self._models.get(request.model)
-        if model is None or (not waiting and request.deadline_at is None):
+        if model is None or (not waiting and request.deadline_at is None and model.max_queued_s is None):
             return
-        ahead, wait_s, request_s = await router_registry.prospect(app_name(model.name), _caller_name())
+        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller_name())
         if request.deadline_at is not None:
-            check_deadline(request.deadline_at, wait_s + request_s)
+            check_deadline(request.deadline_at, wait_s)
         if waiting >= model.max_queued:
             raise QueueFull(
                 f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None

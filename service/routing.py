@@ -33,7 +33,7 @@ class LeastBacklogRouter(RequestRouter):
 
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """The last report of each running gang."""
-        return [replica.routing_stats for replica in self.curr_replicas.values() if replica.routing_stats]
+        return [replica.routing_stats for replica in list(self.curr_replicas.values()) if replica.routing_stats]
 
     async def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for. Called by the gateway, on its own loop."""
@@ -77,7 +77,7 @@ class LeastBacklogRouter(RequestRouter):
         ticket = self._ticket(request, pending_request.created_at)
         while True:
             turn = await self._turns.take(ticket)
-            for replica in self.curr_replicas.values():
+            for replica in list(self.curr_replicas.values()):
                 if replica.replica_id.unique_id == turn.gang:
                     self._given[internal] = turn
                     return replica

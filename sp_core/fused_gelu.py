@@ -69,7 +69,7 @@ def product(projection: Any, tokens: torch.Tensor) -> torch.Tensor:
     """GELU of the layer's output, `(..., in)` to `(..., out)`."""
     rows = tokens.flatten(0, -2)
     widened = torch_private.gelu_of_product(projection.bias, rows, projection.weight.t(), use_gelu=True)
-    return widened.view(*tokens.shape[:-1], -1)
+    return widened.view(*tokens.shape[:-1], widened.shape[-1])
 
 
 def _has_tanh(tokens: torch.Tensor) -> bool:

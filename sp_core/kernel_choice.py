@@ -62,9 +62,11 @@ def settle_kernel(
     if name is None and mesh.axis("gang").rank == 0:
         name = cuda_kernels.fastest(mesh.device, dtype, head_size, candidates)
     name = mesh.broadcast(None if name is None else name.encode()).decode()
-    cuda_kernels.use(mesh.device, dtype, head_size, name)
     if alone:
+        if not _users[what]:  # else the choice is theirs
+            cuda_kernels.use(mesh.device, dtype, head_size, name)
         return _prefer_in_forwards(model, name)
+    cuda_kernels.use(mesh.device, dtype, head_size, name)
     _users[what].add(model)
     return lambda: _users[what].discard(model)
 

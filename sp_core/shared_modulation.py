@@ -134,6 +134,7 @@ class _Modulations:
         self._mine = self._dealt[place]
         self._kept: OrderedDict[_Key, torch.Tensor] = OrderedDict()  # this rank's values, packed
         self._kept_bytes = 0
+        self._held: dict[_Key, _Values] = {}  # what the layers are given, at addresses that stay
         self._embedded = -1  # times that this forward has embedded a timestep; negative: no forward is running
 
     def begin(self, *_: Any) -> None:
@@ -157,8 +158,22 @@ class _Modulations:
                 step.values[key] = values
         else:
             values = step.values[key]
+        if not torch.is_grad_enabled():
+            values = self._at_fixed_addresses(key, values)
         for layer, value in zip(self._layers, values, strict=True):
             layer.__dict__["shared"] = value  # a module's own way to set an attribute takes ten times as long
+
+    def _at_fixed_addresses(self, key: _Key, values: _Values) -> _Values:
+        """The same values where those of the last forward were.
+
+        torch.compile takes a module's tensors for parameters, whose addresses a CUDA graph keeps: at other ones it
+        would record every block again in each step.
+        """
+        if key not in self._held:
+            self._held[key] = [value.clone() for value in values]
+        else:
+            torch._foreach_copy_(self._held[key], values)
+        return self._held[key]
 
     def end(self, *_: Any) -> None:
         """The forward is over: the layers compute again."""

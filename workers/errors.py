@@ -138,7 +138,7 @@ class ModelUnavailable(SprayError):
 
 
 class DeadlineExceeded(SprayError):
-    """The request has a deadline that has passed, or cannot be met."""
+    """The request has a deadline that has passed, or its turn would come too late."""
 
 
 class RequestFailed(SprayError):

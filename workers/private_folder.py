@@ -20,12 +20,17 @@ def make_private(folder: Path) -> Path:
         OSError: it cannot be made.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not is_own(folder):
         raise PermissionError(f"{folder} belongs to somebody else; remove it, or set TMPDIR to a folder of your own")
-    if found.st_mode & 0o077:
+    if folder.lstat().st_mode & 0o077:
         folder.chmod(0o700)
     return folder
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this is a folder of this user, not a link to one."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def open_own(file: Path) -> TextIO:

@@ -61,7 +61,7 @@ def takes(kind: type[GenerationBody]) -> dict[str, Any]:
         "in": "header",
         "required": False,
         "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_SECONDS},
-        "description": "seconds from now on; a request that cannot be answered by then gets 504 at once",
+        "description": "seconds from now on; then the request is stopped, and answered with 504",
     }
     return {"requestBody": {"required": True, "content": content}, "parameters": [patience]}
 

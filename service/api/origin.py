@@ -21,6 +21,9 @@ BODY_KINDS = ("", "application/json", "multipart/form-data")
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """How long the caller waits for its answer."""
 
+PASSED_TIMEOUT_HEADER = "x-spray-timeout-seconds"
+"""The same behind Serve's proxy, which would cut the request off itself, with an error that asks for another try."""
+
 MOST_SECONDS = 86_400
 """Of a deadline, from now on."""
 
@@ -74,7 +77,7 @@ def deadline(http: Request) -> float | None:
     Raises:
         InvalidParameter: the header is no number of seconds, or too many.
     """
-    given = http.headers.get(TIMEOUT_HEADER)
+    given = http.headers.get(PASSED_TIMEOUT_HEADER, http.headers.get(TIMEOUT_HEADER))
     if given is None:
         return None
     try:

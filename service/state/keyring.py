@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
-from workers.errors import RateLimited
+from workers.errors import QueueFull, RateLimited, RequestQuarantined
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,6 +66,9 @@ class Allowance:
         self._running += 1
         try:
             yield
+        except (QueueFull, RequestQuarantined):  # nothing was computed
+            self._spent = max(0.0, self._spent - work * (key.max_work_per_minute is not None))
+            raise
         finally:
             self._running -= 1
 
@@ -95,7 +98,7 @@ class Keyring:
         from_file = read_api_keys(path) if path else ()
         self.open, self.configured = variable is None and file is None, True
         self._from_variable, self._from_file, self._file, self._read = from_variable, from_file, path, read
-        if path and self._following is None:
+        if path is not None and self._following is None:
             self._following = asyncio.get_running_loop().create_task(self._follow())
 
     def find(self, given: str) -> ApiKey | None:
@@ -113,15 +116,26 @@ class Keyring:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(PERIOD_S)
-            file = self._file
-            if file is None or (stamp := await asyncio.to_thread(_stamp, file)) == self._read:
-                continue
-            self._read = stamp
-            try:
-                self._from_file = await asyncio.to_thread(read_api_keys, file)
-                logger.info("%s: %d API keys", file, len(self._from_file))
-            except SpecError as error:
-                logger.error("%s; the former keys remain valid", error)
+            if self._file is not None:
+                try:
+                    await self._read_again(self._file)
+                except Exception as error:  # whatever it is, the next change must be read
+                    logger.error("%s; the former keys remain valid", error)
+
+    async def _read_again(self, file: Path) -> None:
+        """Take the keys of a file that has changed, unless another is configured meanwhile."""
+        stamp = await asyncio.to_thread(_stamp, file)
+        if stamp == self._read:
+            return
+        try:
+            keys = await asyncio.to_thread(read_api_keys, file)
+        except Exception:
+            if file == self._file:
+                self._read = stamp  # it is said once
+            raise
+        if file == self._file:
+            self._read, self._from_file = stamp, keys
+            logger.info("%s: %d API keys", file, len(keys))
 
 
 def check_keys(auth: Auth) -> None:

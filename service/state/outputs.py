@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.errors import Forbidden, OutputNotFound
-from workers.private_folder import make_private
+from workers.private_folder import is_own, make_private
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,6 +30,9 @@ NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp|mp4|zip)")
 """Of an output: 192 random bits, and the kind of file."""
 
 UNFINISHED = ".new"
+OURS = re.compile(rf"{NAME.pattern}({re.escape(UNFINISHED)})?|[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
+"""What a sweep may remove: outputs, those that nobody has finished, and keys that came second."""
+
 UNFINISHED_S = 3600.0
 """After which a file that nobody has finished is removed."""
 
@@ -136,14 +139,17 @@ class OutputStore:
         return file
 
     def sweep(self) -> None:
-        """Remove what has expired, also in the folders that ended clusters of this user have left. Blocks."""
+        """Remove what has expired, also in the folders that ended clusters of this user have left. Blocks.
+
+        Only files that are named as outputs are: a folder may hold other things, and anybody may put a link beside it.
+        """
         folder = self._open()
-        own = [folder] if self._given else {folder, *folder.parent.glob(f"{FOLDER}*")}
+        own = [folder] if self._given else {folder, *filter(is_own, folder.parent.glob(f"{FOLDER}*"))}
         for place in own:
-            for file in place.glob("*"):
+            for file in filter(lambda file: OURS.fullmatch(file.name), place.glob("*")):
                 late = UNFINISHED_S if file.name.endswith(UNFINISHED) else 0.0
-                with contextlib.suppress(OSError):  # another gateway was faster, or it is somebody else's
-                    if file.name != KEY and file.lstat().st_mtime + late < time.time():
+                with contextlib.suppress(OSError):  # another gateway was faster
+                    if file.lstat().st_mtime + late < time.time():
                         file.unlink()
 
     def _sign(self, name: str, expires: int) -> str:
@@ -151,15 +157,17 @@ class OutputStore:
 
     def _open(self) -> Path:
         """The folder, with this object's key read from it, or put there first."""
-        if self._folder is None:
-            folder = Path(self._given or _own_folder())
-            if self._given:
+        given, folder = self._given, self._folder
+        if folder is None or not folder.is_dir():  # whoever cleans temporary files may have removed it
+            folder = Path(given or _own_folder())
+            if given:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             else:
                 make_private(folder)
-            self._key = _shared_key(folder)
-            self._folder = folder
-        return self._folder
+            key = _shared_key(folder)
+            if given == self._given:  # else `follow` has named another one meanwhile
+                self._folder, self._key = folder, key
+        return folder
 
     async def _sweep_forever(self) -> None:
         while True:

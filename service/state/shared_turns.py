@@ -108,7 +108,7 @@ class Keeper:
 
 def start_keeper() -> Any:
     """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
-    source = inspect.getsource(turns) + inspect.getsource(sys.modules[__name__])
+    source = "".join(inspect.getsource(part) for part in (turns, sys.modules[__name__], GangBacklog))
     made = ray.remote(Keeper).options(
         name=f"turns-{hashlib.sha256(source.encode()).hexdigest()[:12]}",
         namespace=NAMESPACE,
@@ -186,15 +186,17 @@ class SharedTurns:
         """A turn from the keeper; None if it is away before the request has one."""
         asked = asyncio.ensure_future(_result(keeper.take.remote(self._application, ticket)))
         away = asyncio.ensure_future(self._away.wait())
+        turn: Turn | None = None
         try:
             await asyncio.wait({asked, away}, return_when=asyncio.FIRST_COMPLETED)
-            return asked.result() if asked.done() else None
+            turn = asked.result() if asked.done() else None
+            return turn
         except RayError as error:
             self._lose_keeper(error)
             return None
         finally:
             away.cancel()
-            if not asked.done():
+            if turn is None:  # also if it came together with a cancellation
                 asked.cancel()
                 keeper.leave.remote(self._application, ticket.request_id)
 

@@ -29,6 +29,9 @@ COMPARABLE_S = 2.0
 REFUSED_S = 0.1
 """A gang that has refused a request is not asked again so soon."""
 
+MOST_REFUSED_S = 1.0
+"""The same for one that reports work; its report is up to this old."""
+
 OVERDUE_S = 3.0
 """A gang that still reports itself idle this long after it was given a request has not got it, or has finished it."""
 
@@ -74,12 +77,10 @@ class Prospect(NamedTuple):
     Attributes:
         ahead: requests that are served before it.
         wait_s: seconds until its turn; 0 also while nobody knows what a request costs.
-        request_s: seconds that requests take on average; 0: unknown.
     """
 
     ahead: int
     wait_s: float
-    request_s: float = 0.0
 
 
 class Waiter(NamedTuple):
@@ -125,6 +126,10 @@ class Holding:
             return 0.0
         return max(0.0, self.report.backlog_s - (now - self.report.reported_at))
 
+    def pauses(self, now: float) -> bool:
+        """It has refused a request lately, and is not asked again so soon; the later, the more work it reports."""
+        return now - self.refused_at < max(REFUSED_S, min(MOST_REFUSED_S, self.backlog_s(now)))
+
     def remaining_s(self, now: float, request_s: float) -> float:
         """Seconds left of what it runs. `request_s`: what a request takes, for one that it has not reported yet."""
         if self.turn and not (self.report.busy and self.report.reported_at > self.given_at):
@@ -154,8 +159,12 @@ class Turns:
         self._give()
         try:
             return await answer
-        except asyncio.CancelledError:
-            self.leave(ticket.request_id)
+        except asyncio.CancelledError:  # not `leave`: by now another call may wait for the same request
+            waiter = self._waiting.get(ticket.request_id)
+            if waiter is not None and waiter.answer is answer:
+                del self._waiting[ticket.request_id]
+            elif answer.done() and not answer.cancelled():  # its turn came just now
+                self.end(answer.result())
             raise
 
     def leave(self, request_id: str) -> None:
@@ -221,12 +230,12 @@ class Turns:
     def _expect(self, ahead: int) -> Prospect:
         """When whoever comes after so many waiting requests gets a gang."""
         now = time.time()
+        if not ahead and self._free(now):
+            return Prospect(0, 0.0)
         learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
         request_s = sum(learned) / len(learned) if learned else 0.0
-        if not ahead and self._free(now):
-            return Prospect(0, 0.0, request_s)
         running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
-        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)), request_s)
+        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)))
 
     def standing(self, request_id: str) -> Prospect | None:
         """What a request that waits still has to wait for; None if it does not wait."""
@@ -244,7 +253,8 @@ class Turns:
             self._ends[ticket.caller] = tag + ticket.cost
         self._tags[ticket.request_id] = tag
         if len(self._tags) > REMEMBERED + len(self._waiting):
-            self._tags.pop(next(iter(self._tags)))
+            kept = {*self._waiting, ticket.request_id}
+            del self._tags[next(name for name in self._tags if name not in kept)]
         return tag
 
     def _give(self) -> None:
@@ -265,7 +275,7 @@ class Turns:
         if not self._waiting and not any(holding.turn for holding in self._gangs.values()):  # all are even
             self._served = max([self._served, *self._ends.values()])
             self._ends.clear()
-        refused = any(not holding.turn and holding.refused_at > now - REFUSED_S for holding in self._gangs.values())
+        refused = any(not holding.turn and holding.pauses(now) for holding in self._gangs.values())
         if self._waiting and refused and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(REFUSED_S, self._again)
 
@@ -279,7 +289,7 @@ class Turns:
         return [
             name
             for name, holding in self._gangs.items()
-            if not holding.turn and holding.refused_at <= now - REFUSED_S and (all_lost or not holding.lost)
+            if not holding.turn and not holding.pauses(now) and (all_lost or not holding.lost)
         ]
 
     def _choose(self, free: Sequence[str], ticket: Ticket, now: float) -> str:

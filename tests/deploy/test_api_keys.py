@@ -38,6 +38,7 @@ def test_what_a_file_may_say(tmp_path: Path) -> None:
         (f"keys: [{{name: a, sha256: {ONE}}}, {{name: a, sha256: {TWO}}}]", "a: the same name twice"),
         (f"keys: [{{name: a, sha256: {ONE}}}, {{name: b, sha256: {ONE}}}]", "a, b: the same sha256 twice"),
         ("keys: [", "is not YAML"),
+        ("keys: [{name: 2025-02-30}]", "has a value that cannot be"),
     ],
 )
 def test_what_it_may_not(tmp_path: Path, text: str, says: str) -> None:
@@ -46,7 +47,7 @@ def test_what_it_may_not(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(SpecError) as found:
         read_api_keys(file)
     assert says in str(found.value)
-    assert str(found.value).startswith(f"{file}: ")
+    assert str(found.value).startswith(f"{file}:")
     assert "secret" not in str(found.value)
 
 

@@ -266,3 +266,25 @@ def test_command_line_client(server: str, tmp_path: Path) -> None:
     assert "step 3/3" in run.stderr
     assert "seeds: 7" in run.stderr
     assert Image.open(output).format == "WEBP"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_that_passes_is_said_and_frees_the_gang(server: str, stream: bool, tmp_path: Path) -> None:
+    """Serve's proxy knows the header too: it would cut the answer off, and ask for another try."""
+    (slow := tmp_path / "slow").touch()
+    on_rank("demo-1", 0, in_each_forward, functools.partial(dawdle, slow))
+    body = {"model": "demo-1", "prompt": "a", "num_inference_steps": 50, "stream": stream}
+    headers = {"x-request-timeout-seconds": "2"}
+    try:
+        began = time.monotonic()
+        answer = httpx.post(f"{server}/v1/images/generations", json=body, headers=headers, timeout=120, trust_env=False)
+        assert time.monotonic() - began >= 2
+    finally:
+        slow.unlink()
+    if stream:
+        assert answer.status_code == 200
+        assert json.loads(answer.text.split("data: ")[-1])["error"]["code"] == "deadline_exceeded"
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false"
+    assert generate(server, model="demo-1").status_code == 200

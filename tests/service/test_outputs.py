@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -85,17 +86,19 @@ def test_files_expire_and_are_swept(folder: Path, monkeypatch: pytest.MonkeyPatc
         link = store.keep(b"a", "png")
         store.follow(None, 500)
         later = store.keep(b"b", "png")
-        (folder / "x.png.new").touch()
+        unfinished = f"{'x' * 32}.png.new"
+        (folder / unfinished).touch()
+        (folder / "thesis.txt").touch()  # of whoever owns the folder
         now = time.time()
         monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
         with pytest.raises(Forbidden, match="has expired"):
             store.find(link.name, str(link.expires), link.signature)
         store.sweep()
-        assert {file.name for file in folder.iterdir()} == {KEY, later.name, "x.png.new"}
+        assert {file.name for file in folder.iterdir()} == {KEY, later.name, unfinished, "thesis.txt"}
         assert store.find(later.name, str(later.expires), later.signature)
         monkeypatch.setattr(outputs.time, "time", lambda: now + 4000)
         store.sweep()
-        assert [file.name for file in folder.iterdir()] == [KEY]
+        assert {file.name for file in folder.iterdir()} == {KEY, "thesis.txt"}
 
     asyncio.run(story())
 
@@ -121,9 +124,23 @@ def test_what_ended_clusters_have_left_is_swept(tmp_path: Path, monkeypatch: pyt
     old = tmp_path / "spray-outputs-1" / OutputStore().keep(b"a", "png").name
     os.utime(old, (1, 1))
     monkeypatch.setenv("RAY_RAYLET_PID", "2")
+    (others := tmp_path / "others").mkdir()
+    (kept := others / old.name).touch()
+    os.utime(kept, (1, 1))
+    (tmp_path / "spray-outputs-evil").symlink_to(others)
     OutputStore().sweep()
     assert not old.exists()
+    assert kept.exists(), "anybody may put a link there"
     assert (tmp_path / "spray-outputs-1" / KEY).exists()
+
+
+def test_a_folder_that_was_removed_comes_back(folder: Path) -> None:
+    store = OutputStore()
+    store.keep(b"a", "png")
+    shutil.rmtree(folder)
+    store.prepare()
+    link = store.keep(b"b", "png")
+    assert store.find(link.name, str(link.expires), link.signature).read_bytes() == b"b"
 
 
 def test_a_folder_that_is_given_may_change(tmp_path: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,7 +127,46 @@ def test_a_gang_that_died_gets_nothing() -> None:
         router.update_replicas([dead, alive])
         router.on_replica_actor_died(dead.replica_id)
         await settle()
+        assert set(router._turns._own._gangs) == {"alive"}
         assert await choose(router, pending(request("x"))) == "alive"
+
+    routed(tell)
+
+
+def test_a_gang_that_this_gateway_has_not_heard_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "REFUSED_S", 0.02)
+
+    async def tell(router: LeastBacklogRouter) -> None:
+        router.update_replicas([])
+        router._turns.know({"elsewhere": GangBacklog()})
+        waiting = asyncio.create_task(choose(router, pending(request("x"))))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        router.update_replicas([replica("a")])
+        assert await asyncio.wait_for(waiting, 10) == "a"
+
+    routed(tell)
+
+
+def test_shares_are_by_work_and_the_prospect_is_the_callers() -> None:
+    async def tell(router: LeastBacklogRouter) -> None:
+        gang, waiting = replica("a"), waiting_for("model-m")
+        router.update_replicas([gang])
+        await choose(router, pending(request("running")))
+        for name, caller, steps in (("large", "one", 40), ("after it", "one", 1), ("small", "two", 1)):
+            waiting.enter(name, Place(time.time(), caller))
+            call = pending(replace(request(name), num_inference_steps=steps))
+            asyncio.ensure_future(choose(router, call)).add_done_callback(lambda task: task.cancelled())
+            await settle()
+        standings = [await asyncio.to_thread(ask, router.standing, name) for name in ("large", "after it", "small")]
+        assert [found and found.ahead for found in standings] == [0, 2, 1]  # from another thread, as a gateway asks
+        assert [(await asyncio.to_thread(ask, router.prospect, caller)).ahead for caller in ("one", "two")] == [3, 2]
+        for name in ("large", "after it", "small"):
+            router._turns._own.leave(name)
+            waiting.leave(name)
+
+    def ask(what: Any, of: str) -> Any:
+        return asyncio.run(what(of))
 
     routed(tell)
 

@@ -61,8 +61,8 @@ def test_two_gateways_take_turns_on_one_gang() -> None:
         assert not second.done() and not third.done()
         assert [await one.standing(name) for name in "xyz"] == [
             None,
-            (0, 0.0, 0.0),
-            (1, 0.0, 0.0),
+            (0, 0.0),
+            (1, 0.0),
         ]  # nobody knows what one costs
         assert (await two.prospect("another")).ahead == 0
         one.end(first)

@@ -245,6 +245,51 @@ def test_a_gang_that_says_it_is_idle_is_free() -> None:
     story(tell)
 
 
+def test_an_older_report_changes_nothing() -> None:
+    async def tell(turns: Turns) -> None:
+        now = time.time()
+        turns.know("one", {"a": GangBacklog(90.0, now), "b": GangBacklog(20.0, now)})
+        turns.know("two", {"a": GangBacklog(0.0, now - 5), "b": GangBacklog(20.0, now)})
+        assert (await turns.take(ticket("x"))).gang == "b"
+
+    story(tell)
+
+
+def test_what_has_just_ended_counts_before_the_gang_reports_it() -> None:
+    async def tell(turns: Turns) -> None:
+        before = GangBacklog(90.0, time.time() - 0.1, busy=True)
+        turns.know("", {"a": before})
+        turns.end(await turns.take(ticket("x")))
+        turns.know("", {"a": before, "b": GangBacklog(20.0, time.time())})
+        assert (await turns.take(ticket("y"))).gang == "a"
+
+    story(tell)
+
+
+def test_a_call_that_is_canceled_takes_no_other_of_its_request_along() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("", {"a": idle()})
+        await turns.take(ticket("x"))
+        first = asyncio.create_task(turns.take(ticket("y")))
+        await settle()
+        turns.leave("y")
+        second = asyncio.create_task(turns.take(ticket("y")))
+        await settle()
+        assert first.cancelled()
+        assert not second.done() and len(turns) == 1
+        second.cancel()
+
+    story(tell)
+
+
+def test_a_gang_that_reports_work_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    holding = module.Holding(report=GangBacklog(30.0, time.time()), refused_at=time.time())
+    now = holding.refused_at
+    assert [holding.pauses(now + later) for later in (0.05, 0.9, 1.1)] == [True, True, False]
+    holding.report = idle()
+    assert [holding.pauses(now + later) for later in (0.05, 0.2)] == [True, False]
+
+
 def test_a_gateway_that_is_gone_holds_nothing() -> None:
     async def tell(turns: Turns) -> None:
         for asker in ("one", "two"):
@@ -292,19 +337,19 @@ def test_tags_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_new_request_would_wait_for() -> None:
     async def tell(turns: Turns) -> None:
-        assert turns.prospect("") == (0, 0.0, 0.0)  # nothing is known
+        assert turns.prospect("") == (0, 0.0)  # nothing is known
         turns.know("", {name: idle(request_s=10.0) for name in "ab"})
-        assert turns.prospect("") == (0, 0.0, 10.0)  # a gang is free
+        assert turns.prospect("") == (0, 0.0)  # a gang is free
         served = Served(turns)
         who = [(f"{caller}{i}", caller) for i in range(4) for caller in ("one", "two")]
         await served.enter(*(ticket(*each, place=place) for place, each in enumerate(who)))
-        ahead, wait_s, _ = turns.prospect("one")
+        ahead, wait_s = turns.prospect("one")
         assert (ahead, wait_s) == (6, pytest.approx((6 * 10 + 2 * 10) / 2, abs=1))
         assert turns.prospect("three").ahead == 0  # both others have had a turn
         assert turns.standing("one0") is None  # it has its turn
         assert [turns.standing(f"{caller}1") for caller in ("one", "two")] == [
-            (0, pytest.approx(10, abs=1), 10.0),
-            (1, pytest.approx(15, abs=1), 10.0),
+            (0, pytest.approx(10, abs=1)),
+            (1, pytest.approx(15, abs=1)),
         ]
         turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
         assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)

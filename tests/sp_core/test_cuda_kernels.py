@@ -1,5 +1,6 @@
 """Only right kernels are chosen, by rank 0 for all ranks, or by the deployment."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,9 @@ def settled_twice(mesh: ParallelMesh) -> tuple[list[str], str, list[str]]:
         with pytest.raises(ValueError) as refused:
             settle_kernel(nn.Identity(), mesh, torch.bfloat16, 128, "torch-cudnn")
         settle_kernel(nn.Identity(), mesh, torch.bfloat16, 64, "torch-cudnn")()  # its heads are others
+        lone: Any = SimpleNamespace(degrees=ParallelDegrees(), device=CUDA, axis=mesh.axis, broadcast=mesh.broadcast)
+        settle_kernel(nn.Identity(), lone, torch.bfloat16, 128, "torch-cudnn")()  # it shares with nobody
+        found.append(str(cuda_kernels.chosen(*what)))
         undo[0]()
         undo[1]()
         models.clear()  # nobody has the third any more
@@ -190,7 +194,7 @@ def settled_twice(mesh: ParallelMesh) -> tuple[list[str], str, list[str]]:
 
 def test_models_of_one_process_do_not_change_each_others_kernel(ranks: RankPool) -> None:
     for found, said, last in ranks.run(TWO, settled_twice):
-        assert found == ["torch-flash"] * 3
+        assert found == ["torch-flash"] * 4
         assert (
             "attention_kernel 'torch-cudnn' cannot be used: another model of this process attends by torch-flash"
             in said

@@ -54,6 +54,19 @@ def test_a_timestep_that_was_seen_needs_no_product(name: str, order: str) -> Non
     assert error(at(model, name, 0.9)[0], expected[0.2][0]) > 100 * BAR
 
 
+def test_layers_are_given_their_values_at_addresses_that_stay() -> None:
+    """torch.compile takes them for parameters: a CUDA graph would be recorded again at each new address."""
+    model: Any = examples.TINY["qwen-image"].build()
+    parallelize(model, one_rank())
+    seen: list[int] = []
+    layer = model.transformer_blocks[0].img_mod
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen.append(layer.shared.data_ptr()))
+    for timestep in (0.9, 0.2, 0.5, 0.9):
+        at(model, "qwen-image", timestep)
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
+
+
 def test_what_was_used_least_recently_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     name, products = "qwen-image", MODULATED["qwen-image"]
     model: Any = examples.TINY[name].build()

@@ -123,6 +123,23 @@ def test_an_answer_that_never_comes_costs_the_ranks() -> None:
     asyncio.run(asyncio.wait_for(story(), 120))
 
 
+def test_an_answer_may_take_longer_behind_another() -> None:
+    async def story() -> None:
+        reasons: list[str] = []
+        answers, results = Answers(0.5, reasons.append), [asyncio.get_running_loop().create_future() for _ in range(2)]
+        for result in results:
+            answers.open(result)
+        await asyncio.sleep(0.3)
+        results[0].set_result(took())
+        await asyncio.sleep(0.4)
+        results[1].set_result(took())
+        await asyncio.wait_for(answers.given(), 60)
+        assert reasons == []
+        assert answers.any_given
+
+    asyncio.run(asyncio.wait_for(story(), 120))
+
+
 class FakeRank:
     """As far as `RankGroup.run` calls it: rank 0 of a gang of one, whose encoder waits until it may go on."""
 

@@ -1,9 +1,12 @@
 """Compiled code on the disk: who takes it, who may write it, how much there is of it, and what damage costs."""
 
+import fcntl
+import gc
 import json
 import logging
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model
 from workers.model import compile_cache
 from workers.model.compile_cache import CompileCache, Warmed, cache_folder, what_decides
+from workers.private_folder import open_own
 
 COMPILED, FOUND = Warmed("start", 0, 3, 90.0), Warmed("start", 3, 0, 20.0)
 
@@ -128,12 +132,42 @@ def test_only_its_user_may_write_there(root: Path, tmp_path: Path, monkeypatch: 
         CompileCache(root, {})
 
 
+def test_a_link_to_a_folder_is_removed(demo_model: Path, root: Path, tmp_path: Path) -> None:
+    decides = what_decides(model(demo_model), "gpu")
+    cache = CompileCache(root, decides)
+    (tmp_path / "elsewhere").mkdir()
+    (link := cache.folder / "code").symlink_to(tmp_path / "elsewhere")
+    CompileCache(root, decides)
+    assert not link.is_symlink()
+
+
+def test_whoever_comes_while_another_verifies_waits(demo_model: Path, root: Path) -> None:
+    decides = what_decides(model(demo_model), "gpu")
+    folder = CompileCache(root, decides).folder
+    came = threading.Event()
+
+    def come() -> None:
+        CompileCache(root, decides)
+        came.set()
+
+    with open_own(root / f"{folder.name}.lock") as verifying:
+        gc.collect()  # the first one holds its lock as long as it lives
+        fcntl.flock(verifying, fcntl.LOCK_EX)
+        coming = threading.Thread(target=come, daemon=True)
+        coming.start()
+        assert not came.wait(0.3)
+        fcntl.flock(verifying, fcntl.LOCK_UN)
+        assert came.wait(60)
+
+
 def changes(folder: Path) -> Iterator[tuple[str, ModelSpec, str]]:
     spec = model(folder)
     yield "the layout", spec.model_copy(update={"parallel": ParallelDegrees(ring_degree=2)}), "gpu"
     yield "the type", spec.model_copy(update={"dtype": "bfloat16"}), "gpu"
     yield "the kernel", spec.model_copy(update={"attention_kernel": "torch-flash"}), "gpu"
     yield "the plan", spec.model_copy(update={"plan": "a.b:C"}), "gpu"
+    yield "the recording", spec.model_copy(update={"cuda_graphs": True}), "gpu"
+    yield "the class", spec.model_copy(update={"transformer_class": "a.b:C"}), "gpu"
     yield "the device", spec, "another gpu"
 
 
@@ -154,7 +188,7 @@ def test_all_that_decides_has_a_folder_of_its_own(
     config = copied / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"num_layers": ', '"num_layers": 1'))
     seen["the config"] = folder(model(copied))
-    for package in ("spray", "torch"):
+    for package in compile_cache.PACKAGES:
         with monkeypatch.context() as patched:
             found = compile_cache._version
             patched.setattr(compile_cache, "_version", lambda name, p=package, f=found: "9" if name == p else f(name))

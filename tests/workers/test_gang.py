@@ -67,6 +67,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
             startup_s=1.0,
             set_loras=refuse,
             answering=False,
+            has_answered=False,
         )
         gang._ranks = ranks  # type: ignore[assignment]
 
@@ -103,6 +104,7 @@ class FakeRanks:
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
         self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="")]
+        self.has_answered = False
         self.finish, self.has_room = asyncio.Event(), asyncio.Event()
         self.has_room.set()
 
@@ -213,6 +215,25 @@ def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
         assert await settled(gang) == ""
         (new,) = started
         assert (new.asked, new.loras) == ([(CHALK,)], (CHALK,))
+
+    asyncio.run(story())
+
+
+def test_ranks_that_never_answer_count_as_lost_in_a_row(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that draw, and end while they encode."""
+    gang, ranks = inked
+    monkeypatch.setattr(gang, "_replace_ranks", lambda: asyncio.sleep(0))
+
+    async def story() -> None:
+        counts = []
+        for answered in (False, False, True, False):
+            ranks.has_answered = answered
+            gang._on_lost()
+            counts.append(gang._losses)
+        assert counts == [1, 2, 1, 2]
+        await asyncio.sleep(0)
 
     asyncio.run(story())
 

@@ -2,14 +2,16 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support.deployments import model
-from workers.errors import OutOfMemory
+from workers.errors import OutOfMemory, RequestFailed
+from workers.gang.boundary import Boundary
 from workers.messages import GenerationRequest
-from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
+from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -19,12 +21,29 @@ from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
         (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ..."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (None, False),
     ],
 )
 def test_which_errors_mean_it(error: BaseException | None, means: bool) -> None:
     assert is_out_of_memory(error) is means
+
+
+def test_a_device_that_has_failed_is_not_agreed_upon() -> None:
+    """All that follows in its process fails, so the rank is lost; the others would be told that all is well."""
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert is_device_failure(broken)
+    assert not is_device_failure(torch.AcceleratorError("CUDA error: out of memory"))
+    told: list[object] = []
+    mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False))
+    with pytest.raises(torch.AcceleratorError):
+        Boundary(0).cross(mesh, None, broken)  # type: ignore[arg-type]
+    assert told == []
+    with pytest.raises(RequestFailed):
+        Boundary(0).cross(mesh, None, ValueError("of the request"))  # type: ignore[arg-type]
+    assert told == [(True, False)]
 
 
 def test_the_real_allocators_error_means_it() -> None:

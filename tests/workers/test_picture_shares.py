@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,7 @@ from workers.gang.rank import Rank
 from workers.messages import Drawn, GenerationRequest
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
-from workers.model.picture_shares import decode_shared
+from workers.model.picture_shares import HandOverFailed, decode_shared
 
 ALONE = ParallelDegrees()
 
@@ -139,6 +140,21 @@ def test_all_ranks_learn_that_one_failed_and_go_on(ranks: RankPool, demo_model: 
         "'demo' has too little memory for 64x48, n=3: ask for fewer pixels, frames or pictures",
         False,
     )
+
+
+def test_what_is_not_agreed_is_not_said_to_be(demo_model: Path) -> None:
+    """Others wait for a rank that has no room for their pictures: it must not say that all have failed together."""
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+
+    def no_room(*_: Any) -> None:
+        raise MemoryError
+
+    def finish() -> list[Any]:
+        with mock.patch("workers.model.picture_shares.collectives.gather", no_room):
+            return decode_shared(lambda _: Image.new("RGB", (4, 2)), 2, mesh)
+
+    with pytest.raises(HandOverFailed, match="MemoryError"):
+        Rank(0, model(demo_model))._finish(SimpleNamespace(finish=finish))  # type: ignore[arg-type]
 
 
 def hand_over(mesh: ParallelMesh, count: int) -> list[Any]:

@@ -37,8 +37,9 @@ class Stream:
             work()
         del self.queue[:upto]
 
-    def wait_stream(self, _: object) -> None:
-        pass
+    def wait_stream(self, other: object) -> None:
+        assert isinstance(other, Current)
+        Current.waited_for += 1
 
 
 class Event:
@@ -62,6 +63,8 @@ class Current:
     """
 
     waits = False
+    waited_for: ClassVar[int] = 0
+    """Times that the sending stream has waited for this one, which may still use the memory that a tensor got."""
 
     def wait_stream(self, stream: Stream) -> None:
         stream.most = max(stream.most, len(stream.queue))
@@ -90,6 +93,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """No GPU, but streams as above. The sizes of all pinned memory that was asked for."""
     asked: list[int] = []
     Stream.issued.clear()
+    Current.waited_for = 0
 
     def plain(size: int) -> torch.Tensor:
         asked.append(size)
@@ -127,6 +131,7 @@ def test_values_are_right_whatever_the_buffers_size(pinned: list[int], size: int
     assert moved(Late(CPU, size))
     assert pinned == [size] * BUFFERS
     assert Stream.issued[0].most <= BUFFERS
+    assert Current.waited_for == len(TENSORS)
 
 
 def test_a_buffer_that_is_filled_too_early_would_be_seen(pinned: list[int]) -> None:

@@ -19,11 +19,15 @@ class Answers:
     Args:
         patience_s: how long encoding one may take.
         lose: called with the reason if it takes longer.
+
+    Attributes:
+        any_given: some answer has come.
     """
 
     def __init__(self, patience_s: float, lose: Callable[[str], None]) -> None:
         self._patience_s = patience_s
         self._lose = lose
+        self.any_given = False
         self._open: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -47,16 +51,16 @@ class Answers:
             await asyncio.wait(self._open)
 
     async def _follow(self, result: Awaitable[GenerationResult]) -> None:
-        coming = asyncio.ensure_future(_ended(result))
+        coming = asyncio.ensure_future(self._end(result))
         patience_s = self._patience_s * len(self._open)  # those before it are encoded first
         done, _ = await asyncio.wait([coming], timeout=patience_s)
         if not done:
             coming.cancel()
             self._lose(f"rank 0 has not encoded an answer within {patience_s:g} s")
 
-
-async def _ended(result: Awaitable[GenerationResult]) -> None:
-    try:
-        await result
-    except Exception:
-        return  # it is raised where the answer is awaited, and the ranks' watch notices their end by itself
+    async def _end(self, result: Awaitable[GenerationResult]) -> None:
+        try:
+            await result
+            self.any_given = True
+        except Exception:
+            return  # it is raised where the answer is awaited, and the ranks' watch notices their end by itself

@@ -10,6 +10,7 @@ from typing import TypeVar
 from sp_core.mesh import ParallelMesh
 from workers.errors import PeerFailed, RequestCancelled, RequestError, RequestFailed
 from workers.messages import GenerationRequest
+from workers.model.out_of_memory import is_device_failure
 
 Result = TypeVar("Result")
 
@@ -57,7 +58,10 @@ class Boundary:
 
         Raises:
             RequestError, RequestFailed: on all ranks.
+            torch.AcceleratorError: this rank's device has failed. It is not agreed, for the rank is lost.
         """
+        if is_device_failure(failure):
+            raise failure
         self.progress += 1
         stop = request is not None and self._cancelled == request.request_id
         failed, cancelled = mesh.agree(failure is not None, stop)

@@ -117,7 +117,6 @@ class Gang:
                 async with contextlib.aclosing(ranks.run(request)) as reports:
                     async for report in reports:
                         if isinstance(report, Drawn):
-                            self._losses = 0
                             self._costs.observe(request, self._forwards(request), report.took)
                         else:
                             yield report
@@ -294,7 +293,8 @@ class Gang:
 
     def _on_lost(self) -> None:
         """Replace the ranks in the next turn."""
-        self._losses += 1
+        answered = self._ranks is not None and self._ranks.has_answered
+        self._losses = 1 if answered else self._losses + 1
         self._whole.clear()
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
         self._started.metrics.lost()

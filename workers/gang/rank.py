@@ -31,7 +31,8 @@ from workers.metrics import RankMetrics
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
-from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
+from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
+from workers.model.picture_shares import HandOverFailed
 
 Result = TypeVar("Result")
 
@@ -299,9 +300,11 @@ class Rank:
     def _finish(self, denoising: Denoising) -> list[Any]:
         try:
             return denoising.finish()
-        except PeerFailed:
+        except (PeerFailed, HandOverFailed):
             raise
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error
         except Exception as error:  # no rank waits for this one: where decoding is shared, the others have been told
+            if is_device_failure(error):
+                raise
             raise RequestFailed(f"decoding failed: {type(error).__name__}: {error}") from error

@@ -120,6 +120,11 @@ class RankGroup:
         """Whether pictures of earlier requests are still encoded."""
         return len(self._answers) > 0
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether some request was answered by these ranks, to its files."""
+        return self._answers.any_given
+
     async def answered(self) -> None:
         """Wait until they are not."""
         await self._answers.given()

@@ -70,7 +70,7 @@ def what_decides(model: ModelSpec, device: str) -> dict[str, Any]:
 
     Args:
         model: whose `source` is a folder of this node.
-        device: what code is made for; see `workers.model.torch_internals.code_target`.
+        device: what code is made for; see `workers.model.compiler.code_target`.
 
     Raises:
         ValueError: the folder is not a model.
@@ -162,12 +162,11 @@ class CompileCache:
         for path in _files(self.folder):
             noted = notes["files"].get(str(path.relative_to(self.folder)))
             with contextlib.suppress(FileNotFoundError):  # somebody else removes it too
-                if noted is None:
-                    if alone:
-                        path.unlink()
-                elif path.is_symlink() or file_digest(path) != noted[1]:
+                if path.is_symlink() or (noted is not None and file_digest(path) != noted[1]):
                     path.unlink()
                     removed += 1
+                elif noted is None and alone:
+                    path.unlink()
         if removed:
             logger.warning("%d files in %s are not what was written there; compiling again", removed, self.folder)
 
@@ -199,7 +198,7 @@ def _read(file: TextIO) -> dict[str, Any]:
 def _digests(folder: Path, known: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """The state and checksum of each file. Only those that have changed are read."""
     found = {}
-    for path in _files(folder):
+    for path in (path for path in _files(folder) if not path.is_symlink()):
         name = str(path.relative_to(folder))
         with contextlib.suppress(FileNotFoundError):  # a temporary file of somebody who compiles
             stat = path.lstat()
@@ -210,8 +209,9 @@ def _digests(folder: Path, known: Mapping[str, tuple[str, str]]) -> dict[str, tu
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         yield from (Path(parent, name) for name in names)
+        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
 
 
 def bytes_in(folder: Path) -> int:

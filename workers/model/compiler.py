@@ -46,11 +46,13 @@ class Compiler:
         if self._model.compile and not self._opened:
             self._opened = True
             self._open()
-        before, began = graphs(), time.monotonic()
+        cached_before, compiled_before = graphs()
+        began = time.monotonic()
         yield
         if self._cache is not None:
-            cached, compiled = (now - then for now, then in zip(graphs(), before, strict=True))
-            self._cache.keep(Warmed(what, cached, compiled, time.monotonic() - began))
+            cached, compiled = graphs()
+            seconds = time.monotonic() - began
+            self._cache.keep(Warmed(what, cached - cached_before, compiled - compiled_before, seconds))
 
     def _open(self) -> None:
         """A folder that cannot be used costs what it would have saved: this process then has one of its own."""

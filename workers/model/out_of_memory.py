@@ -5,6 +5,7 @@ Called by `workers.gang.rank`. Asking again would fail again, so nobody does.
 
 import gc
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -13,7 +14,12 @@ from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
 from workers.messages import GenerationRequest
 
-ALLOCATORS_SAY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+ALLOCATORS_SAY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
 """What errors say that have no class of their own."""
 
 
@@ -22,6 +28,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS_SAY)
+
+
+def is_device_failure(error: BaseException | None) -> TypeGuard[torch.AcceleratorError]:
+    """Whether a device computes nothing anymore: after an illegal access, all that follows in its process fails."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -16,6 +16,10 @@ from sp_core.mesh import ParallelMesh
 from workers.errors import PeerFailed
 
 
+class HandOverFailed(Exception):
+    """Pictures that were decoded did not reach rank 0. Other ranks may wait for this one, so all are lost."""
+
+
 def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) -> list[Any]:
     """Decode pictures, each on one rank. A collective of all ranks.
 
@@ -29,6 +33,7 @@ def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) 
 
     Raises:
         PeerFailed: another rank could not decode its share. That one raises the reason.
+        HandOverFailed: the ranks can no longer agree.
     """
     gang = mesh.axis("gang")
     failure: Exception | None = None
@@ -42,7 +47,10 @@ def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) 
         raise failure
     if failed:
         raise PeerFailed(f"rank {gang.rank} stopped because another rank could not decode its pictures")
-    shares = collectives.gather(pixels, replace(gang, group=gang.host_group))
+    try:
+        shares = collectives.gather(pixels, replace(gang, group=gang.host_group))
+    except Exception as error:
+        raise HandOverFailed(f"rank {gang.rank}: {type(error).__name__}: {error}") from None
     if gang.rank != 0:
         return []
     pictures = [made, *([_made(each) for each in share] for share in shares[1:])]

@@ -21,6 +21,8 @@ def key(
     try:
         entry = ApiKey(name=name, sha256=digest(made), scope="admin" if admin else "generate")
     except ValidationError:
-        raise UsageError(f"NAME: {name!r} must be letters, digits, '.', '_' and '-', at most 64") from None
+        raise UsageError(
+            f"NAME: {name!r} must be letters, digits, '.', '_' and '-', at most 64, and begin with one of the first two"
+        ) from None
     print(to_yaml([entry.model_dump(exclude_defaults=True)]), end="")
     say(f"the key, which is kept nowhere: {made}")
