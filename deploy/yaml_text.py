@@ -51,6 +51,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
             return None, {}
         _refuse_ambiguities(root, {})
         value = loader.construct_document(root)  # which also resolves merge keys (<<) in the nodes
+    except YamlMistake:
+        raise
     except ReaderError as error:
         found = f"the character {chr(error.character)!r} is not allowed"
         raise YamlMistake(text.count("\n", 0, error.position) + 1, f"is not YAML: {found}") from None

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from sp_core import collectives
+from sp_core import collectives, torch_private
 from sp_core.degrees import AxisName
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import SharedModulation
@@ -172,7 +172,7 @@ class _Modulations:
         if key not in self._held:
             self._held[key] = [value.clone() for value in values]
         else:
-            torch._foreach_copy_(self._held[key], values)
+            torch_private.copy_each(self._held[key], values)
         return self._held[key]
 
     def end(self, *_: Any) -> None:

@@ -1,7 +1,8 @@
 """Every private name of torch that sp_core relies on, used here and nowhere else.
 
-Public torch has no log-sum-exp of attention outside `flex_attention`, no product with GELU in it, no all-reduce that
-torch.compile can trace, and no way to notice a write into a tensor, or a hook on a module.
+Public torch has no log-sum-exp of attention outside `flex_attention`, no product with GELU in it, no copy of many
+tensors at once, no all-reduce that torch.compile can trace, and no way to notice a write into a tensor, or a hook on a
+module.
 `tests/sp_core/test_private_names.py` fails when a release moves one of these, or when another file of sp_core reaches
 for one.
 """
@@ -19,6 +20,9 @@ efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
 gelu_of_product = torch._addmm_activation
 """GELU of `bias + rows @ columns`, `(out,)`, `(N, in)`, `(in, out)`: its tanh approximation on CUDA, the exact one on
 CPU."""
+
+copy_each = torch._foreach_copy_
+"""Copies a list of tensors into a list of others, in one kernel on CUDA."""
 
 
 def traceable_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

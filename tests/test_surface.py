@@ -157,7 +157,7 @@ MODEL_STATES = {"running", "starting", "waiting", "asleep", "failed"}
 ERRORS = {
     "InvalidParameter": (400, "invalid_value", "INVALID_ARGUMENT"),
     "BodyTimeout": (408, "body_timeout", "DEADLINE_EXCEEDED"),
-    "BodyTooLarge": (413, "body_too_large", "RESOURCE_EXHAUSTED"),
+    "BodyTooLarge": (413, "body_too_large", "INVALID_ARGUMENT"),
     "OutputNotFound": (404, "output_not_found", "NOT_FOUND"),
     "Unauthorized": (401, "invalid_api_key", "UNAUTHENTICATED"),
     "Forbidden": (403, "forbidden", "PERMISSION_DENIED"),

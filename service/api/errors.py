@@ -73,7 +73,7 @@ class Status:
 STATUS: dict[type[Exception], Status] = {
     InvalidParameter: Status(400, "invalid_request_error", "invalid_value", "INVALID_ARGUMENT"),
     BodyTimeout: Status(408, "invalid_request_error", "body_timeout", "DEADLINE_EXCEEDED"),
-    BodyTooLarge: Status(413, "invalid_request_error", "body_too_large", "RESOURCE_EXHAUSTED"),
+    BodyTooLarge: Status(413, "invalid_request_error", "body_too_large", "INVALID_ARGUMENT"),
     OutputNotFound: Status(404, "invalid_request_error", "output_not_found", "NOT_FOUND"),
     Unauthorized: Status(401, "invalid_request_error", "invalid_api_key", "UNAUTHENTICATED"),
     Forbidden: Status(403, "invalid_request_error", "forbidden", "PERMISSION_DENIED"),

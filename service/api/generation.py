@@ -26,9 +26,6 @@ from service.state.outputs import OutputStore
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, GenerationResult
 
-SAME_TIME = (1980, 1, 1, 0, 0, 0)
-"""Of each file in a zip, so that the same pictures make the same bytes."""
-
 
 class Delivery:
     """How the files of one request reach its caller.
@@ -104,9 +101,12 @@ def _file(request: GenerationRequest, result: GenerationResult, headers: Mapping
 
 
 def _zip(result: GenerationResult, kind: str) -> bytes:
-    """A zip with a file per picture, named by its number and seed; not compressed, since pictures are."""
+    """A zip with a file per picture, named by its number and seed; not compressed, since pictures are.
+
+    Without a time, so that the same pictures make the same bytes.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for number, (output, seed) in enumerate(zip(result.outputs, result.seeds, strict=True)):
-            archive.writestr(zipfile.ZipInfo(f"{number}-{seed}.{kind}", SAME_TIME), output)
+            archive.writestr(zipfile.ZipInfo(f"{number}-{seed}.{kind}"), output)
     return buffer.getvalue()

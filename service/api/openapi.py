@@ -16,8 +16,9 @@ from pydantic.json_schema import models_json_schema
 
 from service.api.answers import ErrorResponse
 from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody
-from service.api.errors import STATUS, UNEXPECTED
+from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
+from workers.errors import NotSupported
 
 BODIES = (ImageGenerationBody, VideoGenerationBody)
 REF = "#/components/schemas/{model}"
@@ -28,6 +29,13 @@ BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}
 NOT_FOR_READING = frozenset({400, 408, 413, 415, 422, 429, 499})
 """Statuses that only requests with a body have."""
 
+MORE_CODES = {
+    400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body".split(),
+    404: ["unknown_path"],
+    503: [GATEWAY_LOST, "overloaded"],
+}
+"""Codes of `InvalidParameter`, of unknown paths, and of what proxies answer themselves."""
+
 router = APIRouter()
 
 
@@ -35,6 +43,9 @@ def _errors() -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = defaultdict(list)
     for row in (*STATUS.values(), UNEXPECTED):
         codes[row.http].append(row.code)
+    del codes[STATUS[NotSupported].http]  # only gRPC's contract has what REST does not
+    for status, more in MORE_CODES.items():
+        codes[status] += more
     headers = {
         "x-should-retry": {"schema": {"type": "string"}, "description": "false: the same request fails again"},
         "retry-after": {"schema": {"type": "string"}, "description": "seconds; the same request may succeed then"},

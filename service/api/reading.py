@@ -31,6 +31,8 @@ NESTED = frozenset({"loras", "lora", "seeds", "stream_options", "extra_params"})
 
 LISTS = frozenset({"loras", "lora", "seeds"})
 
+CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
+
 NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,3})")
 """A field's name, and up to three names or empty brackets behind it."""
 
@@ -83,6 +85,8 @@ def _parse(raw: str | bytearray, param: str | None) -> object:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > MAX_KEYS:  # to find the one to complain about takes long
         raise InvalidParameter(None, f"an object has more than {MAX_KEYS} keys", "invalid_body")
+    if any("\ud800" <= letter <= "\udfff" for name, _ in pairs for letter in name):
+        raise InvalidParameter(None, "a key is not Unicode text", "invalid_body")
     return dict(pairs)
 
 
@@ -94,11 +98,33 @@ def _with_extra_body(raw: object) -> object:
     extra = _parse(extra, "extra_body") if isinstance(extra, str) else extra
     if not isinstance(extra, dict):
         raise InvalidParameter("extra_body", "extra_body must be an object, or JSON text of one")
-    own = {name: value for name, value in raw.items() if name != "extra_body"}
+    extra = {name: value for name, value in extra.items() if value is not None}
+    own = {name: value for name, value in raw.items() if name != "extra_body" and value is not None}
     for name, value in extra.items():
-        if name == "extra_body" or str(own.get(name, value)) != str(value):  # in a form, one of them is text
+        before = own.get(name, value)
+        if name == "extra_body" or (before != value and str(before) != str(value)):  # in a form, one of them is text
             raise InvalidParameter("extra_body", f"extra_body has {name!r} as well, with another value; leave one out")
     return own | extra
+
+
+class _Parser(MultiPartParser):
+    """Knows whether the form was whole, and takes no bytes for text that are none: Starlette falls back to Latin-1."""
+
+    ended = False
+
+    def on_part_end(self) -> None:
+        """Called when a part is whole.
+
+        Raises:
+            UnicodeDecodeError: it is no text.
+        """
+        if self._current_part.file is None:
+            self._current_part.data.decode()
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        """Called at the last boundary."""
+        self.ended = True
 
 
 async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str, Any]:
@@ -107,7 +133,10 @@ async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str
     Raises:
         InvalidParameter: it is malformed, has too many fields, a field twice, or a file.
     """
-    parser = MultiPartParser(headers, chunks, max_files=MAX_FILES, max_fields=MAX_KEYS, max_part_size=1 << 30)
+    charset = CHARSET.search(headers["content-type"])
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
+        raise InvalidParameter(None, f"a form's charset must be UTF-8, got {charset[1]!r}", "invalid_body")
+    parser = _Parser(headers, chunks, max_files=MAX_FILES, max_fields=MAX_KEYS, max_part_size=1 << 30)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -116,6 +145,8 @@ async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str
         raise InvalidParameter(None, "the form's text is not UTF-8", "invalid_body") from None
     fields: dict[str, Any] = {}
     try:
+        if not parser.ended:
+            raise InvalidParameter(None, "the form ends before its last boundary", "invalid_body")
         for name, value in form.multi_items():
             if not isinstance(value, str):
                 said = "no model takes pictures yet" if name.partition("[")[0] in PICTURE_INPUTS else "it is no file"

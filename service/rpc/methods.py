@@ -19,7 +19,7 @@ from service.rpc.answers import finished_events, image_response, model_message, 
 from service.rpc.health import MOST_WATCHERS, check, watch
 from service.rpc.requests import chunk_bytes, id_of, in_message, stream_warnings, to_generation, to_streamed
 from service.rpc.statuses import Context, admit, metadata, name_request, refuse
-from workers.errors import GangLost, InvalidParameter, NotSupported, QueueFull
+from workers.errors import BodyTooLarge, GangLost, NotSupported, QueueFull
 from workers.messages import GenerationResult
 
 REFUSED_WITHIN_S = 0.5
@@ -173,7 +173,7 @@ def _enter(backend: Backend, request: pb.GenerateImageRequest | pb.GenerateStrea
     admit(backend, context)
     if request.ByteSize() > backend.max_body_bytes:
         text = f"the message is larger than {backend.max_body_bytes} bytes"
-        raise InvalidParameter(None, text, "body_too_large")
+        raise BodyTooLarge(None, text, "body_too_large")
     given = metadata(context)
     request_id = id_of(request.request_id, given.get("x-request-id") or given.get("request_id", ""))
     name_request(context, request_id)

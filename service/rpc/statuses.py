@@ -8,7 +8,7 @@ a stream ends with an event that says what failed, and the status travels with i
 
 from collections.abc import Mapping
 from typing import Any, Protocol
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -27,7 +27,7 @@ from workers.errors import Forbidden
 DOMAIN = "spray"
 
 LONGEST = 1000
-"""Characters of a message or a field in a status. Clients refuse trailing metadata above 8 KiB."""
+"""Bytes of a message or a field in a status, in percent-encoding. Clients refuse trailing metadata above 8 KiB."""
 
 SERVES_ID = "request_id"
 """Serve's own trailing metadata. It puts it before ours."""
@@ -128,7 +128,10 @@ def _add_trailing(context: Context, pairs: Any) -> None:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    short = text[:LONGEST]
+    while len(quote(short)) > LONGEST - (len("...") if len(short) < len(text) else 0):
+        short = short[: min(len(short) - 1, len(short) * LONGEST // len(quote(short)))]
+    return short if short == text else f"{short}..."
 
 
 def _is_local(peer: str) -> bool:

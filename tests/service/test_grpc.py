@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -303,9 +304,12 @@ def test_every_error_has_a_status_of_grpc() -> None:
         assert row.retry <= (row.grpc in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"))
 
 
-def test_a_long_message_fits_into_a_status() -> None:
-    answer = image(Backend(), model="a" * 100_000)
-    assert (answer.code, len(answer.said)) == (grpc.StatusCode.NOT_FOUND, statuses.LONGEST)
+@pytest.mark.parametrize("letter", ["a", "é", "文", "😀"])
+def test_a_long_message_fits_into_a_status(letter: str) -> None:
+    answer = image(Backend(), model=letter * 100_000)
+    assert answer.code == grpc.StatusCode.NOT_FOUND
+    assert statuses.LONGEST - 20 < len(quote(answer.said)) <= statuses.LONGEST
+    assert letter in answer.said
 
 
 def test_a_stream_has_all_files_in_chunks() -> None:
