@@ -1,10 +1,6 @@
 """Processes of ranks before they are watched, and that of their gang, which ranks guard."""
 
 import asyncio
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +9,7 @@ import pytest
 
 from tests.support.deployments import model
 from workers.errors import GangLost
-from workers.gang import gang_guard, rank_processes
+from workers.gang import rank_processes
 from workers.gang.device import Place
 
 
@@ -42,28 +38,3 @@ def test_a_process_that_hangs_before_its_first_word_is_lost(
     with pytest.raises(GangLost, match=r"has said nothing for 0\.05 s"):
         asyncio.run(asyncio.wait_for(rank_processes.assemble(processes, model(Path("/nowhere"))), 30))
     assert killed == processes
-
-
-def test_a_gang_that_is_stopped_is_ended_and_one_that_runs_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gang_guard, "PERIOD_S", 0.02)
-    monkeypatch.setattr(gang_guard, "STOPPED_S", 0.2)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as gang:
-        try:
-            gang_guard.guard(gang.pid)
-            time.sleep(0.5)
-            assert gang.poll() is None
-            gang.send_signal(signal.SIGSTOP)
-            assert gang.wait(timeout=60) == -signal.SIGKILL
-        finally:
-            gang.kill()
-
-
-def test_a_short_stop_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, killed = iter([False, True, True, False, True, False, None]), []
-    clock = iter(range(0, 100, 3))
-    monkeypatch.setattr(gang_guard, "is_stopped", lambda pid: next(states))
-    monkeypatch.setattr(gang_guard.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(gang_guard.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(gang_guard.os, "kill", lambda *call: killed.append(call))
-    gang_guard._look(1)
-    assert killed == []

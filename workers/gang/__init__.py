@@ -6,7 +6,7 @@ rank_group.py     the ranks of a gang: hands each request to all of them; lost t
 rank_processes.py their processes: made in the placement group, brought together, killed
 answers.py        requests that have left the ranks, whose pictures are still encoded
 watch.py          looks at the processes and the progress of ranks, and says when one is lost
-gang_guard.py     ends a gang's own process that is stopped; ranks look
+gang_guard.py     a small process of each gang, which ends the gang's own if that is stopped
 process_state.py  what /proc says of a rank's process
 rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load

@@ -28,6 +28,7 @@ from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
+from workers.gang.gang_guard import start_guard
 from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
@@ -59,6 +60,7 @@ class Gang:
     _ranks: RankGroup | None = None  # until they have started; afterwards the current ones, even when lost
 
     def __init__(self, fixed: dict[str, Any]) -> None:
+        self._guard = start_guard()
         keep_replica_on_node_ip()
         self._fixed = fixed
         self._exporter = Exporter(share_values())

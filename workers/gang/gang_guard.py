@@ -1,17 +1,17 @@
-"""Ends the process of a gang that is stopped. Ranks on the gang's node look: `workers.gang.rank_actor` starts it.
+"""Ends the process of a gang that is stopped by a signal. `workers.gang.gang` starts one guard as its first act.
 
-Serve looks after the health of a replica only once it has started, and loading may take half an hour.
+Serve looks after the health of a replica only once it has started, and loading may take half an hour. A process of its
+own looks, because a stopped one runs no thread. Python runs this file by its path and without site-packages, so that
+the guard starts in some milliseconds: it imports nothing of ours.
 """
 
-import logging
 import os
+import select
 import signal
-import threading
+import subprocess
+import sys
 import time
-
-from workers.gang.process_state import is_stopped
-
-logger = logging.getLogger(__name__)
+from pathlib import Path
 
 PERIOD_S = 1.0
 
@@ -19,19 +19,41 @@ STOPPED_S = 6.0
 """A process that is stopped for so long is ended; Serve then starts another."""
 
 
-def guard(pid: int) -> None:
-    """Look after a process of this machine in a thread, until it ends or this process does."""
-    threading.Thread(target=_look, args=(pid,), daemon=True, name="gang-guard").start()
+def start_guard(period_s: float = PERIOD_S, stopped_s: float = STOPPED_S) -> subprocess.Popen[bytes]:
+    """Guard this process by one that ends with it: when the pipe between them closes.
+
+    Args:
+        period_s: between two looks.
+        stopped_s: how long a stop is forgiven.
+
+    Returns:
+        The guard. Keep it: its end of the pipe is closed when it is collected.
+    """
+    arguments = [str(os.getpid()), str(period_s), str(stopped_s)]
+    return subprocess.Popen([sys.executable, "-I", "-S", __file__, *arguments], stdin=subprocess.PIPE)
 
 
-def _look(pid: int) -> None:
+def look_after(pid: int, period_s: float, stopped_s: float) -> None:
+    """Return when the process ends; end it if it is stopped for too long."""
     runs_at = time.monotonic()
-    while (stopped := is_stopped(pid)) is not None:
+    while not select.select([sys.stdin], [], [], period_s)[0]:
         now = time.monotonic()
-        if not stopped:
+        if not is_stopped(pid):
             runs_at = now
-        elif now - runs_at > STOPPED_S:
-            logger.error("the gang's process %d is stopped for %.0f s; it is ended", pid, now - runs_at)
+        elif now - runs_at > stopped_s:
+            print(f"the gang's process {pid} is stopped for {now - runs_at:.0f} s; it is ended", file=sys.stderr)
             os.kill(pid, signal.SIGKILL)
             return
-        time.sleep(PERIOD_S)
+
+
+def is_stopped(pid: int) -> bool:
+    """True if a process of this machine is stopped by a signal. False where the system does not tell."""
+    try:
+        state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"
+
+
+if __name__ == "__main__":
+    look_after(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))

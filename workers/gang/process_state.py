@@ -66,14 +66,6 @@ def is_halted(pid: int) -> bool:
         return True
 
 
-def is_stopped(pid: int) -> bool | None:
-    """True if a process of this machine is stopped by a signal; None if there is none, or the system does not tell."""
-    try:
-        return _stat(pid)[0] in "Tt"
-    except OSError:
-        return None
-
-
 def use_of(pid: int) -> Use | None:
     """What a process of this machine has used; None where the system does not tell."""
     try:

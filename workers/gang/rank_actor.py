@@ -13,7 +13,6 @@ import ray
 from deploy.spec import LoRA, ModelSpec, Storage
 from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
-from workers.gang.gang_guard import guard
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
 from workers.messages import Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
@@ -33,15 +32,12 @@ class RankActor:
         model: see `Rank`.
         storage: where each node keeps files.
         replica: see `Rank`.
-        gang: the gang's node and process, which a rank on the same node guards.
     """
 
-    def __init__(self, model: ModelSpec, storage: Storage, replica: str, gang: tuple[str, int] | None = None) -> None:
+    def __init__(self, model: ModelSpec, storage: Storage, replica: str) -> None:
         self._exporter = Exporter(share_values())
         self._model, self._storage, self._replica = model, storage, replica
         self._place = own_place()
-        if gang is not None and gang[0] == self._place.node_id:
-            guard(gang[1])
         self._address = ""  # where other ranks reach this process; from `prepare` on
         self._number = -1  # until `take_number`
         self._made: Rank | None = None  # until `prepare`, which takes seconds; `status` answers before

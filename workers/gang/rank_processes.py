@@ -34,7 +34,6 @@ def create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[
     group = get_current_placement_group()
     assert group is not None, "a gang runs in the placement group of its Serve replica"
     resources, variables = bundle(model), environment(model)
-    gang = ray.get_runtime_context().get_node_id(), os.getpid()
     return [
         RankActor.options(  # type: ignore[attr-defined]
             name=f"{name}-bundle{index}",
@@ -42,7 +41,7 @@ def create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[
             num_gpus=resources.get("GPU", 0),
             runtime_env={"env_vars": variables} if variables else None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        ).remote(model, storage, replica, gang)
+        ).remote(model, storage, replica)
         for index in range(model.parallel.world_size)
     ]
 
