@@ -80,6 +80,7 @@ class Gateway(GrpcMethods):
 
     def __init__(self, instance_id: str) -> None:
         keep_replica_on_node_ip()
+        self.name = _own_name().rpartition("#")[2]
         self.instance_id = instance_id
         self.max_body_bytes = 1 << 20
         self.draining = False

@@ -102,7 +102,8 @@ class Ready(Answer):
     status: Literal["ok", "waiting", "draining"]
     waiting_for: list[str] = Field(description="models that neither run nor sleep")
     in_flight: int = Field(description="requests in this gateway")
-    instance_id: str
+    gateway: str = Field(description="which of several gateways answers")
+    instance_id: str = Field(description="of the deployment; another server at this address has another")
 
 
 class ClusterObject(BaseModel):

@@ -52,6 +52,7 @@ Report = StepEvent | GenerationResult | Waiting | Restarted
 class Backend(Protocol):
     """Runs requests and knows the models."""
 
+    name: str
     instance_id: str
     max_body_bytes: int
     draining: bool

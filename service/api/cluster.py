@@ -40,6 +40,7 @@ async def readyz(backend: Served) -> Response:
         "status": status,
         "waiting_for": waiting,
         "in_flight": backend.in_flight,
+        "gateway": backend.name,
         "instance_id": backend.instance_id,
     }
     return JSONResponse(body, status_code=200 if status == "ok" else 503)

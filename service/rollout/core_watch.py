@@ -5,15 +5,16 @@ processes are looked at directly, and whatever asks Serve does so in a thread th
 """
 
 import contextlib
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
 from ray import serve
 
-from service.rollout.serve_client import dead_processes
+from service.rollout.serve_client import dead_processes, kill_node
 
 PERIOD_S = 5.0
 
@@ -76,3 +77,22 @@ def within(seconds: float, call: Callable[[], object], name: str) -> None:
         raise TimeoutError(f"{name} did not end within {seconds:g} s")
     if raised:
         raise raised[0]
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Signals that would end this process end those of the cluster at once instead, while the context lasts."""
+
+    def hurry(number: int, frame: object) -> None:
+        threading.Thread(target=kill_node, name="spray: kill", daemon=True).start()  # this thread may hold Ray's locks
+
+    former = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    former[number] = signal.signal(number, hurry)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

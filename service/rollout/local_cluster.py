@@ -29,7 +29,7 @@ from service.app import grpc_options, serve_config
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
 from service.rollout.cluster_folder import make_folder, remove_abandoned
-from service.rollout.core_watch import within
+from service.rollout.core_watch import impatient, within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
@@ -65,8 +65,7 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        one = spec.gateway.model_copy(update={"replicas": 1})  # on one machine, a second one would survive no more
-        self.spec = settle_here(spec.model_copy(update={"gateway": one}))
+        self.spec = settle_here(spec)
         self.instance_id = uuid.uuid4().hex
         self.url = ""
         self.grpc_target = ""
@@ -89,12 +88,12 @@ class LocalCluster:
         self._find_metrics_port()
         remove_abandoned()
         self._folder, self._lock = make_folder()
-        if token := os.environ.get("RAY_AUTH_TOKEN"):
-            self.token_file = self._folder / "auth_token"
-            self.token_file.touch(mode=0o600)
-            self.token_file.write_text(token)
-        os.environ.pop("RAY_ADDRESS", None)
         try:
+            if token := os.environ.get("RAY_AUTH_TOKEN"):
+                self.token_file = self._folder / "auth_token"
+                self.token_file.touch(mode=0o600)
+                self.token_file.write_text(token)
+            os.environ.pop("RAY_ADDRESS", None)
             metrics, outputs = self._folder / "metrics", self._folder / "outputs"
             with _inherited("SPRAY_METRICS_DIR", metrics), _inherited("SPRAY_OUTPUTS_DIR", outputs):
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
@@ -148,37 +147,48 @@ class LocalCluster:
         raise TimeoutError(f"not ready after {timeout_s:g} s: waiting for {', '.join(waiting)}")
 
     def drain(self) -> None:
-        """Refuse new requests, and return when those in flight are answered, or the gateway is gone.
+        """Refuse new requests, and return when those in flight are answered, or the gateways are gone.
+
+        Serve lets any of several gateways answer. One that drains and has nothing left gets nothing anymore, so it is
+        enough to have heard that once from as many as there are.
 
         Raises:
-            TimeoutError: Serve or the gateway does not listen, or requests are unfinished after the grace period.
+            TimeoutError: Serve or a gateway does not listen, or requests are unfinished after the grace period.
         """
-        within(ANSWERS_WITHIN_S, drain, "telling the gateway to take no more requests")
-        silent, drains, limit_s = 0, False, max(model.grace_period_s for model in self.spec.models)
+        within(ANSWERS_WITHIN_S, drain, "telling the gateways to take no more requests")
+        silent, heard, done = 0, False, set[str]()
+        limit_s = max(model.grace_period_s for model in self.spec.models)
         told = time.monotonic()
         while silent < SILENT_POLLS:
             waited_s = time.monotonic() - told
-            if not drains and waited_s > ANSWERS_WITHIN_S:
+            if not heard and waited_s > ANSWERS_WITHIN_S:
                 raise TimeoutError(f"the gateway still takes requests {ANSWERS_WITHIN_S:g} s after it was told not to")
             if waited_s > limit_s:
                 raise TimeoutError(f"requests in flight did not end within {limit_s:g} s, their grace period")
             answer = _readiness(self.url)
-            drains = drains or answer.get("status") == "draining"
-            if answer.get("status") == "draining" and not answer["in_flight"]:
+            if answer.get("status") == "draining":
+                heard = True
+                if not answer["in_flight"]:
+                    done.add(answer.get("gateway", ""))
+            if len(done) >= self.spec.gateway.replicas:
                 return
             silent = 0 if "status" in answer else silent + 1  # an error: no gateway
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """End every process of the cluster and remove its folder. May be called more than once."""
-        if ray.is_initialized():
-            disconnect()
-        while self._reservations:
-            self._reservations.pop().close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._lock.close()
-            self._folder = None
+        """End every process of the cluster and remove its folder. May be called more than once.
+
+        A signal that comes meanwhile ends the processes at once, and does not keep the folder from being removed.
+        """
+        with impatient():
+            if ray.is_initialized():
+                disconnect()
+            while self._reservations:
+                self._reservations.pop().close()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._lock.close()
+                self._folder = None
 
     def _reserve_ports(self) -> tuple[str, int, int | None]:
         """Host, HTTP port and gRPC port, which nobody else takes before Serve binds them.

@@ -63,7 +63,7 @@ def disconnect() -> None:
     A core that hangs would be waited for without end, so it is killed after `ENDS_WITHIN_S` seconds. Serve's cached
     client outlives `ray.shutdown` and would be taken for that of the next cluster, so it goes too.
     """
-    impatience = threading.Timer(ENDS_WITHIN_S, _kill_node)
+    impatience = threading.Timer(ENDS_WITHIN_S, kill_node)
     impatience.start()
     try:
         ray.shutdown()
@@ -78,8 +78,8 @@ def dead_processes() -> list[str]:
     return [] if node is None else [kind for kind, _ in node.dead_processes() if kind in CORE]
 
 
-def _kill_node() -> None:
-    """Kill Ray's processes that this process started; those that they started end by themselves."""
+def kill_node() -> None:
+    """Kill Ray's processes that this process started; those that they started end by themselves. From any thread."""
     if (node := worker._global_node) is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from deploy.spec import Auth, Metrics, SpecError
 from service.rollout import local_cluster as local
-from service.rollout.cluster_folder import place
+from service.rollout.cluster_folder import make_folder, place
 from tests.support.deployments import deployment, model
 from tests.support.processes import hear_signals, marked_processes
 
@@ -181,6 +181,18 @@ def test_serve_stops_when_it_is_asked_to(
 
 
 @pytest.mark.fault
+def test_serve_leaves_nothing_behind_however_often_it_is_interrupted(serving: subprocess.Popen[str], mark: str) -> None:
+    folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
+    while serving.poll() is None:
+        serving.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    said, _ = serving.communicate(timeout=120)
+    assert (serving.returncode, "Traceback" in said) == (130, False), said
+    assert wait_gone(mark) == []
+    assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.fault
 def test_serve_stops_although_its_controller_does_not_answer(serving: subprocess.Popen[str], mark: str) -> None:
     (controller,) = own(mark, "ray::ServeController")
     os.kill(controller, signal.SIGSTOP)
@@ -209,6 +221,39 @@ def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
     monkeypatch.setattr(local, "_readiness", lambda url: next(left))
     local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
     assert list(left) == []
+
+
+def test_draining_waits_for_each_of_several_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = DRAINED.model_copy(update={"gateway": DRAINED.gateway.model_copy(update={"replicas": 2})})
+    idle = [{"status": "draining", "in_flight": 0, "gateway": name} for name in "ab"]
+    answers = [idle[0], idle[0], {"status": "ok", "in_flight": 0, "gateway": "b"}, idle[1] | {"in_flight": 1}, *idle]
+    left = iter(answers)
+    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "_readiness", lambda url: next(left))
+    local.LocalCluster.drain(SimpleNamespace(url="", spec=two))  # type: ignore[arg-type]
+    assert list(left) == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_cluster_stops_ends_its_processes_and_removes_its_folder(
+    monkeypatch: pytest.MonkeyPatch, sign: signal.Signals
+) -> None:
+    killed = threading.Event()
+
+    def disconnect() -> None:
+        os.kill(os.getpid(), sign)
+        assert killed.wait(30)
+
+    monkeypatch.setattr(local.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(local, "disconnect", disconnect)
+    monkeypatch.setattr("service.rollout.core_watch.kill_node", killed.set)
+    before = signal.getsignal(sign)
+    cluster = local.LocalCluster(DRAINED)
+    folder, cluster._lock = make_folder()
+    cluster._folder = folder
+    cluster.stop()
+    assert not folder.exists()
+    assert signal.getsignal(sign) == before
 
 
 def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

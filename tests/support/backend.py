@@ -25,6 +25,7 @@ def a_model(name: str, **changes: Any) -> ModelSpec:
 class FakeBackend:
     """Two models for any task; `paint` makes only pictures and `film` only videos, both with aliases."""
 
+    name = "gateway 1"
     instance_id = "test"
 
     def __init__(self) -> None:
