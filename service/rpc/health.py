@@ -17,6 +17,9 @@ SERVER = ("", pb.DESCRIPTOR.services_by_name["MediaGenerationService"].full_name
 
 LOOK_S = 0.5
 
+LONGEST_S = 3600.0
+"""Of one call of `Watch`: nobody can tell a client that has forgotten its call from one that waits."""
+
 MOST_WATCHERS = 100
 """Of one gateway, so that they leave its slots to requests."""
 
@@ -49,11 +52,18 @@ def check(backend: Backend, service: str) -> HealthCheckResponse:
 
 
 async def watch(backend: Backend, service: str) -> AsyncGenerator[HealthCheckResponse]:
-    """The status now, and each change of it, until the client leaves."""
-    told = None
-    while True:
+    """The status now, and each change of it, until the client leaves, the gateway drains, or `LONGEST_S` are over.
+
+    A client that still wants to know calls again, and may reach another gateway.
+    """
+    clock = asyncio.get_running_loop().time
+    told, until = None, clock() + LONGEST_S
+    while clock() < until:
+        drains = backend.draining  # before the status is looked up: the last one told is that of a gateway that drains
         status = status_of(backend, service)
         if status != told:
             told = status
             yield HealthCheckResponse(status=status)
+        if drains:
+            return
         await asyncio.sleep(LOOK_S)

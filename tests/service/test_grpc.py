@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -24,11 +25,12 @@ from service.gateway import Gateway
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rpc import health, statuses
+from service.rpc.answers import model_message
 from service.rpc.methods import GrpcMethods, _taken_on
 from service.rpc.requests import MOST_CHUNK_BYTES, to_generation
 from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
-from tests.support.backend import FakeBackend
+from tests.support.backend import FakeBackend, a_model
 from workers.errors import InvalidParameter, OutOfMemory, QueueFull
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
@@ -346,6 +348,50 @@ def test_a_stream_has_all_files_in_chunks() -> None:
     assert events[-1].done.warnings[0].code == "prompt_truncated"
 
 
+class Took(Backend):
+    """Its result says what it took: 0.1 s to encode, steps of 0.5 and 0.25 s, 0.2 s to decode, 0.05 s for the file."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Report]:
+        await asyncio.sleep(0.2)
+        yield GenerationResult((b"a",), (7,), ParallelDegrees(2), 0.1, (0.5, 0.25), 0.2, (), 0.05)
+
+
+@pytest.mark.parametrize("call", [image, stream])
+def test_the_numbers_of_an_answer(call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr("service.rpc.methods.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("service.rpc.answers.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    messages = call(Took(), width=64, height=96).messages
+    last = messages[-1] if call is image else messages[-1].done
+    head = messages[0].outputs[0].header if call is image else messages[1].output_header
+    assert (head.width, head.height, head.num_frames, head.fps, head.total_bytes) == (64, 96, 1, 0, 1)
+    assert head.mime_type == "image/png"
+    seconds = last.metrics
+    assert seconds.queue_seconds == pytest.approx(4 - 1.1)  # what the gang did not compute
+    assert seconds.generate_seconds == pytest.approx(1.1)
+    assert {name: round(value, 3) for name, value in seconds.stage_seconds.items()} == {
+        "encode": 0.1, "denoise": 0.75, "decode": 0.2,
+    }  # fmt: skip
+    assert (list(seconds.step_seconds), seconds.layout) == ([0.5, 0.25], "ulysses_degree=2")
+
+
+def test_the_queue_was_never_shorter_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank's clock is another one."""
+    assert image(Took()).messages[0].metrics.queue_seconds == 0
+
+
+def test_the_numbers_of_a_video() -> None:
+    answer = stream(Backend(), model="film", width=64, height=96, num_frames=9, fps=8)
+    (head,) = [event.output_header for event in answer.messages if event.HasField("output_header")]
+    assert (head.width, head.height, head.num_frames, head.fps, head.mime_type) == (64, 96, 9, 8.0, "video/mp4")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 6), ("cpu", 0)])
+def test_the_gpus_of_a_gang(device: Any, gpus: int) -> None:
+    model = a_model("one").model_copy(update={"device": device, "parallel": ParallelDegrees(3, 2)})
+    assert model_message(model, None).gpus_per_replica == gpus
+
+
 def test_an_id_of_the_client_begins_that_of_the_request() -> None:
     backend = Backend()
     for request_id, metadata in (("mine", ()), ("", (("x-request-id", "mine"),)), ("mine", (("x-request-id", "b"),))):
@@ -486,6 +532,34 @@ def test_health_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await stub.Watch(health_pb2.HealthCheckRequest()).read()).status == 1
 
     asyncio.run(asyncio.wait_for(story(), 60))
+
+
+@pytest.mark.parametrize(("service", "told"), [("", [1, 2]), ("one", [1, 2]), ("two", [2]), ("nope", [3])])
+def test_watching_ends_when_the_gateway_drains(monkeypatch: pytest.MonkeyPatch, service: str, told: list[int]) -> None:
+    monkeypatch.setattr(health, "LOOK_S", 0.01)
+    backend = Backend()
+    backend.found["two"] = ModelState("failed")
+
+    async def story() -> None:
+        async with served(backend) as channel:
+            watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+            heard = []
+            async for message in watching:
+                heard.append(message.status)
+                backend.draining = True
+            assert (await watching.code(), heard) == (OK, told)
+            assert backend._watchers == 0
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_watching_has_a_longest_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "LOOK_S", 0.01)
+    monkeypatch.setattr(health, "LONGEST_S", 0.2)
+    backend = Backend()
+    answer = ask(backend, "Watch", health_pb2.HealthCheckRequest())
+    assert (answer.code, [message.status for message in answer.messages]) == (OK, [1])
+    assert backend._watchers == 0
 
 
 def test_a_large_message_is_refused() -> None:
