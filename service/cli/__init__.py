@@ -6,6 +6,7 @@ options.py   arguments that several commands have, and wrong usage
 output.py    lines and tables for a person
 progress.py  bars for loading and for steps
 client.py    an HTTP client of a running server
+request_schema.py  what a request of one model may say
 doctor.py    what commonly goes wrong on a machine
 demo.py      `make demo`
 """

@@ -5,11 +5,13 @@ other that speaks HTTP.
 """
 
 import base64
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -29,7 +31,16 @@ def server_url(given: str | None) -> str:
 
 
 class ServerError(Exception):
-    """The server refused or failed, and the message is its own; or it did not answer."""
+    """The server refused or failed, and the message is its own; or it did not answer.
+
+    Args:
+        message: in one line.
+        code: that of the server's error; None: there is none.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -59,29 +70,27 @@ def generate_remotely(
         path: of the API, `PICTURES` or `VIDEOS`.
 
     Raises:
-        ServerError: it cannot be reached, refuses, or fails.
+        ServerError: it cannot be reached, refuses, fails, or is no server of spray.
     """
     streamed = body | {"stream": True, "stream_options": {"include_progress": True}}
     made = []
-    url = f"{server.rstrip('/')}{path}"
-    try:
+    with _answering(server):
+        url = f"{server.rstrip('/')}{path}"
         with httpx.stream(
             "POST", url, json=streamed, headers=_authorization(), timeout=NO_LIMIT, trust_env=False
         ) as response:
             if response.status_code != 200:
-                raise ServerError(_message(response.read(), response.status_code))
+                raise _refusal(response.read(), response.status_code)
+            kind = response.headers.get("content-type", "")
+            if not kind.startswith("text/event-stream"):
+                raise ServerError(f"{server} answered POST {path} with {kind or 'an untyped body'}, not with a stream")
             for line in response.iter_lines():
-                event = _event(line)
-                if event is None:
-                    continue
-                if "error" in event:
-                    raise ServerError(event["error"]["message"])
-                if event["type"].endswith(".progress"):
-                    on_step(StepEvent(event["step"], event["total_steps"], event["seconds"]))
-                elif event["type"].endswith(".completed"):
-                    made.append(Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"]))
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ServerError(f"no answer from {server}: {error}") from None
+                with understood(server, f"POST {path}"):
+                    told = _told(line)
+                if isinstance(told, StepEvent):
+                    on_step(told)
+                elif told is not None:
+                    made.append(told)
     if not made:
         raise ServerError(f"{server} ended the stream without a result")
     return made
@@ -105,32 +114,102 @@ def read_models(server: str) -> dict[str, Any]:
     return _read(server, "/v1/models")
 
 
-def _read(server: str, path: str) -> dict[str, Any]:
+def read_model(server: str, name: str) -> dict[str, Any]:
+    """The body of `GET /v1/models/{name}`.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or has no such model.
+    """
+    return _read(server, f"/v1/models/{quote(name)}")
+
+
+def read_description(server: str) -> dict[str, Any]:
+    """The body of `GET /openapi.json`.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    return _read(server, "/openapi.json")
+
+
+@contextlib.contextmanager
+def understood(server: str, asked: str) -> Iterator[None]:
+    """Read an answer in this context: what is missing there, or of another form, is the server's error.
+
+    Args:
+        server: who answered.
+        asked: method and path.
+
+    Raises:
+        ServerError: the answer is not what spray answers.
+    """
     try:
-        response = httpx.get(f"{server.rstrip('/')}{path}", headers=_authorization(), timeout=30, trust_env=False)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ServerError(f"{server} answered {asked}, but not as spray does: {_line(missing)}") from None
+
+
+@contextlib.contextmanager
+def _answering(server: str) -> Iterator[None]:
+    try:
+        yield
+    except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:  # the last: no name of a host
         raise ServerError(f"no answer from {server}: {error}") from None
+
+
+def _read(server: str, path: str) -> dict[str, Any]:
+    with _answering(server):
+        response = httpx.get(f"{server.rstrip('/')}{path}", headers=_authorization(), timeout=30, trust_env=False)
     if response.status_code != 200:
-        raise ServerError(_message(response.content, response.status_code))
-    body: dict[str, Any] = response.json()
+        raise _refusal(response.content, response.status_code)
+    with understood(server, f"GET {path}"):
+        body = response.json()
+        if not isinstance(body, dict):
+            raise TypeError(f"expected an object, got {_line(response.text)}")
     return body
 
 
-def _authorization() -> dict[str, str]:
-    key = os.environ.get("SPRAY_API_KEY")
-    return {"authorization": f"Bearer {key}"} if key else {}
+def _authorization() -> dict[bytes, bytes]:
+    """The header with the key. As bytes: a key may have any letters, and httpx takes text in ASCII only.
+
+    Raises:
+        ServerError: the key has a character that no header takes.
+    """
+    key = os.environ.get("SPRAY_API_KEY", "").strip()
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in key):
+        raise ServerError("SPRAY_API_KEY has a control character, such as a line break; it holds one key and no more")
+    return {b"authorization": b"Bearer " + os.fsencode(key)} if key else {}
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def _told(line: str) -> StepEvent | Generated | None:
+    """What a line of a stream says: a step, a result, or nothing of interest.
+
+    Raises:
+        ServerError: the request has failed.
+        KeyError, TypeError, ValueError: it is no line of ours.
+    """
     payload = line.removeprefix("data: ")
     if payload == line or payload == "[DONE]":
         return None
-    event: dict[str, Any] = json.loads(payload)
-    return event
+    event = json.loads(payload)
+    if "error" in event:
+        raise ServerError(event["error"]["message"])
+    if event["type"].endswith(".progress"):
+        return StepEvent(int(event["step"]), int(event["total_steps"]), float(event["seconds"]))
+    if event["type"].endswith(".completed"):
+        return Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"])
+    return None
 
 
-def _message(body: bytes, status: int) -> str:
+def _refusal(body: bytes, status: int) -> ServerError:
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {status}: {body[:200].decode(errors='replace')}"
+        error = json.loads(body)["error"]
+        return ServerError(str(error["message"]), error.get("code"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ServerError(f"HTTP {status}: {_line(body.decode(errors='replace'))}")
+
+
+def _line(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return " ".join(text.split())[:200]

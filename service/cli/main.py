@@ -7,8 +7,9 @@
     spray ps              show the models, gangs and queues of a server
     spray models          show what each model of a server can be asked for
     spray doctor [FILE]   look for common problems of this machine
-    spray schema          print the JSON schema of deployment files
+    spray schema [MODEL]  print the JSON schema of deployment files, or of requests of a server's model
     spray generate "..."  run one request: on a server, or with --local in processes of its own
+    spray video "..."     the same for a video
     spray key NAME        make an API key
     spray verify CLASS    prove that a model class gives the same answer on every layout
 
@@ -41,7 +42,7 @@ app = typer.Typer(
 )
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, doctor.doctor, files.schema,
-    generate.generate, key.key, verify.verify,
+    generate.generate, generate.video, key.key, verify.verify,
 ):  # fmt: skip
     app.command()(command)
 

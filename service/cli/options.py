@@ -28,6 +28,9 @@ Server = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]
 
 
+ResultAsJson = Annotated[bool, typer.Option("--json", help="Print what was made as JSON: files, seeds, seconds.")]
+
+
 class UsageError(Exception):
     """The flags contradict each other, or a value makes no sense."""
 

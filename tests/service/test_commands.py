@@ -7,20 +7,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote, unquote
 
+import httpx
 import jsonschema
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
-from deploy.spec import Auth
+from deploy.spec import Auth, GatewaySpec, Metrics
 from service.api.responses import model_object
 from service.app import serve_config
+from service.cli import client
 from service.cli.commands import doctor as doctor_command
 from service.cli.commands import files, serve
 from service.cli.doctor import Finding
@@ -216,6 +219,135 @@ def test_a_server_that_refuses_or_does_not_answer(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("key", ["ключ", "sésame", "\udcff"])
+def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SPRAY_API_KEY", key)
+    sent = httpx.Headers(client._authorization())
+    assert sent.raw == [(b"authorization", b"Bearer " + os.fsencode(key))]
+
+
+@pytest.mark.parametrize("key", ["se\nsame", "se\x7fsame"])
+def test_a_key_that_no_header_takes_is_said_and_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SPRAY_API_KEY", key)
+    for command in (["ps"], ["generate", "a", "--output", os.devnull + ".png"]):
+        code, out, err = run(capsys, *command)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: SPRAY_API_KEY has a control character") and "same" not in err
+
+
+ODD: dict[str, tuple[int, str, bytes, str]] = {
+    "a page": (200, "text/html", b"<html>\n<h1>Welcome</h1>", "not as spray does: Expecting value"),
+    "nothing": (200, "application/json", b"", "not as spray does: Expecting value"),
+    "bytes": (200, "application/json", b"\xff\xfe\xff", "not as spray does: "),
+    "a list": (200, "application/json", b"[1, 2]", "expected an object, got [1, 2]"),
+    "another object": (200, "application/json", b'{"object": "list"}', " is missing"),
+    "other types": (200, "application/json", b'{"devices": 3, "data": 3}', "not as spray does: "),
+    "a refusal in HTML": (502, "text/html", b"<html>\n<h1>Bad gateway</h1>", "HTTP 502: <html> <h1>Bad gateway</h1>"),
+    "half an envelope": (400, "application/json", b'{"error": {}}', 'HTTP 400: {"error": {}}'),
+}
+
+
+class OddAnswers(BaseHTTPRequestHandler):
+    """What servers say that are none of spray, by the first part of the path."""
+
+    def do_GET(self) -> None:
+        status, kind, body, _ = ODD[unquote(self.path.split("/")[1])]
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddAnswers) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("command", ["ps", "models", "schema one", "generate a --output x.png"])
+def test_a_server_of_something_else_is_one_line(
+    odd: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str,
+    command: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *command.split(), "--server", f"{odd}/{quote(case)}")
+    assert (code, out) == (1, ""), err
+    status, kind, _, said = ODD[case]
+    streams = command.startswith("generate") and status == 200
+    assert (f"with {kind}, not with a stream" if streams else said) in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("data: {", "Expecting property name"),
+        ("data: 3", "not iterable"),
+        ('data: {"type": "a.progress", "step": 1}', "'total_steps' is missing"),
+        ('data: {"type": "a.completed", "seed": 1, "metrics": {}}', "'b64_json' is missing"),
+        ('data: {"error": {}}', "'message' is missing"),
+        ('data: {"step": 1}', "'type' is missing"),
+        (": step 1/2", "ended the stream without a result"),
+    ],
+)
+def test_a_stream_of_something_else_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, said: str
+) -> None:
+    monkeypatch.setitem(ODD, "stream", (200, "text/event-stream", f"{line}\n\n".encode(), ""))
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddAnswers) as listening:
+        threading.Thread(target=listening.handle_request).start()
+        at = f"http://127.0.0.1:{listening.server_port}/stream"
+        code, out, err = run(capsys, "generate", "a", "--output", str(tmp_path / "x.png"), "--server", at)
+    assert (code, out) == (1, "")
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "server", ["http://[::1", "http://h\x00", "http://" + "a" * 300, "http://127.0.0.1:x", "here", "ftp://here"]
+)
+def test_a_server_that_is_no_url_is_one_line(capsys: pytest.CaptureFixture[str], server: str, tmp_path: Path) -> None:
+    for command in (["ps"], ["generate", "a", "--output", str(tmp_path / "x.png")]):
+        code, out, err = run(capsys, *command, "--server", server)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: no answer from ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--guidance-scale", "nan"], "--guidance-scale: nan is no number that a request may have"),
+        (["--guidance-scale", "inf"], "--guidance-scale: inf"),
+        (["--lora", "ink=nan"], "--lora ink: nan"),
+        (["--negative-prompt", "a\udcff"], "--negative-prompt: the text is not encoded in UTF-8"),
+        (["--model", "a\udcff"], "--model: the text"),
+        (["--output", "nowhere/x.png"], "--output: there is no folder 'nowhere'; make it first"),
+        (["--output", "x.gif"], "--output must end in "),
+        (["--num-frames", "3"], "--num_frames is not for pictures"),
+    ],
+)
+def test_what_no_server_could_be_asked_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "generate", "a", *flags)
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -272,6 +404,8 @@ def test_what_a_person_sees_when_a_server_starts(file: Path, monkeypatch: pytest
     cluster.token_file = "/tmp/spray-x/auth_token"
     (_, command) = serve._banner(spec, cluster)[-1].split(": ")  # type: ignore[arg-type]
     assert command == "RAY_AUTH_TOKEN_PATH=/tmp/spray-x/auth_token spray deploy FILE --address 10.0.0.1:6379"
+    several = spec.model_copy(update={"gateway": GatewaySpec(replicas=2)})
+    assert serve._banner(several, cluster)[0] == "spray on 16 CPU cores and 4 GPUs, 2 gateways"  # type: ignore[arg-type]
     many = spec.model_copy(update={"models": spec.models * 25})
     assert len(serve._banner(many, cluster)) <= 6  # type: ignore[arg-type]
     assert "  and 48 more models" in serve._banner(many, cluster)  # type: ignore[arg-type]
@@ -292,8 +426,22 @@ def test_the_ready_line_can_be_pasted(file: Path, tasks: Any, path: str, end: st
     assert words[:2] == ["curl", f"http://127.0.0.1:8000{path}"]
     assert json.loads(words[words.index("-d") + 1]) == {"model": "a", "prompt": "a cup of coffee"}
     assert serve._curl("http://127.0.0.1:8000", spec).endswith(end)
-    with_keys = spec.model_copy(update={"auth": Auth(api_keys_env="KEYS")})
-    assert "authorization: Bearer KEY" in shlex.split(serve._curl("http://127.0.0.1:8000", with_keys))
+    for auth in (Auth(api_keys_env="KEYS"), Auth(api_keys_file="/keys.yaml")):
+        with_keys = spec.model_copy(update={"auth": auth})
+        assert "authorization: Bearer KEY" in shlex.split(serve._curl("http://127.0.0.1:8000", with_keys))
+
+
+def test_port_0_leaves_no_port_to_a_second_server(file: Path) -> None:
+    spec = load_spec(file)
+    assert (spec.gateway.port, spec.gateway.grpc_port, spec.metrics.port) == (8000, 9000, 9464)
+    free = serve._at(spec, 0)
+    assert (free.gateway.port, free.gateway.grpc_port, free.metrics.port) == (0, 0, 0)
+    other = serve._at(spec, 8001)
+    assert (other.gateway.port, other.gateway.grpc_port, other.metrics.port) == (8001, 9000, 9464)
+    none = spec.model_copy(
+        update={"gateway": spec.gateway.model_copy(update={"grpc_port": None}), "metrics": Metrics(port=None)}
+    )
+    assert (serve._at(none, 0).gateway.grpc_port, serve._at(none, 0).metrics.port) == (None, None)
 
 
 @pytest.mark.parametrize("flag", ["--gpus-per-node", "--gpus_per_node"])

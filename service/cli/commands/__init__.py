@@ -1,10 +1,10 @@
 """The commands of `spray`. Each docstring is the command's help.
 
-files.py     check, build, schema: what a deployment file says, without a cluster
+files.py     check, build, schema: what a deployment file says, without a cluster; what a request may say
 serve.py     serve: a cluster of its own
 deploy.py    deploy: change a running cluster
 status.py    ps, models: look at a server
-generate.py  generate: one request
+generate.py  generate, video: one request
 doctor.py    doctor: look at this machine
 verify.py    verify: prove a model class
 

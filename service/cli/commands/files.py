@@ -1,4 +1,4 @@
-"""`spray check`, `build` and `schema`: what a deployment file says, without a cluster."""
+"""`spray check`, `build` and `schema`: what a deployment file says, or may say; and a request of a model."""
 
 import json
 import math
@@ -11,8 +11,10 @@ from deploy.load import print_config as print_values
 from deploy.memory import parse_memory
 from deploy.schema import json_schema
 from deploy.yaml_text import to_yaml
-from service.cli.options import File, Overrides, UsageError, load
+from service.cli.client import read_description, read_model, server_url, understood
+from service.cli.options import File, Overrides, Server, UsageError, load
 from service.cli.output import say
+from service.cli.request_schema import request_schemas
 from service.rollout.devices import local_devices
 
 
@@ -62,6 +64,20 @@ def build(file: File, overrides: Overrides = []) -> None:  # noqa: B006  # typer
     print(to_yaml(serve_config(derive_tasks(spec))), end="")
 
 
-def schema() -> None:
-    """Print the JSON schema of deployment files."""
-    print(json.dumps(json_schema(), indent=2))
+def schema(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model of a server.", show_default=False)
+    ] = None,
+    server: Server = None,
+) -> None:
+    """Print the JSON schema of deployment files; with MODEL, of what a request of that model may say."""
+    if model is None:
+        if server is not None:
+            raise UsageError("--server needs MODEL: deployment files have one schema everywhere")
+        print(json.dumps(json_schema(), indent=2))
+        return
+    at = server_url(server)
+    described, found = read_description(at), read_model(at, model)
+    with understood(at, "GET /openapi.json"):
+        schemas = request_schemas(described, found)
+    print(json.dumps(schemas, indent=2))

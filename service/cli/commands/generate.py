@@ -1,8 +1,12 @@
-"""`spray generate`: one request from the command line, to a server, or with `--local` in processes of its own."""
+"""`spray generate`, `spray video`: one request from the command line, to a server, or to processes of its own."""
 
+import contextlib
+import inspect
+import json
+import math
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,13 +17,15 @@ from pydantic import ValidationError
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.responses import metrics
 from service.api.schemas import to_request
-from service.cli.client import PICTURES, VIDEOS, generate_remotely, server_url
-from service.cli.options import Server, UsageError
+from service.cli.client import PICTURES, VIDEOS, ServerError, generate_remotely, server_url
+from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
 from service.cli.progress import StepProgress
 from service.rollout.devices import local_devices
 from sp_core.degrees import ParallelDegrees
+from workers.errors import InvalidParameter
 from workers.gang.local import generate_locally
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
@@ -53,18 +59,20 @@ class Asked:
 
 @dataclass(frozen=True)
 class Made:
-    """Encoded files, with the seed of each."""
+    """Encoded files, with the seed of each, and what they took as the server reports it."""
 
     outputs: Sequence[bytes]
     seeds: Sequence[int]
+    metrics: dict[str, Any]
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)],
     output: Annotated[Path, typer.Option(help="File to write: .png, .jpg, .webp or .mp4.")] = Path("picture.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; with --height, instead of --size.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; with --width.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="The same, of a video's second transformer.")] = None,
@@ -76,6 +84,7 @@ def generate(
         list[str],
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
     ] = [],  # noqa: B006  # typer copies it
+    as_json: ResultAsJson = False,
     server: Server = None,
     local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
     model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
@@ -90,6 +99,8 @@ def generate(
     """Generate pictures or a video, on a server or in processes of its own."""
     if output.suffix not in FORMATS:
         raise UsageError(f"--output must end in {', '.join(FORMATS)}, got {output.name!r}")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {str(output.parent)!r}; make it first")
     degrees = _given(
         ulysses_degree=ulysses_degree, ring_degree=ring_degree, tensor_parallel_size=tensor_parallel_size,
         cfg_parallel_size=cfg_parallel_size,
@@ -101,31 +112,94 @@ def generate(
         raise UsageError("--local and --server exclude each other")
     fields = _given(
         prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, seed=seed, size=_size(width, height),
+        guidance_scale=guidance_scale, seed=seed, size=_size(size, width, height),
     )  # fmt: skip
     own = _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
     asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora])
-    with StepProgress() as progress:
+    _check_sendable(asked.fields | _given(model=model) | {f"lora {name}": scale for name, scale in asked.loras})
+    with StepProgress() as progress, _told_of_the_output(asked):
         made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
-    _save(made, output)
+    _save(made, output, as_json)
 
 
-def _save(made: Made, output: Path) -> None:
-    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
-    for number, content in enumerate(made.outputs):
-        file = output.with_stem(f"{output.stem}-{number}") if number else output
+@contextlib.contextmanager
+def _told_of_the_output(asked: Asked) -> Iterator[None]:
+    """Put the error that a model makes no such thing in terms of the flag that has asked for it.
+
+    Raises:
+        UsageError: the model makes pictures only, and the output is a video; or the other way round.
+    """
+    try:
+        yield
+    except (ServerError, InvalidParameter) as error:
+        if error.code != "wrong_task":
+            raise
+        suffixes = ", ".join(suffix for suffix, kind in FORMATS.items() if (kind == "mp4") != asked.is_video)
+        kind = "videos" if asked.is_video else "pictures"
+        raise UsageError(
+            f"{asked.model or 'the model'} makes no {kind}, which --output {asked.output.name} asks for; "
+            f"name a file that ends in {suffixes}"
+        ) from None
+
+
+def video(**flags: Any) -> None:
+    """Generate a video, on a server or in processes of its own."""
+    if flags["output"].suffix != ".mp4":
+        raise UsageError(f"--output of a video must end in .mp4, got {flags['output'].name!r}")
+    generate(**flags)
+
+
+def _as_generate_but(command: Callable[..., None], output: str, without: str) -> None:
+    """Let typer see a command with the flags of `generate`, save one, and another default for the output."""
+    flags = inspect.signature(generate).parameters
+    own = [flag.replace(default=Path(output)) if name == "output" else flag for name, flag in flags.items()]
+    own = [flag for flag in own if flag.name != without]
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    command.__annotations__ = {flag.name: flag.annotation for flag in own}
+
+
+_as_generate_but(video, "video.mp4", without="n")
+
+
+def _save(made: Made, output: Path, as_json: bool) -> None:
+    files = [output.with_stem(f"{output.stem}-{number}") if number else output for number in range(len(made.outputs))]
+    for file, content in zip(files, made.outputs, strict=True):
         file.write_bytes(content)
+    if as_json:
+        saved = [{"path": str(file), "seed": seed} for file, seed in zip(files, made.seeds, strict=True)]
+        print(json.dumps({"files": saved, "metrics": made.metrics}, indent=2))
+        return
+    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
+    for file in files:
         print(file)
+
+
+def _check_sendable(fields: dict[str, Any]) -> None:
+    """Reject what JSON cannot say, which a server could not be asked.
+
+    Raises:
+        UsageError: a number is infinite or none, or a text is not Unicode.
+    """
+    for name, value in fields.items():
+        flag = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{flag}: {value} is no number that a request may have")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{flag}: the text is not encoded in UTF-8") from None
 
 
 def _given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _size(width: int | None, height: int | None) -> str | None:
+def _size(size: str | None, width: int | None, height: int | None) -> str | None:
     if (width is None) != (height is None):
         raise UsageError("--width and --height go together")
-    return None if width is None else f"{width}x{height}"
+    if width is not None and size is not None:
+        raise UsageError("--size says what --width and --height say; leave one out")
+    return size if width is None else f"{width}x{height}"
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -155,8 +229,12 @@ def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
 
 def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
     body = asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
-    made = generate_remotely(server, body, progress.show, VIDEOS if asked.is_video else PICTURES)
-    return Made([file.content for file in made], [file.seed for file in made])
+    try:
+        made = generate_remotely(server, body, progress.show, VIDEOS if asked.is_video else PICTURES)
+    except KeyboardInterrupt:
+        say("canceled: the server stops at the next step")  # it sees that the connection is closed
+        raise
+    return Made([file.content for file in made], [file.seed for file in made], made[0].metrics)
 
 
 def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress: StepProgress) -> Made:
@@ -180,4 +258,4 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
     kind = VideoGenerationBody if asked.is_video else ImageGenerationBody
     request = replace(to_request(parse_body(body, kind), model, uuid.uuid4().hex), report_steps=True)
     result = generate_locally(model, request, progress.show)
-    return Made(result.outputs, result.seeds)
+    return Made(result.outputs, result.seeds, metrics(result))

@@ -26,16 +26,15 @@ def serve(
     overrides: Overrides = [],  # noqa: B006  # typer copies it
     port: Annotated[
         int | None,
-        typer.Option(help="HTTP port instead of the file's. 0 takes free ones, also for gRPC.", show_default=False),
+        typer.Option(
+            help="HTTP port instead of the file's. 0 takes free ones, also for gRPC and metrics.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Serve a deployment file on this machine until Ctrl-C or SIGTERM."""
     spec = load(file, overrides).spec
     if port is not None:
-        ports = {"port": port}
-        if port == 0 and spec.gateway.grpc_port is not None:
-            ports["grpc_port"] = 0  # or a second server would find the first one's
-        spec = spec.model_copy(update={"gateway": spec.gateway.model_copy(update=ports)})
+        spec = _at(spec, port)
     check_deployment(spec, local_devices())
     use_private_cluster()
     from service.rollout.local_cluster import LocalCluster  # here, for it imports Ray: after the line above
@@ -57,6 +56,17 @@ def serve(
         say("stopped")  # as it was asked to, so this is a success
 
 
+def _at(spec: DeploymentSpec, port: int) -> DeploymentSpec:
+    """The deployment at another HTTP port; with 0 at free ports only, or a second server would find the first one's."""
+    gateway, metrics = {"port": port}, {}
+    if port == 0 and spec.gateway.grpc_port is not None:
+        gateway["grpc_port"] = 0
+    if port == 0 and spec.metrics.port is not None:
+        metrics["port"] = 0
+    changes = {"gateway": spec.gateway.model_copy(update=gateway), "metrics": spec.metrics.model_copy(update=metrics)}
+    return spec.model_copy(update=changes)
+
+
 def _watch() -> None:
     """Return never.
 
@@ -74,7 +84,8 @@ def _watch() -> None:
 def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
     devices = local_devices()
     models = spec.models[:2] if len(spec.models) > 3 else spec.models
-    lines = [f"spray on {devices['cpu']:g} CPU cores and {devices['cuda']:g} GPUs"]
+    several = f", {spec.gateway.replicas} gateways" if spec.gateway.replicas > 1 else ""
+    lines = [f"spray on {devices['cpu']:g} CPU cores and {devices['cuda']:g} GPUs{several}"]
     lines += [f"  {model.name}: {model.parallel} on {model.device}" for model in models]
     if len(models) < len(spec.models):
         lines.append(f"  and {len(spec.models) - len(models)} more models")
@@ -92,5 +103,5 @@ def _curl(url: str, spec: DeploymentSpec) -> str:
     video = model.tasks is not None and "text-to-image" not in model.tasks
     body = f'{{"model": "{model.name}", "prompt": "a cup of coffee"}}'
     path, output = ("videos/sync", " -o video.mp4") if video else ("images/generations", "")
-    key = " -H 'authorization: Bearer KEY'" if spec.auth.api_keys_env else ""
+    key = " -H 'authorization: Bearer KEY'" if spec.auth.needs_key else ""
     return f"curl {url}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'{output}"

@@ -2,24 +2,30 @@
 
 import json
 
-from service.cli.client import read_cluster, read_models, server_url
+from service.cli.client import read_cluster, read_models, server_url, understood
 from service.cli.options import AsJson, Server
 from service.cli.output import cluster_table, models_table, show
 
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
     """Show the models, gangs and queues of a server, and the steps of what is running."""
-    cluster = read_cluster(server_url(server))
+    at = server_url(server)
+    cluster = read_cluster(at)
     if as_json:
         print(json.dumps(cluster, indent=2), flush=True)
-    else:
-        show(cluster_table(cluster))
+        return
+    with understood(at, "GET /v1/cluster"):
+        table = cluster_table(cluster)
+    show(table)
 
 
 def models(server: Server = None, as_json: AsJson = False) -> None:
     """Show what each model of a server can be asked for."""
-    listed = read_models(server_url(server))
+    at = server_url(server)
+    listed = read_models(at)
     if as_json:
         print(json.dumps(listed, indent=2), flush=True)
-    else:
-        show(models_table(listed))
+        return
+    with understood(at, "GET /v1/models"):
+        table = models_table(listed)
+    show(table)

@@ -1,0 +1,126 @@
+"""`spray generate` and `spray video` against a server of this process: files, JSON, colors, and who leaves."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.api.rest import rest_app
+from service.cli.main import main
+from service.cli.progress import StepProgress
+from tests.support.backend import FakeBackend
+from tests.support.in_process import served
+
+
+@pytest.fixture(scope="module")
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture(scope="module")
+def server(backend: FakeBackend) -> Iterator[str]:
+    with served(rest_app(backend)) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def here(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPRAY_SERVER", server)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    return (code, *capsys.readouterr())
+
+
+def test_json_names_the_files_and_what_they_took(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "generate", "a", "--model", "one", "--seed", "7", "--n", "2", "--json")
+    assert code == 0 and "step 1/1" in err and "seeds" not in err
+    said = json.loads(out)
+    assert said["files"] == [{"path": "picture.png", "seed": 7}, {"path": "picture-1.png", "seed": 8}]
+    assert said["metrics"]["step_seconds"] == [0.5]
+    assert [Path(file["path"]).read_bytes() for file in said["files"]] == [b"picture 7", b"picture 8"]
+
+
+def test_a_video_has_a_command_of_its_own(capsys: pytest.CaptureFixture[str], backend: FakeBackend) -> None:
+    flags = ["--model", "film", "--seed", "7", "--num-frames", "9", "--fps", "8"]
+    code, out, err = run(capsys, "video", "a", *flags)
+    assert (code, out) == (0, "video.mp4\n"), err
+    assert Path("video.mp4").read_bytes() == b"picture 7"
+    assert (backend.requests[-1].num_frames, backend.requests[-1].fps) == (9, 8)
+    assert run(capsys, "video", "a", "--output", "x.png")[0] == 2
+    assert run(capsys, "video", "a", "--n", "1")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "asked"),
+    [
+        (["--size", "64x96"], (64, 96)),
+        (["--width", "64", "--height", "96"], (64, 96)),
+        ([], (1024, 1024)),
+    ],
+)
+def test_sizes(
+    capsys: pytest.CaptureFixture[str], backend: FakeBackend, size: list[str], asked: tuple[int, int]
+) -> None:
+    assert run(capsys, "generate", "a", "--model", "one", *size)[0] == 0
+    assert (backend.requests[-1].width, backend.requests[-1].height) == asked
+
+
+@pytest.mark.parametrize("flags", [["--width", "64"], ["--size", "64x64", "--width", "64", "--height", "64"]])
+def test_sizes_that_contradict_are_wrong_usage(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    code, _, err = run(capsys, "generate", "a", "--model", "one", *flags)
+    assert code == 2 and "--width" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "said"),
+    [
+        ("paint", "x.mp4", "paint makes no videos, which --output x.mp4 asks for; name a file that ends in .png, .jpg"),
+        ("film", "x.png", "film makes no pictures, which --output x.png asks for; name a file that ends in .mp4"),
+    ],
+)
+def test_an_output_that_the_model_does_not_make(
+    capsys: pytest.CaptureFixture[str], model: str, output: str, said: str
+) -> None:
+    code, out, err = run(capsys, "generate", "a", "--model", model, "--output", output)
+    assert (code, out) == (2, "")
+    assert said in err and "/v1/" not in err
+
+
+def test_who_interrupts_it_cancels_the_work_of_the_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, backend: FakeBackend
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepProgress, "show", interrupt)
+    backend.closed = False
+    code, out, err = run(capsys, "generate", "endless", "--model", "one")
+    assert (code, out) == (130, "")
+    assert err == "canceled: the server stops at the next step\nstopped\n"
+    until = time.monotonic() + 30
+    while not backend.closed and time.monotonic() < until:
+        time.sleep(0.01)
+    assert backend.closed
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+@pytest.mark.parametrize("command", [["models"], ["generate", "a", "--model", "one"]])
+def test_colors_are_for_terminals_that_want_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str], no_color: str
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    assert bool("\x1b[3" in out + err) == (no_color == "")
