@@ -9,7 +9,7 @@
     | + ModelNotFound         no such model in this deployment
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
-    | + Forbidden             a web page of another site may have sent it
+    | + Forbidden             a web page of another site may have sent it, or its URL is not what was signed
     | + ModelNotAllowed       the caller's API key is for other models
     | + AdminOnly             the caller's API key has not the scope for it
     | + UnsupportedMediaType  its body is sent neither as JSON nor as a form
@@ -87,7 +87,8 @@ class RequestQuarantined(RequestError):
 
 
 class Forbidden(RequestError):
-    """The request may come from a web page of another site."""
+    """A web page of another site may have sent the request, it asks for a host that this server is not, it comes from
+    another machine though only this one may call, or the URL of an output is not what was signed, or has expired."""
 
 
 class ModelNotAllowed(RequestError):

@@ -12,13 +12,13 @@ from service.state.model_states import State
 
 
 class Answer(BaseModel):
-    """A JSON object of an answer."""
+    """A JSON object without keys that are not declared."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Error(Answer):
-    """OpenAI's error object."""
+    """OpenAI's error object: a message for people, and a word for programs."""
 
     message: str = Field(description="what was given, what is allowed, what to change")
     type: str = Field(description="invalid_request_error, rate_limit_error or server_error")
@@ -27,13 +27,13 @@ class Error(Answer):
 
 
 class ErrorResponse(Answer):
-    """Every error, of every path."""
+    """The one form of every error, of every path."""
 
     error: Error
 
 
 class Metrics(Answer):
-    """How a request was computed."""
+    """The layout that computed a request, and the seconds of each stage on its first rank."""
 
     layout: str = Field(description="parallel degrees of the gang")
     encode_seconds: float
@@ -84,14 +84,14 @@ class ModelObject(Answer):
 
 
 class ModelList(Answer):
-    """All models."""
+    """All models of the deployment, those that sleep or fail too."""
 
     object: Literal["list"]
     data: list[ModelObject]
 
 
 class Alive(Answer):
-    """The process answers."""
+    """The gateway's process answers, whatever its models do."""
 
     status: Literal["ok"]
 

@@ -29,6 +29,9 @@ MOST_SECONDS = 86_400
 
 ID_HEADER = "x-request-id"
 
+ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+"""What a caller may give as the id of a request, in REST and in gRPC."""
+
 
 def reject_foreign_pages(http: Request, local_only: bool) -> None:
     """Reject what a page of another site may have sent.
@@ -99,4 +102,4 @@ def request_id(http: Request) -> str:
 def new_id(given: str) -> str:
     """A new id that begins with the given one, if that can be part of an id."""
     own = uuid.uuid4().hex
-    return f"{given}-{own[:8]}" if re.fullmatch(r"[\w.-]{1,64}", given) else own
+    return f"{given}-{own[:8]}" if ID.fullmatch(given) else own

@@ -57,7 +57,7 @@ async def retrieve_output(
         "content-disposition": f'inline; filename="{name}"',
         "x-content-type-options": "nosniff",
     }
-    if etag in re.split(r"\s*,\s*", http.headers.get("if-none-match", "")):
+    if _has(http, etag):
         return Response(status_code=304, headers=headers)
     first, end = _range(http, etag, size)
     status = 200 if (first, end) == (0, size) else 206
@@ -68,6 +68,12 @@ async def retrieve_output(
     if http.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=kind)
     return StreamingResponse(_chunks(file, first, end), status_code=status, headers=headers, media_type=kind)
+
+
+def _has(http: Request, etag: str) -> bool:
+    """Whether the caller has the file: by its tag, which proxies that compress make a weak one, or by `*`, any."""
+    tags = [tag.strip().removeprefix("W/") for line in http.headers.getlist("if-none-match") for tag in line.split(",")]
+    return etag in tags or tags == ["*"]
 
 
 def _range(http: Request, etag: str, size: int) -> tuple[int, int]:

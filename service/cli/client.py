@@ -77,7 +77,7 @@ def generate_remotely(
     with _answering(server):
         url = f"{server.rstrip('/')}{path}"
         with httpx.stream(
-            "POST", url, json=streamed, headers=_authorization(), timeout=NO_LIMIT, trust_env=False
+            "POST", url, json=streamed, headers=authorization(), timeout=NO_LIMIT, trust_env=False
         ) as response:
             if response.status_code != 200:
                 raise _refusal(response.read(), response.status_code)
@@ -160,7 +160,7 @@ def _answering(server: str) -> Iterator[None]:
 
 def _read(server: str, path: str) -> dict[str, Any]:
     with _answering(server):
-        response = httpx.get(f"{server.rstrip('/')}{path}", headers=_authorization(), timeout=30, trust_env=False)
+        response = httpx.get(f"{server.rstrip('/')}{path}", headers=authorization(), timeout=30, trust_env=False)
     if response.status_code != 200:
         raise _refusal(response.content, response.status_code)
     with understood(server, f"GET {path}"):
@@ -170,7 +170,7 @@ def _read(server: str, path: str) -> dict[str, Any]:
     return body
 
 
-def _authorization() -> dict[bytes, bytes]:
+def authorization() -> dict[bytes, bytes]:
     """The header with the key. As bytes: a key may have any letters, and httpx takes text in ASCII only.
 
     Raises:

@@ -6,7 +6,6 @@ the message, such as `params.width`.
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from deploy.spec import ModelSpec, Task
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
-from service.api.origin import MOST_SECONDS, new_id
+from service.api.origin import ID, MOST_SECONDS, new_id
 from service.api.schemas import find_model, to_request
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
@@ -113,7 +112,7 @@ def id_of(given: str, in_metadata: str) -> str:
     Raises:
         InvalidParameter: the id in the message is of another form.
     """
-    if given and not re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII):
+    if given and not ID.fullmatch(given):
         raise InvalidParameter("request_id", "request_id must be 1 to 64 of the characters A-Z a-z 0-9 _ . -")
     return new_id(given or in_metadata)
 

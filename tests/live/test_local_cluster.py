@@ -187,7 +187,8 @@ def test_serve_leaves_nothing_behind_however_often_it_is_interrupted(serving: su
         serving.send_signal(signal.SIGINT)
         time.sleep(0.3)
     said, _ = serving.communicate(timeout=120)
-    assert (serving.returncode, "Traceback" in said) == (130, False), said
+    assert serving.returncode in (130, -signal.SIGINT), said  # the second: as it ended; a shell calls both 130
+    assert "Traceback" not in said
     assert wait_gone(mark) == []
     assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
 

@@ -222,7 +222,7 @@ def test_a_server_that_refuses_or_does_not_answer(
 @pytest.mark.parametrize("key", ["ключ", "sésame", "\udcff"])
 def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("SPRAY_API_KEY", key)
-    sent = httpx.Headers(client._authorization())
+    sent = httpx.Headers(client.authorization())
     assert sent.raw == [(b"authorization", b"Bearer " + os.fsencode(key))]
 
 

@@ -179,8 +179,52 @@ def test_a_url_answers_with_the_file(client: TestClient, url: str) -> None:
         assert answer.headers["content-length"] == str(len(CONTENT))
         assert answer.headers["content-disposition"].startswith("inline; filename=")
         assert answer.headers["x-content-type-options"] == "nosniff"
-    again = client.get(url, headers={"if-none-match": f'"x", {answer.headers["etag"]}'})
-    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    ("tags", "has"),
+    [
+        ('{}', True),
+        ('"x", {}', True),
+        ('W/"x",W/{}', True),
+        ("W/{}", True),
+        ("*", True),
+        (" * ", True),
+        ('"x"', False),
+        ('"x", *', False),
+        ("w/{}", False),
+        ("", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_who_has_the_file_does_not_get_it_again(
+    client: TestClient, url: str, tags: str, has: bool, method: str
+) -> None:
+    etag = client.head(url).headers["etag"]
+    answer = client.request(method, url, headers={"if-none-match": tags.format(etag)})
+    assert (answer.status_code, answer.headers["etag"]) == (304 if has else 200, etag)
+    assert answer.content == (CONTENT if method == "GET" and not has else b"")
+
+
+def test_tags_may_come_in_several_headers(client: TestClient, url: str) -> None:
+    etag = client.head(url).headers["etag"]
+    assert client.get(url, headers=[("if-none-match", '"x"'), ("if-none-match", etag)]).status_code == 304
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_url_is_of_the_host_that_the_server_has(folder: Path, url: str, method: str) -> None:
+    """A page whose name was made to point at this machine gets nothing, though it has the URL."""
+    backend = FakeBackend()
+    backend.local_only = True
+    client = TestClient(rest_app(backend))
+    assert client.request(method, url, headers={"host": "localhost:8000"}).status_code == 200
+    answer = client.request(method, url, headers={"host": "evil.example:8000"})
+    assert answer.status_code == 403 and CONTENT not in answer.content
+    if method == "GET":
+        assert answer.json()["error"]["code"] == "forbidden"
+        assert "'evil.example:8000'" in answer.json()["error"]["message"]
+    backend.local_only = False
+    assert client.request(method, url, headers={"host": "models.example"}).status_code == 200
 
 
 SIZE = len(CONTENT)
