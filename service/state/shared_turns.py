@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from ray.exceptions import RayError
 
 from service.state import turns
 from service.state.turns import Prospect, Ticket, Turn, Turns
+from workers.gang import stats
 from workers.gang.stats import GangBacklog
 
 logger = logging.getLogger("ray.serve")
@@ -108,7 +110,8 @@ class Keeper:
 
 def start_keeper() -> Any:
     """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
-    source = "".join(inspect.getsource(part) for part in (turns, sys.modules[__name__], GangBacklog))
+    # Whole modules: to find a class in one, Python parses it, which fails in two threads at once (CPython 3.11).
+    source = "".join(inspect.getsource(module) for module in (turns, sys.modules[__name__], stats))
     made = ray.remote(Keeper).options(
         name=f"turns-{hashlib.sha256(source.encode()).hexdigest()[:12]}",
         namespace=NAMESPACE,
@@ -180,7 +183,7 @@ class SharedTurns:
         if self._keeper is not None:
             self._keeper.beat.remote(self._application, self._asker, reports)
         elif _several and (self._beating is None or self._beating.done()):
-            self._beating = asyncio.create_task(self._beat())
+            self._beating = asyncio.create_task(_beat(weakref.ref(self)))
 
     async def _ask(self, keeper: Any, ticket: Ticket) -> Turn | None:
         """A turn from the keeper; None if it is away before the request has one."""
@@ -211,18 +214,19 @@ class SharedTurns:
             self._lose_keeper(error)
             return None
 
-    async def _beat(self) -> None:
-        """Tell the keeper every second that this gateway is there; notice when the keeper is not."""
-        while _several:
-            try:
-                found = self._keeper or await asyncio.to_thread(start_keeper)
-                beat = found.beat.remote(self._application, self._asker, self._reports)
-                await asyncio.wait_for(_result(beat), SILENT_S)
-                self._keeper = found
-                self._away.clear()
-            except (RayError, TimeoutError, ValueError) as error:
-                self._lose_keeper(error)
-            await asyncio.sleep(BEAT_S)
+    async def _beat_once(self) -> None:
+        """Tell the keeper that this gateway is there; notice when the keeper is not."""
+        try:
+            found = self._keeper or await asyncio.to_thread(start_keeper)
+            beat = found.beat.remote(self._application, self._asker, self._reports)
+            await asyncio.wait_for(_result(beat), SILENT_S)
+            self._keeper = found
+            self._away.clear()
+        except (RayError, TimeoutError, ValueError) as error:
+            self._lose_keeper(error)
+
+    def _go_alone(self) -> None:
+        """There are no other gateways anymore."""
         self._keeper = None
         self._away.set()
 
@@ -231,6 +235,18 @@ class SharedTurns:
             logger.warning("%s: this gateway takes turns by itself: %s", self._application, error)
         self._keeper = None
         self._away.set()
+
+
+async def _beat(turns: "weakref.ref[SharedTurns]") -> None:
+    """Beat every second. It ends with the router that asks: nobody else says when a model was removed."""
+    while _several:
+        if (beating := turns()) is None:
+            return
+        await beating._beat_once()
+        del beating
+        await asyncio.sleep(BEAT_S)
+    if (beating := turns()) is not None:
+        beating._go_alone()
 
 
 async def _result(reference: Any) -> Any:

@@ -1,13 +1,18 @@
 """One keeper for several gateways: a real actor, which is killed; and gateways that fall silent."""
 
+import ast
 import asyncio
 import shutil
+import sys
 import tempfile
+import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from service.rollout.cluster_folder import place
 from service.state import shared_turns
@@ -130,21 +135,81 @@ def test_one_gateway_needs_no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(tell())
 
 
-def test_the_keeper_ends_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: an actor has its own copy of the limits."""
-    ended: list[bool] = []
-    monkeypatch.setattr(shared_turns, "BEAT_S", 0.01)
-    monkeypatch.setattr(shared_turns, "SILENT_S", 0.05)
-    monkeypatch.setattr(shared_turns, "UNUSED_S", 0.2)
-    monkeypatch.setattr(ray.actor, "exit_actor", lambda: ended.append(True))
+def test_a_model_that_is_removed_is_no_longer_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its router goes, and with it what it beat for."""
+    keeper = start_keeper()
 
-    async def tell() -> None:
-        keeper = shared_turns.Keeper()
-        for _ in range(20):
-            await keeper.beat("m", "one", {})
-            await asyncio.sleep(0.02)
-        assert not ended
-        await asyncio.sleep(1)
-        assert ended
+    async def run() -> None:
+        going, staying = SharedTurns("removed"), SharedTurns("removed")
+        await connected(going, staying)
+        gone, beating = weakref.ref(going), going._beating
+        del going
+        async with asyncio.timeout(30):
+            assert beating is not None
+            await beating
+        assert gone() is None
+        assert staying._beating is not None and not staying._beating.done()
+        staying._beating.cancel()
 
-    asyncio.run(tell())
+    asyncio.run(run())
+    ray.get(keeper.beat.remote("removed", "other", {}), timeout=60)  # the keeper is none the worse
+
+
+def test_who_loses_ranks_tells_all_gateways() -> None:
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        for gateway in (one, two):
+            gateway.know({"a": idle(), "b": idle()})
+        first = await one.take(ticket("x"))
+        assert first in one._shared
+        one.lose("x")
+        one.end(first)
+        other = "b" if first.gang == "a" else "a"
+        for name in "yz":  # the keeper gives nobody the gang that has lost its ranks
+            turn = await two.take(ticket(name))
+            assert (turn in two._shared, turn.gang) == (True, other)
+            two.end(turn)
+        for gateway in (one, two):
+            gateway.know({"a": idle(), "b": idle()})  # it has new ones, and says so
+        held = await two.take(ticket("v"))
+        assert {held.gang, (await two.take(ticket("w"))).gang} == {"a", "b"}
+
+    story("losing", tell)
+
+
+def test_routers_of_several_models_may_start_the_keeper_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each does so in a thread of its own, and Python parses in one thread only."""
+
+    def parse(*_: Any, **__: Any) -> None:
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr(ast, "parse", parse)
+    assert start_keeper()._actor_id == start_keeper()._actor_id
+
+
+def hurry(keeper: Any) -> None:
+    """In the keeper's process: it knows no gateway that lives, and waits for none."""
+    module = sys.modules[type(keeper).__module__]
+    module.BEAT_S, module.SILENT_S, module.UNUSED_S = 0.05, 0.2, 0.5  # type: ignore[attr-defined]
+
+
+def test_the_keeper_ends_when_nobody_asks_and_another_takes_its_place() -> None:
+    keeper = start_keeper()
+    ray.get(keeper.beat.remote("m", "one", {}), timeout=60)
+    ray.get(keeper.__ray_call__.remote(hurry), timeout=60)
+    until = time.monotonic() + 60
+    with pytest.raises(RayActorError):
+        while time.monotonic() < until:
+            ray.get(keeper.prospect.remote("m", ""), timeout=60)
+            time.sleep(0.05)
+    another = start_keeper()
+    assert another._actor_id != keeper._actor_id
+    assert ray.get(another.prospect.remote("m", ""), timeout=60) == (0, 0.0)
+
+
+def test_the_keeper_stays_while_somebody_asks() -> None:
+    keeper = start_keeper()
+    ray.get(keeper.__ray_call__.remote(hurry), timeout=60)
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        ray.get(keeper.beat.remote("m", "one", {}), timeout=60)
+    ray.kill(keeper)
