@@ -7,6 +7,7 @@ its unit.
 
 import ipaddress
 import itertools
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -34,6 +35,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+STANDARD_PORT = {"http:": ":80", "https": ":443"}
+"""Browsers leave it out, by the first letters of the origin."""
 
 
 class SpecError(ValueError):
@@ -309,6 +315,22 @@ class GatewaySpec(_Section):
         9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, on a local cluster only; null: no gRPC"
     )
     replicas: int = Field(1, ge=1, description="gateway processes; two or more survive the loss of one")
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="sites whose pages may call the API from a browser, such as https://app.example.com; "
+        "*: all, only where callers need a key",
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not (ORIGIN.fullmatch(origin) and not origin.endswith(STANDARD_PORT[origin[:5]])):
+                raise ValueError(
+                    f"{origin!r} is not what a browser sends as an origin: http:// or https://, a host in lower case, "
+                    "its port unless that is 80 or 443, and no path; such as https://app.example.com"
+                )
+        return origins
 
 
 class GatewayLimits(_Section):
@@ -406,6 +428,15 @@ class DeploymentSpec(_Section):
             raise ValueError(
                 f"gateway.host is {self.gateway.host}, where other machines may call, and nobody needs a key; set "
                 "auth.api_keys_env or auth.api_keys_file, or allow it with auth.insecure: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pages_need_a_key(self) -> Self:
+        if "*" in self.gateway.cors_origins and not self.auth.needs_key:
+            raise ValueError(
+                "gateway.cors_origins is *, so that every page in a browser may call, and nobody needs a key; name the "
+                "sites, or set auth.api_keys_env or auth.api_keys_file"
             )
         return self
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -85,6 +85,7 @@ class Gateway(GrpcMethods):
         self.max_body_bytes = 1 << 20
         self.draining = False
         self.local_only = False
+        self.cors_origins: Sequence[str] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
         self._keyring = Keyring()
@@ -107,6 +108,7 @@ class Gateway(GrpcMethods):
         self._handles = {name: handle for name, handle in self._handles.items() if name in self._models}
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
+        self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
         shared_turns.share(user_config.get("gateways", 1) > 1)
         self.max_body_bytes = user_config["max_body_bytes"]
         try:

@@ -78,7 +78,7 @@ SPEC_KEYS = frozenset(
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
-    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas
+    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins
     limits limits.max_body_bytes metrics metrics.host metrics.port
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     auth auth.api_keys_env auth.api_keys_file auth.insecure
@@ -178,6 +178,11 @@ ERRORS = {
     "GangLost": (503, "worker_lost", "ABORTED"),
 }
 
+VIDEO_FLAGS = {
+    "prompt", "output", "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
+    "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "server", "local", "model", "device", *DEGREES,
+}  # fmt: skip
+
 COMMANDS = {
     "check": {"file", "set", "gpus", "gpus_per_node", "cpus", "memory", "print_config"},
     "serve": {"file", "set", "port"},
@@ -186,13 +191,11 @@ COMMANDS = {
     "ps": {"server", "json"},
     "models": {"server", "json"},
     "doctor": {"file", "set"},
-    "schema": set(),
+    "schema": {"model", "server"},
     "key": {"name", "admin"},
     "verify": {"target", "config", "world", "device"},
-    "generate": {
-        "prompt", "output", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale",
-        "guidance_scale_2", "num_frames", "fps", "seed", "n", "lora", "server", "local", "model", "device", *DEGREES,
-    },
+    "generate": VIDEO_FLAGS | {"n"},
+    "video": VIDEO_FLAGS,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
 openapi.py     /openapi.json and /docs
 backend.py     what the API needs of the gateway, and how routes get at it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
+cors.py        lets pages of other sites call, if the deployment names them
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 reading.py     JSON or a form, within limits -> the fields of a body

@@ -3,7 +3,7 @@
 `service.gateway.Gateway` is the backend in a deployment; tests use one without Ray.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -57,6 +57,7 @@ class Backend(Protocol):
     max_body_bytes: int
     draining: bool
     local_only: bool
+    cors_origins: Sequence[str]
     in_flight: int
     outputs: OutputStore
 
@@ -89,7 +90,7 @@ Served = Annotated[Backend, Depends(get_backend)]
 async def require_key(http: Request, backend: Served) -> None:
     """Reject callers without a valid API key, and foreign web pages, before their body is read; on every /v1 route."""
     backend.admit(http.headers.get("authorization"))
-    reject_foreign_pages(http, backend.local_only)
+    reject_foreign_pages(http, backend.local_only, backend.cors_origins)
 
 
 async def require_own_host(http: Request, backend: Served) -> None:

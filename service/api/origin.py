@@ -8,6 +8,7 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -33,13 +34,14 @@ ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What a caller may give as the id of a request, in REST and in gRPC."""
 
 
-def reject_foreign_pages(http: Request, local_only: bool) -> None:
+def reject_foreign_pages(http: Request, local_only: bool, allowed: Collection[str] = ()) -> None:
     """Reject what a page of another site may have sent.
 
     Args:
         http: the request.
         local_only: the server is for its own machine and asks for no key, so its names must be those of loopback. A
             page whose name was made to point at this machine may send any header, `authorization` too.
+        allowed: origins whose pages may call.
 
     Raises:
         Forbidden: the request comes from a page of another site, or asks for a host that this server is not.
@@ -54,7 +56,9 @@ def reject_foreign_pages(http: Request, local_only: bool) -> None:
         foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
     except ValueError:
         raise Forbidden("the request's origin is malformed") from None
-    if foreign and not headers.get("authorization"):  # pages of other origins cannot add one unasked
+    if (
+        foreign and origin not in allowed and not headers.get("authorization")
+    ):  # pages of other origins cannot add one unasked
         raise Forbidden(f"a page of {origin} may not call this server")
     reject_foreign_hosts(http, local_only)
 

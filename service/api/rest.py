@@ -9,9 +9,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from service.api import cluster, images, models, openapi, outputs, videos
 from service.api.backend import Backend, require_key, require_own_host
+from service.api.cors import AllowedPages
 from service.api.disconnect import CancelWhenGone
 from service.api.errors import answer, envelope, log
 from service.api.openapi import describe
@@ -23,9 +25,17 @@ CODES = {404: "unknown_path", 405: "method_not_allowed", 416: "range_not_satisfi
 """Of Starlette's own errors."""
 
 
+class RestApp(FastAPI):
+    """The application, with what browsers need around all of it, the errors of its outermost layer included."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Called by Starlette before the first request."""
+        return AllowedPages(super().build_middleware_stack(), self.state.backend)
+
+
 def rest_app(backend: Backend) -> FastAPI:
     """The application that answers at the HTTP port."""
-    app = FastAPI(title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None)
+    app = RestApp(title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None)
     describe(app)
     app.state.backend = backend
     app.add_middleware(CancelWhenGone)

@@ -98,12 +98,17 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         return [f"add     {GATEWAY_APP}: at {spec.gateway.host}:{spec.gateway.port}{also}"]
     options = gateway["deployments"][0]
     before = {
-        "gateway": {"replicas": options["num_replicas"]},
+        "gateway": {
+            "replicas": options["num_replicas"],
+            "cors_origins": options["user_config"].get("cors_origins", []),
+        },
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
         "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},
         "metrics": options["user_config"]["metrics"],
     }
-    after = spec.model_dump(include={name: set(keys) for name, keys in before.items()}) | {"metrics": spec.metrics_at}
+    after = spec.model_dump(mode="json", include={name: set(keys) for name, keys in before.items()}) | {
+        "metrics": spec.metrics_at
+    }
     changed = _differences(before, after)
     lines = [f"adjust  {GATEWAY_APP}: requests in flight go on ({', '.join(changed)})"] if changed else []
     host, port = listens_at()

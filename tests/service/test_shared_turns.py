@@ -182,8 +182,10 @@ def test_routers_of_several_models_may_start_the_keeper_at_once(monkeypatch: pyt
     def parse(*_: Any, **__: Any) -> None:
         raise SystemError("AST constructor recursion depth mismatch")
 
-    monkeypatch.setattr(ast, "parse", parse)
-    assert start_keeper()._actor_id == start_keeper()._actor_id
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", parse)
+        one, two = start_keeper(), start_keeper()
+    assert one._actor_id == two._actor_id
 
 
 def hurry(keeper: Any) -> None:

@@ -33,6 +33,7 @@ class FakeBackend:
         self.max_body_bytes = 1 << 20
         self.draining = False
         self.local_only = False
+        self.cors_origins: tuple[str, ...] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
         self.key: str | None = None
