@@ -49,18 +49,24 @@ async def _end(report: "asyncio.Future[Report | None]") -> None:
         raise canceled
 
 
-def check_deadline(deadline_at: float, wait_s: float) -> None:
-    """Refuse a request whose turn would not come in time.
+def check_deadline(deadline_at: float, wait_s: float, takes_s: float = 0.0, least_s: float = 0.0) -> None:
+    """Refuse a request that would not be answered in time.
 
     Args:
         deadline_at: seconds since the epoch.
         wait_s: estimated seconds until its turn; 0: unknown.
+        takes_s: estimated seconds that it takes then; 0: unknown.
+        least_s: what it takes at the very least. Only this counts: estimates are scaled from other sizes, and who is
+            refused teaches the gang nothing better.
 
     Raises:
-        DeadlineExceeded: it could not.
+        DeadlineExceeded: it would not.
     """
     left_s = deadline_at - time.time()
-    if wait_s >= left_s:
-        raise DeadlineExceeded(
-            f"the request would have to wait about {wait_s:.1f} s, its deadline is in {max(0.0, left_s):.1f} s"
-        )
+    if wait_s + least_s < left_s:
+        return
+    takes_s = max(takes_s, least_s)
+    eta = f"the request would be answered in about {wait_s + takes_s:.1f} s, {wait_s:.1f} s of them until its turn"
+    if not takes_s:
+        eta = f"the request would have to wait about {wait_s:.1f} s"
+    raise DeadlineExceeded(f"{eta}; its deadline is in {max(0.0, left_s):.1f} s")

@@ -273,7 +273,7 @@ class Gateway(GrpcMethods):
             return
         ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller_name())
         if request.deadline_at is not None:
-            check_deadline(request.deadline_at, wait_s)
+            check_deadline(request.deadline_at, wait_s, *router_registry.takes(app_name(model.name), request))
         if waiting >= model.max_queued:
             raise QueueFull(
                 f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None

@@ -6,6 +6,7 @@ its turn comes it is sent to the gang; a gang that is busy after all refuses it,
 """
 
 import asyncio
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from service.state.router_registry import register
 from service.state.shared_turns import SharedTurns
-from service.state.turns import Prospect, Ticket, Turn
+from service.state.turns import Prospect, Takes, Ticket, Turn
 from service.state.waiting import waiting_for
-from workers.gang.cost import shape_of
+from workers.gang.cost import Costs, shape_of
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -28,12 +29,19 @@ class LeastBacklogRouter(RequestRouter):
         self._turns = SharedTurns(self.app_name)
         self._given: dict[str, Turn] = {}  # by Serve's id of the request: sent there, not yet accepted
         self._accepted: dict[tuple[str, str], Turn] = {}  # by gang and that id
+        self._costs: list[Costs] = []  # of the gangs that know any
         self._loop: asyncio.AbstractEventLoop | None = None
         register(self.app_name, self)
 
     def gang_reports(self) -> list[Mapping[str, Any]]:
         """The last report of each running gang."""
         return [replica.routing_stats for replica in list(self.curr_replicas.values()) if replica.routing_stats]
+
+    def takes(self, request: GenerationRequest) -> Takes:
+        """What a request would take. Called by the gateway, on its own loop."""
+        usual = [seconds for costs in self._costs if (seconds := costs.seconds(request))]
+        least = [seconds for costs in self._costs if (seconds := costs.least_seconds(request))]
+        return Takes(statistics.fmean(usual) if usual else 0.0, min(least, default=0.0))
 
     async def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for. Called by the gateway, on its own loop."""
@@ -57,6 +65,8 @@ class LeastBacklogRouter(RequestRouter):
         """Called by Serve when gangs come, go or report."""
         super().update_replicas(replicas)
         self._loop = asyncio.get_running_loop()
+        told = (Costs.from_stats(each.routing_stats.get("costs", {})) for each in replicas)
+        self._costs = [costs for costs in told if costs.known]
         self._turns.know({each.replica_id.unique_id: GangBacklog.from_stats(each.routing_stats) for each in replicas})
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
@@ -119,6 +129,7 @@ class LeastBacklogRouter(RequestRouter):
             cost=float(request.work),
             place=place.admitted_at if place else created_at,
             shape=shape_of(request),
+            seconds=self.takes(request).seconds,
         )
 
     def _on_loop(self, call: Callable[..., None], *args: Any) -> None:

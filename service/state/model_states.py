@@ -124,7 +124,7 @@ def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
         "min_replicas": scaling.min_replicas,
         "max_replicas": scaling.max_replicas,
         "queued": state.queued,
-        "gangs": [dict(gang) for gang in state.gangs],
+        "gangs": [{name: told for name, told in gang.items() if name != "costs"} for gang in state.gangs],
     }
 
 

@@ -8,8 +8,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from service.state.turns import Prospect
+from service.state.turns import Prospect, Takes
 from service.state.waiting import waiting_for
+from workers.messages import GenerationRequest
 
 
 class GangRouter(Protocol):
@@ -17,6 +18,9 @@ class GangRouter(Protocol):
 
     def gang_reports(self) -> Sequence[Mapping[str, Any]]:
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
+
+    def takes(self, request: GenerationRequest) -> Takes:
+        """What a request would take on one of its gangs."""
 
     async def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for."""
@@ -40,6 +44,12 @@ def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
     """How many requests wait in this process for an application, and the last reports of its gangs."""
     router = _routers.get(application)
     return len(waiting_for(application)), router.gang_reports() if router else ()
+
+
+def takes(application: str, request: GenerationRequest) -> Takes:
+    """What a request would take on a gang; nothing is known while nobody has asked the application yet."""
+    router = _routers.get(application)
+    return router.takes(request) if router else Takes(0.0, 0.0)
 
 
 async def prospect(application: str, caller: str) -> Prospect:

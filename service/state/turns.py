@@ -53,6 +53,7 @@ class Ticket:
         place: when it was admitted, in seconds since the epoch.
         shape: width, height and frames, for gangs that are warm.
         asker: the gateway that waits; what it holds is taken back when it is gone.
+        seconds: what it will take; 0: as much as a typical one.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class Ticket:
     place: float
     shape: Shape
     asker: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ class Prospect(NamedTuple):
 
     ahead: int
     wait_s: float
+
+
+class Takes(NamedTuple):
+    """What a request would take on a gang.
+
+    Attributes:
+        seconds: as an estimate; 0: nobody knows.
+        least_s: at the very least; 0: nobody knows.
+    """
+
+    seconds: float
+    least_s: float
 
 
 class Waiter(NamedTuple):
@@ -133,7 +147,8 @@ class Holding:
     def remaining_s(self, now: float, request_s: float) -> float:
         """Seconds left of what it runs. `request_s`: what a request takes, for one that it has not reported yet."""
         if self.turn and not (self.report.busy and self.report.reported_at > self.given_at):
-            return max(0.0, request_s - (now - self.given_at))
+            takes_s = (self.ticket.seconds if self.ticket else 0.0) or request_s
+            return max(0.0, takes_s - (now - self.given_at))
         return self.backlog_s(now)
 
 
@@ -225,17 +240,18 @@ class Turns:
     def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for."""
         tag = max(self._served, self._ends.get(caller, 0.0))
-        return self._expect(sum(waiter.tag <= tag for waiter in self._waiting.values()))
+        return self._expect([waiter.ticket for waiter in self._waiting.values() if waiter.tag <= tag])
 
-    def _expect(self, ahead: int) -> Prospect:
-        """When whoever comes after so many waiting requests gets a gang."""
+    def _expect(self, ahead: Sequence[Ticket]) -> Prospect:
+        """When whoever comes after these waiting requests gets a gang."""
         now = time.time()
         if not ahead and self._free(now):
             return Prospect(0, 0.0)
         learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
         request_s = sum(learned) / len(learned) if learned else 0.0
         running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
-        return Prospect(ahead, (ahead * request_s + running_s) / max(1, len(self._gangs)))
+        waiting_s = sum(ticket.seconds or request_s for ticket in ahead)
+        return Prospect(len(ahead), (waiting_s + running_s) / max(1, len(self._gangs)))
 
     def standing(self, request_id: str) -> Prospect | None:
         """What a request that waits still has to wait for; None if it does not wait."""
@@ -243,7 +259,8 @@ class Turns:
         if own is None:
             return None
         place = own.tag, own.ticket.place
-        return self._expect(sum((other.tag, other.ticket.place) < place for other in self._waiting.values()))
+        others = self._waiting.values()
+        return self._expect([other.ticket for other in others if (other.tag, other.ticket.place) < place])
 
     def _tag(self, ticket: Ticket) -> float:
         """Where in the common order the request comes."""

@@ -83,7 +83,13 @@ def test_what_cannot_be_met_is_refused_with_the_estimate() -> None:
     now = time.time()
     check_deadline(now + 10, 9)
     check_deadline(now + 10, 0)
-    with pytest.raises(DeadlineExceeded, match=r"wait about 25\.0 s, its deadline is in 10\.0 s"):
+    with pytest.raises(DeadlineExceeded, match=r"wait about 25\.0 s; its deadline is in 10\.0 s"):
         check_deadline(now + 10, 25)
+    check_deadline(now + 10, 4, takes_s=5, least_s=5)
+    check_deadline(now + 10, 4, takes_s=60, least_s=0)  # nobody has measured it
+    with pytest.raises(
+        DeadlineExceeded, match=r"in about 11\.5 s, 4\.0 s of them until .*; its deadline is in 10\.0 s"
+    ):
+        check_deadline(now + 10, 4, takes_s=7.5, least_s=6.5)
     with pytest.raises(DeadlineExceeded):
         check_deadline(now - 1, 0)

@@ -20,7 +20,8 @@ from service import gateway
 from service.api.backend import Restarted, Waiting
 from service.api.errors import answer
 from service.gateway import Gateway
-from service.state import quarantine, shared_turns
+from service.routing import LeastBacklogRouter
+from service.state import quarantine, router_registry, shared_turns
 from service.state.head_store import HeadStore
 from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
@@ -44,6 +45,7 @@ from workers.errors import (
     ShuttingDown,
     Unauthorized,
 )
+from workers.gang.cost import Cost, Costs
 from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
 
 REQUEST = GenerationRequest("a", "one", "a cup", 64, 64, 4, seed=1)
@@ -563,7 +565,7 @@ def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [late]})
         request = replace(REQUEST, model="late", deadline_at=time.time() + 29)
-        with pytest.raises(DeadlineExceeded, match=r"wait about 30\.0 s, its deadline is in 29\.0 s"):
+        with pytest.raises(DeadlineExceeded, match=r"wait about 30\.0 s; its deadline is in 29\.0 s"):
             await ask(opened, request)
         answer = Answer()
         handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
@@ -579,6 +581,34 @@ def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
         return Prospect(0, 0.0)
 
     monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+    asyncio.run(story())
+
+
+def test_a_deadline_is_held_against_what_the_request_itself_takes(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing waits, and only against what was measured."""
+    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 5.0, 1.0, 4.0, 0.5, 2),))
+    router = LeastBacklogRouter.__new__(LeastBacklogRouter)  # its own start needs Serve
+    router._loop, router._costs = None, [known]
+    monkeypatch.setattr(router, "gang_reports", list, raising=False)
+    router_registry.register("model-late", router)
+    serving(opened, monkeypatch, *([Begun(), RESULT] for _ in range(3)))
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [a_model("late").model_dump(mode="json")]})
+        request = replace(REQUEST, model="late", guidance_scale=0.0)  # four steps, 16.5 s at least
+        with pytest.raises(DeadlineExceeded, match=r"in about 21\.0 s, 0\.0 s .*; its deadline is in 16\.0 s"):
+            await ask(opened, replace(request, deadline_at=time.time() + 16.04))
+        with pytest.raises(DeadlineExceeded, match=r"in about 41\.0 s"):
+            await ask(opened, replace(request, num_inference_steps=8, deadline_at=time.time() + 17))
+        for fits in (
+            replace(request, deadline_at=time.time() + 17),
+            replace(request, num_inference_steps=2, deadline_at=time.time() + 9),
+            replace(request, width=32, deadline_at=time.time() + 9),  # smaller than all that was measured
+        ):
+            assert await ask(opened, fits) == [RESULT]
+
     asyncio.run(story())
 
 

@@ -16,6 +16,7 @@ from service.routing import LeastBacklogRouter
 from service.state import turns
 from service.state.waiting import Place, waiting_for
 from tests.service.test_turns import settle
+from workers.gang.cost import Cost, Costs
 from workers.gang.stats import GangBacklog
 from workers.messages import GenerationRequest
 
@@ -27,11 +28,12 @@ def request(name: str) -> GenerationRequest:
     return GenerationRequest(name, "m", "a cup", 512, 768, 10, seed=1)
 
 
-def replica(name: str, backlog_s: float = 0.0, shapes: frozenset[Any] = frozenset()) -> Any:
+def replica(name: str, backlog_s: float = 0.0, shapes: frozenset[Any] = frozenset(), costs: Costs | None = None) -> Any:
     async def get_queue_len(deadline_s: float) -> int:
         return 0
 
     stats = GangBacklog(backlog_s, time.time() - 1, 20.0, shapes).as_stats()
+    stats |= {"costs": costs.as_stats()} if costs else {}
     return SimpleNamespace(replica_id=ReplicaID(name, GANGS), routing_stats=stats, get_queue_len=get_queue_len)
 
 
@@ -167,6 +169,21 @@ def test_shares_are_by_work_and_the_prospect_is_the_callers() -> None:
 
     def ask(what: Any, of: str) -> Any:
         return asyncio.run(what(of))
+
+    routed(tell)
+
+
+def test_what_a_request_takes_is_what_its_gangs_have_learned() -> None:
+    async def tell(router: LeastBacklogRouter) -> None:
+        assert router.takes(request("x")) == (0, 0)
+        one, two = (
+            Costs("FluxPipeline", (Cost(512, 768, 1, 1, 1, step_s, 1.0, step_s / 2, 0.5, 2),)) for step_s in (3.0, 5.0)
+        )
+        router.update_replicas([replica("one", costs=one), replica("two", costs=two), replica("new", costs=Costs())])
+        assert router.takes(request("x")) == ((31 + 51) / 2, 15.5)  # the mean, and the fastest
+        assert router._ticket(request("x"), 0.0).seconds == 41
+        router.update_replicas([replica("older version")])
+        assert router.takes(request("x")) == (0, 0)
 
     routed(tell)
 

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -353,6 +354,23 @@ def test_what_a_new_request_would_wait_for() -> None:
         ]
         turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
         assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)
+
+    story(tell)
+
+
+def test_the_prospect_is_of_what_waits_not_of_so_many() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("", {"a": idle(request_s=10.0)})
+        served = Served(turns)
+        long, short = (replace(ticket(name), seconds=seconds) for name, seconds in (("long", 100.0), ("short", 1.0)))
+        await served.enter(replace(ticket("running"), seconds=40.0), long, short, ticket("unknown"))
+        assert served.order == ["running"]
+        assert turns.prospect("") == (3, pytest.approx(40 + 100 + 1 + 10, abs=1))
+        assert [turns.standing(name) for name in ("long", "short", "unknown")] == [
+            (0, pytest.approx(40, abs=1)),
+            (1, pytest.approx(140, abs=1)),
+            (2, pytest.approx(141, abs=1)),
+        ]
 
     story(tell)
 

@@ -1,11 +1,12 @@
 """The cost model: what a gang has run it knows, the rest it scales."""
 
 import dataclasses
+import json
 
 import pytest
 
 from sp_core.degrees import ParallelDegrees
-from workers.gang.cost import SHAPES_KEPT, CostModel
+from workers.gang.cost import SHAPES_KEPT, CostModel, Costs
 from workers.messages import GenerationRequest, GenerationResult
 
 SQUARE = GenerationRequest("r", "m", "a cup", 512, 512, 10, seed=1)
@@ -95,3 +96,53 @@ def test_shapes_are_forgotten_by_age_of_use() -> None:
     assert len(cost.shapes) == SHAPES_KEPT
     assert (16, 512, 1) in cost.shapes
     assert (32, 512, 1) not in cost.shapes
+
+
+def learned(*observed: tuple[GenerationRequest, GenerationResult], pipeline: str = "FluxPipeline") -> Costs:
+    """What the gateway gets, by the way that it comes."""
+    cost = CostModel()
+    for request, result in observed:
+        cost.observe(request, 1, result)
+    return Costs.from_stats(json.loads(json.dumps(cost.costs(pipeline).as_stats())))
+
+
+def test_what_a_gang_has_learned_crosses_serve() -> None:
+    costs = learned((SQUARE, took(0.5)), (SQUARE, took(0.5)))
+    assert costs.seconds(SQUARE) == pytest.approx(10 * 0.5 + 1)
+    assert costs.least_seconds(SQUARE) == pytest.approx(10 * 0.5 + 1)
+    assert costs.seconds(dataclasses.replace(SQUARE, num_inference_steps=30)) == pytest.approx(30 * 0.5 + 1)
+    twice = dataclasses.replace(SQUARE, n=2)
+    assert costs.seconds(twice) == pytest.approx(20 * 0.5 + 1)
+    assert costs.least_seconds(twice) == pytest.approx(10 * 0.5 + 1)  # a smaller one, at least
+    small = dataclasses.replace(SQUARE, width=256)
+    assert costs.seconds(small) == pytest.approx(5 * 0.5 + 1)
+    assert costs.least_seconds(small) == 0  # nothing as small was measured
+
+
+def test_before_anything_was_measured_nothing_is_invented() -> None:
+    for costs in (learned(), Costs.from_stats({}), learned((SQUARE, took(0.5)), pipeline="AnotherPipeline")):
+        assert (costs.seconds(SQUARE), costs.least_seconds(SQUARE)) == (0, 0)
+
+
+def test_one_request_alone_does_not_say_what_is_needed_at_least() -> None:
+    """It may have been the first, which is slow; nobody would be let in who could show better."""
+    assert learned((SQUARE, took(5.0))).least_seconds(SQUARE) == 0
+    costs = learned((SQUARE, took(5.0, outside_s=9.0)), (SQUARE, took(0.5)), (SQUARE, took(2.0)))
+    assert costs.least_seconds(SQUARE) == pytest.approx(10 * 0.5 + 1)
+    assert costs.seconds(SQUARE) > 20
+
+
+def test_the_forwards_of_a_step_are_those_of_the_pipeline() -> None:
+    guided, plain = dataclasses.replace(SQUARE, negative_prompt="b"), SQUARE
+    cost = CostModel()
+    cost.observe(plain, 1, took(0.5))
+    cost.observe(guided, 2, took(1.5))
+    costs = cost.costs("QwenImagePipeline")
+    assert costs.seconds(plain) == pytest.approx(10 * 0.5 + 1)
+    assert costs.seconds(guided) == pytest.approx(10 * 1.5 + 1)
+    assert cost.costs("FluxPipeline").seconds(guided) == pytest.approx(10 * 0.5 + 1)  # it has one branch
+
+
+def test_a_scheduler_of_second_order_counts_as_it_is_asked() -> None:
+    costs = learned((SQUARE, took(0.5, steps=19)), (SQUARE, took(0.5, steps=19)))
+    assert costs.seconds(SQUARE) == costs.least_seconds(SQUARE) == pytest.approx(19 * 0.5 + 1)

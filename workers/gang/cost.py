@@ -1,14 +1,17 @@
 """What a request costs a gang, in seconds, learned from the requests that it has run.
 
 `workers.gang.gang` shows every finished request to its `CostModel` and asks it what the running one still needs. The
-answers go to the autoscaler and the routers as backlog.
+answers go to the autoscaler and the routers as backlog. What it has learned goes to the routers too, as `Costs`: they
+say what a request would take before it has a gang.
 
-The work of one step is forwards x tokens, and tokens grow with width x height x num_frames x n. Standard library only.
+The work of one step is forwards x tokens, and tokens grow with width x height x num_frames x n. Without torch.
 """
 
 import statistics
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from deploy.families.lookup import families
 from workers.messages import GenerationRequest, GenerationResult
 
 SHAPES_KEPT = 64
@@ -24,11 +27,100 @@ Shape = tuple[int, int, int]
 """width, height, num_frames"""
 
 
+SURE_FROM = 2
+"""Requests of a shape from which on the fastest of them says what the shape takes at least: the first may be cold."""
+
+
 @dataclass
 class _Learned:
     work: float
     step_s: float
     outside_s: float
+    least_step_s: float
+    least_outside_s: float
+    requests: int = 0
+
+
+class Cost(NamedTuple):
+    """What requests of one shape have taken on a gang.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        num_frames: 1 for pictures.
+        n: pictures or videos of a request.
+        forwards: of the transformer in one step.
+        step_s: seconds for each step that a request asks for.
+        outside_s: seconds outside the steps.
+        least_step_s: those of the fastest request.
+        least_outside_s: likewise.
+        requests: how many there were.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    n: int
+    forwards: int
+    step_s: float
+    outside_s: float
+    least_step_s: float
+    least_outside_s: float
+    requests: int
+
+    @property
+    def work(self) -> float:
+        """Of one step."""
+        return float(self.forwards * self.width * self.height * self.num_frames * self.n)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a gang has learned of costs.
+
+    Attributes:
+        pipeline: class of the model's pipeline, by which its forwards per step are known.
+        known: each shape that it has run.
+    """
+
+    pipeline: str = ""
+    known: tuple[Cost, ...] = ()
+
+    def as_stats(self) -> dict[str, Any]:
+        """Lists of plain numbers, which cross Serve."""
+        return {"pipeline": self.pipeline, "known": [list(cost) for cost in self.known]}
+
+    @classmethod
+    def from_stats(cls, stats: dict[str, Any]) -> "Costs":
+        """Invert `as_stats`. A gang that has not reported, or of an older version, knows nothing."""
+        known = (Cost(*row) for row in stats.get("known", ()) if len(row) == len(Cost._fields))
+        return cls(stats.get("pipeline", ""), tuple(known))
+
+    def seconds(self, request: GenerationRequest) -> float:
+        """What a request would take, scaled from the shape that is nearest in work; 0: nothing is known."""
+        own, same = self._own(request)
+        if not self.known or own is None:
+            return 0.0
+        cost = same or min(self.known, key=lambda cost: max(cost.work / own, own / cost.work))
+        return request.num_inference_steps * cost.step_s * own / cost.work + cost.outside_s
+
+    def least_seconds(self, request: GenerationRequest) -> float:
+        """What it would take at the very least: as the fastest of its shape, or else of a smaller one; 0: not known."""
+        own, same = self._own(request)
+        if own is None:
+            return 0.0
+        sure = [cost for cost in ([same] if same else self.known) if cost.requests >= SURE_FROM and cost.work <= own]
+        least = (request.num_inference_steps * cost.least_step_s + cost.least_outside_s for cost in sure)
+        return max(least, default=0.0)
+
+    def _own(self, request: GenerationRequest) -> tuple[float | None, Cost | None]:
+        """The work of a step of the request, if that is known, and what is known of its shape."""
+        family = next((each for each in families().values() if each.pipeline == self.pipeline), None)
+        if family is None:
+            return None, None
+        forwards = family.branches(request.guidance_scale, request.negative_prompt)
+        key = (*shape_of(request), request.n, forwards)
+        return _work(request, forwards), next((cost for cost in self.known if cost[:5] == key), None)
 
 
 class CostModel:
@@ -59,9 +151,13 @@ class CostModel:
         self._steps_per_asked = steps / request.num_inference_steps or 1.0
         outside_s = result.encode_seconds + result.decode_seconds  # not encode_media: the gang is free by then
         key = _key(request, forwards)
-        learned = self._learned.pop(key, None) or _Learned(_work(request, forwards), step_s, outside_s)
+        learned = self._learned.pop(key, None)
+        learned = learned or _Learned(_work(request, forwards), step_s, outside_s, step_s, outside_s)
         learned.step_s += WEIGHT * (step_s - learned.step_s)
         learned.outside_s += WEIGHT * (outside_s - learned.outside_s)
+        learned.least_step_s = min(learned.least_step_s, step_s)
+        learned.least_outside_s = min(learned.least_outside_s, outside_s)
+        learned.requests += 1
         self._learned[key] = learned
         if len(self._learned) > SHAPES_KEPT:
             del self._learned[next(iter(self._learned))]
@@ -91,6 +187,15 @@ class CostModel:
     def mean_request_s(self) -> float | None:
         """Seconds of a typical request, averaged over the last twenty or so; None before the first."""
         return self._typical_s if self._requests else None
+
+    def costs(self, pipeline: str) -> Costs:
+        """What was learned, for those who have no gang yet."""
+        ratio = self._steps_per_asked
+        known = []
+        for (shape, n, forwards), each in self._learned.items():
+            usual, least = (each.step_s * ratio, each.outside_s), (each.least_step_s * ratio, each.least_outside_s)
+            known.append(Cost(*shape, n, forwards, *usual, *least, each.requests))
+        return Costs(pipeline, tuple(known))
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

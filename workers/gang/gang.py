@@ -151,7 +151,7 @@ class Gang:
         ).as_stats()
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve for its routers: a `GangBacklog`, and under `now` what people see of the gang."""
+        """Called by Serve for its routers: a `GangBacklog`, `Costs`, and under `now` what people see of the gang."""
         backlog = GangBacklog(
             backlog_s=self._remaining_s(),
             reported_at=time.time(),
@@ -169,7 +169,8 @@ class Gang:
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
             "startup_s": round(self._startup_s(), 3),
         }
-        return backlog.as_stats() | {"now": now}
+        costs = self._costs.costs(self._started.family.pipeline)
+        return backlog.as_stats() | {"costs": costs.as_stats(), "now": now}
 
     @property
     def _started(self) -> Setup:
