@@ -22,6 +22,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     tensor_parallel.py  the tensor plan at work: parts of layers, summed over the ranks
     lora.py           LoRA adapters beside the linear layers, shared like them, switched without merging
     cfg_parallel.py   the branches of guidance on separate groups of ranks
+    batched_guidance.py  the branches of guidance as one batch
     tile_parallel.py  the tiles of a VAE's decode shared among all ranks
     collectives.py    every data-moving collective call in the package
     probe.py          tries every group once, before it is trusted

@@ -136,6 +136,23 @@ class FusedGelu:
 
 
 @dataclass(frozen=True)
+class GuidanceBatch:
+    """The branches of guidance may be one batch of a forward: they differ in their prompts only.
+
+    Applied by `sp_core.batched_guidance`, where no branch then needs a mask.
+
+    Attributes:
+        prompt: the parameter of the forward that takes them: one tensor `(B, S, D)`, or a list of B tensors `(S, D)`.
+        per_sample: its parameters that have an entry for each sample, alike in all branches: tensors and lists.
+        pads_to: the model itself pads each prompt to a multiple of so many tokens, with tokens that take part.
+    """
+
+    prompt: str
+    per_sample: tuple[str, ...]
+    pads_to: int = 1
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """How one family of transformers is parallelized.
 
@@ -153,6 +170,7 @@ class ModelFamily:
             dispatch. All of that attention must be over the region's own tokens.
         refused_processors: class names of processors that would be silently wrong, with the reason.
         replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
+        guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
         refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
         examples: what the family is proved with, by the name of the variant.
     """
@@ -165,6 +183,7 @@ class ModelFamily:
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
     replacements: tuple[RealRotation | SharedModulation | FusedGelu, ...] = ()
+    guidance_batch: GuidanceBatch | None = None
     refused: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Callable
 from typing import Any
 
-from sp_core.models.family import Example, FusedGelu, ModelFamily, RealRotation, SharedModulation, Tokens
+from sp_core.models.family import Example, FusedGelu, GuidanceBatch, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Rowwise
 
@@ -95,6 +95,7 @@ QWEN_IMAGE = ModelFamily(
             unless=("zero_cond_t", "use_additional_t_cond"),  # two timesteps; what kind of layer a picture is
         ),
     ),
+    guidance_batch=GuidanceBatch("encoder_hidden_states", ("hidden_states", "timestep", "img_shapes")),
     examples={
         "qwen-image": _example(_inputs),
         "qwen-image edit": _example(_edit_inputs, zero_cond_t=True),

@@ -15,7 +15,7 @@ Peculiarities:
 from collections.abc import Mapping
 from typing import Any
 
-from sp_core.models.family import Example, FusedGelu, ModelFamily, Tokens
+from sp_core.models.family import Example, FusedGelu, GuidanceBatch, ModelFamily, Tokens
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     SequenceParallelCompanion,
@@ -101,6 +101,7 @@ WAN = ModelFamily(
     tp_plan=_tp_plan,
     local_attention=("*.attn2",),
     replacements=(FusedGelu(("*blocks.*.ffn.net.0",)),),
+    guidance_batch=GuidanceBatch("encoder_hidden_states", ("hidden_states", "timestep")),
     examples={
         "wan": Example("WanTransformer3DModel", _TINY, _inputs, _GAINS),
         "wan per token": Example("WanTransformer3DModel", _TINY, _per_token_inputs, _GAINS),

@@ -11,7 +11,7 @@ Peculiarities:
 
 from typing import Any
 
-from sp_core.models.family import Example, ModelFamily, RealRotation, SharedModulation, Tokens
+from sp_core.models.family import Example, GuidanceBatch, ModelFamily, RealRotation, SharedModulation, Tokens
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
 from sp_core.tp_plan import Colwise, Heads, Rowwise
 
@@ -57,6 +57,7 @@ Z_IMAGE = ModelFamily(
         RealRotation("rope_embedder", "freqs_cis", "ZSingleStreamAttnProcessor", norms=(("norm_q", 0), ("norm_k", 0))),
         SharedModulation("t_embedder", ("*.adaLN_modulation",), across_ranks=False),  # of 256 features: soon read
     ),
+    guidance_batch=GuidanceBatch("cap_feats", ("x", "t"), pads_to=32),
     examples={
         "z-image": Example(
             "ZImageTransformer2DModel",

@@ -34,6 +34,9 @@ from tests.benchmarks.sp_vs_diffusers import SHAPES, seeded
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
+Times = list[float]
+"""Milliseconds of each call."""
+
 
 def main() -> None:
     """Run the benchmark and print its table."""
@@ -129,31 +132,44 @@ def rotation(name: str, tokens: int, compiles: bool) -> Pair:
     return lambda: plain(**inputs, return_dict=False), lambda: replaced(**inputs, return_dict=False)
 
 
-def report(what: str, before: list[float], after: list[float]) -> None:
+def report(what: str, before: Times, after: Times) -> None:
     """Print the row of one comparison."""
     ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
     columns = (f"{statistics.median(each):>8.2f} {middle_half(each):>17}" for each in (before, after))
     print(f"{what:<36} {' '.join(columns)} {ratio:>13.3f}", flush=True)
 
 
-def in_turns(pair: Pair, turns: int, device: str) -> tuple[list[float], list[float]]:
-    """Milliseconds of each call of both; the first two turns warm up."""
+def in_turns(
+    pair: Pair, turns: int, device: str, clock: bool = False, before: Callable[[], Any] | None = None
+) -> tuple[Times, Times]:
+    """Milliseconds of each call of both; the first two turns warm up.
+
+    Args:
+        pair: the two calls.
+        turns: how often each is measured.
+        device: where they compute.
+        clock: on CPU too, time is that of the clock.
+        before: called ahead of each, and not measured.
+    """
     shuffled = random.Random(0)
-    found: tuple[list[float], list[float]] = ([], [])
+    found: tuple[Times, Times] = ([], [])
     for turn in range(turns + 2):
         for which in shuffled.sample((0, 1), 2):
-            took = milliseconds(pair[which], device)
+            if before:
+                before()
+            took = milliseconds(pair[which], device, clock)
             if turn >= 2:
                 found[which].append(took)
     return found
 
 
-def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """Of the processor on CPU; of the clock until the device is done elsewhere."""
+def milliseconds(call: Callable[[], Any], device: str, clock: bool = False) -> float:
+    """Of the processor on CPU, unless the clock is asked for; of the clock until the device is done elsewhere."""
     if device == "cpu":
-        began = time.process_time()
+        now = time.perf_counter if clock else time.process_time
+        began = now()
         call()
-        return (time.process_time() - began) * 1e3
+        return (now() - began) * 1e3
     torch.cuda.synchronize()
     began = time.perf_counter()
     call()
@@ -161,7 +177,7 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def middle_half(times: list[float]) -> str:
+def middle_half(times: Times) -> str:
     """Between the quartiles."""
     first, _, third = statistics.quantiles(times, n=4)
     return f"{first:.2f} - {third:.2f}"

@@ -55,11 +55,12 @@ _SILENT = {"recv_", "barrier", "wait_tensor", "_wrap_tensor_autograd"}
 
 
 class Meter(TorchDispatchMode):
-    """Counts in `sent` what this rank sends inside the block; raises at a call that it cannot count."""
+    """Counts in `sent` what this rank sends inside the block, and the calls; raises at one that it cannot count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: Bytes = Counter()
+        self.calls = 0
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, dist.tensor.DTensor) for kind in types):
@@ -88,6 +89,7 @@ class Meter(TorchDispatchMode):
             kind, elements = "gather", Fraction((group.size() - 1) * tensor.numel())
         else:
             raise NotImplementedError(f"the traffic of {name} is not counted; say here what it sends")
+        self.calls += 1
         self.sent[kind if tensor.is_floating_point() else "integers"] += elements * tensor.element_size()
 
 
