@@ -6,7 +6,8 @@ takes twice as much.
 
 The phases of a request follow one another, so the largest counts: a forward of the transformer, or the VAE's decode.
 Text encoders see some hundred tokens and stay below both. A forward evaluates one branch of guidance at a time,
-also where groups of ranks divide the branches, so `cfg_parallel_size` changes nothing here.
+also where groups of ranks divide the branches, so `cfg_parallel_size` changes nothing here. `batch_guidance` puts both
+into one: always, or where that takes no more than the largest request takes anyway.
 """
 
 import math
@@ -26,6 +27,11 @@ TOKEN_SIDE = 16
 TOKEN_FRAMES = 4
 """The video VAEs make one latent frame of this many frames, except for the first frame."""
 
+
+BATCHED_TOKENS = 256
+"""Tokens of all latents of a request on a rank up to which `batch_guidance: auto` puts both branches into one forward.
+On a CPU that saves time below it, and none above. A GPU reads weights for longer than it computes with them up to about
+as many; nobody has measured it there."""
 
 LESS = 0.9
 """The formula may be below the truth for a request that did not fit; one that needs this much of it is smaller."""
@@ -73,16 +79,46 @@ def activation_bytes(model: ModelSpec, folder: Path, request: Request) -> int | 
         folder: its files; only the configs of the transformer and the VAE are read.
         request: its size.
     """
+    phases = _phases(model, folder, request)
+    if phases is None:
+        return None
+    forward, decode = phases
+    return math.ceil(max(forward if why_two_forwards(model, folder, request) else 2 * forward, decode))
+
+
+def why_two_forwards(model: ModelSpec, folder: Path, request: Request) -> str:
+    """Why the branches of guidance of a request of this size take a forward each; empty: they share one.
+
+    Whether they can is for their prompts to say as well. The same on all ranks, which have the same model.
+    """
+    if model.parallel.cfg_parallel_size > 1:
+        return "each branch has ranks of its own"
+    if find_family(folder).guided_above is None:
+        return "the model evaluates one branch"
+    if model.batch_guidance != "auto":
+        return "" if model.batch_guidance else "batch_guidance is false"
+    tokens = request.n * _latent_tokens(model, request)
+    if tokens > BATCHED_TOKENS:
+        return f"a rank has {tokens} tokens, above {BATCHED_TOKENS}"
+    own, largest = (_phases(model, folder, each) for each in (request, largest_request(model, folder)))
+    if own is None or largest is None:
+        return "nobody has measured what both would need at once"
+    if 2 * own[0] > max(largest):
+        return "both at once would need more memory than the largest request that the limits allow"
+    return ""
+
+
+def _phases(model: ModelSpec, folder: Path, request: Request) -> tuple[float, float] | None:
+    """Bytes of the forward of one branch, and of the decode; None if a class of the model was not measured."""
     transformer = read_config(folder / "transformer" / "config.json")
     vae = read_config(folder / "vae" / "config.json")
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:
         return None
-    phases = (
+    return (
         _width_of(model.torch_dtype) * _forward_bytes(forward, model, transformer, request),
         _width_of(component_dtype(model, folder, "vae")) * _decode_bytes(decode, model, vae, request),
     )
-    return math.ceil(max(phases))
 
 
 def _width_of(dtype: str) -> int:
@@ -122,9 +158,7 @@ def _smaller(request: Request, model: ModelSpec) -> Iterator[Request]:
 
 def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:
     degrees = model.parallel
-    latent_frames = 1 + math.ceil((request.frames - 1) / TOKEN_FRAMES)
-    picture = math.ceil(request.width / TOKEN_SIDE) * math.ceil(request.height / TOKEN_SIDE) * latent_frames
-    tokens = request.n * math.ceil((picture + measured.text) / degrees.sequence_parallel_size)
+    tokens = request.n * _latent_tokens(model, request, measured.text)
     per_token = measured.alone
     if degrees.ulysses_degree > 1:
         per_token = max(per_token, measured.ulysses)
@@ -134,6 +168,13 @@ def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str
     heads, features = config.get("num_attention_heads"), config.get("attention_head_dim")
     width = config.get("dim") or (heads * features if heads and features else measured.width)
     return float(tokens * kept * width / measured.width)
+
+
+def _latent_tokens(model: ModelSpec, request: Request, text: int = 0) -> int:
+    """A rank's share of the tokens of one picture or video, and of so many of text."""
+    latent_frames = 1 + math.ceil((request.frames - 1) / TOKEN_FRAMES)
+    picture = math.ceil(request.width / TOKEN_SIDE) * math.ceil(request.height / TOKEN_SIDE) * latent_frames
+    return math.ceil((picture + text) / model.parallel.sequence_parallel_size)
 
 
 def _decode_bytes(measured: DecodeBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:

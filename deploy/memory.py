@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from deploy.activations import activation_bytes, largest_request
+from deploy.activations import activation_bytes, largest_request, why_two_forwards
 from deploy.families.lookup import component_dtype, kept_in_fp32
 from deploy.model_folder import component_folders, read_config
 from deploy.safetensors_headers import read_header, read_headers
@@ -106,7 +106,7 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
     return RankMemory(
         weights=weight_bytes(model, folder),
         activations=activation_bytes(model, folder, request),
-        request=str(request),
+        request=str(request) + ("" if why_two_forwards(model, folder, request) else ", both branches of guidance"),
         reserve=CUDA_RESERVE if model.device == "cuda" else 0,
         graphs=model.cuda_graphs,
     )
@@ -173,6 +173,10 @@ def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None
         ValueError: see `rank_memory`.
     """
     changes = []
+    if model.batch_guidance is True:
+        needed = rank_memory(model.model_copy(update={"batch_guidance": "auto"}), folder)
+        if needed.total <= memory:
+            changes.append(f"batch_guidance auto ({format_bytes(needed.total)})")
     for degrees in _layouts(model, num_heads, ffn_dim):
         needed = rank_memory(model.model_copy(update={"parallel": degrees}), folder)
         if needed.total <= memory:

@@ -196,6 +196,11 @@ class ModelSpec(_Section):
     vae_tiling_above: int = Field(
         2048 * 2048, ge=0, description="width x height x frames above which the VAE decodes in tiles"
     )
+    batch_guidance: bool | Literal["auto"] = Field(
+        "auto",
+        description="both branches of guidance in one forward where their prompts are of one length: true, false, or "
+        "auto, which does it for small requests",
+    )
     loras: tuple[LoRA, ...] = Field((), description="adapters that requests may name")
     plan: Symbol | None = Field(
         None, description="package.module:NAME of a sequence-parallel plan; absent: spray's own for the class"
@@ -260,6 +265,16 @@ class ModelSpec(_Section):
         for reason, holds in reasons.items():
             if self.cuda_graphs and holds:
                 raise ValueError(f"cuda_graphs is true, but {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_are_batched_or_on_groups(self) -> Self:
+        groups = self.parallel.cfg_parallel_size
+        if self.batch_guidance is True and groups > 1:
+            raise ValueError(
+                f"batch_guidance is true, but parallel.cfg_parallel_size is {groups}, which gives each branch ranks of "
+                "its own; leave one of them out"
+            )
         return self
 
     @field_validator("loras")

@@ -173,6 +173,8 @@ class RankStatus:
         total_steps: all steps of that request; 0 until its scheduler has set them. A scheduler of second order takes
             more than `num_inference_steps`.
         kernel: what computes attention; empty until the model is loaded.
+        guidance: how the latest guided request evaluated its branches: in one forward, or in two and why; empty: there
+            was none yet.
     """
 
     rank: int
@@ -185,3 +187,4 @@ class RankStatus:
     step: int
     total_steps: int = 0
     kernel: str = ""
+    guidance: str = ""

@@ -63,7 +63,9 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         gang._setup = Setup(spec, adapters, FAMILY, None, context, {}, metrics)
         adapters.want((INK,))
         ranks = SimpleNamespace(
-            statuses=[SimpleNamespace(phase="denoise", step=3, total_steps=4, pid=7, kernel="fast")],
+            statuses=[
+                SimpleNamespace(phase="denoise", step=3, total_steps=4, pid=7, kernel="fast", guidance="one forward")
+            ],
             startup_s=1.0,
             set_loras=refuse,
             answering=False,
@@ -86,7 +88,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
 
     lost, back = asyncio.run(story())
     assert (lost["phase"], lost["pids"], lost["kernel"]) == ("starting", [], "")
-    assert back["kernel"] == "fast"
+    assert (back["kernel"], back["guidance"]) == ("fast", "one forward")
     assert lost["trouble"] == "a gang has lost its ranks, new ones start"
     assert (back["pids"], back["trouble"]) == ([7], "the adapters cannot be changed: no such file")
     assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1
@@ -103,7 +105,7 @@ class FakeRanks:
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
-        self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="")]
+        self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="", guidance="")]
         self.has_answered = False
         self.finish, self.has_room = asyncio.Event(), asyncio.Event()
         self.has_room.set()

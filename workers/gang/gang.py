@@ -161,10 +161,12 @@ class Gang:
             replacing=self._replacing,
             busy=self._running is not None,
         )
+        ranks = self._ranks.statuses if self._ranks and not self._replacing else []
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
-            "pids": [status.pid for status in self._ranks.statuses] if self._ranks and not self._replacing else [],
-            "kernel": self._ranks.statuses[0].kernel if self._ranks and not self._replacing else "",
+            "pids": [status.pid for status in ranks],
+            "kernel": ranks[0].kernel if ranks else "",
+            "guidance": ranks[0].guidance if ranks else "",
             **self._progress()._asdict(),
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
             "startup_s": round(self._startup_s(), 3),

@@ -70,6 +70,7 @@ class Rank:
         self._encoding = Encoding()
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
+        self._guidance = ""
         self._ahead = int(model.device == "cuda")  # steps that are queued before the host waits; a CPU queues nothing
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
         self._compiler = Compiler(model, compiled_folder, self._device)
@@ -246,6 +247,7 @@ class Rank:
             step=self._step,
             total_steps=self._total_steps,
             kernel=in_use(self._device) if self._usable else "",
+            guidance=self._guidance,
         )
 
     def renumber(self, replica: str) -> None:
@@ -292,6 +294,7 @@ class Rank:
             broken = None if end.finite else FloatingPointError(f"the latents are not finite after {after}")
             self._boundary.cross(self._loaded.mesh, denoising.request, broken)
             self._step = end.step
+            self._guidance = str(denoising.guidance) or self._guidance
             yield end.seconds
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:

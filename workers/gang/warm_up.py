@@ -2,8 +2,10 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from deploy.activations import Request, why_two_forwards
 from deploy.families.lookup import find_family
 from deploy.spec import ModelSpec
 from workers.messages import GenerationRequest
@@ -18,13 +20,16 @@ PROMPTS = ("warm", "warm up " * 8)
 def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()) -> Iterator[GenerationRequest]:
     """Each of the model's `warmup_shapes` with each of the prompts.
 
+    Where both branches of guidance may share a forward, they do in one, and there is one branch in another: to a
+    compiler, these are two shapes.
+
     Args:
         model: whose `source` is a folder of this node.
         loras: adapters by name, each with its scale.
     """
     kind = find_family(Path(model.source))
     for shape, prompt in itertools.product(model.warmup_shapes, PROMPTS):
-        yield GenerationRequest(
+        request = GenerationRequest(
             request_id="warm-up",
             model=model.name,
             prompt=prompt,
@@ -37,3 +42,9 @@ def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()
             seed=0,
             output_format="mp4" if kind.makes == "video" else "png",
         )
+        size = Request(shape.width, shape.height, shape.num_frames, request.n)
+        if kind.guided_above is None or why_two_forwards(model, Path(model.source), size):
+            yield request
+        else:
+            yield replace(request, guidance_scale=kind.guided_above)
+            yield replace(request, guidance_scale=kind.guided_above + 1.0, negative_prompt=prompt)

@@ -9,6 +9,7 @@ torch_internals.py      what torch keeps private
 out_of_tree.py          what a deployment names as package.module:NAME: a transformer's class, its plan
 adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step; workflow.py the blocks that it runs
+guidance.py             whether its branches share a forward, take one each, or ranks of their own
 step_ends.py            when steps end on the device, and whether their latents are finite
 picture_shares.py       several pictures, each decoded on one rank
 truncation.py           notices prompts that are longer than what is read

@@ -20,13 +20,13 @@ import torch
 from diffusers.modular_pipelines import BlockState, PipelineState
 
 from sp_core import collectives
-from sp_core.cfg_parallel import ParallelGuider
 from sp_core.shared_modulation import same_timestep
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.flow_shift import shifted
+from workers.model.guidance import Guidance
 from workers.model.loader import LoadedModel, encodes_here
 from workers.model.picture_shares import decode_shared
 from workers.model.step_ends import StepEnd, StepEnds
@@ -39,11 +39,15 @@ class Denoising:
 
     It owns its scheduler and guiders: a pipeline has one of each, and two requests on one scheduler break each other.
     Where groups of ranks compute the branches of guidance, a request without guidance has its pictures divided among
-    the groups instead.
+    the groups instead. On one group the branches share a forward, if the deployment and the prompts allow it.
 
     Args:
         loaded: the model, shared by all requests.
         request: what to draw.
+
+    Attributes:
+        request: what to draw.
+        guidance: how its branches are evaluated.
 
     Raises:
         InvalidParameter: the model cannot do what was asked for.
@@ -59,6 +63,8 @@ class Denoising:
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
         self._guided = self._adapter.guided(request)
+        transformers = [part for name, part in pipeline.components.items() if name in loaded.adapters]
+        self.guidance = Guidance(model, request, transformers, self._cfg, self._guided)
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
@@ -231,8 +237,7 @@ class Denoising:
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():
-            parallel = self._guided and self._cfg.size > 1
-            setattr(self._pipeline, name, ParallelGuider(guider, self._cfg) if parallel else guider)
+            setattr(self._pipeline, name, self.guidance.arranged(guider))
 
     def _inputs(self) -> dict[str, Any]:
         """The values that the pipeline starts from; they decide which blocks run."""

@@ -23,6 +23,7 @@ from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.digests import verify_lora
+from workers.model.guidance import why_not_batched
 from workers.model.lora import fit, read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import build, load_transformer
@@ -92,12 +93,16 @@ def load_model(
 
     Raises:
         ValueError: the layout does not fit the model, the folder's pipeline cannot be run step by step, an adapter
-            does not fit, or what `plan` or `transformer_class` names cannot be used.
+            does not fit, what `plan` or `transformer_class` names cannot be used, or the branches of guidance cannot
+            be one batch and must be.
         OSError: an adapter's file is missing.
     """
     pipeline = _load_pipeline(model, mesh, on_progress)
     adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
     loaded = LoadedModel(model, mesh, pipeline, adapters).with_loras(model.loras)
+    reason = why_not_batched(part for name, part in pipeline.components.items() if name in adapters)
+    if model.batch_guidance is True and reason:
+        raise ValueError(f"batch_guidance is true, but {reason}; leave it out")
     loaded.use_loras()
     return loaded
 
