@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.guiders import BaseGuidance
 from torch import nn
 
+from sp_core import diffusers_private
 from sp_core.models.family import GuidanceBatch
 from sp_core.models.lookup import find_family
 
@@ -97,9 +97,8 @@ class BatchedGuider:
         return [type(first)(**first.as_dict() | {self._batch.prompt: whole})]
 
     def _why_apart(self, branches: list[Any]) -> str:
-        kind = type(self._guider)
-        if (kind.prepare_models, kind.cleanup_models) != (BaseGuidance.prepare_models, BaseGuidance.cleanup_models):
-            return f"{kind.__name__} changes the model for each branch"
+        if diffusers_private.changes_model(self._guider):
+            return f"{type(self._guider).__name__} changes the model for each branch"
         for name, value in ((name, value) for branch in branches for name, value in branch.as_dict().items()):
             if name != self._batch.prompt and isinstance(value, torch.Tensor | list | tuple):
                 return f"each branch has {name} besides its prompt"  # a mask, say

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from diffusers.guiders import BaseGuidance
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
@@ -127,3 +128,10 @@ def packed_rows(layer: nn.Module) -> tuple[int, ...]:
 def set_branch(guider: Any, branch: int) -> None:
     """Tell a guider which branch its next `prepare_models` is for; by itself it counts them."""
     guider._count_prepared = branch
+
+
+def changes_model(guider: Any) -> bool:
+    """Whether a guider does something to the model before and after each branch, such as skipping layers."""
+    kind = type(guider)
+    own = kind.prepare_models, kind.cleanup_models
+    return own != (BaseGuidance.prepare_models, BaseGuidance.cleanup_models)

@@ -13,8 +13,9 @@ keeps its share of the values, and reads no weights again for a schedule that it
         model(**prompted)
         model(**unprompted)    # its layers return what the first forward has computed
 
-Keeping is by value, not by request, so requests may take steps in turns. A product of all steps at once would save the
-first request, too, but not give the same bits, and it needs each model's way from a timestep to its embedding.
+Keeping is by value, not by request, so requests may take steps in turns; one row serves any batch. A product of all
+steps at once would save the first request, too, but not give the same bits, and it needs each model's way from a
+timestep to its embedding.
 
 The layers' own forward computes the values, so adapters and parallel layers do their part. Whole layers are shared out,
 not rows: a stacked weight would need all of them twice. Declared as `SharedModulation` in a family's file, called by
@@ -201,7 +202,7 @@ class _Modulations:
         values: dict[int, torch.Tensor] = {}
         for dealt, row in zip(self._dealt, packed.chunk(len(self._dealt)), strict=True):
             widths = [self._widths[i] for i in dealt]
-            made = row.split([*widths, row.shape[1] - sum(widths)], dim=1)
+            made = row.expand(len(embedding), -1).split([*widths, row.shape[1] - sum(widths)], dim=1)
             values.update(zip(dealt, made, strict=False))  # the last is padding
         return [values[i] for i in range(len(self._layers))]
 
@@ -213,9 +214,10 @@ class _Modulations:
         return torch.cat([*(self._layers[i](given) for i in self._mine), given.new_zeros(len(given), missing)], dim=1)
 
     def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
-        key = (timestep, embedding.shape, embedding.dtype, embedding.device)
+        """One row, which is that of all samples: they have the same timestep, and it is kept once for any batch."""
+        key = (timestep, embedding.shape[1:], embedding.dtype, embedding.device)
         if key not in self._kept:
-            self._kept[key] = self._own(embedding)
+            self._kept[key] = self._own(embedding[:1])
             self._kept_bytes += self._kept[key].nbytes
         self._kept.move_to_end(key)
         while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:

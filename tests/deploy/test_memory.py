@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.activations import Request, activation_bytes, largest_fitting, largest_request
+from deploy.activations import (
+    BATCHED_TOKENS,
+    Request,
+    activation_bytes,
+    largest_fitting,
+    largest_request,
+    why_two_forwards,
+)
 from deploy.families.family import DecodeBytes, ForwardBytes
 from deploy.families.lookup import decode_bytes, families, forward_bytes
 from deploy.memory import GIB, format_bytes, parse_memory, rank_memory, weight_bytes, what_fits
@@ -133,6 +140,45 @@ def test_a_forward_of_a_video_counts_latent_frames(tmp_path: Path, monkeypatch: 
     folder = a_model(tmp_path, "WanTransformer3DModel")
     found = forward_alone(folder, monkeypatch, Request(832, 480, 81, 1))
     assert found == 52 * 30 * 21 * measured_forward("WanTransformer3DModel").alone
+
+
+def test_both_branches_in_one_forward_need_twice_as_much(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.activations.decode_bytes", lambda kind: DecodeBytes(96, 0, 0, 0, 0))
+    needed = {}
+    for batched in (True, False, "auto"):
+        spec = model(demo_model).model_copy(update={"batch_guidance": batched})
+        found = rank_memory(spec, demo_model)
+        assert ("both branches" in str(found)) == (batched is True)
+        needed[batched] = found.activations or 0
+    assert needed[True] == 2 * needed[False] > 0
+    assert needed["auto"] == needed[False]
+    together = model(demo_model).model_copy(update={"batch_guidance": True})
+    memory = rank_memory(together, demo_model).total - 1
+    assert what_fits(together, demo_model, memory, 12, None)[0].startswith("batch_guidance auto (")
+
+
+def test_auto_takes_no_memory_that_the_limits_did_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_model(tmp_path)
+    few = Request(256, 256, 1, 1)
+    assert why_two_forwards(spec_of(folder), folder, few) == ""
+    limits = Limits(max_width=256, max_height=256, max_n=1)
+    tight = spec_of(folder).model_copy(update={"limits": limits})
+    with_decode = activation_bytes(tight, folder, few)
+    assert with_decode == activation_bytes(tight.model_copy(update={"batch_guidance": False}), folder, few)
+    monkeypatch.setattr("deploy.activations.decode_bytes", lambda kind: DecodeBytes(96, 0, 0, 0, 0))
+    assert "more memory than the largest request" in why_two_forwards(tight, folder, few)
+    assert activation_bytes(tight, folder, few) == 768 * measured_forward("QwenImageTransformer2DModel").alone
+
+
+def test_auto_is_for_few_tokens_of_a_rank(tmp_path: Path) -> None:
+    folder = a_model(tmp_path)
+    assert BATCHED_TOKENS == 256
+    assert why_two_forwards(spec_of(folder), folder, Request(256, 272, 1, 1)) == "a rank has 272 tokens, above 256"
+    assert why_two_forwards(spec_of(folder), folder, Request(256, 256, 1, 2)) == "a rank has 512 tokens, above 256"
+    assert why_two_forwards(spec_of(folder, ulysses_degree=2), folder, Request(256, 256, 1, 2)) == ""
+    assert "of its own" in why_two_forwards(spec_of(folder, cfg_parallel_size=2), folder, Request(64, 64, 1, 1))
+    unknown = a_model(tmp_path / "unknown", "ATransformerThatNobodyMeasured")
+    assert "nobody has measured" in why_two_forwards(spec_of(unknown), unknown, Request(64, 64, 1, 1))
 
 
 def test_a_decode_in_tiles_needs_less(tmp_path: Path) -> None:

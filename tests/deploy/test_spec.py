@@ -55,6 +55,11 @@ COMPILED: dict[str, Any] = {"compile": True, "warmup_shapes": [{"width": 64, "he
         (a_model(limits={"max_width": 512}), "defaults.width is 1024, above limits.max_width, 512"),
         (a_model(defaults={"height": 100}), "defaults.height is 100, not a multiple of 16"),
         (a_model(compile=True), "compile needs warmup_shapes, or the first callers would wait"),
+        (
+            a_model(batch_guidance=True, parallel={"cfg_parallel_size": 2}),
+            "batch_guidance is true, but parallel.cfg_parallel_size is 2, which gives each branch ranks of its own",
+        ),
+        (a_model(batch_guidance="always"), "batch_guidance"),
         (a_model(cuda_graphs=True, device="cuda"), "cuda_graphs is true, but compile is false; set it"),
         (a_model(cuda_graphs=True, **COMPILED | {"device": "cpu"}), "but device is cpu; leave cuda_graphs out"),
         (
@@ -165,6 +170,13 @@ def test_layouts_that_a_family_cannot_run(
     stub_model(tmp_path / "model", pipeline, **({"num_attention_heads": 12} | config))
     file = write(tmp_path, a_model(parallel=parallel, placement={"cpus_per_rank": 0.1}))
     with pytest.raises(SpecError, match=says):
+        check_deployment(load_spec(file), DEVICES)
+
+
+def test_a_model_of_one_branch_has_none_to_batch(tmp_path: Path) -> None:
+    stub_model(tmp_path / "model", "FluxPipeline", num_attention_heads=12)
+    file = write(tmp_path, a_model(batch_guidance=True))
+    with pytest.raises(SpecError, match="a: batch_guidance is true, but the model evaluates only one branch"):
         check_deployment(load_spec(file), DEVICES)
 
 

@@ -63,6 +63,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "compile": (True, "upgrade", "compile False -> True"),
     "cuda_graphs": (True, "upgrade", "cuda_graphs False -> True"),
     "warmup_shapes": ((WarmupShape(width=64, height=64),), "upgrade", "warmup_shapes"),
+    "batch_guidance": (False, "upgrade", "batch_guidance auto -> False"),
     "text_encoder": ("replicate", "upgrade", "text_encoder rank0 -> replicate"),
     "vae": ("rank0", "upgrade", "vae all -> rank0"),
     "vae_tiling_above": (0, "upgrade", "vae_tiling_above 4194304 -> 0"),

@@ -78,15 +78,28 @@ def test_what_was_used_least_recently_is_not_kept(monkeypatch: pytest.MonkeyPatc
         assert len(calls) == computed * products, timestep
 
 
-def test_other_shapes_and_gradients_are_not_mixed_up_with_what_is_kept() -> None:
+def test_what_is_kept_is_one_row_for_any_batch() -> None:
+    """Pictures of one request, and both branches of guidance in one forward, have one timestep."""
+    name, products = "qwen-image", MODULATED["qwen-image"]
+    model: Any = examples.TINY[name].build()
+    given = {batch: examples.inputs(name, "uneven", "none", batch) for batch in (1, 2)}
+    with torch.no_grad():
+        expected = {batch: model(**inputs)[0] for batch, inputs in given.items()}
+    parallelize(model, one_rank())
+    calls = count_products(model)
+    for batch in (1, 2, 1):
+        with torch.no_grad(), same_timestep(0.5):
+            found = model(**given[batch])[0]
+        assert error(found, expected[batch]) <= BAR
+        assert len(calls) == products
+
+
+def test_gradients_are_not_mixed_up_with_what_is_kept() -> None:
     name, products = "qwen-image", MODULATED["qwen-image"]
     model: Any = examples.TINY[name].build()
     parallelize(model, one_rank())
     calls = count_products(model)
-    for batch, computed in ((1, 1), (2, 2), (1, 2)):
-        with torch.no_grad(), same_timestep(0.5):
-            model(**examples.inputs(name, "uneven", "none", batch))
-        assert len(calls) == computed * products
+    at(model, name, 0.5)
     for _ in range(2):
         calls.clear()
         with same_timestep(0.5):

@@ -26,6 +26,7 @@ FIRST = GenerationRequest("a", "demo", "a cup of coffee on a table", width=64, h
 REQUESTS = [
     FIRST,
     replace(FIRST, prompt="x", negative_prompt="a long list of things that nobody wants to see"),
+    replace(FIRST, prompt="both branches are one batch", negative_prompt="if their length is the same"),
     replace(FIRST, prompt="a much longer prompt than any before, with many words in it", negative_prompt=""),
     replace(FIRST, prompt="a prompt of yet another length", loras=(("ink", 0.5),)),
 ]
