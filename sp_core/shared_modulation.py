@@ -64,7 +64,8 @@ def same_timestep(timestep: float | None = None) -> Iterator[None]:
     A step inside a step is one of its own.
 
     Args:
-        timestep: it, if its values may be kept for other steps: no adapter is active, and no weight will change.
+        timestep: it, of all samples, if its values may be kept for other steps: no adapter is active, and no weight
+            will change.
     """
     token = _step.set(_Step(timestep))
     try:

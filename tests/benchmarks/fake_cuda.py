@@ -13,10 +13,13 @@ blocks, it is one of each. Of the first rank, which never has less to do than ot
     attention       calls of each kernel: cudnn is a fast one, efficient is slower and takes masks
     waits           of the host for the device, in one whole forward: each empties the queue of kernels
 
-A second table has the waits of whole requests, a step and its scheduler included, of the demo models on two ranks.
+A second table has a layer of a guided step whose branches take a forward each, and of one whose branches share one
+(`batch_guidance`): kernels, and how often and how much is sent. A third has the waits of whole requests, a step and its
+scheduler included, of the demo models on two ranks.
 """
 
 import argparse
+import itertools
 import os
 import tempfile
 from collections import Counter
@@ -32,9 +35,12 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
 from tests.support.fake_cuda.families import FULL_WIDTH
-from tests.support.fake_cuda.forward import Watched, watch_forward
+from tests.support.fake_cuda.forward import Run, Watched, batched, guided, watch_forward
 from tests.support.fake_cuda.request import REQUESTS, draw_on_pretended_cuda
 from workers.demo_models.writer import write_demo_model
+
+GUIDED = ("qwen-image", "z-image", "wan")
+"""Families whose branches may share a forward, with prompts of one length."""
 
 LAYOUTS = {
     "1": ParallelDegrees(),
@@ -65,6 +71,8 @@ def main() -> None:
         for layout in chosen.layouts.split(","):
             print(f"| {name} | {layout} | {' | '.join(of_a_layer(name, LAYOUTS[layout]))} |", flush=True)
     print()
+    print_guided([name for name in chosen.families.split(";") if name in GUIDED], chosen.layouts.split(","))
+    print()
     print_waits()
 
 
@@ -83,6 +91,30 @@ def of_a_layer(name: str, degrees: ParallelDegrees) -> list[str]:
         f"{(_sent(two) - _sent(one)) / 1e6:.1f}",
         ", ".join(f"{count} {kernel}" for kernel, count in sorted(attention.items())),
         f"{two.forward.waits.total()}",
+    ]
+
+
+def print_guided(names: list[str], layouts: list[str]) -> None:
+    """A layer of a guided step, by two forwards and by one."""
+    columns = "kernels a layer | exchanges a layer | sent MB a layer | attention a layer"
+    print(f"| family | layout | forwards a step | {columns} |")
+    print("|---|---|---|---|---|---|---|")
+    for name, layout in itertools.product(names, layouts):
+        for forwards, run in ((2, guided), (1, batched)):
+            found = " | ".join(of_a_guided_layer(name, LAYOUTS[layout], run))
+            print(f"| {name} | {layout} | {forwards} | {found} |", flush=True)
+
+
+def of_a_guided_layer(name: str, degrees: ParallelDegrees, run: Run) -> list[str]:
+    """The columns of one row."""
+    one, two = (watch_forward(FULL_WIDTH[name], degrees, rank=0, layers=layers, run=run) for layers in (1, 2))
+    sent = _sent(two) - _sent(one)
+    attention = two.forward.attention - one.forward.attention
+    return [
+        f"{two.forward.kernels.total() - one.forward.kernels.total()}",
+        f"{two.forward.exchanges.total() - one.forward.exchanges.total()}",
+        f"{sent / 1e6:.1f}",
+        ", ".join(f"{count} {kernel}" for kernel, count in sorted(attention.items())),
     ]
 
 

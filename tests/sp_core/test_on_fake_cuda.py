@@ -18,7 +18,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.models.lookup import families
 from sp_core.token_layout import TokenLayout
 from tests.support.fake_cuda.families import FULL_WIDTH
-from tests.support.fake_cuda.forward import Watched, guided, watch_forward
+from tests.support.fake_cuda.forward import Watched, batched, guided, watch_forward
 from tests.support.fake_cuda.guard import needs_guard
 from tests.support.fake_cuda.pretend import PretendCuda, pretended
 from tests.support.fake_cuda.seen import Seen
@@ -191,6 +191,18 @@ def test_groups_for_guidance_exchange_predictions_on_their_devices() -> None:
         assert reported(watched) == FINE
         assert watched.forward.exchanges == {"gather": 1}
         assert +watched.sent == EXPECTED["qwen-image"].sent(degrees, rank, forwards=2)
+
+
+@pytest.mark.parametrize("layout", ["u2", "u2r2"])
+@pytest.mark.parametrize("name", ["qwen-image", "z-image", "wan"])
+def test_both_branches_in_one_forward_send_as_much_in_half_as_many_calls(name: str, layout: str) -> None:
+    """And attend by the fast kernel, for no mask appears."""
+    expected, degrees = EXPECTED[name], LAYOUTS[layout]
+    watched = watch_forward(FULL_WIDTH[name], degrees, 0, run=batched)
+    assert reported(watched, expected.waits) == FINE
+    assert watched.forward.attention == expected.attention(degrees)
+    assert watched.forward.exchanges == expected.exchanges(degrees)
+    assert +watched.sent == expected.sent(degrees, 0, forwards=2)
 
 
 def test_text_shorter_than_the_ranks_leaves_attention_its_fast_kernel() -> None:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sp_core.batched_guidance import guidance_batch
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
@@ -29,7 +30,7 @@ from tests.support.fake_cuda.families import BF16, FullWidth
 from tests.support.fake_cuda.guard import register_guard
 from tests.support.fake_cuda.seen import Seen, device_tensors
 from tests.support.fake_cuda.world import device_groups, kernel_chosen, one_rank
-from tests.support.guided import guided_step
+from tests.support.guided import batched_step, guided_step
 from tests.support.traffic import Bytes, Meter
 from workers.model import weights
 
@@ -100,6 +101,15 @@ def guided(model: nn.Module, make_inputs: Callable[[], dict[str, Any]], mesh: Pa
     return guided_step(model, (make_inputs(), make_inputs()), mesh.axis("cfg"))
 
 
+def batched(model: nn.Module, make_inputs: Callable[[], dict[str, Any]], mesh: ParallelMesh) -> object:
+    """One guided step in one forward."""
+    batch, first = guidance_batch(model), make_inputs()
+    assert batch is not None
+    prediction, apart = batched_step(model, (first, first | {batch.prompt: make_inputs()[batch.prompt]}))
+    assert not apart, apart
+    return prediction
+
+
 def watch_forward(
     model: FullWidth,
     degrees: ParallelDegrees,
@@ -116,7 +126,7 @@ def watch_forward(
         degrees: the layout.
         rank: the rank.
         layers: of each kind.
-        run: what to run, `plain` or `guided`.
+        run: what to run: `plain`, `guided` or `batched`.
         kernel: the attention kernel that counts as the fastest, by its name in `sp_core.cuda_kernels`.
     """
     register_guard()
