@@ -167,6 +167,7 @@ ERRORS = {
     "RateLimited": (429, "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
     "UnsupportedMediaType": (415, "unsupported_media_type", "INVALID_ARGUMENT"),
     "ModelNotFound": (404, "model_not_found", "NOT_FOUND"),
+    "JobNotFound": (404, "job_not_found", "NOT_FOUND"),
     "RequestQuarantined": (422, "request_quarantined", "FAILED_PRECONDITION"),
     "QueueFull": (429, "queue_full", "RESOURCE_EXHAUSTED"),
     "RequestCancelled": (499, "cancelled", "CANCELLED"),
@@ -176,6 +177,7 @@ ERRORS = {
     "NotSupported": (501, "not_supported", "UNIMPLEMENTED"),
     "ShuttingDown": (503, "shutting_down", "UNAVAILABLE"),
     "ModelUnavailable": (503, "model_unavailable", "UNAVAILABLE"),
+    "JobsUnavailable": (503, "jobs_unavailable", "UNAVAILABLE"),
     "GangLost": (503, "worker_lost", "ABORTED"),
 }
 

@@ -7,6 +7,7 @@
     | | + BodyTimeout         ... or it came too slowly
     | + OutputNotFound        the picture or video at a URL is not kept, or not anymore
     | + ModelNotFound         no such model in this deployment
+    | + JobNotFound           no such job of this caller, or not anymore
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     | + Forbidden             a web page of another site may have sent it, or its URL is not what was signed
@@ -19,6 +20,7 @@
     | + QueueFull             ... when fewer requests wait for the model
     | + RateLimited           ... when the caller's API key may do more again
     + ModelUnavailable        no gang of the model can be started now; ask again later
+    + JobsUnavailable         the store of jobs does not answer, or cannot write; nothing is accepted meanwhile
     + DeadlineExceeded        its deadline has passed, or cannot be met
     + RequestFailed           every rank agrees that this request failed; the gang is sound and goes on
     | + OutOfMemory           ... because a device has too little memory for its size; not tried again
@@ -76,6 +78,10 @@ class ModelNotFound(RequestError):
     """The request names a model that the deployment does not have."""
 
     param = "model"
+
+
+class JobNotFound(RequestError):
+    """The caller has no such job, or not anymore."""
 
 
 class Unauthorized(RequestError):
@@ -136,6 +142,10 @@ class RateLimited(TryLater):
 
 class ModelUnavailable(SprayError):
     """No gang of the model runs, and none is on its way."""
+
+
+class JobsUnavailable(SprayError):
+    """The store of jobs does not answer, or cannot write."""
 
 
 class DeadlineExceeded(SprayError):

@@ -20,6 +20,8 @@ from workers.errors import (
     Forbidden,
     GangLost,
     InvalidParameter,
+    JobNotFound,
+    JobsUnavailable,
     ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
@@ -81,6 +83,7 @@ STATUS: dict[type[Exception], Status] = {
     AdminOnly: Status(403, "invalid_request_error", "admin_only", "PERMISSION_DENIED"),
     UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type", "INVALID_ARGUMENT"),
     ModelNotFound: Status(404, "invalid_request_error", "model_not_found", "NOT_FOUND"),
+    JobNotFound: Status(404, "invalid_request_error", "job_not_found", "NOT_FOUND"),
     RequestQuarantined: Status(422, "invalid_request_error", "request_quarantined", "FAILED_PRECONDITION"),
     NotSupported: Status(501, "invalid_request_error", "not_supported", "UNIMPLEMENTED"),
     ShuttingDown: Status(503, "server_error", "shutting_down", "UNAVAILABLE", retry=True),
@@ -91,6 +94,7 @@ STATUS: dict[type[Exception], Status] = {
     RequestFailed: Status(500, "server_error", "generation_failed", "INTERNAL"),
     OutOfMemory: Status(400, "invalid_request_error", "out_of_memory", "RESOURCE_EXHAUSTED"),
     ModelUnavailable: Status(503, "server_error", "model_unavailable", "UNAVAILABLE", retry=True),
+    JobsUnavailable: Status(503, "server_error", "jobs_unavailable", "UNAVAILABLE", retry=True),
     GangLost: Status(503, "server_error", "worker_lost", "ABORTED"),  # the gateway has tried again, as often as it may
 }
 

@@ -1,0 +1,18 @@
+"""Jobs: requests that are kept until they have ended, whatever ends first.
+
+    records.py      the record of a job, and what may happen to one
+    tables.py       the same as rows; migrations/ makes and changes the tables
+    engines.py      SQLite in a file, or PostgreSQL
+    store.py        submits, claims, publishes, lists: each call is one transaction of database.py
+    queries.py      how jobs are found
+    transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
+
+A job is committed before its caller hears of it. Whoever runs it holds a lease and a fence: without a word for the
+length of the lease the job is queued again, and its former runner can change nothing anymore. This file imports
+nothing.
+
+Why a queue of our own: DBOS Transact, which runs on both databases too, was looked at. It hands the work of a dead
+process to another one through a coordinator of its own or by a call that names the process, not by a lease that
+expires; its attempts do not tell a lost gang from a lost gateway; and it has no progress that extends a lease. What it
+would save is smaller than what would have to be built around it.
+"""

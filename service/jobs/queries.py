@@ -1,0 +1,97 @@
+"""How jobs are found: one query each. For `service.jobs.store`, whose methods say what comes out."""
+
+import sqlalchemy as sa
+
+from service.jobs.records import Counts, Job, JobEvent, Kind, NewJob, Page, State
+from service.jobs.tables import Row, events, jobs, to_job
+from workers.errors import JobNotFound
+
+
+def find(connection: sa.Connection, job_id: str, owner: str | None, lock: bool = False) -> Row:
+    """A job of an owner; None: of anybody.
+
+    Raises:
+        JobNotFound: there is none. Nobody hears of other people's jobs.
+    """
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    if row is None or (owner is not None and row["owner"] != owner):
+        raise JobNotFound(f"there is no job {job_id!r} of yours, or not anymore")
+    return row
+
+
+def held(job_id: str, fence: int) -> tuple[sa.ColumnElement[bool], ...]:
+    """The condition under which an attempt may change its job."""
+    return jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.state == "running"
+
+
+def same(connection: sa.Connection, new: NewJob) -> Job | None:
+    """The job that the same idempotency key has brought."""
+    if new.idempotency_key is None:
+        return None
+    query = sa.select(jobs).where(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key)
+    row = connection.execute(query).mappings().one_or_none()
+    return to_job(row) if row is not None else None
+
+
+def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -> list[Row]:
+    """Jobs of a model whose turn it is, locked; those that another gateway is about to take are passed over."""
+    query = (
+        sa.select(jobs)
+        .where(jobs.c.state == "queued", jobs.c.model == model, jobs.c.not_before <= now)
+        .where(sa.or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now))
+        .order_by(jobs.c.order_at, jobs.c.id)
+        .limit(max(0, most))
+        .with_for_update(skip_locked=True)
+    )
+    return list(connection.execute(query).mappings())
+
+
+def page(
+    connection: sa.Connection,
+    owner: str | None,
+    kind: Kind | None,
+    state: State | None,
+    after: str | None,
+    limit: int,
+    ascending: bool,
+) -> Page:
+    """See `JobStore.page`."""
+    query = sa.select(jobs).order_by(jobs.c.id.asc() if ascending else jobs.c.id.desc()).limit(limit + 1)
+    for column, wanted in ((jobs.c.owner, owner), (jobs.c.kind, kind), (jobs.c.state, state)):
+        query = query if wanted is None else query.where(column == wanted)
+    if after is not None:
+        query = query.where(jobs.c.id > after if ascending else jobs.c.id < after)
+    found = [to_job(row) for row in connection.execute(query).mappings()]
+    return Page(tuple(found[:limit]), len(found) > limit)
+
+
+def events_after(connection: sa.Connection, job_id: str, after: int) -> list[JobEvent]:
+    """See `JobStore.events`."""
+    columns = (events.c.number, events.c.at, events.c.state, events.c.attempt, events.c.reason)
+    query = sa.select(*columns).where(events.c.job_id == job_id, events.c.number > after).order_by(events.c.number)
+    return [JobEvent(*row) for row in connection.execute(query)]
+
+
+def position(connection: sa.Connection, job_id: str) -> int:
+    """See `JobStore.position`."""
+    asked = sa.select(jobs.c.model, jobs.c.order_at).where(jobs.c.id == job_id, jobs.c.state == "queued")
+    found = connection.execute(asked).one_or_none()
+    if found is None:
+        return 0
+    model, order_at = found
+    before = sa.or_(jobs.c.order_at < order_at, sa.and_(jobs.c.order_at == order_at, jobs.c.id < job_id))
+    query = sa.select(sa.func.count()).where(jobs.c.state == "queued", jobs.c.model == model, before)
+    return int(connection.execute(query).scalar_one()) + 1
+
+
+def counts(connection: sa.Connection) -> dict[str, Counts]:
+    """See `JobStore.counts`."""
+    waiting = sa.case((jobs.c.state == "queued", 1), else_=0)
+    query = (
+        sa.select(jobs.c.model, sa.func.sum(waiting), sa.func.count(), sa.func.sum(waiting * jobs.c.work))
+        .where(jobs.c.state.in_(("queued", "running")))
+        .group_by(jobs.c.model)
+    )
+    rows = connection.execute(query).all()
+    return {model: Counts(int(queued), int(both - queued), int(work)) for model, queued, both, work in rows}

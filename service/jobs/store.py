@@ -1,0 +1,300 @@
+"""The store of jobs. Every call is one transaction, which is on disk when the call returns.
+
+Gateways submit, list and cancel; their runners claim, renew and publish. `service.jobs.engines` opens the database;
+the calls are the same on both, and block. All of them raise `JobsUnavailable` while the database is away. What a runner
+changes, it changes under its fence: a job that was cancelled, deleted or given to another attempt raises `LeaseLost`.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.jobs import queries
+from service.jobs.database import PATIENCE_S, Database
+from service.jobs.records import (
+    CANCELLED,
+    DEADLINE,
+    HEAD_START_S,
+    MAX_ATTEMPTS,
+    MAX_GANG_LOSSES,
+    QUARANTINED,
+    Counts,
+    Job,
+    JobError,
+    JobEvent,
+    JobOutput,
+    KeyReused,
+    Kind,
+    LeaseLost,
+    NewJob,
+    Page,
+    State,
+)
+from service.jobs.tables import Row, jobs, to_job, to_row
+from service.jobs.transitions import change, end, note, queue_again
+
+
+class JobStore:
+    """All jobs of a deployment, in a database.
+
+    Args:
+        engine: from `open_sqlite` or `open_postgres`.
+        keep_s: how long ended jobs are kept, in seconds; may be changed.
+        clock: seconds since the epoch; None: PostgreSQL's own clock, or that of this process.
+        patience_s: see `service.jobs.database`.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        keep_s: float,
+        clock: Callable[[], float] | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.keep_s = keep_s
+        self._database = Database(engine, clock, patience_s)
+
+    def submit(self, new: NewJob) -> tuple[Job, bool]:
+        """Add a job, unless its idempotency key has brought it already.
+
+        Returns:
+            The job, and whether it is new.
+
+        Raises:
+            KeyReused: the key came with another body before.
+        """
+        with self._database.transaction() as (connection, now):
+            found = queries.same(connection, new)
+            if found is None:
+                job = _accepted(new, now)
+                try:
+                    with connection.begin_nested():
+                        row = to_row(job, now + HEAD_START_S[new.priority])
+                        connection.execute(sa.insert(jobs).values(**row))
+                        note(connection, row, now, "")
+                    return job, True
+                except sa.exc.IntegrityError:  # another gateway was faster with the same key
+                    found = queries.same(connection, new)
+                    if found is None:
+                        raise
+            if found.fingerprint != new.fingerprint:
+                raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
+            return found, False
+
+    def claim(self, room: Mapping[str, int], runner: str, lease_s: float) -> list[Job]:
+        """Take jobs to run them; each counts as an attempt from now on.
+
+        Args:
+            room: by model, how many at most.
+            runner: who takes them.
+            lease_s: seconds after which they are queued again if `renew` is not called.
+        """
+        taken = []
+        with self._database.transaction() as (connection, now):
+            self._database.settle(connection, now, self.keep_s)
+            for model in sorted(room):
+                for row in queries.next_in_line(connection, model, room[model], now):
+                    values = {"fence": row["fence"] + 1, "attempt": row["attempt"] + 1, "runner": runner}
+                    values |= {"lease_until": now + lease_s, "started_at": now, "step": 0, "total_steps": 0}
+                    taken.append(change(connection, row, now, state="running", **values))
+        return taken
+
+    def renew(self, job_id: str, fence: int, lease_s: float, step: int, total_steps: int) -> Job:
+        """Extend a lease, and say how far the job is.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore.
+        """
+        progress = {"step": step, "total_steps": total_steps}
+        with self._database.transaction() as (connection, now):
+            query = sa.update(jobs).where(*queries.held(job_id, fence)).values(lease_until=now + lease_s, **progress)
+            row = connection.execute(query.returning(jobs)).mappings().one_or_none()
+            if row is None:
+                raise LeaseLost(job_id)
+            return to_job(row)
+
+    def publish(
+        self,
+        job_id: str,
+        fence: int,
+        outputs: Sequence[JobOutput],
+        metrics: Mapping[str, Any],
+        warnings: Sequence[str] = (),
+    ) -> Job:
+        """End a job with its result.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore. The outputs are nobody's.
+        """
+        made: dict[str, Any] = {"outputs": [asdict(output) for output in outputs], "metrics": dict(metrics)}
+        with self._held(job_id, fence) as (connection, row, now):
+            made |= {"warnings": list(warnings), "error": None, "step": row["total_steps"], "keep_s": self.keep_s}
+            return change(connection, row, now, state="succeeded", **made)
+
+    def fail(self, job_id: str, fence: int, error: JobError) -> Job:
+        """End a job that would fail again; one that failed for its deadline is expired.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore.
+        """
+        with self._held(job_id, fence) as (connection, row, now):
+            state: State = "expired" if error.code == DEADLINE else "failed"
+            return end(connection, row, now, self.keep_s, state, error)
+
+    def give_back(self, job_id: str, fence: int, reason: str, after_s: float = 0.0) -> Job:
+        """Queue a job again that could not be begun, or whose runner has to stop. The attempt does not count.
+
+        Args:
+            job_id: of the job.
+            fence: of the attempt.
+            reason: for its events.
+            after_s: seconds in which nobody takes it.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore.
+        """
+        with self._held(job_id, fence) as (connection, row, now):
+            return queue_again(connection, row, now, reason, attempt=row["attempt"] - 1, not_before=now + after_s)
+
+    def try_again(self, job_id: str, fence: int, error: JobError, after_s: float = 0.0) -> Job:
+        """Queue a job again whose attempt failed for a reason that may pass; the last attempt ends it.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore.
+        """
+        with self._held(job_id, fence) as (connection, row, now):
+            if row["attempt"] >= MAX_ATTEMPTS:
+                return end(connection, row, now, self.keep_s, "failed", error)
+            return queue_again(connection, row, now, error.message, not_before=now + after_s)
+
+    def lose_gang(self, job_id: str, fence: int, reason: str) -> Job:
+        """Count a gang that the job has cost. It runs on, or fails if it has cost as many as it may.
+
+        Raises:
+            LeaseLost: it is not this runner's anymore.
+        """
+        with self._held(job_id, fence) as (connection, row, now):
+            lost = row["gang_losses"] + 1
+            if lost < MAX_GANG_LOSSES:
+                return change(connection, row, now, reason, state="running", gang_losses=lost, step=0)
+            said = f"the job has cost {lost} gangs, and is not tried again; the last one: {reason}"
+            return end(connection, row, now, self.keep_s, "failed", JobError(QUARANTINED, said), gang_losses=lost)
+
+    def cancel(self, job_id: str, owner: str | None) -> Job:
+        """End a job that has not ended. Its runner hears of it when it renews its lease.
+
+        Raises:
+            JobNotFound: the owner has no such job.
+        """
+        with self._database.transaction() as (connection, now):
+            row = queries.find(connection, job_id, owner, lock=True)
+            if to_job(row).ended:
+                return to_job(row)
+            return end(connection, row, now, self.keep_s, "cancelled", JobError(CANCELLED, "the job was cancelled"))
+
+    def get(self, job_id: str, owner: str | None) -> Job:
+        """A job.
+
+        Args:
+            job_id: of the job.
+            owner: whose it must be; None: anybody's.
+
+        Raises:
+            JobNotFound: the owner has no such job.
+        """
+        with self._database.transaction() as (connection, _):
+            return to_job(queries.find(connection, job_id, owner))
+
+    def delete(self, job_id: str, owner: str | None) -> Job:
+        """Forget a job, in whatever state. What it was is returned, so that its outputs can be removed.
+
+        Raises:
+            JobNotFound: the owner has no such job.
+        """
+        with self._database.transaction() as (connection, _):
+            row = queries.find(connection, job_id, owner, lock=True)
+            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+            return to_job(row)
+
+    def page(
+        self,
+        owner: str | None,
+        kind: Kind | None = None,
+        state: State | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        ascending: bool = False,
+    ) -> Page:
+        """Jobs by the time of their submission, the newest first.
+
+        Args:
+            owner: whose; None: everybody's.
+            kind: only such; None: all.
+            state: only such; None: all.
+            after: id of the last job of the page before; it may have been deleted since.
+            limit: of the page.
+            ascending: the oldest first.
+        """
+        with self._database.transaction() as (connection, _):
+            return queries.page(connection, owner, kind, state, after, limit, ascending)
+
+    def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        """What has happened to a job since the event with this number; nothing if there is no such job."""
+        with self._database.transaction() as (connection, _):
+            return queries.events_after(connection, job_id, after)
+
+    def position(self, job_id: str) -> int:
+        """The place of a job among those that wait for its model, 1 for the next one; 0: it does not wait."""
+        with self._database.transaction() as (connection, _):
+            return queries.position(connection, job_id)
+
+    def counts(self) -> dict[str, Counts]:
+        """By model, what has not ended. Models without such jobs are absent."""
+        with self._database.transaction() as (connection, _):
+            return queries.counts(connection)
+
+    def sweep(self) -> None:
+        """Settle what nobody claims, and forget ended jobs that have expired. Somebody calls it every few seconds."""
+        with self._database.transaction() as (connection, now):
+            self._database.settle(connection, now, self.keep_s)
+            connection.execute(sa.delete(jobs).where(jobs.c.expires_at <= now))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+    @contextlib.contextmanager
+    def _held(self, job_id: str, fence: int) -> Iterator[tuple[sa.Connection, Row, float]]:
+        """The row of a job, locked, in a transaction.
+
+        Raises:
+            LeaseLost: no attempt with this fence runs it.
+        """
+        with self._database.transaction() as (connection, now):
+            query = sa.select(jobs).where(*queries.held(job_id, fence)).with_for_update()
+            row = connection.execute(query).mappings().one_or_none()
+            if row is None:
+                raise LeaseLost(job_id)
+            yield connection, row, now
+
+
+def _accepted(new: NewJob, now: float) -> Job:
+    """The record of a new job. Its id begins with the time, so that lists need no other order."""
+    return Job(
+        id=f"job_{int(now * 1000):012x}{secrets.token_hex(16)}",
+        kind=new.kind,
+        model=new.model,
+        owner=new.owner,
+        request=new.request,
+        work=new.work,
+        priority=new.priority,
+        state="queued",
+        created_at=now,
+        deadline_at=None if new.deadline_s is None else now + new.deadline_s,
+        idempotency_key=new.idempotency_key,
+        fingerprint=new.fingerprint,
+    )

@@ -1,0 +1,82 @@
+"""What becomes of a job: one change and its event, and what ends or returns without a word of its runner.
+
+Called by `service.jobs.store` with an open transaction and rows that it has locked.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, Job, JobError, State
+from service.jobs.tables import Row, events, jobs, to_job
+
+SETTLED_AT_ONCE = 100
+"""Jobs that one transaction settles, so that none is long."""
+
+
+def change(connection: sa.Connection, row: Row, now: float, reason: str = "", **values: Any) -> Job:
+    """Change columns of a job, and note it among its events.
+
+    Args:
+        connection: in a transaction.
+        row: the job as it is, locked.
+        now: seconds since the epoch.
+        reason: for the event.
+        values: what changes, by column. An ended job gets its times by itself, from `keep_s`.
+    """
+    if values["state"] in ENDED:
+        values |= {"ended_at": now, "expires_at": now + values.pop("keep_s"), "lease_until": None}
+    (changed,) = connection.execute(
+        sa.update(jobs).where(jobs.c.id == row["id"]).values(**values).returning(jobs)
+    ).mappings()
+    note(connection, changed, now, reason)
+    return to_job(changed)
+
+
+def note(connection: sa.Connection, row: Row, now: float, reason: str) -> None:
+    """Append an event: the state that the job has now."""
+    before = sa.select(sa.func.coalesce(sa.func.max(events.c.number), 0)).where(events.c.job_id == row["id"])
+    number = connection.execute(before).scalar_one() + 1
+    values = {"job_id": row["id"], "number": number, "at": now, "state": row["state"], "attempt": row["attempt"]}
+    connection.execute(sa.insert(events).values(**values, reason=reason))
+
+
+def end(
+    connection: sa.Connection, row: Row, now: float, keep_s: float, state: State, error: JobError, **values: Any
+) -> Job:
+    """End a job without a result."""
+    return change(connection, row, now, error.message, state=state, error=asdict(error), keep_s=keep_s, **values)
+
+
+def queue_again(connection: sa.Connection, row: Row, now: float, reason: str, **values: Any) -> Job:
+    """Let a job wait for its next attempt, in the place that it had."""
+    values = {"lease_until": None, "step": 0, "total_steps": 0} | values
+    return change(connection, row, now, reason, state="queued", **values)
+
+
+def settle(connection: sa.Connection, now: float, keep_s: float) -> int:
+    """End jobs whose deadline has passed while they waited, and queue again those whose runner is silent.
+
+    Returns:
+        How many. If it is `SETTLED_AT_ONCE`, there may be more.
+    """
+    late = sa.and_(jobs.c.state == "queued", jobs.c.deadline_at <= now)
+    silent = sa.and_(jobs.c.state == "running", jobs.c.lease_until <= now)
+    rows: list[Row] = []
+    for found in (late, silent):  # two queries: each has an index
+        query = sa.select(jobs).where(found).limit(SETTLED_AT_ONCE - len(rows)).with_for_update(skip_locked=True)
+        rows += connection.execute(query).mappings().all()
+    for row in rows:
+        _settle(connection, row, now, keep_s)
+    return len(rows)
+
+
+def _settle(connection: sa.Connection, row: Row, now: float, keep_s: float) -> None:
+    if row["deadline_at"] is not None and row["deadline_at"] <= now:
+        end(connection, row, now, keep_s, "expired", JobError(DEADLINE, "the job did not end before its deadline"))
+    elif row["attempt"] >= MAX_ATTEMPTS:
+        said = f"{MAX_ATTEMPTS} attempts ended without a result, the last one without a word; it is not tried again"
+        end(connection, row, now, keep_s, "failed", JobError(QUARANTINED, said))
+    else:
+        queue_again(connection, row, now, "its runner was not heard of anymore")

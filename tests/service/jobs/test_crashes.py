@@ -1,0 +1,86 @@
+"""Processes that submit and claim at once, and processes that are killed while they submit."""
+
+import contextlib
+import itertools
+import multiprocessing
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs.store import JobStore
+from tests.service.jobs.stores import BACKENDS, LEASE_S, new_job, open_engine
+
+KILLS = 20
+ROUNDS = 30
+FORK = multiprocessing.get_context("fork")  # each imports nothing, so that most of the time they submit
+
+
+def opened(where: str) -> JobStore:
+    """A store on an existing database, as another process opens it."""
+    return JobStore(open_postgres(where) if where.startswith("postgresql") else open_sqlite(Path(where)), 60.0)
+
+
+def claim_all(where: str, together: Barrier, told: Connection) -> None:
+    """Claim two at a time, always at the same moment as the other process; tell the ids."""
+    store = opened(where)
+    ids: list[str] = []
+    for _ in range(ROUNDS):
+        together.wait(60)
+        ids += [job.id for job in store.claim({"film": 2}, "r", LEASE_S)]
+    told.send(ids)
+
+
+def submit_for_ever(where: str, told: Connection) -> None:
+    """Submit jobs; tell the id of each that was acknowledged."""
+    store = opened(where)
+    while True:
+        told.send(store.submit(new_job())[0].id)
+
+
+@pytest.fixture(params=BACKENDS)
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The place of an empty database: a file, or a URL."""
+    url = request.getfixturevalue("postgres").url if request.param == "postgres" else ""
+    engine = open_engine(request.param, tmp_path, url)
+    engine.dispose()
+    name = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return str(engine.url.database) if request.param == "sqlite" else name
+
+
+def test_two_processes_claim_no_job_twice(where: str) -> None:
+    store = opened(where)
+    ids = {store.submit(new_job())[0].id for _ in range(3 * ROUNDS)}
+    together, pipes = FORK.Barrier(2), [FORK.Pipe(duplex=False) for _ in range(2)]
+    processes = [FORK.Process(target=claim_all, args=(where, together, theirs)) for _, theirs in pipes]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    claimed = [ours.recv() for ours, _ in pipes]
+    assert all(claimed)
+    assert sorted(itertools.chain(*claimed)) == sorted(ids)
+    store.close()
+
+
+def test_what_was_acknowledged_exists_after_twenty_kills(where: str) -> None:
+    acknowledged: list[str] = []
+    for kill in range(KILLS):
+        ours, theirs = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=submit_for_ever, args=(where, theirs))
+        process.start()
+        theirs.close()
+        acknowledged += [ours.recv() for _ in range(1 + kill % 5)]
+        process.kill()
+        with contextlib.suppress(EOFError):  # what was told before the kill was acknowledged, too
+            while True:
+                acknowledged.append(ours.recv())
+        process.join()
+    store = opened(where)
+    found = {job.id for job in store.page(None, limit=100_000).jobs}
+    assert len(acknowledged) >= KILLS
+    assert set(acknowledged) <= found
+    assert all(len(store.events(job_id)) == 1 for job_id in found), "a job without its event is half a submission"
+    store.close()

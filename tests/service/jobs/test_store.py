@@ -1,0 +1,348 @@
+"""What the store of jobs promises, on both databases."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from service.jobs import engines
+from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs.records import JobError, KeyReused, LeaseLost
+from service.jobs.store import JobStore
+from service.jobs.tables import metadata
+from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, LEASE_S, Clock, new_job, open_engine, take
+from tests.support.postgres import Postgres
+from workers.errors import JobNotFound, JobsUnavailable
+
+
+def test_a_job_is_what_was_submitted(store: JobStore, clock: Clock) -> None:
+    odd = {"prompt": "a\x00cup \ud800 🍵 'x'; --", "seed": 2**53 - 1, "loras": [["ink", 0.1]], "deadline_at": None}
+    job, fresh = store.submit(new_job(request=odd, priority="batch", deadline_s=60.0, work=2**60))
+    assert fresh
+    found = store.get(job.id, "ann")
+    assert found == job
+    assert json.loads(json.dumps(dict(found.request))) == odd
+    assert (found.state, found.deadline_at, found.work) == ("queued", clock.now + 60, 2**60)
+
+
+def test_nobody_sees_jobs_of_others(store: JobStore) -> None:
+    job, _ = store.submit(new_job(owner="ann"))
+    for call in (store.get, store.cancel, store.delete):
+        with pytest.raises(JobNotFound):
+            call(job.id, "bob")
+    assert store.page("bob").jobs == ()
+    assert store.get(job.id, None) == job
+    assert store.page(None).jobs == (job,)
+
+
+def test_a_job_runs_and_is_published(store: JobStore, clock: Clock) -> None:
+    job, _ = store.submit(new_job())
+    clock.now += 1
+    (held,) = take(store, runner="gateway-1")
+    assert (held.id, held.state, held.attempt, held.runner) == (job.id, "running", 1, "gateway-1")
+    assert held.lease_until == clock.now + LEASE_S
+    clock.now += 1
+    renewed = store.renew(job.id, held.fence, LEASE_S, 3, 8)
+    assert (renewed.step, renewed.total_steps, renewed.lease_until) == (3, 8, clock.now + LEASE_S)
+    done = store.publish(job.id, held.fence, [FILM], {"layout": "1 rank"}, ["cut"])
+    assert (done.state, done.outputs, done.metrics, done.warnings) == (
+        "succeeded",
+        (FILM,),
+        {"layout": "1 rank"},
+        ("cut",),
+    )
+    assert (done.step, done.ended_at, done.expires_at, done.lease_until) == (8, clock.now, clock.now + 1000, None)
+    assert [(event.number, event.state) for event in store.events(job.id)] == [
+        (1, "queued"),
+        (2, "running"),
+        (3, "succeeded"),
+    ]
+    assert store.events(job.id, after=2)[0].state == "succeeded"
+
+
+def test_nobody_claims_twice_nor_more_than_it_has_room_for(store: JobStore) -> None:
+    ids = {store.submit(new_job(model=model))[0].id for model in ("film", "film", "film", "draw", "other")}
+    first = store.claim({"film": 2, "draw": 5, "absent": 3}, "r", LEASE_S)
+    assert sorted(job.model for job in first) == ["draw", "film", "film"]
+    second = store.claim({"film": 2, "other": 0}, "r", LEASE_S)
+    assert [job.model for job in second] == ["film"]
+    assert len({job.id for job in first + second} & ids) == 4
+
+
+def test_an_old_attempt_can_change_nothing(store: JobStore, clock: Clock) -> None:
+    job, _ = store.submit(new_job())
+    (old,) = take(store)
+    clock.now += LEASE_S
+    (new,) = take(store)
+    assert (new.id, new.attempt) == (old.id, 2)
+    before = store.get(job.id, None)
+    calls: list[Any] = [
+        lambda: store.publish(job.id, old.fence, [FILM], {}),
+        lambda: store.renew(job.id, old.fence, LEASE_S, 1, 8),
+        lambda: store.fail(job.id, old.fence, BROKEN),
+        lambda: store.give_back(job.id, old.fence, "stops"),
+        lambda: store.try_again(job.id, old.fence, BROKEN),
+        lambda: store.lose_gang(job.id, old.fence, "gone"),
+    ]
+    for call in calls:
+        with pytest.raises(LeaseLost):
+            call()
+    assert store.get(job.id, None) == before
+    assert store.publish(job.id, new.fence, [FILM], {}).state == "succeeded"
+
+
+def test_a_lease_holds_until_it_ends(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    (held,) = take(store)
+    clock.now += LEASE_S - 0.1
+    store.renew(held.id, held.fence, LEASE_S, 1, 8)
+    clock.now += LEASE_S - 0.1
+    assert take(store) == []
+    clock.now += 0.1
+    assert take(store)[0].fence == held.fence + 1
+
+
+def test_the_third_silent_attempt_is_the_last(store: JobStore, clock: Clock) -> None:
+    job, _ = store.submit(new_job())
+    for attempt in (1, 2, 3):
+        assert take(store)[0].attempt == attempt
+        clock.now += LEASE_S
+    assert take(store) == []
+    found = store.get(job.id, None)
+    assert found.error is not None
+    assert (found.state, found.error.code) == ("failed", "request_quarantined")
+
+
+def test_a_job_costs_two_gangs_at_most(store: JobStore, clock: Clock) -> None:
+    job, _ = store.submit(new_job())
+    (first,) = take(store)
+    assert store.lose_gang(job.id, first.fence, "rank 0 died").state == "running"
+    clock.now += LEASE_S
+    (second,) = take(store)
+    found = store.lose_gang(job.id, second.fence, "rank 1 died")
+    assert found.error is not None
+    assert (found.state, found.gang_losses, found.error.code) == ("failed", 2, "request_quarantined")
+    assert "rank 1 died" in found.error.message
+
+
+def test_what_was_not_begun_does_not_count(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    for _ in range(5):
+        (held,) = take(store)
+        assert held.attempt == 1
+        store.give_back(held.id, held.fence, "the gateway stops", after_s=2.0)
+        assert take(store) == []
+        clock.now += 2
+
+
+def test_what_may_pass_is_tried_three_times(store: JobStore) -> None:
+    job, _ = store.submit(new_job())
+    states = [store.try_again(held.id, held.fence, BROKEN).state for _ in range(3) for held in take(store)]
+    assert states == ["queued", "queued", "failed"]
+    assert store.get(job.id, None).error == BROKEN
+
+
+def test_interactive_work_overtakes_and_age_beats_it(store: JobStore, clock: Clock) -> None:
+    batch, _ = store.submit(new_job(priority="batch"))
+    clock.now += 100
+    standard, _ = store.submit(new_job(priority="standard"))
+    clock.now += 1
+    interactive, _ = store.submit(new_job(priority="interactive"))
+    wanted = [interactive.id, standard.id, batch.id]
+    assert [store.position(job_id) for job_id in wanted] == [1, 2, 3]
+    clock.now += 600  # whoever comes so late does not overtake
+    late, _ = store.submit(new_job(priority="interactive"))
+    assert [job.id for job in take(store, 4)] == [*wanted, late.id]
+    assert store.position(late.id) == 0
+
+
+def test_a_deadline_ends_what_waits_and_what_is_silent(store: JobStore, clock: Clock) -> None:
+    waits, _ = store.submit(new_job(deadline_s=10.0))
+    runs, _ = store.submit(new_job(model="draw", deadline_s=10.0))
+    take(store, model="draw")
+    clock.now += 10
+    assert take(store) == []
+    assert store.get(waits.id, None).state == "expired"
+    assert store.get(runs.id, None).state == "running"  # whoever runs it sees to it
+    clock.now += LEASE_S
+    store.sweep()
+    found = store.get(runs.id, None)
+    assert found.error is not None
+    assert (found.state, found.error.code) == ("expired", "deadline_exceeded")
+
+
+def test_a_failure_is_kept_and_a_deadline_is_none(store: JobStore) -> None:
+    job, _ = store.submit(new_job())
+    (held,) = take(store)
+    assert store.fail(job.id, held.fence, BROKEN).error == BROKEN
+    assert store.get(job.id, None).state == "failed"
+    other, _ = store.submit(new_job())
+    (held,) = take(store)
+    assert store.fail(other.id, held.fence, JobError("deadline_exceeded", "late")).state == "expired"
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_cancelled_job_stays_cancelled(store: JobStore, running: bool) -> None:
+    job, _ = store.submit(new_job())
+    held = take(store)[0] if running else None
+    assert store.cancel(job.id, "ann").state == "cancelled"
+    assert store.cancel(job.id, "ann").state == "cancelled"
+    assert len(store.events(job.id)) == (3 if running else 2)
+    assert take(store) == []
+    if held is not None:
+        with pytest.raises(LeaseLost):
+            store.publish(job.id, held.fence, [FILM], {})
+
+
+def test_a_deleted_job_is_gone_with_its_events(store: JobStore) -> None:
+    job, _ = store.submit(new_job())
+    (held,) = take(store)
+    assert store.delete(job.id, "ann").id == job.id
+    assert store.events(job.id) == []
+    for call in (store.get, store.cancel, store.delete):
+        with pytest.raises(JobNotFound):
+            call(job.id, "ann")
+    with pytest.raises(LeaseLost):
+        store.renew(job.id, held.fence, LEASE_S, 1, 8)
+
+
+def test_the_same_key_is_the_same_job(store: JobStore) -> None:
+    keyed = new_job(idempotency_key="k", fingerprint="f")
+    job, _ = store.submit(keyed)
+    assert store.submit(keyed) == (job, False)
+    with pytest.raises(KeyReused, match=job.id):
+        store.submit(dataclasses.replace(keyed, fingerprint="other"))
+    other, fresh = store.submit(dataclasses.replace(keyed, owner="bob"))
+    assert fresh
+    assert other.id != job.id
+    assert store.submit(new_job())[1] and store.submit(new_job())[1]
+
+
+def test_a_list_is_paged_also_past_a_job_that_was_deleted(store: JobStore, clock: Clock) -> None:
+    ids = []
+    for number in range(7):
+        ids.append(store.submit(new_job(kind="image" if number % 2 else "video"))[0].id)
+        clock.now += 0.01
+    newest = store.page("ann", limit=3)
+    assert ([job.id for job in newest.jobs], newest.has_more) == (ids[:3:-1], True)
+    store.delete(ids[4], None)
+    rest = store.page("ann", after=ids[4], limit=9)
+    assert ([job.id for job in rest.jobs], rest.has_more) == (ids[3::-1], False)
+    assert [job.id for job in store.page("ann", after=ids[1], limit=2, ascending=True).jobs] == ids[2:4]
+    assert [job.id for job in store.page(None, kind="image").jobs] == ids[5::-2]
+    take(store)
+    assert len(store.page("ann", state="running").jobs) == 1
+
+
+def test_counts_are_by_model(store: JobStore) -> None:
+    for model in ("film", "film", "film", "draw"):
+        store.submit(new_job(model=model, work=2**50))
+    (held,) = take(store)
+    found = store.counts()
+    assert (found["film"].queued, found["film"].running, found["film"].queued_work) == (2, 1, 2**51)
+    assert (found["draw"].queued, found["draw"].running) == (1, 0)
+    store.publish(held.id, held.fence, [FILM], {})
+    assert store.counts()["film"].running == 0
+
+
+def test_what_has_ended_expires(store: JobStore, clock: Clock) -> None:
+    done, _ = store.submit(new_job())
+    waits, _ = store.submit(new_job(model="draw"))
+    store.cancel(done.id, None)
+    clock.now += 999
+    store.sweep()
+    assert store.get(done.id, None).ended
+    clock.now += 1
+    store.sweep()
+    with pytest.raises(JobNotFound):
+        store.get(done.id, None)
+    assert store.get(waits.id, None).state == "queued"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_an_outage_leases_count_only_when_runners_could_renew(
+    backend: str, tmp_path: Path, clock: Clock, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = request.getfixturevalue("postgres").url if backend == "postgres" else ""
+    now = 50.0
+    monkeypatch.setattr("service.jobs.database.time.monotonic", lambda: now)
+    store = JobStore(open_engine(backend, tmp_path, url), 60.0, clock, patience_s=5.0)
+    now = 60.0
+    store.submit(new_job())
+    (held,) = take(store)
+    clock.now += LEASE_S
+    with pytest.raises(JobsUnavailable), store._database.transaction():
+        raise sa.exc.OperationalError("", {}, OSError("the server went away"))
+    assert take(store) == []
+    assert store.renew(held.id, held.fence, LEASE_S, 1, 8).attempt == 1
+    now = 65.0
+    clock.now += LEASE_S
+    assert take(store)[0].attempt == 2
+    store.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_migrations_make_the_tables_that_the_code_uses(
+    backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("postgres").url if backend == "postgres" else ""
+    engine = open_engine(backend, tmp_path, url)
+    with engine.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        engines._migrate(connection)  # once more changes nothing
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0001"]
+    engine.dispose()
+
+
+def test_sqlite_writes_through_and_its_file_is_private(tmp_path: Path) -> None:
+    engine = open_sqlite(tmp_path / "folder" / "jobs.db")
+    with engine.begin() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
+        }
+    engine.dispose()
+    assert found == {"journal_mode": "wal", "synchronous": 2}
+    assert (tmp_path / "folder" / "jobs.db").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("url", "said"), [("mysql://a:secret@b/c", "'mysql'"), ("secret", "cannot be read")])
+def test_other_urls_are_refused_without_their_secrets(url: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as found:
+        open_postgres(url)
+    assert "secret" not in str(found.value)
+
+
+def test_a_store_that_is_away_says_so_and_comes_back(postgres: Postgres, tmp_path: Path) -> None:
+    store = JobStore(open_engine("postgres", tmp_path, postgres.url), 60.0)
+    job, _ = store.submit(new_job())
+    postgres.stop()
+    try:
+        with pytest.raises(JobsUnavailable):
+            store.submit(new_job())
+    finally:
+        postgres.start()
+    assert store.page(None).jobs == (job,)
+    assert store.submit(new_job())[1]
+    store.close()
+
+
+def test_a_full_disk_is_no_acknowledgement(tmp_path: Path) -> None:
+    engine = open_sqlite(tmp_path / "jobs.db")
+    store = JobStore(engine, 60.0)
+    job, _ = store.submit(new_job())
+    with engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(JobsUnavailable):
+        for _ in range(50):
+            store.submit(new_job(request={"prompt": "x" * 32_000}))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count=100000")
+    assert job in store.page(None, limit=100).jobs
+    assert store.submit(new_job())[1]
+    store.close()
