@@ -9,6 +9,7 @@
     api/            the REST API, and the table of errors
     rpc/            the gRPC API
     proto/          its contract, and the code generated from it
+    jobs/           requests that are kept until they have ended
     state/          what the cluster is doing
     rollout/        what differs between a file and a cluster, the checks before a change, and the change itself
     cli/            the command `spray`

@@ -38,6 +38,8 @@ from workers.errors import (
     AdminOnly,
     Forbidden,
     GangLost,
+    JobNotFound,
+    JobsUnavailable,
     ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
@@ -63,7 +65,7 @@ PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported)
+NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported, JobNotFound, JobsUnavailable)
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 

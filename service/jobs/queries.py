@@ -20,18 +20,22 @@ def find(connection: sa.Connection, job_id: str, owner: str | None, lock: bool =
     return row
 
 
-def held(job_id: str, fence: int) -> tuple[sa.ColumnElement[bool], ...]:
-    """The condition under which an attempt may change its job."""
-    return jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.state == "running"
+def held(job_id: str, fence: int, or_done: bool = False) -> tuple[sa.ColumnElement[bool], ...]:
+    """The condition under which an attempt may change its job; or has published it."""
+    states = ("running", "succeeded") if or_done else ("running",)
+    return jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.state.in_(states)
 
 
 def same(connection: sa.Connection, new: NewJob) -> Job | None:
-    """The job that the same idempotency key has brought."""
-    if new.idempotency_key is None:
-        return None
-    query = sa.select(jobs).where(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key)
-    row = connection.execute(query).mappings().one_or_none()
-    return to_job(row) if row is not None else None
+    """The job that is there, or that the same idempotency key has brought."""
+    conditions = [jobs.c.id == new.id]
+    if new.idempotency_key is not None:
+        conditions.append(sa.and_(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key))
+    for condition in conditions:  # two queries: each has an index
+        row = connection.execute(sa.select(jobs).where(condition)).mappings().one_or_none()
+        if row is not None:
+            return to_job(row)
+    return None
 
 
 def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -> list[Row]:

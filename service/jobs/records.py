@@ -4,6 +4,8 @@
 store: gateways need not agree on the time.
 """
 
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -70,11 +72,17 @@ class JobOutput:
     seed: int
 
 
+def new_id() -> str:
+    """An id that nobody can guess. It begins with the time, in milliseconds, so that ids sort by age."""
+    return f"job_{int(time.time() * 1000):012x}{secrets.token_hex(16)}"
+
+
 @dataclass(frozen=True)
 class NewJob:
     """What is submitted.
 
     Attributes:
+        id: whoever submits again after a lost answer gets the same job.
         kind: what it makes.
         model: name of the model in the deployment.
         owner: name of the API key that asks; empty where none is needed.
@@ -91,6 +99,7 @@ class NewJob:
     owner: str
     request: Mapping[str, Any]
     work: int
+    id: str = field(default_factory=new_id)
     priority: Priority = "standard"
     deadline_s: float | None = None
     idempotency_key: str | None = None

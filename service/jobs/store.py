@@ -6,7 +6,6 @@ changes, it changes under its fence: a job that was cancelled, deleted or given 
 """
 
 import contextlib
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,7 +58,7 @@ class JobStore:
         self._database = Database(engine, clock, patience_s)
 
     def submit(self, new: NewJob) -> tuple[Job, bool]:
-        """Add a job, unless its idempotency key has brought it already.
+        """Add a job, unless it is there, or its idempotency key has brought it already.
 
         Returns:
             The job, and whether it is new.
@@ -81,6 +80,8 @@ class JobStore:
                     found = queries.same(connection, new)
                     if found is None:
                         raise
+            if found.id == new.id:
+                return found, True
             if found.fingerprint != new.fingerprint:
                 raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
             return found, False
@@ -125,13 +126,15 @@ class JobStore:
         metrics: Mapping[str, Any],
         warnings: Sequence[str] = (),
     ) -> Job:
-        """End a job with its result.
+        """End a job with its result. Doing it again changes nothing.
 
         Raises:
             LeaseLost: it is not this runner's anymore. The outputs are nobody's.
         """
         made: dict[str, Any] = {"outputs": [asdict(output) for output in outputs], "metrics": dict(metrics)}
-        with self._held(job_id, fence) as (connection, row, now):
+        with self._held(job_id, fence, or_done=True) as (connection, row, now):
+            if row["state"] == "succeeded":
+                return to_job(row)
             made |= {"warnings": list(warnings), "error": None, "step": row["total_steps"], "keep_s": self.keep_s}
             return change(connection, row, now, state="succeeded", **made)
 
@@ -171,14 +174,19 @@ class JobStore:
                 return end(connection, row, now, self.keep_s, "failed", error)
             return queue_again(connection, row, now, error.message, not_before=now + after_s)
 
-    def lose_gang(self, job_id: str, fence: int, reason: str) -> Job:
+    def lose_gang(self, job_id: str, fence: int, lost: int, reason: str) -> Job:
         """Count a gang that the job has cost. It runs on, or fails if it has cost as many as it may.
+
+        Args:
+            job_id: of the job.
+            fence: of the attempt.
+            lost: how many gangs it has cost by now.
+            reason: what became of the last one.
 
         Raises:
             LeaseLost: it is not this runner's anymore.
         """
         with self._held(job_id, fence) as (connection, row, now):
-            lost = row["gang_losses"] + 1
             if lost < MAX_GANG_LOSSES:
                 return change(connection, row, now, reason, state="running", gang_losses=lost, step=0)
             said = f"the job has cost {lost} gangs, and is not tried again; the last one: {reason}"
@@ -268,14 +276,19 @@ class JobStore:
         self._database.close()
 
     @contextlib.contextmanager
-    def _held(self, job_id: str, fence: int) -> Iterator[tuple[sa.Connection, Row, float]]:
+    def _held(self, job_id: str, fence: int, or_done: bool = False) -> Iterator[tuple[sa.Connection, Row, float]]:
         """The row of a job, locked, in a transaction.
+
+        Args:
+            job_id: of the job.
+            fence: of the attempt that must run it.
+            or_done: or has ended it with success.
 
         Raises:
             LeaseLost: no attempt with this fence runs it.
         """
         with self._database.transaction() as (connection, now):
-            query = sa.select(jobs).where(*queries.held(job_id, fence)).with_for_update()
+            query = sa.select(jobs).where(*queries.held(job_id, fence, or_done)).with_for_update()
             row = connection.execute(query).mappings().one_or_none()
             if row is None:
                 raise LeaseLost(job_id)
@@ -283,9 +296,9 @@ class JobStore:
 
 
 def _accepted(new: NewJob, now: float) -> Job:
-    """The record of a new job. Its id begins with the time, so that lists need no other order."""
+    """The record of a new job."""
     return Job(
-        id=f"job_{int(now * 1000):012x}{secrets.token_hex(16)}",
+        id=new.id,
         kind=new.kind,
         model=new.model,
         owner=new.owner,

@@ -53,6 +53,7 @@ jobs = sa.Table(
     sa.Column("fingerprint", sa.String, nullable=False),
     sa.UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     sa.Index("jobs_queue", "state", "model", "order_at", "id"),
+    sa.Index("jobs_backlog", "state", "model", "work"),
     sa.Index("jobs_of_owner", "owner", "id"),
     sa.Index("jobs_leases", "state", "lease_until"),
     sa.Index("jobs_deadlines", "state", "deadline_at"),

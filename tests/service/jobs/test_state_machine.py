@@ -55,6 +55,7 @@ class Lives(RuleBasedStateMachine):
         self.clock = Clock()
         self.store = type(self).open(self.clock)
         self.known: dict[str, Known] = {}
+        self.number = 0
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -69,7 +70,9 @@ class Lives(RuleBasedStateMachine):
         after_s=st.sampled_from((0.001, 20.0)),
     )
     def submit(self, model: str, owner: str, priority: Priority, deadline_s: float | None, after_s: float) -> str:
-        job, fresh = self.store.submit(new_job(model, owner, priority=priority, deadline_s=deadline_s))
+        self.number += 1  # ids sort by submission, as those of different milliseconds do
+        given = {"id": f"job_{self.number:04}", "priority": priority, "deadline_s": deadline_s}
+        job, fresh = self.store.submit(new_job(model, owner, **given))
         assert fresh and job.state == "queued"
         deadline_at = None if deadline_s is None else self.clock.now + deadline_s
         self.known[job.id] = Known((self.clock.now + HEAD_START_S[priority], job.id), model, owner, deadline_at)
@@ -103,6 +106,10 @@ class Lives(RuleBasedStateMachine):
 
     @rule(attempt=held)
     def publish(self, attempt: tuple[str, int]) -> None:
+        done = self.known.get(attempt[0])
+        if done is not None and done.state == "succeeded" and done.fence == attempt[1]:
+            assert self.store.publish(*attempt, [], {}).outputs == (FILM,)  # the answer of the first was lost
+            return
         known = self._do(attempt, lambda: self.store.publish(*attempt, [FILM], {}))
         if known:
             known.published += 1
@@ -130,7 +137,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(attempt=held)
     def lose_gang(self, attempt: tuple[str, int]) -> None:
-        known = self._do(attempt, lambda: self.store.lose_gang(*attempt, "gone"))
+        known = self._do(attempt, lambda: self.store.lose_gang(*attempt, self._losses(attempt) + 1, "gone"))
         if known:
             known.gang_losses += 1
             if known.gang_losses == 2:
@@ -195,6 +202,9 @@ class Lives(RuleBasedStateMachine):
         assert (job.lease_until or 0.0) == (known.lease_until if known.state == "running" else 0.0)
         assert (job.expires_at or 0.0) == known.expires_at
         assert (job.error is None) == (job.state in ("queued", "running", "succeeded"))
+
+    def _losses(self, attempt: tuple[str, int]) -> int:
+        return self.known[attempt[0]].gang_losses if attempt[0] in self.known else 0
 
     def _do(self, attempt: tuple[str, int], call: Callable[[], Any]) -> Known | None:
         """Call as an attempt; return the job if the attempt still has it."""

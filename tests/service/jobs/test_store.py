@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 
 from service.jobs import engines
 from service.jobs.engines import open_postgres, open_sqlite
-from service.jobs.records import JobError, KeyReused, LeaseLost
+from service.jobs.records import JobError, KeyReused, LeaseLost, new_id
 from service.jobs.store import JobStore
 from service.jobs.tables import metadata
 from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, LEASE_S, Clock, new_job, open_engine, take
@@ -22,8 +22,10 @@ from workers.errors import JobNotFound, JobsUnavailable
 
 def test_a_job_is_what_was_submitted(store: JobStore, clock: Clock) -> None:
     odd = {"prompt": "a\x00cup \ud800 🍵 'x'; --", "seed": 2**53 - 1, "loras": [["ink", 0.1]], "deadline_at": None}
-    job, fresh = store.submit(new_job(request=odd, priority="batch", deadline_s=60.0, work=2**60))
+    new = new_job(request=odd, priority="batch", deadline_s=60.0, work=2**60)
+    job, fresh = store.submit(new)
     assert fresh
+    assert store.submit(new) == (job, True)
     found = store.get(job.id, "ann")
     assert found == job
     assert json.loads(json.dumps(dict(found.request))) == odd
@@ -57,6 +59,7 @@ def test_a_job_runs_and_is_published(store: JobStore, clock: Clock) -> None:
         ("cut",),
     )
     assert (done.step, done.ended_at, done.expires_at, done.lease_until) == (8, clock.now, clock.now + 1000, None)
+    assert store.publish(job.id, held.fence, [], {}) == done
     assert [(event.number, event.state) for event in store.events(job.id)] == [
         (1, "queued"),
         (2, "running"),
@@ -87,7 +90,7 @@ def test_an_old_attempt_can_change_nothing(store: JobStore, clock: Clock) -> Non
         lambda: store.fail(job.id, old.fence, BROKEN),
         lambda: store.give_back(job.id, old.fence, "stops"),
         lambda: store.try_again(job.id, old.fence, BROKEN),
-        lambda: store.lose_gang(job.id, old.fence, "gone"),
+        lambda: store.lose_gang(job.id, old.fence, 1, "gone"),
     ]
     for call in calls:
         with pytest.raises(LeaseLost):
@@ -121,10 +124,10 @@ def test_the_third_silent_attempt_is_the_last(store: JobStore, clock: Clock) -> 
 def test_a_job_costs_two_gangs_at_most(store: JobStore, clock: Clock) -> None:
     job, _ = store.submit(new_job())
     (first,) = take(store)
-    assert store.lose_gang(job.id, first.fence, "rank 0 died").state == "running"
+    assert [store.lose_gang(job.id, first.fence, 1, "rank 0 died").state for _ in range(2)] == ["running"] * 2
     clock.now += LEASE_S
     (second,) = take(store)
-    found = store.lose_gang(job.id, second.fence, "rank 1 died")
+    found = store.lose_gang(job.id, second.fence, 2, "rank 1 died")
     assert found.error is not None
     assert (found.state, found.gang_losses, found.error.code) == ("failed", 2, "request_quarantined")
     assert "rank 1 died" in found.error.message
@@ -214,10 +217,11 @@ def test_a_deleted_job_is_gone_with_its_events(store: JobStore) -> None:
 def test_the_same_key_is_the_same_job(store: JobStore) -> None:
     keyed = new_job(idempotency_key="k", fingerprint="f")
     job, _ = store.submit(keyed)
+    keyed = dataclasses.replace(keyed, id=new_id())
     assert store.submit(keyed) == (job, False)
     with pytest.raises(KeyReused, match=job.id):
         store.submit(dataclasses.replace(keyed, fingerprint="other"))
-    other, fresh = store.submit(dataclasses.replace(keyed, owner="bob"))
+    other, fresh = store.submit(dataclasses.replace(keyed, owner="bob", id=new_id()))
     assert fresh
     assert other.id != job.id
     assert store.submit(new_job())[1] and store.submit(new_job())[1]

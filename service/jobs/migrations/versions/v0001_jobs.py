@@ -43,6 +43,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     )
     op.create_index("jobs_queue", "jobs", ["state", "model", "order_at", "id"])
+    op.create_index("jobs_backlog", "jobs", ["state", "model", "work"])
     op.create_index("jobs_of_owner", "jobs", ["owner", "id"])
     op.create_index("jobs_leases", "jobs", ["state", "lease_until"])
     op.create_index("jobs_deadlines", "jobs", ["state", "deadline_at"])
