@@ -5,11 +5,13 @@ Keys that OpenAI's bodies do not have (seeds, timings, states) come beside its o
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.spec import ModelSpec
-from service.state.model_states import ModelState
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
+
+if TYPE_CHECKING:
+    from service.state.model_states import ModelState  # loads Ray, and a command that needs none imports this file
 
 
 def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
@@ -82,7 +84,7 @@ def _subject(request: GenerationRequest) -> str:
     return "video_generation" if is_video(request) else "image_generation"
 
 
-def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
+def model_object(model: ModelSpec, state: "ModelState | None") -> dict[str, Any]:
     """OpenAI's Model; state, layout and limits are extra keys."""
     return {
         "id": model.name,
@@ -101,7 +103,7 @@ def model_object(model: ModelSpec, state: ModelState | None) -> dict[str, Any]:
     }
 
 
-def _eta_seconds(state: ModelState) -> float | None:
+def _eta_seconds(state: "ModelState") -> float | None:
     """Seconds until a typical request that comes now would be answered; None if the gangs have not learned that yet."""
     gangs = [gang for gang in state.gangs if gang.get("request_s")]
     if state.state != "running" or not gangs:
