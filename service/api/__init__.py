@@ -6,7 +6,7 @@ videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 models.py      GET /v1/models
 cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
-openapi.py     /openapi.json and /docs
+openapi.py     /openapi.json and /docs; page.py makes the page
 backend.py     what the API needs of the gateway, and how routes get at it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
 cors.py        lets pages of other sites call, if the deployment names them

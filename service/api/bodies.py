@@ -119,21 +119,24 @@ LoRAChoices = Annotated[list[LoRAChoice], Field(max_length=8)]
 OneOrMore = Annotated[LoRAChoices, BeforeValidator(_as_list, LoRAChoice | LoRAChoices)]
 
 
+WITHOUT_EFFECT: Any = Field(None, description="accepted without effect")
+
+
 class Ignored(Body):
     """Fields that are accepted without effect; the answer's `x-ignored-params` names those that were sent."""
 
-    user: str | None = None
-    safety_identifier: str | None = None
-    quality: str | None = None
-    generator_device: Scalar | None = None
-    enable_teacache: Scalar | None = None
-    vae_use_slicing: Scalar | None = None
-    vae_use_tiling: Scalar | None = None
-    return_stage_metrics: Scalar | None = None
-    enhance_prompt: Scalar | None = None
-    bot_task: Scalar | None = None
-    perf_dump_path: Scalar | None = None
-    output_path: Scalar | None = None
+    user: str | None = WITHOUT_EFFECT
+    safety_identifier: str | None = WITHOUT_EFFECT
+    quality: str | None = WITHOUT_EFFECT
+    generator_device: Scalar | None = WITHOUT_EFFECT
+    enable_teacache: Scalar | None = WITHOUT_EFFECT
+    vae_use_slicing: Scalar | None = WITHOUT_EFFECT
+    vae_use_tiling: Scalar | None = WITHOUT_EFFECT
+    return_stage_metrics: Scalar | None = WITHOUT_EFFECT
+    enhance_prompt: Scalar | None = WITHOUT_EFFECT
+    bot_task: Scalar | None = WITHOUT_EFFECT
+    perf_dump_path: Scalar | None = WITHOUT_EFFECT
+    output_path: Scalar | None = WITHOUT_EFFECT
 
 
 class GenerationBody(Ignored):
@@ -166,7 +169,7 @@ class GenerationBody(Ignored):
         None, description="b64_json: base64 in JSON; url: in JSON, where to fetch it; file: the bytes, a zip if several"
     )
     stream: bool = Field(False, description="answer with server-sent events")
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(StreamOptions(), description="what a stream contains besides the pictures")
 
     @property
     def ignored(self) -> list[str]:
@@ -180,10 +183,10 @@ class ImageGenerationBody(GenerationBody):
     seeds: list[Seed] | None = Field(None, min_length=1, max_length=10, description="one for each of the n pictures")
     output_format: ImageFormat = Field("png", description="of the files")
     output_compression: Whole = Field(100, ge=0, le=100, description="quality of jpeg and webp")
-    background: Literal["auto", "opaque"] = "auto"
+    background: Literal["auto", "opaque"] = Field("auto", description="all pictures are opaque")
     partial_images: Whole = Field(0, ge=0, le=0, description="previews in a stream; there are none yet")
-    style: str | None = None
-    moderation: str | None = None
+    style: str | None = WITHOUT_EFFECT
+    moderation: str | None = WITHOUT_EFFECT
 
 
 class VideoGenerationBody(GenerationBody):

@@ -1,12 +1,10 @@
 """The description of the API: `/openapi.json`, and `/docs`, the same as a page. For `service.api.rest`.
 
 Routes declare their answers; their bodies are read within limits before they are validated (`service.api.reading`), so
-the schemas of bodies are added here. The page is plain HTML, made from the description, and loads nothing.
+the schemas of bodies are added here. `service.api.page` makes the page.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from html import escape
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,6 +16,7 @@ from service.api.answers import ErrorResponse
 from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody
 from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
+from service.api.page import page
 from workers.errors import NotSupported
 
 BODIES = (ImageGenerationBody, VideoGenerationBody)
@@ -122,56 +121,3 @@ async def openapi_json(http: Request) -> Response:
 async def docs(http: Request) -> Response:
     policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
     return HTMLResponse("".join(page(http.app.openapi())), headers=policy)
-
-
-STYLE = """
-body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em} h2{margin-top:2em} code{font-size:95%}
-td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;border-bottom:1px solid #8884}
-:root{color-scheme:light dark}
-"""
-
-
-def page(described: dict[str, Any]) -> Iterator[str]:
-    """A description as HTML, in pieces."""
-    info = described["info"]
-    title = escape(info["title"])
-    yield f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-    yield f"<h1>{title} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}</p>"
-    yield "<p>For programs: <a href=/openapi.json>/openapi.json</a></p>"
-    schemas = described["components"]["schemas"]
-    for path, operations in described["paths"].items():
-        for method, operation in operations.items():
-            yield f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
-            yield f"<p>{escape(operation.get('description', ''))}</p>"
-            body = operation.get("requestBody")
-            if body:
-                yield f"<p>Body: {' or '.join(f'<code>{kind}</code>' for kind in body['content'])}</p>"
-                yield from _table(schemas[body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]])
-            yield "<table><tr><th>status<th>answer"
-            for status, answer in operation["responses"].items():
-                kinds = ", ".join(answer.get("content", {}))
-                yield f"<tr><td>{status}<td>{escape(answer['description'])} <code>{escape(kinds)}</code>"
-            yield "</table>"
-
-
-def _table(schema: dict[str, Any]) -> Iterator[str]:
-    yield "<table><tr><th>field<th>type<th>default<th>"
-    required = schema.get("required", ())
-    for name, field in schema["properties"].items():
-        default = "required" if name in required else "" if field.get("default") is None else str(field["default"])
-        said = escape(field.get("description", ""))
-        yield f"<tr><td><code>{name}</code><td>{escape(_kind(field))}<td>{escape(default)}<td>{said}"
-    yield "</table>"
-
-
-def _kind(field: dict[str, Any]) -> str:
-    """A field's type in a few words."""
-    if "anyOf" in field:
-        return " or ".join(_kind(kind) for kind in field["anyOf"] if kind != {"type": "null"})
-    if "$ref" in field:
-        return str(field["$ref"].rpartition("/")[2])
-    if "enum" in field:
-        return " or ".join(map(str, field["enum"]))
-    bounds = [str(field[key]) for key in ("minimum", "maximum") if key in field]
-    kind = f"list of {_kind(field['items'])}" if "items" in field else str(field.get("type", "any"))
-    return kind + (f", {' to '.join(bounds)}" if len(bounds) == 2 else "")

@@ -8,6 +8,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from service.api.bodies import WITHOUT_EFFECT
+
 PATHS = {"text-to-image": "/v1/images/generations", "text-to-video": "/v1/videos/sync"}
 """Where each task is asked for."""
 
@@ -36,9 +38,8 @@ def _schema(description: dict[str, Any], model: dict[str, Any], path: str) -> di
     refused = () if model["loras"] else ("loras", "lora")
     if path == PATHS["text-to-image"]:
         refused = (*refused, "guidance_scale_2")  # pictures do not have it, whatever the model
-    of_use = sorted(
-        schema["properties"].items(), key=lambda field: "description" not in field[1]
-    )  # the others: ignored
+    fields = schema["properties"].items()
+    of_use = sorted(fields, key=lambda field: field[1].get("description") == WITHOUT_EFFECT.description)  # those first
     schema["properties"] = {name: field for name, field in of_use if name not in refused}
     used, waiting = dict[str, Any](), list(_names(schema))
     while waiting:

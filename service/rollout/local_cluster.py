@@ -178,7 +178,8 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster and remove its folder. May be called more than once.
 
-        A signal that comes meanwhile ends the processes at once, and does not keep the folder from being removed.
+        A Ctrl-C that comes meanwhile ends the processes at once, and does not keep the folder from being removed. A
+        SIGTERM may: Ray gives it back its default action halfway through. Then `remove_abandoned` finds the folder.
         """
         with impatient():
             if ray.is_initialized():

@@ -235,7 +235,7 @@ def test_draining_waits_for_each_of_several_gateways(monkeypatch: pytest.MonkeyP
     assert list(left) == []
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_cluster_stops_ends_its_processes_and_removes_its_folder(
     monkeypatch: pytest.MonkeyPatch, sign: signal.Signals
 ) -> None:

@@ -143,8 +143,21 @@ def test_the_page_is_whole_without_a_network() -> None:
     assert not re.search(r"<script|<link|<img|src=|https?://|@import|url\(", answer.text)
     for name in ("/v1/images/generations", "/v1/videos/sync", *VideoGenerationBody.model_fields):
         assert name in answer.text
+    anchors = set(re.findall(r"id='([^']+)'", answer.text))
+    assert set(re.findall(r"href='#([^']+)'", answer.text)) <= anchors  # every link leads somewhere
+    assert {"LoRAChoice", "StreamOptions", "GenerationResponse", "ErrorResponse"} <= anchors
     app.openapi()["info"]["title"] = "<script>"
     assert "<script>" not in TestClient(app).get("/docs").text
+
+
+def test_the_page_says_first_what_a_caller_needs_first() -> None:
+    text = TestClient(rest_app(FakeBackend())).get("/docs").text
+    assert text.index("Authorization: Bearer KEY") < text.index("<h2")
+    pictures = text[text.index("<h2 id='post/v1/images/generations'") :].partition("<h2 id='get")[0]
+    fields = re.findall(r"<tr><td><code>(\w+)</code><td>(?!header)", pictures)
+    assert fields[0] == "prompt" and "user" not in fields and "n" in fields
+    assert "<code>x-request-timeout-seconds</code><td>header" in pictures
+    assert re.search(r"Accepted without effect:.*<code>user</code>.*<code>moderation</code>", pictures)
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
