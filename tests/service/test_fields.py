@@ -6,20 +6,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from service.api.rest import rest_app
 from tests.support.backend import FakeBackend
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
-
-
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-def client(backend: FakeBackend) -> TestClient:
-    return TestClient(rest_app(backend))
 
 
 def as_json(client: TestClient, path: str, **fields: Any) -> Any:
@@ -179,25 +168,59 @@ def test_files_are_refused_by_name(client: TestClient, name: str) -> None:
     assert ("no model takes pictures yet" in error["message"]) == (name not in ("prompt", "tea"))
 
 
-PART = b"--x\r\nContent-Disposition: form-data"
+PART = b'--x\r\nContent-Disposition: form-data; name="'
+WHOLE = PART + b'model"\r\n\r\none\r\n' + PART + b'prompt"\r\n\r\na cup\r\n'
+END = b"--x--\r\n"
+FORM = "multipart/form-data; boundary=x"
+
+BROKEN = [
+    (b"", "multipart/form-data", "the form cannot be read: Missing boundary"),
+    (b"--x", FORM, "the form ends before its last boundary"),
+    (b"--x\r\n\r\nabc", FORM, "the form cannot be read: The Content-Disposition header field"),
+    (WHOLE, FORM, "the form ends before its last boundary"),
+    (WHOLE + PART + b'seed"\r\n\r\n1', FORM, "the form ends before its last boundary"),
+    (WHOLE + END[:-4], FORM, "the form ends before its last boundary"),
+    (WHOLE + PART + b'user"\r\n\r\n\xff\r\n' + END, FORM, "the form's text is not UTF-8"),
+    (
+        WHOLE + b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n" + END,
+        FORM,
+        "the form cannot be read: The Content-D",
+    ),
+    (WHOLE + END, f"{FORM}; charset=latin-1", "a form's charset must be UTF-8, got 'latin-1'"),
+    (WHOLE + END, f'{FORM}; charset="utf-16"', "a form's charset must be UTF-8, got 'utf-16'"),
+]
+
+
+@pytest.mark.parametrize(("content", "kind", "said"), BROKEN)
+def test_broken_forms_are_told_what_is_wrong(
+    client: TestClient, backend: FakeBackend, content: bytes, kind: str, said: str
+) -> None:
+    answer = client.post(IMAGES, content=content, headers={"content-type": kind})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, None, "invalid_body")
+    assert error["message"].startswith(said)
+    assert backend.requests == []
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "status"),
-    [
-        (b"", "multipart/form-data", 400),
-        (b"--x", "multipart/form-data; boundary=x", 400),
-        (b"--x\r\n\r\nabc", "multipart/form-data; boundary=x", 400),
-        (PART + b'; name="prompt"\r\n\r\n\xff\r\n--x--\r\n', "multipart/form-data; boundary=x", 400),
-        (PART + b"\r\n\r\na\r\n--x--\r\n", "multipart/form-data; boundary=x", 400),
-        (b"a=b", "application/x-www-form-urlencoded", 415),
-        (b"{}", "text/json", 415),
-    ],
-)  # fmt: skip
-def test_broken_forms_have_the_envelope(client: TestClient, content: bytes, kind: str, status: int) -> None:
+    "kind", [FORM, f"{FORM}; charset=utf-8", f'{FORM}; charset="UTF8"', FORM.upper().replace("=X", "=x")]
+)
+def test_the_same_form_unbroken_is_taken(client: TestClient, backend: FakeBackend, kind: str) -> None:
+    """The control."""
+    assert client.post(IMAGES, content=WHOLE + END, headers={"content-type": kind}).status_code == 200
+    assert backend.requests[-1].prompt == "a cup"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"model=one&prompt=a", "application/x-www-form-urlencoded"), (b'{"model": "one", "prompt": "a"}', "text/json")],
+)
+def test_other_kinds_of_bodies_are_named(client: TestClient, backend: FakeBackend, content: bytes, kind: str) -> None:
     answer = client.post(IMAGES, content=content, headers={"content-type": kind})
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+    assert error["message"] == f"content-type must be application/json or multipart/form-data, not {kind!r}"
+    assert backend.requests == []
 
 
 def test_a_form_has_limits(client: TestClient, backend: FakeBackend) -> None:

@@ -20,7 +20,8 @@ from schemathesis.core.failures import FailureGroup
 
 from service.api.answers import Alive, ErrorResponse, GenerationResponse, ModelList, Ready
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody
-from service.api.rest import rest_app
+from service.api.openapi import ERRORS
+from service.api.rest import CODES, rest_app
 from tests.support.backend import FakeBackend
 
 EXAMPLES = int(os.environ.get("SPRAY_API_EXAMPLES", "8"))
@@ -120,6 +121,14 @@ def test_the_description_is_complete() -> None:
     fields = said["components"]["schemas"]["ImageGenerationBody"]["properties"]
     assert set(fields) == set(ImageGenerationBody.model_fields)
     assert "queue_full" in create["responses"]["429"]["description"]
+
+
+def test_the_documents_name_the_same_errors() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "service" / "README.md").read_text()
+    rows = re.findall(r"^\| ([45][0-9][0-9]) \| ((?:`\w+`(?:, )?)+) \| `\w+` \|", readme, re.MULTILINE)
+    documented = {(int(status), code) for status, codes in rows for code in re.findall(r"\w+", codes)}
+    declared = {(int(status), code) for status, said in ERRORS.items() for code in said["description"].split(", ")}
+    assert documented == declared | {(status, code) for status, code in CODES.items()}
 
 
 def test_answers_have_no_keys_but_the_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

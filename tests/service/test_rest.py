@@ -1,7 +1,9 @@
 """REST alone, without Ray: what is accepted, what is refused and how, nothing internal leaks."""
 
 import asyncio
+import io
 import json
+import zipfile
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +17,6 @@ from service.api.rest import rest_app
 from service.api.schemas import to_request
 from service.api.streaming import EventStream
 from tests.support.backend import FakeBackend
-
-
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-def client(backend: FakeBackend) -> TestClient:
-    return TestClient(rest_app(backend))  # whatever the app does not answer itself is raised in the test
 
 
 def post(client: TestClient, **body: Any) -> Any:
@@ -261,6 +253,14 @@ def test_paths_and_methods_that_do_not_exist(client: TestClient) -> None:
     for answer, status in ((client.get("/v2"), 404), (client.get("/v1/images/generations"), 405)):
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_zip_is_the_same_at_any_time(client: TestClient) -> None:
+    answer = post(client, n=2, seed=7, response_format="file")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert [entry.filename for entry in archive.infolist()] == ["0-7.png", "1-8.png"]
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # the least that a zip has
+        assert archive.read("1-8.png") == b"picture 8"
 
 
 def test_stream_without_options_has_progress_as_comments(client: TestClient) -> None:

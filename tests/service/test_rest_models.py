@@ -19,16 +19,6 @@ from tests.support.backend import FakeBackend
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
 
 
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-def client(backend: FakeBackend) -> TestClient:
-    return TestClient(rest_app(backend))
-
-
 def error_of(answer: Any) -> tuple[int, str | None, str]:
     error = answer.json()["error"]
     return answer.status_code, error["param"], error["code"]
