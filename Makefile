@@ -50,8 +50,7 @@ bench: $(READY)
 	  && $(BIN)/python -m tests.benchmarks.activation_memory && $(BIN)/python -m tests.benchmarks.layouts \
 	  && $(BIN)/python -m tests.benchmarks.fleet_sim && $(BIN)/python -m tests.benchmarks.gateway_overhead \
 	  && $(BIN)/python -m tests.benchmarks.autoscale && $(BIN)/python -m tests.benchmarks.replacements \
-	  && $(BIN)/python -m tests.benchmarks.batched_guidance && $(BIN)/python -m tests.benchmarks.ring_merge \
-	  && $(BIN)/python -m tests.benchmarks.gateways \
+	  && $(BIN)/python -m tests.benchmarks.batched_guidance && $(BIN)/python -m tests.benchmarks.gateways \
 	  && $(BIN)/python -m tests.benchmarks.fake_cuda
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt
