@@ -101,6 +101,9 @@ def test_steps_stand_beside_plain_diffusers(written: dict[str, list[Row]]) -> No
                 assert float(row["ms"].replace(",", "")) > 0
                 assert int(row["launches"].replace(",", "")) > 100
                 assert float(row["x diffusers"]) > 0
+        if model == "tiny qwen-image":
+            two, one = (int(by[who, "eager"]["launches"].replace(",", "")) for who in ("spray", "spray, one forward"))
+            assert one < 0.6 * two
         whole = float(by["diffusers", "eager"]["TFLOP"])
         share = float(by["a rank of ulysses_degree=2", "eager, nothing exchanged"]["TFLOP"])
         assert 0.4 < share / whole < 0.6

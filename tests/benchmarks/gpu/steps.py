@@ -2,8 +2,8 @@
 
 A step is the transformer's forwards: two where guidance has two branches. "diffusers" calls the model as its pipelines
 do; "spray" is the same weights as a rank of one has them, through the guider of the loop. Eager, they take turns; where
-they are compiled, one follows the other. "a rank of" a layout is one rank's share of the step with the exchange left
-out: the least that the layout can take.
+they are compiled, one follows the other. "spray, one forward" has both branches in one, however many tokens they have.
+"a rank of" a layout is one rank's share of the step with the exchange left out: the least that the layout can take.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from sp_core import cuda_kernels
+from sp_core.batched_guidance import guidance_batch
 from sp_core.degrees import ParallelDegrees
 from sp_core.handle import Handle
 from sp_core.mesh import MeshAxis, ParallelMesh
@@ -27,7 +28,7 @@ from tests.benchmarks.gpu.one_rank import without_peers
 from tests.benchmarks.gpu.part import Part, release
 from tests.benchmarks.gpu.staged import name_what_torch_lacks
 from tests.benchmarks.gpu.transformers import Case, Inputs, cases
-from tests.support.guided import guided_step
+from tests.support.guided import batched_step, guided_step
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.loader import RECOMPILE_LIMIT
 
@@ -99,6 +100,8 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None
     ours, handle = _as_a_rank_has_it(_twin(model), case, part, mesh, kernel)
     handle.remove()  # else torch would prefer the kernel in plain diffusers too
     calls = {"diffusers": _plain_step(model, inputs), "spray": _preferring(_step(ours, inputs), kernel)}
+    if len(inputs) == 2:
+        calls["spray, one forward"] = _preferring(_batched_step(ours, inputs), kernel)
 
     def count() -> tuple[object, ...]:
         counted.append(timing.flops(calls["diffusers"], part.device))
@@ -235,3 +238,11 @@ def _step(model: Any, inputs: list[Inputs]) -> Callable[[], object]:
     if len(inputs) == 1:
         return _plain_step(model, inputs)
     return lambda: guided_step(model, (inputs[0], inputs[1]), ALONE)
+
+
+def _batched_step(model: Any, inputs: list[Inputs]) -> Callable[[], object]:
+    """The same in one forward."""
+    batch = guidance_batch(model)
+    assert batch is not None
+    other = inputs[0] | {batch.prompt: inputs[1][batch.prompt]}
+    return lambda: batched_step(model, (inputs[0], other))
