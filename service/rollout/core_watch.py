@@ -18,6 +18,8 @@ from service.rollout.serve_client import dead_processes, kill_node
 
 PERIOD_S = 5.0
 
+MEANWHILE_S = 0.02
+
 SILENT_S = 30.0
 """A controller that is silent for longer is gone. Serve starts a dead one again within seconds."""
 
@@ -80,19 +82,51 @@ def within(seconds: float, call: Callable[[], object], name: str) -> None:
 
 
 @contextlib.contextmanager
-def impatient() -> Iterator[None]:
-    """Signals that would end this process end those of the cluster at once instead, while the context lasts."""
+def impatient() -> Iterator[Callable[[], None]]:
+    """Signals that would end this process end those of the cluster at once instead, while the context lasts.
+
+    Yields:
+        What restores that after somebody else has set a signal's action. Only the main thread can, and does.
+    """
 
     def hurry(number: int, frame: object) -> None:
         threading.Thread(target=kill_node, name="spray: kill", daemon=True).start()  # this thread may hold Ray's locks
 
     former = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        former = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+
+    def arm() -> None:
+        for number in former:
+            signal.signal(number, hurry)
+
     try:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    former[number] = signal.signal(number, hurry)
-        yield
+        arm()
+        yield arm
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def aside(call: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+    """Call in another thread, and do something else every `MEANWHILE_S` until it has returned.
+
+    Raises:
+        Exception: what the call raised.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    running = threading.Thread(target=run, name="spray: aside")
+    running.start()
+    while running.is_alive():
+        running.join(MEANWHILE_S)
+        meanwhile()
+    if raised:
+        raise raised[0]

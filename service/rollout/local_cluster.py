@@ -29,7 +29,7 @@ from service.app import grpc_options, serve_config
 from service.names import MODEL_APP_PREFIX
 from service.rollout.apply import drain
 from service.rollout.cluster_folder import make_folder, remove_abandoned
-from service.rollout.core_watch import impatient, within
+from service.rollout.core_watch import aside, impatient, within
 from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
@@ -178,12 +178,11 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster and remove its folder. May be called more than once.
 
-        A Ctrl-C that comes meanwhile ends the processes at once, and does not keep the folder from being removed. A
-        SIGTERM may: Ray gives it back its default action halfway through. Then `remove_abandoned` finds the folder.
+        A signal that comes meanwhile ends the processes at once, and does not keep the folder from being removed.
         """
-        with impatient():
+        with impatient() as arm:
             if ray.is_initialized():
-                disconnect()
+                aside(disconnect, arm)  # halfway through, Ray gives SIGTERM its default action
             while self._reservations:
                 self._reservations.pop().close()
             if self._folder is not None:
