@@ -377,6 +377,22 @@ class Outputs(_Section):
     ttl_s: float = Field(3600.0, gt=0, le=31_536_000, description="seconds for which a URL is valid and its file kept")
 
 
+class Idempotency(_Section):
+    """Answers of requests with an idempotency key, for callers that ask again with the same key."""
+
+    folder: str | None = Field(
+        None,
+        pattern=r"^/[^\x00]*$",
+        description="absolute, on a local disk of the head's node; absent: one that ends with the cluster",
+    )
+    ttl_s: float = Field(86_400.0, gt=0, le=31_536_000, description="seconds for which a key is known")
+    max_bytes: int = Field(
+        4 << 30,
+        ge=1 << 20,
+        description="bytes of all answers; beyond, the oldest is drawn again with its seed when its key comes again",
+    )
+
+
 class Storage(_Section):
     """Where each node keeps files."""
 
@@ -387,6 +403,7 @@ class Storage(_Section):
         None, description="folder for compiled blocks, on every node; absent: a private one among temporary files"
     )
     outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
+    idempotency: Idempotency = Field(Idempotency(), description="answers of requests with an idempotency key")
 
 
 class Auth(_Section):

@@ -153,6 +153,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "metrics": spec.metrics_at,
             "models_folder": spec.storage.models,
             "outputs": spec.storage.outputs.model_dump(),
+            "idempotency": spec.storage.idempotency.model_dump(),
         },
     }
     return {

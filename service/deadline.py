@@ -1,33 +1,41 @@
-"""A request ends when its deadline has passed, whether it waits or runs. For `service.gateway`."""
+"""A request ends when its deadline has passed or somebody cancels it, whether it waits or runs. For `service.state`."""
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from workers.errors import DeadlineExceeded
+from workers.errors import DeadlineExceeded, RequestCancelled
 
 Report = TypeVar("Report")
 
 
-async def within(deadline_at: float, reports: AsyncGenerator[Report]) -> AsyncGenerator[Report]:
-    """The reports of a request, as long as there is time. They are closed at the end, which frees the gang.
+async def within(
+    deadline_at: float | None, reports: AsyncGenerator[Report], canceled: "asyncio.Future[None] | None" = None
+) -> AsyncGenerator[Report]:
+    """The reports of a request, as long as it is wanted. They are closed at the end, which frees the gang.
 
     Args:
-        deadline_at: seconds since the epoch.
+        deadline_at: seconds since the epoch; None: there is no deadline.
         reports: of the request.
+        canceled: done when nobody wants them anymore; None: only closing the generator ends it.
 
     Raises:
         DeadlineExceeded: the next report did not come in time.
+        RequestCancelled: the request was canceled before it came.
     """
     async with contextlib.aclosing(reports):
         while True:
             coming = asyncio.ensure_future(anext(reports, None))
             try:
-                done, _ = await asyncio.wait([coming], timeout=max(0.0, deadline_at - time.time()))
+                left_s = None if deadline_at is None else max(0.0, deadline_at - time.time())
+                ends: list[asyncio.Future[Any]] = [coming, *([canceled] if canceled is not None else [])]
+                done, _ = await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await _end(coming)
+            if canceled in done:
+                raise RequestCancelled("the request was canceled by another call")
             if not done:
                 raise DeadlineExceeded("the request's deadline has passed; it was stopped")
             if (report := coming.result()) is None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator,
 from contextvars import ContextVar
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -19,15 +20,18 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deploy.api_keys import ApiKey
-from deploy.spec import ModelSpec, Outputs, SpecError
-from service.api.backend import Report, Restarted, Waiting
+from deploy.spec import Idempotency, ModelSpec, Outputs, SpecError
+from service.api.backend import Found, Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
-from service.deadline import check_deadline, within
+from service.deadline import check_deadline
 from service.names import GANG, app_name
 from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
+from service.state.exchange import Colleagues, Question
+from service.state.idempotency import IdempotencyKeys
 from service.state.keyring import Keyring
+from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from service.state.poller import Poller
@@ -38,14 +42,18 @@ from workers.errors import (
     AdminOnly,
     Forbidden,
     GangLost,
+    GatewaySilent,
+    IdempotencyKeyReused,
     JobNotFound,
     JobsUnavailable,
+    KeysUnavailable,
     ModelNotAllowed,
     ModelNotFound,
     ModelUnavailable,
     NotSupported,
     OutOfMemory,
     QueueFull,
+    RequestNotFound,
     ShuttingDown,
     SprayError,
     Unauthorized,
@@ -65,7 +73,10 @@ PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
 OK, CANCELLED = "ok", "cancelled"
-NOT_ADMITTED = (Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported, JobNotFound, JobsUnavailable)
+NOT_ADMITTED = (
+    *(Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported, JobNotFound, JobsUnavailable),
+    *(RequestNotFound, GatewaySilent, IdempotencyKeyReused, KeysUnavailable),
+)
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
@@ -90,6 +101,9 @@ class Gateway(GrpcMethods):
         self.cors_origins: Sequence[str] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
+        self.idempotency = IdempotencyKeys(_own_name())
+        self._live = LiveRequests(_short_name())
+        self._colleagues = Colleagues(_short_name(), self._answer, shared_turns.start_keeper)
         self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
@@ -111,7 +125,9 @@ class Gateway(GrpcMethods):
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
-        shared_turns.share(user_config.get("gateways", 1) > 1)
+        several = user_config.get("gateways", 1) > 1
+        shared_turns.share(several)
+        self._colleagues.follow(several and ray.is_initialized())
         self.max_body_bytes = user_config["max_body_bytes"]
         try:
             self._keyring.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
@@ -122,6 +138,7 @@ class Gateway(GrpcMethods):
         self._poller.follow(self._models)
         self._quarantine.follow()
         self.outputs.follow(**user_config.get("outputs", Outputs().model_dump()))  # an older version deployed none
+        self.idempotency.follow(user_config.get("idempotency", Idempotency().model_dump()))
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
             self._metrics_of(name)
@@ -152,6 +169,30 @@ class Gateway(GrpcMethods):
         if admin and not key.admin:
             raise AdminOnly(f"the key {key.name!r} has the scope {key.scope!r}; this needs 'admin'")
         _caller.set(key)
+
+    def caller(self) -> str:
+        """The name of the API key that `admit` has found for this call; empty: none is needed."""
+        key = _caller.get()
+        return key.name if key else ""
+
+    async def find_requests(self) -> Found:
+        """What waits and runs in any gateway. A key without the scope `admin` sees its own."""
+        told, silent = await self._colleagues.ask(("told", (self._sees(),)))
+        return Found(sorted((one for some in told for one in some), key=lambda one: one["since"]), silent)
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request, in whatever gateway it is; False: none has it, or it is another key's."""
+        found, _ = await self._colleagues.ask(("cancel", (request_id, self._sees())))
+        return any(found)
+
+    def _sees(self) -> str | None:
+        """The key whose requests this call may see; None: all."""
+        key = _caller.get()
+        return None if key is None or key.admin else key.name
+
+    async def _answer(self, question: Question) -> Any:
+        method, args = question
+        return await self._live.told(*args) if method == "told" else self._live.cancel(*args)
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
@@ -189,9 +230,7 @@ class Gateway(GrpcMethods):
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
             with self._allowed(request):
-                reports = self._generate(request)
-                if request.deadline_at is not None:
-                    reports = within(request.deadline_at, reports)
+                reports = self._live.watched(request, self.caller(), self._generate(request))
                 async with contextlib.aclosing(reports):
                     async for report in reports:
                         if isinstance(report, GenerationResult):
@@ -224,7 +263,7 @@ class Gateway(GrpcMethods):
             yield
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
-        caller = _caller_name()
+        caller = self.caller()
         known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
@@ -245,6 +284,7 @@ class Gateway(GrpcMethods):
                     async for report in reports:
                         if isinstance(report, Begun):
                             begun = True
+                            self._live.begun(request.request_id)
                         else:
                             yield report
                 await self._quarantine.clear(known_as)
@@ -273,7 +313,7 @@ class Gateway(GrpcMethods):
         model = self._models.get(request.model)
         if model is None or (not waiting and request.deadline_at is None and model.max_queued_s is None):
             return
-        ahead, wait_s = await router_registry.prospect(app_name(model.name), _caller_name())
+        ahead, wait_s = await router_registry.prospect(app_name(model.name), self.caller())
         if request.deadline_at is not None:
             check_deadline(request.deadline_at, wait_s, *router_registry.takes(app_name(model.name), request))
         if waiting >= model.max_queued:
@@ -296,6 +336,7 @@ class Gateway(GrpcMethods):
         logger.warning("request %s lost its ranks: %s", request.request_id, cause)
         self._metrics_of(request.model).lost()
         router_registry.lose(app_name(request.model), request.request_id)
+        self._live.lost(request.request_id)
         if begun and await self._quarantine.count(known_as) >= LOSSES:
             raise GangLost(f"{request.model!r} lost its ranks {LOSSES} times on this request; it is not tried again")
         if isinstance(cause, RayActorError):
@@ -352,11 +393,6 @@ class Gateway(GrpcMethods):
                 answer.cancel()  # type: ignore[no-untyped-call]
 
 
-def _caller_name() -> str:
-    key = _caller.get()
-    return key.name if key else ""
-
-
 async def _with_result(reports: AsyncIterator[Any]) -> AsyncGenerator[Any]:
     """A gang's reports, with the result in place of its `Answer`. By then the gang may run another request."""
     async for report in reports:
@@ -369,6 +405,11 @@ def _own_name() -> str:
         return serve.get_replica_context().replica_id.to_full_id_str()
     except RayServeException:
         return ""
+
+
+def _short_name() -> str:
+    """The same for people."""
+    return _own_name().rpartition("#")[2] or "local"
 
 
 def _applications() -> Collection[str]:

@@ -82,6 +82,7 @@ SPEC_KEYS = frozenset(
     gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins
     limits limits.max_body_bytes metrics metrics.host metrics.port
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
+    storage.idempotency storage.idempotency.folder storage.idempotency.ttl_s storage.idempotency.max_bytes
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )
@@ -95,6 +96,9 @@ ROUTES = frozenset(
         "GET /readyz",
         "GET /v1/cluster",
         "GET /v1/models",
+        "GET /v1/requests",
+        "GET /v1/requests/{id}",
+        "DELETE /v1/requests/{id}",
         "GET /v1/outputs/{name}",
         "HEAD /v1/outputs/{name}",
         "GET /v1/models/{name:path}",
@@ -160,6 +164,7 @@ ERRORS = {
     "BodyTimeout": (408, "body_timeout", "DEADLINE_EXCEEDED"),
     "BodyTooLarge": (413, "body_too_large", "INVALID_ARGUMENT"),
     "OutputNotFound": (404, "output_not_found", "NOT_FOUND"),
+    "RequestNotFound": (404, "request_not_found", "NOT_FOUND"),
     "Unauthorized": (401, "invalid_api_key", "UNAUTHENTICATED"),
     "Forbidden": (403, "forbidden", "PERMISSION_DENIED"),
     "ModelNotAllowed": (403, "model_not_allowed", "PERMISSION_DENIED"),
@@ -169,6 +174,9 @@ ERRORS = {
     "ModelNotFound": (404, "model_not_found", "NOT_FOUND"),
     "JobNotFound": (404, "job_not_found", "NOT_FOUND"),
     "RequestQuarantined": (422, "request_quarantined", "FAILED_PRECONDITION"),
+    "IdempotencyKeyReused": (422, "idempotency_key_reuse", "ALREADY_EXISTS"),
+    "GatewaySilent": (503, "gateway_lost", "UNAVAILABLE"),
+    "KeysUnavailable": (503, "idempotency_unavailable", "UNAVAILABLE"),
     "QueueFull": (429, "queue_full", "RESOURCE_EXHAUSTED"),
     "RequestCancelled": (499, "cancelled", "CANCELLED"),
     "DeadlineExceeded": (504, "deadline_exceeded", "DEADLINE_EXCEEDED"),
@@ -193,6 +201,8 @@ COMMANDS = {
     "deploy": {"file", "set", "address", "prune", "dry_run", "allow_downtime", "allow_pending"},
     "ps": {"server", "json"},
     "models": {"server", "json"},
+    "requests": {"server", "json"},
+    "cancel": {"request_id", "server"},
     "doctor": {"file", "set"},
     "schema": {"model", "server"},
     "key": {"name", "admin"},

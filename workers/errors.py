@@ -5,6 +5,8 @@
     | + InvalidParameter      one parameter is wrong; `param` names it
     | | + BodyTooLarge        ... or the body as a whole is too large
     | | + BodyTimeout         ... or it came too slowly
+    | + IdempotencyKeyReused  its idempotency key belongs to another request
+    | + RequestNotFound       no such request waits or runs, or it is another caller's
     | + OutputNotFound        the picture or video at a URL is not kept, or not anymore
     | + ModelNotFound         no such model in this deployment
     | + JobNotFound           no such job of this caller, or not anymore
@@ -19,6 +21,8 @@
     + TryLater                it would be taken at another time
     | + QueueFull             ... when fewer requests wait for the model
     | + RateLimited           ... when the caller's API key may do more again
+    | + GatewaySilent         ... when the gateway that may have it answers again, or is replaced
+    | + KeysUnavailable       ... when idempotency keys can be kept again
     + ModelUnavailable        no gang of the model can be started now; ask again later
     + JobsUnavailable         the store of jobs does not answer, or cannot write; nothing is accepted meanwhile
     + DeadlineExceeded        its deadline has passed, or cannot be met
@@ -72,6 +76,16 @@ class BodyTimeout(InvalidParameter):
 
 class OutputNotFound(RequestError):
     """The picture or video is not kept, or not anymore."""
+
+
+class IdempotencyKeyReused(RequestError):
+    """The caller's idempotency key belongs to another request of the same caller."""
+
+    param = "idempotency-key"
+
+
+class RequestNotFound(RequestError):
+    """No request of this id waits or runs that the caller may see."""
 
 
 class ModelNotFound(RequestError):
@@ -138,6 +152,14 @@ class QueueFull(TryLater):
 
 class RateLimited(TryLater):
     """The caller's API key has used what it is allowed."""
+
+
+class GatewaySilent(TryLater):
+    """What is asked for may be in a gateway that does not answer."""
+
+
+class KeysUnavailable(TryLater):
+    """Idempotency keys cannot be kept now, so nothing can be done exactly once."""
 
 
 class ModelUnavailable(SprayError):

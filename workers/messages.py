@@ -115,6 +115,7 @@ class GenerationResult:
         warnings: what the caller should know, such as that a prompt was cut.
         encode_media_seconds: wall time of encoding the pictures as files, on rank 0. The ranks have begun the next
             request meanwhile.
+        created_at: when it was first answered, in seconds since the epoch; 0: now.
     """
 
     outputs: tuple[bytes, ...]
@@ -125,6 +126,7 @@ class GenerationResult:
     decode_seconds: float
     warnings: tuple[str, ...] = ()
     encode_media_seconds: float = 0.0
+    created_at: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -5,11 +5,13 @@ images.py      POST /v1/images/generations
 videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 models.py      GET /v1/models
+requests.py    GET /v1/requests: what waits and runs; DELETE ends one
 cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
 openapi.py     /openapi.json and /docs; page.py makes the page
 backend.py     what the API needs of the gateway, and how routes get at it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
 cors.py        lets pages of other sites call, if the deployment names them
+once.py        a request with an idempotency key is done once
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 reading.py     JSON or a form, within limits -> the fields of a body

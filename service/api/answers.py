@@ -90,6 +90,38 @@ class ModelList(Answer):
     data: list[ModelObject]
 
 
+class RequestObject(Answer):
+    """A request that waits or runs."""
+
+    id: str = Field(description="begins with the x-request-id that it came with, if it did")
+    object: Literal["request"]
+    model: str
+    state: Literal["queued", "running"]
+    position: int | None = Field(description="1 for the one that is served next; null: it does not wait, or not known")
+    eta_seconds: float | None = Field(description="estimated seconds until it is drawn; null: not known")
+    step: int = Field(description="denoising steps done")
+    total_steps: int
+    since: float = Field(description="when it was admitted, in seconds since the epoch")
+    key: str | None = Field(description="the name of the API key that asked; null: none was needed")
+    gateway: str = Field(description="the gateway that has it")
+
+
+class RequestList(Answer):
+    """All requests that wait or run, as far as the caller may see them; the oldest first."""
+
+    object: Literal["list"]
+    data: list[RequestObject]
+    silent_gateways: list[str] = Field(description="gateways that did not answer in time; their requests are missing")
+
+
+class CanceledRequest(Answer):
+    """A request that ends within its current step."""
+
+    id: str
+    object: Literal["request.canceled"]
+    canceled: Literal[True]
+
+
 class Alive(Answer):
     """The gateway's process answers, whatever its models do."""
 

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
 from deploy.spec import ModelSpec
 from service.api.origin import reject_foreign_hosts, reject_foreign_pages
+from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from workers.errors import GangLost
@@ -49,6 +50,19 @@ Report = StepEvent | GenerationResult | Waiting | Restarted
 """What a request yields: steps, its place while it waits, each restart, and the result last."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The requests of all gateways that a caller may see.
+
+    Attributes:
+        requests: `service.api.answers.RequestObject` of each.
+        silent: gateways that have not answered in time, whose requests are missing.
+    """
+
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+
+
 class Backend(Protocol):
     """Runs requests and knows the models."""
 
@@ -60,9 +74,19 @@ class Backend(Protocol):
     cors_origins: Sequence[str]
     in_flight: int
     outputs: OutputStore
+    idempotency: IdempotencyKeys
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Raise `Unauthorized` or `AdminOnly` unless this `Authorization` header allows the call."""
+
+    def caller(self) -> str:
+        """The name of the API key that `admit` has found for this call; empty: none is needed."""
+
+    async def find_requests(self) -> Found:
+        """What waits and runs in any gateway, as far as this caller may see it."""
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request that this caller may see, in whatever gateway it is; False: none has it."""
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
@@ -98,13 +122,15 @@ async def require_own_host(http: Request, backend: Served) -> None:
     reject_foreign_hosts(http, backend.local_only)
 
 
-async def run(backend: Backend, request: GenerationRequest) -> GenerationResult:
+async def result_of(reports: AsyncGenerator[Report]) -> GenerationResult:
     """Run one request to its end and return the result.
 
     Raises:
         GangLost: the backend yielded no result.
     """
-    reports = [report async for report in backend.generate(request)]  # to the end: leaving early means cancelling
-    if not reports or not isinstance(reports[-1], GenerationResult):
+    last = None
+    async for report in reports:  # to the end: leaving early means canceling
+        last = report
+    if not isinstance(last, GenerationResult):
         raise GangLost("the ranks ended without a result")
-    return reports[-1]
+    return last

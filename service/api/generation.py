@@ -15,8 +15,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from service.api.backend import Backend, run
+from service.api.backend import Backend, result_of
 from service.api.bodies import GenerationBody, ResponseFormat
+from service.api.once import KEY_HEADER, begin
 from service.api.origin import deadline, request_id
 from service.api.outputs import KINDS
 from service.api.responses import generation_response, ignored_header, metrics, warnings_header
@@ -75,10 +76,12 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
     deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
     if form == "url":
         await asyncio.to_thread(backend.outputs.prepare)
+    attempt = await begin(backend, request, http.headers.get(KEY_HEADER))
+    headers |= attempt.headers
     if body.stream:
         include_progress = body.stream_options.include_progress
-        return await EventStream.open(backend.generate(request), request, include_progress, headers, deliver)
-    result = await run(backend, request)
+        return await EventStream.open(attempt.reports, request, include_progress, headers, deliver)
+    result = await result_of(attempt.reports)
     headers |= warnings_header(result)
     if form == "file":
         return _file(request, result, headers)

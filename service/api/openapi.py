@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from service.api.answers import ErrorResponse
 from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody
 from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
+from service.api.once import KEY_HEADER, LONGEST
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
 from service.api.page import page
 from workers.errors import NotSupported
@@ -73,7 +74,14 @@ def takes(kind: type[GenerationBody]) -> dict[str, Any]:
         "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_SECONDS},
         "description": "seconds from now on; then the request is stopped, and answered with 504",
     }
-    return {"requestBody": {"required": True, "content": content}, "parameters": [patience]}
+    once = {
+        "name": KEY_HEADER,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "pattern": "^[!-~]+$", "maxLength": LONGEST},
+        "description": "the same request with the same key is done once, and gets the same answer for a day",
+    }
+    return {"requestBody": {"required": True, "content": content}, "parameters": [patience, once]}
 
 
 def event_stream(description: str) -> dict[str, Any]:

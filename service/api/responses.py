@@ -36,7 +36,7 @@ def generation_response(
     """
     video = {"num_frames": request.num_frames, "fps": request.fps} if is_video(request) else {}
     return {
-        "created": int(time.time()),
+        "created": int(result.created_at or time.time()),
         "data": [dict(made) for made in data],
         "size": f"{request.width}x{request.height}",
         "output_format": request.output_format,

@@ -132,6 +132,28 @@ def read_description(server: str) -> dict[str, Any]:
     return _read(server, "/openapi.json")
 
 
+def read_requests(server: str) -> dict[str, Any]:
+    """The body of `GET /v1/requests`.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    return _read(server, "/v1/requests")
+
+
+def cancel_request(server: str, request_id: str) -> dict[str, Any]:
+    """End a request that waits or runs.
+
+    Args:
+        server: its base URL.
+        request_id: of the request, or the x-request-id that it came with.
+
+    Raises:
+        ServerError: the server cannot be reached, or has no such request of this caller.
+    """
+    return _read(server, f"/v1/requests/{quote(request_id, safe='')}", "DELETE")
+
+
 @contextlib.contextmanager
 def understood(server: str, asked: str) -> Iterator[None]:
     """Read an answer in this context: what is missing there, or of another form, is the server's error.
@@ -158,12 +180,13 @@ def _answering(server: str) -> Iterator[None]:
         raise ServerError(f"no answer from {server}: {error}") from None
 
 
-def _read(server: str, path: str) -> dict[str, Any]:
+def _read(server: str, path: str, method: str = "GET") -> dict[str, Any]:
+    url = f"{server.rstrip('/')}{path}"
     with _answering(server):
-        response = httpx.get(f"{server.rstrip('/')}{path}", headers=authorization(), timeout=30, trust_env=False)
+        response = httpx.request(method, url, headers=authorization(), timeout=30, trust_env=False)
     if response.status_code != 200:
         raise _refusal(response.content, response.status_code)
-    with understood(server, f"GET {path}"):
+    with understood(server, f"{method} {path}"):
         body = response.json()
         if not isinstance(body, dict):
             raise TypeError(f"expected an object, got {_line(response.text)}")

@@ -6,6 +6,8 @@
     spray deploy FILE     change a running cluster to what the file says
     spray ps              show the models, gangs and queues of a server
     spray models          show what each model of a server can be asked for
+    spray requests        show what waits and runs on a server
+    spray cancel ID       end a request that waits or runs
     spray doctor [FILE]   look for common problems of this machine
     spray schema [MODEL]  print the JSON schema of deployment files, or of requests of a server's model
     spray generate "..."  run one request: on a server, or with --local in processes of its own
@@ -41,8 +43,8 @@ app = typer.Typer(
     },
 )
 for command in (
-    files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, doctor.doctor, files.schema,
-    generate.generate, generate.video, key.key, verify.verify,
+    files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, status.requests, status.cancel,
+    doctor.doctor, files.schema, generate.generate, generate.video, key.key, verify.verify,
 ):  # fmt: skip
     app.command()(command)
 

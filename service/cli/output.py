@@ -1,4 +1,4 @@
-"""Lines and tables for a person: the bodies of `GET /v1/cluster` and `GET /v1/models` come in.
+"""Lines and tables for a person: the bodies of `GET /v1/cluster`, `/v1/models` and `/v1/requests` come in.
 
 Results go to standard output, everything else to standard error. A terminal gets colors, and tables that fit its width;
 pipes and files get plain text, one line per row, that `grep` and `awk` can read.
@@ -8,6 +8,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console, Group
@@ -77,6 +78,26 @@ def models_table(listed: dict[str, Any]) -> Group:
     return Group(table)
 
 
+def requests_table(listed: dict[str, Any]) -> Group:
+    """`GET /v1/requests`: a row per request; the gateways that did not answer stand below."""
+    table = _table("ID", "MODEL", "STATE", "PLACE", "ETA", "KEY", "SINCE", "STEPS")
+    for one in listed["data"]:
+        eta, since = one["eta_seconds"], datetime.fromtimestamp(one["since"]).astimezone()
+        _add(
+            table,
+            one["id"],
+            one["model"],
+            one["state"],
+            str(one["position"] or "-"),
+            "-" if eta is None else f"{eta:.0f} s",
+            one["key"] or "-",
+            f"{since:%H:%M:%S}",
+            _bar(one["step"], one["total_steps"]),
+        )
+    silent = ", ".join(listed["silent_gateways"])
+    return Group(table, *([Text(f"no answer from {silent}; requests there are missing")] if silent else []))
+
+
 def findings_table(rows: Sequence[tuple[str, str, str, str]]) -> Group:
     """The findings of `spray doctor`: level, name, what was found, and the advice, which has its own row."""
     table = _table()
@@ -109,5 +130,10 @@ def _replicas(model: dict[str, Any]) -> str:
 def _gang(now: dict[str, Any]) -> str:
     if not now["total_steps"]:
         return str(now["phase"])
-    done = BAR_WIDTH * now["step"] // now["total_steps"]
-    return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}] {now['phase']} {now['step']}/{now['total_steps']}"
+    bar, numbers = _bar(now["step"], now["total_steps"]).split(" ")
+    return f"{bar} {now['phase']} {numbers}"
+
+
+def _bar(step: int, total_steps: int) -> str:
+    done = BAR_WIDTH * min(step, total_steps) // max(1, total_steps)
+    return f"[{'#' * done}{'.' * (BAR_WIDTH - done)}] {step}/{total_steps}"

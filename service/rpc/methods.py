@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
-from service.api.backend import Backend, Report, run
+from service.api.backend import Backend, Report, result_of
+from service.api.once import KEY_HEADER, begin
+from service.api.origin import ID_HEADER
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events, image_response, model_message, report_event
 from service.rpc.health import MOST_WATCHERS, check, watch
 from service.rpc.requests import chunk_bytes, id_of, in_message, stream_warnings, to_generation, to_streamed
-from service.rpc.statuses import Context, admit, metadata, name_request, refuse
+from service.rpc.statuses import Context, admit, metadata, refuse, tell
 from workers.errors import BodyTooLarge, GangLost, NotSupported, QueueFull
 from workers.messages import GenerationResult
 
@@ -101,8 +103,10 @@ class GrpcMethods(Backend):
         began = time.monotonic()
         request_id = _enter(self, request, grpc_context)
         generation = to_generation(request, self.models(), request_id)
+        attempt = await begin(self, generation, metadata(grpc_context).get(KEY_HEADER))
+        tell(grpc_context, attempt.headers)
         with in_message():
-            result = await run(self, generation)
+            result = await result_of(attempt.reports)
         return image_response(generation, result, began)
 
     @streaming(lambda error: pb.GenerateStreamResponse(error=error))
@@ -115,7 +119,9 @@ class GrpcMethods(Backend):
         size, ignored = chunk_bytes(request.options), stream_warnings(request.options)
         generation = to_streamed(request, self.models(), request_id)
         taken: list[float] = []
-        async with contextlib.aclosing(_taken_on(self.generate(generation))) as reports:
+        attempt = await begin(self, generation, metadata(grpc_context).get(KEY_HEADER))
+        tell(grpc_context, attempt.headers)
+        async with contextlib.aclosing(_taken_on(attempt.reports)) as reports:
             async for report in reports:
                 if report is None:
                     yield pb.GenerateStreamResponse(accepted=pb.GenerateStreamResponse.Accepted(job_id=request_id))
@@ -175,8 +181,8 @@ def _enter(backend: Backend, request: pb.GenerateImageRequest | pb.GenerateStrea
         text = f"the message is larger than {backend.max_body_bytes} bytes"
         raise BodyTooLarge(None, text, "body_too_large")
     given = metadata(context)
-    request_id = id_of(request.request_id, given.get("x-request-id") or given.get("request_id", ""))
-    name_request(context, request_id)
+    request_id = id_of(request.request_id, given.get(ID_HEADER) or given.get("request_id", ""))
+    tell(context, {ID_HEADER: request_id})
     return request_id
 
 

@@ -20,7 +20,6 @@ from grpc_status import rpc_status
 from deploy.spec import is_loopback
 from service.api.backend import Backend
 from service.api.errors import answer, find_status, log, retry_after_s
-from service.api.origin import ID_HEADER
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import Forbidden
 
@@ -78,9 +77,10 @@ def metadata(context: Context) -> Mapping[str, str]:
     return found
 
 
-def name_request(context: Context, request_id: str) -> None:
-    """Let the answer name the request."""
-    _add_trailing(context, [(ID_HEADER, request_id)])
+def tell(context: Context, headers: Mapping[str, str]) -> None:
+    """Add to what the answer says besides its message, as REST's headers do."""
+    if headers:
+        _add_trailing(context, [*headers.items()])
 
 
 def refuse(context: Context, error: Exception) -> pb.JobError:

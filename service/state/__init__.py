@@ -4,6 +4,9 @@ model_states.py     the state of each model, with its reason
 poller.py           reads that state, less often while all is well
 router_registry.py  the request routers of this process: queues and the gangs' reports
 waiting.py          who waits for a gang, and in which place
+live_requests.py    the requests of this gateway, for who lists or cancels them
+exchange.py         questions of one gateway to all others
+kept_answers.py     the answers of requests with an idempotency key; idempotency.py asks for them
 turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways
 keyring.py          the API keys of a gateway, and what each has left
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read it

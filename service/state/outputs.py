@@ -159,7 +159,7 @@ class OutputStore:
         """The folder, with this object's key read from it, or put there first."""
         given, folder = self._given, self._folder
         if folder is None or not folder.is_dir():  # whoever cleans temporary files may have removed it
-            folder = Path(given or _own_folder())
+            folder = Path(given or own_folder())
             if given:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             else:
@@ -178,7 +178,7 @@ class OutputStore:
             await asyncio.sleep(PERIOD_S)
 
 
-def _own_folder() -> str:
+def own_folder() -> str:
     """Of this node and cluster, which all its gateways find; `SPRAY_OUTPUTS_DIR` names another."""
     cluster = os.environ.get("RAY_RAYLET_PID") or os.getpid()
     return os.environ.get("SPRAY_OUTPUTS_DIR") or f"{tempfile.gettempdir()}/{FOLDER}{cluster}"

@@ -22,7 +22,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from service.state import turns
+from service.state import exchange, turns
+from service.state.exchange import FORGOTTEN_S, Exchange, Question
 from service.state.turns import Prospect, Ticket, Turn, Turns
 from workers.gang import stats
 from workers.gang.stats import GangBacklog
@@ -52,10 +53,11 @@ def share(several: bool) -> None:
     _several = several
 
 
-class Keeper:
-    """The actor. All its methods run on one event loop."""
+class Keeper(Exchange):
+    """The actor. All its methods run on one event loop. It passes on the questions of gateways, too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._turns: dict[str, Turns] = {}
         self._heard: dict[tuple[str, str], float] = {}  # by application and asker: when
         self._watching: asyncio.Task[None] | None = None
@@ -84,6 +86,11 @@ class Keeper:
         """See `Turns.standing`."""
         return self._of(application).standing(request_id)
 
+    async def attend(self, gateway: str) -> list[tuple[int, Question]]:
+        """See `Exchange.attend`."""
+        self._watching = self._watching or asyncio.create_task(self._watch())
+        return await super().attend(gateway)
+
     async def beat(self, application: str, asker: str, reports: Mapping[str, GangBacklog]) -> None:
         """A gateway is there; see `Turns.know`."""
         self._watching = self._watching or asyncio.create_task(self._watch())
@@ -102,7 +109,7 @@ class Keeper:
             for application, asker in [key for key, at in self._heard.items() if now - at > SILENT_S]:
                 del self._heard[application, asker]
                 self._of(application).forget(asker)
-            if self._heard:
+            if self._heard or now - self.attended_at < FORGOTTEN_S:
                 heard_at = now
             elif now - heard_at > UNUSED_S:
                 ray.actor.exit_actor()  # type: ignore[no-untyped-call]
@@ -111,7 +118,7 @@ class Keeper:
 def start_keeper() -> Any:
     """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
     # Whole modules: to find a class in one, Python parses it, which fails in two threads at once (CPython 3.11).
-    source = "".join(inspect.getsource(module) for module in (turns, sys.modules[__name__], stats))
+    source = "".join(inspect.getsource(module) for module in (turns, exchange, sys.modules[__name__], stats))
     made = ray.remote(Keeper).options(
         name=f"turns-{hashlib.sha256(source.encode()).hexdigest()[:12]}",
         namespace=NAMESPACE,

@@ -18,6 +18,7 @@ from deploy.spec import (
     DeploymentSpec,
     GatewayLimits,
     GatewaySpec,
+    Idempotency,
     Limits,
     LoRA,
     Metrics,
@@ -261,7 +262,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
             "metrics": Metrics(port=9500),
-            "storage": Storage(outputs=Outputs(ttl_s=60)),
+            "storage": Storage(outputs=Outputs(ttl_s=60), idempotency=Idempotency(ttl_s=70)),
         }
     )
     configs = serve_config(spec, "id"), serve_config(other, "id")
@@ -289,6 +290,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "metrics": metrics,
         "models_folder": None,
         "outputs": {"folder": None, "ttl_s": 60.0},
+        "idempotency": {"folder": None, "ttl_s": 70.0, "max_bytes": 4 << 30},
     }
 
 

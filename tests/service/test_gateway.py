@@ -113,7 +113,7 @@ def test_what_a_key_may_do(opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp
     seen: list[str] = []
 
     def generate(request: GenerationRequest) -> Any:
-        seen.append(gateway._caller_name())
+        seen.append(opened.caller())
         return inner.generate(request)
 
     monkeypatch.setattr(opened, "_generate", generate)

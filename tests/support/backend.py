@@ -6,7 +6,9 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
-from service.api.backend import Report, Restarted, Waiting
+from service.api.backend import Found, Report, Restarted, Waiting
+from service.state.idempotency import IdempotencyKeys
+from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
@@ -36,6 +38,8 @@ class FakeBackend:
         self.cors_origins: tuple[str, ...] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
+        self.idempotency = IdempotencyKeys("")
+        self.live = LiveRequests("local")
         self.key: str | None = None
         self.closed = False
         self.released = asyncio.Event()
@@ -78,7 +82,23 @@ class FakeBackend:
         """Marked, so that a test recognizes it."""
         return {"object": "cluster", "mark": "of the backend"}
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
+    def caller(self) -> str:
+        """Nobody in particular."""
+        return ""
+
+    async def find_requests(self) -> Found:
+        """Those of this backend."""
+        return Found(await self.live.told(None))
+
+    async def cancel(self, request_id: str) -> bool:
+        """One of this backend."""
+        return self.live.cancel(request_id, None)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
+        """See `_generate`."""
+        return self.live.watched(request, self.caller(), self._generate(request))
+
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Raise what the prompt names; `asleep` yields its state three times first, `never` forever; `slow` waits.
 
         `later` fails after its first step, `long` is answered with a warning, `again` loses its ranks once.

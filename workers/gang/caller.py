@@ -1,4 +1,5 @@
-"""Sees that the process which sent a request has died, and cancels the request. For `workers.gang.gang`.
+"""Sees that the process which sent a request has died, and cancels the request. For `workers.gang.gang`, and for
+`service.state.kept_answers`.
 
 Serve cancels what a living caller no longer wants. For a caller that was killed it cancels nothing, and the ranks would
 compute to the last step for nobody.
@@ -23,12 +24,12 @@ async def cancel_when_gone(caller: str, cancel: Callable[[], None]) -> None:
     """
     while caller:
         await asyncio.sleep(PERIOD_S)
-        if not await asyncio.to_thread(_is_alive, caller):
+        if not await asyncio.to_thread(is_alive, caller):
             cancel()
             return
 
 
-def _is_alive(name: str) -> bool:
+def is_alive(name: str) -> bool:
     """Whether an actor lives. Its name ends with it."""
     try:
         ray.get_actor(name, namespace=SERVE_NAMESPACE)

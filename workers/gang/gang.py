@@ -167,6 +167,7 @@ class Gang:
             "pids": [status.pid for status in ranks],
             "kernel": ranks[0].kernel if ranks else "",
             "guidance": ranks[0].guidance if ranks else "",
+            "request_id": self._running.request_id if self._running else "",
             **self._progress()._asdict(),
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
             "startup_s": round(self._startup_s(), 3),

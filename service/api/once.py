@@ -1,0 +1,157 @@
+"""A request with an `Idempotency-Key` is done once: who sends the same again gets the same answer. For both APIs.
+
+A request and its key come in; its reports go out, as the backend yields them. Of several callers with one key the first
+does the work; the others wait for its answer. Whoever finds that the work has ended without one does it again, with the
+same seed. A key belongs to the API key that sent it, and to what was asked for; how it is answered (as a stream, as a
+URL) may differ.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+
+from service.api.backend import Backend, Report, Waiting
+from service.deadline import within
+from service.state.kept_answers import Claim
+from service.state.quarantine import fingerprint
+from workers.errors import GangLost, IdempotencyKeyReused, InvalidParameter, KeysUnavailable, QueueFull, RequestFailed
+from workers.messages import GenerationRequest, GenerationResult
+
+KEY_HEADER = "idempotency-key"
+"""Of REST's requests, and the metadata of gRPC's."""
+
+REPLAYED_HEADER = "idempotency-replayed"
+"""Of an answer to a key that was known before."""
+
+LONGEST = 255
+
+BEAT_S = 15.0
+"""How often a gateway says that it still works for a key."""
+
+PATIENCE_S = 5.0
+"""How often a caller who waits for another one's answer hears that it does."""
+
+MOST_WAITING = 200
+"""Callers in one gateway who wait for the answers of others, so that they leave its slots to requests."""
+
+KEPT = (RequestFailed, GangLost)
+"""Errors that end the work for a key. After any other one it is done again when the key comes again."""
+
+_waiting = 0
+
+
+@dataclass
+class Attempt:
+    """A request that is about to run, or whose answer is known.
+
+    Attributes:
+        reports: of the request.
+        headers: of the answer.
+    """
+
+    reports: AsyncGenerator[Report]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+async def begin(backend: Backend, request: GenerationRequest, key: str | None) -> Attempt:
+    """The reports of a request, which are those of an earlier one where the key is known. Iterate them at once.
+
+    Args:
+        backend: runs it.
+        request: what is asked for.
+        key: sent by the caller; None: there is none.
+
+    Raises:
+        InvalidParameter: the key is malformed.
+        IdempotencyKeyReused: it belongs to another request.
+        KeysUnavailable: nobody can say.
+    """
+    if key is None:
+        return Attempt(backend.generate(request))
+    if not (0 < len(key) <= LONGEST and key.isascii() and key.isprintable()):
+        raise InvalidParameter(KEY_HEADER, f"{KEY_HEADER} must be 1 to {LONGEST} printable characters of ASCII")
+    once = _Once(backend, request, key)
+    claim = await once.claim(0.0)
+    if claim.state == "mine":
+        return Attempt(once.work(claim.seed))
+    return Attempt(within(request.deadline_at, once.wait()), {REPLAYED_HEADER: "true"})
+
+
+class _Once:
+    """One request with a key."""
+
+    def __init__(self, backend: Backend, request: GenerationRequest, key: str) -> None:
+        self._backend, self._request = backend, request
+        self._keys = backend.idempotency
+        caller = backend.caller()
+        self._scope, self._fingerprint = self._keys.scope(caller, key), fingerprint(caller, request)
+        self._token = uuid.uuid4().hex
+
+    async def claim(self, patience_s: float) -> Claim:
+        """See `KeptAnswers.claim`.
+
+        Raises:
+            IdempotencyKeyReused: the key belongs to another request.
+        """
+        claim = await self._keys.claim(self._scope, self._fingerprint, self._request.seed, self._token, patience_s)
+        if claim.state == "reused":
+            raise IdempotencyKeyReused(
+                f"this {KEY_HEADER} was sent with another request; send the same again, or take a new key"
+            )
+        return claim
+
+    async def work(self, seed: int) -> AsyncGenerator[Report]:
+        """The reports of the work, whose answer is kept before it is yielded."""
+        renewing, ended = asyncio.create_task(self._renew()), False
+        try:
+            async with contextlib.aclosing(self._backend.generate(replace(self._request, seed=seed))) as reports:
+                async for report in reports:
+                    if isinstance(report, GenerationResult):
+                        report = replace(report, created_at=time.time())
+                        kind = str(self._request.output_format)
+                        ended = await self._keys.finish(self._scope, self._token, report, kind)
+                        if not ended:  # another was thought to be the one, and its answer counts
+                            break
+                    yield report
+        except KEPT as error:
+            ended = await self._keys.fail(self._scope, self._token, error)
+            raise
+        finally:
+            renewing.cancel()
+            if not ended:
+                self._keys.let_go(self._scope, self._token)
+        if not ended:
+            async with contextlib.aclosing(self.wait()) as others:
+                async for report in others:
+                    yield report
+
+    async def wait(self) -> AsyncGenerator[Report]:
+        """The answer of another one's work; or the work is done here, if that one leaves it."""
+        global _waiting
+        if _waiting >= MOST_WAITING:
+            raise QueueFull(f"{MOST_WAITING} requests wait for the answers of others with the same {KEY_HEADER}")
+        _waiting += 1
+        try:
+            while (claim := await self.claim(PATIENCE_S)).state == "running":
+                state = self._backend.states().get(self._request.model)
+                if state is not None:
+                    yield Waiting(state)
+        finally:
+            _waiting -= 1
+        if claim.error is not None:
+            raise claim.error
+        if claim.result is not None:
+            yield claim.result
+            return
+        async with contextlib.aclosing(self.work(claim.seed)) as reports:
+            async for report in reports:
+                yield report
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(KeysUnavailable):
+                await self._keys.renew(self._scope, self._token)
