@@ -28,7 +28,7 @@ from service.cli.commands import doctor as doctor_command
 from service.cli.commands import files, serve
 from service.cli.doctor import Finding
 from service.cli.main import _texts_last, main
-from service.cli.output import cluster_table, models_table, plain
+from service.cli.output import cluster_table, models_table, plain, requests_table
 from service.state.model_states import ModelState, cluster_object
 from tests.support.backend import FakeBackend
 from workers.gang.placement import Node
@@ -163,6 +163,38 @@ BODIES: dict[str, Any] = {
         [Node({"CPU": 2}, {})],
         [Node({"CPU": 2}, {})],
     ),
+    "/v1/requests": {
+        "object": "list",
+        "data": [
+            {
+                "id": "mine-0123abcd",
+                "object": "request",
+                "model": "a",
+                "state": "running",
+                "position": None,
+                "eta_seconds": 3.4,
+                "step": 10,
+                "total_steps": 20,
+                "since": 0.0,
+                "key": "web",
+                "gateway": "g",
+            },
+            {
+                "id": "b",
+                "object": "request",
+                "model": "a",
+                "state": "queued",
+                "position": 1,
+                "eta_seconds": None,
+                "step": 0,
+                "total_steps": 20,
+                "since": 0.0,
+                "key": None,
+                "gateway": "g",
+            },
+        ],
+        "silent_gateways": ["h"],
+    },
     "/v1/models": {"object": "list", "data": [model_object(FakeBackend().models()["film"], ModelState("asleep"))]},
 }
 REFUSAL = {"error": {"message": "a valid API key is required", "type": "", "param": None, "code": "invalid_api_key"}}
@@ -176,6 +208,13 @@ class Answers(BaseHTTPRequestHandler):
         self.send_response(200 if allowed else 401)
         self.end_headers()
         self.wfile.write(json.dumps(BODIES[self.path] if allowed else REFUSAL).encode())
+
+    def do_DELETE(self) -> None:
+        known = self.path == "/v1/requests/a%2Fb" and self.headers.get("authorization") == "Bearer sesame"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        refusal = {"error": {"message": "no request 'c' waits or runs", "type": "", "param": None, "code": ""}}
+        self.wfile.write(json.dumps({"id": "a/b", "canceled": True} if known else refusal).encode())
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
@@ -192,8 +231,10 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "path", "table"), [("ps", "/v1/cluster", cluster_table), ("models", "/v1/models", models_table)]
-)
+    ("command", "path", "table"),
+    [("ps", "/v1/cluster", cluster_table), ("models", "/v1/models", models_table),
+     ("requests", "/v1/requests", requests_table)],
+)  # fmt: skip
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_looking_at_a_server(
     server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, path: str,
@@ -208,7 +249,25 @@ def test_looking_at_a_server(
     assert (code, json.loads(out)) == (0, BODIES[path])
 
 
-@pytest.mark.parametrize("command", ["ps", "models"])
+def test_a_request_is_canceled(
+    server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_API_KEY", "sesame")
+    said = "canceled; its gang is free within a step\n"
+    assert run(capsys, "cancel", "a/b", "--server", server) == (0, "a/b\n", said)
+    assert run(capsys, "cancel", "c", "--server", server) == (1, "", "error: no request 'c' waits or runs\n")
+
+
+def test_requests_as_a_table() -> None:
+    head, running, queued, silent = plain(requests_table(BODIES["/v1/requests"])).splitlines()
+    assert head.split() == ["ID", "MODEL", "STATE", "PLACE", "ETA", "KEY", "SINCE", "STEPS"]
+    assert running.split()[:7] == ["mine-0123abcd", "a", "running", "-", "3", "s", "web"]
+    assert running.split()[-2:] == ["[##########..........]", "10/20"]
+    assert queued.split()[:6] == ["b", "a", "queued", "1", "-", "-"]
+    assert silent == "no answer from h; requests there are missing"
+
+
+@pytest.mark.parametrize("command", ["ps", "models", "requests"])
 def test_a_server_that_refuses_or_does_not_answer(
     server: str, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from service.api.backend import Found
 from service.api.rest import rest_app
 from tests.support.backend import SMALL, FakeBackend, a_model
 from tests.support.in_process import served
@@ -32,6 +33,15 @@ class AsInTheReadme(FakeBackend):
         film = next(model for model in self._models if model.name == "film")
         self._models = [a_model("demo", defaults=SMALL), film]
         self.found = {"demo": self.found["film"], "film": self.found["film"]}
+
+    async def find_requests(self) -> Found:
+        """The one that is shown."""
+        shown = next(text for kind, text in BLOCKS if kind == "json" and "silent_gateways" in text)
+        return Found(json.loads(shown)["data"])
+
+    async def cancel(self, request_id: str) -> bool:
+        """It is."""
+        return True
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,9 @@ def test_without_keys_everybody_sees_everything(gates: list[Gateway]) -> None:
         transport = httpx.ASGITransport(rest_app(gate))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             asked = asyncio.create_task(client.post(IMAGES, json=BODY | {"prompt": "slow"}))
-            answer: Any = await until(lambda: client.get("/v1/requests"), lambda answer: answer.json()["data"])
+            answer: Any = await until(
+                lambda: client.get("/v1/requests"), lambda seen: [each["step"] for each in seen.json()["data"]] == [1]
+            )
             (one,) = answer.json()["data"]
             assert (one["key"], one["gateway"], one["step"]) == (None, "local", 1)
             assert (await client.delete(f"/v1/requests/{one['id']}")).status_code == 200

@@ -1,22 +1,30 @@
-"""One keeper for several gateways: a real actor, which is killed; and gateways that fall silent."""
+"""One keeper for several gateways: a real actor, which is killed; and gateways that fall silent. The same of the actor
+that keeps the answers of idempotency keys."""
 
 import ast
 import asyncio
+import functools
 import shutil
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from deploy.spec import Idempotency
 from service.rollout.cluster_folder import place
 from service.state import shared_turns
+from service.state.exchange import Colleagues, Question
+from service.state.idempotency import IdempotencyKeys
+from service.state.kept_answers import Claim
 from service.state.shared_turns import SharedTurns, start_keeper
+from tests.service.test_once import RESULT
 from tests.service.test_turns import idle, settle, ticket
 
 pytestmark = pytest.mark.processes
@@ -121,6 +129,51 @@ def test_without_a_keeper_each_goes_on_by_itself_and_then_they_meet_again() -> N
         one.end(last)
 
     story("killed", tell)
+
+
+def test_the_keeper_passes_on_questions_also_when_it_was_killed() -> None:
+    async def run() -> None:
+        async def answer_of(name: str, question: Question) -> tuple[str, Question]:
+            return name, question
+
+        gateways = [Colleagues(name, functools.partial(answer_of, name), start_keeper) for name in "ab"]
+        for gateway in gateways:
+            gateway.follow(True)
+        question = ("told", (None,))
+        wanted = ([("a", question), ("b", question)], [])
+        for _ in range(2):
+            async with asyncio.timeout(60):
+                while await gateways[0].ask(question) != wanted:
+                    await asyncio.sleep(0.05)
+            ray.kill(start_keeper(), no_restart=False)
+        for gateway in gateways:
+            gateway.follow(False)
+            assert gateway._attending is not None
+            gateway._attending.cancel()
+
+    asyncio.run(run())
+
+
+def test_the_answers_of_keys_outlive_their_actor(tmp_path: Path) -> None:
+    """Two gateways, of which none lives, so the second takes over what the first has not ended."""
+    settings = Idempotency(folder=str(tmp_path)).model_dump()
+
+    async def run() -> None:
+        one, two = IdempotencyKeys("dead"), IdempotencyKeys("dead, too")
+        for gateway in (one, two):
+            gateway.follow(settings)
+        assert (await one.claim("k", "f", 3, "1", 0.0)).state == "mine"
+        assert (await one.claim("k", "f", 3, "1", 0.0)).state == "mine"  # the call came twice
+        assert await one.finish("k", "1", RESULT, "png")
+        assert (await one.claim("l", "f", 4, "2", 0.0)).state == "mine"
+        ray.kill(one._start(), no_restart=False)
+        assert await two.claim("k", "f", 9, "3", 0.0) == Claim("done", 3, RESULT)
+        assert await two.claim("l", "f", 9, "4", 30.0) == Claim("mine", 4)
+        assert not await one.finish("l", "2", RESULT, "png")
+        ray.kill(one._start())  # it has ended as one that nobody asks
+        assert (await one.claim("k", "another", 9, "5", 0.0)).state == "reused"
+
+    asyncio.run(run())
 
 
 def test_one_gateway_needs_no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
