@@ -8,7 +8,9 @@ from importlib.metadata import version
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp
 
 from service.api import cluster, images, models, openapi, outputs, requests, videos
@@ -74,4 +76,8 @@ async def _answer_http_error(http: Request, error: Exception) -> Response:
     message = f"{http.method} {http.url.path}: {error.detail}"
     body = envelope(message, "invalid_request_error", None, CODES.get(error.status_code))
     headers = {"x-should-retry": "false"} | dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route alone
+        routes = iter_route_contexts(http.app.routes)
+        same = (route for route in routes if compile_path(str(route.path))[0].match(http.url.path))
+        headers["allow"] = ", ".join(sorted({method for route in same for method in route.methods or ()}))
     return JSONResponse(body, status_code=error.status_code, headers=headers)

@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def described(app: FastAPI, accepted: list[int], **more: Any) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(config))
 
 
-ANY = described(rest_app(FakeBackend()), [200, 400, 403, 404])
-"""What no schema says may still be wrong: limits of the model, names that nothing has, fields that contradict."""
+ANY = described(rest_app(FakeBackend()), [200, 400, 403, 404, 422])
+"""What no schema says may still be wrong: limits of the model, names that nothing has, fields that contradict, an
+idempotency key of another request."""
 
 
 @ANY.parametrize()
@@ -81,6 +83,14 @@ def map_body(context: Any, body: Any) -> Any:
     for name in ("width", "height", "seconds"):
         body.pop(name, None)
     return body | {"prompt": "a" + body["prompt"][:99], "model": "film" if is_video else "one", "size": "64x64"}
+
+
+@RIGHT.hook
+def map_headers(context: Any, headers: Any) -> Any:
+    """A key is for one request."""
+    if headers and "idempotency-key" in headers:
+        return {**headers, "idempotency-key": uuid.uuid4().hex}
+    return headers
 
 
 @RIGHT.include(method="POST").parametrize()

@@ -166,11 +166,10 @@ def test_the_answers_of_keys_outlive_their_actor(tmp_path: Path) -> None:
         assert (await one.claim("k", "f", 3, "1", 0.0)).state == "mine"  # the call came twice
         assert await one.finish("k", "1", RESULT, "png")
         assert (await one.claim("l", "f", 4, "2", 0.0)).state == "mine"
-        ray.kill(one._start(), no_restart=False)
+        ray.kill(one._start())
         assert await two.claim("k", "f", 9, "3", 0.0) == Claim("done", 3, RESULT)
         assert await two.claim("l", "f", 9, "4", 30.0) == Claim("mine", 4)
         assert not await one.finish("l", "2", RESULT, "png")
-        ray.kill(one._start())  # it has ended as one that nobody asks
         assert (await one.claim("k", "another", 9, "5", 0.0)).state == "reused"
 
     asyncio.run(run())
