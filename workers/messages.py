@@ -2,7 +2,7 @@
 
 gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
-rank -> gang -> gateway    StepEvent after each step, if asked for
+rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
 rank -> gang               Drawn, when the ranks are free for the next request
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
@@ -15,7 +15,45 @@ from sp_core.degrees import ParallelDegrees
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
+PreviewDecoder = Literal["linear", "vae"]
 Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode", "encode_media"]
+
+
+PREVIEW_EDGE = 512
+"""Pixels of a preview's longer edge, unless the request says otherwise."""
+
+LEAST_STEPS_APART = 3
+"""Of previews that are asked for by steps: a preview takes 6 ms of a CPU, which is 2 % of three steps of 100 ms."""
+
+MOST_BY_VAE = 3
+"""Previews of a request by the VAE, each of which takes as long as decoding the picture."""
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """Which previews to report: of the first picture, or of the middle frame of a video.
+
+    Attributes:
+        count: so many, spread evenly over the steps.
+        every: or one after each so many steps, `LEAST_STEPS_APART` at least; 0: `count` says it.
+        decoder: `linear`, by a linear map from the latents to colors; `vae`, by the model's VAE, `MOST_BY_VAE` at most.
+        max_edge: pixels that the longer edge has at most.
+    """
+
+    count: int = 0
+    every: int = 0
+    decoder: PreviewDecoder = "linear"
+    max_edge: int = PREVIEW_EDGE
+
+    def steps(self, total_steps: int) -> tuple[int, ...]:
+        """The steps after which a preview is made, 1 for the first. Never the last: the picture itself follows it."""
+        apart = max(self.every, LEAST_STEPS_APART)
+        count = len(range(apart, total_steps, apart)) if self.every else self.count
+        if self.every and not (self.decoder == "vae" and count > MOST_BY_VAE):
+            return tuple(range(apart, total_steps, apart))
+        count = min(count, MOST_BY_VAE) if self.decoder == "vae" else count
+        spread = (round(total_steps * (i + 1) / (count + 1)) for i in range(count))
+        return tuple(dict.fromkeys(step for step in spread if 0 < step < total_steps))
 
 
 @dataclass(frozen=True)
@@ -45,6 +83,7 @@ class GenerationRequest:
         seeds: one for each picture or video; empty: those that follow from `seed`.
         true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
         flow_shift: of the noise schedule; None: the model's own.
+        previews: which to report; None: none.
     """
 
     request_id: str
@@ -69,6 +108,7 @@ class GenerationRequest:
     seeds: tuple[int, ...] = ()
     true_cfg: bool = False
     flow_shift: float | None = None
+    previews: PreviewOptions | None = None
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -99,6 +139,21 @@ class StepEvent:
     step: int
     total_steps: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How the picture will look, as far as the model can tell after a step.
+
+    Attributes:
+        index: 0 for the first of the request.
+        step: after which it was made.
+        data: a JPEG.
+    """
+
+    index: int
+    step: int
+    data: bytes
 
 
 @dataclass(frozen=True)

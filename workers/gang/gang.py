@@ -33,7 +33,7 @@ from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog, GangLoad, Progress, progress
-from workers.messages import Answer, Begun, Drawn, GenerationRequest, StepEvent
+from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
 from workers.metrics import GangMetrics
 from workers.model.files import fetch
 
@@ -98,8 +98,10 @@ class Gang:
         else:
             self._adjust(model, user_config["metrics"], number)
 
-    async def generate(self, request: GenerationRequest, caller: str = "") -> AsyncIterator[Begun | StepEvent | Answer]:
-        """Run one request on all ranks: `Begun`, a `StepEvent` after each step, then an `Answer`, whose result follows.
+    async def generate(
+        self, request: GenerationRequest, caller: str = ""
+    ) -> AsyncIterator[Begun | StepEvent | Preview | Answer]:
+        """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows.
 
         So the next request can begin while the pictures of this one are encoded.
 

@@ -15,16 +15,19 @@ from deploy.spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import Drawn, GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, StepEvent
 
 LOOPBACK = "127.0.0.1"
 
-Report = StepEvent | GenerationResult | int | None
+Report = StepEvent | Preview | GenerationResult | int | None
 """What a rank's process sends. Rank 0: its port, its events, its result. All: None when they are done."""
 
 
 def generate_locally(
-    model: ModelSpec, request: GenerationRequest, on_step: Callable[[StepEvent], None]
+    model: ModelSpec,
+    request: GenerationRequest,
+    on_step: Callable[[StepEvent], None],
+    on_preview: Callable[[Preview], None] = lambda preview: None,
 ) -> GenerationResult:
     """Start the ranks, run one request, end the ranks.
 
@@ -32,6 +35,7 @@ def generate_locally(
         model: what to load and the layout.
         request: what to draw.
         on_step: called after each step.
+        on_preview: called with each preview that the request asks for.
 
     Raises:
         RequestError: the request does not suit the model.
@@ -50,7 +54,7 @@ def generate_locally(
                 process.start()
         for _, theirs in pipes:
             theirs.close()
-        return _collect([ours for ours, _ in pipes], on_step)
+        return _collect([ours for ours, _ in pipes], on_step, on_preview)
     finally:
         for process in processes:
             if process.pid is not None:
@@ -73,7 +77,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         sys.path[:] = path
 
 
-def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]) -> GenerationResult:
+def _collect(
+    connections: list[Connection], on_step: Callable[[StepEvent], None], on_preview: Callable[[Preview], None]
+) -> GenerationResult:
     """Tell the ranks where to meet, then follow their reports until rank 0's result or the first reason to stop."""
     rank_of = {connection: rank for rank, connection in enumerate(connections)}
     failure: SprayError | None = None
@@ -94,6 +100,8 @@ def _collect(connections: list[Connection], on_step: Callable[[StepEvent], None]
                 continue
             if isinstance(report, StepEvent):
                 on_step(report)
+            elif isinstance(report, Preview):
+                on_preview(report)
             elif isinstance(report, GenerationResult):
                 return report
             else:

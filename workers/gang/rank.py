@@ -24,9 +24,10 @@ from sp_core.tile_parallel import PeerTileFailed
 from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed
 from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
+from workers.gang.preview_files import PreviewFiles
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, RankStatus, StepEvent
 from workers.metrics import RankMetrics
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
@@ -68,6 +69,7 @@ class Rank:
         self._phase: Phase = "starting"
         self._boundary = Boundary(rank)
         self._encoding = Encoding()
+        self._previews = PreviewFiles()
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
         self._guidance = ""
@@ -100,7 +102,7 @@ class Rank:
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
-        with self._compiler.warming("start"):
+        with self._compiler.warming("start"), self._loaded.colors.warm_up():
             self._warm_up()
             self._warm_up_adapters(self.model.loras)
         gc.collect()
@@ -109,10 +111,10 @@ class Rank:
         self._phase = "idle"
         return self.status()
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
-        """Run one request. Rank 0 yields its steps, if asked to, and then that it is drawn; the others yield nothing.
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
+        """Run one request. Rank 0 yields its steps and previews, if asked to, and then that it is drawn.
 
-        Rank 0 keeps the pictures until `answer` is called for them.
+        The others yield nothing. Rank 0 keeps the pictures until `answer` is called for them.
 
         Raises:
             RequestError: the request does not suit the model.
@@ -200,10 +202,11 @@ class Rank:
                 for _ in self._denoise(self._begin(request)):
                     pass
 
-    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
         reports = self.rank == 0
         started = time.perf_counter()
         denoising = self._begin(request)
+        self._previews.begin(request)
         encoded = time.perf_counter()
         seconds: list[float] = []
         for step, took in enumerate(self._denoise(denoising), 1):
@@ -212,6 +215,9 @@ class Rank:
                 self._metrics.step(took)
             if reports and request.report_steps:
                 yield StepEvent(step, denoising.total_steps, took)
+            if preview := denoising.preview(step):
+                self._previews.offer(preview[0], step, preview[1])
+            yield from self._previews.finished()
         self._phase = "decode"
         before = time.perf_counter()
         denoising.join_pictures()
@@ -222,6 +228,7 @@ class Rank:
             self._metrics.stage("denoise", sum(seconds))
             self._metrics.stage("decode", decode_seconds)
             self._metrics.memory(self._peak_memory())
+        yield from self._previews.finished(wait=True)
         if reports:
             result = GenerationResult(
                 outputs=(),

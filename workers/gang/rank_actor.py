@@ -15,7 +15,7 @@ from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, RankStatus, StepEvent
 from workers.model.files import fetch
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RankActor:
         """See `Rank.join`."""
         return self._rank.join(host, port)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Drawn]:
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
         """See `Rank.generate`."""
         yield from self._rank.generate(request)
 

@@ -20,11 +20,11 @@ from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, Requ
 from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, create, kill_all
 from workers.gang.watch import Watch
-from workers.messages import Answer, Drawn, GenerationRequest, RankStatus, StepEvent
+from workers.messages import Answer, Drawn, GenerationRequest, Preview, RankStatus, StepEvent
 
 logger = logging.getLogger("ray.serve")
 
-Report = StepEvent | Drawn | Answer
+Report = StepEvent | Preview | Drawn | Answer
 
 
 class RankGroup:

@@ -29,6 +29,7 @@ from workers.model.flow_shift import shifted
 from workers.model.guidance import Guidance
 from workers.model.loader import LoadedModel, encodes_here
 from workers.model.picture_shares import decode_shared
+from workers.model.previews import Pixels, Previews, check_predicts_clean, example
 from workers.model.step_ends import StepEnd, StepEnds
 from workers.model.truncation import WatchedTokenizer
 from workers.model.workflow import Workflow
@@ -55,6 +56,7 @@ class Denoising:
 
     def __init__(self, loaded: LoadedModel, request: GenerationRequest) -> None:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
+        self._vae, self._colors = pipeline.vae, loaded.colors
         self.request = request
         self._loras = loaded.adapters
         self._check_loras()
@@ -78,6 +80,13 @@ class Denoising:
         together = model.vae == "all" and mesh.degrees.world_size > 1
         self._tiles = size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling")
         self._shares_decoding = together and request.n > 1 and not self._tiles
+        self._previews: Previews | None = None
+        if request.previews:
+            check_predicts_clean(pipeline.scheduler, request)
+            if mesh.axis("gang").rank == 0:
+                self._previews = Previews(
+                    request, self._pipeline.scheduler, loaded.colors, self._decode_alone, self._warnings
+                )
         if self._tiles:
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
@@ -155,12 +164,14 @@ class Denoising:
     def step(self) -> None:
         """Do one denoising step, which a GPU only queues; see `steps`. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
-        i, before = self._steps_done, self._loop_state
+        i, before, sample = self._steps_done, self._loop_state, self.latents
         if i == 0:
             self._ends = StepEnds(self.latents.device, self.total_steps)
         with same_timestep(None if self.request.loras else self._timesteps[i]):
             _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
+        if self._previews:
+            self._previews.make(self._steps_done, self.total_steps, sample, self._loop_state.noise_pred)
         self._ends.mark(self.latents)
 
     def steps(self, ahead: int) -> Iterator[StepEnd]:
@@ -174,6 +185,10 @@ class Denoising:
             while not self.done and self._steps_done < step + ahead:
                 self.step()
             yield self._ends.wait(step)
+
+    def preview(self, step: int) -> tuple[int, Pixels] | None:
+        """The number and the preview of a step whose end was waited for; None if there is none. On rank 0."""
+        return self._previews.take(step) if self._previews else None
 
     def join_pictures(self) -> None:
         """Give all ranks the latents of all pictures. A collective, if the groups have divided the pictures."""
@@ -195,6 +210,12 @@ class Denoising:
             PeerTileFailed, PeerFailed: another rank could not decode its tiles, or its pictures.
         """
         self._workflow.loop.set_block_state(self._state, self._loop_state)
+        made = self._decoded()
+        if made and self._colors.warming:
+            self._colors.learn(*example(self.latents, made[0], self.request))
+        return made
+
+    def _decoded(self) -> list[Any]:
         if self._shares_decoding:
             return decode_shared(self._decode_one, self.request.n, self._mesh)
         if not self._decodes:
@@ -215,6 +236,15 @@ class Denoising:
         self._run(self._workflow.decode)
         outputs: list[Any] = self._state.get(self._adapter.output)
         return outputs
+
+    def _decode_alone(self, latents: torch.Tensor) -> Any:
+        """Decode latents on this rank alone, and leave the request as it is."""
+        beside = copy.copy(self)
+        beside._state = PipelineState(dict(self._state.values), dict(self._state.kwargs_mapping))
+        beside._pipeline = copy.copy(self._pipeline)
+        beside._pipeline.vae = TileParallelVAE(self._vae, None) if self._tiles else self._vae
+        (made,) = beside._decode(latents)
+        return made
 
     def _check_loras(self) -> None:
         known = sorted({name for adapters in self._loras.values() for name in adapters.names})

@@ -24,6 +24,7 @@ from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.digests import verify_lora
 from workers.model.guidance import why_not_batched
+from workers.model.latent_colors import LatentColors
 from workers.model.lora import fit, read_lora
 from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import build, load_transformer
@@ -45,6 +46,7 @@ class LoadedModel:
         pipeline: the components of the model that this rank has.
         adapters: the LoRA adapters of each transformer, by its name.
         shares: what this rank holds of each adapter of the spec, by transformer.
+        colors: of its latents; on rank 0, for previews.
     """
 
     spec: ModelSpec
@@ -52,6 +54,7 @@ class LoadedModel:
     pipeline: ModularPipeline
     adapters: dict[str, Adapters]
     shares: dict[LoRA, dict[str, AdapterShare]] = field(default_factory=dict)
+    colors: LatentColors = field(default_factory=LatentColors)
 
     def with_loras(self, loras: tuple[LoRA, ...]) -> "LoadedModel":
         """Return the same model with exactly these adapters. Nothing changes until `use_loras`.
