@@ -61,7 +61,7 @@ from workers.errors import (
 )
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
-from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, StepEvent
 from workers.metrics import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")
@@ -358,7 +358,7 @@ class Gateway(GrpcMethods):
 
     async def _attended(
         self, model: str, answer: DeploymentResponseGenerator[Any], request_id: str = ""
-    ) -> AsyncGenerator[Begun | StepEvent | GenerationResult | Waiting]:
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | GenerationResult | Waiting]:
         """A gang's reports, and the request's place whenever the next report takes long.
 
         Serve lets a request wait forever, even if no gang can start; such a request ends here.

@@ -128,7 +128,7 @@ PARAMS = {
 
 FIELDS = frozenset(
     """
-    prompt model n size response_format stream stream_options quality user safety_identifier extra_body
+    prompt model n size response_format stream stream_options partial_images quality user safety_identifier extra_body
     negative_prompt num_inference_steps guidance_scale guidance_scale_2 true_cfg_scale flow_shift seed loras lora
     width height num_outputs_per_prompt extra_params
     generator_device enable_teacache vae_use_slicing vae_use_tiling return_stage_metrics enhance_prompt bot_task
@@ -136,7 +136,7 @@ FIELDS = frozenset(
     """.split()
 )
 IMAGE_FIELDS = FIELDS | {
-    "seeds", "output_format", "output_compression", "background", "partial_images", "style", "moderation"
+    "seeds", "output_format", "output_compression", "background", "style", "moderation"
 }  # fmt: skip
 VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps"}
 
@@ -191,7 +191,8 @@ ERRORS = {
 
 VIDEO_FLAGS = {
     "prompt", "output", "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "server", "local", "model", "device", *DEGREES,
+    "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "server", "local", "model", "device",
+    *DEGREES,
 }  # fmt: skip
 
 COMMANDS = {

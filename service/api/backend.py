@@ -15,7 +15,7 @@ from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from workers.errors import GangLost
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Waiting:
     wait_s: float = 0.0
 
 
-Report = StepEvent | GenerationResult | Waiting | Restarted
-"""What a request yields: steps, its place while it waits, each restart, and the result last."""
+Report = StepEvent | Preview | GenerationResult | Waiting | Restarted
+"""What a request yields: steps and previews, its place while it waits, each restart, and the result last."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from workers.errors import InvalidParameter
-from workers.messages import ImageFormat
+from workers.messages import ImageFormat, PreviewDecoder
 
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
@@ -102,6 +102,9 @@ class StreamOptions(Body):
     """What a stream contains besides the pictures."""
 
     include_progress: bool = Field(False, description="an event per step; without it, steps come as comments")
+    preview_decoder: PreviewDecoder = Field(
+        "linear", description="what makes previews: linear, a fast map to colors; vae, the model's own decoder"
+    )
 
 
 class LoRAChoice(Body):
@@ -169,6 +172,7 @@ class GenerationBody(Ignored):
         None, description="b64_json: base64 in JSON; url: in JSON, where to fetch it; file: the bytes, a zip if several"
     )
     stream: bool = Field(False, description="answer with server-sent events")
+    partial_images: Whole = Field(0, ge=0, le=3, description="previews in a stream, spread over the steps")
     stream_options: StreamOptions = Field(StreamOptions(), description="what a stream contains besides the pictures")
 
     @property
@@ -184,7 +188,6 @@ class ImageGenerationBody(GenerationBody):
     output_format: ImageFormat = Field("png", description="of the files")
     output_compression: Whole = Field(100, ge=0, le=100, description="quality of jpeg and webp")
     background: Literal["auto", "opaque"] = Field("auto", description="all pictures are opaque")
-    partial_images: Whole = Field(0, ge=0, le=0, description="previews in a stream; there are none yet")
     style: str | None = WITHOUT_EFFECT
     moderation: str | None = WITHOUT_EFFECT
 

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/images")
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the pictures: in JSON, as events with `stream`, as files with `response_format: file`",
-        "content": event_stream("events image_generation.progress and .completed, then [DONE]")
+        "content": event_stream("events image_generation.progress, .partial_image and .completed, then [DONE]")
         | {f"image/{kind}": {"schema": BYTES} for kind in ("png", "jpeg", "webp")}
         | {"application/zip": {"schema": BYTES}},
     }

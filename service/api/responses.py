@@ -3,12 +3,13 @@
 Keys that OpenAI's bodies do not have (seeds, timings, states) come beside its own; its client keeps them.
 """
 
+import base64
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deploy.spec import ModelSpec
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 if TYPE_CHECKING:
     from service.state.model_states import ModelState  # loads Ray, and a command that needs none imports this file
@@ -70,6 +71,20 @@ def progress_event(request: GenerationRequest, event: StepEvent) -> dict[str, An
         "step": event.step,
         "total_steps": event.total_steps,
         "seconds": event.seconds,
+    }
+
+
+def partial_event(request: GenerationRequest, preview: Preview) -> dict[str, Any]:
+    """OpenAI's stream event of a preview. The size is that of the picture to come."""
+    return {
+        "type": f"{_subject(request)}.partial_image",
+        "b64_json": base64.b64encode(preview.data).decode(),
+        "partial_image_index": preview.index,
+        "created_at": int(time.time()),
+        "size": f"{request.width}x{request.height}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": "jpeg",
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from deploy.spec import Limits, ModelSpec, Task
 from service.api.bodies import MAX_SEED, GenerationBody, ImageGenerationBody, LoRAChoice, VideoGenerationBody
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest
+from workers.messages import GenerationRequest, PreviewOptions
 
 
 def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
@@ -65,6 +65,7 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
         flow_shift=body.flow_shift,
         n=n,
         report_steps=body.stream,
+        previews=_previews(body),
     )
     if isinstance(body, ImageGenerationBody):
         _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")
@@ -103,6 +104,15 @@ def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
     if body.seed not in (None, seeds[0]):
         raise InvalidParameter("seeds", f"seed is {body.seed}, and seeds begins with {seeds[0]}; leave one out")
     return tuple(seeds)
+
+
+def _previews(body: GenerationBody) -> PreviewOptions | None:
+    """Those that a stream is to have; None: none."""
+    if not body.partial_images:
+        return None
+    if not body.stream:
+        raise InvalidParameter("partial_images", "partial_images is for streams; add stream: true, or leave it out")
+    return PreviewOptions(count=body.partial_images, decoder=body.stream_options.preview_decoder)
 
 
 def _frames(body: VideoGenerationBody, fps: int) -> int | None:

@@ -10,9 +10,9 @@ from starlette.types import Send
 
 from service.api.backend import Report, Restarted, Waiting
 from service.api.errors import answer, log
-from service.api.responses import completed_events, progress_event
+from service.api.responses import completed_events, partial_event, progress_event
 from workers.errors import GangLost
-from workers.messages import GenerationRequest, GenerationResult
+from workers.messages import GenerationRequest, GenerationResult, Preview
 
 Deliver = Callable[[GenerationRequest, GenerationResult], Awaitable[dict[str, Any]]]
 
@@ -75,7 +75,7 @@ async def _events(
     include_progress: bool,
     deliver: Deliver,
 ) -> AsyncGenerator[str]:
-    """The events of one request: progress, the pictures, `[DONE]`.
+    """The events of one request: progress, previews, the pictures, `[DONE]`.
 
     Progress comes as comments, which clients skip, unless it is asked for: OpenAI's clients do not know its event.
     An error ends the stream as its last event, because the status line has been sent by then.
@@ -101,6 +101,8 @@ async def _of(report: Report, request: GenerationRequest, include_progress: bool
         return [f": lost its ranks and starts again, attempt {report.attempt}\n\n"]
     if isinstance(report, GenerationResult):
         return [_event(event) for event in completed_events(request, await deliver(request, report))]
+    if isinstance(report, Preview):
+        return [_event(partial_event(request, report))]
     if include_progress:
         return [_event(progress_event(request, report))]
     return [f": step {report.step}/{report.total_steps}\n\n"]

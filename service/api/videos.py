@@ -17,7 +17,7 @@ router = APIRouter(prefix="/videos")
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the video: the file itself, in JSON with another `response_format`, as events with `stream`",
-        "content": event_stream("events video_generation.progress and .completed, then [DONE]")
+        "content": event_stream("events video_generation.progress, .partial_image and .completed, then [DONE]")
         | {"video/mp4": {"schema": BYTES}},
     }
 }

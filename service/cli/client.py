@@ -51,15 +51,21 @@ class Generated:
         content: the encoded file.
         seed: draws the same again.
         metrics: its layout and the seconds of each stage, as the server reports them.
+        warnings: what the caller should know of the request, such as that its prompt was cut.
     """
 
     content: bytes
     seed: int
     metrics: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def generate_remotely(
-    server: str, body: dict[str, Any], on_step: Callable[[StepEvent], None], path: str = PICTURES
+    server: str,
+    body: dict[str, Any],
+    on_step: Callable[[StepEvent], None],
+    path: str = PICTURES,
+    on_preview: Callable[[bytes], None] = lambda picture: None,
 ) -> list[Generated]:
     """Generate pictures or a video on a server.
 
@@ -68,6 +74,7 @@ def generate_remotely(
         body: the fields of the path.
         on_step: called after each step.
         path: of the API, `PICTURES` or `VIDEOS`.
+        on_preview: called with each preview, if the body asks for some.
 
     Raises:
         ServerError: it cannot be reached, refuses, fails, or is no server of spray.
@@ -89,6 +96,8 @@ def generate_remotely(
                     told = _told(line)
                 if isinstance(told, StepEvent):
                     on_step(told)
+                elif isinstance(told, bytes):
+                    on_preview(told)
                 elif told is not None:
                     made.append(told)
     if not made:
@@ -205,8 +214,8 @@ def authorization() -> dict[bytes, bytes]:
     return {b"authorization": b"Bearer " + os.fsencode(key)} if key else {}
 
 
-def _told(line: str) -> StepEvent | Generated | None:
-    """What a line of a stream says: a step, a result, or nothing of interest.
+def _told(line: str) -> StepEvent | bytes | Generated | None:
+    """What a line of a stream says: a step, a preview, a result, or nothing of interest.
 
     Raises:
         ServerError: the request has failed.
@@ -220,8 +229,11 @@ def _told(line: str) -> StepEvent | Generated | None:
         raise ServerError(event["error"]["message"])
     if event["type"].endswith(".progress"):
         return StepEvent(int(event["step"]), int(event["total_steps"]), float(event["seconds"]))
+    if event["type"].endswith(".partial_image"):
+        return base64.b64decode(event["b64_json"])
     if event["type"].endswith(".completed"):
-        return Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"])
+        warnings = tuple(map(str, event.get("warnings", ())))  # servers of an older version send none
+        return Generated(base64.b64decode(event["b64_json"]), event["seed"], event["metrics"], warnings)
     return None
 
 

@@ -48,6 +48,14 @@ class StepProgress:
             self._bar.start()
         self._bar.update(self._task, completed=event.step)
 
+    def insert(self, text: str) -> None:
+        """Write what the terminal is to show as it is, such as a picture, between the bar so far and the next."""
+        self._bar.stop()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        if self._task is not None:
+            self._bar.start()
+
 
 class LoadBars:
     """How far each model is loaded; a context manager.

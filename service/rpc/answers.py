@@ -9,7 +9,7 @@ from service.api.backend import Restarted, Waiting
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import TASKS
 from service.state.model_states import ModelState
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 Event = pb.GenerateStreamResponse
 
@@ -49,7 +49,7 @@ def finished_events(
     yield Event(done=Event.Done(metrics=_metrics(result, began), warnings=warnings))
 
 
-def report_event(report: StepEvent | Waiting | Restarted, taken: list[float]) -> Event:
+def report_event(report: StepEvent | Preview | Waiting | Restarted, taken: list[float]) -> Event:
     """The event of a report.
 
     Args:
@@ -70,6 +70,8 @@ def report_event(report: StepEvent | Waiting | Restarted, taken: list[float]) ->
     if isinstance(report, Restarted):
         taken.clear()
         return Event(restarted=Event.Restarted(attempt=report.attempt, reason=report.reason))
+    if isinstance(report, Preview):
+        return Event(preview=pb.Preview(index=0, step=report.step, mime_type="image/jpeg", data=report.data))
     taken.append(report.seconds)
     left = report.total_steps - report.step
     return Event(
@@ -136,7 +138,12 @@ def _metrics(result: GenerationResult, began: float) -> pb.Metrics:
 
 
 def _warnings(texts: tuple[str, ...]) -> list[pb.Warning]:
-    """The warnings of a result, each of which says which prompt was cut: `prompt: ...`."""
-    return [
-        pb.Warning(code="prompt_truncated", message=text, param=f"params.{text.partition(':')[0]}") for text in texts
-    ]
+    """The warnings of a result: which prompt was cut (`prompt: ...`), or that previews failed (`previews: ...`)."""
+    return [_warning(text) for text in texts]
+
+
+def _warning(text: str) -> pb.Warning:
+    name = text.partition(":")[0]
+    if name == "previews":
+        return pb.Warning(code="previews_failed", message=text, param="options.preview_every_n_steps")
+    return pb.Warning(code="prompt_truncated", message=text, param=f"params.{name}")

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -20,9 +20,14 @@ from service.api.origin import ID, MOST_SECONDS, new_id
 from service.api.schemas import find_model, to_request
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest
+from workers.messages import PREVIEW_EDGE, GenerationRequest, PreviewDecoder, PreviewOptions
 
 TASKS: dict[int, Task] = {pb.TASK_TEXT_TO_IMAGE: "text-to-image", pb.TASK_TEXT_TO_VIDEO: "text-to-video"}
+
+EVERY = "options.preview_every_n_steps"
+
+LEAST_EDGE, MOST_EDGE = 32, 1024
+"""Pixels of a preview's longer edge."""
 
 OTHER_NAMES = {"output_compression": "output_quality", "size": "width"}
 """Fields of REST's bodies that are called otherwise here."""
@@ -78,8 +83,28 @@ def _deadline_at(scheduling: pb.Scheduling) -> float | None:
 
 
 def to_streamed(message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str) -> GenerationRequest:
-    """The same with a report for each step."""
-    return replace(to_generation(message, models, request_id), report_steps=True)
+    """The same with a report for each step, and the previews that its options ask for.
+
+    Raises:
+        InvalidParameter: likewise.
+    """
+    previews = _previews(message.options)
+    return replace(to_generation(message, models, request_id), report_steps=True, previews=previews)
+
+
+def _previews(options: pb.StreamOptions) -> PreviewOptions | None:
+    every, edge, decoder = options.preview_every_n_steps, options.preview_max_edge, options.preview_decoder
+    if every < 0:
+        raise InvalidParameter(EVERY, f"preview_every_n_steps must be 0 (no previews) or more, got {every}")
+    if edge and not LEAST_EDGE <= edge <= MOST_EDGE:
+        allowed = f"0, or {LEAST_EDGE} to {MOST_EDGE}"
+        raise InvalidParameter("options.preview_max_edge", f"preview_max_edge must be {allowed}, got {edge}")
+    known: tuple[PreviewDecoder, ...] = get_args(PreviewDecoder)
+    chosen = next((each for each in known if each == (decoder or "linear")), None)
+    if chosen is None:
+        allowed = " or ".join(known)
+        raise InvalidParameter("options.preview_decoder", f"preview_decoder must be {allowed}, got {decoder!r}")
+    return PreviewOptions(every=every, max_edge=edge or PREVIEW_EDGE, decoder=chosen) if every else None
 
 
 def chunk_bytes(options: pb.StreamOptions) -> int:
@@ -97,8 +122,10 @@ def chunk_bytes(options: pb.StreamOptions) -> int:
 
 def stream_warnings(options: pb.StreamOptions) -> list[pb.Warning]:
     """What a client should know of the options that have no effect."""
+    if options.preview_every_n_steps:
+        return []
     asked = [field.name for field, _ in options.ListFields() if field.name.startswith("preview_")]
-    text = "{} has no effect: there are no previews yet"
+    text = "{} has no effect without preview_every_n_steps"
     return [pb.Warning(code="parameter_ignored", message=text.format(name), param=f"options.{name}") for name in asked]
 
 
@@ -167,6 +194,8 @@ def in_message() -> Iterator[None]:
     except InvalidParameter as error:
         if error.param is None:
             raise
+        if error.param == "partial_images":  # what asks for previews in REST
+            raise InvalidParameter(EVERY, error.message, error.code) from None
         name = OTHER_NAMES.get(error.param, error.param)
         message = error.message.replace("output_compression", name) if name != "width" else error.message
         if error.code == "unknown_parameter":

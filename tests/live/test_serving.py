@@ -141,6 +141,12 @@ def test_openai_stream(server: str) -> None:
     assert [event.type for event in events] == ["image_generation.completed"]
     reference = picture(generate(server))
     assert np.array_equal(pixels(events[0].b64_json), reference)
+    *previews, last = client.images.generate(
+        model="demo-2", prompt="a cup of coffee", stream=True, partial_images=2, extra_body={"seed": 7}
+    )
+    assert last.b64_json == events[0].b64_json
+    assert [preview.type for preview in previews] == ["image_generation.partial_image"] * 2
+    assert [pixels(preview.b64_json).shape for preview in previews] == [reference.shape] * 2
 
 
 def test_progress_events(server: str) -> None:

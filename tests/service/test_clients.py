@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import ImageGenPartialImageEvent
 
 from service.api.rest import rest_app
 from service.cli.main import main
@@ -131,6 +132,12 @@ def test_openais_client_streams(client: openai.OpenAI) -> None:
     found = list(stream)
     assert [event.type for event in found] == ["image_generation.completed"] * 2
     assert [base64.b64decode(event.b64_json) for event in found] == [b"picture 3", b"picture 4"]
+    *partial, _ = client.images.generate(model="one", prompt="a", stream=True, partial_images=3)
+    for index, event in enumerate(partial):
+        assert isinstance(event, ImageGenPartialImageEvent)
+        assert (event.partial_image_index, event.output_format) == (index, "jpeg")
+        assert base64.b64decode(event.b64_json) == f"preview {index}".encode()
+    assert len(partial) == 3
 
 
 def test_openais_client_reads_the_errors(client: openai.OpenAI) -> None:

@@ -13,7 +13,7 @@ from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
 from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed, ShuttingDown, Unauthorized
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 SMALL = Defaults(width=64, height=64, num_inference_steps=4, num_frames=5)
 INK = LoRA(name="ink", source="/nowhere/ink.safetensors")
@@ -113,6 +113,8 @@ class FakeBackend:
             if request.prompt == "slow":
                 await self.released.wait()
             yield StepEvent(1, 1, 0.5)
+            for index in range(request.previews.count or 1 if request.previews else 0):
+                yield Preview(index, 1, f"preview {index}".encode())
             if request.prompt == "again":
                 yield Restarted(2, "the ranks were lost")
                 yield StepEvent(1, 1, 0.5)

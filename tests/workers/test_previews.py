@@ -2,6 +2,7 @@
 
 import io
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
+from sp_core.verify.verify import BAR
 from tests.support.deployments import model
 from tests.support.fake_cuda.request import REQUESTS
 from tests.workers.test_denoising import ALONE, begun
@@ -26,7 +28,8 @@ from tests.workers.test_steps_ahead import started
 from workers.errors import InvalidParameter, RequestCancelled
 from workers.gang import preview_files
 from workers.gang.preview_files import PreviewFiles
-from workers.messages import Drawn, GenerationRequest, Preview, PreviewOptions
+from workers.gang.rank import Rank
+from workers.messages import Drawn, GenerationRequest, Preview, PreviewDecoder, PreviewOptions
 from workers.model.latent_colors import LatentColors
 from workers.model.loader import LoadedModel, load_model
 from workers.model.previews import cells_of, check_predicts_clean, clean, example
@@ -51,6 +54,19 @@ def warmed(loaded: LoadedModel, request: GenerationRequest) -> LoadedModel:
         denoising.join_pictures()
         denoising.finish()
     return loaded
+
+
+def painted(loaded: LoadedModel, request: GenerationRequest) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The cells that the linear previews show, and those of the latents at the end."""
+    cells, paint = [], loaded.colors.paint
+
+    def watched(given: torch.Tensor) -> torch.Tensor:
+        cells.append(given)
+        return paint(given)
+
+    with mock.patch.object(loaded.colors, "paint", watched):
+        _, latents, _ = seen(loaded, request)
+    return cells, cells_of(latents, request)
 
 
 def seen(loaded: LoadedModel, request: GenerationRequest) -> tuple[dict[int, Array], torch.Tensor, list[Any]]:
@@ -96,7 +112,7 @@ FLOWS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "config"), FLOWS, ids=[kind for kind, _ in FLOWS])
 def test_the_clean_latents_of_every_scheduler(kind: str, config: dict[str, Any]) -> None:
-    """A model that knows the picture is told the timestep, and answers the flow to it: the prediction is the picture."""
+    """A model that knows the picture, and answers the flow to it at the timestep: the prediction is the picture."""
     scheduler = getattr(diffusers, kind)(**config)
     check_predicts_clean(scheduler, SIX)
     scheduler.set_timesteps(6)
@@ -191,7 +207,7 @@ def test_the_fitted_map_is_nearer_to_the_vae_than_others(demo_models: dict[str, 
         colors = LatentColors()
         colors.learn(order, picture)  # the channels, or the cells, in another order
         wrong.append(missed(colors))
-    assert missed(loaded.colors) < 0.97 * min(wrong)
+    assert missed(loaded.colors) < 0.99 * min(wrong)
 
 
 @pytest.mark.parametrize("family", REQUESTS)
@@ -200,9 +216,12 @@ def test_previews_come_nearer_to_the_picture(demo_models: dict[str, Path], famil
     loaded = warmed(loaded_alone(demo_models[family]), request)
     found, latents, _ = seen(loaded, request)
     assert list(found) == [2, 4, 6]
-    end = loaded.colors.paint(cells_of(latents, request)).numpy()
-    first, *_, last = (np.abs(preview - end).mean() for preview in found.values())
-    assert last < 0.8 * first
+    cells, end = painted(loaded, request)
+    first, *_, last = (float((each - end).abs().mean()) for each in cells)
+    assert last < 0.7 * first
+    picture = loaded.colors.paint(end).numpy()
+    first, *_, last = (np.abs(preview - picture).mean() for preview in found.values())
+    assert last < first
     plain, untouched, _ = seen(loaded, replace(request, previews=None))
     assert plain == {}
     assert torch.equal(latents, untouched)
@@ -229,32 +248,113 @@ def test_the_preview_of_a_video_is_its_middle_frame_as_a_picture(demo_models: di
     assert {preview.shape for preview in found.values()} == {(request.height, request.width, 3)}
     _, shown = example(latents, made, request)
     mean = np.mean([np.asarray(frame, dtype=float) for frame in made[1:5]], axis=0)
-    assert np.abs(np.asarray(shown) - mean).max() <= 0.5
+    assert np.abs(np.asarray(shown) - mean).max() <= 2  # each of three means is rounded
 
 
-def drawn(mesh: ParallelMesh, folder: Path, options: PreviewOptions, local: bool) -> tuple[dict[int, Array], Any, Any]:
-    """The previews of a request, after a warm-up if they are linear, its latents and pictures."""
+def previewed(mesh: ParallelMesh, folder: Path, decoder: PreviewDecoder, local: bool) -> tuple[dict[int, Array], Any]:
+    """The previews of a request, and the cells that they show if they are linear. Those are warmed up before."""
     spec = model(folder, **asdict(mesh.degrees)).model_copy(update={"vae": "all", "vae_tiling_above": 48 * 48})
-    loaded = load_model(spec, mesh)
-    if options.decoder == "linear":
-        warmed(loaded, SIX)
-    with mock.patch.object(LatentColors, "learn", side_effect=AssertionError("it is warm")):
-        if not local:
-            return seen(loaded, replace(SIX, previews=options))
-        with attention_kept_local():
-            return seen(loaded, replace(SIX, previews=options))
+    loaded, request = load_model(spec, mesh), replace(SIX, previews=PreviewOptions(count=3, decoder=decoder))
+    if decoder == "linear":
+        warmed(loaded, request)
+    with attention_kept_local() if local else nullcontext():
+        return seen(loaded, request)[0], painted(loaded, request)[0]
 
 
-@pytest.mark.parametrize("options", [LINEAR, replace(VAE)], ids=["linear", "vae"])
-def test_two_ranks_have_the_previews_of_one(ranks: RankPool, demo_model: Path, options: PreviewOptions) -> None:
+@pytest.mark.parametrize("decoder", ["linear", "vae"])
+def test_two_ranks_have_the_previews_of_one(ranks: RankPool, demo_model: Path, decoder: PreviewDecoder) -> None:
     """On rank 0, also where all ranks share the tiles of the VAE."""
-    ((reference, latents, _),) = ranks.run(ALONE, drawn, demo_model, options, False)
-    assert list(reference) == [2, 3, 4] or len(reference) == 3
+    ((reference, cells),) = ranks.run(ALONE, previewed, demo_model, decoder, False)
+    assert list(reference) == [2, 3, 4]
+    assert len(cells) == 3 * (decoder == "linear")
     for degrees in (ParallelDegrees(ulysses_degree=2), ParallelDegrees(ring_degree=2)):
-        (found, got, _), (nothing, _, _) = ranks.run(degrees, drawn, demo_model, options, False)
-        assert nothing == {}
-        assert error(got, latents) <= 1e-5
-        assert list(found) == list(reference)
+        (found, shown), other = ranks.run(degrees, previewed, demo_model, decoder, False)
+        assert other == ({}, [])
+        assert all(error(got, expected) <= BAR for got, expected in zip(shown, cells, strict=True))
         assert max(np.abs(found[step] - reference[step]).max() for step in reference) <= 1
-        (found, _, _), _ = ranks.run(degrees, drawn, demo_model, options, True)
-        assert max(np.abs(found[step] - reference[step]).max() for step in reference) > 20
+    (found, shown), _ = ranks.run(degrees, previewed, demo_model, decoder, True)
+    assert all(error(got, expected) > 100 * BAR for got, expected in zip(shown, cells, strict=True))
+    assert max(np.abs(found[step] - reference[step]).max() for step in reference) > 10
+
+
+def reports(rank: Rank, request: GenerationRequest) -> tuple[list[Preview], list[int], tuple[bytes, ...]]:
+    """Its previews, the numbers of its steps before each, and its files."""
+    previews, steps, places = [], 0, []
+    files: tuple[bytes, ...] = ()
+    for report in rank.generate(request):
+        if isinstance(report, Preview):
+            previews.append(report)
+            places.append(steps)
+        elif isinstance(report, Drawn):
+            files = rank.answer(report.request_id).outputs
+        else:
+            steps += 1
+    return previews, places, files
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_rank_reports_jpegs_and_the_same_picture(demo_model: Path, ahead: int) -> None:
+    rank = started(ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60), demo_model, ahead)
+    with rank._loaded.colors.warm_up():
+        rank._warm_up()
+    request = replace(SIX, report_steps=True)
+    previews, places, files = reports(rank, request)
+    assert [(preview.index, preview.step) for preview in previews] == [(0, 2), (1, 3), (2, 4)]
+    assert all(place >= preview.step for place, preview in zip(places, previews, strict=True))
+    for preview in previews:
+        picture = Image.open(io.BytesIO(preview.data))
+        assert (picture.format, picture.size) == ("JPEG", (96, 64))
+    assert files
+    assert reports(rank, replace(request, previews=None)) == ([], [], files)
+    small, _, again = reports(rank, replace(request, previews=PreviewOptions(every=3, max_edge=48)))
+    assert [preview.step for preview in small] == [3]
+    assert Image.open(io.BytesIO(small[0].data)).size == (48, 32)
+    assert again == files
+    assert [preview.data for preview in reports(rank, request)[0]] == [preview.data for preview in previews]
+
+
+def test_nothing_is_left_of_a_request_that_is_canceled(demo_model: Path) -> None:
+    rank = started(ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60), demo_model, 0)
+    request = replace(SIX, num_inference_steps=12)
+    with pytest.raises(RequestCancelled):
+        for report in rank.generate(request):
+            assert isinstance(report, Preview)
+            rank.cancel(request.request_id)
+    previews, _, _ = reports(rank, replace(request, request_id="next", previews=None))
+    assert previews == []
+    assert len(rank._previews._coming) == 0
+
+
+def test_a_preview_that_fails_costs_a_warning(demo_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = loaded_alone(demo_model)
+    with mock.patch.object(loaded.colors, "learn", side_effect=torch.OutOfMemoryError("no room\nfor it")):
+        denoising = begun(loaded, SIX)
+        for end in denoising.steps(ahead=0):
+            assert denoising.preview(end.step) is None
+        assert denoising.warnings == ("previews: none from step 2 on; OutOfMemoryError: no room",)
+        assert len(denoising.finish()) == 1
+    assert caplog.text.count("request a has no more previews: OutOfMemoryError: no room") == 1
+
+
+def test_the_oldest_that_wait_are_left_out() -> None:
+    began, go_on, encode = threading.Event(), threading.Event(), preview_files._encoded
+
+    def slow(*args: Any) -> Preview:
+        began.set()
+        assert go_on.wait(60)
+        return encode(*args)
+
+    files, pixels = PreviewFiles(), torch.zeros(8, 12, 3, dtype=torch.uint8)
+    files.begin(SIX)
+    with mock.patch.object(preview_files, "_encoded", slow):
+        files.offer(0, 1, pixels)
+        assert began.wait(60)
+        for index in range(1, 7):
+            files.offer(index, index + 1, pixels)
+        assert list(files.finished()) == []
+        go_on.set()
+        assert [preview.index for preview in files.finished(wait=True)] == [0, 4, 5, 6]
+    files.begin(SIX)
+    files.offer(0, 1, pixels[..., :2])  # two colors are no picture
+    files.offer(1, 2, pixels)
+    assert [preview.index for preview in files.finished(wait=True)] == [1]

@@ -8,7 +8,6 @@ pictures go out, a pixel for each cell. Nothing about a model is written down he
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -57,8 +56,8 @@ class LatentColors:
             picture: what the VAE makes of them, RGB of any size.
         """
         channels, height, width = cells.shape
-        small = np.asarray(picture.resize((width, height), Image.Resampling.BOX), dtype=np.float64) / 255
-        colors = torch.from_numpy(small).reshape(-1, 3)
+        small = picture.resize((width, height), Image.Resampling.BOX).tobytes()
+        colors = torch.frombuffer(bytearray(small), dtype=torch.uint8).to(torch.float64).reshape(-1, 3) / 255
         known = _with_one(cells.detach().to("cpu", torch.float64).reshape(channels, -1).T)
         gram, cross = known.T @ known, known.T @ colors
         self._gram = gram if self._gram is None else self._gram + gram

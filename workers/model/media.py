@@ -1,4 +1,7 @@
-"""Encodes pictures and videos as files. Called on rank 0 when a request's latents are decoded."""
+"""Encodes pictures and videos as files. Called on rank 0 when a request's latents are decoded.
+
+`as_png` is for `service.cli.pictures`.
+"""
 
 import io
 from collections.abc import Sequence
@@ -14,6 +17,13 @@ def encode(made: Image.Image | Sequence[Image.Image], request: GenerationRequest
     if isinstance(made, Image.Image):
         return _picture(made, request.output_format, request.output_compression)
     return _video(made, request.fps)
+
+
+def as_png(picture: bytes) -> bytes:
+    """The same picture as a PNG."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture)).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _picture(picture: Image.Image, output_format: str, compression: int) -> bytes:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -113,8 +112,10 @@ def example(latents: torch.Tensor, made: Any, request: GenerationRequest) -> tup
     index = middle(frames)
     each = (len(made) - 1) // max(1, frames - 1)  # the first of the latents is one frame of the video
     shown = made[(index - 1) * each + 1 : index * each + 1] if index else made[:1]
-    mean = np.mean([np.asarray(frame, dtype=np.float32) for frame in shown], axis=0)
-    return cells, Image.fromarray(mean.round().astype(np.uint8))
+    mean = shown[0]
+    for count, frame in enumerate(shown[1:], 2):
+        mean = Image.blend(mean, frame, 1 / count)
+    return cells, mean
 
 
 class Previews:
@@ -174,15 +175,17 @@ class Previews:
         return self._made.pop(step, None)
 
     def _pixels(self, latents: torch.Tensor) -> Pixels:
+        if self._options.decoder == "vae":
+            return self._decoded(latents)
         cells = cells_of(latents, self._request)
-        if self._options.decoder == "vae" or not self._colors.fitted:
-            picture = self._decode(_middle_frame(latents))
-            picture = picture if isinstance(picture, Image.Image) else picture[0]
-            if not self._colors.fitted:  # the model has no warm-up
-                self._colors.learn(cells, picture)
-            if self._options.decoder == "vae":
-                return picture
+        if not self._colors.fitted:  # the model has had no warm-up
+            self._colors.learn(cells, self._decoded(latents))
         return _on_host(self._colors.paint(cells))
+
+    def _decoded(self, latents: torch.Tensor) -> Image.Image:
+        made = self._decode(_middle_frame(latents))
+        picture: Image.Image = made if isinstance(made, Image.Image) else made[0]
+        return picture
 
 
 def _middle_frame(latents: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,20 @@ from service.api.schemas import to_request
 from service.cli.client import PICTURES, VIDEOS, ServerError, generate_remotely, server_url
 from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
+from service.cli.pictures import NO_PREVIEWS, Shown, shown_by_terminal
 from service.cli.progress import StepProgress
 from service.rollout.devices import local_devices
 from sp_core.degrees import ParallelDegrees
 from workers.errors import InvalidParameter
 from workers.gang.local import generate_locally
+from workers.messages import PreviewOptions
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
 FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2")
 FOR_PICTURES = ("n",)
+
+PREVIEWS = 3
+"""As many as a stream may have."""
 
 Degree = Annotated[int | None, typer.Option(help="With --local.")]
 
@@ -44,12 +49,14 @@ class Asked:
         output: where to save it; its suffix tells the format, and pictures from videos.
         model: a name in the deployment, or a folder with `--local`.
         loras: name and scale of each adapter; with `--local` the name is a file.
+        shown: makes the terminal show a preview; None: there are to be none.
     """
 
     fields: dict[str, Any]
     output: Path
     model: str | None
     loras: Sequence[tuple[str, float]]
+    shown: Shown | None = None
 
     @property
     def is_video(self) -> bool:
@@ -59,11 +66,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Made:
-    """Encoded files, with the seed of each, and what they took as the server reports it."""
+    """Encoded files, with the seed of each, what they took as the server reports it, and warnings."""
 
     outputs: Sequence[bytes]
     seeds: Sequence[int]
     metrics: dict[str, Any]
+    warnings: Sequence[str]
 
 
 def generate(
@@ -85,6 +93,9 @@ def generate(
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
     ] = [],  # noqa: B006  # typer copies it
     as_json: ResultAsJson = False,
+    previews: Annotated[
+        bool, typer.Option("--previews", help="Show previews meanwhile, in a terminal that can show pictures.")
+    ] = False,
     server: Server = None,
     local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
     model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
@@ -115,7 +126,10 @@ def generate(
         guidance_scale=guidance_scale, seed=seed, size=_size(size, width, height),
     )  # fmt: skip
     own = _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
-    asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora])
+    shown = shown_by_terminal() if previews else None
+    if previews and not shown:
+        say(NO_PREVIEWS)
+    asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora], shown)
     _check_sendable(asked.fields | _given(model=model) | {f"lora {name}": scale for name, scale in asked.loras})
     with StepProgress() as progress, _told_of_the_output(asked):
         made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
@@ -165,6 +179,8 @@ def _save(made: Made, output: Path, as_json: bool) -> None:
     files = [output.with_stem(f"{output.stem}-{number}") if number else output for number in range(len(made.outputs))]
     for file, content in zip(files, made.outputs, strict=True):
         file.write_bytes(content)
+    for warning in made.warnings:
+        say(f"warning: {warning}")
     if as_json:
         saved = [{"path": str(file), "seed": seed} for file, seed in zip(files, made.seeds, strict=True)]
         print(json.dumps({"files": saved, "metrics": made.metrics}, indent=2))
@@ -229,12 +245,19 @@ def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
 
 def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
     body = asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
+    body |= {"partial_images": PREVIEWS} if asked.shown else {}
     try:
-        made = generate_remotely(server, body, progress.show, VIDEOS if asked.is_video else PICTURES)
+        path = VIDEOS if asked.is_video else PICTURES
+        made = generate_remotely(server, body, progress.show, path, lambda preview: _insert(asked, preview, progress))
     except KeyboardInterrupt:
         say("canceled: the server stops at the next step")  # it sees that the connection is closed
         raise
-    return Made([file.content for file in made], [file.seed for file in made], made[0].metrics)
+    return Made([file.content for file in made], [file.seed for file in made], made[0].metrics, made[0].warnings)
+
+
+def _insert(asked: Asked, preview: bytes, progress: StepProgress) -> None:
+    if asked.shown:
+        progress.insert(asked.shown(preview))
 
 
 def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress: StepProgress) -> Made:
@@ -256,6 +279,8 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
     check_deployment(DeploymentSpec(models=(model,)), devices)
     body = {"seed": secrets.randbelow(2**32)} | asked.fields | _loras([(Path(n).stem, s) for n, s in asked.loras])
     kind = VideoGenerationBody if asked.is_video else ImageGenerationBody
-    request = replace(to_request(parse_body(body, kind), model, uuid.uuid4().hex), report_steps=True)
-    result = generate_locally(model, request, progress.show)
-    return Made(result.outputs, result.seeds, metrics(result))
+    previews = PreviewOptions(count=PREVIEWS) if asked.shown else None
+    request = to_request(parse_body(body, kind), model, uuid.uuid4().hex)
+    request = replace(request, report_steps=True, previews=previews)
+    result = generate_locally(model, request, progress.show, lambda each: _insert(asked, each.data, progress))
+    return Made(result.outputs, result.seeds, metrics(result), result.warnings)

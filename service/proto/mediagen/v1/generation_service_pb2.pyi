@@ -155,14 +155,16 @@ class Warning(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class StreamOptions(_message.Message):
-    __slots__ = ("preview_every_n_steps", "preview_max_edge", "chunk_bytes")
+    __slots__ = ("preview_every_n_steps", "preview_max_edge", "chunk_bytes", "preview_decoder")
     PREVIEW_EVERY_N_STEPS_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_MAX_EDGE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_DECODER_FIELD_NUMBER: _ClassVar[int]
     preview_every_n_steps: int
     preview_max_edge: int
     chunk_bytes: int
-    def __init__(self, preview_every_n_steps: _Optional[int] = ..., preview_max_edge: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+    preview_decoder: str
+    def __init__(self, preview_every_n_steps: _Optional[int] = ..., preview_max_edge: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., preview_decoder: _Optional[str] = ...) -> None: ...
 
 class OutputHeader(_message.Message):
     __slots__ = ("index", "mime_type", "total_bytes", "sha256", "seed", "width", "height", "num_frames", "fps")

@@ -98,7 +98,7 @@ class MediaGenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Pictures or a video: accepted -> queued* -> progress* -> (output_header, output_chunk*)* -> done; restarted between.
+        """Pictures or a video: accepted -> queued* -> (progress, preview?)* -> (output_header, output_chunk*)* -> done; restarted between.
         A call that fails after its start ends with the event error. Whoever cancels, or sets a deadline that passes, frees
         the devices at the next denoising step.
         """
