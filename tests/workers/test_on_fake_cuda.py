@@ -3,6 +3,7 @@
 `tests.support.fake_cuda` says what this can see of CUDA and what it cannot.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deploy.spec import ModelSpec
 from sp_core import collectives
@@ -24,7 +26,8 @@ from tests.support.deployments import model
 from tests.support.fake_cuda.guard import needs_guard
 from tests.support.fake_cuda.request import REQUESTS, Pictures, draw, draw_on_pretended_cuda
 from tests.support.fake_cuda.seen import Seen
-from workers.messages import GenerationRequest
+from workers.messages import GenerationRequest, PreviewDecoder, PreviewOptions
+from workers.model.denoising import Denoising
 from workers.model.step_ends import StepEnd, StepEnds
 
 pytestmark = needs_guard
@@ -160,6 +163,47 @@ def test_tiles_come_to_the_first_gpu(ranks: RankPool, demo_model: Path) -> None:
     first, second = check(ranks, demo_model, "qwen-image", "u2", vae_tiling_above=0)
     assert not first.exchanges["shift"]
     assert second.exchanges["shift"] > 0
+
+
+def with_previews(
+    mesh: ParallelMesh, model: ModelSpec, request: GenerationRequest, decoder: PreviewDecoder
+) -> tuple[int, Seen]:
+    """How many previews rank 0 has made, on a warm model, and what was seen of the request."""
+    encode, take, made = Denoising.encode, Denoising.steps, []
+
+    @functools.wraps(encode)  # its name is the phase
+    def warm(denoising: Denoising) -> None:
+        cells = torch.rand(4, 8, 12).to(denoising._mesh.device)
+        with denoising._colors.warm_up():
+            denoising._colors.learn(cells, Image.new("RGB", (96, 64)))
+        encode(denoising)
+
+    def steps(denoising: Denoising, ahead: int) -> Iterator[StepEnd]:
+        for end in take(denoising, ahead):
+            made.extend([preview] if (preview := denoising.preview(end.step)) else [])
+            yield end
+
+    asked = replace(request, previews=PreviewOptions(count=2, decoder=decoder))
+    with mock.patch.object(Denoising, "encode", warm), mock.patch.object(Denoising, "steps", steps):
+        _, seen = draw_on_pretended_cuda(mesh, model, asked)
+    for _, pixels in made:
+        assert np.asarray(pixels).shape[2] == 3
+    return len(made), seen
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "wan"])
+def test_the_host_does_not_wait_for_previews(ranks: RankPool, demo_models: dict[str, Path], family: str) -> None:
+    """But for those of the VAE, which take a decode."""
+    layout = LAYOUTS["u2"]
+    run = functools.partial(ranks.run, layout, with_previews, spec(demo_models[family], layout), REQUESTS[family])
+    (count, seen), (none, _) = run("linear")
+    assert (count, none) == (2, 0)
+    assert not seen.faults
+    assert unknown_waits(seen, family).keys() <= {"encode"}  # where the test warms up
+    (count, seen), _ = run("vae")
+    assert count == 2
+    assert not seen.faults
+    assert unknown_waits(seen, family).keys() - {"encode"} == {"first step", "step"}
 
 
 @contextmanager

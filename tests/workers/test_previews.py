@@ -20,6 +20,7 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
+from tests.benchmarks import previews as benchmark
 from tests.support.deployments import model
 from tests.support.fake_cuda.request import REQUESTS
 from tests.workers.test_denoising import ALONE, begun
@@ -358,3 +359,12 @@ def test_the_oldest_that_wait_are_left_out() -> None:
     files.offer(0, 1, pixels[..., :2])  # two colors are no picture
     files.offer(1, 2, pixels)
     assert [preview.index for preview in files.finished(wait=True)] == [1]
+
+
+def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main("--repeats 1 --steps 4 --step-ms 1 --size 64".split())
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| waits", "| comp"))
+    ]
+    assert len(rows) == 6
+    assert all(float(cell) > 0 for row in rows for cell in row[2:4])
