@@ -5,6 +5,7 @@ commands/    a file per command, or for a few that belong together
 options.py   arguments that several commands have, and wrong usage
 output.py    lines and tables for a person
 progress.py  bars for loading and for steps
+pictures.py  pictures inside a terminal
 client.py    an HTTP client of a running server
 request_schema.py  what a request of one model may say
 doctor.py    what commonly goes wrong on a machine

@@ -91,7 +91,7 @@ def test_curl(server: str, tmp_path: Path, number: int) -> None:
 
 def test_there_are_examples() -> None:
     assert len(CURLS) >= 10
-    assert len(PROGRAMS) == 1
+    assert len(PROGRAMS) == 2
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

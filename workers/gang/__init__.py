@@ -14,6 +14,7 @@ rank.py           Rank, one process on one device: joins the group, loads the mo
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
 encoding.py       the pictures that rank 0 has decoded, until they are files
+preview_files.py  previews of rank 0, encoded in a thread while it computes
 local.py          a gang without Ray, for `spray generate --local`
 warm_up.py        what a rank runs at its start
 placement.py      ModelSpec -> Serve options: the bundles of a gang, and why they cannot be scheduled

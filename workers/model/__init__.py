@@ -11,6 +11,7 @@ adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step; workflow.py the blocks that it runs
 guidance.py             whether its branches share a forward, take one each, or ranks of their own
 step_ends.py            when steps end on the device, and whether their latents are finite
+previews.py             previews of the clean latents; latent_colors.py fits their colors to the VAE
 picture_shares.py       several pictures, each decoded on one rank
 truncation.py           notices prompts that are longer than what is read
 lora.py                 LoRA files -> what sp_core.lora takes; lora_strength.py how strong they are

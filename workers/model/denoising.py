@@ -84,9 +84,7 @@ class Denoising:
         if request.previews:
             check_predicts_clean(pipeline.scheduler, request)
             if mesh.axis("gang").rank == 0:
-                self._previews = Previews(
-                    request, self._pipeline.scheduler, loaded.colors, self._decode_alone, self._warnings
-                )
+                self._previews = Previews(request, self._pipeline.scheduler, loaded.colors, self._warnings)
         if self._tiles:
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
@@ -171,7 +169,8 @@ class Denoising:
             _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
         if self._previews:
-            self._previews.make(self._steps_done, self.total_steps, sample, self._loop_state.noise_pred)
+            prediction = self._loop_state.noise_pred
+            self._previews.make(self._steps_done, self.total_steps, sample, prediction, self._decode_alone)
         self._ends.mark(self.latents)
 
     def steps(self, ahead: int) -> Iterator[StepEnd]:

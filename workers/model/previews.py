@@ -45,6 +45,8 @@ SOLVERS = frozenset(
 Pixels = torch.Tensor | Image.Image
 """Bytes `(h, w, 3)` on the host, or a picture."""
 
+Decode = Callable[[torch.Tensor], Any]
+
 
 def check_predicts_clean(scheduler: Any, request: GenerationRequest) -> None:
     """Reject previews where the clean latents do not follow from sample, prediction and sigma.
@@ -125,7 +127,6 @@ class Previews:
         request: which asks for them.
         scheduler: the request's own.
         colors: the model's map from latents to colors.
-        decode: makes a picture of clean latents by the VAE, on this rank alone, and changes nothing else.
         warnings: what the caller should know, which grows if previews fail.
     """
 
@@ -134,16 +135,15 @@ class Previews:
         request: GenerationRequest,
         scheduler: Any,
         colors: LatentColors,
-        decode: Callable[[torch.Tensor], Any],
         warnings: list[str],
     ) -> None:
         assert request.previews is not None
         self._request, self._options = request, request.previews
-        self._scheduler, self._colors, self._decode, self._warnings = scheduler, colors, decode, warnings
+        self._scheduler, self._colors, self._warnings = scheduler, colors, warnings
         self._made: dict[int, tuple[int, Pixels]] = {}  # by step, until they are taken: number and preview
         self._failed = False
 
-    def make(self, step: int, total_steps: int, sample: torch.Tensor, prediction: torch.Tensor) -> None:
+    def make(self, step: int, total_steps: int, sample: torch.Tensor, prediction: torch.Tensor, decode: Decode) -> None:
         """Make a preview, if one is due after this step. Call it before the step's end is marked.
 
         A preview that cannot be made costs the request its previews, and nothing else.
@@ -153,6 +153,7 @@ class Previews:
             total_steps: of the request.
             sample: latents before the step.
             prediction: of the model in it.
+            decode: makes a picture of clean latents by the VAE, on this rank alone, and changes nothing else.
 
         Raises:
             torch.AcceleratorError: the device has failed.
@@ -161,7 +162,7 @@ class Previews:
         if self._failed or step not in due:
             return
         try:
-            self._made[step] = due.index(step), self._pixels(clean(sample, prediction, self._scheduler, step))
+            self._made[step] = due.index(step), self._pixels(clean(sample, prediction, self._scheduler, step), decode)
         except Exception as error:
             if is_device_failure(error):
                 raise
@@ -174,26 +175,23 @@ class Previews:
         """The number and the preview of a step that has ended; None if it has none."""
         return self._made.pop(step, None)
 
-    def _pixels(self, latents: torch.Tensor) -> Pixels:
+    def _pixels(self, latents: torch.Tensor, decode: Decode) -> Pixels:
         if self._options.decoder == "vae":
-            return self._decoded(latents)
+            return _still(latents, decode)
         cells = cells_of(latents, self._request)
         if not self._colors.fitted:  # the model has had no warm-up
-            self._colors.learn(cells, self._decoded(latents))
+            self._colors.learn(cells, _still(latents, decode))
         return _on_host(self._colors.paint(cells))
 
-    def _decoded(self, latents: torch.Tensor) -> Image.Image:
-        made = self._decode(_middle_frame(latents))
-        picture: Image.Image = made if isinstance(made, Image.Image) else made[0]
-        return picture
 
-
-def _middle_frame(latents: torch.Tensor) -> torch.Tensor:
-    """The first picture, or the middle frame of the first video as a video of one frame."""
-    if latents.ndim != 5:
-        return latents[:1]
-    index = middle(latents.shape[2])
-    return latents[:1, :, index : index + 1]
+def _still(latents: torch.Tensor, decode: Decode) -> Image.Image:
+    """The first picture by the VAE, or the middle frame of the first video as a video of one frame."""
+    if latents.ndim == 5:
+        index = middle(latents.shape[2])
+        latents = latents[:, :, index : index + 1]
+    made = decode(latents[:1])
+    picture: Image.Image = made if isinstance(made, Image.Image) else made[0]
+    return picture
 
 
 def _on_host(colors: torch.Tensor) -> torch.Tensor:
