@@ -228,6 +228,17 @@ def test_previews_come_nearer_to_the_picture(demo_models: dict[str, Path], famil
     assert torch.equal(latents, untouched)
 
 
+@pytest.mark.parametrize("family", REQUESTS)
+def test_what_is_predicted_in_the_last_step_is_the_picture(demo_models: dict[str, Path], family: str) -> None:
+    """Nothing is left to remove after it. The step before it predicts something else."""
+    request = replace(REQUESTS[family], previews=LINEAR)
+    loaded = warmed(loaded_alone(demo_models[family]), request)
+    with mock.patch.object(PreviewOptions, "steps", lambda _, total: (total - 1, total)):
+        (before, last), end = painted(loaded, request)
+    assert error(last, end) <= BAR
+    assert error(before, end) > 100 * BAR
+
+
 @pytest.mark.parametrize("family", sorted(set(REQUESTS) - {"wan"}))
 def test_previews_by_the_vae_are_pictures(demo_models: dict[str, Path], family: str) -> None:
     """They need no map, come nearer to the picture, and leave it as it is."""
