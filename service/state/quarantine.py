@@ -31,7 +31,7 @@ PERIOD_S = 2.0
 KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
 """Fingerprint, when, and a number of its own."""
 
-NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at")
+NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews")
 
 
 def fingerprint(caller: str, request: GenerationRequest) -> str:

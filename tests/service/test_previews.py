@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from service.cli.main import main
 from service.cli.pictures import for_iterm, for_kitty, shown_by_terminal
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events
+from service.state.quarantine import fingerprint
 from sp_core.degrees import ParallelDegrees
 from tests.service.test_grpc import Backend, stream
 from tests.support.backend import FakeBackend
@@ -97,6 +99,13 @@ def test_no_preview_without_a_stream(backend: FakeBackend) -> None:
     answer = TestClient(rest_app(backend)).post(IMAGES[0], json={"model": "one", "prompt": "a", "partial_images": 0})
     assert answer.status_code == 200
     assert backend.requests[0].previews is None
+
+
+def test_a_request_is_the_same_with_previews_and_without() -> None:
+    """For its idempotency key, and for the count of gangs that it has cost."""
+    request = GenerationRequest("a", "one", "a", 64, 64, 4, seed=1)
+    assert fingerprint("", replace(request, previews=PreviewOptions(count=3))) == fingerprint("", request)
+    assert fingerprint("", replace(request, n=2)) != fingerprint("", request)
 
 
 def kinds(messages: list[Any]) -> list[str]:
