@@ -8,7 +8,7 @@
         max_work_per_minute: 2.0e+9   # pixels x frames x steps x pictures, in each gateway; absent: any amount
       - name: operator
         sha256: ...
-        scope: admin             # may do what concerns others too, such as read /v1/cluster; absent: generate
+        scope: admin             # sees and cancels the requests of all keys, reads /v1/cluster; absent: generate
 
 The file comes in as text, `ApiKey` objects go out: to `service.state.keyring`, which reads it again when it changes.
 """
@@ -34,7 +34,7 @@ class ApiKey(BaseModel):
     Attributes:
         name: unique; who calls, in logs and metrics.
         sha256: of the key's UTF-8 bytes, in hexadecimal.
-        scope: `admin` may do what concerns others too, such as read `/v1/cluster`.
+        scope: `admin` sees and cancels the requests of all keys, and reads `/v1/cluster`.
         models: that it may ask; None: all.
         max_concurrent: requests that may wait or run at once, in each gateway; None: any number.
         max_work_per_minute: pixels x frames x steps x pictures, in each gateway; None: any amount.

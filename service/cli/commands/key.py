@@ -14,7 +14,9 @@ from service.cli.output import say
 
 def key(
     name: Annotated[str, typer.Argument(help="Who will use it, in logs and metrics.")],
-    admin: Annotated[bool, typer.Option("--admin", help="May also read /v1/cluster.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="May see and cancel the requests of all keys, and read /v1/cluster.")
+    ] = False,
 ) -> None:
     """Make an API key. Prints its entry for `auth.api_keys_file`; the key itself is shown once, beside it."""
     made = f"spray-{secrets.token_urlsafe(32)}"
