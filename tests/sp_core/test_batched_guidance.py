@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 from torch import nn
+from torch._dynamo.utils import counters
 
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.batched_guidance import BatchedGuider, guidance_batch
@@ -13,11 +14,13 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import GuidanceBatch
 from sp_core.parallelize import parallelize
+from sp_core.shared_modulation import same_timestep
 from sp_core.verify import examples
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
-from tests.sp_core.test_replacements import one_rank, state_of
+from tests.sp_core.test_replacements import compiled, one_rank, state_of
+from tests.support import qwen
 from tests.support.guided import batched_step, guided_step
 from tests.support.traffic import Meter
 
@@ -192,6 +195,20 @@ def test_an_input_that_the_family_does_not_name_is_refused() -> None:
     with pytest.raises(ValueError, match="QwenImageTransformer2DModel is given controlnet_block_samples, and"):
         batched_step(model, given)
     assert not model._forward_pre_hooks
+
+
+def test_compiled_blocks_need_one_batch_of_any_length_to_be_warm() -> None:
+    """After two lengths of one branch: what `workers.gang.warm_up` relies on."""
+    model = qwen.transformer()
+    parallelize(model, one_rank())
+    compiled(model)
+    counters.clear()
+    found = []
+    for batch, text in ((1, 9), (1, 45), (2, 45), (2, 12), (1, 17), (2, 9)):
+        with torch.no_grad(), same_timestep(0.5):
+            model(**qwen.inputs(3, 4, text, batch=batch))
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[1] < found[2] == found[3] == found[4] == found[5]
 
 
 def test_only_a_familys_own_class_is_batched() -> None:

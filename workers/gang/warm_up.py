@@ -1,6 +1,5 @@
 """The requests that a rank runs at its start, so that no caller waits for what a first run prepares."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,31 +19,35 @@ PROMPTS = ("warm", "warm up " * 8)
 def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()) -> Iterator[GenerationRequest]:
     """Each of the model's `warmup_shapes` with each of the prompts.
 
-    Where both branches of guidance may share a forward, they do in one, and there is one branch in another: to a
-    compiler, these are two shapes.
+    Where both branches of guidance may share a forward, there is one branch in these, and a last one has both: to a
+    compiler, another shape. By then it compiles for any length at once.
 
     Args:
         model: whose `source` is a folder of this node.
         loras: adapters by name, each with its scale.
     """
     kind = find_family(Path(model.source))
-    for shape, prompt in itertools.product(model.warmup_shapes, PROMPTS):
-        request = GenerationRequest(
-            request_id="warm-up",
-            model=model.name,
-            prompt=prompt,
-            width=shape.width,
-            height=shape.height,
-            num_frames=shape.num_frames,
-            num_inference_steps=STEPS,
-            guidance_scale=model.defaults.guidance_scale,
-            loras=loras,
-            seed=0,
-            output_format="mp4" if kind.makes == "video" else "png",
-        )
-        size = Request(shape.width, shape.height, shape.num_frames, request.n)
+    for shape in model.warmup_shapes:
+        requests = [
+            GenerationRequest(
+                request_id="warm-up",
+                model=model.name,
+                prompt=prompt,
+                width=shape.width,
+                height=shape.height,
+                num_frames=shape.num_frames,
+                num_inference_steps=STEPS,
+                guidance_scale=model.defaults.guidance_scale,
+                loras=loras,
+                seed=0,
+                output_format="mp4" if kind.makes == "video" else "png",
+            )
+            for prompt in PROMPTS
+        ]
+        size = Request(shape.width, shape.height, shape.num_frames, requests[-1].n)
         if kind.guided_above is None or why_two_forwards(model, Path(model.source), size):
-            yield request
-        else:
+            yield from requests
+            continue
+        for request in requests:
             yield replace(request, guidance_scale=kind.guided_above)
-            yield replace(request, guidance_scale=kind.guided_above + 1.0, negative_prompt=prompt)
+        yield replace(requests[-1], guidance_scale=kind.guided_above + 1.0, negative_prompt=PROMPTS[-1])
