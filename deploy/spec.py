@@ -330,6 +330,7 @@ class GatewaySpec(_Section):
         9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, on a local cluster only; null: no gRPC"
     )
     replicas: int = Field(1, ge=1, description="gateway processes; two or more survive the loss of one")
+    node_labels: dict[str, str] = Field({}, description="gateways run only on nodes with these Ray labels; absent: any")
     cors_origins: tuple[str, ...] = Field(
         (),
         description="sites whose pages may call the API from a browser, such as https://app.example.com; "

@@ -135,10 +135,11 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
 
 def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any]:
     """The application of the gateway."""
+    labels = dict(spec.gateway.node_labels)
     options = {
         "name": GATEWAY,
         "num_replicas": spec.gateway.replicas,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0} | ({"label_selector": labels} if labels else {}),
         "max_ongoing_requests": SPARE_REQUESTS + sum(_most_at_once(model) for model in spec.models),
         **HEALTH_CHECK,
         "user_config": gateway_table(spec.models)

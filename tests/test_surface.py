@@ -79,7 +79,7 @@ SPEC_KEYS = frozenset(
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
-    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins
+    gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins gateway.node_labels
     limits limits.max_body_bytes metrics metrics.host metrics.port
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     storage.idempotency storage.idempotency.folder storage.idempotency.ttl_s storage.idempotency.max_bytes

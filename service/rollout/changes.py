@@ -101,6 +101,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         "gateway": {
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
+            "node_labels": options["ray_actor_options"].get("label_selector", {}),
         },
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
         "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},

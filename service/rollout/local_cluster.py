@@ -65,7 +65,9 @@ class LocalCluster:
     """
 
     def __init__(self, spec: DeploymentSpec) -> None:
-        self.spec = settle_here(spec)
+        # One machine: there is no other node to choose by its labels.
+        one = spec.gateway.model_copy(update={"node_labels": {}})
+        self.spec = settle_here(spec.model_copy(update={"gateway": one}))
         self.instance_id = uuid.uuid4().hex
         self.url = ""
         self.grpc_target = ""

@@ -108,6 +108,14 @@ def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[s
     return [f"{model.name}: {reason}" for model, reason in reasons if reason]
 
 
+def homeless_gateway(spec: DeploymentSpec) -> list[str]:
+    """A line if no node of the cluster has the labels that gateways ask for."""
+    wanted = spec.gateway.node_labels
+    if any(wanted.items() <= dict(node.labels).items() for node in alive_nodes()):
+        return []
+    return [f"gateway.node_labels: no node is labeled {', '.join(f'{key}={value}' for key, value in wanted.items())}"]
+
+
 def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
     """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 

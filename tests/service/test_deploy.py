@@ -248,6 +248,7 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ) -> tuple[int, list[str | None]]:
         monkeypatch.setattr(preflight, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
         monkeypatch.setattr(preflight, "unschedulable_models", lambda spec, names: list(unschedulable))
+        monkeypatch.setattr(preflight, "homeless_gateway", lambda spec: [])
         monkeypatch.setattr(preflight, "missing_surge_room", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
@@ -260,15 +261,27 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     return run
 
 
+def test_a_gateway_whose_labels_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "alive_nodes", lambda: [Node({"CPU": 4}, {"pool": "cpu", "zone": "a"})])
+    for labels, told in ({}, []), ({"pool": "cpu"}, []), ({"pool": "gpu"}, ["no node is labeled pool=gpu"]):
+        spec = DeploymentSpec(models=(A,), gateway=GatewaySpec(node_labels=labels))
+        assert preflight.homeless_gateway(spec) == [f"gateway.node_labels: {line}" for line in told]
+        options = serve_config(spec)["applications"][-1]["deployments"][0]["ray_actor_options"]
+        assert options == {"num_cpus": 0} | ({"label_selector": labels} if labels else {})
+
+
 def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "listens_at", lambda: ("127.0.0.1", 8000))
     monkeypatch.setattr(changes, "grpc_port", lambda: 9000)
     spec = DeploymentSpec(models=(A, B))
     assert find_gateway_changes(spec, cluster.applications) == []
-    gateway, auth = GatewaySpec(port=8001, grpc_port=None, replicas=2), Auth(api_keys_env="KEYS")
+    gateway, auth = (
+        GatewaySpec(port=8001, grpc_port=None, replicas=2, node_labels={"a": "b"}),
+        Auth(api_keys_env="KEYS"),
+    )
     other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
     assert find_gateway_changes(other, cluster.applications) == [
-        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, metrics.port 9464 -> None, "
+        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, gateway.node_labels, metrics.port 9464 -> None, "
         "auth.api_keys_env None -> KEYS)",
         "keep    gateway: listens at 127.0.0.1:8000 until Serve is restarted",
         "keep    gateway: answers gRPC at 127.0.0.1:9000 until Serve is restarted",

@@ -73,13 +73,18 @@ def _preflight(
         SpecError: something cannot work; a line for each problem.
     """
     from service.rollout.changes import DEPLOYING  # here, for it imports Ray
-    from service.rollout.preflight import missing_surge_room, unschedulable_models, verify_on_nodes  # it imports Ray
+    from service.rollout.preflight import (  # here, for it imports Ray
+        homeless_gateway,
+        missing_surge_room,
+        unschedulable_models,
+        verify_on_nodes,
+    )
 
     changed = {change.model for change in changes if change.action in DEPLOYING}
     added, upgraded = ({change.model for change in changes if change.action == a} for a in ("add", "upgrade"))
     spec, problems = verify_on_nodes(spec, changed)
     if not allow_pending:
-        reasons = unschedulable_models(spec, changed)
+        reasons = homeless_gateway(spec) + unschedulable_models(spec, changed)
         problems += [f"{reason}; --allow-pending deploys it nevertheless" for reason in reasons]
     without_surge = missing_surge_room(spec, added, upgraded)
     if not allow_downtime:
