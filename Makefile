@@ -5,7 +5,7 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo install check test fault soak gpu proto lint bench clean
+.PHONY: demo install check test fault soak gpu proto chart lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
@@ -40,6 +40,10 @@ gpu: $(if $(GIVEN),,$(READY))
 proto: $(READY)
 	cd $(ROOT) && $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 	  service/proto/mediagen/v1/generation_service.proto
+
+# What the chart repeats of the project: its schema, Serve's defaults, rules, dashboards, the table of its values.
+chart: $(READY)
+	cd $(ROOT) && $(BIN)/python -m helm.generate
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

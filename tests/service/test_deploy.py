@@ -281,8 +281,8 @@ def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pyte
     )
     other = spec.model_copy(update={"gateway": gateway, "auth": auth, "metrics": Metrics(port=None)})
     assert find_gateway_changes(other, cluster.applications) == [
-        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, gateway.node_labels, metrics.port 9464 -> None, "
-        "auth.api_keys_env None -> KEYS)",
+        "adjust  gateway: requests in flight go on (gateway.replicas 1 -> 2, gateway.node_labels, "
+        "metrics.port 9464 -> None, auth.api_keys_env None -> KEYS)",
         "keep    gateway: listens at 127.0.0.1:8000 until Serve is restarted",
         "keep    gateway: answers gRPC at 127.0.0.1:9000 until Serve is restarted",
     ]

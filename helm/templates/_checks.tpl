@@ -1,0 +1,123 @@
+{{/* What cannot work is refused here, with the reason, before anything reaches the cluster. */}}
+
+{{- define "spray.check" -}}
+{{- $sections := include "spray.sections" . | fromJson }}
+{{- $models := (include "spray.models" . | fromJson).models }}
+{{- $groups := (include "spray.groups" . | fromJson).groups }}
+{{- if not $models }}
+{{- fail "models is empty; name at least one, as in a deployment file: models: [{name: ..., source: ...}]" }}
+{{- end }}
+{{- $host := $sections.gateway.host }}
+{{- if or (hasPrefix "127." $host) (eq $host "localhost") (eq $host "::1") }}
+{{- fail (printf "gateway.host is %s, where no other pod reaches it; leave it out, or 0.0.0.0" $host) }}
+{{- end }}
+{{- range $key, $section := dict "gateway.port" .Values.gateway "gateway.grpc_port" .Values.gateway "metrics.port" .Values.metrics }}
+{{- $name := last (splitList "." $key) }}
+{{- if hasKey $section $name }}
+{{- if eq (int (get $section $name)) 0 }}
+{{- fail (printf "%s is 0, which takes a free port; in a cluster, name a port" $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- include "spray.checkAccess" (dict "Values" .Values "sections" $sections) }}
+{{- include "spray.checkSecrets" . }}
+{{- $names := dict }}
+{{- range $groups }}
+{{- if hasKey $names .name }}{{ fail (printf "groups: two are called %q; give each its own name" .name) }}{{ end }}
+{{- $_ := set $names .name true }}
+{{- if gt (int .minReplicas) (int .maxReplicas) }}
+{{- fail (printf "groups.%s.minReplicas is %d, above maxReplicas, %d; change one" .name (int .minReplicas) (int .maxReplicas)) }}
+{{- end }}
+{{- end }}
+{{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups) }}
+{{- range $models }}
+{{- if gt (float64 .all.grace_period_s) (float64 (sub $.Values.upgrade.drainSeconds 30)) }}
+{{- fail (printf "models.%s.grace_period_s is %v, but upgrade.drainSeconds is %d; a pod needs 30 s more than its longest request, so raise the latter" .all.name .all.grace_period_s (int $.Values.upgrade.drainSeconds)) }}
+{{- end }}
+{{- include "spray.checkPlace" (dict "model" .all "ranks" .ranks "groups" $groups) }}
+{{- end }}
+{{- end }}
+
+{{- define "spray.checkAccess" -}}
+{{- $auth := .sections.auth }}
+{{- $variable := get $auth "api_keys_env" }}
+{{- if not (or $variable (get $auth "api_keys_file") (get $auth "insecure")) }}
+{{- fail "nobody needs a key: name a Secret with the file of `spray key` in apiKeys.existingSecret, or allow it with auth.insecure: true" }}
+{{- end }}
+{{- if and (get $auth "api_keys_file") (not .Values.apiKeys.existingSecret) }}
+{{- fail "auth.api_keys_file is set by the chart; name the Secret that holds the file in apiKeys.existingSecret" }}
+{{- end }}
+{{- if $variable }}
+{{- $known := dict }}
+{{- range concat .Values.nodeDefaults.env (default list .Values.gatewayNodes.env) }}{{ $_ := set $known .name true }}{{ end }}
+{{- if not (hasKey $known $variable) }}
+{{- fail (printf "auth.api_keys_env is %s, which no gateway has; add it to gatewayNodes.env with valueFrom.secretKeyRef" $variable) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "spray.checkSecrets" -}}
+{{- if and .Values.redis.address (not .Values.redis.existingSecret) }}
+{{- fail "redis.address is set, but redis.existingSecret is not; name the Secret with Redis's password" }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.host) }}
+{{- fail "ingress.enabled is true, but ingress.host is empty; name the host" }}
+{{- end }}
+{{- if and .Values.gatewayApi.enabled (not .Values.gatewayApi.parentRefs) }}
+{{- fail "gatewayApi.enabled is true, but gatewayApi.parentRefs is empty; name the Gateway to attach to" }}
+{{- end }}
+{{- if and (not .Values.serviceAccount.create) (not (and .Values.serviceAccount.headName .Values.serviceAccount.workerName)) }}
+{{- fail "serviceAccount.create is false; name the accounts in serviceAccount.headName and serviceAccount.workerName" }}
+{{- end }}
+{{- range concat (list .Values.head .Values.gatewayNodes .Values.nodeDefaults) .Values.groups }}
+{{- range default list (get . "env") }}
+{{- if and (regexMatch "(?i)(token|secret|password|api_?key)" .name) (get . "value") }}
+{{- fail (printf "env %s has its value in plain, where everybody reads it who may see pods; use valueFrom.secretKeyRef" .name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "spray.checkGateways" -}}
+{{- $wanted := get .gateway "node_labels" | default dict }}
+{{- $homes := list }}
+{{- range .groups }}
+{{- $group := . }}
+{{- $fits := true }}
+{{- range $key, $value := $wanted }}{{ if ne (get $group.labels $key | default "" | toString) (toString $value) }}{{ $fits = false }}{{ end }}{{ end }}
+{{- if $fits }}{{ $homes = append $homes .name }}{{ end }}
+{{- end }}
+{{- if not $homes }}
+{{- fail (printf "gateway.node_labels is %s, which no group has; give it to gatewayNodes.labels" (toJson $wanted)) }}
+{{- end }}
+{{- end }}
+
+{{/* Whether a gang fits on a node, or for PACK on all nodes that there may be. Takes "model", "ranks", "groups". */}}
+{{- define "spray.checkPlace" -}}
+{{- $model := .model }}
+{{- $placement := $model.placement }}
+{{- $together := eq $placement.strategy "STRICT_PACK" }}
+{{- $largest := 0 }}
+{{- $all := 0 }}
+{{- range .groups }}
+{{- $group := . }}
+{{- $fits := true }}
+{{- range $key, $value := $placement.node_labels }}{{ if ne (get $group.labels $key | default "" | toString) (toString $value) }}{{ $fits = false }}{{ end }}{{ end }}
+{{- with $placement.accelerator_type }}{{ if ne . $group.accelerator }}{{ $fits = false }}{{ end }}{{ end }}
+{{- if $fits }}
+{{- $places := int (floor (divf (float64 .cpus) (float64 $placement.cpus_per_rank))) }}
+{{- if eq $model.device "cuda" }}{{ $places = min $places (int .gpus) }}{{ end }}
+{{- $largest = max $largest $places }}
+{{- $all = add $all (mul $places (int .hosts) (int .maxReplicas)) }}
+{{- end }}
+{{- end }}
+{{- $needs := printf "a gang has %d ranks of %s%v CPU cores each" (int .ranks) (ternary "one GPU and " "" (eq $model.device "cuda")) $placement.cpus_per_rank }}
+{{- with $placement.accelerator_type }}{{ $needs = printf "%s on %s" $needs . }}{{ end }}
+{{- with $placement.node_labels }}{{ $needs = printf "%s with the labels %s" $needs (toJson .) }}{{ end }}
+{{- if and $together (lt (int $largest) (int .ranks)) }}
+{{- fail (printf "models.%s: %s, all on one node, and the largest group's nodes hold %d; add a group with larger nodes, use lower degrees, or placement.strategy: PACK to span nodes" $model.name $needs (int $largest)) }}
+{{- end }}
+{{- if and (not $together) (lt (int $all) (int .ranks)) }}
+{{- fail (printf "models.%s: %s, and all nodes that the groups may have hold %d; raise maxReplicas of a group, or use lower degrees" $model.name $needs (int $all)) }}
+{{- end }}
+{{- end }}

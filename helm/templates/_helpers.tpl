@@ -1,0 +1,70 @@
+{{/* Names, labels, the image: what objects share. */}}
+
+{{- define "spray.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 47 | trimSuffix "-" }}
+{{- else }}
+{{- $name := default .Chart.Name .Values.nameOverride }}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 47 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Of all objects. Not of pods: a new version would change them, and KubeRay would start a new cluster. */}}
+{{- define "spray.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/name: {{ .Chart.Name }}
+{{ include "spray.podLabels" . }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Of all pods, and what selects them. KubeRay sets app.kubernetes.io/name of its own. */}}
+{{- define "spray.podLabels" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: spray
+{{- end }}
+
+{{- define "spray.rayPods" -}}
+{{ include "spray.podLabels" . }}
+ray.io/is-ray-node: "yes"
+{{- end }}
+
+{{- define "spray.image" -}}
+{{- $image := .Values.image }}
+{{- if not $image.repository }}
+{{- fail "image.repository is empty; build the image (`make image`), push it to a registry that the nodes reach, and name it" }}
+{{- end }}
+{{- if eq $image.tag "latest" }}
+{{- fail "image.tag is latest, which may be another image on each node; name a version, or image.digest" }}
+{{- end }}
+{{- with $image.digest }}{{ $image.repository }}@{{ . }}{{ else }}{{ $image.repository }}:{{ default .Chart.AppVersion $image.tag }}{{ end }}
+{{- end }}
+
+{{- define "spray.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "spray.headAccount" -}}
+{{- default (printf "%s-head" (include "spray.fullname" .)) .Values.serviceAccount.headName }}
+{{- end }}
+
+{{- define "spray.workerAccount" -}}
+{{- default (printf "%s-worker" (include "spray.fullname" .)) .Values.serviceAccount.workerName }}
+{{- end }}
+
+{{- define "spray.serveService" -}}
+{{ include "spray.fullname" . }}-serve-svc
+{{- end }}
+
+{{/* What is generated from the rest of the project. */}}
+{{- define "spray.generated" -}}
+{{ .Files.Get "files/serve.json" }}
+{{- end }}

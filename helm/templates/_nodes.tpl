@@ -1,0 +1,197 @@
+{{/* The Ray nodes: head, gateway nodes and groups, each filled with nodeDefaults, as parts of a RayCluster. */}}
+
+{{/* The groups of workers, as {"groups": [...]}; the gateways' first. */}}
+{{- define "spray.groups" -}}
+{{- $groups := list }}
+{{- $defaults := .Values.nodeDefaults }}
+{{- range concat (list .Values.gatewayNodes) .Values.groups }}
+{{- $groups = append $groups (include "spray.node" (dict "defaults" $defaults "node" .) | fromJson) }}
+{{- end }}
+{{- toJson (dict "groups" $groups) }}
+{{- end }}
+
+{{/* One node with all its keys. What a group says of a key replaces the default whole, but environments add up. */}}
+{{- define "spray.node" -}}
+{{- $node := dict }}
+{{- range $key, $value := .defaults }}{{ $_ := set $node $key $value }}{{ end }}
+{{- range $key, $value := .node }}{{ $_ := set $node $key $value }}{{ end }}
+{{- $_ := set $node "env" (concat .defaults.env (default list (get .node "env"))) }}
+{{- if not $node.sharedMemoryMiB }}
+{{- $_ := set $node "sharedMemoryMiB" (add $node.objectStoreMiB 512 (mul 1024 $node.gpus)) }}
+{{- end }}
+{{- toJson $node }}
+{{- end }}
+
+{{/* A pod's template. Takes "root", "node", "role" (head, gateway or worker). */}}
+{{- define "spray.podTemplate" -}}
+{{- $root := .root }}
+{{- $values := .root.Values }}
+{{- $node := .node }}
+{{- $role := .role }}
+{{- $generated := include "spray.generated" $root | fromJson }}
+metadata:
+  labels:
+    {{- include "spray.podLabels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ $role }}
+    {{- with $node.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- $keep := and $node.keepGpuPods (gt (int $node.gpus) 0) }}
+  {{- if or $keep $node.podAnnotations }}
+  annotations:
+    {{- if $keep }}
+    cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+    karpenter.sh/do-not-disrupt: "true"
+    {{- end }}
+    {{- with $node.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ include (ternary "spray.headAccount" "spray.workerAccount" (eq $role "head")) $root }}
+  automountServiceAccountToken: {{ eq $role "head" }}
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ ternary 60 (int $values.upgrade.drainSeconds) (eq $role "head") }}
+  securityContext: {{ toYaml $values.podSecurityContext | nindent 4 }}
+  {{- include "spray.pullSecrets" $root | nindent 2 }}
+  {{- with $node.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with $node.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- with $node.nodeSelector }}
+  nodeSelector: {{ toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if or $node.tolerations $node.gpus }}
+  tolerations:
+    {{- if $node.gpus }}
+    - {key: {{ $node.gpuResource }}, operator: Exists, effect: NoSchedule}
+    {{- end }}
+    {{- with $node.tolerations }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- end }}
+  {{- with $node.affinity }}
+  affinity: {{ toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if and $node.spread (ne $role "head") }}
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: kubernetes.io/hostname
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels:
+          {{- include "spray.podLabels" $root | nindent 10 }}
+          ray.io/group: {{ $node.name }}
+  {{- end }}
+  {{- if and $values.demo.enabled (ne $role "head") }}
+  initContainers:
+    - name: demo-model
+      image: {{ include "spray.image" $root }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      command: [python, -m, workers.demo_models, /demo/qwen-image, --family, qwen-image]
+      env:
+        - {name: HOME, value: /home/spray}
+      securityContext: {{ toYaml $values.securityContext | nindent 8 }}
+      resources:
+        requests: {cpu: 500m, memory: 2Gi}
+        limits: {memory: 2Gi}
+      volumeMounts:
+        - {name: demo, mountPath: /demo}
+        - {name: tmp, mountPath: /tmp}
+        - {name: home, mountPath: /home/spray}
+  {{- end }}
+  containers:
+    - name: {{ ternary "ray-head" "ray-worker" (eq $role "head") }}
+      image: {{ include "spray.image" $root }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      ports:
+        {{- if eq $role "head" }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: client, containerPort: 10001}
+        - {name: as-metrics, containerPort: 44217}
+        - {name: dash-metrics, containerPort: 44227}
+        {{- end }}
+        - {name: serve, containerPort: {{ $values.gateway.port }}}
+        {{- with get $values.gateway "grpc_port" }}
+        - {name: serve-grpc, containerPort: {{ . }}}
+        {{- end }}
+        - {name: metrics, containerPort: 8080}
+        {{- with get $values.metrics "port" }}
+        - {name: spray-metrics, containerPort: {{ . }}}
+        {{- end }}
+      env:
+        - {name: HOME, value: /home/spray}
+        {{- range $name, $value := $generated.environment }}
+        - {name: {{ $name }}, value: {{ $value | quote }}}
+        {{- end }}
+        {{- with $values.hubToken.existingSecret }}
+        - name: HF_TOKEN
+          valueFrom:
+            secretKeyRef: {name: {{ . }}, key: {{ $values.hubToken.key }}}
+        {{- end }}
+        {{- with $node.env }}{{ toYaml . | nindent 8 }}{{ end }}
+      securityContext: {{ toYaml $values.securityContext | nindent 8 }}
+      resources:
+        requests:
+          cpu: {{ $node.cpus }}
+          memory: {{ $node.memory }}
+          {{- if $node.gpus }}
+          {{ $node.gpuResource }}: {{ $node.gpus }}
+          {{- end }}
+        limits:
+          {{- if $node.limitCpus }}
+          cpu: {{ $node.cpus }}
+          {{- end }}
+          memory: {{ $node.memory }}
+          {{- if $node.gpus }}
+          {{ $node.gpuResource }}: {{ $node.gpus }}
+          {{- end }}
+      volumeMounts:
+        - {name: shm, mountPath: /dev/shm}
+        - {name: tmp, mountPath: /tmp}
+        - {name: home, mountPath: /home/spray}
+        {{- if ne $role "head" }}
+        - {name: models, mountPath: /models}
+        {{- if $values.demo.enabled }}
+        - {name: demo, mountPath: /demo}
+        {{- end }}
+        {{- end }}
+        {{- if eq $role "gateway" }}
+        {{- if $values.apiKeys.existingSecret }}
+        - {name: api-keys, mountPath: /etc/spray/keys, readOnly: true}
+        {{- end }}
+        {{- if or $values.outputs.existingClaim $values.outputs.size }}
+        - {name: outputs, mountPath: /outputs}
+        {{- end }}
+        {{- end }}
+        {{- with $node.extraVolumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
+  volumes:
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ $node.sharedMemoryMiB }}Mi}
+    - name: tmp
+      emptyDir: {}
+    - name: home
+      emptyDir: {}
+    {{- if ne $role "head" }}
+    - name: models
+      {{- if or $values.cache.existingClaim $values.cache.size }}
+      persistentVolumeClaim:
+        claimName: {{ default (printf "%s-models" (include "spray.fullname" $root)) $values.cache.existingClaim }}
+      {{- else }}
+      emptyDir: {sizeLimit: {{ $values.cache.ephemeralLimit }}}
+      {{- end }}
+    {{- if $values.demo.enabled }}
+    - name: demo
+      emptyDir: {sizeLimit: 1Gi}
+    {{- end }}
+    {{- end }}
+    {{- if eq $role "gateway" }}
+    {{- with $values.apiKeys.existingSecret }}
+    - name: api-keys
+      secret: {secretName: {{ . }}}
+    {{- end }}
+    {{- if or $values.outputs.existingClaim $values.outputs.size }}
+    - name: outputs
+      persistentVolumeClaim:
+        claimName: {{ default (printf "%s-outputs" (include "spray.fullname" $root)) $values.outputs.existingClaim }}
+    {{- end }}
+    {{- end }}
+    {{- with $node.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- end }}

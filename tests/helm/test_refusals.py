@@ -1,0 +1,105 @@
+"""Values that cannot work are refused by `helm template`, with the reason."""
+
+import helm_python
+import pytest
+
+from tests.helm.chart import GPU_GROUPS, Values, profile, render, with_values
+
+GPU_MODEL = {"name": "a", "source": "org/model", "parallel": {"ulysses_degree": 4}}
+
+
+def models(*changes: Values) -> Values:
+    return {**GPU_GROUPS, "models": [with_values(GPU_MODEL, change) for change in changes]}
+
+
+REFUSED: dict[str, tuple[Values, str]] = {
+    "no model": ({"models": []}, "models is empty"),
+    "a degree below 1": (models({"parallel": {"ulysses_degree": 0}}), "at '/models/0/parallel/ulysses_degree'"),
+    "an unknown key": ({"unheard": 1}, "additional properties 'unheard' not allowed"),
+    "an unknown key of a model": (models({"paralel": {}}), "additional properties 'paralel' not allowed"),
+    "an unknown key of a group": ({"groups": [{"name": "a", "gpu": 8}]}, "additional properties 'gpu' not allowed"),
+    "a group without a name": ({"groups": [{"gpus": 8}]}, "missing property 'name'"),
+    "a wrong type": ({"gateway": {"replicas": "two"}}, "got string, want integer"),
+    "a value that is not offered": ({"upgrade": {"type": "Rolling"}}, "at '/upgrade/type'"),
+    "no image": ({"image": {"repository": ""}}, "image.repository is empty"),
+    "the image of the day": ({"image": {"tag": "latest"}}, "image.tag is latest"),
+    "no key for anybody": ({"auth": {"insecure": False}}, "nobody needs a key: name a Secret"),
+    "a file of keys without its secret": (
+        {"auth": {"insecure": False, "api_keys_file": "/keys.yaml"}},
+        "name the Secret that holds the file in apiKeys.existingSecret",
+    ),
+    "a variable that no gateway has": (
+        {"auth": {"insecure": False, "api_keys_env": "KEYS"}},
+        "auth.api_keys_env is KEYS, which no gateway has",
+    ),
+    "a token in plain": (
+        {"nodeDefaults": {"env": [{"name": "HF_TOKEN", "value": "hf_a"}]}},
+        "env HF_TOKEN has its value in plain",
+    ),
+    "redis without its secret": ({"redis": {"address": "redis:6379"}}, "redis.existingSecret is not"),
+    "an ingress for no host": ({"ingress": {"enabled": True}}, "ingress.host is empty"),
+    "routes without a gateway": ({"gatewayApi": {"enabled": True}}, "gatewayApi.parentRefs is empty"),
+    "accounts that nobody names": ({"serviceAccount": {"create": False}}, "name the accounts"),
+    "two models of one name": (models({}, {"name": "b", "aliases": ["a"]}), 'two models are called "a"'),
+    "a folder beside the file": (models({"source": "../.demo/qwen-image"}), "models.a.source is"),
+    "an adapter beside the file": (
+        models({"loras": [{"name": "l", "source": "l.safetensors"}]}),
+        "models.a.loras.l.source",
+    ),
+    "a gateway on loopback": ({"gateway": {"host": "127.0.0.1"}}, "gateway.host is 127.0.0.1"),
+    "a port of chance": ({"gateway": {"grpc_port": 0}}, "gateway.grpc_port is 0"),
+    "metrics at a port of chance": ({"metrics": {"port": 0}}, "metrics.port is 0"),
+    "labels that no group has": ({"gateway": {"node_labels": {"pool": "a"}}}, "gateway.node_labels is"),
+    "a longer request than a pod may take to end": (
+        models({"grace_period_s": 1831}),
+        "models.a.grace_period_s is 1831, but upgrade.drainSeconds is 1860",
+    ),
+    "more GPUs than a node has": (
+        models({"parallel": {"ulysses_degree": 16}}),
+        "a gang has 16 ranks of one GPU and 1 CPU cores each, all on one node, and the largest group's nodes hold 8",
+    ),
+    "more GPUs than all nodes have": (
+        models({"parallel": {"ulysses_degree": 24}, "placement": {"strategy": "PACK"}}),
+        "all nodes that the groups may have hold 20",
+    ),
+    "a GPU that no node has": (
+        models({"placement": {"accelerator_type": "H200"}}),
+        "4 ranks of one GPU and 1 CPU cores each on H200, all on one node, and the largest group's nodes hold 0",
+    ),
+    "too few cores for the ranks": (
+        models({"placement": {"cpus_per_rank": 3, "accelerator_type": "L40S"}}),
+        "the largest group's nodes hold 2",
+    ),
+    "labels that no node has": (
+        models({"placement": {"node_labels": {"zone": "b"}}}),
+        'with the labels {"zone":"b"}, all on one node',
+    ),
+    "more at least than at most": (
+        {"groups": [{"name": "a", "minReplicas": 2}]},
+        "groups.a.minReplicas is 2, above maxReplicas, 1",
+    ),
+    "two groups of one name": ({"groups": [{"name": "gateways"}]}, 'groups: two are called "gateways"'),
+}
+"""What is wrong over the trial's values, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_with_the_reason(name: str) -> None:
+    values, said = REFUSED[name]
+    with pytest.raises(helm_python.HelmError) as refused:
+        render(with_values(profile("trial"), values))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        models({}),
+        models({"parallel": {"ulysses_degree": 8}}),
+        models({"parallel": {"ulysses_degree": 16}, "placement": {"strategy": "PACK"}}),
+        models({"placement": {"accelerator_type": "L40S", "cpus_per_rank": 2}}),
+        models({"placement": {"node_labels": {"zone": "a"}}, "grace_period_s": 1830}),
+    ],
+)
+def test_what_fits_is_not_refused(values: Values) -> None:
+    assert render(with_values(profile("trial"), values))

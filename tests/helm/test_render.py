@@ -1,0 +1,220 @@
+"""What the chart renders is what Kubernetes takes, of all its versions from 1.29 on, and keeps our own rules."""
+
+import itertools
+import re
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+
+from tests.helm.chart import (
+    CHART,
+    PROFILES,
+    VERSIONS,
+    Values,
+    cases,
+    of_kind,
+    pod_templates,
+    profile,
+    ray_service,
+    render,
+    texts,
+    with_values,
+)
+from tests.helm.crds import CUSTOM, FILES, FOLDER, mistakes
+
+CASES = cases()
+KUBERNETES = dict(zip(CASES, itertools.cycle(VERSIONS), strict=False))
+"""One version for each case, in turn; the production profile is rendered for all."""
+
+OTHERS = ("gateway.networking.k8s.io",)
+"""Groups of kinds that no schema is at hand for."""
+
+
+def pods_of(objects: list[Any]) -> list[Any]:
+    """The pods that the templates of the Ray cluster become."""
+    return [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **made["metadata"]}, "spec": made["spec"]}
+        for name, made in pod_templates(objects).items()
+    ]
+
+
+def check(objects: list[Any], version: str) -> None:
+    """Every object is what its schema says."""
+    for each in objects:
+        group = each["apiVersion"].partition("/")[0]
+        if group in CUSTOM:
+            assert mistakes(each) == []
+        elif group not in OTHERS:
+            kubernetes_validate.validate(each, version.removeprefix("v").removesuffix(".0"), strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lint_finds_nothing(name: str) -> None:
+    report = helm_python.lint(CHART, CASES[name], strict=True, kube_version=KUBERNETES[name])
+    assert report["errors"] == []
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+def test_the_chart_alone_is_linted_too() -> None:
+    report = helm_python.lint(CHART, strict=True)
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_object_passes_the_schemas(name: str) -> None:
+    objects = render(CASES[name], KUBERNETES[name])
+    check([*objects, *pods_of(objects)], KUBERNETES[name])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_production_passes_the_schemas_of_every_version(version: str) -> None:
+    objects = render(profile("production"), version, ("monitoring.coreos.com/v1",))
+    check([*objects, *pods_of(objects)], version)
+
+
+@pytest.mark.parametrize("kind", ["RayService", "PodMonitor", "NetworkPolicy"])
+def test_schemas_find_an_unknown_key(kind: str) -> None:
+    """The control of the tests above."""
+    if kind in FILES and not FOLDER.is_dir():
+        pytest.skip(f"the CRDs are not in {FOLDER}")
+    objects = render(profile("production"))
+    of_kind(objects, kind)[0]["spec"]["unheardOf"] = 1
+    with pytest.raises((AssertionError, kubernetes_validate.ValidationError)):
+        check(objects, VERSIONS[-1])
+
+
+def test_schemas_find_an_unknown_key_of_a_pod() -> None:
+    objects = render(profile("production"))
+    pod_templates(objects)["h100-4x"]["spec"]["containers"][0]["imagePullPolice"] = "Never"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(pods_of(objects), VERSIONS[-1])
+
+
+def containers(objects: list[Any]) -> list[Any]:
+    specs = [template["spec"] for template in pod_templates(objects).values()]
+    specs += [pod["spec"] for pod in of_kind(objects, "Pod")]
+    return [each for spec in specs for each in (*spec.get("initContainers", []), *spec["containers"])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_container_is_bounded_and_unprivileged(name: str) -> None:
+    objects = render(CASES[name], KUBERNETES[name])
+    for container in containers(objects):
+        resources = container["resources"]
+        assert {"cpu", "memory"} <= set(resources["requests"])
+        assert resources["limits"]["memory"]
+        assert resources["limits"].items() <= (resources["requests"] | resources["limits"]).items()
+        assert container["image"].startswith("registry.example/spray")
+        assert re.search(r"(:0\.1\.0|@sha256:0{64})$", container["image"])
+        context = container["securityContext"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+    for spec in (template["spec"] for template in pod_templates(objects).values()):
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        writable = {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert writable >= {"/tmp", "/home/spray", "/dev/shm"}  # where Ray, torch and the hub write
+        mounted = {mount["name"] for each in spec["containers"] for mount in each["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pods_end_after_their_longest_request(name: str) -> None:
+    objects = render(CASES[name], KUBERNETES[name])
+    longest = max(model.get("grace_period_s", 900) for model in CASES[name]["models"])
+    assert ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"] >= longest
+    for group, template in pod_templates(objects).items():
+        assert group == "head" or template["spec"]["terminationGracePeriodSeconds"] >= longest + 30
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_head_takes_no_ranks_and_no_requests(name: str) -> None:
+    spec = ray_service(render(CASES[name], KUBERNETES[name]))["spec"]
+    assert spec["excludeHeadPodFromServeSvc"]
+    assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
+        container = group["template"]["spec"]["containers"][0]
+        assert group["rayStartParams"]["num-cpus"] == str(container["resources"]["requests"]["cpu"])
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert {port["name"]: port["port"] for port in spec["serveService"]["spec"]["ports"]}.items() <= ports.items()
+
+
+def test_shared_memory_holds_the_object_store_and_nccl() -> None:
+    cluster = ray_service(render(profile("production")))["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        size = int(volumes["shm"]["emptyDir"]["sizeLimit"].removesuffix("Mi"))
+        store = int(group["rayStartParams"]["object-store-memory"]) >> 20
+        assert size >= store + 1024 * limits.get("nvidia.com/gpu", 0)
+
+
+def test_a_node_that_is_not_there_yet_tells_the_autoscaler_its_gpu() -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
+
+    cluster = ray_service(render(profile("production")))["spec"]["rayClusterConfig"]
+    types = _generate_available_node_types_from_ray_cr_spec(cluster)
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    gpus = types["h100-4x"]
+    assert gpus["resources"].items() >= {"CPU": 32, "GPU": 4, "accelerator_type:H100": 1}.items()
+    assert (gpus["min_workers"], gpus["max_workers"]) == (2, 5)
+    assert types["gateways"]["labels"] == {"spray-role": "gateway"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_secret_is_in_plain(name: str) -> None:
+    """Neither an object of kind Secret nor a value of a variable that sounds like one."""
+    objects = render(CASES[name], KUBERNETES[name])
+    assert not of_kind(objects, "Secret")
+    assert {
+        path for each in of_kind(objects, "ConfigMap") for path in each["data"] if not path.endswith(".json")
+    } == set()
+    for variable in (variable for container in containers(objects) for variable in container.get("env", [])):
+        if re.search("TOKEN|KEY|PASSWORD|SECRET", variable["name"]):
+            assert "value" not in variable
+
+
+def test_only_the_gateways_ports_are_open() -> None:
+    (policy,) = of_kind(render(profile("production")), "NetworkPolicy")
+    open_to_all = [rule for rule in policy["spec"]["ingress"] if "from" not in rule]
+    assert [[port["port"] for port in rule["ports"]] for rule in open_to_all] == [[8000, 9000]]
+    named = with_values(profile("production"), {"networkPolicy": {"clients": [{"podSelector": {}}]}})
+    (policy,) = of_kind(render(named), "NetworkPolicy")
+    assert all("from" in rule for rule in policy["spec"]["ingress"])
+
+
+def test_a_budget_keeps_all_gateway_nodes_but_one() -> None:
+    (budget,) = of_kind(render(profile("production")), "PodDisruptionBudget")
+    assert budget["spec"]["minAvailable"] == 1
+    assert not of_kind(render(profile("trial")), "PodDisruptionBudget")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_selectors_find_the_pods(name: str) -> None:
+    """KubeRay adds the labels ray.io/...; all others that something selects are in the pods' templates."""
+    objects = render(profile(name))
+    for template in pod_templates(objects).values():
+        labels = template["metadata"]["labels"]
+        for kind, path in (
+            ("PodMonitor", "selector"),
+            ("NetworkPolicy", "podSelector"),
+            ("PodDisruptionBudget", "selector"),
+        ):
+            for each in of_kind(objects, kind):
+                wanted = {k: v for k, v in each["spec"][path]["matchLabels"].items() if not k.startswith("ray.io/")}
+                assert wanted.items() <= labels.items()
+
+
+def notes(values: Values) -> str:
+    return texts(values)["spray/templates/NOTES.txt"]
+
+
+def test_the_notes_say_how_to_go_on() -> None:
+    trial, production = notes(profile("trial")), notes(profile("production"))
+    for text in (trial, production):
+        assert "port-forward service/rel-spray-serve-svc 8000 9000" in text
+        assert "helm test rel --namespace pictures" in text
+    assert '"model": "demo"' in trial and "Nobody needs a key" in trial
+    assert "https://spray.example.com" in production and "Bearer $SPRAY_API_KEY" in production

@@ -1,0 +1,77 @@
+"""serveConfigV2 is what `spray build` prints of the same deployment, for all values and every file that ships."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.spec import DeploymentSpec, ModelSpec
+from service.app import gang_app, gateway_app, serve_config
+from tests.helm.chart import (
+    CHART,
+    EVERY_KEY,
+    GPU_GROUPS,
+    Values,
+    cases,
+    defaults,
+    profile,
+    render,
+    serve_config_of,
+    with_values,
+)
+
+CASES = cases()
+SHIPPED = sorted((CHART.parent / "deploy").glob("*.yaml"))
+BUILDERS = {"service.app:gang_app": gang_app, "service.app:gateway_app": gateway_app}
+
+
+def deployment(values: Values) -> DeploymentSpec:
+    """The deployment that values stand for: their sections, and the folders of the chart's volumes."""
+    merged = without_none(with_values(defaults(), values))
+    sections = {name: merged[name] for name in DeploymentSpec.model_fields}
+    for section, key in (("gateway", "grpc_port"), ("metrics", "port")):  # helm takes out what is null
+        sections[section].setdefault(key, None)
+    sections["storage"].setdefault("models", "/models/hub")
+    if merged["outputs"].get("size") or merged["outputs"].get("existingClaim"):
+        sections["storage"]["outputs"] = sections["storage"].get("outputs", {}) | {"folder": "/outputs"}
+    if merged["apiKeys"].get("existingSecret"):
+        sections["auth"]["api_keys_file"] = "/etc/spray/keys/keys.yaml"
+    return DeploymentSpec.model_validate(sections)
+
+
+def without_none(values: Any) -> Any:
+    """What helm makes of null outside of lists."""
+    if isinstance(values, dict):
+        return {key: without_none(value) for key, value in values.items() if value is not None}
+    return values
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_template_writes_what_spray_build_prints(name: str) -> None:
+    rendered = serve_config_of(render(CASES[name]))
+    assert rendered == serve_config(deployment(CASES[name]))
+    schema = ServeDeploySchema.model_validate(rendered)
+    for application in schema.applications:
+        assert BUILDERS[application.import_path](application.args)._bound_deployment.name == (
+            application.deployments[0].name
+        )
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_a_deployment_file_is_given_to_helm_as_it_is(file: Path) -> None:
+    """What a cluster needs besides is an image, nodes, an address, and folders instead of relative paths."""
+    given: Values = yaml.safe_load(file.read_text())
+    for model in given["models"]:
+        model["source"] = model["source"].replace("..", "")
+    nodes = {"gateway": {"host": "0.0.0.0"}, "groups": [{"name": "gpus", "gpus": 8, "maxReplicas": 1}]}
+    values = with_values(given, nodes, {"auth": {"insecure": True}, "image": profile("trial")["image"]})
+    assert serve_config_of(render(values)) == serve_config(deployment(values))
+
+
+def test_every_key_of_a_model_is_in_the_variation_that_has_them_all() -> None:
+    """Else a new key might reach Serve by `spray build` and not by the chart."""
+    assert set(EVERY_KEY) == set(ModelSpec.model_fields)
+    assert ModelSpec.model_validate(EVERY_KEY).model_dump(mode="json").items() >= {"max_queued": 7}.items()
+    assert GPU_GROUPS["groups"]
