@@ -122,6 +122,7 @@ EVERY_KEY = {
     "text_encoder": "replicate",
     "vae": "rank0",
     "vae_tiling_above": 0,
+    "batch_guidance": False,
     "loras": [{"name": "ink", "source": "/loras/ink.safetensors"}],
     "plan": "package.module:PLAN",
     "transformer_class": "package.module:Model",
