@@ -5,7 +5,7 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo install check test fault soak gpu proto chart lint bench clean
+.PHONY: demo install check test fault soak gpu proto chart image lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
@@ -44,6 +44,16 @@ proto: $(READY)
 # What the chart repeats of the project: its schema, Serve's defaults, rules, dashboards, the table of its values.
 chart: $(READY)
 	cd $(ROOT) && $(BIN)/python -m helm.generate
+
+# The image of every node. IMAGE=REGISTRY/spray:TAG PYTHON_IMAGE=python:3.11-slim@sha256:DIGEST; VARIANT=cpu without CUDA;
+# DOCKER=podman.
+DOCKER ?= docker
+VARIANT ?= cuda
+image:
+	@case '$(PYTHON_IMAGE)' in *@sha256:*) ;; *) echo 'PYTHON_IMAGE= must name a Python 3.11 image by its digest: NAME@sha256:...'; exit 2;; esac
+	@case '$(IMAGE)' in *:latest|'') echo 'IMAGE= must be REGISTRY/NAME:TAG, and TAG not latest'; exit 2;; esac
+	cd $(ROOT) && $(DOCKER) build --file deploy/docker/Dockerfile --build-arg PYTHON_IMAGE='$(PYTHON_IMAGE)' \
+	  --build-arg VARIANT='$(VARIANT)' --tag '$(IMAGE)' .
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
