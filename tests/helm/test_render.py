@@ -74,6 +74,11 @@ def test_production_passes_the_schemas_of_every_version(version: str) -> None:
     check([*objects, *pods_of(objects)], version)
 
 
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"RayService, PodMonitor and PrometheusRule are unchecked: no {FOLDER}")
+def test_the_schemas_of_other_projects_are_at_hand() -> None:
+    assert all((FOLDER / f"{name}.yaml").is_file() for name in FILES.values())
+
+
 @pytest.mark.parametrize("kind", ["RayService", "PodMonitor", "NetworkPolicy"])
 def test_schemas_find_an_unknown_key(kind: str) -> None:
     """The control of the tests above."""

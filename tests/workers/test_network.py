@@ -6,12 +6,11 @@ The two nodes are network namespaces of this machine, joined by a cable of their
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.support.namespaces import joined_namespaces
 from tests.support.programs import needs_iproute
 from workers.gang import network
 from workers.gang.network import use_interface
@@ -82,26 +81,8 @@ print("total", total.item())
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[str]]:
     """The commands that run something on either node."""
-    if os.geteuid() and "CI" not in os.environ:
-        pytest.skip("only root may make network namespaces")
-    holders = [subprocess.Popen(["unshare", "--net", "sleep", "600"]) for _ in ADDRESSES]
-    try:
-        own = Path("/proc/self/ns/net").readlink()
-        while any(Path(f"/proc/{holder.pid}/ns/net").readlink() == own for holder in holders):
-            assert all(holder.poll() is None for holder in holders), "unshare --net is not allowed here"
-            time.sleep(0.01)
-        enter = [f"nsenter --target {holder.pid} --net" for holder in holders]
-        cable = f"ip link add cable type veth peer name cable netns {holders[1].pid}"
-        subprocess.run(f"{enter[0]} {cable}".split(), check=True)
-        for command, address in zip(enter, ADDRESSES, strict=True):
-            subprocess.run(f"{command} ip address add {address}/24 dev cable".split(), check=True)
-            subprocess.run(f"{command} ip link set cable up".split(), check=True)
-            subprocess.run(f"{command} ip link set lo up".split(), check=True)
+    with joined_namespaces(ADDRESSES) as enter:
         yield enter
-    finally:
-        for holder in holders:
-            holder.kill()
-            holder.wait()
 
 
 def ranks_meet(nodes: list[str], *, interface: str, tells: bool) -> list[str]:
