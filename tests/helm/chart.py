@@ -206,7 +206,10 @@ VARIATIONS: dict[str, Values] = {
         "ray": {"authMode": "disabled", "idleTimeoutSeconds": 60, "existingTokenSecret": "token"},
         "upgrade": {"type": "None", "drainSeconds": 3600},
     },
-    "limits and folders": {"limits": {"max_body_bytes": 1 << 25}, "storage": {"models": "/m", "compiled": "/models/c"}},
+    "limits and folders": {
+        "limits": {"max_body_bytes": 1 << 25},
+        "storage": {"models": "/m", "compiled": "/models/c", "idempotency": {"ttl_s": 60}},
+    },
     "gateways anywhere": {"gateway": {"node_labels": None}, "tests": {"enabled": False}},
 }
 """Each over the trial's values."""
