@@ -20,7 +20,8 @@ ALLOWED = {
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client", "psutil"},
     "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"}
-    | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"},
+    | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
+    | {"yaml", "matplotlib"},  # of `spray bench`; the latter where present
 }
 """Packages of others, by layer; the standard library besides."""
 

@@ -208,6 +208,10 @@ COMMANDS = {
     "schema": {"model", "server"},
     "key": {"name", "admin"},
     "verify": {"target", "config", "world", "device"},
+    "bench": {
+        "rate", "concurrency", "mix", "trace", "duration", "requests", "warmup", "seed", "slo", "timeout", "model",
+        "prompt", "json", "plot", "server",
+    },
     "generate": VIDEO_FLAGS | {"n"},
     "video": VIDEO_FLAGS,
 }  # fmt: skip

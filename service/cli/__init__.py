@@ -8,6 +8,7 @@ progress.py  bars for loading and for steps
 pictures.py  pictures inside a terminal
 client.py    an HTTP client of a running server
 request_schema.py  what a request of one model may say
+bench/       the parts of `spray bench`
 doctor.py    what commonly goes wrong on a machine
 demo.py      `make demo`
 """

@@ -10,14 +10,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 import httpx
 
 from workers.messages import StepEvent
 
-PICTURES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
+PICTURES: Final = "/v1/images/generations"
+VIDEOS: Final = "/v1/videos/sync"
 
 NO_LIMIT = httpx.Timeout(10.0, read=None)
 

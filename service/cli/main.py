@@ -13,6 +13,7 @@
     spray generate "..."  run one request: on a server, or with --local in processes of its own
     spray video "..."     the same for a video
     spray key NAME        make an API key
+    spray bench           load a server, and measure it
     spray verify CLASS    prove that a model class gives the same answer on every layout
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done (`spray serve`: SIGTERM), 1 failed,
@@ -28,7 +29,7 @@ import typer
 
 from deploy.spec import SpecError
 from service.cli.client import ServerError
-from service.cli.commands import deploy, doctor, files, generate, key, serve, status, verify
+from service.cli.commands import bench, deploy, doctor, files, generate, key, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, status.requests, status.cancel,
-    doctor.doctor, files.schema, generate.generate, generate.video, key.key, verify.verify,
+    doctor.doctor, files.schema, generate.generate, generate.video, bench.bench, key.key, verify.verify,
 ):  # fmt: skip
     app.command()(command)
 

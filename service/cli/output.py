@@ -7,7 +7,7 @@ pipes and files get plain text, one line per row, that `grep` and `awk` can read
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -106,6 +106,14 @@ def findings_table(rows: Sequence[tuple[str, str, str, str]]) -> Group:
         if advice:
             _add(table, "", "", f"-> {advice}")
     return Group(table)
+
+
+def table(*headers: str, rows: Iterable[Sequence[str]]) -> Table:
+    """A table of texts under these headers."""
+    made = _table(*headers)
+    for row in rows:
+        _add(made, *row)
+    return made
 
 
 def _table(*headers: str) -> Table:

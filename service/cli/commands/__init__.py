@@ -5,6 +5,7 @@ serve.py     serve: a cluster of its own
 deploy.py    deploy: change a running cluster
 status.py    ps, models: look at a server
 generate.py  generate, video: one request
+bench.py     bench: load a server, and measure it
 doctor.py    doctor: look at this machine
 verify.py    verify: prove a model class
 
