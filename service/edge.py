@@ -72,6 +72,16 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uv
         if self._head_bytes > MAX_HEADER_BYTES:
             self.transport.close()
 
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn where bytes are no HTTP. An answer to a request before them is cut, not mixed with this."""
+        under_way = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not under_way:
+            body = json.dumps(envelope(f"no HTTP: {msg}", "invalid_request_error", None, "invalid_http")).encode()
+            head = {"content-type": "application/json", "content-length": len(body), "x-should-retry": "false"}
+            lines = "".join(f"{name}: {value}\r\n" for name, value in (head | {"connection": "close"}).items())
+            self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{lines}\r\n".encode() + body)
+        self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
         self._stop_waiting()

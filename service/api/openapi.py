@@ -30,7 +30,8 @@ NOT_FOR_READING = frozenset({400, 408, 413, 415, 422, 429, 499})
 """Statuses that only requests with a body have."""
 
 MORE_CODES = {
-    400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body".split(),
+    400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body"
+    " invalid_http".split(),
     404: ["unknown_path"],
     503: [GATEWAY_LOST, "overloaded"],
 }

@@ -135,6 +135,48 @@ def test_a_head_that_never_ends_closes_the_connection(monkeypatch: pytest.Monkey
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n"])
+@pytest.mark.parametrize("sent", [b"\x00\x01\r\n\r\n", b"FOO / HTTP/1.1\r\n\r\n", HEAD + b"-5\r\n\r\n"])
+def test_what_is_no_http_is_refused_in_the_envelope(before: bytes, sent: bytes) -> None:
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            if before:
+                writer.write(before)
+                assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            writer.write(sent)
+            head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 Bad Request")
+            assert b"content-type: application/json" in head
+            assert json.loads(body)["error"]["code"] == "invalid_http"
+            writer.close()
+
+    asyncio.run(story())
+
+
+def test_what_is_no_http_does_not_get_into_an_answer() -> None:
+    """Of a request before it: the answer ends there."""
+    begun = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        begun.set()
+        await asyncio.sleep(30)
+
+    async def story() -> None:
+        async with proxy(slow) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n")
+            await begun.wait()
+            writer.write(b"\x00\x01\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), 5)
+            assert answer.endswith(b"4\r\nhalf\r\n")
+            writer.close()
+
+    asyncio.run(story())
+
+
 def test_a_head_that_is_too_long_closes_the_connection() -> None:
     async def story() -> None:
         async with proxy(Gateway()) as port:
