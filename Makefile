@@ -5,12 +5,16 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo install check test fault soak gpu proto chart image lint bench clean
+.PHONY: demo install node check test fault soak gpu proto chart image lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
 
 install: $(READY)
+
+# OpenAI's client for Node, which a test uses; without it that test is skipped. Needs npm.
+node: $(READY)
+	npm install --no-audit --no-fund --silent --prefix $(ROOT).venv/node openai@6.49.0
 
 # The quick loop: lint, types, the tests that start no processes, and one same-answer case per mechanism.
 check: $(READY) lint
