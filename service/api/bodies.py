@@ -157,7 +157,7 @@ class GenerationBody(Ignored):
         None, description="another name of guidance_scale where guidance is by two branches"
     )
     guidance_scale_2: Scale | None = Field(None, description="the same, of a video model's second transformer")
-    flow_shift: float | None = Field(None, gt=0, le=100, description="shift of the noise schedule; only some models")
+    flow_shift: float | None = Field(None, ge=0.01, le=100, description="shift of the noise schedule; only some models")
     seed: Seed | None = Field(None, description="draws the same again; absent: a random one, which the answer names")
     loras: LoRAChoices | None = Field(None, description="adapters of the deployment")
     lora: OneOrMore | None = Field(None, description="another name of `loras`, also for a single one")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def refusal(call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
     return error.code(), found
 
 
-def test_one_seed_is_the_same_bytes_over_rest_sse_and_grpc(
+def test_one_seed_is_the_same_bytes_over_rest_sse_file_url_and_grpc(
     cluster: LocalCluster, stub: services.MediaGenerationServiceStub
 ) -> None:
     body = {"size": "64x48", "n": 2}
@@ -133,6 +134,10 @@ def test_one_seed_is_the_same_bytes_over_rest_sse_and_grpc(
     lines = rest(cluster, **body, stream=True).text.splitlines()
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert [base64.b64decode(event["b64_json"]) for event in events] == reference
+    with zipfile.ZipFile(io.BytesIO(rest(cluster, **body, response_format="file").content)) as archive:
+        assert [archive.read(name) for name in archive.namelist()] == reference
+    by_url = rest(cluster, **body, response_format="url").json()["data"]
+    assert [httpx.get(each["url"], trust_env=False).content for each in by_url] == reference
     params = pb.GenerationParams(**CUP, **SIZE, n=2)
     unary = stub.GenerateImage(pb.GenerateImageRequest(params=params), metadata=WITH_KEY)
     assert [output.data for output in unary.outputs] == reference
@@ -179,6 +184,10 @@ def test_a_video_is_the_same_bytes_over_rest_and_grpc(
     reference = rest(cluster, "videos/sync", **film, num_frames=5, fps=8, size="64x64").content
     events = list(streamed(stub, **film, num_frames=5, fps=8, width=64, height=64))
     assert files(events) == [reference]
+    for form in ({"response_format": "b64_json"}, {"stream": True}):
+        answer = rest(cluster, "videos/sync", **film, num_frames=5, fps=8, size="64x64", **form).text
+        (told,) = re.findall(r'"b64_json": ?"([^"]*)"', answer)
+        assert base64.b64decode(told) == reference
     (header,) = [event.output_header for event in events if event.HasField("output_header")]
     assert (header.mime_type, header.num_frames, header.fps) == ("video/mp4", 5, 8)
     assert sum(event.HasField("progress") for event in events) == 2

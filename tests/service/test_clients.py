@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx_sse
 import openai
 import pytest
 from openai.types import ImageGenPartialImageEvent
@@ -153,6 +154,22 @@ def test_openais_client_reads_the_errors(client: openai.OpenAI) -> None:
     assert (large.value.status_code, large.value.code) == (413, "body_too_large")
     assert client.models.retrieve("brush").id == "paint"
     assert {model.id for model in client.models.list()} == {"one", "two", "paint", "film"}
+
+
+def test_a_client_of_server_sent_events_reads_a_stream(server: str) -> None:
+    """httpx-sse, which takes comments for nothing and insists on the content type."""
+    body = {"model": "one", "prompt": "asleep", "seed": 7, "stream": True, "stream_options": {"include_progress": True}}
+    with httpx.Client(trust_env=False) as http:
+        with httpx_sse.connect_sse(http, "POST", f"{server}/v1/images/generations", json=body) as source:
+            first, last, done = source.iter_sse()
+        assert (first.event, first.json()["step"]) == ("image_generation.progress", 1)
+        assert last.event == last.json()["type"] == "image_generation.completed"
+        assert base64.b64decode(last.json()["b64_json"]) == b"picture 7"
+        assert (done.event, done.data) == ("message", "[DONE]")
+        failing = body | {"prompt": "later"}
+        with httpx_sse.connect_sse(http, "POST", f"{server}/v1/images/generations", json=failing) as source:
+            *_, error = source.iter_sse()
+        assert error.json()["error"]["code"] == "worker_lost"
 
 
 @pytest.mark.parametrize("name", ["cup.mp4", "cup.webp"])

@@ -79,6 +79,7 @@ REFUSED = [
     (IMAGES, {"guidance_scale": 1, "true_cfg_scale": 2}, "true_cfg_scale", "invalid_value"),
     (IMAGES, {"guidance_scale_2": 2}, "guidance_scale_2", "invalid_value"),
     (IMAGES, {"flow_shift": 0}, "flow_shift", "invalid_value"),
+    (IMAGES, {"flow_shift": 5e-324}, "flow_shift", "invalid_value"),  # no latents are finite then
     (IMAGES, {"extra_params": {"tea": 1}}, "extra_params.tea", "invalid_value"),
     (IMAGES, {"lora": {"name": "ink", "path": "/etc/passwd"}}, "lora.0.path", "unknown_parameter"),
     (IMAGES, {"lora": {"name": "ink"}, "loras": [{"name": "ink", "scale": 2}]}, "lora", "invalid_value"),
