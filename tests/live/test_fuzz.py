@@ -16,7 +16,7 @@ from deploy.spec import Limits
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, ready, wait_for
 from tests.support.fuzz import Judged, Memory, fire, memory, serving
-from tests.support.fuzz_requests import shots
+from tests.support.fuzz_requests import MODEL, shots
 
 REQUESTS = int(os.environ.get("SPRAY_FUZZ_REQUESTS", "10000"))
 SEED = int(os.environ.get("SPRAY_FUZZ_SEED", "1"))
@@ -30,7 +30,9 @@ MOST_GROWN = 0.05
 @pytest.mark.timeout(7200)
 def test_ten_thousand_wrong_requests_leave_no_mark(demo_model: Path) -> None:
     limits = Limits(max_width=128, max_height=128, max_n=2, size_multiple=8, max_num_inference_steps=4)
-    spec = deployment(model(demo_model, ulysses_degree=2).model_copy(update={"limits": limits, "max_queued": 100}))
+    spec = deployment(
+        model(demo_model, MODEL, ulysses_degree=2).model_copy(update={"limits": limits, "max_queued": 100})
+    )
     judged, seen = Judged(), dict[int, Memory]()
     with LocalCluster(spec) as cluster:
         ready(cluster)
@@ -44,7 +46,7 @@ def test_ten_thousand_wrong_requests_leave_no_mark(demo_model: Path) -> None:
                 seen[number] = memory(processes)  # raises if one has ended
                 print(f"{time.strftime('%X')} {number}: {len(judged.faults)} faults", *judged.faults[-1:], flush=True)
 
-        asyncio.run(fire(cluster.url, sent, judged, look))
+        asyncio.run(fire(cluster.url, sent, judged, at_once=6, sent=look))
         wait_for(
             lambda: httpx.get(f"{cluster.url}/readyz", trust_env=False).json()["in_flight"], lambda left: left == 0
         )

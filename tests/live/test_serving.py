@@ -1,5 +1,6 @@
 """The whole road on a real local cluster: REST in, pictures out, on gangs of 1, 2, 3 and 4 ranks."""
 
+import asyncio
 import base64
 import concurrent.futures
 import functools
@@ -33,6 +34,8 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
+from tests.support.fuzz import Judged, fire, serving
+from tests.support.fuzz_requests import shots
 from tests.support.listeners import Address, listeners, process_tree
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -294,3 +297,15 @@ def test_a_deadline_that_passes_is_said_and_frees_the_gang(server: str, stream: 
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
     assert generate(server, model="demo-1").status_code == 200
+
+
+def test_two_hundred_wrong_requests_leave_no_mark(server: str) -> None:
+    """Ten thousand, and memory, are in tests/live/test_fuzz.py."""
+    sent, judged = shots(200, seed=2, description=None), Judged()
+    before = serving(os.getpid())
+    assert {name for name, _ in before} == {"proxy", "gateway", "gang", "rank"}
+    asyncio.run(fire(server, sent, judged))
+    assert judged.faults == []
+    assert judged.statuses.total() == 200
+    assert (len(judged.pictures), judged.pictures.total()) == (1, 4)
+    assert serving(os.getpid()).keys() == before.keys()

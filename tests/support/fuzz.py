@@ -17,7 +17,6 @@ from tests.support.fuzz_requests import Shot
 from tests.support.listeners import process_tree
 
 ANSWERS_WITHIN_S = 120.0
-AT_ONCE = 6
 
 OF_A_DEADLINE = (504, "deadline_exceeded")
 """What a request is told whose own header asks for an answer within a second."""
@@ -39,7 +38,7 @@ class Judged:
 
 
 async def fire(
-    url: str, shots: Iterable[Shot], judged: Judged, sent: Callable[[int], None] = lambda number: None
+    url: str, shots: Iterable[Shot], judged: Judged, at_once: int = 3, sent: Callable[[int], None] = lambda number: None
 ) -> None:
     """Send all, a few at once.
 
@@ -47,6 +46,7 @@ async def fire(
         url: of the server.
         shots: what to send.
         judged: where the results go.
+        at_once: how many are under way; where more may wait than a model lets wait, right ones are refused.
         sent: called after each one with how many have been answered.
     """
     host, _, port = url.removeprefix("http://").rpartition(":")
@@ -67,7 +67,7 @@ async def fire(
             sent(done)
 
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(AT_ONCE):
+        for _ in range(at_once):
             tasks.create_task(send_next())
 
 

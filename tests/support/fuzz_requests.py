@@ -20,7 +20,10 @@ from service.api.bodies import ImageGenerationBody, VideoGenerationBody
 
 PICTURES = "/v1/images/generations"
 PATHS = (PICTURES, "/v1/videos/sync")
-CUP = {"prompt": "a cup of coffee", "size": "64x64", "num_inference_steps": 1, "seed": 7}
+MODEL = "demo-2"
+"""The model that is asked; it draws."""
+
+CUP = {"model": MODEL, "prompt": "a cup of coffee", "size": "64x64", "num_inference_steps": 1, "seed": 7}
 ROUTES = ("/livez", "/readyz", "/health", "/v1/models", "/v1/cluster", "/openapi.json", "/docs")
 
 
@@ -71,7 +74,7 @@ def picture(number: int) -> Shot:
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40) | st.sampled_from(
-        ["", "auto", "0x0", "64x64", "9" * 400, "-1", "1e999", "null", "b64_json", "url", "demo", "\ud800", "\0"]
+        ["", "auto", "0x0", "64x64", "9" * 400, "-1", "1e999", "null", "b64_json", "url", MODEL, "\ud800", "\0"]
     ) | st.sampled_from([2**31, 2**53, 2**63, -1, 10**400, 1e308])
 )  # fmt: skip
 VALUES = st.recursive(
@@ -200,7 +203,7 @@ def strange(chance: random.Random) -> Shot:
 def odd_path(chance: random.Random) -> Shot:
     """Other paths and methods, and names that nothing has."""
     name = chance.choice(
-        ["%00", "..%2f..%2fetc%2fpasswd", "%ff%fe", "é", "a" * 3000, "%F0%9F%98%80", "x.png", "//", "demo"]
+        ["%00", "..%2f..%2fetc%2fpasswd", "%ff%fe", "é", "a" * 3000, "%F0%9F%98%80", "x.png", "//", MODEL]
     )
     path = chance.choice([
         f"/v1/models/{name}", f"/v1/outputs/{name}", f"/v1/outputs/{name}?expires=9999999999&signature={name}",
