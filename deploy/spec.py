@@ -405,6 +405,21 @@ class Storage(_Section):
     )
     outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
     idempotency: Idempotency = Field(Idempotency(), description="answers of requests with an idempotency key")
+    jobs: str | None = Field(
+        None,
+        pattern=r"^/[^\x00]*$",
+        description="absolute folder of jobs on a local disk of the head's node; absent: jobs end with the cluster",
+    )
+    jobs_url_env: str | None = Field(
+        None,
+        description="environment variable of the gateway with the URL of a PostgreSQL database that keeps jobs",
+    )
+
+    @model_validator(mode="after")
+    def _jobs_are_in_one_place(self) -> Self:
+        if self.jobs is not None and self.jobs_url_env is not None:
+            raise ValueError(f"jobs is {self.jobs} and jobs_url_env is {self.jobs_url_env}; leave one of them out")
+        return self
 
 
 class Auth(_Section):

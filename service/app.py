@@ -155,6 +155,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "models_folder": spec.storage.models,
             "outputs": spec.storage.outputs.model_dump(),
             "idempotency": spec.storage.idempotency.model_dump(),
+            "jobs": {"folder": spec.storage.jobs, "url_env": spec.storage.jobs_url_env},
         },
     }
     return {

@@ -25,6 +25,8 @@ from service.api.backend import Found, Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.rest import rest_app
 from service.deadline import check_deadline
+from service.jobs.runner import Runner
+from service.jobs.store_actor import Jobs
 from service.names import GANG, app_name
 from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
@@ -45,6 +47,7 @@ from workers.errors import (
     GatewaySilent,
     IdempotencyKeyReused,
     JobNotFound,
+    JobNotReady,
     JobsUnavailable,
     KeysUnavailable,
     ModelNotAllowed,
@@ -74,11 +77,23 @@ PATIENCE_S = 5.0
 
 OK, CANCELLED = "ok", "cancelled"
 NOT_ADMITTED = (
-    *(Unauthorized, Forbidden, AdminOnly, UnsupportedMediaType, NotSupported, JobNotFound, JobsUnavailable),
+    *(
+        Unauthorized,
+        Forbidden,
+        AdminOnly,
+        UnsupportedMediaType,
+        NotSupported,
+        JobNotFound,
+        JobNotReady,
+        JobsUnavailable,
+    ),
     *(RequestNotFound, GatewaySilent, IdempotencyKeyReused, KeysUnavailable),
 )
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
+
+NO_JOBS = {"folder": None, "url_env": None}
+"""Where an older version keeps jobs: it has none."""
 
 _caller: ContextVar[ApiKey | None] = ContextVar("caller", default=None)
 """The API key of the request that this task answers; None where none is needed."""
@@ -104,6 +119,8 @@ class Gateway(GrpcMethods):
         self.idempotency = IdempotencyKeys(_own_name())
         self._live = LiveRequests(_short_name())
         self._colleagues = Colleagues(_short_name(), self._answer, shared_turns.start_keeper)
+        self.jobs = Jobs()
+        self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room)
         self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
@@ -129,15 +146,18 @@ class Gateway(GrpcMethods):
         shared_turns.share(several)
         self._colleagues.follow(several and ray.is_initialized())
         self.max_body_bytes = user_config["max_body_bytes"]
+        outputs = user_config.get("outputs", Outputs().model_dump())  # an older version deployed none
         try:
+            self.jobs.follow(**user_config.get("jobs", NO_JOBS), keep_s=outputs["ttl_s"])
             self._keyring.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
         except SpecError as error:
             if not self._keyring.configured:
                 raise RuntimeError(str(error)) from None
-            logger.error("%s; the former keys remain valid", error)
+            logger.error("%s; what was valid before remains so", error)
         self._poller.follow(self._models)
         self._quarantine.follow()
-        self.outputs.follow(**user_config.get("outputs", Outputs().model_dump()))  # an older version deployed none
+        self.outputs.follow(**outputs)
+        self.runner.follow()
         self.idempotency.follow(user_config.get("idempotency", Idempotency().model_dump()))
         self._prefetch.follow(specs, user_config["models_folder"])
         for name in self._models:
@@ -194,6 +214,19 @@ class Gateway(GrpcMethods):
         method, args = question
         return await self._live.told(*args) if method == "told" else self._live.cancel(*args)
 
+    def charge(self, request: GenerationRequest) -> None:
+        """Count a job's work for the caller's key.
+
+        Raises:
+            ShuttingDown: the gateway is draining.
+            ModelNotAllowed: the key is for other models.
+            RateLimited: it has used what it may.
+        """
+        if self.draining:
+            raise ShuttingDown("the server is stopping and takes no new requests")
+        with self._allowed(request):
+            pass
+
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
         return self._models
@@ -243,6 +276,18 @@ class Gateway(GrpcMethods):
         finally:
             self.in_flight -= 1
             metrics.ended(outcome)
+
+    async def _run_for(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
+        """Run the request of a job in its owner's name. What the owner may was settled when it was submitted."""
+        _caller.set(ApiKey(name=owner, sha256="0" * 64) if owner else None)
+        async with contextlib.aclosing(self.generate(request)) as reports:
+            async for report in reports:
+                yield report
+
+    def _room(self) -> dict[str, int]:
+        """How many jobs of each model may run: one waits for each that draws, and one wakes a model that sleeps."""
+        states = {} if self.draining else self.states()
+        return {name: state.replicas.get("RUNNING", 0) + 1 for name, state in states.items()}
 
     @contextlib.contextmanager
     def _allowed(self, request: GenerationRequest) -> Iterator[None]:
@@ -301,7 +346,7 @@ class Gateway(GrpcMethods):
             finally:
                 waiting.leave(request.request_id)
             attempt += 1
-            yield Restarted(attempt, f"the ranks of {request.model!r} were lost")  # the log has why
+            yield Restarted(attempt, f"the ranks of {request.model!r} were lost", begun)  # the log has why
 
     async def _check_queue(self, request: GenerationRequest, waiting: int) -> None:
         """Refuse a request that would have to wait too long, or among too many.

@@ -83,6 +83,7 @@ SPEC_KEYS = frozenset(
     limits limits.max_body_bytes metrics metrics.host metrics.port
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     storage.idempotency storage.idempotency.folder storage.idempotency.ttl_s storage.idempotency.max_bytes
+    storage.jobs storage.jobs_url_env
     auth auth.api_keys_env auth.api_keys_file auth.insecure
     """.split()
 )
@@ -104,6 +105,12 @@ ROUTES = frozenset(
         "GET /v1/models/{name:path}",
         "POST /v1/images/generations",
         "POST /v1/videos/sync",
+        "GET /v1/videos",
+        "POST /v1/videos",
+        "GET /v1/videos/{video_id}",
+        "DELETE /v1/videos/{video_id}",
+        "GET /v1/videos/{video_id}/content",
+        "POST /v1/videos/{video_id}/cancel",
     }
 )
 
@@ -173,6 +180,7 @@ ERRORS = {
     "UnsupportedMediaType": (415, "unsupported_media_type", "INVALID_ARGUMENT"),
     "ModelNotFound": (404, "model_not_found", "NOT_FOUND"),
     "JobNotFound": (404, "job_not_found", "NOT_FOUND"),
+    "JobNotReady": (409, "job_not_ready", "FAILED_PRECONDITION"),
     "RequestQuarantined": (422, "request_quarantined", "FAILED_PRECONDITION"),
     "IdempotencyKeyReused": (422, "idempotency_key_reuse", "ALREADY_EXISTS"),
     "GatewaySilent": (503, "gateway_lost", "UNAVAILABLE"),

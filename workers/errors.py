@@ -10,6 +10,7 @@
     | + OutputNotFound        the picture or video at a URL is not kept, or not anymore
     | + ModelNotFound         no such model in this deployment
     | + JobNotFound           no such job of this caller, or not anymore
+    | + JobNotReady           the job has no output, or not yet
     | + Unauthorized          the caller gave no valid API key
     | + RequestQuarantined    the same request has cost several gangs lately; asking again does not help soon
     | + Forbidden             a web page of another site may have sent it, or its URL is not what was signed
@@ -96,6 +97,10 @@ class ModelNotFound(RequestError):
 
 class JobNotFound(RequestError):
     """The caller has no such job, or not anymore."""
+
+
+class JobNotReady(RequestError):
+    """The job has no output, or not yet."""
 
 
 class Unauthorized(RequestError):

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from deploy.spec import ModelSpec
 from service.api.origin import reject_foreign_hosts, reject_foreign_pages
+from service.jobs.store_actor import Jobs
 from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
@@ -25,10 +26,12 @@ class Restarted:
     Attributes:
         attempt: 2 for the first restart.
         reason: what became of the ranks.
+        begun: they had begun with the request, which may be the cause.
     """
 
     attempt: int
     reason: str
+    begun: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Found:
     silent: list[str] = field(default_factory=list)
 
 
+class JobRunner(Protocol):
+    """Runs jobs: `service.jobs.runner.Runner`."""
+
+    def wake(self) -> None:
+        """A job was submitted here: look at once."""
+
+    def drop(self, job_id: str) -> None:
+        """A job was cancelled or deleted here: stop it at once, if it runs here."""
+
+
 class Backend(Protocol):
     """Runs requests and knows the models."""
 
@@ -75,6 +88,8 @@ class Backend(Protocol):
     in_flight: int
     outputs: OutputStore
     idempotency: IdempotencyKeys
+    jobs: Jobs
+    runner: JobRunner
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Raise `Unauthorized` or `AdminOnly` unless this `Authorization` header allows the call."""
@@ -87,6 +102,9 @@ class Backend(Protocol):
 
     async def cancel(self, request_id: str) -> bool:
         """End a request that this caller may see, in whatever gateway it is; False: none has it."""
+
+    def charge(self, request: GenerationRequest) -> None:
+        """Raise unless the caller's key may have this request as a job; it counts as used then."""
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""

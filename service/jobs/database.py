@@ -19,6 +19,16 @@ UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalEr
 """The server is away or stopping, the disk is full, or no connection came free."""
 
 
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Let what a database that is away raises be `JobsUnavailable`; its own words stay in the log."""
+    try:
+        yield
+    except UNAVAILABLE as error:
+        logger.warning("the store of jobs cannot be used: %s", error)
+        raise JobsUnavailable("the store of jobs cannot be used now; try again later") from None
+
+
 class Database:
     """One database of jobs.
 
@@ -42,12 +52,11 @@ class Database:
             JobsUnavailable: the database is away or cannot write; nothing was changed, or nobody can tell.
         """
         try:
-            with self._engine.begin() as connection:
+            with answering(), self._engine.begin() as connection:
                 yield connection, self._now(connection)
-        except UNAVAILABLE as error:
+        except JobsUnavailable:
             self._sound_since = time.monotonic()
-            logger.warning("the store of jobs cannot be used: %s", error)
-            raise JobsUnavailable("the store of jobs cannot be used now; try again later") from None
+            raise
 
     def settle(self, connection: sa.Connection, now: float, keep_s: float) -> None:
         """See `service.jobs.transitions.settle`. Nothing is done just after an outage: no runner could renew then."""

@@ -71,7 +71,7 @@ def open_postgres(url: str) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number
         raise ValueError(
             "the URL of the job store cannot be read; give postgresql://user:password@host/database"
         ) from None

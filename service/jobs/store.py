@@ -125,8 +125,17 @@ class JobStore:
         outputs: Sequence[JobOutput],
         metrics: Mapping[str, Any],
         warnings: Sequence[str] = (),
+        steps: int = 0,
     ) -> Job:
         """End a job with its result. Doing it again changes nothing.
+
+        Args:
+            job_id: of the job.
+            fence: of the attempt.
+            outputs: its files.
+            metrics: what it took.
+            warnings: what its caller should know.
+            steps: denoising steps that it took.
 
         Raises:
             LeaseLost: it is not this runner's anymore. The outputs are nobody's.
@@ -135,7 +144,13 @@ class JobStore:
         with self._held(job_id, fence, or_done=True) as (connection, row, now):
             if row["state"] == "succeeded":
                 return to_job(row)
-            made |= {"warnings": list(warnings), "error": None, "step": row["total_steps"], "keep_s": self.keep_s}
+            made |= {
+                "warnings": list(warnings),
+                "error": None,
+                "step": steps,
+                "total_steps": steps,
+                "keep_s": self.keep_s,
+            }
             return change(connection, row, now, state="succeeded", **made)
 
     def fail(self, job_id: str, fence: int, error: JobError) -> Job:

@@ -123,7 +123,7 @@ class OutputStore:
             Forbidden: the signature is not of this name and time, or the time has passed.
             OutputNotFound: it is not kept here, or not anymore.
         """
-        folder = self._open()
+        self._open()
         if not re.fullmatch("[0-9]{1,12}", expires) or not hmac.compare_digest(
             self._sign(name, int(expires)).encode(), signature.encode("utf-8", "replace")
         ):
@@ -133,10 +133,23 @@ class OutputStore:
             )
         if time.time() >= int(expires):
             raise Forbidden("the URL has expired; ask for the picture or video again")
-        file = folder / name
+        return self.file(name)
+
+    def file(self, name: str) -> Path:
+        """The file of an output, for callers that need no signature. Blocks.
+
+        Raises:
+            OutputNotFound: it is not kept here, or not anymore.
+        """
+        file = self._open() / name
         if not NAME.fullmatch(name) or not file.is_file():
             raise OutputNotFound("the picture or video is not kept here, or not anymore")
         return file
+
+    def discard(self, name: str) -> None:
+        """Remove an output before it expires, if it is here. Blocks."""
+        with contextlib.suppress(OutputNotFound):
+            self.file(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what has expired, also in the folders that ended clusters of this user have left. Blocks.

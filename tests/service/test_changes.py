@@ -262,7 +262,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
             "metrics": Metrics(port=9500),
-            "storage": Storage(outputs=Outputs(ttl_s=60), idempotency=Idempotency(ttl_s=70)),
+            "storage": Storage(outputs=Outputs(ttl_s=60), idempotency=Idempotency(ttl_s=70), jobs_url_env="JOBS_URL"),
         }
     )
     configs = serve_config(spec, "id"), serve_config(other, "id")
@@ -291,6 +291,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "models_folder": None,
         "outputs": {"folder": None, "ttl_s": 60.0},
         "idempotency": {"folder": None, "ttl_s": 70.0, "max_bytes": 4 << 30},
+        "jobs": {"folder": None, "url_env": "JOBS_URL"},
     }
 
 

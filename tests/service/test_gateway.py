@@ -332,6 +332,44 @@ RESULT = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
 LOST = [Begun(), GangLost("ranks")]
 
 
+def test_a_job_runs_in_its_owners_name_without_its_limits(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"keys: [{{name: ann, sha256: {digest('k1')}, models: [one], max_work_per_minute: 1}}]")
+    serving(opened, monkeypatch, [Begun(), RESULT], [Begun(), RESULT])
+    seen = []
+    monkeypatch.setattr(gateway, "fingerprint", lambda caller, request: seen.append(caller) or "0")
+
+    async def story() -> None:
+        await opened.reconfigure(
+            TABLE | {"models": [a_model("one").model_dump(mode="json")], "api_keys_file": str(keys)}
+        )
+        opened.admit("Bearer k1")
+        assert opened.caller() == "ann"
+        opened.charge(REQUEST)
+        with pytest.raises(RateLimited):
+            opened.charge(REQUEST)
+        with pytest.raises(ModelNotAllowed):
+            opened.charge(replace(REQUEST, model="two"))
+        opened.admit("Bearer k1")
+        assert [report async for report in opened._run_for("ann", REQUEST)] == [RESULT]
+        assert [report async for report in opened._run_for("", REQUEST)] == [RESULT]
+        assert seen == ["ann", ""]
+        opened.draining = True
+        with pytest.raises(ShuttingDown):
+            opened.charge(REQUEST)
+        assert opened._room() == {}
+
+    asyncio.run(story())
+
+
+def test_there_is_room_for_a_job_that_wakes_a_model_and_one_behind_each_gang(opened: Gateway) -> None:
+    opened._poller._models = {"one": a_model("one"), "two": a_model("two")}
+    opened._poller._states = {"one": ModelState("running", "", {"RUNNING": 2}), "two": ModelState("asleep")}
+    assert opened._room() == {"one": 3, "two": 1}
+
+
 async def ask(gate: Gateway, request: GenerationRequest, key: str | None = None) -> list[Any]:
     if key is not None:
         gate.admit(key)
@@ -407,7 +445,7 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
-    restarts = [Restarted(attempt, "the ranks of 'one' were lost") for attempt in (2, 3, 4)]
+    restarts = [Restarted(attempt, "the ranks of 'one' were lost", begun=attempt == 2) for attempt in (2, 3, 4)]
     assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
 
 
@@ -634,7 +672,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [counted.model_dump(mode="json")]})
         async with contextlib.aclosing(opened.generate(request)) as reports:  # lost once, then answered
-            assert await anext(reports) == Restarted(2, "the ranks of 'counted' were lost")
+            assert await anext(reports) == Restarted(2, "the ranks of 'counted' were lost", begun=False)
             assert await anext(reports) is result
             assert count("requests_in_flight") == 1
         with pytest.raises(RequestFailed):

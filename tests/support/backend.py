@@ -7,6 +7,8 @@ from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
 from service.api.backend import Found, Report, Restarted, Waiting
+from service.jobs.runner import Runner
+from service.jobs.store_actor import Jobs
 from service.state.idempotency import IdempotencyKeys
 from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
@@ -40,6 +42,8 @@ class FakeBackend:
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys("")
         self.live = LiveRequests("local")
+        self.jobs = Jobs()
+        self.runner = Runner(self.jobs, self.outputs, "test", lambda owner, request: self.generate(request), self.room)
         self.key: str | None = None
         self.closed = False
         self.released = asyncio.Event()
@@ -70,6 +74,17 @@ class FakeBackend:
         if self.key is not None and authorization != f"Bearer {self.key}":
             raise Unauthorized("a valid API key is required")
 
+    def caller(self) -> str:
+        """The key, if a test has set one."""
+        return self.key or ""
+
+    def charge(self, request: GenerationRequest) -> None:
+        """Nobody pays."""
+
+    def room(self) -> dict[str, int]:
+        """One job of each model."""
+        return dict.fromkeys(self.models(), 1)
+
     def models(self) -> dict[str, ModelSpec]:
         """By name."""
         return {model.name: model for model in self._models}
@@ -81,10 +96,6 @@ class FakeBackend:
     def cluster(self) -> dict[str, Any]:
         """Marked, so that a test recognizes it."""
         return {"object": "cluster", "mark": "of the backend"}
-
-    def caller(self) -> str:
-        """Nobody in particular."""
-        return ""
 
     async def find_requests(self) -> Found:
         """Those of this backend."""

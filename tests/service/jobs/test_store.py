@@ -51,7 +51,7 @@ def test_a_job_runs_and_is_published(store: JobStore, clock: Clock) -> None:
     clock.now += 1
     renewed = store.renew(job.id, held.fence, LEASE_S, 3, 8)
     assert (renewed.step, renewed.total_steps, renewed.lease_until) == (3, 8, clock.now + LEASE_S)
-    done = store.publish(job.id, held.fence, [FILM], {"layout": "1 rank"}, ["cut"])
+    done = store.publish(job.id, held.fence, [FILM], {"layout": "1 rank"}, ["cut"], steps=8)
     assert (done.state, done.outputs, done.metrics, done.warnings) == (
         "succeeded",
         (FILM,),

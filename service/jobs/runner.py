@@ -1,0 +1,209 @@
+"""Runs jobs in a gateway: claims what a model has room for, runs it as any other request, and publishes its outputs.
+
+The gateway's own `generate` does the work, so a job waits its turn among all requests of its owner. Each report extends
+the lease. A job that was cancelled, deleted or given to another attempt is stopped at the next report; what has no
+result is queued again by whoever looks at the store next. Started by `service.gateway`.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+
+from service.api.backend import Report, Restarted
+from service.api.errors import find_status
+from service.api.responses import metrics
+from service.jobs.records import QUARANTINED, Job, JobError, JobOutput, LeaseLost
+from service.jobs.requests import request_of
+from service.jobs.store import JobStore
+from service.jobs.store_actor import Jobs
+from service.state.outputs import OutputStore
+from workers.errors import (
+    GangLost,
+    InvalidParameter,
+    JobsUnavailable,
+    ModelUnavailable,
+    QueueFull,
+    RateLimited,
+    ShuttingDown,
+    SprayError,
+)
+from workers.messages import GenerationRequest, GenerationResult, StepEvent
+
+logger = logging.getLogger("ray.serve")
+
+LEASE_S = 30.0
+"""A gateway that says nothing for so long has lost its jobs. The gateway's reports come every five seconds at least."""
+
+RENEW_S = 0.5
+"""At most so often: each is a write to the store's disk."""
+
+PERIOD_S = 1.0
+"""Between two looks for jobs that other gateways have taken in."""
+
+SWEEP_S = 5.0
+"""Between two looks for jobs whose runner is silent."""
+
+AGAIN_S = 5.0
+"""A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
+
+AWAY_S = 1.0
+"""Between two tries to publish while the store is away."""
+
+NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown)
+"""Of no account for a job: it waits longer."""
+
+Generate = Callable[[str, GenerationRequest], AsyncGenerator[Report]]
+
+
+class Runner:
+    """The jobs that one gateway runs.
+
+    Args:
+        jobs: the store.
+        outputs: where finished files go.
+        name: of this gateway, for the record.
+        generate: runs a request of an owner.
+        room: by model, how many jobs may run in the whole deployment now.
+    """
+
+    def __init__(
+        self, jobs: Jobs, outputs: OutputStore, name: str, generate: Generate, room: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._jobs, self._outputs, self._name = jobs, outputs, name
+        self._generate, self._room = generate, room
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+        self._swept_at = 0.0
+
+    def follow(self) -> None:
+        """Claim jobs from now on."""
+        self._following = self._following or asyncio.get_running_loop().create_task(self._follow())
+
+    def wake(self) -> None:
+        """A job was submitted here, or has ended: look at once."""
+        self.follow()
+        self._wake.set()
+
+    def drop(self, job_id: str) -> None:
+        """A job was cancelled or deleted here: stop it at once, if it runs here."""
+        if job_id in self._running:
+            self._running[job_id].cancel()
+
+    async def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), PERIOD_S)
+            self._wake.clear()
+            try:
+                if await self._jobs.in_use():
+                    await self._claim()
+            except JobsUnavailable:  # the log has why
+                pass
+            except Exception:  # whatever it is, the next jobs must run
+                logger.exception("jobs cannot be claimed")
+
+    async def _claim(self) -> None:
+        if time.monotonic() - self._swept_at >= SWEEP_S:
+            self._swept_at = time.monotonic()
+            await self._jobs.ask(JobStore.sweep)
+        counts = await self._jobs.ask(JobStore.counts)
+        room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
+        room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
+        for job in await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else ():
+            self._running[job.id] = asyncio.get_running_loop().create_task(self._run(job))
+
+    async def _run(self, job: Job) -> None:
+        """One attempt, and what becomes of the job if it fails."""
+        try:
+            await self._attempt(job)
+        except LeaseLost:
+            logger.info("job %s is not run here anymore", job.id)
+        except NOT_BEGUN as error:
+            await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
+        except (ModelUnavailable, OSError) as error:
+            await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
+        except Exception as error:
+            if not isinstance(error, SprayError):
+                logger.exception("job %s failed", job.id)
+            await self._tell(job, JobStore.fail, _told(error))
+        finally:
+            self._running.pop(job.id, None)
+            self.wake()
+
+    async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
+        """Say how an attempt ended. If the store is away, the lease says it."""
+        with contextlib.suppress(LeaseLost, JobsUnavailable):
+            await self._jobs.ask(call, job.id, job.fence, *args)
+
+    async def _attempt(self, job: Job) -> None:
+        renewed_at, losses, step = time.monotonic(), job.gang_losses, StepEvent(0, 0, 0.0)
+        async with contextlib.aclosing(self._generate(job.owner, request_of(job))) as reports:
+            async for report in reports:
+                if isinstance(report, GenerationResult):
+                    await self._publish(job, report)
+                    return
+                if isinstance(report, Restarted) and report.begun:
+                    losses += 1
+                    await self._lose_gang(job, losses, report.reason)
+                if isinstance(report, StepEvent):
+                    step = report
+                elif isinstance(report, Restarted):
+                    step = StepEvent(0, step.total_steps, 0.0)
+                now = time.monotonic()
+                if now - renewed_at >= RENEW_S:
+                    renewed_at = now
+                    with contextlib.suppress(JobsUnavailable):  # the work goes on, and is published later
+                        await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, step.step, step.total_steps)
+        raise GangLost("the ranks ended without a result")
+
+    async def _lose_gang(self, job: Job, losses: int, reason: str) -> None:
+        """Count a lost gang.
+
+        Raises:
+            LeaseLost: it was one too many, or the job is not this runner's anymore.
+        """
+        with contextlib.suppress(JobsUnavailable):
+            if (await self._jobs.ask(JobStore.lose_gang, job.id, job.fence, losses, reason)).ended:
+                raise LeaseLost(job.id)
+
+    async def _publish(self, job: Job, result: GenerationResult) -> None:
+        """Write the outputs, then tell the store, however long it is away.
+
+        Raises:
+            LeaseLost: the job is not this runner's anymore. Its outputs are removed.
+            OSError: they cannot be written.
+        """
+        kind = str(request_of(job).output_format)
+        made: list[JobOutput] = []
+        try:
+            for content, seed in zip(result.outputs, result.seeds, strict=True):
+                link = await asyncio.to_thread(self._outputs.keep, content, kind)
+                digest = await asyncio.to_thread(hashlib.sha256, content)
+                made.append(JobOutput(link.name, kind, len(content), digest.hexdigest(), seed))
+            while True:
+                try:
+                    said = (metrics(result), result.warnings, len(result.step_seconds))
+                    await self._jobs.ask(JobStore.publish, job.id, job.fence, made, *said)
+                    return
+                except JobsUnavailable:
+                    await asyncio.sleep(AWAY_S)
+        except (LeaseLost, OSError):
+            for output in made:
+                await asyncio.to_thread(self._outputs.discard, output.name)
+            raise
+
+
+def _told(error: Exception) -> JobError:
+    """An error as the job's record has it: in the words of the API."""
+    status = find_status(error)
+    code = error.code if isinstance(error, InvalidParameter) else status.code
+    if isinstance(error, GangLost):
+        code = QUARANTINED
+    message = str(error) if isinstance(error, SprayError) else "the server made a mistake; its log has the details"
+    if isinstance(error, OSError):
+        message = f"the outputs cannot be written: {error.strerror or error}"
+    return JobError(code, message, getattr(error, "param", None))

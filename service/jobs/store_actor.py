@@ -1,0 +1,190 @@
+"""The store of jobs as a gateway reaches it: one actor of the cluster that owns a file of SQLite, or PostgreSQL.
+
+`await jobs.ask(JobStore.get, job_id, owner)` is the same call on either. The file belongs to one process, on the node
+where it lies, because SQLite locks files on shared disks badly; the actor is on the head's node, whose loss ends the
+cluster anyway. PostgreSQL takes any number of callers, so gateways call it themselves, in threads.
+
+For `service.gateway`, `service.jobs.runner` and the APIs.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deploy.spec import SpecError
+from service.jobs import database, engines, queries, records, store, tables, transitions
+from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs.store import JobStore
+from service.state.outputs import own_folder
+from service.state.shared_turns import NAMESPACE
+from workers.errors import JobsUnavailable
+from workers.private_folder import make_private
+
+logger = logging.getLogger("ray.serve")
+
+ANSWER_S = 20.0
+"""For one call of the actor. It may have to start first, also again: then it is told once more. What callers tell the
+store may be told twice, and a claim whose answer is lost lapses."""
+
+PAUSE_S = 0.3
+"""Between two tries while the actor starts again."""
+
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks the head's node."""
+
+FILE = "jobs.db"
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class StoreActor:
+    """The actor. Its calls are served one after the other.
+
+    Args:
+        folder: `storage.jobs`; None: with the outputs of this node and cluster.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._store: JobStore | None = None  # since the first call that could open it
+
+    def call(self, method: str, keep_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of `JobStore`, whose ended jobs are kept for `keep_s` seconds."""
+        self._store = self._store or _open_file(self._folder, keep_s)
+        self._store.keep_s = keep_s
+        return getattr(self._store, method)(*args, **kwargs)
+
+
+class Jobs:
+    """All jobs of the deployment, as one gateway asks for them."""
+
+    def __init__(self) -> None:
+        self._folder: str | None = None
+        self._url_env: str | None = None
+        self._keep_s = 3600.0
+        self._actor: Any = None
+        self._own: JobStore | None = None  # PostgreSQL; without a cluster, SQLite too
+
+    def follow(self, folder: str | None, url_env: str | None, keep_s: float) -> None:
+        """Keep jobs so from now on.
+
+        Args:
+            folder: `storage.jobs`.
+            url_env: `storage.jobs_url_env`.
+            keep_s: how long ended jobs are kept, in seconds.
+
+        Raises:
+            SpecError: the variable holds no URL of PostgreSQL.
+        """
+        if url_env is not None and not os.environ.get(url_env):
+            raise SpecError(
+                f"storage.jobs_url_env is {url_env}, but the gateway's environment holds nothing in it; set it to "
+                "postgresql://user:password@host/database"
+            )
+        if (folder, url_env) != (self._folder, self._url_env):
+            self._actor = self._own = None
+        self._folder, self._url_env, self._keep_s = folder, url_env, keep_s
+
+    async def ask(
+        self,
+        call: Callable[Concatenate[JobStore, Parameters], Result],
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Result:
+        """The answer of a method of `JobStore`.
+
+        Raises:
+            JobsUnavailable: the store cannot be reached.
+            Exception: what the method raises.
+        """
+        if self._url_env is not None or not ray.is_initialized():
+            own = await asyncio.to_thread(self._open)
+            return await asyncio.to_thread(call, own, *args, **kwargs)
+        found: Result = await self._ask_actor(call.__name__, args, kwargs)
+        return found
+
+    async def in_use(self) -> bool:
+        """Whether there may be jobs. Where they end with the cluster, nothing is started before the first one."""
+        if self._folder is not None or self._url_env is not None or self._actor is not None:
+            return True
+        if not ray.is_initialized():
+            return self._own is not None
+        try:
+            self._actor = await asyncio.to_thread(ray.get_actor, self._actor_name(), NAMESPACE)
+        except (ValueError, RayError):
+            return False
+        return True
+
+    async def _ask_actor(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loop, error = asyncio.get_running_loop(), "it took too long"
+        until = loop.time() + ANSWER_S
+        while loop.time() < until:
+            try:
+                actor = self._actor = self._actor or await asyncio.to_thread(self._start)
+                asked = actor.call.remote(method, self._keep_s, args, kwargs)
+                return await asyncio.wait_for(_result(asked), until - loop.time())
+            except RayTaskError as failed:
+                raise failed.cause from None
+            except RayActorError as ended:  # Ray starts it again on the same node, with the same file
+                error, self._actor = str(ended), None
+                await asyncio.sleep(PAUSE_S)
+            except (RayError, ValueError, TimeoutError) as failed:
+                error = str(failed) or type(failed).__name__
+                break
+        self._actor = None
+        logger.error("the store of jobs cannot be reached: %s", error)
+        raise JobsUnavailable("the store of jobs cannot be reached now; try again later") from None
+
+    def _start(self) -> Any:
+        """The actor, started if it is not there. Blocks. Gateways of another version have one of their own, which reads
+        the same file."""
+        heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]]  # type: ignore[no-untyped-call]
+        head = heads[0] if heads else ray.get_runtime_context().get_node_id()
+        made = ray.remote(StoreActor).options(
+            name=self._actor_name(),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",  # else it would end with the gateway that started it
+            max_restarts=-1,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False),  # where its file is
+        )
+        return made.remote(self._folder)
+
+    def _actor_name(self) -> str:
+        # Whole modules: to find a class in one, inspect parses it, which fails now and then in a thread of Python 3.11.
+        parts = (database, engines, queries, records, store, tables, transitions, sys.modules[__name__])
+        source = "".join(map(inspect.getsource, parts)) + json.dumps(self._folder)
+        return f"jobs-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    def _open(self) -> JobStore:
+        if self._own is None:
+            if self._url_env is None:
+                self._own = _open_file(self._folder, self._keep_s)
+            else:
+                with database.answering():
+                    self._own = JobStore(open_postgres(os.environ[self._url_env]), self._keep_s)
+        self._own.keep_s = self._keep_s
+        return self._own
+
+
+def _open_file(folder: str | None, keep_s: float) -> JobStore:
+    place = make_private(Path(own_folder())) if folder is None else Path(folder)
+    with database.answering():
+        return JobStore(open_sqlite(place / FILE), keep_s)
+
+
+async def _result(reference: Any) -> Any:
+    return await reference

@@ -1,0 +1,282 @@
+"""What a gateway does with jobs: it runs them, extends their leases, and lets go of what is not its own anymore."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.api.backend import Report, Restarted, Waiting
+from service.jobs import runner as module
+from service.jobs.records import Job
+from service.jobs.requests import new_job, request_of
+from service.jobs.runner import Runner
+from service.jobs.store import JobStore
+from service.jobs.store_actor import Jobs
+from service.state.model_states import ModelState
+from service.state.outputs import OutputStore
+from sp_core.degrees import ParallelDegrees
+from workers.errors import GangLost, JobsUnavailable, ModelUnavailable, QueueFull, RequestFailed
+from workers.messages import GenerationRequest, GenerationResult, StepEvent
+
+REQUEST = GenerationRequest(
+    "a", "film", "a cup", 64, 64, 4, seed=7, num_frames=5, output_format="mp4", loras=(("i", 0.5),)
+)
+RESULT = GenerationResult((b"film",), (7,), ParallelDegrees(), 0.1, (0.1,) * 4, 0.1, ("cut",))
+
+Script = Callable[[GenerationRequest], AsyncGenerator[Report]]
+
+
+class World:
+    """A store in a file, a folder of outputs, and a runner whose model does what a test says."""
+
+    def __init__(self, folder: Path, script: Script) -> None:
+        self.jobs, self.outputs = Jobs(), OutputStore()
+        self.jobs.follow(str(folder / "jobs"), None, 1000.0)
+        self.outputs.follow(str(folder / "outputs"), 1000.0)
+        self.asked: list[tuple[str, GenerationRequest]] = []
+        self.script = script
+        self.room = {"film": 1}
+        self.runner = Runner(self.jobs, self.outputs, "gateway-1", self._generate, lambda: self.room)
+
+    async def submit(self, request: GenerationRequest = REQUEST, owner: str = "ann", **given: Any) -> Job:
+        job, _ = await self.jobs.ask(JobStore.submit, new_job(request, owner, **given))
+        self.runner.wake()
+        return job
+
+    async def until(self, job: Job, condition: Callable[[Job], bool]) -> Job:
+        async with asyncio.timeout(30):
+            while not condition(found := await self.jobs.ask(JobStore.get, job.id, None)):
+                await asyncio.sleep(0.01)
+        return found
+
+    async def ended(self, job: Job) -> Job:
+        return await self.until(job, lambda found: found.ended)
+
+    async def _generate(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
+        self.asked.append((owner, request))
+        async with contextlib.aclosing(self.script(request)) as reports:
+            async for report in reports:
+                yield report
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RENEW_S", "AGAIN_S", "AWAY_S"):
+        monkeypatch.setattr(module, name, 0.0)
+
+
+def live(folder: Path, script: Script, story: Callable[[World], Awaitable[None]]) -> None:
+    async def run() -> None:
+        await asyncio.wait_for(story(World(folder, script)), 60)
+
+    asyncio.run(run())
+
+
+async def draws(request: GenerationRequest) -> AsyncGenerator[Report]:
+    for step in range(1, 5):
+        yield StepEvent(step, 4, 0.1)
+    yield RESULT
+
+
+def test_a_job_is_drawn_and_its_output_kept(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        job = await world.submit()
+        done = await world.ended(job)
+        assert (done.state, done.attempt, done.runner, done.warnings) == ("succeeded", 1, "gateway-1", ("cut",))
+        assert (done.step, done.total_steps, done.metrics["layout"]) == (4, 4, "1 rank")
+        (output,) = done.outputs
+        assert (output.size, output.seed, output.kind) == (4, 7, "mp4")
+        assert world.outputs.file(output.name).read_bytes() == b"film"
+        ((owner, request),) = world.asked
+        assert owner == "ann"
+        assert request.report_steps
+        assert (request.seed, request.loras, request.num_frames) == (7, (("i", 0.5),), 5)
+
+    live(tmp_path, draws, story)
+
+
+def test_a_request_of_another_version_can_be_read() -> None:
+    job = Job(
+        "job_1", "video", "film", "", {**new_job(REQUEST, "").request, "of_tomorrow": 1}, 1, "standard", "queued", 0.0
+    )
+    kept = {name: getattr(REQUEST, name) for name in ("prompt", "loras", "seeds", "output_format", "guidance_scale")}
+    found = request_of(job)
+    assert {name: getattr(found, name) for name in kept} == kept
+
+
+def test_one_after_the_other_while_there_is_room_for_one(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        jobs = [await world.submit() for _ in range(3)]
+        assert [(await world.ended(job)).state for job in jobs] == ["succeeded"] * 3
+        assert most == 1
+
+    most = running = 0
+
+    async def counted(request: GenerationRequest) -> AsyncGenerator[Report]:
+        nonlocal most, running
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        yield RESULT
+
+    live(tmp_path, counted, story)
+
+
+@pytest.mark.parametrize("forget", [JobStore.cancel, JobStore.delete])
+def test_a_job_that_is_cancelled_anywhere_stops_at_the_next_report(tmp_path: Path, forget: Any) -> None:
+    stopped = asyncio.Event()
+
+    async def endless(request: GenerationRequest) -> AsyncGenerator[Report]:
+        try:
+            while True:
+                yield Waiting(ModelState("running"))
+                await asyncio.sleep(0.01)
+        finally:
+            stopped.set()
+
+    async def story(world: World) -> None:
+        job = await world.submit()
+        await world.until(job, lambda found: found.state == "running")
+        await world.jobs.ask(forget, job.id, "ann")
+        await asyncio.wait_for(stopped.wait(), 10)
+
+    live(tmp_path, endless, story)
+
+
+def test_a_result_that_comes_after_the_lease_was_lost_is_removed(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        async def cancelled_meanwhile(request: GenerationRequest) -> AsyncGenerator[Report]:
+            await world.jobs.ask(JobStore.cancel, job.id, "ann")
+            yield RESULT
+
+        world.script = cancelled_meanwhile
+        job = await world.submit()
+        assert (await world.ended(job)).state == "cancelled"
+        while world.runner._running:
+            await asyncio.sleep(0.01)
+        assert list((tmp_path / "outputs").glob("*.mp4")) == []
+
+    live(tmp_path, draws, story)
+
+
+def failing(*errors: Exception) -> Script:
+    left = list(errors)
+
+    async def script(request: GenerationRequest) -> AsyncGenerator[Report]:
+        if left:
+            raise left.pop(0)
+        yield RESULT
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("errors", "state", "code", "attempts"),
+    [
+        ([QueueFull("full")] * 5, "succeeded", None, 1),
+        ([ModelUnavailable("asleep")] * 2, "succeeded", None, 3),
+        ([ModelUnavailable("asleep")] * 3, "failed", "model_unavailable", 3),
+        ([RequestFailed("rank 1: MemoryError")], "failed", "generation_failed", 1),
+        ([GangLost("twice")], "failed", "request_quarantined", 1),
+        ([ZeroDivisionError("secret detail")], "failed", "internal_error", 1),
+    ],
+)
+def test_an_error_decides_what_becomes_of_the_job(
+    tmp_path: Path, errors: list[Exception], state: str, code: str | None, attempts: int
+) -> None:
+    async def story(world: World) -> None:
+        done = await world.ended(await world.submit())
+        assert (done.state, done.error and done.error.code, done.attempt) == (state, code, attempts)
+        assert "secret" not in str(done.error)
+
+    live(tmp_path, failing(*errors), story)
+
+
+def test_lost_gangs_are_counted_if_they_had_begun(tmp_path: Path) -> None:
+    async def unlucky(request: GenerationRequest) -> AsyncGenerator[Report]:
+        yield Restarted(2, "moved", begun=False)
+        yield Restarted(3, "rank 0 died", begun=True)
+        yield RESULT
+
+    async def story(world: World) -> None:
+        done = await world.ended(await world.submit())
+        assert (done.state, done.gang_losses) == ("succeeded", 1)
+
+        async def poisoned(request: GenerationRequest) -> AsyncGenerator[Report]:
+            for attempt in (2, 3, 4):
+                yield Restarted(attempt, "rank 0 died", begun=True)
+            yield RESULT
+
+        world.script = poisoned
+        lost = await world.ended(await world.submit())
+        assert (lost.state, lost.gang_losses, lost.error and lost.error.code) == ("failed", 2, "request_quarantined")
+
+    live(tmp_path, unlucky, story)
+
+
+def test_what_is_drawn_while_the_store_is_away_is_published_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = True
+    ask = Jobs.ask
+
+    async def sometimes(jobs: Jobs, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if away and call in (JobStore.renew, JobStore.publish):
+            refused.append(call)
+            if call is JobStore.publish:
+                seen.set()
+            raise JobsUnavailable("away")
+        return await ask(jobs, call, *args, **kwargs)
+
+    refused: list[Any] = []
+    seen = asyncio.Event()
+    monkeypatch.setattr(Jobs, "ask", sometimes)
+
+    async def story(world: World) -> None:
+        nonlocal away
+        job = await world.submit()
+        await asyncio.wait_for(seen.wait(), 10)
+        assert JobStore.renew in refused
+        away = False
+        assert (await world.ended(job)).state == "succeeded"
+        assert len(world.asked) == 1
+
+    live(tmp_path, draws, story)
+
+
+def test_outputs_that_cannot_be_written_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(outputs: OutputStore, content: bytes, kind: str) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OutputStore, "keep", full)
+
+    async def story(world: World) -> None:
+        done = await world.ended(await world.submit())
+        assert (done.state, done.attempt) == ("failed", 3)
+        assert done.error is not None
+        assert "No space left on device" in done.error.message
+
+    live(tmp_path, draws, story)
+
+
+def test_the_jobs_of_a_gateway_that_is_gone_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+
+    async def story(world: World) -> None:
+        other = Jobs()
+        other.follow(str(tmp_path / "jobs"), None, 1000.0)
+        await world.jobs.ask(JobStore.counts)
+        assert world.jobs._own is not None
+        world.jobs._own._database._patience_s = 0.0
+        job, _ = await other.ask(JobStore.submit, new_job(REQUEST, "ann"))
+        (taken,) = await other.ask(JobStore.claim, {"film": 1}, "gateway-0", 0.1)
+        world.runner.wake()
+        done = await world.ended(job)
+        assert (done.state, done.attempt, done.runner) == ("succeeded", 2, "gateway-1")
+        assert world.asked[0][1].seed == request_of(taken).seed
+
+    live(tmp_path, draws, story)

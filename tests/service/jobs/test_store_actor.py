@@ -1,0 +1,133 @@
+"""The store's actor on a real Ray, which is killed while gateways submit; and PostgreSQL, which has none."""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from deploy.spec import SpecError
+from service.jobs.store import JobStore
+from service.jobs.store_actor import Jobs, StoreActor
+from service.rollout.cluster_folder import place
+from tests.service.jobs.stores import FILM, LEASE_S, new_job
+from tests.support.postgres import Postgres
+from workers.errors import JobNotFound
+
+KILLS = 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place())
+    ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def gateway(folder: Path | None) -> Jobs:
+    jobs = Jobs()
+    jobs.follow(str(folder) if folder else None, None, 60.0)
+    return jobs
+
+
+class Tells(StoreActor):
+    """Says in which process it is."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.processes
+def test_every_gateway_reaches_the_same_jobs(cluster: None, tmp_path: Path) -> None:
+    async def story() -> None:
+        one, two = gateway(tmp_path), gateway(tmp_path)
+        job, _ = await one.ask(JobStore.submit, new_job())
+        (held,) = await two.ask(JobStore.claim, {"film": 1}, "two", LEASE_S)
+        done = await two.ask(JobStore.publish, job.id, held.fence, [FILM], {})
+        assert await one.ask(JobStore.get, job.id, "ann") == done
+        with pytest.raises(JobNotFound, match="of yours"):
+            await one.ask(JobStore.get, job.id, "bob")
+
+    asyncio.run(story())
+
+
+@pytest.mark.processes
+def test_nothing_starts_before_the_first_job_unless_there_may_be_old_ones(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+
+    async def story() -> None:
+        first, second = gateway(None), gateway(None)
+        assert not await first.in_use()
+        await first.ask(JobStore.submit, new_job())
+        assert await first.in_use()
+        assert await second.in_use()  # hears of it
+        assert await gateway(tmp_path / "of last week").in_use()
+
+    asyncio.run(story())
+
+
+@pytest.mark.processes
+def test_what_was_acknowledged_outlives_the_actor(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.store_actor.StoreActor", Tells)
+    monkeypatch.setattr("service.jobs.store_actor.PAUSE_S", 0.05)
+    acknowledged: list[str] = []
+
+    async def submit(jobs: Jobs, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            acknowledged.append((await jobs.ask(JobStore.submit, new_job()))[0].id)
+
+    async def story() -> None:
+        jobs, stop = [gateway(tmp_path), gateway(tmp_path)], asyncio.Event()
+        await jobs[0].ask(JobStore.counts)
+        actor = jobs[0]._actor
+        async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+            for each in jobs:
+                group.create_task(submit(each, stop))
+            for _ in range(KILLS):
+                so_far = len(acknowledged)
+                pid = await asyncio.to_thread(ray.get, actor.pid.options(max_task_retries=-1).remote())
+                while len(acknowledged) < so_far + 5:
+                    await asyncio.sleep(0.01)
+                os.kill(pid, signal.SIGKILL)
+            so_far = len(acknowledged)
+            while len(acknowledged) < so_far + 5:
+                await asyncio.sleep(0.01)
+            stop.set()
+        page = await jobs[0].ask(JobStore.page, None, limit=100_000)
+        found = [job.id for job in page.jobs]
+        assert len(acknowledged) >= 5 * KILLS
+        assert sorted(found) == sorted(acknowledged)  # none is missing, and none is there twice
+        ray.kill(actor)
+
+    asyncio.run(story())
+
+
+def test_gateways_ask_postgres_themselves(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBS_URL", postgres.url)
+
+    async def story() -> None:
+        jobs = Jobs()
+        jobs.follow(None, "JOBS_URL", 60.0)
+        job, _ = await jobs.ask(JobStore.submit, new_job())
+        assert (await jobs.ask(JobStore.get, job.id, "ann")) == job
+        assert jobs._own is not None
+        jobs._own.close()
+
+    asyncio.run(story())
+
+
+def test_a_variable_without_a_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JOBS_URL", raising=False)
+    with pytest.raises(SpecError, match="JOBS_URL"):
+        Jobs().follow(None, "JOBS_URL", 60.0)
