@@ -122,6 +122,59 @@ class CanceledRequest(Answer):
     canceled: Literal[True]
 
 
+class VideoError(Answer):
+    """Why a video was not made."""
+
+    code: str = Field(description="a stable word for programs")
+    message: str
+
+
+class Video(Answer):
+    """OpenAI's Video; what follows `size` is spray's."""
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(description="percent of the denoising steps; 100 when the video is there")
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = Field(description="when the video and this record are removed; null: it has not ended")
+    error: VideoError | None = Field(description="of a video that failed, was cancelled or missed its deadline")
+    prompt: str
+    remixed_from_video_id: str | None
+    seconds: str
+    size: str = Field(description="WIDTHxHEIGHT")
+    seed: int
+    num_frames: int
+    fps: int
+    priority: Literal["interactive", "standard", "batch"]
+    position: int = Field(description="1 for the next of its model's jobs; 0: it does not wait, or was not asked")
+    step: int = Field(description="denoising steps done by this attempt")
+    total_steps: int
+    attempt: int = Field(description="how often it was begun")
+    metrics: Metrics | None
+    warnings: list[str]
+
+
+class VideoList(Answer):
+    """Some videos."""
+
+    object: Literal["list"]
+    data: list[Video]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class VideoDeleted(Answer):
+    """A video that is gone."""
+
+    id: str
+    object: Literal["video.deleted"]
+    deleted: Literal[True]
+
+
 class Alive(Answer):
     """The gateway's process answers, whatever its models do."""
 

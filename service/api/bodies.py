@@ -204,6 +204,27 @@ class VideoGenerationBody(GenerationBody):
     fps: Whole | None = Field(None, ge=1, le=120, description="frames per second; absent: the model's default")
 
 
+def _no_stream(given: bool) -> bool:
+    if given:
+        raise ValueError("must be false: the answer is a job, which can be asked for how it is doing")
+    return given
+
+
+class VideoJobBody(VideoGenerationBody):
+    """Body of `POST /v1/videos`. Its answer is a job, so what is for answers with the video itself is refused."""
+
+    response_format: Literal["file"] | None = Field(None, description="file: the bytes, at the job's content")
+    stream: Annotated[bool, AfterValidator(_no_stream)] = Field(
+        False, description="false: the answer is the job", json_schema_extra={"const": False}
+    )
+    priority: Literal["interactive", "standard", "batch"] = Field(
+        "standard", description="interactive jobs overtake others, until those have waited long enough"
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, le=31_536_000, description="seconds after which the video is worth nothing; then the job expires"
+    )
+
+
 Kind = TypeVar("Kind", bound=GenerationBody)
 
 

@@ -13,14 +13,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 
 from service.api.answers import ErrorResponse
-from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody
+from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody, VideoJobBody
 from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
 from service.api.once import KEY_HEADER, LONGEST
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
 from service.api.page import page
 from workers.errors import NotSupported
 
-BODIES = (ImageGenerationBody, VideoGenerationBody)
+BODIES = (ImageGenerationBody, VideoGenerationBody, VideoJobBody)
 REF = "#/components/schemas/{model}"
 
 BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}

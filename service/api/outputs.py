@@ -49,12 +49,26 @@ async def retrieve_output(
 ) -> Response:
     """A picture, a video or a zip of pictures, until its URL expires."""
     file = await asyncio.to_thread(backend.outputs.find, name, expires, signature)
-    size, etag = file.stat().st_size, f'"{name}"'
+    return send_file(http, file, f'inline; filename="{name}"')
+
+
+def send_file(http: Request, file: Path, disposition: str) -> Response:
+    """A file, or the range of it that the request asks for.
+
+    Args:
+        http: the request, with its conditions.
+        file: of the store of outputs.
+        disposition: the header `content-disposition`.
+
+    Raises:
+        HTTPException: 416, the file has not the range.
+    """
+    size, etag = file.stat().st_size, f'"{file.name}"'
     headers = {
         "etag": etag,
         "accept-ranges": "bytes",
         "cache-control": "private, immutable",
-        "content-disposition": f'inline; filename="{name}"',
+        "content-disposition": disposition,
         "x-content-type-options": "nosniff",
     }
     if _has(http, etag):

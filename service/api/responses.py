@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deploy.spec import ModelSpec
+from service.jobs.records import Job, State
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 if TYPE_CHECKING:
@@ -97,6 +98,46 @@ def completed_events(request: GenerationRequest, response: Mapping[str, Any]) ->
 
 def _subject(request: GenerationRequest) -> str:
     return "video_generation" if is_video(request) else "image_generation"
+
+
+STATUS_OF: Mapping[State, str] = {"queued": "queued", "running": "in_progress", "succeeded": "completed"}
+"""OpenAI's word for each state; all others are failures with a code of their own."""
+
+
+def video_object(job: Job, position: int = 0) -> dict[str, Any]:
+    """OpenAI's Video.
+
+    Args:
+        job: of kind video.
+        position: among the jobs that wait for its model; 0: it does not wait, or nobody has asked.
+    """
+    asked, done = job.request, job.state == "succeeded"
+    percent = 100 if done else min(99, 100 * job.step // max(1, job.total_steps))
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": STATUS_OF.get(job.state, "failed"),
+        "progress": percent,
+        "created_at": int(job.created_at),
+        "completed_at": int(job.ended_at) if done and job.ended_at else None,
+        "expires_at": int(job.expires_at) if job.expires_at else None,
+        "error": {"code": job.error.code, "message": job.error.message} if job.error else None,
+        "prompt": asked["prompt"],
+        "remixed_from_video_id": None,
+        "seconds": f"{asked['num_frames'] / asked['fps']:g}",
+        "size": f"{asked['width']}x{asked['height']}",
+        "seed": asked["seed"],
+        "num_frames": asked["num_frames"],
+        "fps": asked["fps"],
+        "priority": job.priority,
+        "position": position,
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "attempt": job.attempt,
+        "metrics": dict(job.metrics) or None,
+        "warnings": list(job.warnings),
+    }
 
 
 def model_object(model: ModelSpec, state: "ModelState | None") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Paths and bodies are OpenAI's. Every error, that of an unknown path included, comes in OpenAI's envelope.
 """
 
+from collections import defaultdict
 from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import ASGIApp
 
-from service.api import cluster, images, models, openapi, outputs, requests, videos
+from service.api import cluster, images, models, openapi, outputs, requests, video_jobs, videos
 from service.api.backend import Backend, require_key, require_own_host
 from service.api.cors import AllowedPages
 from service.api.disconnect import CancelWhenGone
@@ -46,7 +47,7 @@ def rest_app(backend: Backend) -> FastAPI:
     app.add_exception_handler(SprayError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])  # here, so that no new route can forget it
-    for subject in (images, videos, models, requests, cluster):
+    for subject in (images, videos, video_jobs, models, requests, cluster):
         v1.include_router(subject.router)
     app.include_router(v1)
     app.include_router(outputs.router, prefix="/v1", dependencies=[Depends(require_own_host)])  # URLs are signed
@@ -76,8 +77,15 @@ async def _answer_http_error(http: Request, error: Exception) -> Response:
     message = f"{http.method} {http.url.path}: {error.detail}"
     body = envelope(message, "invalid_request_error", None, CODES.get(error.status_code))
     headers = {"x-should-retry": "false"} | dict(error.headers or {})
-    if error.status_code == 405:  # Starlette names the methods of the first route alone
-        routes = iter_route_contexts(http.app.routes)
-        same = (route for route in routes if compile_path(str(route.path))[0].match(http.url.path))
-        headers["allow"] = ", ".join(sorted({method for route in same for method in route.methods or ()}))
+    if error.status_code == 405:  # Starlette names the methods of the first of the path's routes
+        headers["Allow"] = ", ".join(sorted(_methods(http)))
     return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _methods(http: Request) -> set[str]:
+    """All methods that a path has: those of its own routes, or else of the routes whose parameters it fits."""
+    path, methods = http.scope["path"], defaultdict[str, set[str]](set)
+    for route in iter_route_contexts(http.app.routes):
+        methods[str(route.path)] |= set(route.methods or ())
+    fitting = [methods[known] for known in methods if compile_path(known)[0].match(path)]
+    return methods[path] if path in methods else set().union(*fitting)

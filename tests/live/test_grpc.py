@@ -193,6 +193,21 @@ def test_a_video_is_the_same_bytes_over_rest_and_grpc(
     assert sum(event.HasField("progress") for event in events) == 2
 
 
+def test_a_video_job_draws_the_same_bytes_for_its_own_key_alone(cluster: LocalCluster) -> None:
+    film = {"model": "film", "num_inference_steps": 2, "num_frames": 5, "fps": 8, "size": "64x64"}
+    job = rest(cluster, "videos", **film).json()
+    url, own = f"{cluster.url}/v1/videos/{job['id']}", {"authorization": f"Bearer {KEY}"}
+    done = wait_for(
+        lambda: httpx.get(url, headers=own, trust_env=False).json(),
+        lambda video: video["status"] not in ("queued", "in_progress"),
+    )
+    assert (done["status"], done["error"], done["attempt"], done["step"]) == ("completed", None, 1, 2)
+    content = httpx.get(f"{url}/content", headers=own, trust_env=False).content
+    assert content == rest(cluster, "videos/sync", **film).content
+    another = {"authorization": "Bearer another"}
+    assert httpx.get(url, headers=another, trust_env=False).status_code == 404
+
+
 def test_errors_have_their_status_and_details(stub: services.MediaGenerationServiceStub) -> None:
     """Both kinds of call, as Serve's proxy treats them differently."""
     unary = pb.GenerateImageRequest(params=pb.GenerationParams(**CUP, strength=0.5))
