@@ -70,6 +70,7 @@ bench: $(READY)
 	  && $(BIN)/python -m tests.benchmarks.autoscale && $(BIN)/python -m tests.benchmarks.replacements \
 	  && $(BIN)/python -m tests.benchmarks.batched_guidance && $(BIN)/python -m tests.benchmarks.gateways \
 	  && $(BIN)/python -m tests.benchmarks.api \
+	  && $(BIN)/python -m tests.benchmarks.jobs \
 	  && $(BIN)/python -m tests.benchmarks.fake_cuda && $(BIN)/python -m tests.benchmarks.previews
 
 $(READY): $(ROOT)pyproject.toml $(ROOT)constraints.txt

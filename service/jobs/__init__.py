@@ -6,6 +6,9 @@
     store.py        submits, claims, publishes, lists: each call is one transaction of database.py
     queries.py      how jobs are found
     transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
+    store_actor.py  the store as gateways reach it: one actor that owns the file, or PostgreSQL
+    requests.py     the request of a job as JSON
+    runner.py       claims and runs jobs in a gateway, and publishes their outputs
 
 A job is committed before its caller hears of it. Whoever runs it holds a lease and a fence: without a word for the
 length of the lease the job is queued again, and its former runner can change nothing anymore. This file imports

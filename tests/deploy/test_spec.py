@@ -388,3 +388,12 @@ def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:
     (damaged / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(SpecError, match=r"a: .*/vae/.*safetensors \(0 bytes\) is not a whole safetensors file"):
         check_deployment(DeploymentSpec(models=(model.model_copy(update={"source": str(damaged)}),)), devices, 2**40)
+
+
+def test_jobs_are_kept_in_one_place() -> None:
+    assert Storage(jobs="/jobs").jobs_url_env is None
+    assert Storage(jobs_url_env="JOBS_URL").jobs is None
+    with pytest.raises(ValueError, match="jobs is /jobs and jobs_url_env is JOBS_URL; leave one of them out"):
+        Storage(jobs="/jobs", jobs_url_env="JOBS_URL")
+    with pytest.raises(ValueError, match="jobs"):
+        Storage(jobs="relative")
