@@ -19,10 +19,10 @@ from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
 from service.api.schemas import find_model, to_request
-from service.jobs.records import Job
+from service.jobs.records import ID, Job
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
-from workers.errors import JobNotFound, JobNotReady
+from workers.errors import InvalidParameter, JobNotFound, JobNotReady
 
 router = APIRouter(prefix="/videos")
 
@@ -61,6 +61,8 @@ async def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """The caller's videos, the newest first."""
+    if after is not None and not ID.fullmatch(after):
+        raise InvalidParameter("after", f"after must be the id of a video, got {after[:60]!r}")
     page = await backend.jobs.ask(
         JobStore.page, backend.caller(), kind="video", after=after, limit=limit, ascending=order == "asc"
     )
@@ -112,6 +114,8 @@ async def delete_video(backend: Served, video_id: str) -> dict[str, Any]:
 
 
 async def _find(backend: Backend, video_id: str) -> Job:
+    if not ID.fullmatch(video_id):  # databases do not take every text
+        raise JobNotFound(f"{video_id[:60]!r} is no video")
     job = await backend.jobs.ask(JobStore.get, video_id, backend.caller())
     if job.kind != "video":
         raise JobNotFound(f"{video_id!r} is no video")

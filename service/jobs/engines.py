@@ -40,6 +40,7 @@ def open_sqlite(file: Path) -> sa.Engine:
         pool_size=1,
         max_overflow=0,
         connect_args={"timeout": BUSY_S},
+        hide_parameters=True,  # errors are logged, and prompts should not be
     )
     sa.event.listen(engine, "connect", _set_up_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
@@ -84,7 +85,7 @@ def open_postgres(url: str) -> sa.Engine:
         pool_pre_ping=True,  # the server may have been restarted
         pool_timeout=CONNECT_S,
         connect_args={"connect_timeout": CONNECT_S},
-        hide_parameters=True,  # errors are logged, and prompts should not be
+        hide_parameters=True,
     )
     with engine.begin() as connection:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))

@@ -4,6 +4,7 @@
 store: gateways need not agree on the time.
 """
 
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ has waited for long enough is overtaken by nobody."""
 MAX_ATTEMPTS = 3
 MAX_GANG_LOSSES = 2
 """What one job may cost. Then it fails as QUARANTINED."""
+
+ID = re.compile("job_[0-9a-f]{44}")
+"""Of a job; see `new_id`."""
 
 QUARANTINED = "request_quarantined"
 DEADLINE = "deadline_exceeded"

@@ -150,3 +150,9 @@ def test_pages_follow_each_other(url: str) -> None:
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (ids[:1], False)
     assert [each["id"] for each in httpx.get(url, params={"order": "asc"}).json()["data"]] == ids
     assert httpx.get(url, params={"limit": 0}).status_code == 400
+
+
+def test_what_is_no_id_does_not_reach_the_database(url: str) -> None:
+    missing, wrong = httpx.get(f"{url}/%00"), httpx.get(f"{url}?after=%00")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "after")

@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 
 from service.jobs import engines
 from service.jobs.engines import open_postgres, open_sqlite
-from service.jobs.records import JobError, KeyReused, LeaseLost, new_id
+from service.jobs.records import ID, JobError, KeyReused, LeaseLost, new_id
 from service.jobs.store import JobStore
 from service.jobs.tables import metadata
 from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, LEASE_S, Clock, new_job, open_engine, take
@@ -30,6 +30,13 @@ def test_a_job_is_what_was_submitted(store: JobStore, clock: Clock) -> None:
     assert found == job
     assert json.loads(json.dumps(dict(found.request))) == odd
     assert (found.state, found.deadline_at, found.work) == ("queued", clock.now + 60, 2**60)
+
+
+def test_ids_sort_by_age_and_look_alike() -> None:
+    ids = [new_id() for _ in range(3)]
+    assert all(ID.fullmatch(each) for each in ids)
+    assert len(set(ids)) == 3
+    assert ids[0][:16] <= ids[2][:16]
 
 
 def test_nobody_sees_jobs_of_others(store: JobStore) -> None:
