@@ -55,6 +55,11 @@ AWAY_S = 1.0
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown)
 """Of no account for a job: it waits longer."""
 
+
+class NotWritten(Exception):
+    """The outputs of a job cannot be written."""
+
+
 Generate = Callable[[str, GenerationRequest], AsyncGenerator[Report]]
 
 
@@ -124,7 +129,7 @@ class Runner:
             logger.info("job %s is not run here anymore", job.id)
         except NOT_BEGUN as error:
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
-        except (ModelUnavailable, OSError) as error:
+        except (ModelUnavailable, NotWritten) as error:
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
         except Exception as error:
             if not isinstance(error, SprayError):
@@ -175,7 +180,7 @@ class Runner:
 
         Raises:
             LeaseLost: the job is not this runner's anymore. Its outputs are removed.
-            OSError: they cannot be written.
+            NotWritten: they cannot be written.
         """
         kind = str(request_of(job).output_format)
         made: list[JobOutput] = []
@@ -191,9 +196,11 @@ class Runner:
                     return
                 except JobsUnavailable:
                     await asyncio.sleep(AWAY_S)
-        except (LeaseLost, OSError):
+        except (LeaseLost, OSError) as error:
             for output in made:
                 await asyncio.to_thread(self._outputs.discard, output.name)
+            if isinstance(error, OSError):
+                raise NotWritten(error.strerror or str(error)) from error
             raise
 
 
@@ -204,6 +211,6 @@ def _told(error: Exception) -> JobError:
     if isinstance(error, GangLost):
         code = QUARANTINED
     message = str(error) if isinstance(error, SprayError) else "the server made a mistake; its log has the details"
-    if isinstance(error, OSError):
-        message = f"the outputs cannot be written: {error.strerror or error}"
+    if isinstance(error, NotWritten):
+        message = f"the outputs cannot be written: {error}"
     return JobError(code, message, getattr(error, "param", None))
