@@ -71,13 +71,22 @@ async def begin(backend: Backend, request: GenerationRequest, key: str | None) -
     """
     if key is None:
         return Attempt(backend.generate(request))
-    if not (0 < len(key) <= LONGEST and key.isascii() and key.isprintable()):
-        raise InvalidParameter(KEY_HEADER, f"{KEY_HEADER} must be 1 to {LONGEST} printable characters of ASCII")
+    check_key(key)
     once = _Once(backend, request, key)
     claim = await once.claim(0.0)
     if claim.state == "mine":
         return Attempt(once.work(claim.seed))
     return Attempt(within(request.deadline_at, once.wait()), {REPLAYED_HEADER: "true"})
+
+
+def check_key(key: str) -> None:
+    """Refuse what is no key.
+
+    Raises:
+        InvalidParameter: it is none.
+    """
+    if not (0 < len(key) <= LONGEST and key.isascii() and key.isprintable()):
+        raise InvalidParameter(KEY_HEADER, f"{KEY_HEADER} must be 1 to {LONGEST} printable characters of ASCII")
 
 
 class _Once:

@@ -64,8 +64,13 @@ READING_ERRORS = {status: said for status, said in ERRORS.items() if status not 
 """Those of the others."""
 
 
-def takes(kind: type[GenerationBody]) -> dict[str, Any]:
-    """The description of a route's body and headers, for `openapi_extra`."""
+def takes(kind: type[GenerationBody], answered: bool = True) -> dict[str, Any]:
+    """The description of a route's body and headers, for `openapi_extra`.
+
+    Args:
+        kind: of the body.
+        answered: the caller waits for what is made; else it is a job.
+    """
     schema = {"$ref": REF.format(model=kind.__name__)}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
     patience = {
@@ -80,9 +85,12 @@ def takes(kind: type[GenerationBody]) -> dict[str, Any]:
         "in": "header",
         "required": False,
         "schema": {"type": "string", "pattern": "^[!-~]+$", "maxLength": LONGEST},
-        "description": "the same request with the same key is done once, and gets the same answer for a day",
+        "description": "the same request with the same key is done once, and gets the same answer",
     }
-    return {"requestBody": {"required": True, "content": content}, "parameters": [patience, once]}
+    return {
+        "requestBody": {"required": True, "content": content},
+        "parameters": [patience, once] if answered else [once],
+    }
 
 
 def event_stream(description: str) -> dict[str, Any]:

@@ -13,16 +13,18 @@ from fastapi.responses import Response
 from service.api.answers import Video, VideoDeleted, VideoList
 from service.api.backend import Backend, Served
 from service.api.bodies import VideoJobBody
+from service.api.once import KEY_HEADER, REPLAYED_HEADER, check_key
 from service.api.openapi import BYTES, ERRORS, READING_ERRORS, takes
 from service.api.origin import request_id
 from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
 from service.api.schemas import find_model, to_request
-from service.jobs.records import ID, Job
+from service.jobs.records import ID, Job, KeyReused
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
-from workers.errors import InvalidParameter, JobNotFound, JobNotReady
+from service.state.quarantine import fingerprint
+from workers.errors import IdempotencyKeyReused, InvalidParameter, JobNotFound, JobNotReady
 
 router = APIRouter(prefix="/videos")
 
@@ -35,7 +37,7 @@ QUERY_ERRORS = READING_ERRORS | {400: ERRORS[400]}
 FILE: dict[int | str, dict[str, Any]] = {200: {"description": "the MP4", "content": {"video/mp4": {"schema": BYTES}}}}
 
 
-@router.post("", response_model=Video, responses=ERRORS, openapi_extra=takes(VideoJobBody))
+@router.post("", response_model=Video, responses=ERRORS, openapi_extra=takes(VideoJobBody, answered=False))
 async def create_video(
     http: Request,
     response: Response,
@@ -43,13 +45,20 @@ async def create_video(
     body: Annotated[VideoJobBody, Depends(reader(VideoJobBody))],
 ) -> dict[str, Any]:
     """Accept a video. It is kept on disk when this answers."""
+    key = http.headers.get(KEY_HEADER)
+    if key is not None:
+        check_key(key)
     request = to_request(body, find_model(backend.models(), body.model), request_id(http))
     backend.charge(request)
     await asyncio.to_thread(backend.outputs.prepare)
-    submitted = new_job(request, backend.caller(), body.priority, body.deadline_s)
-    job, _ = await backend.jobs.ask(JobStore.submit, submitted)
+    known_as = fingerprint(backend.caller(), request)
+    submitted = new_job(request, backend.caller(), body.priority, body.deadline_s, key, known_as)
+    try:
+        job, fresh = await backend.jobs.ask(JobStore.submit, submitted)
+    except KeyReused as error:
+        raise IdempotencyKeyReused(str(error)) from None
     backend.runner.wake()
-    response.headers.update(POLL | ignored_header(body.ignored))
+    response.headers.update(POLL | ignored_header(body.ignored) | ({} if fresh else {REPLAYED_HEADER: "true"}))
     return video_object(job)
 
 

@@ -152,6 +152,18 @@ def test_pages_follow_each_other(url: str) -> None:
     assert httpx.get(url, params={"limit": 0}).status_code == 400
 
 
+def test_the_same_key_is_the_same_video(url: str) -> None:
+    key = {"idempotency-key": "k"}
+    body = {"model": "film", "prompt": "a cup"}  # its seed is drawn
+    first, again = (httpx.post(url, json=body, headers=key) for _ in range(2))
+    assert first.json()["id"] == again.json()["id"]
+    assert [each.headers.get("idempotency-replayed") for each in (first, again)] == [None, "true"]
+    other = httpx.post(url, json=body | {"prompt": "another"}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
+    assert httpx.post(url, json=body, headers={"idempotency-key": "k" * 256}).status_code == 400
+    assert len(httpx.get(url).json()["data"]) == 1
+
+
 def test_what_is_no_id_does_not_reach_the_database(url: str) -> None:
     missing, wrong = httpx.get(f"{url}/%00"), httpx.get(f"{url}?after=%00")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
