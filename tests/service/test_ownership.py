@@ -45,7 +45,16 @@ OWN = {"GET /v1/requests", "GET /v1/requests/{id}", "DELETE /v1/requests/{id}"}
 BY_SIGNATURE = {"GET /v1/outputs/{name}", "HEAD /v1/outputs/{name}"}
 """Whoever has the URL, which nobody guesses, and no other."""
 
-CREATES = {f"POST {IMAGES}", f"POST {VIDEOS}"}
+JOBS = {
+    "GET /v1/videos",
+    "GET /v1/videos/{video_id}",
+    "DELETE /v1/videos/{video_id}",
+    "GET /v1/videos/{video_id}/content",
+    "POST /v1/videos/{video_id}/cancel",
+}
+"""What a key has made, and no other, not even an operator's."""
+
+CREATES = {f"POST {IMAGES}", f"POST {VIDEOS}", "POST /v1/videos"}
 
 NO_JOBS = {"CreateJob", "GetJob", "ListJobs", "WatchJob", "CancelJob", "DeleteJob", "DownloadOutput"}
 """RPCs that answer UNIMPLEMENTED to everybody with a key."""
@@ -103,7 +112,7 @@ def test_the_walk_has_every_route_and_every_rpc() -> None:
     """A new one must be put into its set, and walked below."""
     routes = iter_route_contexts(rest_app(None).routes)  # type: ignore[arg-type]
     found = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
-    assert found == OPEN | EVERYBODYS | ADMINS | OWN | BY_SIGNATURE | CREATES
+    assert found == OPEN | EVERYBODYS | ADMINS | OWN | BY_SIGNATURE | JOBS | CREATES
     assert {name for name, _ in methods(pb.DESCRIPTOR)} == RPCS | NO_JOBS
 
 
@@ -131,6 +140,35 @@ def test_each_key_sees_cancels_and_downloads_its_own(gates: list[Gateway], tmp_p
             assert not bobs.done()
             assert (await one.delete(f"/v1/requests/{owners['bob']}", headers=ROOT)).status_code == 200
             assert (await bobs).status_code == 499
+
+    asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_each_key_has_its_own_jobs(gates: list[Gateway], tmp_path: Path) -> None:
+    async def story() -> None:
+        async with opened(gates, tmp_path / "keys.yaml") as (one, two):
+            job = (await one.post("/v1/videos", json=BODY, headers=ALICE)).json()["id"]
+            unknown = f"job_{'0' * 44}"
+            for route in JOBS:
+                method, path = route.split(" ")
+                assert (await two.request(method, path.replace("{video_id}", job))).status_code == 401
+                for key in (BOB, ROOT):
+                    answers = [
+                        await two.request(method, path.replace("{video_id}", each), headers=key)
+                        for each in (job, unknown)
+                    ]
+                    if "{video_id}" not in path:
+                        assert answers[0].json()["data"] == []
+                        continue
+                    assert [answer.status_code for answer in answers] == [404, 404]
+                    said = [answer.json()["error"]["message"] for answer in answers]
+                    assert said[0].replace(job, unknown) == said[1]  # it does not even learn that there is one
+            done = await until(
+                lambda: two.get(f"/v1/videos/{job}", headers=ALICE),
+                lambda answer: answer.json()["status"] == "completed",
+            )
+            content = await one.get(f"/v1/videos/{job}/content", headers=ALICE)
+            assert content.content == str(done.json()["seed"]).encode()
 
     asyncio.run(asyncio.wait_for(story(), 120))
 
