@@ -141,6 +141,12 @@ PROTECTED = [
     ("GET", "/v1/requests"),
     ("GET", "/v1/requests/{id}"),
     ("DELETE", "/v1/requests/{id}"),
+    ("GET", "/v1/videos"),
+    ("POST", "/v1/videos"),
+    ("GET", "/v1/videos/{video_id}"),
+    ("DELETE", "/v1/videos/{video_id}"),
+    ("GET", "/v1/videos/{video_id}/content"),
+    ("POST", "/v1/videos/{video_id}/cancel"),
 ]
 
 KEYLESS = {"/livez", "/readyz", "/health", "/docs", "/openapi.json", "/v1/outputs/{name}"}
