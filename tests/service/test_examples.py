@@ -91,7 +91,7 @@ def test_curl(server: str, tmp_path: Path, number: int) -> None:
 
 def test_there_are_examples() -> None:
     assert len(CURLS) >= 10
-    assert len(PROGRAMS) == 2
+    assert len(PROGRAMS) == 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -99,5 +99,5 @@ def test_python(server: str, tmp_path: Path, program: str) -> None:
     command = [sys.executable, "-c", program.replace(AT, server)]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert found.returncode == 0, found.stderr
-    (made,) = tmp_path.iterdir()
+    (made,) = tmp_path.glob("cup.*")
     assert made.read_bytes() == b"picture 7"
