@@ -13,7 +13,7 @@ keeps its share of the values, and reads no weights again for a schedule that it
         model(**prompted)
         model(**unprompted)    # its layers return what the first forward has computed
 
-Keeping is by value, not by request, so requests may take steps in turns; one row serves any batch. A product of all
+Keeping is by value, not by request, so requests may take steps in turns; a batch is kept as one row. A product of all
 steps at once would save the first request, too, but not give the same bits, and it needs each model's way from a
 timestep to its embedding.
 
@@ -215,8 +215,8 @@ class _Modulations:
         return torch.cat([*(self._layers[i](given) for i in self._mine), given.new_zeros(len(given), missing)], dim=1)
 
     def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
-        """One row, which is that of all samples: they have the same timestep, and it is kept once for any batch."""
-        key = (timestep, embedding.shape[1:], embedding.dtype, embedding.device)
+        """One row, which is that of all samples: they have the same timestep."""
+        key = (timestep, embedding.shape, embedding.dtype, embedding.device)  # batches differ in their last bits
         if key not in self._kept:
             self._kept[key] = self._own(embedding[:1])
             self._kept_bytes += self._kept[key].nbytes
