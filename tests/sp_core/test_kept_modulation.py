@@ -81,7 +81,7 @@ def test_what_was_used_least_recently_is_not_kept(monkeypatch: pytest.MonkeyPatc
 def test_what_is_kept_of_a_batch_is_one_row() -> None:
     """Pictures of one request, and both branches of guidance in one forward, have one timestep.
 
-    Another size of the batch computes it anew: its last bits may differ, and a picture may not depend on what ran before.
+    Another batch computes it anew: its last bits may differ, and a picture may not depend on what ran before.
     """
     name, products = "qwen-image", MODULATED["qwen-image"]
     model: Any = examples.TINY[name].build()
