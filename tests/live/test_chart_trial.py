@@ -25,7 +25,7 @@ from tests.helm.chart import CHART, Values, profile, ray_service, render, with_v
 from tests.support.namespaces import joined_namespaces
 from tests.support.programs import needs_iproute
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(1500), needs_iproute]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500), needs_iproute]
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD, WORKER = "10.78.0.1", "10.78.0.2"

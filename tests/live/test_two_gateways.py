@@ -24,7 +24,7 @@ from tests.live.test_faults import hold
 from tests.live.test_metrics import scrape
 from tests.support.deployments import PATIENCE_S, deployment, model, on_rank, rank_statuses, ready, wait_for
 
-pytestmark = pytest.mark.fault
+pytestmark = pytest.mark.soak
 
 KEYS, CALLERS = 24, 6
 IN_FLIGHT = 2
