@@ -24,6 +24,7 @@ from service.cli.main import main
 from service.cli.options import UsageError
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
+from tests.support.processes import hear_signals
 from workers.messages import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
@@ -266,13 +267,23 @@ def test_ctrl_c_shows_what_was_measured(server: str, backend: OneAtATime, tmp_pa
     file = tmp_path / "found.json"
     command = [sys.executable, "-m", "service.cli.main", "bench", "--concurrency", "2", "--duration", "10m"]
     flags = ["--server", server, "--model", "one", "--json", str(file)]
-    running = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while backend.count < 10:
-        assert running.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    os.kill(running.pid, signal.SIGINT)
-    out, said = running.communicate(timeout=60)
+    running = subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
+    )
+    try:
+        until = time.monotonic() + 60
+        while backend.count < 10:
+            assert running.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        os.kill(running.pid, signal.SIGINT)
+        out, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, said
     assert out.splitlines()[1].split()[:3] == ["REQUESTS", "SENT", "OK"]
     assert "stopped" in said
