@@ -4,7 +4,10 @@ import asyncio
 import inspect
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +23,8 @@ from service.rollout import local_cluster as local
 from service.rpc.proxy import MOST_RECEIVED_BYTES, OPTIONS, SERVICES, at, prepare
 from tests.service.test_ports import SPEC
 from tests.support.listeners import listeners
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RELIED_ON = [
     (default_impl, "add_grpc_address"),
@@ -71,8 +76,13 @@ def test_a_proxys_grpc_listens_at_the_host_of_http(serve: None, held_port: int) 
 
 
 def test_without_preparation_it_listens_everywhere(held_port: int) -> None:
-    """The control. If this fails, Serve has learned to bind, and `prepare` may go."""
-    assert start(held_port) & {"::", "0.0.0.0"}
+    """The control. If this fails, Serve has learned to bind, and `prepare` may go.
+
+    In a process of its own: an earlier test may have prepared this one.
+    """
+    code = f"from tests.service.test_grpc_proxy import start; print(*start({held_port}))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(found.stdout.split()) & {"::", "0.0.0.0"}
 
 
 def test_where_the_host_is_not_seen_it_listens_nowhere(serve: None) -> None:
