@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from types import TracebackType
 from typing import Self
 
@@ -64,21 +65,10 @@ def within(seconds: float, call: Callable[[], object], name: str) -> None:
         TimeoutError: it has not returned in time; `name` says what it is.
         Exception: what the call raised.
     """
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    running = threading.Thread(target=run, name=f"spray: {name}", daemon=True)
-    running.start()
-    running.join(seconds)
-    if running.is_alive():
+    called = _in_thread(call, name, daemon=True)
+    if not futures.wait([called], seconds).done:
         raise TimeoutError(f"{name} did not end within {seconds:g} s")
-    if raised:
-        raise raised[0]
+    called.result()
 
 
 @contextlib.contextmanager
@@ -115,18 +105,23 @@ def aside(call: Callable[[], None], meanwhile: Callable[[], None]) -> None:
     Raises:
         Exception: what the call raised.
     """
-    raised: list[BaseException] = []
+    called = _in_thread(call, "aside", daemon=False)
+    while not called.done():
+        futures.wait([called], MEANWHILE_S)
+        meanwhile()
+    called.result()
+
+
+def _in_thread(call: Callable[[], object], name: str, daemon: bool) -> "futures.Future[None]":
+    called: futures.Future[None] = futures.Future()
 
     def run() -> None:
         try:
             call()
         except BaseException as error:
-            raised.append(error)
+            called.set_exception(error)
+        else:
+            called.set_result(None)
 
-    running = threading.Thread(target=run, name="spray: aside")
-    running.start()
-    while running.is_alive():
-        running.join(MEANWHILE_S)
-        meanwhile()
-    if raised:
-        raise raised[0]
+    threading.Thread(target=run, name=f"spray: {name}", daemon=daemon).start()
+    return called

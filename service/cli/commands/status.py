@@ -1,9 +1,11 @@
 """`spray ps`, `spray models`, `spray requests`: what a server says of itself. `spray cancel` ends a request."""
 
 import json
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 
 from service.cli.client import cancel_request, read_cluster, read_models, read_requests, server_url, understood
 from service.cli.options import AsJson, Server
@@ -12,38 +14,17 @@ from service.cli.output import cluster_table, models_table, requests_table, say,
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
     """Show the models, gangs and queues of a server, and the steps of what is running."""
-    at = server_url(server)
-    cluster = read_cluster(at)
-    if as_json:
-        print(json.dumps(cluster, indent=2), flush=True)
-        return
-    with understood(at, "GET /v1/cluster"):
-        table = cluster_table(cluster)
-    show(table)
+    _show("/v1/cluster", read_cluster, cluster_table, server, as_json)
 
 
 def models(server: Server = None, as_json: AsJson = False) -> None:
     """Show what each model of a server can be asked for."""
-    at = server_url(server)
-    listed = read_models(at)
-    if as_json:
-        print(json.dumps(listed, indent=2), flush=True)
-        return
-    with understood(at, "GET /v1/models"):
-        table = models_table(listed)
-    show(table)
+    _show("/v1/models", read_models, models_table, server, as_json)
 
 
 def requests(server: Server = None, as_json: AsJson = False) -> None:
     """Show the requests that wait or run: those of the key, or all if it has the scope admin."""
-    at = server_url(server)
-    listed = read_requests(at)
-    if as_json:
-        print(json.dumps(listed, indent=2), flush=True)
-        return
-    with understood(at, "GET /v1/requests"):
-        table = requests_table(listed)
-    show(table)
+    _show("/v1/requests", read_requests, requests_table, server, as_json)
 
 
 def cancel(
@@ -59,3 +40,20 @@ def cancel(
         ended = str(answer["id"])
     print(ended, flush=True)
     say("canceled; its gang is free within a step")
+
+
+def _show(
+    path: str,
+    read: Callable[[str], dict[str, Any]],
+    tabulate: Callable[[dict[str, Any]], Group],
+    server: str | None,
+    as_json: bool,
+) -> None:
+    at = server_url(server)
+    body = read(at)
+    if as_json:
+        print(json.dumps(body, indent=2), flush=True)
+        return
+    with understood(at, f"GET {path}"):
+        table = tabulate(body)
+    show(table)
