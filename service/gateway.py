@@ -197,16 +197,16 @@ class Gateway(GrpcMethods):
 
     async def find_requests(self) -> Found:
         """What waits and runs in any gateway. A key without the scope `admin` sees its own."""
-        told, silent = await self._colleagues.ask(("told", (self._sees(),)))
+        told, silent = await self._colleagues.ask(("told", (self.sees(),)))
         return Found(sorted((one for some in told for one in some), key=lambda one: one["since"]), silent)
 
     async def cancel(self, request_id: str) -> bool:
         """End a request, in whatever gateway it is; False: none has it, or it is another key's."""
-        found, _ = await self._colleagues.ask(("cancel", (request_id, self._sees())))
+        found, _ = await self._colleagues.ask(("cancel", (request_id, self.sees())))
         return any(found)
 
-    def _sees(self) -> str | None:
-        """The key whose requests this call may see; None: all."""
+    def sees(self) -> str | None:
+        """The name of the API key whose requests and jobs this call may see and end; None: all."""
         key = _caller.get()
         return None if key is None or key.admin else key.name
 

@@ -97,6 +97,9 @@ class Backend(Protocol):
     def caller(self) -> str:
         """The name of the API key that `admit` has found for this call; empty: none is needed."""
 
+    def sees(self) -> str | None:
+        """The name of the API key whose requests and jobs this call may see and end; None: all."""
+
     async def find_requests(self) -> Found:
         """What waits and runs in any gateway, as far as this caller may see it."""
 

@@ -1,7 +1,7 @@
 """Videos as jobs: `/v1/videos`, in OpenAI's shapes. A video that was accepted is kept until it has ended and expired.
 
-Every gateway knows every job; each caller sees its own. A video that failed is an answer with status 200, since asking
-for it succeeds.
+Every gateway knows every job; each caller sees its own, one with the scope `admin` all. A video that failed is an answer
+with status 200, since asking for it succeeds.
 """
 
 import asyncio
@@ -69,11 +69,11 @@ async def list_videos(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    """The caller's videos, the newest first."""
+    """The videos that the caller may see, the newest first."""
     if after is not None and not ID.fullmatch(after):
         raise InvalidParameter("after", f"after must be the id of a video, got {after[:60]!r}")
     page = await backend.jobs.ask(
-        JobStore.page, backend.caller(), kind="video", after=after, limit=limit, ascending=order == "asc"
+        JobStore.page, backend.sees(), kind="video", after=after, limit=limit, ascending=order == "asc"
     )
     data = [video_object(job) for job in page.jobs]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
@@ -106,7 +106,7 @@ async def download_video(
 async def cancel_video(backend: Served, video_id: str) -> dict[str, Any]:
     """End a video at its next step. One that has ended stays as it is."""
     await _find(backend, video_id)
-    job = await backend.jobs.ask(JobStore.cancel, video_id, backend.caller())
+    job = await backend.jobs.ask(JobStore.cancel, video_id, backend.sees())
     backend.runner.drop(video_id)
     return video_object(job)
 
@@ -115,7 +115,7 @@ async def cancel_video(backend: Served, video_id: str) -> dict[str, Any]:
 async def delete_video(backend: Served, video_id: str) -> dict[str, Any]:
     """Forget a video, and stop it if it runs."""
     await _find(backend, video_id)
-    job = await backend.jobs.ask(JobStore.delete, video_id, backend.caller())
+    job = await backend.jobs.ask(JobStore.delete, video_id, backend.sees())
     backend.runner.drop(video_id)
     for output in job.outputs:
         await asyncio.to_thread(backend.outputs.discard, output.name)
@@ -125,7 +125,7 @@ async def delete_video(backend: Served, video_id: str) -> dict[str, Any]:
 async def _find(backend: Backend, video_id: str) -> Job:
     if not ID.fullmatch(video_id):  # databases do not take every text
         raise JobNotFound(f"{video_id[:60]!r} is no video")
-    job = await backend.jobs.ask(JobStore.get, video_id, backend.caller())
+    job = await backend.jobs.ask(JobStore.get, video_id, backend.sees())
     if job.kind != "video":
         raise JobNotFound(f"{video_id!r} is no video")
     return job

@@ -78,6 +78,10 @@ class FakeBackend:
         """The key, if a test has set one."""
         return self.key or ""
 
+    def sees(self) -> str | None:
+        """The key, if a test has set one."""
+        return self.key or None
+
     def charge(self, request: GenerationRequest) -> None:
         """Nobody pays."""
 
