@@ -1,7 +1,7 @@
 """Videos as jobs: `/v1/videos`, in OpenAI's shapes. A video that was accepted is kept until it has ended and expired.
 
-Every gateway knows every job; each caller sees its own, one with the scope `admin` all. A video that failed is an answer
-with status 200, since asking for it succeeds.
+Every gateway knows every job; each caller sees its own, one with the scope `admin` all. A video that failed is an
+answer with status 200, since asking for it succeeds.
 """
 
 import asyncio
