@@ -66,14 +66,13 @@ def cluster(
         update={"defaults": Defaults(width=64, height=64, num_inference_steps=2, num_frames=5)}
     )
     spec = deployment(model(demo_model, "demo", ulysses_degree=2), film)
-    spec = spec.model_copy(update={"auth": Auth(api_keys_env="TEST_GRPC_KEYS")})
-    os.environ["TEST_GRPC_KEYS"] = f"another,{KEY}"
-    try:
-        with LocalCluster(spec) as cluster:
-            ready(cluster)
-            yield cluster
-    finally:
-        del os.environ["TEST_GRPC_KEYS"]
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    entries = [{"name": key, "sha256": hashlib.sha256(key.encode()).hexdigest()} for key in (KEY, "another")]
+    keys.write_text(json.dumps({"keys": entries}))
+    spec = spec.model_copy(update={"auth": Auth(api_keys_file=str(keys))})
+    with LocalCluster(spec) as cluster:
+        ready(cluster)
+        yield cluster
 
 
 @pytest.fixture(scope="module")
