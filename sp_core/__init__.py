@@ -25,6 +25,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     batched_guidance.py  the branches of guidance as one batch
     tile_parallel.py  the tiles of a VAE's decode shared among all ranks
     collectives.py    every data-moving collective call in the package
+    traffic.py        what they send, and how long a step is in them
     probe.py          tries every group once, before it is trusted
     kernels.py        attention on one device
     cuda_kernels.py   the kernels to choose from on CUDA

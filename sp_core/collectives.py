@@ -6,7 +6,8 @@ Lengths may differ from rank to rank. Callers must know all of them, because a c
 corrupts instead of failing. On an axis of size 1, which has no group, nothing is sent.
 
 Each call is asynchronous on a GPU: NCCL runs it on its own stream, after the work that the current stream has queued,
-and the current stream waits for the result, not the host. Lengths and flags go over gloo (`host_group`): reading them
+and the current stream waits for the result, not the host. `traffic` counts what is sent. Lengths and flags go over gloo
+(`host_group`): reading them
 back from the device would make the host wait for everything in the queue.
 """
 
@@ -32,7 +33,9 @@ def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[
         Flat; the messages from rank 0, 1, ... one after another.
     """
     received = packed.new_empty(sum(receive_sizes))
+    begun = axis.traffic.begin()
     dist.all_to_all_single(received, packed, receive_sizes, send_sizes, group=axis.group)
+    axis.traffic.end("all_to_all", (packed.numel() - send_sizes[axis.rank]) * packed.element_size(), begun)
     return received
 
 
@@ -42,7 +45,9 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
         return tensor
     if torch.compiler.is_compiling():
         return torch_private.traceable_sum(tensor, axis.group)
+    begun = axis.traffic.begin()
     dist.all_reduce(tensor, group=axis.group)
+    axis.traffic.end("all_reduce", 2 * (axis.size - 1) * _bytes(tensor) / axis.size, begun)
     return tensor
 
 
@@ -66,7 +71,9 @@ def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxi
     padded[: local.shape[0]] = local
     padded[local.shape[0] :] = 0
     gathered = padded.new_empty((axis.size * longest, *local.shape[1:]))
+    begun = axis.traffic.begin()
     dist.all_gather_single(gathered, padded, group=axis.group)
+    axis.traffic.end("gather", (axis.size - 1) * _bytes(padded), begun)
     shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
     return torch.cat(shares).movedim(0, dim)
 
@@ -76,7 +83,9 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     if axis.size == 1:
         return [tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
+    begun = axis.traffic.begin()
     dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
+    axis.traffic.end("gather", (axis.size - 1) * _bytes(tensor), begun)
     return list(gathered.chunk(axis.size))
 
 
@@ -90,8 +99,10 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     if axis.size == 1:
         return [tensors]
     shapes = _all_shapes(tensors, axis)
+    begun = axis.traffic.begin()
     if axis.rank:
         _run_batch([dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors])
+        axis.traffic.end("gather", sum(map(_bytes, tensors)), begun)
         return []
     # tensors[0] exists where it is asked for: rank 0 is given work first, so if it has none, nobody has
     others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
@@ -102,7 +113,12 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
             for each in received
         ]
     )
+    axis.traffic.end("gather", 0, begun)
     return [tensors, *others]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _run_batch(messages: list[dist.P2POp]) -> None:
@@ -172,9 +188,13 @@ class RingShift:
                 dist.P2POp(dist.irecv, self._received, group=axis.group, group_peer=previous),
             ]
         )
+        self._traffic = axis.traffic
+        self._traffic.end("ring", _bytes(self._sent), None)
 
     def wait(self) -> torch.Tensor:
         """The previous rank's tensor. The current stream waits for it; the host does not."""
+        begun = self._traffic.begin()
         for work in self._work:
             work.wait()
+        self._traffic.end("ring", 0, begun)  # what computation did not hide
         return self._received

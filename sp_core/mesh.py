@@ -4,13 +4,15 @@ Made once per rank by `workers.gang.rank`, or by anyone who has initialized `tor
 `MeshAxis`; nothing else in the package touches a process group.
 """
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
+from sp_core.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class MeshAxis:
         size: the number of ranks on the axis. 1 makes every collective over it a no-op.
         group: the process group, `None` exactly when `size` is 1.
         host_group: the same ranks over gloo, for integers that must not go through the device.
+        traffic: counts what this rank sends; the mesh's.
     """
 
     name: AxisName
@@ -30,6 +33,7 @@ class MeshAxis:
     size: int
     group: dist.ProcessGroup | None
     host_group: dist.ProcessGroup | None
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
 
 class ParallelMesh:
@@ -39,6 +43,7 @@ class ParallelMesh:
         degrees: the layout.
         device: where this rank's tensors live.
         control: a gloo group over all ranks for decisions (host integers, never tensors on the device).
+        traffic: counts what this rank sends, decisions left out.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class ParallelMesh:
         self.degrees = degrees
         self.device = device
         self.control = control
+        self.traffic = axes["gang"].traffic
         self._axes = axes
 
     @classmethod
@@ -90,10 +96,11 @@ class ParallelMesh:
         )
         timeout = timedelta(seconds=timeout_s)
         groups = axis_groups(degrees)
+        traffic = Traffic(on_cuda=device_type == "cuda")
         axes: dict[AxisName, MeshAxis] = {}
         for name in ("gang", "sequence", *AXES):
             same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
-            axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout)
+            axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout, traffic)
         patience = timedelta(seconds=control_timeout_s or timeout_s)
         control = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
         return cls(degrees, device, axes, control)
@@ -126,6 +133,7 @@ class ParallelMesh:
             assert value is not None
             return value
         assert self.control is not None
+        began = time.perf_counter()
         length = torch.tensor([len(value or b"")])  # as tensors: torch's way for objects unpickles what comes in
         dist.broadcast(length, src=0, group=self.control)
         if not length:
@@ -134,6 +142,8 @@ class ParallelMesh:
         if value is not None:
             carried = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         dist.broadcast(carried, src=0, group=self.control)
+        sent = 0 if value is None else (self.degrees.world_size - 1) * len(value)
+        self.traffic.broadcast(sent, time.perf_counter() - began)
         return carried.numpy().tobytes()
 
     def close(self) -> None:
@@ -146,13 +156,13 @@ class ParallelMesh:
         self.control = None
 
 
-def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta) -> MeshAxis:
+def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta, traffic: Traffic) -> MeshAxis:
     mine = next(ranks for ranks in groups if rank in ranks)
     if len(mine) == 1:
-        return MeshAxis(name, 0, 1, None, None)
+        return MeshAxis(name, 0, 1, None, None, traffic)
     group = _new_group(groups, mine, timeout, backend=None)
     host_group = group if dist.get_backend(group) == "gloo" else _new_group(groups, mine, timeout, backend="gloo")
-    return MeshAxis(name, mine.index(rank), len(mine), group, host_group)
+    return MeshAxis(name, mine.index(rank), len(mine), group, host_group, traffic)
 
 
 def _new_group(

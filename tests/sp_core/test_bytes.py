@@ -11,6 +11,7 @@ from sp_core import kernels
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
+from sp_core.traffic import Op
 from sp_core.verify import examples
 from sp_core.verify.rank_pool import RankPool
 from tests.support import qwen
@@ -34,6 +35,9 @@ CASES: dict[str, tuple[str, str, int]] = {
     "masked": ("uneven", "per row", 2),
 }
 """Length, mask and batch, as `examples` names them."""
+
+KINDS: dict[Op, str] = {"all_to_all": "exchange", "ring": "shift", "all_reduce": "sum", "gather": "gather"}
+"""The meter's names of what `sp_core.traffic` counts."""
 
 
 def the_model(name: str, heads: int) -> Any:
@@ -61,10 +65,19 @@ def measure(
         given |= {k: v.to(dtype) for k, v in given.items() if torch.is_tensor(v) and v.is_floating_point()}
         found[case] = []
         for _ in range(2):
+            mesh.traffic.take_sent()
             with Meter() as meter:
                 guided_step(model, (given, given), mesh.axis("cfg"))
             found[case].append(meter.sent)
+            check_traffic(mesh, meter.sent)
     return found
+
+
+def check_traffic(mesh: ParallelMesh, sent: Bytes) -> None:
+    """What this rank counts of itself is what the meter saw it send, but for integers."""
+    counted = {KINDS[op]: size for op, size in mesh.traffic.take_sent().items()}
+    expected = {kind: float(size) for kind, size in sent.items() if size and kind != "integers"}
+    assert counted == pytest.approx(expected, rel=1e-12)
 
 
 def check(pool: RankPool, layout: str, name: str, cases: list[str], *options: Any) -> None:
