@@ -23,6 +23,7 @@ from deploy.api_keys import ApiKey
 from deploy.spec import Idempotency, ModelSpec, Outputs, SpecError
 from service.api.backend import Found, Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
+from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.deadline import check_deadline
 from service.jobs.runner import Runner
@@ -65,7 +66,7 @@ from workers.errors import (
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, StepEvent
-from workers.metrics import GatewayMetrics
+from workers.observing import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -160,8 +161,8 @@ class Gateway(GrpcMethods):
         self.runner.follow()
         self.idempotency.follow(user_config.get("idempotency", Idempotency().model_dump()))
         self._prefetch.follow(specs, user_config["models_folder"])
-        for name in self._models:
-            self._metrics_of(name)
+        for name in {*self._models, *self._metrics}:
+            self._metrics_of(name).serve(name in self._models)
         self._exporter.serve_at(**user_config["metrics"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -180,6 +181,7 @@ class Gateway(GrpcMethods):
             AdminOnly: the key has not the scope.
         """
         _caller.set(None)
+        key_name.set("")
         if self._keyring.open:
             return
         scheme, _, given = (authorization or "").partition(" ")
@@ -189,6 +191,7 @@ class Gateway(GrpcMethods):
         if admin and not key.admin:
             raise AdminOnly(f"the key {key.name!r} has the scope {key.scope!r}; this needs 'admin'")
         _caller.set(key)
+        key_name.set(key.name)
 
     def caller(self) -> str:
         """The name of the API key that `admit` has found for this call; empty: none is needed."""

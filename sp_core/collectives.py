@@ -7,8 +7,7 @@ corrupts instead of failing. On an axis of size 1, which has no group, nothing i
 
 Each call is asynchronous on a GPU: NCCL runs it on its own stream, after the work that the current stream has queued,
 and the current stream waits for the result, not the host. `traffic` counts what is sent. Lengths and flags go over gloo
-(`host_group`): reading them
-back from the device would make the host wait for everything in the queue.
+(`host_group`): reading them back from the device would make the host wait for everything in the queue.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """What the collectives of one rank send, and how long a step is in them.
 
-`collectives` and `mesh` count here; `workers.model.denoising` says where a step begins and ends, and `workers.gang.rank`
-reads. Bytes are counted always, as they are sent: of a message to oneself none, of a sum what the best algorithm sends.
+`collectives` and `mesh` count here; `workers.model.denoising` says where a step begins and ends, and
+`workers.gang.rank` reads. Bytes are counted always, as they are sent: of a message to oneself none, of a sum what the
+best algorithm sends.
 
 Seconds are those in which computation had to wait: on a CPU by the clock, on a GPU by events in the stream that
 computes. They hold the transfer and the wait for slower peers. An event costs the host microseconds, so on a GPU one

@@ -4,16 +4,18 @@ Each process of a cluster calls `share_values` once, so that its values lie in f
 an `Exporter`. All exporters wait for one lock. The process that holds it answers for all processes; when it ends,
 another takes over within `RETRY_S`. So there is nothing to deploy or to discover.
 
-The only file that uses prometheus_client's private parts: `values` and `mmap_dict`. `tests/workers/test_exporter.py`
-pins what it relies on.
+This and `value_file` are the files that use prometheus_client's private parts: `values` and `mmap_dict`.
+`tests/workers/test_exporter.py` pins what they rely on.
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,8 +31,10 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from workers.disk import watch_disk
 from workers.metrics import BUILD
 from workers.private_folder import make_private
+from workers.value_file import ValueFile
 
 logger = logging.getLogger("ray.serve")
 
@@ -79,7 +83,9 @@ def share_values() -> Path | None:
         logger.warning("this process exports no metrics: %s: %s", folder, error.strerror or error)
         return None
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # in this process only: Ray's own processes read it too
+    values.MmapedDict = ValueFile  # type: ignore[attr-defined]
     values.ValueClass = values.MultiProcessValue()
+    watch_disk("metrics", folder)
     return folder
 
 
@@ -133,7 +139,10 @@ class NodeCollector(Collector):
         with (self._folder / "collect.lock").open("a") as lock:  # or one scrape would unlink what another reads
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
             _finish_fold(self._folder)
-            return list(MultiProcessCollector.merge(map(str, self._sound_files())))
+            merged = list(MultiProcessCollector.merge(map(str, self._sound_files())))
+        for metric in merged:
+            metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]  # `observing.GONE`
+        return [metric for metric in merged if metric.samples]
 
     def _sound_files(self) -> set[Path]:
         """The files to read: of running processes, and one per kind with what ended processes have counted.
@@ -165,7 +174,20 @@ class NodeCollector(Collector):
                 ended[kind].append((file, counted))
             else:
                 sound.add(file)
-        return sound | {_fold(self._folder, kind, files) for kind, files in ended.items()}
+        for kind, files in ended.items():
+            sound |= self._folded(kind, files)
+        return sound
+
+    def _folded(self, kind: str, ended: list[tuple[Path, Counted]]) -> set[Path]:
+        """The files to read in place of those of ended processes. On a full disk those are read themselves."""
+        try:
+            return {_fold(self._folder, kind, ended)}
+        except OSError as error:
+            if self._folder not in self._told:
+                self._told.add(self._folder)
+                logger.warning("metrics: files of ended processes pile up in %s: %s", self._folder, error.strerror)
+            kept = self._folder / f"{kind}_{KEPT}.db"
+            return {file for file in (kept, *(file for file, _ in ended)) if file.exists()}
 
     def _set_aside(self, file: Path, reason: str) -> None:
         aside = file.with_suffix(".damaged")
@@ -204,11 +226,16 @@ def _fold(folder: Path, kind: str, ended: list[tuple[Path, Counted]]) -> Path:
     new.unlink(missing_ok=True)
     if kept.exists():
         shutil.copyfile(kept, new)
-    sums = MmapedDict(str(new))
-    for _, counted in ended:
-        for key, value in counted:
-            sums.write_value(key, sums.read_value(key)[0] + value, 0.0)
-    sums.close()
+    made = ValueFile(str(new))
+    sums: MmapedDict = made
+    try:
+        for _, counted in ended:
+            for key, value in counted:
+                sums.write_value(key, sums.read_value(key)[0] + value, 0.0)
+        if not made.shared:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        sums.close()
     note = {"kept": kept.name, "inode": new.stat().st_ino, "ended": [file.name for file, _ in ended]}
     draft = folder / f"{NOTE}.new"
     draft.write_text(json.dumps(note))

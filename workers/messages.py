@@ -232,6 +232,7 @@ class RankStatus:
         kernel: what computes attention; empty until the model is loaded.
         guidance: how the latest guided request evaluated its branches: in one forward, or in two and why; empty: there
             was none yet.
+        start: the seconds of each phase of the start; only in the answer to `join`.
     """
 
     rank: int
@@ -245,3 +246,4 @@ class RankStatus:
     total_steps: int = 0
     kernel: str = ""
     guidance: str = ""
+    start: tuple[tuple[str, float], ...] = ()

@@ -19,6 +19,7 @@ from service.api.backend import Backend, require_key, require_own_host
 from service.api.cors import AllowedPages
 from service.api.disconnect import CancelWhenGone
 from service.api.errors import answer, envelope, log
+from service.api.observed import Observed
 from service.api.openapi import describe
 from workers.errors import InvalidParameter, SprayError
 
@@ -41,7 +42,8 @@ def rest_app(backend: Backend) -> FastAPI:
     app = RestApp(title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None)
     describe(app)
     app.state.backend = backend
-    app.add_middleware(CancelWhenGone)
+    app.add_middleware(Observed)
+    app.add_middleware(CancelWhenGone)  # around it, so that what it cancels is observed
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(SprayError, _answer_error)

@@ -19,6 +19,8 @@ from ray._private import worker
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from service.names import GANG
+
 CORE = ("gcs_server", "raylet")
 """Ray's names of the processes without which a node does not run."""
 
@@ -106,6 +108,19 @@ def applications() -> dict[str, dict[str, Any]]:
     details = client.get_serve_details()["applications"]
     configs = {name: application.get("deployed_app_config") for name, application in details.items()}
     return {name: copy.deepcopy(config) for name, config in configs.items() if config}
+
+
+def target_gangs() -> dict[str, int]:
+    """How many gangs Serve aims at, by application; none if Serve does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = client.get_serve_details()["applications"].items()
+    return {
+        name: application["deployments"][GANG]["target_num_replicas"]
+        for name, application in found
+        if GANG in application["deployments"]
+    }
 
 
 def listens_at() -> tuple[str, int]:

@@ -14,6 +14,8 @@ from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from service.api.backend import Backend, Report, result_of
+from service.api.errors import find_status
+from service.api.observed import observing
 from service.api.once import KEY_HEADER, begin
 from service.api.origin import ID_HEADER
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -40,11 +42,15 @@ def answering(kind: type[Answer]) -> Callable[[Unary[Answer]], Unary[Answer]]:
     def wrap(method: Unary[Answer]) -> Unary[Answer]:
         @functools.wraps(method)
         async def answered(self: Any, request: Any, grpc_context: Context) -> Answer:
-            try:
-                return await method(self, request, grpc_context)
-            except Exception as error:
-                refuse(grpc_context, error)
-                return kind()
+            with observing(method.__name__, "CANCELLED") as call:
+                try:
+                    answer = await method(self, request, grpc_context)
+                    call.code = "OK"
+                    return answer
+                except Exception as error:
+                    call.code = find_status(error).grpc
+                    refuse(grpc_context, error)
+                    return kind()
 
         return answered
 
@@ -61,12 +67,15 @@ def streaming(last: Callable[[pb.JobError], Answer]) -> Callable[[Stream[Answer]
     def wrap(method: Stream[Answer]) -> Stream[Answer]:
         @functools.wraps(method)
         async def streamed(self: Any, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
-            try:
-                async with contextlib.aclosing(method(self, request, grpc_context)) as messages:
-                    async for message in messages:
-                        yield message
-            except Exception as error:
-                yield last(refuse(grpc_context, error))
+            with observing(method.__name__, "CANCELLED") as call:
+                try:
+                    async with contextlib.aclosing(method(self, request, grpc_context)) as messages:
+                        async for message in messages:
+                            yield message
+                    call.code = "OK"
+                except Exception as error:
+                    call.code = find_status(error).grpc
+                    yield last(refuse(grpc_context, error))
 
         return streamed
 

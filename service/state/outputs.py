@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.disk import watch_disk
 from workers.errors import Forbidden, OutputNotFound
 from workers.private_folder import is_own, make_private
 
@@ -79,6 +80,7 @@ class OutputStore:
         if folder != self._given:
             self._folder = None
         self._given, self._ttl_s = folder, ttl_s
+        watch_disk("outputs", Path(folder or _own_folder()))
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep_forever())
 
     def prepare(self) -> None:

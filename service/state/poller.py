@@ -15,10 +15,11 @@ from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import app_name
+from service.rollout.serve_client import target_gangs
 from service.state import router_registry
 from service.state.model_states import ModelState, cluster_object, model_state
+from service.state.observed import ObservedModels
 from workers.gang.placement import Node, alive_nodes, free_nodes
-from workers.metrics import GANGS, QUEUED
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,9 +28,6 @@ PERIOD_S = 1.0
 STEADY_S = 4.0
 """Between two looks at Serve and Ray while every model is well and nothing waits: each costs both sides CPU time. What
 the gangs report themselves is looked at every PERIOD_S all the same."""
-
-GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
-"""Serve's names of a replica's states."""
 
 
 class Poller:
@@ -42,6 +40,8 @@ class Poller:
         self._free: list[Node] = []
         self._logged: dict[str, str] = {}
         self._status = ServeStatus()
+        self._targets: Mapping[str, int] = {}
+        self._observed = ObservedModels()
         self._unplaced: Collection[str] = ()
         self._due = 0.0  # on the loop's clock: when Serve and Ray are asked again
         self._polling: asyncio.Task[None] | None = None
@@ -78,7 +78,7 @@ class Poller:
             # In a thread, for these calls block; requests are answered meanwhile. The table may change during this
             # wait, so it is read afterwards.
             try:
-                self._status, self._nodes, self._free = await asyncio.to_thread(_read)
+                self._status, self._nodes, self._free, self._targets = await asyncio.to_thread(_read)
                 self._unplaced = await asyncio.to_thread(_read_unplaced) if _starts(self._status) else ()
             except Exception:
                 self._due = 0.0  # the next round asks again, before anything is told from what was never read
@@ -93,20 +93,13 @@ class Poller:
             self._logged[name] = state.reason
         if not all(_is_steady(self._states[name]) for name in self._models):
             self._due = 0.0
-        self._observe()  # before removed models are forgotten, so that their gauges end at zero
+        self._observed.tell(self._models, self._states, self._targets)
         self._states = {name: state for name, state in self._states.items() if name in self._models}
 
-    def _observe(self) -> None:
-        for name, state in self._states.items():  # a removed model: zero, once
-            here = name in self._models
-            QUEUED.labels(name).set(state.queued if here else 0)
-            for gangs in GANG_STATES:
-                GANGS.labels(name, gangs.lower()).set(state.replicas.get(gangs, 0) if here else 0)
 
-
-def _read() -> tuple[Any, list[Node], list[Node]]:
-    """Serve's status, the nodes, and what is free of them."""
-    return serve.status(), alive_nodes(), free_nodes()
+def _read() -> tuple[Any, list[Node], list[Node], Mapping[str, int]]:
+    """Serve's status, the nodes, what is free of them, and how many gangs Serve aims at."""
+    return serve.status(), alive_nodes(), free_nodes(), target_gangs()
 
 
 def _is_steady(state: ModelState) -> bool:

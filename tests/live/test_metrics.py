@@ -25,18 +25,19 @@ from deploy.families.qwen_image import FAMILY
 from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
 from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
+from tests.support.prometheus import promtool
 from workers import exporter
 from workers.exporter import Exporter
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang, Setup
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
-from workers.metrics import GangMetrics
+from workers.observing import GangMetrics
 
 PROCESS = """
 import sys, time
 from workers.exporter import Exporter, share_values
-from workers.metrics import GatewayMetrics
+from workers.observing import GatewayMetrics
 exporter = Exporter(share_values())
 metrics = GatewayMetrics("m", ["ok"])
 for request in range(int(sys.argv[1])):
@@ -125,9 +126,9 @@ def test_a_folder_that_cannot_be_used_costs_the_metrics_and_nothing_else(tmp_pat
     env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(tmp_path / "file")}
     work = """
 from workers.exporter import Exporter, share_values
-from workers.metrics import RankMetrics
+from workers.observing import RankMetrics
 folder = share_values()
-RankMetrics("m", "0", 0).step(1.0)
+RankMetrics("m", "0", 0).step(1.0, "1M")
 Exporter(folder).serve_at("127.0.0.1", 1)
 print(folder)
 """
@@ -163,7 +164,7 @@ def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> Non
     for node in ("here", "there"):
         remote = functools.partial(lambda node, *where: told.append((node, where)), node)
         ranks.append(SimpleNamespace(serve_metrics=SimpleNamespace(remote=remote)))
-    group = RankGroup(model(Path("/nowhere")), ranks, statuses, 0.0, on_lost=lambda: None)
+    group = RankGroup(model(Path("/nowhere")), ranks, statuses, {}, on_lost=lambda kind: None)
     context = SimpleNamespace(get_node_id=lambda: "here")
     monkeypatch.setattr("workers.gang.rank_group.ray.get_runtime_context", lambda: context)
     group.serve_metrics("0.0.0.0", 9464)
@@ -179,16 +180,17 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     metrics_at = {"host": "127.0.0.1", "port": None}
     metrics = GangMetrics("renumbered", "1")
     gang._setup = Setup(spec, AdapterSync(()), FAMILY, None, contextvars.copy_context(), metrics_at, metrics)
-    gang._setup.metrics.backlog(5.0)
+    gang._setup.metrics.now(5.0, True, 1.0)
     gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
     configured = {"model": spec.live, "storage": {}, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
         asyncio.run(gang.reconfigure(configured))
     assert told == ["0"]
-    gang._setup.metrics.backlog(7.0)
+    gang._setup.metrics.now(7.0, True, 2.0)
     sample = prometheus_client.REGISTRY.get_sample_value
     labels = [{"model": "renumbered", "replica": replica} for replica in "01"]
-    assert [sample("spray_gang_backlog_seconds", each) for each in labels] == [7.0, 0.0]
+    for name, now in (("backlog_seconds", 7.0), ("capacity_seconds", 1.0), ("progress_timestamp_seconds", 2.0)):
+        assert [str(sample(f"spray_{name}", each)) for each in labels] == [str(now), "nan"]  # which is not exported
     monkeypatch.setattr(
         "workers.gang.rank.torch.set_num_threads", lambda threads: None
     )  # of this process, for all tests
@@ -196,9 +198,9 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     for replica in "10":
         rank.renumber(replica)
         assert rank._metrics is not None
-        rank._metrics.memory(9)
-    labels = [each | {"rank": "0"} for each in labels]
-    assert [sample("spray_rank_memory_peak_bytes", each) for each in labels] == [9.0, 0.0]
+        rank._metrics.memory(used=8, peak=9, limit=10)
+    labels = [each | {"rank": "0", "kind": "peak"} for each in labels]
+    assert [str(sample("spray_rank_memory_bytes", each)) for each in labels] == ["9.0", "nan"]
 
 
 def test_what_requests_leave_behind(demo_model: Path) -> None:
@@ -215,26 +217,88 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
         def settled() -> bool:
             samples.update(scrape(cluster.metrics_url))
             gangs = value(samples, "spray_gangs", model="demo", state="running")
-            return gangs == 1 and value(samples, "spray_requests_in_flight", model="demo") == 0
+            wanted = value(samples, "spray_gangs_wanted", model="demo", reason="fixed")
+            return gangs == wanted == 1 and value(samples, "spray_requests_in_flight", model="demo") == 0
 
         until(settled)
+        complaints = promtool("check", "metrics", given=httpx.get(cluster.metrics_url, trust_env=False).text)
+    assert complaints == ""
+    check_steps(samples, told)
+    check_traffic(samples)
+    check_requests(samples, told)
+    check_of_the_node(samples)
+
+
+def check_steps(samples: Samples, told: list[dict[str, Any]]) -> None:
     for rank in "01":
         here = {"model": "demo", "replica": "0", "rank": rank}
-        assert value(samples, "spray_step_seconds_count", **here) == 8
+        of_step = here | {"layout": "ulysses_degree=2", "shape": "256K"}
+        assert value(samples, "spray_step_seconds_count", **of_step) == 8
         assert value(samples, "spray_stage_seconds_count", **here, stage="denoise") == 2
-        assert value(samples, "spray_rank_memory_peak_bytes", **here) > 1e8
+        used, peak, limit = (
+            value(samples, "spray_rank_memory_bytes", **here, kind=kind) for kind in ("used", "peak", "limit")
+        )
+        assert 1e8 < used <= peak < limit
     first = {"model": "demo", "replica": "0", "rank": "0"}
     steps = [seconds for metrics in told for seconds in metrics["step_seconds"]]
-    assert value(samples, "spray_step_seconds_sum", **first) == pytest.approx(sum(steps), rel=1e-9)
-    for stage in ("encode", "decode", "encode_media"):
-        seconds = sum(metrics[f"{stage}_seconds"] for metrics in told)
-        assert value(samples, "spray_stage_seconds_sum", **first, stage=stage) == pytest.approx(seconds, rel=1e-9)
+    of_step = first | {"layout": "ulysses_degree=2", "shape": "256K"}
+    assert value(samples, "spray_step_seconds_sum", **of_step) == pytest.approx(sum(steps), rel=1e-9)
+    gang = {"model": "demo", "replica": "0"}
+    assert value(samples, "spray_steps_total", **gang) == 8  # of the gang, not of each rank
+    assert value(samples, "spray_pixels_total", **gang) == 2 * 64 * 48
+    assert value(samples, "spray_prompt_tokens_total", **gang) > 2
+
+
+def check_traffic(samples: Samples) -> None:
+    """Two ranks trade heads for tokens: each sends something in each step, and one of them waits for the other."""
+    waited = []
+    for rank in "01":
+        here = {"model": "demo", "replica": "0", "rank": rank}
+        for op in ("all_to_all", "gather"):
+            assert value(samples, "spray_collective_seconds_count", **here, op=op) == 8
+            assert value(samples, "spray_collective_bytes_total", **here, op=op) > 0
+        assert ("spray_collective_bytes_total", frozenset((here | {"op": "ring"}).items())) not in samples
+        assert value(samples, "spray_straggler_seconds_count", **here) == 8
+        waited.append(value(samples, "spray_straggler_seconds_sum", **here))
+        in_collectives = sum(
+            value(samples, "spray_collective_seconds_sum", **here, op=op) for op in ("all_to_all", "gather")
+        )
+        steps = here | {"layout": "ulysses_degree=2", "shape": "256K"}
+        assert waited[-1] <= in_collectives < value(samples, "spray_step_seconds_sum", **steps)
+    assert sum(waited) > 0
+
+
+def check_requests(samples: Samples, told: list[dict[str, Any]]) -> None:
+    first = {"model": "demo", "replica": "0", "rank": "0"}
+    of = {"encode": ("encode", "prepare"), "decode": ("decode",), "encode_media": ("encode_media",)}
+    for name, stages in of.items():
+        seconds = sum(metrics[f"{name}_seconds"] for metrics in told)
+        observed = sum(value(samples, "spray_stage_seconds_sum", **first, stage=stage) for stage in stages)
+        assert observed == pytest.approx(seconds, rel=1e-9)
     assert value(samples, "spray_requests_total", model="demo", outcome="ok") == 2
     assert value(samples, "spray_requests_total", model="demo", outcome="invalid_value") == 1
     assert value(samples, "spray_request_seconds_count", model="demo") == 2
     outside = ("encode_seconds", "decode_seconds", "encode_media_seconds")
-    computed = sum(steps) + sum(metrics[stage] for metrics in told for stage in outside)
-    whole, queued = (value(samples, f"spray_{what}_seconds_sum", model="demo") for what in ("request", "queue"))
+    computed = sum(sum(metrics["step_seconds"]) + sum(metrics[stage] for stage in outside) for metrics in told)
+    whole = value(samples, "spray_request_seconds_sum", model="demo")
+    queued = value(samples, "spray_stage_seconds_sum", model="demo", replica="", rank="", stage="queue")
     assert whole == pytest.approx(computed + queued, rel=1e-9)
-    assert value(samples, "spray_gang_startup_seconds_count", model="demo") == 1
-    assert ("spray_gang_losses_total", frozenset({("model", "demo")})) in samples  # from the start: 0, not nothing
+    route = "/v1/images/generations"
+    assert value(samples, "spray_api_requests_total", route=route, code="200", key="") == 2
+    assert value(samples, "spray_api_requests_total", route=route, code="400", key="") == 1
+    assert value(samples, "spray_api_seconds_count", route=route) == 3
+
+
+def check_of_the_node(samples: Samples) -> None:
+    for phase in ("fetch", "process", "rendezvous", "load", "warm_up"):
+        assert value(samples, "spray_gang_start_seconds_count", model="demo", phase=phase) == 1, phase
+    died = {"model": "demo", "reason": "died"}
+    assert ("spray_gang_restarts_total", frozenset(died.items())) in samples  # from the start: 0, not nothing
+    assert value(samples, "spray_gangs_wanted", model="demo", reason="fixed") == 1
+    assert [value(samples, "spray_gangs_limit", model="demo", bound=bound) for bound in ("min", "max")] == [1, 1]
+    gang = {"model": "demo", "replica": "0"}
+    assert value(samples, "spray_capacity_seconds", **gang) == 1
+    assert abs(value(samples, "spray_progress_timestamp_seconds", **gang) - time.time()) < 600
+    for folder in ("models", "outputs", "metrics"):
+        free, size = (value(samples, f"spray_disk_{what}_bytes", folder=folder) for what in ("free", "size"))
+        assert 0 < free < size

@@ -63,7 +63,7 @@ TABLE = {
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """A gateway that sees no cluster."""
-    monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], []))
+    monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], [], {}))
     return Gateway("test")
 
 

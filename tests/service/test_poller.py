@@ -31,9 +31,9 @@ def test_serve_is_asked_often_only_while_something_changes(
 ) -> None:
     reads, states = [], []
 
-    def read() -> tuple[Any, list[Any], list[Any]]:
+    def read() -> tuple[Any, list[Any], list[Any], dict[str, int]]:
         reads.append(1)
-        return ServeStatus(), [], []
+        return ServeStatus(), [], [], {}
 
     def model_state(*_: Any, **__: Any) -> ModelState:
         states.append(1)

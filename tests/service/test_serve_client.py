@@ -9,7 +9,7 @@ import ray
 from ray.serve._private.client import ServeControllerClient
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.context import _disconnect, _get_global_client
-from ray.serve.schema import ApplicationDetails, ServeDeploySchema, ServeInstanceDetails
+from ray.serve.schema import ApplicationDetails, DeploymentDetails, ServeDeploySchema, ServeInstanceDetails
 
 SERVICE = Path(__file__).resolve().parents[2] / "service"
 SEAM = SERVICE / "rollout" / "serve_client.py"
@@ -55,7 +55,8 @@ def test_serves_client() -> None:
 
 def test_what_serve_tells_and_takes() -> None:
     assert {"applications", "http_options", "grpc_options"} < set(ServeInstanceDetails.model_fields)
-    assert "deployed_app_config" in ApplicationDetails.model_fields
+    assert {"deployed_app_config", "deployments"} < set(ApplicationDetails.model_fields)
+    assert "target_num_replicas" in DeploymentDetails.model_fields
     assert {"host", "port"} < set(HTTPOptions.model_fields)
     assert {"port", "grpc_servicer_functions"} < set(gRPCOptions.model_fields)
     assert {"applications", "logging_config"} < set(ServeDeploySchema.model_fields)

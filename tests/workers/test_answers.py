@@ -52,7 +52,7 @@ def test_a_file_has_the_bytes_that_encoding_at_once_makes(demo_model: Path) -> N
     spec = model(demo_model)
     rank = Rank(0, spec)
     rank._use(load_model(spec, ParallelMesh.create(spec.parallel, device_type="cpu", timeout_s=60)))
-    denoising = rank._begin(REQUEST)
+    denoising, _ = rank._begin(REQUEST)
     for _ in rank._denoise(denoising):
         pass
     expected = tuple(encode(made, REQUEST) for made in denoising.finish())
@@ -114,19 +114,22 @@ def test_few_answers_are_open_at_once() -> None:
 
 def test_an_answer_that_never_comes_costs_the_ranks() -> None:
     async def story() -> None:
-        reasons: list[str] = []
-        answers = Answers(0.05, reasons.append)
+        reasons: list[tuple[str, str]] = []
+        answers = Answers(0.05, lambda *lost: reasons.append(lost))
         answers.open(asyncio.get_running_loop().create_future())
         await asyncio.wait_for(answers.given(), 60)
-        assert reasons == ["rank 0 has not encoded an answer within 0.05 s"]
+        assert reasons == [("encoding", "rank 0 has not encoded an answer within 0.05 s")]
 
     asyncio.run(asyncio.wait_for(story(), 120))
 
 
 def test_an_answer_may_take_longer_behind_another() -> None:
     async def story() -> None:
-        reasons: list[str] = []
-        answers, results = Answers(0.5, reasons.append), [asyncio.get_running_loop().create_future() for _ in range(2)]
+        reasons: list[tuple[str, str]] = []
+        answers, results = (
+            Answers(0.5, lambda *lost: reasons.append(lost)),
+            [asyncio.get_running_loop().create_future() for _ in range(2)],
+        )
         for result in results:
             answers.open(result)
         await asyncio.sleep(0.3)
@@ -174,7 +177,7 @@ async def run(group: RankGroup, request_id: str) -> Answer:
 def test_the_next_request_runs_while_an_answer_is_encoded() -> None:
     async def story() -> None:
         rank = FakeRank()
-        group = RankGroup(SPEC, [rank], [], 0.0, on_lost=lambda: None)
+        group = RankGroup(SPEC, [rank], [], {}, on_lost=lambda kind: None)
         first, second = await run(group, "first"), await run(group, "second")
         assert rank.log == ["first begins", "first is encoded", "second begins", "second is encoded"]
         assert group.answering
@@ -195,7 +198,7 @@ def test_the_next_request_runs_while_an_answer_is_encoded() -> None:
 def test_pictures_of_a_caller_who_left_do_not_stay_on_the_rank() -> None:
     async def story() -> None:
         rank = FakeRank()
-        group = RankGroup(SPEC, [rank], [], 0.0, on_lost=lambda: None)
+        group = RankGroup(SPEC, [rank], [], {}, on_lost=lambda kind: None)
         reports = group.run(asked("left"))
         await anext(reports)
         await reports.aclose()

@@ -3,9 +3,11 @@
 What Prometheus reads from them is in `tests/live/test_metrics.py`.
 """
 
+import ast
 import contextlib
 import itertools
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -32,25 +34,27 @@ def test_values_are_shared_whatever_was_imported_before(tmp_path: Path) -> None:
     """The class of a value is looked up when a labeled child is made: `prometheus_client.values.ValueClass`."""
     work = """
 import os
+import signal
 before = dict(os.environ)
 import prometheus_client, workers.metrics, workers.exporter
 assert dict(os.environ) == before
-from workers.metrics import GangMetrics
+from workers.observing import GangMetrics
 unshared = GangMetrics("early", "0")
 assert workers.exporter.share_values()
 gang = GangMetrics("m", "0")
-gang.lost()
-gang.lost()
-gang.backlog(1.5)
-unshared.lost()
+gang.lost("died")
+gang.lost("died")
+gang.now(1.5, True, 7.0)
+unshared.lost("died")
 print(os.getpid())
 """
     pid = run(work, RAY_RAYLET_PID="1", SPRAY_METRICS_DIR=str(tmp_path)).strip()
-    kinds = ("counter", "gauge_livemostrecent", "histogram")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{kind}_{pid}.db" for kind in kinds]
+    kinds = ("counter", "gauge_livemostrecent", "gauge_livesum")
+    assert sorted(file.name for file in tmp_path.glob("*.db")) == [f"{kind}_{pid}.db" for kind in kinds]
     counted = list(MmapedDict.read_all_values_from_file(str(tmp_path / f"counter_{pid}.db")))
-    assert [(('"spray_gang_losses_total"' in key), value) for key, value, *_ in counted] == [(True, 2.0)]
-    assert "early" not in counted[0][0]
+    assert all('"spray_gang_restarts_total"' in key and "early" not in key for key, *_ in counted)
+    assert [value for key, value, *_ in counted if '"died"' in key] == [2.0]
+    assert sum(value for _, value, *_ in counted) == 2
 
 
 def test_outside_ray_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,3 +213,120 @@ def test_a_deleted_folder_is_made_again(tmp_path: Path, caplog: pytest.LogCaptur
     assert [record.message for record in caplog.records if "was deleted" in record.message] == [caplog.messages[0]]
     count(tmp_path / "metrics", os.getpid(), 1)
     assert total(collector) == 1
+
+
+def test_a_gauge_that_has_ended_is_not_exported(tmp_path: Path) -> None:
+    work = """
+from workers.exporter import NodeCollector, share_values
+from workers.observing import GangMetrics, GatewayMetrics
+folder = share_values()
+old, new = GangMetrics("m", "1"), GangMetrics("m", "0")
+for gang in (old, new):
+    gang.now(5.0, True, 7.0)
+old.end()
+removed = GatewayMetrics("removed", ["ok"])
+removed.began()
+removed.serve(False)
+def told():
+    return sorted((sample.name, *sample.labels.values(), sample.value) for metric in NodeCollector(folder).collect()
+                  for sample in metric.samples if metric.type == "gauge" and "disk" not in metric.name)
+print(told())
+removed.ended("ok")
+print(told())
+removed.serve(True)
+print(told()[-1])
+"""
+    while_it_runs, removed, back = map(
+        ast.literal_eval, run(work, RAY_RAYLET_PID="1", SPRAY_METRICS_DIR=str(tmp_path)).splitlines()
+    )
+    gang = [
+        ("spray_backlog_seconds", "m", "0", 5.0),
+        ("spray_capacity_seconds", "m", "0", 1.0),
+        ("spray_progress_timestamp_seconds", "m", "0", 7.0),
+    ]
+    assert while_it_runs == [*gang, ("spray_requests_in_flight", "removed", 1.0)]  # its gangs finish what they compute
+    assert removed == gang
+    assert back == ("spray_requests_in_flight", "removed", 0.0)
+
+
+FULL = """
+import errno, os, sys
+from pathlib import Path
+from workers.exporter import NodeCollector, share_values
+from workers.observing import GatewayMetrics
+folder = share_values()
+first = GatewayMetrics("first", ["ok"])
+first.began()
+first.ended("ok")
+{fill}
+second = GatewayMetrics("second" + 60 * "x", [f"outcome {{i}} " + 600 * "y" for i in range(400)])
+for i in range(400):
+    second.began()
+    second.ended(f"outcome {{i}} " + 600 * "y")
+print(sum(s.value for m in NodeCollector(folder).collect() for s in m.samples if s.name == "spray_requests_total"))
+"""
+
+
+UNPROTECTED = """
+from prometheus_client import values
+from prometheus_client.mmap_dict import MmapedDict
+values.MmapedDict = MmapedDict
+"""
+
+
+def test_a_full_disk_costs_metrics_and_no_process(tmp_path: Path) -> None:
+    """Without the disk's part: what is taken as full is the system's answer to who asks for blocks."""
+    fill = """
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+os.posix_fallocate = full
+"""
+    said = run(FULL.format(fill=fill), RAY_RAYLET_PID="1", SPRAY_METRICS_DIR=str(tmp_path))
+    assert 1 <= float(said) < 401  # what was counted until then
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    fill = """
+ballast = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY)
+try:
+    while os.write(ballast, bytes(4096)):
+        pass
+except OSError:
+    pass
+"""
+    try:
+        work = FULL.format(fill=fill)
+        said = run(work, RAY_RAYLET_PID="1", SPRAY_METRICS_DIR=str(disk / "metrics"))
+        assert 1 <= float(said) < 401
+        broken = work.replace("folder = share_values()", f"folder = share_values(){UNPROTECTED}")
+        env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(disk / "metrics")}
+        (disk / "metrics" / "ballast").unlink()
+        for file in (disk / "metrics").glob("*.db"):
+            file.unlink()
+        died = subprocess.run([sys.executable, "-c", broken], env=env, capture_output=True, timeout=120)
+        assert died.returncode == -signal.SIGBUS  # so it would be without `ValueFile`
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_files_of_ended_processes_stay_readable_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = NodeCollector(tmp_path)
+    count(tmp_path, ENDED, 3.0)
+    assert total(collector) == 3.0  # kept
+    count(tmp_path, ENDED - 1, 4.0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.value_file._take_blocks", full)
+        assert [total(collector) for _ in range(3)] == [7.0, 7.0, 7.0]
+        assert (tmp_path / f"counter_{ENDED - 1}.db").exists()
+    assert total(collector) == 7.0
+    assert not (tmp_path / f"counter_{ENDED - 1}.db").exists()

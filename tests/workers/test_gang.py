@@ -16,7 +16,7 @@ from workers.gang.gang import Gang
 from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog
 from workers.messages import Begun, GenerationRequest
-from workers.metrics import GangMetrics
+from workers.observing import GangMetrics
 
 INK, CHALK = LoRA(name="ink", source="/ink"), LoRA(name="chalk", source="/chalk")
 REQUEST = GenerationRequest("r", "a", "a cup", 64, 64, 4, seed=1)
@@ -78,7 +78,7 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
             return ranks
 
         monkeypatch.setattr(gang, "_start_ranks", start)
-        gang._on_lost()
+        gang._on_lost("died")
         await asyncio.sleep(0)
         lost = gang.record_routing_stats()["now"]
         ready.set()
@@ -91,7 +91,10 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
     assert (back["kernel"], back["guidance"]) == ("fast", "one forward")
     assert lost["trouble"] == "a gang has lost its ranks, new ones start"
     assert (back["pids"], back["trouble"]) == ([7], "the adapters cannot be changed: no such file")
-    assert prometheus_client.REGISTRY.get_sample_value("spray_gang_losses_total", {"model": "unlucky"}) == 1
+    assert (
+        prometheus_client.REGISTRY.get_sample_value("spray_gang_restarts_total", {"model": "unlucky", "reason": "died"})
+        == 1
+    )
 
 
 class FakeRanks:
@@ -210,7 +213,7 @@ def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
         await settled(gang)
         await deploy(gang, CHALK)
         ranks.lost = GangLost("struck")
-        gang._on_lost()
+        gang._on_lost("died")
         ranks.finish.set()
         with pytest.raises(GangLost):
             await running
@@ -232,7 +235,7 @@ def test_ranks_that_never_answer_count_as_lost_in_a_row(
         counts = []
         for answered in (False, False, True, False):
             ranks.has_answered = answered
-            gang._on_lost()
+            gang._on_lost("died")
             counts.append(gang._losses)
         assert counts == [1, 2, 1, 2]
         await asyncio.sleep(0)
@@ -258,7 +261,7 @@ def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
         await gang._turn.acquire()  # a change of adapters, during which the ranks are lost
         asked = asyncio.ensure_future(ask(gang))
         await settled(gang)
-        gang._on_lost()
+        gang._on_lost("died")
         gang._turn.release()
         await settled(gang)
         assert not asked.done()
@@ -288,7 +291,7 @@ def test_a_request_waits_for_room_and_outlives_the_ranks_meanwhile(
         asked = asyncio.ensure_future(ask(gang))
         await settled(gang)
         assert GangBacklog.from_stats(gang.record_routing_stats()).busy
-        gang._on_lost()
+        gang._on_lost("died")
         ranks.lost = GangLost("struck")
         ranks.finish.set()
         ranks.has_room.set()

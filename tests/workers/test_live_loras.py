@@ -179,8 +179,8 @@ class FakeRank:
 
 
 def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGroup:
-    group = RankGroup(model(Path("/nowhere")), ranks, [], 0.0, on_lost=lambda: None)
-    monkeypatch.setattr(group, "_lose", lambda reason: setattr(group, "_lost", reason))
+    group = RankGroup(model(Path("/nowhere")), ranks, [], {}, on_lost=lambda kind: None)
+    monkeypatch.setattr(group, "_lose", lambda kind, reason: setattr(group, "_lost", reason))
     return group
 
 

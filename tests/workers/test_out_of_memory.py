@@ -37,13 +37,13 @@ def test_a_device_that_has_failed_is_not_agreed_upon() -> None:
     assert is_device_failure(broken)
     assert not is_device_failure(torch.AcceleratorError("CUDA error: out of memory"))
     told: list[object] = []
-    mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False))
+    mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False, 0))
     with pytest.raises(torch.AcceleratorError):
         Boundary(0).cross(mesh, None, broken)  # type: ignore[arg-type]
     assert told == []
     with pytest.raises(RequestFailed):
         Boundary(0).cross(mesh, None, ValueError("of the request"))  # type: ignore[arg-type]
-    assert told == [(True, False)]
+    assert told == [(True, False, 0)]
 
 
 def test_the_real_allocators_error_means_it() -> None:

@@ -123,7 +123,7 @@ def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch:
     rank = FakeRank(status(0, os.getpid(), "idle"))
 
     async def story() -> None:
-        watching = Watch([rank], [rank.said], Timeouts(), lose=lambda _: None)
+        watching = Watch([rank], [rank.said], Timeouts(), lose=lambda *_: None)
         running = asyncio.ensure_future(watching.run())
         await asyncio.sleep(0.3)
         assert rank.calls == 1

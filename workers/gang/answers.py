@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from workers.messages import Answer, GenerationResult
+from workers.metrics import Loss
 
 MOST_OPEN = 2
 """Answers of a gang at once: one is encoded, one waits. A request begins only if fewer are open."""
@@ -18,13 +19,13 @@ class Answers:
 
     Args:
         patience_s: how long encoding one may take.
-        lose: called with the reason if it takes longer.
+        lose: called with the kind of loss and the reason if it takes longer.
 
     Attributes:
         any_given: some answer has come.
     """
 
-    def __init__(self, patience_s: float, lose: Callable[[str], None]) -> None:
+    def __init__(self, patience_s: float, lose: Callable[[Loss, str], None]) -> None:
         self._patience_s = patience_s
         self._lose = lose
         self.any_given = False
@@ -56,7 +57,7 @@ class Answers:
         done, _ = await asyncio.wait([coming], timeout=patience_s)
         if not done:
             coming.cancel()
-            self._lose(f"rank 0 has not encoded an answer within {patience_s:g} s")
+            self._lose("encoding", f"rank 0 has not encoded an answer within {patience_s:g} s")
 
     async def _end(self, result: Awaitable[GenerationResult]) -> None:
         try:

@@ -50,11 +50,26 @@ class Boundary:
         self.cross(mesh, request, failure)
         return result
 
-    def cross(self, mesh: ParallelMesh, request: GenerationRequest | None, failure: Exception | None = None) -> None:
+    def cross(
+        self,
+        mesh: ParallelMesh,
+        request: GenerationRequest | None,
+        failure: Exception | None = None,
+        in_collectives: float = 0.0,
+    ) -> float:
         """All ranks learn whether one failed or was told to stop, and raise or go on together.
 
         The rank with the reason raises it; the others raise `PeerFailed`. A cancellation is agreed like a failure,
         because it reaches the ranks at different moments.
+
+        Args:
+            mesh: the ranks.
+            request: what they run, if any.
+            failure: what this rank has raised.
+            in_collectives: seconds that this rank was in collectives of the step.
+
+        Returns:
+            How much more that is than on the rank with the least, which the others have waited for.
 
         Raises:
             RequestError, RequestFailed: on all ranks.
@@ -64,7 +79,8 @@ class Boundary:
             raise failure
         self.progress += 1
         stop = request is not None and self._cancelled == request.request_id
-        failed, cancelled = mesh.agree(failure is not None, stop)
+        own_ns = round(in_collectives * 1e9)
+        failed, cancelled, least = mesh.agree(failure is not None, stop, -own_ns)  # the greatest of the negative
         if isinstance(failure, RequestError):
             raise failure
         if failure is not None:
@@ -73,3 +89,4 @@ class Boundary:
             raise PeerFailed(f"rank {self._rank} stopped because another rank failed")
         if request and cancelled:
             raise RequestCancelled(f"request {request.request_id} was canceled")
+        return (own_ns + least) / 1e9

@@ -17,12 +17,15 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from ray import serve
 
 from deploy.families.lookup import find_family
 from deploy.spec import ModelSpec, Storage
+from workers.disk import watch_disk
 from workers.errors import GangLost
 from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
@@ -34,8 +37,10 @@ from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog, GangLoad, Progress, progress
 from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
-from workers.metrics import GangMetrics
+from workers.metrics import Loss
+from workers.model.compile_cache import cache_folder
 from workers.model.files import fetch
+from workers.observing import GangMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,6 +80,7 @@ class Gang:
         self._whole.set()
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
+        self._moved: tuple[list[int], float] = ([], time.time())  # boundaries that the ranks had passed, and when
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
@@ -143,7 +149,7 @@ class Gang:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
         setup, remaining_s = self._started, self._remaining_s()
-        setup.metrics.backlog(remaining_s)
+        setup.metrics.now(remaining_s, serves=not self._replacing, moved_at=self._last_moved())
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
@@ -184,7 +190,12 @@ class Gang:
 
     async def _start(self, model: ModelSpec, storage: Storage, metrics_at: dict[str, Any], number: str) -> None:
         """Fetch the model and start the first ranks."""
+        began = time.monotonic()
+        watch_disk("models", Path(storage.models or HF_HUB_CACHE) if model.from_hub else Path(model.source))
+        if model.compile:
+            watch_disk("compiled", cache_folder(storage.compiled))
         folder = await asyncio.to_thread(fetch, model, storage.models)
+        fetched_s = time.monotonic() - began
         family = find_family(folder)
         commit = {"revision": folder.name} if model.from_hub else {}  # ranks on other nodes must fetch the same
         self._setup = Setup(
@@ -197,6 +208,7 @@ class Gang:
             metrics=GangMetrics(model.name, number),
         )
         self._ranks = await self._start_ranks()
+        self._started.metrics.started({"fetch": fetched_s})
 
     def _adjust(self, model: ModelSpec, metrics_at: dict[str, Any], number: str) -> None:
         """Take over what changed while ranks run. Adapters follow in a turn of their own."""
@@ -205,7 +217,7 @@ class Gang:
         self._ranks.serve_metrics(**metrics_at)
         metrics = setup.metrics
         if number != metrics.replica:  # Serve may renumber the gangs of a model when one stops
-            metrics.backlog(0.0)
+            metrics.end()
             metrics = GangMetrics(model.name, number)
             self._ranks.renumber(number)
         kept = {"revision": setup.model.revision}
@@ -252,6 +264,13 @@ class Gang:
         step = self._progress().step
         return self._costs.seconds(self._running, self._forwards(self._running), step) or 0.0
 
+    def _last_moved(self) -> float:
+        """When it was last seen to be idle or to pass a boundary; seconds since the epoch."""
+        passed = [status.progress for status in self._ranks.statuses] if self._ranks else []
+        if passed != self._moved[0] or (self._running is None and not self._replacing):
+            self._moved = passed, time.time()
+        return self._moved[1]
+
     def _progress(self) -> Progress:
         if self._ranks is None or self._replacing:
             return progress(None, self._running, False)
@@ -268,7 +287,7 @@ class Gang:
         model = setup.model.model_copy(update={"loras": setup.adapters.start_over()})
         ranks = await RankGroup.start(model, setup.storage, name, number, self._on_lost)
         current = self._started  # a `reconfigure` may have come while they started
-        current.metrics.started(ranks.startup_s)
+        current.metrics.started(ranks.phases)
         ranks.serve_metrics(**current.metrics_at)
         if number != current.metrics.replica:
             ranks.renumber(current.metrics.replica)
@@ -299,13 +318,13 @@ class Gang:
         if adapters.trouble not in ("", before):  # they are tried again and again
             logger.error("%s: %s", name, adapters.trouble)
 
-    def _on_lost(self) -> None:
+    def _on_lost(self, kind: Loss) -> None:
         """Replace the ranks in the next turn."""
         answered = self._ranks is not None and self._ranks.has_answered
         self._losses = 1 if answered else self._losses + 1
         self._whole.clear()
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
-        self._started.metrics.lost()
+        self._started.metrics.lost(kind)
 
     async def _replace_ranks(self) -> None:
         name = self._started.model.name

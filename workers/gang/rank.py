@@ -10,10 +10,9 @@ gang is sound. Anything else may have left the others inside a collective: the g
 
 import gc
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,16 +23,19 @@ from sp_core.tile_parallel import PeerTileFailed
 from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed
 from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
+from workers.gang.memory_use import memory_use
 from workers.gang.preview_files import PreviewFiles
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, RankStatus, StepEvent
-from workers.metrics import RankMetrics
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
 from workers.model.picture_shares import HandOverFailed
+from workers.model.step_ends import StepEnd
+from workers.observing import RankMetrics
+from workers.shapes import Shapes
 
 Result = TypeVar("Result")
 
@@ -64,6 +66,7 @@ class Rank:
         self._node_id = node_id
         self._replica = replica
         self._metrics: RankMetrics | None = None  # until it has joined, so that warming up counts nowhere
+        self._shapes = Shapes(model)
         self._store: Any = None  # once it has joined; rank 0 hosts it as long as it lives
         self._usable: LoadedModel | None = None  # until it has joined; `_loaded` asserts that it has
         self._phase: Phase = "starting"
@@ -95,21 +98,28 @@ class Rank:
             ValueError: the model cannot be loaded or the layout does not fit it.
             RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
         """
+        began = time.monotonic()
         self._use_device()
         if self.rank != 0:
             self._store = find_store(host, port, self.model.timeouts.startup_s)
         mesh = form_mesh(self._store, self.rank, self.model, self._device)
+        met = time.monotonic()
         self._phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
+        loaded = time.monotonic()
         with self._compiler.warming("start"), self._loaded.colors.warm_up():
             self._warm_up()
             self._warm_up_adapters(self.model.loras)
         gc.collect()
         gc.freeze()  # the model stays; looking through its objects between steps would only cost time
+        mesh.traffic.take_sent()  # what the start has sent
+        mesh.traffic.take_broadcasts()
         self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
-        return self.status()
+        warming = "compile" if self._compiler.has_compiled else "warm_up"
+        start = (("rendezvous", met - began), ("load", loaded - met), (warming, time.monotonic() - loaded))
+        return replace(self.status(), start=start)
 
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
         """Run one request. Rank 0 yields its steps and previews, if asked to, and then that it is drawn.
@@ -199,24 +209,26 @@ class Rank:
         names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
         for name in names:
             for request in warm_up_requests(self.model, ((name, 1.0),)):
-                for _ in self._denoise(self._begin(request)):
+                for _ in self._denoise(self._begin(request)[0]):
                     pass
 
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
         reports = self.rank == 0
         started = time.perf_counter()
-        denoising = self._begin(request)
+        denoising, encode_seconds = self._begin(request)
         self._previews.begin(request)
-        encoded = time.perf_counter()
+        prepared = time.perf_counter()
         seconds: list[float] = []
-        for step, took in enumerate(self._denoise(denoising), 1):
-            seconds.append(took)
+        for end, waited in self._denoise(denoising):
+            seconds.append(end.seconds)
             if self._metrics:
-                self._metrics.step(took)
+                self._metrics.step(end.seconds, self._shapes.label(request))
+                self._metrics.in_collectives(end.in_collectives, waited)
+                self._count_traffic(self._metrics)
             if reports and request.report_steps:
-                yield StepEvent(step, denoising.total_steps, took)
-            if preview := denoising.preview(step):
-                self._previews.offer(preview[0], step, preview[1])
+                yield StepEvent(end.step, denoising.total_steps, end.seconds)
+            if preview := denoising.preview(end.step):
+                self._previews.offer(preview[0], end.step, preview[1])
             yield from self._previews.finished()
         self._phase = "decode"
         before = time.perf_counter()
@@ -224,17 +236,20 @@ class Rank:
         pictures = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
         if self._metrics:
-            self._metrics.stage("encode", encoded - started)
+            self._metrics.stage("encode", encode_seconds)
+            self._metrics.stage("prepare", prepared - started - encode_seconds)
             self._metrics.stage("denoise", sum(seconds))
             self._metrics.stage("decode", decode_seconds)
-            self._metrics.memory(self._peak_memory())
+            self._metrics.memory(**memory_use(self._device))
+            self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
+            self._count_traffic(self._metrics)
         yield from self._previews.finished(wait=True)
         if reports:
             result = GenerationResult(
                 outputs=(),
                 seeds=request.all_seeds,
                 degrees=self.model.parallel,
-                encode_seconds=encoded - started,
+                encode_seconds=prepared - started,
                 step_seconds=tuple(seconds),
                 decode_seconds=decode_seconds,
                 warnings=denoising.warnings,
@@ -260,8 +275,9 @@ class Rank:
     def renumber(self, replica: str) -> None:
         """Observe under another number of the gang from now on."""
         if self._metrics:
-            self._metrics.memory(0)
-        self._replica, self._metrics = replica, RankMetrics(self.model.name, replica, self.rank)
+            self._metrics.end()
+        self._replica = replica
+        self._metrics = RankMetrics(self.model.name, replica, self.rank, str(self.model.parallel))
 
     def cancel(self, request_id: str) -> None:
         """Stop this request, and no other, at the next boundary, together with all ranks.
@@ -270,7 +286,9 @@ class Rank:
         """
         self._boundary.cancel(request_id)
 
-    def _begin(self, request: GenerationRequest) -> Denoising:
+    def _begin(self, request: GenerationRequest) -> tuple[Denoising, float]:
+        """Encode and prepare; also returns the seconds of encoding."""
+        began = time.perf_counter()
         self._phase = "encode"
         self._step = self._total_steps = 0
 
@@ -281,28 +299,29 @@ class Rank:
 
         denoising = self._run_on_all_ranks(request, encode)
         denoising.share_encoded()
+        encode_seconds = time.perf_counter() - began
         self._run_on_all_ranks(request, denoising.prepare)
         self._total_steps = denoising.total_steps
-        return denoising
+        return denoising, encode_seconds
 
-    def _peak_memory(self) -> int:
-        """Peak bytes: reserved by torch on this rank's GPU, or resident in main memory for a rank on CPU."""
-        if self.model.device == "cuda":
-            return torch.cuda.max_memory_reserved()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux KiB
+    def _count_traffic(self, metrics: RankMetrics) -> None:
+        traffic = self._loaded.mesh.traffic
+        metrics.sent(traffic.take_sent())
+        for seconds in traffic.take_broadcasts():
+            metrics.broadcast(seconds)
 
-    def _denoise(self, denoising: Denoising) -> Iterator[float]:
-        """Run all steps; yield the seconds that each took."""
+    def _denoise(self, denoising: Denoising) -> Iterator[tuple[StepEnd, float]]:
+        """Run all steps; yield the end of each, and the seconds that this rank waited in it for slower ones."""
         self._phase = "denoise"
         # An error inside a step is not agreed: the other ranks may wait in a collective of the forward.
         for end in denoising.steps(self._ahead):
             after = f"step {end.step} of {self._total_steps}"
             broken = None if end.finite else FloatingPointError(f"the latents are not finite after {after}")
-            self._boundary.cross(self._loaded.mesh, denoising.request, broken)
+            spent = sum((end.in_collectives or {}).values())
+            waited = self._boundary.cross(self._loaded.mesh, denoising.request, broken, spent)
             self._step = end.step
             self._guidance = str(denoising.guidance) or self._guidance
-            yield end.seconds
+            yield end, waited
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
         return self._boundary.run(self._loaded.mesh, request, work)

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Self
 
 import ray
@@ -21,6 +21,7 @@ from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, create, kill_all
 from workers.gang.watch import Watch
 from workers.messages import Answer, Drawn, GenerationRequest, Preview, RankStatus, StepEvent
+from workers.metrics import Loss, StartPhase
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,8 +35,8 @@ class RankGroup:
         model: what the ranks have loaded.
         ranks: their actors.
         statuses: what each said when it had started.
-        startup_s: seconds that they took from their start until they served.
-        on_lost: called once, when the ranks are lost.
+        phases: the seconds of each phase of their start, from the making of their processes until they served.
+        on_lost: called once with the kind of loss, when the ranks are lost.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class RankGroup:
         model: ModelSpec,
         ranks: Sequence[Any],
         statuses: Sequence[RankStatus],
-        startup_s: float,
-        on_lost: Callable[[], None],
+        phases: Mapping[StartPhase, float],
+        on_lost: Callable[[Loss], None],
     ) -> None:
-        self.startup_s = startup_s
+        self.phases = phases
+        self.startup_s = sum(phases.values())
         self._model = model
         self._ranks = ranks
         self._on_lost = on_lost
@@ -60,7 +62,7 @@ class RankGroup:
 
     @classmethod
     async def start(
-        cls, model: ModelSpec, storage: Storage, name: str, replica: str, on_lost: Callable[[], None]
+        cls, model: ModelSpec, storage: Storage, name: str, replica: str, on_lost: Callable[[Loss], None]
     ) -> Self:
         """Start the ranks, let them meet and load, and begin to watch them.
 
@@ -69,7 +71,7 @@ class RankGroup:
             storage: where each node keeps files.
             name: prefix of the ranks' actor names, unique in the cluster.
             replica: the gang's number among those of its model, for metrics.
-            on_lost: called once, when the ranks are lost; not if they do not start.
+            on_lost: called once with the kind of loss, when the ranks are lost; not if they do not start.
 
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
@@ -88,7 +90,9 @@ class RankGroup:
             raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
         except GangLost as error:
             raise GangLost(f"{model.name}: {error}") from None
-        group = cls(model, ranks, statuses, time.monotonic() - began, on_lost)
+        phases = dict(statuses[0].start)
+        phases["process"] = time.monotonic() - began - sum(phases.values())
+        group = cls(model, ranks, statuses, phases, on_lost)  # type: ignore[arg-type]  # the ranks name phases alike
         group._watcher = asyncio.create_task(group._watch.run())
         return group
 
@@ -204,11 +208,12 @@ class RankGroup:
             OutOfMemory: likewise, but the request would cost any gang its ranks.
         """
         if isinstance(error, OutOfMemory) and not error.agreed:
-            self._lose(str(error))
+            self._lose("out_of_memory", str(error))
             raise error
         if isinstance(error, RequestError | RequestFailed):
             return error
-        self._lose(f"{type(error).__name__}: {error}".splitlines()[0])
+        kind: Loss = "died" if isinstance(error, RayActorError) else "error"
+        self._lose(kind, f"{type(error).__name__}: {error}".splitlines()[0])
         raise GangLost(f"{self._model.name}: {self._lost}")
 
     async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
@@ -220,7 +225,7 @@ class RankGroup:
             async for _ in self._collect(run):
                 pass
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, kind: Loss, reason: str) -> None:
         """Kill all ranks and say so, once."""
         if self._lost:
             return
@@ -228,7 +233,7 @@ class RankGroup:
         self._watch.stop()
         logger.error("%s: ranks lost: %s", self._model.name, reason)
         kill_all(self._ranks, self.statuses)
-        self._on_lost()
+        self._on_lost(kind)
 
 
 class _Run:

@@ -7,7 +7,7 @@ from typing import Any
 from deploy.families.family import PipelineFamily
 from deploy.spec import ModelSpec, Storage
 from workers.gang.adapter_sync import AdapterSync
-from workers.metrics import GangMetrics
+from workers.observing import GangMetrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from deploy.spec import Timeouts
 from workers.errors import GangLost
 from workers.gang.process_state import Activity, is_halted
 from workers.messages import RankStatus
+from workers.metrics import Loss
 
 PERIOD_S = 0.25
 """Between two looks at processes, and at ranks that work."""
@@ -34,14 +35,18 @@ class Watch:
         ranks: their actors.
         statuses: what each said when it had started.
         timeouts: of the model: how long a rank may be silent, or pass no boundary.
-        lose: called with the reason when a rank is lost.
+        lose: called with the kind of loss and the reason when a rank is lost.
 
     Attributes:
         statuses: the last of each rank.
     """
 
     def __init__(
-        self, ranks: Sequence[Any], statuses: Sequence[RankStatus], timeouts: Timeouts, lose: Callable[[str], None]
+        self,
+        ranks: Sequence[Any],
+        statuses: Sequence[RankStatus],
+        timeouts: Timeouts,
+        lose: Callable[[Loss, str], None],
     ) -> None:
         self.statuses = list(statuses)
         self._ranks = ranks
@@ -75,7 +80,7 @@ class Watch:
         halts = _Halts(self.statuses)
         while not self._stopped:
             for rank in halts.find():
-                self._lose(f"the process of rank {rank} is stopped or dead")
+                self._lose("died", f"the process of rank {rank} is stopped or dead")
             await asyncio.sleep(PERIOD_S)
 
     async def _watch_progress(self) -> None:
@@ -93,13 +98,13 @@ class Watch:
             pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
             for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
                 if isinstance(status, BaseException):
-                    self._lose(f"rank {i} does not answer ({type(status).__name__})")
+                    self._lose("silent", f"rank {i} does not answer ({type(status).__name__})")
                     continue
                 self.statuses[i] = status
                 if status.phase == "idle" or status.progress != moved[i][0]:
                     moved[i] = (status.progress, clock())
                 elif clock() - moved[i][1] > limits.phase_s:
-                    self._lose(f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+                    self._lose("stuck", f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
             await self._pause()
 
     async def _pause(self) -> None:

@@ -28,6 +28,9 @@ class Compiler:
         model: whose `source` is a folder of this node.
         root: `storage.compiled` of the deployment; None: among temporary files.
         device: of the rank.
+
+    Attributes:
+        has_compiled: some block was compiled while it was warmed up; none was there from an earlier process.
     """
 
     def __init__(self, model: ModelSpec, root: str | None, device: torch.device) -> None:
@@ -35,6 +38,7 @@ class Compiler:
         self._cache: CompileCache | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._opened = False
+        self.has_compiled = False
 
     @contextlib.contextmanager
     def warming(self, what: str) -> Iterator[None]:
@@ -49,8 +53,9 @@ class Compiler:
         cached_before, compiled_before = graphs()
         began = time.monotonic()
         yield
+        cached, compiled = graphs()
+        self.has_compiled = self.has_compiled or compiled > compiled_before
         if self._cache is not None:
-            cached, compiled = graphs()
             seconds = time.monotonic() - began
             self._cache.keep(Warmed(what, cached - cached_before, compiled - compiled_before, seconds))
 

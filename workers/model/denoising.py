@@ -73,6 +73,7 @@ class Denoising:
         self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request, self._generators)
         self._encodes = encodes_here(model, mesh)
         self._warnings: list[str] = []
+        self._tokens_read: list[int] = []
         self._watch_tokenizers()
         self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
@@ -121,6 +122,11 @@ class Denoising:
         """What the caller should know of the request, on ranks that encode: which prompts were cut."""
         return tuple(dict.fromkeys(self._warnings))
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts that the text encoders of this rank have read."""
+        return sum(self._tokens_read)
+
     @torch.no_grad()
     def encode(self) -> None:
         """Encode the prompts, on ranks that have the encoders."""
@@ -165,13 +171,14 @@ class Denoising:
         i, before, sample = self._steps_done, self._loop_state, self.latents
         if i == 0:
             self._ends = StepEnds(self.latents.device, self.total_steps)
-        with same_timestep(None if self.request.loras else self._timesteps[i]):
+        known = same_timestep(None if self.request.loras else self._timesteps[i])
+        with known, self._mesh.traffic.step() as in_collectives:
             _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
         self._steps_done += 1
         if self._previews:
             prediction = self._loop_state.noise_pred
             self._previews.make(self._steps_done, self.total_steps, sample, prediction, self._decode_alone)
-        self._ends.mark(self.latents)
+        self._ends.mark(self.latents, in_collectives)
 
     def steps(self, ahead: int) -> Iterator[StepEnd]:
         """Do all steps, and yield the end of each. A collective of all ranks.
@@ -261,7 +268,9 @@ class Denoising:
     def _watch_tokenizers(self) -> None:
         for name, tokenizer in self._pipeline.components.items():
             if name.startswith("tokenizer") and tokenizer is not None:
-                watched = WatchedTokenizer(name, tokenizer, self._adapter.unread_tokens, self._warnings)
+                watched = WatchedTokenizer(
+                    name, tokenizer, self._adapter.unread_tokens, self._warnings, self._tokens_read
+                )
                 setattr(self._pipeline, name, watched)
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:

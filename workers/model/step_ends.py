@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sp_core.traffic import InCollectives, Op
+
 
 @dataclass(frozen=True)
 class StepEnd:
@@ -20,11 +22,13 @@ class StepEnd:
         step: 1 for the first.
         seconds: since the end of the step before, or since the first began; on the device's clock.
         finite: the latents hold neither infinity nor NaN, which a decoder would make black pictures.
+        in_collectives: seconds of the step by kind of collective; None: not measured.
     """
 
     step: int
     seconds: float
     finite: bool
+    in_collectives: dict[Op, float] | None = None
 
 
 class StepEnds:
@@ -40,9 +44,11 @@ class StepEnds:
         # False until the device has said otherwise. Pinned, because the host would wait for a copy to other memory.
         self._finite = torch.zeros(total_steps, dtype=torch.bool, pin_memory=self._on_cuda)
         self._marks = [self._mark()]
+        self._in_collectives: list[InCollectives | None] = []
 
-    def mark(self, latents: torch.Tensor) -> None:
+    def mark(self, latents: torch.Tensor, in_collectives: InCollectives | None = None) -> None:
         """Here ends the next step, which has made these latents. The host does not wait."""
+        self._in_collectives.append(in_collectives)
         self._finite[len(self._marks) - 1].copy_(latents.isfinite().all(), non_blocking=True)
         self._marks.append(self._mark())
 
@@ -56,7 +62,8 @@ class StepEnds:
         if self._on_cuda:
             end.synchronize()
         seconds = begin.elapsed_time(end) / 1e3 if self._on_cuda else end - begin
-        return StepEnd(step, seconds, bool(self._finite[step - 1]))
+        spent = self._in_collectives[step - 1]
+        return StepEnd(step, seconds, bool(self._finite[step - 1]), spent.seconds() if spent else None)
 
     def _mark(self) -> Any:  # an event, or seconds
         if not self._on_cuda:

@@ -6,6 +6,8 @@ the warnings once the prompts are encoded.
 
 from typing import Any
 
+import torch
+
 PROMPTS = ("prompt", "negative_prompt")
 """In the order in which every pipeline encodes them."""
 
@@ -18,13 +20,15 @@ class WatchedTokenizer:
         tokenizer: the model's.
         unread: tokens that the pipeline drops afterwards, of as many as it asks the tokenizer to keep.
         warnings: where to put what the caller should know.
+        read: where to put how many tokens each call has made, padding left out.
     """
 
-    def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str]) -> None:
+    def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str], read: list[int]) -> None:
         self._name = name
         self._tokenizer = tokenizer
         self._unread = unread
         self._warnings = warnings
+        self._read = read
         self._encoded = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -35,6 +39,8 @@ class WatchedTokenizer:
     ) -> Any:
         """What the tokenizer makes of a text."""
         made = self._tokenizer(text, *args, truncation=truncation, max_length=max_length, **options)
+        if "attention_mask" in made:
+            self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))
         if truncation and max_length is not None:
             self._compare(text, max_length - self._unread)
         return made

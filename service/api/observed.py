@@ -1,0 +1,85 @@
+"""Counts the calls of the API, for Prometheus: by route or RPC, status, and the name of the caller's key.
+
+`Observed` is the ASGI middleware of `service.api.rest`; `service.rpc.methods` uses `observing` itself. The number of
+series is bounded: routes and RPCs are those of the contract, and keys those of the deployment.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from workers.metrics import API_REQUESTS, API_SECONDS
+
+UNKNOWN = "unknown"
+"""The route of calls that no route takes."""
+
+GONE = "499"
+"""The status of a call whose caller has left before the answer began."""
+
+key_name: ContextVar[str] = ContextVar("key_name", default="")
+"""Of the caller's API key, in the task that answers; set by the backend's `admit`. Empty: there is none."""
+
+
+@dataclass
+class Call:
+    """One call, while it is answered."""
+
+    route: str
+    code: str
+
+
+@contextmanager
+def observing(route: str, code: str) -> Iterator[Call]:
+    """Count what happens inside as one call.
+
+    Args:
+        route: of the call; may be changed inside.
+        code: its status, unless it is changed inside.
+    """
+    began, call = time.monotonic(), Call(route, code)
+    token = key_name.set("")
+    try:
+        yield call
+    finally:
+        API_REQUESTS.labels(call.route, call.code, key_name.get()).inc()
+        API_SECONDS.labels(call.route).observe(time.monotonic() - began)
+        try:
+            key_name.reset(token)
+        except ValueError:  # a generator that is closed from another context
+            key_name.set("")
+
+
+class Observed:
+    """Counts each HTTP call.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one call."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with observing(UNKNOWN, GONE) as call:
+
+            async def send_on(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    call.code = str(message["status"])
+                await send(message)
+
+            try:
+                await self._app(scope, receive, send_on)
+            except Exception:
+                call.code = "500"  # whoever is around this answers it
+                raise
+            finally:
+                if (route := scope.get("route")) is not None:
+                    call.route = route.path

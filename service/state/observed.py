@@ -1,0 +1,78 @@
+"""What a gateway tells Prometheus of each model's gangs and queue. For `service.state.poller`."""
+
+from collections.abc import Mapping
+from typing import get_args
+
+from deploy.spec import ModelSpec
+from service.names import app_name
+from service.state.model_states import ModelState
+from workers.metrics import BACKLOG, GANGS, GANGS_LIMIT, GANGS_WANTED, QUEUED, TARGET_BACKLOG, WantedReason
+from workers.observing import GONE
+
+GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
+"""Serve's names of a replica's states."""
+
+REASONS: tuple[WantedReason, ...] = get_args(WantedReason)
+BOUNDS = ("min", "max")
+
+
+class ObservedModels:
+    """Sets the gauges of models, and ends those of models that are removed."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._request_s: dict[str, float] = {}  # of a typical request, by model; kept while it is asleep
+
+    def tell(
+        self, models: Mapping[str, ModelSpec], states: Mapping[str, ModelState], targets: Mapping[str, int]
+    ) -> None:
+        """Set all gauges.
+
+        Args:
+            models: of the deployment, by name.
+            states: theirs.
+            targets: how many gangs Serve aims at, by application.
+        """
+        for name in self._told - set(models):
+            self._end(name)
+        self._told = set(models)
+        for name, model in models.items():
+            if name in states:
+                self._tell(model, states[name], targets.get(app_name(name)))
+
+    def _tell(self, model: ModelSpec, state: ModelState, target: int | None) -> None:
+        name, scaling = model.name, model.autoscaling
+        QUEUED.labels(name).set(state.queued)
+        learned = [gang["request_s"] for gang in state.gangs if gang.get("request_s")]
+        if learned:
+            self._request_s[name] = sum(learned) / len(learned)
+        BACKLOG.labels(name, "").set(state.queued * self._request_s.get(name, 0.0))
+        for gangs in GANG_STATES:
+            GANGS.labels(name, gangs.lower()).set(state.replicas.get(gangs, 0))
+        for bound, limit in zip(BOUNDS, (scaling.min_replicas, scaling.max_replicas), strict=True):
+            GANGS_LIMIT.labels(name, bound).set(limit)
+        TARGET_BACKLOG.labels(name).set(scaling.target_backlog_seconds)
+        why = wanted_reason(model, target) if target is not None else None
+        for reason in REASONS:
+            GANGS_WANTED.labels(name, reason).set(GONE if target is None or reason != why else target)
+
+    def _end(self, name: str) -> None:
+        self._request_s.pop(name, None)
+        for gauge in (QUEUED.labels(name), BACKLOG.labels(name, ""), TARGET_BACKLOG.labels(name)):
+            gauge.set(GONE)
+        for gangs in GANG_STATES:
+            GANGS.labels(name, gangs.lower()).set(GONE)
+        for bound in BOUNDS:
+            GANGS_LIMIT.labels(name, bound).set(GONE)
+        for reason in REASONS:
+            GANGS_WANTED.labels(name, reason).set(GONE)
+
+
+def wanted_reason(model: ModelSpec, target: int) -> WantedReason:
+    """Why Serve aims at so many gangs: the file allows no other number, no fewer, no more; or the load."""
+    fewest, most = model.autoscaling.min_replicas, model.autoscaling.max_replicas
+    if fewest == most:
+        return "fixed"
+    if target <= fewest:
+        return "minimum"
+    return "maximum" if target >= most else "load"

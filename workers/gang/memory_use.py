@@ -1,0 +1,40 @@
+"""How much memory a rank uses, and how much there is: in bytes, by kind. For the metrics of `workers.gang.rank`."""
+
+import contextlib
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory_use(device: torch.device) -> dict[str, int]:
+    """`used` and `peak` of this rank, and the `limit`: on a GPU what torch has reserved, and the size of the GPU; on a
+    CPU what the process has resident, and what the container or the machine has for all processes."""
+    if device.type == "cuda":
+        return {
+            "used": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_reserved(device),
+            "limit": torch.cuda.get_device_properties(device).total_memory,
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux KiB
+    return {"used": min(peak, _resident() or peak), "peak": peak, "limit": _host_limit()}
+
+
+def _resident() -> int | None:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def _host_limit() -> int:
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
