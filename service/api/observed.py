@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from fastapi.routing import iter_route_contexts
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.metrics import API_REQUESTS, API_SECONDS
@@ -62,6 +63,7 @@ class Observed:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._paths: dict[int, str] = {}  # by the route's identity: a route of a router does not know its prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
@@ -81,5 +83,10 @@ class Observed:
                 call.code = "500"  # whoever is around this answers it
                 raise
             finally:
-                if (route := scope.get("route")) is not None:
-                    call.route = route.path
+                call.route = self._path(scope)
+
+    def _path(self, scope: Scope) -> str:
+        if not self._paths:
+            contexts = iter_route_contexts(scope["app"].routes)
+            self._paths = {id(context.original_route): str(context.path) for context in contexts}
+        return self._paths.get(id(scope.get("route")), UNKNOWN)

@@ -232,7 +232,7 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
 def check_steps(samples: Samples, told: list[dict[str, Any]]) -> None:
     for rank in "01":
         here = {"model": "demo", "replica": "0", "rank": rank}
-        of_step = here | {"layout": "ulysses_degree=2", "shape": "256K"}
+        of_step = here | {"layout": "ulysses_degree=2", "shape": "64x48"}
         assert value(samples, "spray_step_seconds_count", **of_step) == 8
         assert value(samples, "spray_stage_seconds_count", **here, stage="denoise") == 2
         used, peak, limit = (
@@ -241,7 +241,7 @@ def check_steps(samples: Samples, told: list[dict[str, Any]]) -> None:
         assert 1e8 < used <= peak < limit
     first = {"model": "demo", "replica": "0", "rank": "0"}
     steps = [seconds for metrics in told for seconds in metrics["step_seconds"]]
-    of_step = first | {"layout": "ulysses_degree=2", "shape": "256K"}
+    of_step = first | {"layout": "ulysses_degree=2", "shape": "64x48"}
     assert value(samples, "spray_step_seconds_sum", **of_step) == pytest.approx(sum(steps), rel=1e-9)
     gang = {"model": "demo", "replica": "0"}
     assert value(samples, "spray_steps_total", **gang) == 8  # of the gang, not of each rank
@@ -263,7 +263,7 @@ def check_traffic(samples: Samples) -> None:
         in_collectives = sum(
             value(samples, "spray_collective_seconds_sum", **here, op=op) for op in ("all_to_all", "gather")
         )
-        steps = here | {"layout": "ulysses_degree=2", "shape": "256K"}
+        steps = here | {"layout": "ulysses_degree=2", "shape": "64x48"}
         assert waited[-1] <= in_collectives < value(samples, "spray_step_seconds_sum", **steps)
     assert sum(waited) > 0
 

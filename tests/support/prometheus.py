@@ -6,10 +6,23 @@ import subprocess
 import pytest
 
 
-def promtool(*arguments: str, given: str = "") -> str:
-    """Run promtool; return all that it says against what it was given, or an empty text."""
-    tool = shutil.which("promtool")
-    if tool is None:
-        pytest.skip("needs promtool: apt-get install prometheus")
-    done = subprocess.run([tool, *arguments], input=given, capture_output=True, text=True, timeout=120)
-    return "" if done.returncode == 0 and not done.stderr else f"{done.stdout}{done.stderr}".strip() or "it failed"
+def program(name: str) -> str:
+    """Where a program of Prometheus is."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name}: apt-get install prometheus")
+    return found
+
+
+def promtool(*arguments: str, given: str = "", said: bool = False) -> str:
+    """Run promtool.
+
+    Returns:
+        All that it says against what it was given, or an empty text; with `said` all that it says.
+    """
+    command = [program("promtool"), *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300)
+    text = f"{done.stdout}{done.stderr}".strip()
+    if said:
+        return text
+    return "" if done.returncode == 0 and not done.stderr else text or "it failed"
