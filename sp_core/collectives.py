@@ -46,7 +46,7 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
         return torch_private.traceable_sum(tensor, axis.group)
     begun = axis.traffic.begin()
     dist.all_reduce(tensor, group=axis.group)
-    axis.traffic.end("all_reduce", 2 * (axis.size - 1) * _bytes(tensor) / axis.size, begun)
+    axis.traffic.end("all_reduce", 2 * (axis.size - 1) * tensor.nbytes / axis.size, begun)
     return tensor
 
 
@@ -72,7 +72,7 @@ def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxi
     gathered = padded.new_empty((axis.size * longest, *local.shape[1:]))
     begun = axis.traffic.begin()
     dist.all_gather_single(gathered, padded, group=axis.group)
-    axis.traffic.end("gather", (axis.size - 1) * _bytes(padded), begun)
+    axis.traffic.end("gather", (axis.size - 1) * padded.nbytes, begun)
     shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
     return torch.cat(shares).movedim(0, dim)
 
@@ -84,7 +84,7 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     begun = axis.traffic.begin()
     dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
-    axis.traffic.end("gather", (axis.size - 1) * _bytes(tensor), begun)
+    axis.traffic.end("gather", (axis.size - 1) * tensor.nbytes, begun)
     return list(gathered.chunk(axis.size))
 
 
@@ -101,7 +101,7 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     begun = axis.traffic.begin()
     if axis.rank:
         _run_batch([dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors])
-        axis.traffic.end("gather", sum(map(_bytes, tensors)), begun)
+        axis.traffic.end("gather", sum(each.nbytes for each in tensors), begun)
         return []
     # tensors[0] exists where it is asked for: rank 0 is given work first, so if it has none, nobody has
     others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
@@ -114,10 +114,6 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     )
     axis.traffic.end("gather", 0, begun)
     return [tensors, *others]
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _run_batch(messages: list[dist.P2POp]) -> None:
@@ -188,7 +184,7 @@ class RingShift:
             ]
         )
         self._traffic = axis.traffic
-        self._traffic.end("ring", _bytes(self._sent), None)
+        self._traffic.end("ring", self._sent.nbytes, None)
 
     def wait(self) -> torch.Tensor:
         """The previous rank's tensor. The current stream waits for it; the host does not."""

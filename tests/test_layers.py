@@ -16,7 +16,8 @@ LAYERS = ("sp_core", "deploy", "workers", "service")
 
 ALLOWED = {
     "sp_core": {"torch", "diffusers", "flash_attn", "flash_attn_interface"},  # the latter two where present
-    "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"},
+    "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"}
+    | {"grafana_foundation_sdk"},  # writes the dashboards, in deploy/grafana alone; only developers have it
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client", "psutil"},
     "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich"}

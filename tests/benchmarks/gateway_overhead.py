@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=25, help="per turn and table")
     arguments = parser.parse_args()
     sees_no_cluster = mock.patch(
-        "service.state.poller._read", lambda: (ServeStatus(), [], [])
+        "service.state.poller._read", lambda: (ServeStatus(), [], [], {})
     )  # looking would start Ray
     with tempfile.TemporaryDirectory() as folder, sees_no_cluster:
         files = {size: write(Path(folder), size) for size in SIZES}

@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import functools
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -22,10 +21,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.families.qwen_image import FAMILY
-from service.rollout.local_cluster import METRICS_PORTS, LocalCluster
+from service.rollout.local_cluster import LocalCluster
 from service.rollout.ports import bind_error
 from tests.support.deployments import deployment, model, ready
-from tests.support.prometheus import promtool
+from tests.support.prometheus import free_port, promtool
 from workers import exporter
 from workers.exporter import Exporter
 from workers.gang.adapter_sync import AdapterSync
@@ -72,11 +71,6 @@ def until(holds: Callable[[], bool], seconds: float = 120) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError("it never came about")
-
-
-def free_port() -> int:
-    """One that the system gives to nobody while it is free."""
-    return next(port for port in random.sample(METRICS_PORTS, 20) if not bind_error("127.0.0.1", port))
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_who_waits_for_a_late_rank_is_in_collectives_longer(ranks: RankPool, siz
             "ring": 28,
             "broadcast": 0 if rank else 100 * (size - 1),
         }
-        assert each["sent"] == pytest.approx(expected)
+        assert each["sent"] == pytest.approx({op: sent for op, sent in expected.items() if sent})
         assert set(each["seconds"]) == {"all_to_all", "gather", "ring"}
         assert len(each["broadcasts"]) == 1 and each["broadcasts"][0] > 0
     assert all(seconds - waited[late] > LATE_S / 2 for seconds in waited[:late])

@@ -1,9 +1,18 @@
 """Prometheus and its promtool, from Debian's package `prometheus`. Tests that need them are skipped where they lack."""
 
+import random
 import shutil
 import subprocess
 
 import pytest
+
+from service.rollout.local_cluster import METRICS_PORTS
+from service.rollout.ports import bind_error
+
+
+def free_port() -> int:
+    """One that the system gives to nobody while it is free."""
+    return next(port for port in random.sample(METRICS_PORTS, 20) if not bind_error("127.0.0.1", port))
 
 
 def program(name: str) -> str:

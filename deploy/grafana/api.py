@@ -1,0 +1,54 @@
+"""The dashboard of calls over REST and gRPC."""
+
+from deploy.grafana.builders import Board, Panel
+from deploy.grafana.promql import per_second, quantile
+
+API = Board(
+    "spray-api",
+    "spray / API",
+    "Calls over REST and gRPC, by route, status and key.",
+    {
+        "Calls": (
+            Panel(
+                "By route and status",
+                "reqps",
+                [("sum by (route, code) (rate(spray_api_requests_total[$__rate_interval]))", "{{route}} {{code}}")],
+                "All routes and RPCs; `unknown` are paths that do not exist.",
+                width=12,
+            ),
+            Panel(
+                "By key",
+                "reqps",
+                [("sum by (key) (rate(spray_api_requests_total[$__rate_interval]))", "{{key}}")],
+                "Without name: no key, or a wrong one.",
+                width=12,
+            ),
+            Panel(
+                "p95 by route",
+                "s",
+                [(quantile(0.95, "spray_api_seconds", "route", ""), "{{route}}")],
+                "To the end of the answer; of a stream, to its last event.",
+            ),
+            Panel(
+                "Faults of the server",
+                "reqps",
+                [
+                    (
+                        'sum by (route) (rate(spray_api_requests_total{code=~"5..|INTERNAL|UNAVAILABLE|ABORTED"}'
+                        "[$__rate_interval])) or vector(0)",
+                        "{{route}}",
+                    )
+                ],
+                "Statuses 5xx, and their like in gRPC.",
+                warn=0.01,
+                alarm=1,
+            ),
+            Panel(
+                "Prompt tokens",
+                "short",
+                [(per_second("spray_prompt_tokens_total", "model"), "{{model}} tokens/s")],
+                "What text encoders have read.",
+            ),
+        ),
+    },
+)

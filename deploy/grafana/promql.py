@@ -1,0 +1,23 @@
+"""Parts of questions to Prometheus. `$model` is what a dashboard's user has chosen; `$__rate_interval` a few scrapes.
+
+What `prometheus/rules.yml` records is asked by its name, so that an alert and its panel show the same number.
+"""
+
+M = 'model=~"$model"'
+RATE = "[$__rate_interval]"
+
+
+def quantile(share: float, metric: str, by: str, where: str = M) -> str:
+    """A quantile of a histogram."""
+    return f"histogram_quantile({share}, sum by ({by}, le) (rate({metric}_bucket{{{where}}}{RATE})))"
+
+
+def mean(metric: str, by: str, where: str = M) -> str:
+    """The mean of a histogram."""
+    total, count = (f"sum by ({by}) (rate({metric}_{part}{{{where}}}{RATE}))" for part in ("sum", "count"))
+    return f"{total} / {count}"
+
+
+def per_second(metric: str, by: str, where: str = M) -> str:
+    """The rate of a counter."""
+    return f"sum by ({by}) (rate({metric}{{{where}}}{RATE}))"
