@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import prometheus_client
 import pytest
@@ -101,6 +101,7 @@ class FakeRanks:
     """Ranks that run one request at a time, as far as a change of adapters needs them."""
 
     startup_s = 1.0
+    phases: ClassVar = {"process": 1.0}
 
     def __init__(self, loras: tuple[LoRA, ...]) -> None:
         self.loras = loras
@@ -348,3 +349,20 @@ def test_a_refusal_ends_with_its_cause(inked: tuple[Gang, FakeRanks], monkeypatc
         assert await settled(gang) == ""
 
     asyncio.run(story())
+
+
+def test_a_busy_gang_has_moved_when_a_rank_has_passed_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rank = [100.0], SimpleNamespace(progress=1)
+    gang = Gang({})
+    gang._ranks = SimpleNamespace(statuses=[rank])  # type: ignore[assignment]
+    monkeypatch.setattr("workers.gang.gang.time.time", lambda: clock[0])
+    assert gang._last_moved() == 100
+    clock[0] = 110.0
+    assert gang._last_moved() == 110  # idle
+    gang._running = REQUEST
+    for now, progress, moved in ((120.0, 1, 110), (130.0, 2, 130), (140.0, 2, 130)):
+        clock[0], rank.progress = now, progress
+        assert gang._last_moved() == moved
+    gang._running = None
+    gang._whole.clear()  # its ranks are replaced
+    assert gang._last_moved() == 130
