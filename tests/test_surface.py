@@ -223,6 +223,7 @@ COMMANDS = {
     "build": {"file", "set"},
     "deploy": {"file", "set", "address", "prune", "dry_run", "allow_downtime", "allow_pending"},
     "ps": {"server", "json"},
+    "top": {"server", "seconds"},
     "models": {"server", "json"},
     "requests": {"server", "json"},
     "cancel": {"request_id", "server"},

@@ -233,6 +233,8 @@ class RankStatus:
         guidance: how the latest guided request evaluated its branches: in one forward, or in two and why; empty: there
             was none yet.
         start: the seconds of each phase of the start; only in the answer to `join`.
+        latest_step: of the latest step whose collectives were timed: its seconds, those in collectives, and how many of
+            these it waited for slower ranks; empty: there was none.
     """
 
     rank: int
@@ -247,3 +249,4 @@ class RankStatus:
     kernel: str = ""
     guidance: str = ""
     start: tuple[tuple[str, float], ...] = ()
+    latest_step: tuple[float, ...] = ()

@@ -5,6 +5,7 @@
     spray build FILE      print the config that Ray Serve takes: the serveConfigV2 of KubeRay
     spray deploy FILE     change a running cluster to what the file says
     spray ps              show the models, gangs and queues of a server
+    spray top             watch the gangs: steps, where their time goes, queues, autoscaling
     spray models          show what each model of a server can be asked for
     spray requests        show what waits and runs on a server
     spray cancel ID       end a request that waits or runs
@@ -44,8 +45,8 @@ app = typer.Typer(
     },
 )
 for command in (
-    files.check, serve.serve, files.build, deploy.deploy, status.ps, status.models, status.requests, status.cancel,
-    doctor.doctor, files.schema, generate.generate, generate.video, bench.bench, key.key, verify.verify,
+    files.check, serve.serve, files.build, deploy.deploy, status.ps, status.top, status.models, status.requests,
+    status.cancel, doctor.doctor, files.schema, generate.generate, generate.video, bench.bench, key.key, verify.verify,
 ):  # fmt: skip
     app.command()(command)
 

@@ -49,7 +49,7 @@ def cluster_table(cluster: dict[str, Any]) -> Group:
     table = _table("MODEL", "STATE", "REPLICAS", "LAYOUT", "QUEUED", "RUNNING")
     reasons = []
     for model in cluster["models"]:
-        gangs = [_gang(gang["now"]) for gang in model["gangs"]] or [""]
+        gangs = [gang_bar(gang["now"]) for gang in model["gangs"]] or [""]
         _add(table, model["id"], model["state"], _replicas(model), model["layout"], str(model["queued"]), gangs[0])
         for gang in gangs[1:]:
             _add(table, "", "", "", "", "", gang)
@@ -135,7 +135,8 @@ def _replicas(model: dict[str, Any]) -> str:
     return f"{running} ({bounds}{', ' + others if others else ''})"
 
 
-def _gang(now: dict[str, Any]) -> str:
+def gang_bar(now: dict[str, Any]) -> str:
+    """What a gang does now, with a bar of its steps."""
     if not now["total_steps"]:
         return str(now["phase"])
     bar, numbers = _bar(now["step"], now["total_steps"]).split(" ")

@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 from deploy.spec import ModelSpec
 from service.names import GANG, app_name
 from workers.gang.placement import Node, Unschedulable, unschedulable
+from workers.metrics import WantedReason
 
 State = Literal["running", "starting", "waiting", "asleep", "failed"]
 
@@ -99,19 +100,29 @@ def _said(application: ApplicationStatusOverview) -> str:
 
 
 def cluster_object(
-    models: Iterable[tuple[ModelSpec, ModelState]], nodes: Sequence[Node], free: Sequence[Node]
+    models: Iterable[tuple[ModelSpec, ModelState]],
+    nodes: Sequence[Node],
+    free: Sequence[Node],
+    targets: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The body of `GET /v1/cluster`."""
+    """The body of `GET /v1/cluster`.
+
+    Args:
+        models: each with its state.
+        nodes: of the cluster, with all that they have.
+        free: the same nodes, with what is free.
+        targets: how many gangs Serve aims at, by application.
+    """
     return {
         "object": "cluster",
         "nodes": len(nodes),
         "devices": {name: {"total": _sum(nodes, name), "free": _sum(free, name)} for name in ("CPU", "GPU")},
-        "models": [state_object(model, state) for model, state in models],
+        "models": [state_object(model, state, (targets or {}).get(app_name(model.name))) for model, state in models],
     }
 
 
-def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
-    """One model of `GET /v1/cluster`."""
+def state_object(model: ModelSpec, state: ModelState, wanted: int | None = None) -> dict[str, Any]:
+    """One model of `GET /v1/cluster`; `wanted` gangs are what Serve aims at."""
     scaling = model.autoscaling
     return {
         "id": model.name,
@@ -123,9 +134,21 @@ def state_object(model: ModelSpec, state: ModelState) -> dict[str, Any]:
         "replicas": dict(state.replicas),
         "min_replicas": scaling.min_replicas,
         "max_replicas": scaling.max_replicas,
+        "wanted_replicas": wanted,
+        "wanted_reason": None if wanted is None else wanted_reason(model, wanted),
         "queued": state.queued,
         "gangs": [{name: told for name, told in gang.items() if name != "costs"} for gang in state.gangs],
     }
+
+
+def wanted_reason(model: ModelSpec, target: int) -> WantedReason:
+    """Why Serve aims at so many gangs: the file allows no other number, no fewer, no more; or the load."""
+    fewest, most = model.autoscaling.min_replicas, model.autoscaling.max_replicas
+    if fewest == most:
+        return "fixed"
+    if target <= fewest:
+        return "minimum"
+    return "maximum" if target >= most else "load"
 
 
 def _state(

@@ -5,7 +5,7 @@ from typing import get_args
 
 from deploy.spec import ModelSpec
 from service.names import app_name
-from service.state.model_states import ModelState
+from service.state.model_states import ModelState, wanted_reason
 from workers.metrics import BACKLOG, GANGS, GANGS_LIMIT, GANGS_WANTED, QUEUED, TARGET_BACKLOG, WantedReason
 from workers.observing import GONE
 
@@ -66,13 +66,3 @@ class ObservedModels:
             GANGS_LIMIT.labels(name, bound).set(GONE)
         for reason in REASONS:
             GANGS_WANTED.labels(name, reason).set(GONE)
-
-
-def wanted_reason(model: ModelSpec, target: int) -> WantedReason:
-    """Why Serve aims at so many gangs: the file allows no other number, no fewer, no more; or the load."""
-    fewest, most = model.autoscaling.min_replicas, model.autoscaling.max_replicas
-    if fewest == most:
-        return "fixed"
-    if target <= fewest:
-        return "minimum"
-    return "maximum" if target >= most else "load"

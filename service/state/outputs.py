@@ -80,7 +80,7 @@ class OutputStore:
         if folder != self._given:
             self._folder = None
         self._given, self._ttl_s = folder, ttl_s
-        watch_disk("outputs", Path(folder or _own_folder()))
+        watch_disk("outputs", Path(folder or own_folder()))
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep_forever())
 
     def prepare(self) -> None:

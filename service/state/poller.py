@@ -60,7 +60,8 @@ class Poller:
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         states = self.states
-        return cluster_object([(model, states[name]) for name, model in self._models.items()], self._nodes, self._free)
+        seen = [(model, states[name]) for name, model in self._models.items()]
+        return cluster_object(seen, self._nodes, self._free, self._targets)
 
     async def _run(self) -> None:
         """Poll forever. One failure must not end it: the controller may be restarting."""

@@ -174,6 +174,8 @@ def test_the_body_of_a_cluster() -> None:
         "device": "cuda",
         "replicas": {"RUNNING": 2, "STARTING": 1},
         "min_replicas": 1,
+        "wanted_replicas": None,
+        "wanted_reason": None,
         "max_replicas": 1,
         "queued": 3,
         "gangs": [gang(5, 20), gang(0, 0, "idle")],

@@ -11,8 +11,8 @@ from deploy.spec import Autoscaling
 from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.names import app_name
-from service.state.model_states import ModelState
-from service.state.observed import ObservedModels, wanted_reason
+from service.state.model_states import ModelState, wanted_reason
+from service.state.observed import ObservedModels
 from tests.support.backend import FakeBackend, a_model
 
 

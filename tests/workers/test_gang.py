@@ -64,7 +64,16 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
         adapters.want((INK,))
         ranks = SimpleNamespace(
             statuses=[
-                SimpleNamespace(phase="denoise", step=3, total_steps=4, pid=7, kernel="fast", guidance="one forward")
+                SimpleNamespace(
+                    progress=0,
+                    latest_step=(),
+                    phase="denoise",
+                    step=3,
+                    total_steps=4,
+                    pid=7,
+                    kernel="fast",
+                    guidance="one forward",
+                )
             ],
             startup_s=1.0,
             set_loras=refuse,
@@ -109,7 +118,11 @@ class FakeRanks:
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
-        self.statuses = [SimpleNamespace(phase="idle", step=0, total_steps=0, pid=7, kernel="", guidance="")]
+        self.statuses = [
+            SimpleNamespace(
+                progress=0, latest_step=(), phase="idle", step=0, total_steps=0, pid=7, kernel="", guidance=""
+            )
+        ]
         self.has_answered = False
         self.finish, self.has_room = asyncio.Event(), asyncio.Event()
         self.has_room.set()
@@ -354,7 +367,7 @@ def test_a_refusal_ends_with_its_cause(inked: tuple[Gang, FakeRanks], monkeypatc
 def test_a_busy_gang_has_moved_when_a_rank_has_passed_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, rank = [100.0], SimpleNamespace(progress=1)
     gang = Gang({})
-    gang._ranks = SimpleNamespace(statuses=[rank])  # type: ignore[assignment]
+    gang._ranks = SimpleNamespace(statuses=[rank], answering=False)  # type: ignore[assignment]
     monkeypatch.setattr("workers.gang.gang.time.time", lambda: clock[0])
     assert gang._last_moved() == 100
     clock[0] = 110.0

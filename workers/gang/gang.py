@@ -35,7 +35,7 @@ from workers.gang.gang_guard import start_guard
 from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
-from workers.gang.stats import GangBacklog, GangLoad, Progress, progress
+from workers.gang.stats import GangBacklog, GangLoad, Progress, progress, step_split
 from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
 from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
@@ -177,6 +177,7 @@ class Gang:
             "guidance": ranks[0].guidance if ranks else "",
             "request_id": self._running.request_id if self._running else "",
             **self._progress()._asdict(),
+            "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
             "startup_s": round(self._startup_s(), 3),
         }

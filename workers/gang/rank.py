@@ -75,6 +75,7 @@ class Rank:
         self._previews = PreviewFiles()
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
+        self._latest_step: tuple[float, ...] = ()
         self._guidance = ""
         self._ahead = int(model.device == "cuda")  # steps that are queued before the host waits; a CPU queues nothing
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
@@ -115,6 +116,7 @@ class Rank:
         gc.freeze()  # the model stays; looking through its objects between steps would only cost time
         mesh.traffic.take_sent()  # what the start has sent
         mesh.traffic.take_broadcasts()
+        self._latest_step = ()
         self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
         warming = "compile" if self._compiler.has_compiled else "warm_up"
@@ -269,6 +271,7 @@ class Rank:
             step=self._step,
             total_steps=self._total_steps,
             kernel=in_use(self._device) if self._usable else "",
+            latest_step=self._latest_step,
             guidance=self._guidance,
         )
 
@@ -320,6 +323,8 @@ class Rank:
             spent = sum((end.in_collectives or {}).values())
             waited = self._boundary.cross(self._loaded.mesh, denoising.request, broken, spent)
             self._step = end.step
+            if end.in_collectives:
+                self._latest_step = end.seconds, spent, waited
             self._guidance = str(denoising.guidance) or self._guidance
             yield end, waited
 

@@ -5,10 +5,14 @@
 for people.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from workers.messages import GenerationRequest, Phase, RankStatus
+
+NOTICED = 0.1
+"""Ranks that wait for a smaller share of a step wait for no rank in particular."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,23 @@ class Progress(NamedTuple):
     phase: Phase
     step: int
     total_steps: int
+
+
+def step_split(statuses: Sequence[RankStatus]) -> dict[str, float | int | None] | None:
+    """Where the time of the latest timed step went: means of all ranks, in seconds; None before the first.
+
+    Returns:
+        `seconds` = `computes` + `transfers` + `waits`; `slowest`: the rank for which the others wait, None if nobody
+        waits for more than `NOTICED` of a step.
+    """
+    steps = [status.latest_step for status in statuses]
+    if not steps or not all(steps):
+        return None
+    seconds, spent, waits = (sum(column) / len(steps) for column in zip(*steps, strict=True))
+    longest = max(step[2] for step in steps)
+    slowest = min(statuses, key=lambda status: status.latest_step[2]).rank if longest > NOTICED * seconds else None
+    parts = {"seconds": seconds, "computes": seconds - spent, "transfers": spent - waits, "waits": waits}
+    return {name: round(value, 6) for name, value in parts.items()} | {"slowest": slowest}
 
 
 def progress(latest: RankStatus | None, running: GenerationRequest | None, answering: bool) -> Progress:

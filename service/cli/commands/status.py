@@ -1,20 +1,48 @@
-"""`spray ps`, `spray models`, `spray requests`: what a server says of itself. `spray cancel` ends a request."""
+"""`spray ps`, `top`, `models`, `requests`: what a server says of itself. `spray cancel` ends a request."""
 
 import json
+import sys
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Group
+from rich.live import Live
 
 from service.cli.client import cancel_request, read_cluster, read_models, read_requests, server_url, understood
 from service.cli.options import AsJson, Server
 from service.cli.output import cluster_table, models_table, requests_table, say, show
+from service.cli.top import top_table
 
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
     """Show the models, gangs and queues of a server, and the steps of what is running."""
     _show("/v1/cluster", read_cluster, cluster_table, server, as_json)
+
+
+def top(
+    server: Server = None,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 1.0,
+) -> None:
+    """Watch the gangs of a server until Ctrl-C: steps, where their time goes, queues, what the autoscaler wants.
+
+    A pipe or a file gets one look.
+    """
+    at = server_url(server)
+    if not sys.stdout.isatty():
+        show(_top(at))
+        return
+    with Live(_top(at), auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            live.update(_top(at), refresh=True)
+
+
+def _top(at: str) -> Group:
+    cluster = read_cluster(at)
+    with understood(at, "GET /v1/cluster"):
+        return top_table(cluster)
 
 
 def models(server: Server = None, as_json: AsJson = False) -> None:

@@ -1,0 +1,46 @@
+"""What `spray top` shows: a row per gang with its steps and where their time goes. `GET /v1/cluster` comes in."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from service.cli.output import gang_bar, table
+
+SPLIT_WIDTH = 20
+
+HEADERS = "MODEL", "STATE", "GANGS", "QUEUED", "WORK LEFT", "NOW", "A STEP  # computes = transfers . waits"
+
+PARTS = (("computes", "#"), ("transfers", "="), ("waits", "."))
+"""Of a step's seconds, each with its letter in the bar."""
+
+
+def top_table(cluster: dict[str, Any]) -> Group:
+    """A row per gang; models without gangs have one."""
+    rows = []
+    for model in cluster["models"]:
+        first = model["id"], model["state"], _gangs(model), str(model["queued"])
+        gangs = [(f"{gang['backlog_s']:.0f} s", gang_bar(gang["now"]), _split(gang["now"])) for gang in model["gangs"]]
+        for number, of_gang in enumerate(gangs or [("", "", "")]):
+            rows.append((*(first if number == 0 else ("",) * len(first)), *of_gang))
+    reasons = [Text(f"{model['id']}: {model['reason']}") for model in cluster["models"] if model["reason"]]
+    return Group(table(*HEADERS, rows=rows), *reasons)
+
+
+def _gangs(model: dict[str, Any]) -> str:
+    """How many run, how many the autoscaler wants, and why."""
+    running, wanted = model["replicas"].get("RUNNING", 0), model.get("wanted_replicas")
+    return str(running) if wanted is None else f"{running}, wants {wanted}: {model['wanted_reason']}"
+
+
+def _split(now: dict[str, Any]) -> str:
+    """The latest timed step; a gang of one rank exchanges nothing."""
+    split = now.get("split")
+    if not split:
+        return ""
+    bar = ""
+    for part, letter in PARTS:
+        bar += letter * round(SPLIT_WIDTH * split[part] / split["seconds"])
+    waits = "" if split["slowest"] is None else f", for rank {split['slowest']}"
+    shares = (f"{100 * split[part] / split['seconds']:.0f} %" for part, _ in PARTS)
+    return f"[{bar[:SPLIT_WIDTH].ljust(SPLIT_WIDTH)}] {split['seconds']:.3f} s: {' '.join(shares)}{waits}"
