@@ -4,8 +4,8 @@ Each process of a cluster calls `share_values` once, so that its values lie in f
 an `Exporter`. All exporters wait for one lock. The process that holds it answers for all processes; when it ends,
 another takes over within `RETRY_S`. So there is nothing to deploy or to discover.
 
-This and `value_file` are the files that use prometheus_client's private parts: `values` and `mmap_dict`.
-`tests/workers/test_exporter.py` pins what they rely on.
+This and `value_file` are the files that use prometheus_client's private parts: `values`, `mmap_dict`, and the halves of a
+merge. `tests/workers/test_exporter.py` pins what they rely on.
 """
 
 import contextlib
@@ -139,10 +139,7 @@ class NodeCollector(Collector):
         with (self._folder / "collect.lock").open("a") as lock:  # or one scrape would unlink what another reads
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
             _finish_fold(self._folder)
-            merged = list(MultiProcessCollector.merge(map(str, self._sound_files())))
-        for metric in merged:
-            metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]  # `observing.GONE`
-        return [metric for metric in merged if metric.samples]
+            return _merged(self._sound_files())
 
     def _sound_files(self) -> set[Path]:
         """The files to read: of running processes, and one per kind with what ended processes have counted.
@@ -196,6 +193,15 @@ class NodeCollector(Collector):
         if file not in self._told:
             logger.warning("metrics: %s is damaged: %s; it is set aside as %s", file, reason, aside.name)
             self._told.add(file)
+
+
+def _merged(files: Iterable[Path]) -> list[Metric]:
+    """The metrics in these files. A gauge that is `observing.GONE` in one process is what the others say of it."""
+    found = MultiProcessCollector._read_metrics(map(str, files))
+    for metric in found.values():
+        metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]
+    told = {name: metric for name, metric in found.items() if metric.samples}
+    return list(MultiProcessCollector._accumulate_metrics(told, True))
 
 
 def _read(file: Path) -> Counted:

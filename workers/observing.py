@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # gangs and gateways import this, and must start fast without
     from sp_core.traffic import Op
 
 GONE = math.nan
-"""A gauge that is set to it is not exported: what it told of has ended, and its process has not."""
+"""A gauge that is set to it tells nothing: what it told of has ended, and its process has not."""
 
 RANK_STAGES: tuple[Stage, ...] = ("encode", "prepare", "denoise", "decode", "encode_media")
 MEMORY_KINDS: tuple[MemoryKind, ...] = get_args(MemoryKind)

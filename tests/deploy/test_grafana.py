@@ -10,16 +10,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
-import yaml
 
 from deploy.grafana.__main__ import BOARDS, FOLDER
 from deploy.grafana.builders import WIDTH, Panel, board_json
 from tests.deploy.test_prometheus import FOLDER as RULES
 from tests.deploy.test_prometheus import NAME, RECORDS, exported
 from tests.support.observed import LATE_S, STEP_S
-from tests.support.prometheus import free_port, program
+from tests.support.prometheus import answers, free_port, scraping
 
 NOT_OF_A_MODEL = ("spray_disk", "spray_build")
 
@@ -90,43 +88,19 @@ def test_shares_have_a_unit_of_shares_and_limits_rise() -> None:
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Prometheus that looks at a busy cluster, with the rules that ship; it has seen a few seconds."""
-    command, folder = program("prometheus"), tmp_path_factory.mktemp("prometheus")
-    watched, port = free_port(), free_port()
-    config = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES / "rules.yml")],
-        "scrape_configs": [{"job_name": "spray", "static_configs": [{"targets": [f"127.0.0.1:{watched}"]}]}],
-    }
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    options = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data"}
-    options |= {"web.listen-address": f"127.0.0.1:{port}", "log.level": "warn"}
-    observed = [sys.executable, "-m", "tests.support.observed", str(watched)]
+    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     env = os.environ | {"RAY_RAYLET_PID": "1", "SPRAY_METRICS_DIR": str(folder / "metrics")}
-    with (folder / "log").open("w") as log:
-        processes = [
-            subprocess.Popen(started, stdout=log, stderr=log, env=env)
-            for started in (observed, [command, *(f"--{name}={value}" for name, value in options.items())])
-        ]
+    observed = subprocess.Popen([sys.executable, "-m", "tests.support.observed", str(port)], env=env)
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while not answers(url, "spray:straggler:share > 0"):
-            stands = all(process.poll() is None for process in processes)
-            assert stands and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield url
+        with scraping(folder, port, RULES / "rules.yml") as url:
+            deadline = time.monotonic() + 120
+            while not answers(url, "spray:straggler:share > 0"):
+                assert observed.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield url
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def answers(url: str, question: str) -> list[dict[str, Any]]:
-    try:
-        answer = httpx.get(f"{url}/api/v1/query", params={"query": question}, timeout=30, trust_env=False)
-    except httpx.TransportError:  # it starts
-        return []
-    assert answer.status_code in (200, 503), answer.text
-    return list(answer.json()["data"]["result"]) if answer.status_code == 200 else []
+        observed.kill()
+        observed.wait()
 
 
 @pytest.mark.parametrize("expression", QUERIES)

@@ -23,8 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.families.qwen_image import FAMILY
 from service.rollout.local_cluster import LocalCluster
 from service.rollout.ports import bind_error
+from tests.deploy.test_prometheus import FOLDER as RULES
 from tests.support.deployments import deployment, model, ready
-from tests.support.prometheus import free_port, promtool
+from tests.support.prometheus import answers, free_port, promtool, scraping
 from workers import exporter
 from workers.exporter import Exporter
 from workers.gang.adapter_sync import AdapterSync
@@ -197,7 +198,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     assert [str(sample("spray_rank_memory_bytes", each)) for each in labels] == ["9.0", "nan"]
 
 
-def test_what_requests_leave_behind(demo_model: Path) -> None:
+def test_what_requests_leave_behind(demo_model: Path, tmp_path: Path) -> None:
     """Counts and seconds of two requests and a refused one are, to the last bit, those that the caller was told."""
     body = {"model": "demo", "prompt": "a", "size": "64x48"}
     with LocalCluster(deployment(model(demo_model, ulysses_degree=2))) as cluster:
@@ -215,12 +216,29 @@ def test_what_requests_leave_behind(demo_model: Path) -> None:
             return gangs == wanted == 1 and value(samples, "spray_requests_in_flight", model="demo") == 0
 
         until(settled)
+        check_with_prometheus(tmp_path, cluster.metrics_url, told)
         complaints = promtool("check", "metrics", given=httpx.get(cluster.metrics_url, trust_env=False).text)
     assert complaints == ""
     check_steps(samples, told)
     check_traffic(samples)
     check_requests(samples, told)
     check_of_the_node(samples)
+
+
+def check_with_prometheus(folder: Path, metrics_url: str, told: list[dict[str, Any]]) -> None:
+    """A real one sees the same: each rank's steps, and what callers were told, from a node that is up."""
+    steps = sum(sum(metrics["step_seconds"]) for metrics in told)
+    with scraping(folder, httpx.URL(metrics_url).port or 80, RULES / "rules.yml") as url:
+
+        def number(question: str) -> float:
+            found = answers(url, question)
+            return float(found[0]["value"][1]) if found else 0.0
+
+        until(lambda: number("up") == 1)
+        assert number("sum(spray_step_seconds_count)") == 2 * 2 * 4  # ranks x requests x steps
+        assert number('sum(spray_step_seconds_sum{rank="0"})') == pytest.approx(steps, rel=1e-9)
+        until(lambda: bool(answers(url, "spray:backlog_seconds:per_capacity")))  # the rules have run
+        assert not answers(url, 'ALERTS{alertstate="firing"}')
 
 
 def check_steps(samples: Samples, told: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ What Prometheus reads from them is in `tests/live/test_metrics.py`.
 import ast
 import contextlib
 import itertools
+import math
 import os
 import signal
 import struct
@@ -247,6 +248,18 @@ print(told()[-1])
     assert while_it_runs == [*gang, ("spray_requests_in_flight", "removed", 1.0)]  # its gangs finish what they compute
     assert removed == gang
     assert back == ("spray_requests_in_flight", "removed", 0.0)
+
+
+@pytest.mark.parametrize("mode", ["livesum", "livemostrecent"])
+def test_a_gauge_that_has_ended_in_one_process_goes_on_in_another(tmp_path: Path, mode: str) -> None:
+    """As when Serve gives the number of one gang to another."""
+    key = mmap_key("spray_y", "spray_y", ["replica"], ["1"], "help")
+    for process, value, at in ((os.getpid(), 5.0, 10.0), (os.getppid(), math.nan, 20.0)):
+        values_of_process = MmapedDict(str(tmp_path / f"gauge_{mode}_{process}.db"))
+        values_of_process.write_value(key, value, at)
+        values_of_process.close()
+    samples = [sample for metric in NodeCollector(tmp_path).collect() for sample in metric.samples]
+    assert [(sample.labels["replica"], sample.value) for sample in samples] == [("1", 5.0)]
 
 
 FULL = """
