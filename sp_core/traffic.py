@@ -110,6 +110,11 @@ class Traffic:
         taken, self._broadcasts = self._broadcasts, []
         return taken
 
+    def forget(self) -> None:
+        """Forget what was counted until now."""
+        self.take_sent()
+        self.take_broadcasts()
+
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()

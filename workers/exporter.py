@@ -4,8 +4,8 @@ Each process of a cluster calls `share_values` once, so that its values lie in f
 an `Exporter`. All exporters wait for one lock. The process that holds it answers for all processes; when it ends,
 another takes over within `RETRY_S`. So there is nothing to deploy or to discover.
 
-This and `value_file` are the files that use prometheus_client's private parts: `values`, `mmap_dict`, and the halves of a
-merge. `tests/workers/test_exporter.py` pins what they rely on.
+This and `value_file` are the files that use prometheus_client's private parts: `values`, `mmap_dict`, and the two
+halves of a merge. `tests/workers/test_exporter.py` pins what they rely on.
 """
 
 import contextlib

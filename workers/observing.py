@@ -33,7 +33,7 @@ from workers.metrics import (
 )
 
 if TYPE_CHECKING:  # gangs and gateways import this, and must start fast without torch
-    from sp_core.traffic import Op
+    from sp_core.traffic import Op, Traffic
 
 GONE = math.nan
 """A gauge that is set to it tells nothing: what it told of has ended, and its process has not."""
@@ -91,6 +91,12 @@ class RankMetrics:
             if op != "broadcast":
                 collective.observe(seconds.get(op, 0.0))
         self._straggler.observe(waited)
+
+    def traffic(self, traffic: "Traffic") -> None:
+        """Count what this rank has sent and broadcast since the last call."""
+        self.sent(traffic.take_sent())
+        for seconds in traffic.take_broadcasts():
+            self.broadcast(seconds)
 
     def broadcast(self, seconds: float) -> None:
         """Count one broadcast."""

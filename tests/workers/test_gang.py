@@ -14,7 +14,7 @@ from workers.errors import GangLost, RequestCancelled, RequestFailed
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang
 from workers.gang.setup import Setup
-from workers.gang.stats import GangBacklog
+from workers.gang.stats import GangBacklog, Movement
 from workers.messages import Begun, GenerationRequest
 from workers.observing import GangMetrics
 
@@ -366,16 +366,10 @@ def test_a_refusal_ends_with_its_cause(inked: tuple[Gang, FakeRanks], monkeypatc
 
 def test_a_busy_gang_has_moved_when_a_rank_has_passed_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, rank = [100.0], SimpleNamespace(progress=1)
-    gang = Gang({})
-    gang._ranks = SimpleNamespace(statuses=[rank], answering=False)  # type: ignore[assignment]
-    monkeypatch.setattr("workers.gang.gang.time.time", lambda: clock[0])
-    assert gang._last_moved() == 100
-    clock[0] = 110.0
-    assert gang._last_moved() == 110  # idle
-    gang._running = REQUEST
-    for now, progress, moved in ((120.0, 1, 110), (130.0, 2, 130), (140.0, 2, 130)):
+    monkeypatch.setattr("workers.gang.stats.time.time", lambda: clock[0])
+    movement = Movement()
+    told = []
+    for now, progress, idle in ((110, 1, True), (120, 1, False), (130, 2, False), (140, 2, False), (150, 2, True)):
         clock[0], rank.progress = now, progress
-        assert gang._last_moved() == moved
-    gang._running = None
-    gang._whole.clear()  # its ranks are replaced
-    assert gang._last_moved() == 130
+        told.append(movement.at([rank], idle))  # type: ignore[list-item]
+    assert told == [110, 110, 130, 130, 150]

@@ -35,7 +35,7 @@ from workers.gang.gang_guard import start_guard
 from workers.gang.rank_group import RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
-from workers.gang.stats import GangBacklog, GangLoad, Progress, progress, step_split
+from workers.gang.stats import GangBacklog, GangLoad, Movement, Progress, progress, step_split
 from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
 from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
@@ -80,7 +80,7 @@ class Gang:
         self._whole.set()
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
-        self._moved: tuple[list[int], float] = ([], time.time())  # boundaries that the ranks had passed, and when
+        self._movement = Movement()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
@@ -149,7 +149,7 @@ class Gang:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
         setup, remaining_s = self._started, self._remaining_s()
-        setup.metrics.now(remaining_s, serves=not self._replacing, moved_at=self._last_moved())
+        setup.metrics.now(remaining_s, serves=not self._replacing, moved_at=self._moved_at())
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
@@ -256,6 +256,11 @@ class Gang:
         """Seconds that the latest ranks took to start; 0 before there are any."""
         return self._ranks.startup_s if self._ranks else 0.0
 
+    def _moved_at(self) -> float:
+        return self._movement.at(
+            self._ranks.statuses if self._ranks else (), idle=self._running is None and not self._replacing
+        )
+
     def _remaining_s(self) -> float:
         """Seconds until the gang is free; 0 while no request was ever finished."""
         if self._replacing:
@@ -264,13 +269,6 @@ class Gang:
             return 0.0
         step = self._progress().step
         return self._costs.seconds(self._running, self._forwards(self._running), step) or 0.0
-
-    def _last_moved(self) -> float:
-        """When it was last seen to be idle or to pass a boundary; seconds since the epoch."""
-        passed = [status.progress for status in self._ranks.statuses] if self._ranks else []
-        if passed != self._moved[0] or (self._running is None and not self._replacing):
-            self._moved = passed, time.time()
-        return self._moved[1]
 
     def _progress(self) -> Progress:
         if self._ranks is None or self._replacing:

@@ -114,8 +114,7 @@ class Rank:
             self._warm_up_adapters(self.model.loras)
         gc.collect()
         gc.freeze()  # the model stays; looking through its objects between steps would only cost time
-        mesh.traffic.take_sent()  # what the start has sent
-        mesh.traffic.take_broadcasts()
+        mesh.traffic.forget()  # what the start has sent
         self._latest_step = ()
         self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
@@ -226,7 +225,7 @@ class Rank:
             if self._metrics:
                 self._metrics.step(end.seconds, self._shapes.label(request))
                 self._metrics.in_collectives(end.in_collectives, waited)
-                self._count_traffic(self._metrics)
+                self._metrics.traffic(self._loaded.mesh.traffic)
             if reports and request.report_steps:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
@@ -244,7 +243,7 @@ class Rank:
             self._metrics.stage("decode", decode_seconds)
             self._metrics.memory(**memory_use(self._device))
             self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
-            self._count_traffic(self._metrics)
+            self._metrics.traffic(self._loaded.mesh.traffic)
         yield from self._previews.finished(wait=True)
         if reports:
             result = GenerationResult(
@@ -306,12 +305,6 @@ class Rank:
         self._run_on_all_ranks(request, denoising.prepare)
         self._total_steps = denoising.total_steps
         return denoising, encode_seconds
-
-    def _count_traffic(self, metrics: RankMetrics) -> None:
-        traffic = self._loaded.mesh.traffic
-        metrics.sent(traffic.take_sent())
-        for seconds in traffic.take_broadcasts():
-            metrics.broadcast(seconds)
 
     def _denoise(self, denoising: Denoising) -> Iterator[tuple[StepEnd, float]]:
         """Run all steps; yield the end of each, and the seconds that this rank waited in it for slower ones."""

@@ -5,6 +5,7 @@
 for people.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -82,6 +83,26 @@ class Progress(NamedTuple):
     phase: Phase
     step: int
     total_steps: int
+
+
+class Movement:
+    """When a gang was last seen to be idle, or to pass a boundary of a request."""
+
+    def __init__(self) -> None:
+        self._passed: list[int] = []
+        self._at = time.time()
+
+    def at(self, statuses: Sequence[RankStatus], idle: bool) -> float:
+        """Seconds since the epoch.
+
+        Args:
+            statuses: what the ranks have said last.
+            idle: it has nothing to do.
+        """
+        passed = [status.progress for status in statuses]
+        if idle or passed != self._passed:
+            self._passed, self._at = passed, time.time()
+        return self._at
 
 
 def step_split(statuses: Sequence[RankStatus]) -> dict[str, float | int | None] | None:
