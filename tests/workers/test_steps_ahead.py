@@ -79,10 +79,10 @@ def spoil(mesh: ParallelMesh, folder: Path, step: int) -> tuple[str, str, int, b
     rank, mark, queued = started(mesh, folder, 1), StepEnds.mark, 0
     last = mesh.axis("gang").rank == mesh.axis("gang").size - 1
 
-    def spoiled(ends: StepEnds, latents: torch.Tensor) -> None:
+    def spoiled(ends: StepEnds, latents: torch.Tensor, *rest: Any) -> None:
         nonlocal queued
         queued += 1
-        mark(ends, latents * float("nan") if last and queued == step else latents)
+        mark(ends, latents * float("nan") if last and queued == step else latents, *rest)
 
     with mock.patch.object(StepEnds, "mark", spoiled), pytest.raises(RequestFailed) as failed:
         list(rank.generate(REQUEST))
