@@ -14,6 +14,7 @@ Folder = Literal["models", "compiled", "outputs", "metrics", "jobs"]
 
 _folders: dict[Folder, Path] = {}
 _started = threading.Lock()
+_woken = threading.Event()
 
 
 def watch_disk(name: Folder, folder: Path) -> None:
@@ -24,6 +25,7 @@ def watch_disk(name: Folder, folder: Path) -> None:
         folder: it may not be there yet; then its nearest parent tells.
     """
     _folders[name] = folder
+    _woken.set()
     if _started.acquire(blocking=False):
         threading.Thread(target=_run, name="spray-disk", daemon=True).start()
 
@@ -40,5 +42,6 @@ def tell() -> None:
 
 def _run() -> None:
     while True:
+        _woken.clear()
         tell()
-        threading.Event().wait(PERIOD_S)
+        _woken.wait(PERIOD_S)
