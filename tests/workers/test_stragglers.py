@@ -17,7 +17,7 @@ from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
 REQUEST = GenerationRequest("a", "demo", "a fox", width=64, height=96, num_inference_steps=3, seed=3)
-LATE_S = 0.2
+LATE_S = 0.4
 
 
 def waits(mesh: ParallelMesh, folder: Path, slow: int) -> list[tuple[float, float, float]]:
@@ -43,14 +43,16 @@ def waits(mesh: ParallelMesh, folder: Path, slow: int) -> list[tuple[float, floa
 def test_the_slow_rank_waits_for_nobody(ranks: RankPool, demo_model: Path, degrees: ParallelDegrees) -> None:
     slow = degrees.world_size - 1
     found: list[Any] = ranks.run(degrees, waits, demo_model, slow)
-    for rank, steps in enumerate(found):
-        for seconds, spent, waited in steps[1:]:  # the first also agrees on lengths
+    for steps in found:
+        for seconds, spent, waited in steps:
             assert 0 <= waited <= spent < seconds
-            assert (waited > LATE_S / 2) == (rank != slow), (rank, steps)
+    waited = [sum(step[2] for step in steps) for steps in found]  # of three sleeps; a busy machine hides a part
+    assert all(each - waited[slow] > LATE_S for each in waited[:slow]), waited
     assert all(min(step[2] for step in steps) == 0 for steps in zip(*found, strict=True))
 
 
 def test_without_a_slow_rank_nobody_waits_that_long(ranks: RankPool, demo_model: Path) -> None:
     """The control: the same without the sleep."""
-    for steps in ranks.run(ParallelDegrees(ulysses_degree=2), waits, demo_model, -1):
-        assert min(waited for _, _, waited in steps) < LATE_S / 2
+    found = ranks.run(ParallelDegrees(ulysses_degree=2), waits, demo_model, -1)
+    first, second = (sum(step[2] for step in steps) for steps in found)
+    assert abs(first - second) < LATE_S
