@@ -47,6 +47,7 @@ def parallelize(
     mesh: ParallelMesh,
     plan: SequenceParallelModelPlan | None = None,
     *,
+    family: ModelFamily | None = None,
     dtype: torch.dtype | None = None,
     kernel: str | None = None,
 ) -> Handle:
@@ -60,6 +61,7 @@ def parallelize(
         mesh: the ranks.
         plan: where to split and gather; None takes the class's own `_sp_plan`, else that of its family, else reads
             diffusers' `_cp_plan`.
+        family: whose plans and peculiarities it has; None: that of its class in `sp_core.models`, if there is one.
         dtype: in which the model will compute; None: that of its weights, which may have to be loaded yet.
         kernel: of attention without a mask on CUDA, by its name in `sp_core.cuda_kernels`; None: the fastest on rank 0.
 
@@ -74,7 +76,9 @@ def parallelize(
         raise ValueError(f"{type(model).__name__} is parallelized already; remove() that first")
     config = _config(model)
     check_layout(mesh.degrees, num_heads(config))
-    family = find_family(_class_names(model))
+    if family is not None and plan is None:
+        plan = family.sequence_plan(config)
+    family = family or find_family(_class_names(model))
     irreversible = ""
     if mesh.degrees.tensor_parallel_size > 1:
         apply_tensor_parallel(model, _find_tp_plan(model, family), mesh.axis("tp"))

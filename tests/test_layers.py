@@ -30,10 +30,16 @@ DIFFUSERS_IN_SP_CORE = ["sp_core/diffusers_private.py", "sp_core/verify/examples
 
 OF_SP_CORE = {
     "deploy": {"sp_core.degrees", "sp_core.models.lookup", "sp_core.tp_plan"},
-    "service": {"sp_core.degrees", "sp_core.verify.verify"},
+    "service": {
+        "sp_core.degrees",
+        "sp_core.planner.movement",
+        "sp_core.planner.planner",
+        "sp_core.planner.source",
+        "sp_core.verify.verify",
+    },
 }
-"""Layers for which sp_core is no more than this. Only `spray verify` loads `verify`, inside its function: it brings
-torch."""
+"""Layers for which sp_core is no more than this. Only `spray verify` and `spray plan` load `verify` and
+`planner`, inside their functions: they bring torch."""
 
 WITHOUT_TORCH = tuple(
     """

@@ -37,7 +37,7 @@ PLAN_API = {
 }
 
 FUNCTIONS = {
-    sp_core.parallelize.parallelize: ["model", "mesh", "plan", "dtype", "kernel"],
+    sp_core.parallelize.parallelize: ["model", "mesh", "plan", "family", "dtype", "kernel"],
     sp_core.hooks.apply_sequence_parallel: ["model", "plan", "mesh"],
     sp_core.sp_plan.validate_sp_plan: ["plan"],
     sp_core.sp_plan.get_sp_plan_from_model: ["model"],
@@ -231,6 +231,7 @@ COMMANDS = {
     "schema": {"model", "server"},
     "key": {"name", "admin"},
     "verify": {"target", "config", "world", "device"},
+    "plan": {"target", "config", "world"},
     "bench": {
         "rate", "concurrency", "mix", "trace", "duration", "requests", "warmup", "seed", "slo", "timeout", "model",
         "prompt", "json", "plot", "server",

@@ -16,6 +16,7 @@
     spray key NAME        make an API key
     spray bench           load a server, and measure it
     spray verify CLASS    prove that a model class gives the same answer on every layout
+    spray plan CLASS      find where the sequence of a model class is split, and prove it
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done (`spray serve`: SIGTERM), 1 failed,
 2 wrong usage, 130 Ctrl-C. Flags may be written with `_` or `-`.
@@ -30,7 +31,7 @@ import typer
 
 from deploy.spec import SpecError
 from service.cli.client import ServerError
-from service.cli.commands import bench, deploy, doctor, files, generate, key, serve, status, verify
+from service.cli.commands import bench, deploy, doctor, files, generate, key, plan, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
@@ -47,6 +48,7 @@ app = typer.Typer(
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.top, status.models, status.requests,
     status.cancel, doctor.doctor, files.schema, generate.generate, generate.video, bench.bench, key.key, verify.verify,
+    plan.plan,
 ):  # fmt: skip
     app.command()(command)
 

@@ -126,12 +126,23 @@ class Tiny:
     def inputs(self, length: str, mask: str, batch: int) -> dict[str, Any]:
         """The keyword arguments of one forward."""
         size, text = SIZES[length]
-        tokens = ExampleTokens(*size, text, batch, mask)
+        return self._inputs(ExampleTokens(*size, text, batch, mask))
+
+    def probes(self) -> dict[str, Mapping[str, Any]]:
+        """Inputs by the letter of what is larger than usual: S the image, T the text, B the batch; empty: nothing."""
+        mask = "none" if self.example.mask_input is None else "suffix"
+        sizes = {"": (3, 7, 1), "S": (8, 7, 1), "T": (3, 38, 1), "B": (3, 7, 2)}
+        return {
+            letter: self._inputs(ExampleTokens(1, height, 5, text, batch, mask)) | {"return_dict": False}
+            for letter, (height, text, batch) in sizes.items()
+        }
+
+    def _inputs(self, tokens: ExampleTokens) -> dict[str, Any]:
         arguments = self.example.inputs(tokens)
         if self.example.mask_input is not None:
-            kind = tokens.text_mask(mask)
+            kind = tokens.text_mask(tokens.mask)
             if kind is None and self.example.counts_mask:
-                kind = torch.ones(batch, text, dtype=torch.bool)
+                kind = torch.ones(tokens.batch, tokens.text, dtype=torch.bool)
             arguments[self.example.mask_input] = kind
         return arguments
 

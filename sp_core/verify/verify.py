@@ -32,6 +32,7 @@ from torch import nn
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.models.family import ModelFamily
 from sp_core.parallelize import parallelize
 from sp_core.verify.divergence import Recording, error, tensors_of
 from sp_core.verify.rank_pool import RankFailed, RankPool
@@ -164,24 +165,28 @@ def _report(pool: RankPool, degrees: ParallelDegrees, arguments: tuple[Any, ...]
     return True, f"{head} same within {max(worst.values()):.1e} (with attention kept local: {seen:.1e})"
 
 
-def compare(mesh: ParallelMesh, target: str, config: str | None, name: str) -> Outcome:
-    """On one rank: every case of a proof, parallel and plain."""
+def compare(
+    mesh: ParallelMesh, target: str, config: str | None, name: str, family: ModelFamily | None = None
+) -> Outcome:
+    """On one rank: every case of a proof, parallel and plain. `family`: instead of the one of the class."""
     proof = find_proofs(target, config)[name]
     outcome = Outcome()
     model = proof.build().to(mesh.device)
     given = {case: _on(mesh.device, inputs) for case, inputs in proof.inputs.items()}
     with torch.no_grad():
         plain = {case: tensors_of(model(**inputs)) for case, inputs in given.items()}
-        handle = parallelize(model, mesh)
-        for case, inputs in given.items():
-            outcome.differences[case] = difference(tensors_of(model(**inputs)), plain[case])
-        with attention_kept_local():
+        handle = parallelize(model, mesh, family=family)
+        try:
             for case, inputs in given.items():
-                outcome.controls[case] = difference(tensors_of(model(**inputs)), plain[case])
-        handle.remove()
+                outcome.differences[case] = difference(tensors_of(model(**inputs)), plain[case])
+            with attention_kept_local():
+                for case, inputs in given.items():
+                    outcome.controls[case] = difference(tensors_of(model(**inputs)), plain[case])
+        finally:
+            handle.remove()  # also of a plan that does not fit: examples share their models
         wrong = [case for case, by in outcome.differences.items() if not by <= BAR]
         for case in [case for case in given if mesh.agree(int(case in wrong))[0]]:
-            outcome.diverged[case] = _first_divergence(model, mesh, given[case])
+            outcome.diverged[case] = _first_divergence(model, mesh, given[case], family)
     return outcome
 
 
@@ -194,10 +199,12 @@ def _on(device: torch.device, value: Any) -> Any:
     return type(value)(_on(device, each) for each in value) if isinstance(value, list | tuple) else value
 
 
-def _first_divergence(model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str, Any]) -> str:
+def _first_divergence(
+    model: nn.Module, mesh: ParallelMesh, inputs: Mapping[str, Any], family: ModelFamily | None
+) -> str:
     with Recording(model) as plain:
         model(**inputs)
-    handle = parallelize(model, mesh)
+    handle = parallelize(model, mesh, family=family)
     with Recording(model) as across:
         model(**inputs)
     handle.remove()
@@ -235,6 +242,30 @@ def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
 
     inputs = {case: _make_inputs(shapes, lengths) for case, lengths in LENGTHS.items()}
     return {kind.__name__: Proof(build, inputs)}
+
+
+def find_probes(target: str, config: str | None, name: str) -> tuple[nn.Module, dict[str, Mapping[str, Any]]]:
+    """A variant of a class, and what its forward is given to see what moves with which length.
+
+    Returns:
+        The model, and keyword arguments by the letter of the length that is larger than usual; empty: none is.
+
+    Raises:
+        Unverifiable: see there.
+    """
+    model = find_proofs(target, config)[name].build()
+    shapes = _described(config).get("inputs", getattr(_load(target), "_sp_example", None))
+    if shapes is None:
+        from sp_core.verify import examples
+
+        return model, examples.TINY[name].probes()
+    letters = {size for shape in shapes.values() if isinstance(shape, list | tuple) for size in shape}
+    usual = {
+        letter: 6 + 5 * at for at, letter in enumerate(sorted(letters - {"B"}, key=str)) if isinstance(letter, str)
+    }
+    usual["B"] = 1
+    longer = {letter: usual | {letter: 2 if letter == "B" else usual[letter] + 31} for letter in usual}
+    return model, {letter: _make_inputs(shapes, sizes) for letter, sizes in {"": usual, **longer}.items()}
 
 
 def _load(target: str) -> type[nn.Module]:

@@ -8,6 +8,7 @@ generate.py  generate, video: one request
 bench.py     bench: load a server, and measure it
 doctor.py    doctor: look at this machine
 verify.py    verify: prove a model class
+plan.py      plan: find and prove its sequence plan
 
 Modules that import Ray or torch are imported inside the functions that need them: both take seconds, which `spray
 schema` or `spray ps` should not, and Ray must find its environment set (`service.rollout.environment`).

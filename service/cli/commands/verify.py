@@ -7,21 +7,23 @@ import typer
 
 from service.cli.options import UsageError
 
+Target = Annotated[str, typer.Argument(metavar="package.module:Class", help="The model class.")]
+Config = Annotated[Path | None, typer.Option(help='JSON: {"init": {...}, "inputs": {...}}, or a diffusers config.')]
+World = Annotated[str, typer.Option(metavar="RANKS", help="Numbers of ranks, comma-separated.")]
+
 
 class NotTheSame(Exception):
     """A model failed its proof."""
 
 
 def verify(
-    target: Annotated[str, typer.Argument(metavar="package.module:Class", help="The model class.")],
-    config: Annotated[
-        Path | None, typer.Option(help='JSON: {"init": {...}, "inputs": {...}}, or a diffusers config.')
-    ] = None,
+    target: Target,
+    config: Config = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the ranks run.")] = "cpu",
-    world: Annotated[str, typer.Option(metavar="RANKS", help="Numbers of ranks, comma-separated.")] = "2,3,4",
+    world: World = "2,3,4",
 ) -> None:
     """Prove that a model class gives the same answer on every layout."""
-    worlds = _worlds(world)
+    worlds = numbers_of_ranks(world)
     import sp_core.verify.verify as proof  # here, for it imports torch
 
     try:
@@ -35,7 +37,8 @@ def verify(
         raise NotTheSame("not every layout gives the answer of one process")
 
 
-def _worlds(text: str) -> tuple[int, ...]:
+def numbers_of_ranks(text: str) -> tuple[int, ...]:
+    """The numbers that `--world` names."""
     worlds = tuple(int(part) for part in text.split(",") if part.isdecimal())
     if not worlds or len(worlds) != text.count(",") + 1 or min(worlds) < 2:
         raise UsageError(f"--world: expected comma-separated numbers of at least 2 (2,3,4), got {text!r}")

@@ -1,0 +1,501 @@
+"""Proposals: sequence plans that fit what was seen to move, each entry with its reason.
+
+A `Movement` comes in; `Proposal`s go out, the likeliest first. Nothing here proves one: `sp_core.planner.planner` asks
+ranks. What a forward does between its modules cannot be seen, so there are several ways to read the same calls:
+
+- split at the model's own parameters, where the tokens are already there when it is called;
+- split at the first block, with rotations at the module that makes them and the rest at every block;
+- split and gather around each stack of blocks, where the stacks' streams are joined in between.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sp_core import diffusers_private
+from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.models.family import ModelFamily
+from sp_core.planner.movement import BATCH, CannotPlan, Letters, Movement, Moving, MovingCall
+from sp_core.sp_plan import (
+    OptionalSequenceParallelInput,
+    SequenceParallelCompanion,
+    SequenceParallelInput,
+    SequenceParallelLeadingCount,
+    SequenceParallelModelPlan,
+    SequenceParallelOutput,
+)
+
+Entry = SequenceParallelInput | SequenceParallelLeadingCount | SequenceParallelOutput
+
+Order = Callable[[Mapping[str, "Moving"]], dict[str, "Moving"]]
+"""Puts streams in the order in which attention joins them."""
+
+
+@dataclass
+class Proposal:
+    """A plan that may be right.
+
+    Attributes:
+        plan: by module and key; the key of a gather is empty.
+        reasons: of each entry, by the same.
+        local_attention: patterns of modules whose attention stays on each rank, with the reason.
+        own_stream: patterns of modules whose attention sees one of several streams, with its parameter.
+        captured_processors: class names; see `sp_core.models.family.ModelFamily`.
+    """
+
+    plan: dict[str, dict[str | int, Entry]] = field(default_factory=dict)
+    reasons: dict[tuple[str, str | int], str] = field(default_factory=dict)
+    local_attention: dict[str, str] = field(default_factory=dict)
+    own_stream: dict[str, str] = field(default_factory=dict)
+    captured_processors: set[str] = field(default_factory=set)
+
+    def add(self, module: str, key: str | int, entry: Entry, reason: str) -> None:
+        """Add an entry, if there is none in this place."""
+        self.plan.setdefault(module, {}).setdefault(key, entry)
+        self.reasons.setdefault((module, key), reason)
+
+    def merge(self, other: "Proposal") -> bool:
+        """Add what another variant of the same model needs; False if the two contradict each other."""
+        for module, entries in other.plan.items():
+            for key, entry in entries.items():
+                self.add(module, key, entry, other.reasons[module, key])
+                if self.plan[module][key] != entry:
+                    return False
+        self.local_attention |= other.local_attention
+        self.own_stream |= other.own_stream
+        self.captured_processors |= other.captured_processors
+        return True
+
+    def sequence_plan(self) -> SequenceParallelModelPlan:
+        """The plan in the words of `sp_core.sp_plan`."""
+        plan: SequenceParallelModelPlan = {}
+        for module, entries in self.plan.items():
+            gather = entries.get("")
+            if isinstance(gather, SequenceParallelOutput):
+                plan[module] = gather
+            else:
+                plan[module] = {
+                    k: entry for k, entry in entries.items() if not isinstance(entry, SequenceParallelOutput)
+                }
+        return plan
+
+    def family(self, transformer_class: str) -> ModelFamily:
+        """As the file of a family says it."""
+        return ModelFamily(
+            (transformer_class,),
+            self.sequence_plan(),
+            local_attention=tuple(self.local_attention),
+            own_stream=self.own_stream,
+            captured_processors=tuple(sorted(self.captured_processors)),
+        )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks that were called one after the other.
+
+    Attributes:
+        name: of the `ModuleList`.
+        calls: of its blocks, in order.
+    """
+
+    name: str
+    calls: tuple[MovingCall, ...]
+
+    @property
+    def first(self) -> MovingCall:
+        return self.calls[0]
+
+    @property
+    def last(self) -> MovingCall:
+        return self.calls[-1]
+
+    def streams(self) -> dict[str, Moving]:
+        """What enters the first block and leaves each as another tensor: its token streams, by parameter."""
+        return {
+            path: moving
+            for path, moving in self.first.arguments.items()
+            if moving.is_stream and "." not in path and not self.is_repeated(path) and self._comes_out(moving)
+        }
+
+    def is_repeated(self, path: str) -> bool:
+        """Whether all blocks are given the same tensor."""
+        given = {call.arguments[path].seen.identity for call in self.calls if path in call.arguments}
+        return len(self.calls) > 1 and len(given) == 1
+
+    def _comes_out(self, moving: Moving) -> bool:
+        return any(out.seen.shape == moving.seen.shape for out in self.first.outputs.values())
+
+    def companions(self) -> dict[str, Moving]:
+        """What else enters the blocks and moves with tokens, by path."""
+        streams = self.streams()
+        return {
+            path: moving
+            for call in self.calls[:2]
+            for path, moving in call.arguments.items()
+            if path not in streams and moving.tokens
+        }
+
+
+def find_stacks(model: nn.Module, movement: Movement) -> list[Stack]:
+    """The outermost lists of blocks that attend and through which a stream goes, in order of their calls.
+
+    Raises:
+        CannotPlan: there are none.
+    """
+    found: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{stack.name}.") for stack in found):
+            continue
+        calls = [call for at in range(len(module)) for call in movement.of(f"{name}.{at}")]
+        if not calls or not attention_in(model, calls[0].name):
+            continue
+        if len(calls) != len(module) or sorted(calls, key=lambda call: call.begin) != calls:
+            raise CannotPlan(f"the blocks of {name!r} are not called once each, in order")
+        stack = Stack(name, tuple(calls))
+        if stack.streams():
+            found.append(stack)
+    if not found:
+        raise CannotPlan(
+            "no list of modules attends and hands on a (B, S, D) tensor that moves with a number of tokens"
+        )
+    return sorted(found, key=lambda stack: stack.first.begin)
+
+
+def attention_in(model: nn.Module, name: str) -> list[str]:
+    """The modules below one (or it itself) that attend, by their full names."""
+    return [
+        f"{name}.{inner}" if inner else name
+        for inner, module in model.get_submodule(name).named_modules()
+        if attends(module)
+    ]
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether attention of this module can go across ranks."""
+    return hasattr(module, "processor") or isinstance(module, SequenceParallelAttention)
+
+
+def proposals(model: nn.Module, movement: Movement) -> dict[str, Proposal]:
+    """What fits one variant of a model, by the way of reading its calls, the likeliest first.
+
+    Raises:
+        CannotPlan: nothing does; by which module.
+    """
+    stacks = find_stacks(model, movement)
+    ways: dict[str, Callable[[Order], Proposal]] = {
+        "split at the first block": lambda order: _at_blocks(model, movement, stacks, order, False),
+        "split at the first block, the timestep at the model": lambda order: _at_blocks(
+            model, movement, stacks, order, True
+        ),
+        "split at the model": lambda order: _at_root(model, movement, stacks, order, False),
+        "split at the model, rotations where they are made": lambda order: _at_root(
+            model, movement, stacks, order, True
+        ),
+        "split and gather around each stack": lambda order: _around_stacks(model, movement, stacks, order),
+    }
+    made: dict[str, Proposal] = {}
+    reasons = []
+    for way, make in ways.items():
+        for order, how in ((_text_first, way), (_text_last, f"{way}, the text last")):
+            try:
+                made[how] = make(order)
+            except CannotPlan as reason:
+                reasons.append(f"{how}: {reason}")
+    if not made:
+        raise CannotPlan("; ".join(dict.fromkeys(reasons)))
+    return made
+
+
+def _text_first(streams: Mapping[str, Moving]) -> dict[str, Moving]:
+    return dict(sorted(streams.items(), key=lambda item: not _is_text(item[0])))
+
+
+def _text_last(streams: Mapping[str, Moving]) -> dict[str, Moving]:
+    return dict(sorted(streams.items(), key=lambda item: _is_text(item[0])))
+
+
+def _is_text(parameter: str) -> bool:
+    return parameter.startswith(("encoder", "text", "context", "txt", "cap"))
+
+
+def _main(stacks: list[Stack]) -> list[Stack]:
+    """The stacks from the first on that has the streams of the last: those before refine the text or the image."""
+    letters = _letters(stacks[-1])
+    start = next(at for at, stack in enumerate(stacks) if _letters(stack) >= letters or at == len(stacks) - 1)
+    return stacks[start:]
+
+
+def _letters(stack: Stack) -> Letters:
+    return frozenset().union(*(moving.tokens for moving in stack.streams().values()))
+
+
+def _at_blocks(
+    model: nn.Module, movement: Movement, stacks: list[Stack], order: Order, root_timestep: bool
+) -> Proposal:
+    proposal = Proposal()
+    root, main = movement.calls[0], _main(stacks)
+    own = _per_token(root) if root_timestep else {}
+    for path, moving in own.items():
+        entry = OptionalSequenceParallelInput(split_dim=1, expected_dims=2)
+        proposal.add(
+            "", path, entry, f"one number per token, {moving.seen.shape}: what derives from it is split with it"
+        )
+    streams = order(main[0].streams())
+    for path, moving in root.arguments.items():
+        if "." in path and moving.is_stream and any(moving.seen.shape == s.seen.shape for s in streams.values()):
+            residual = SequenceParallelCompanion(split_dim=1, expected_dims=3)
+            proposal.add("", path.split(".")[0], residual, f"residuals of the blocks, each {moving.seen.shape}")
+    _split_streams(proposal, main[0], streams)
+    derived = frozenset().union(*(moving.tokens for moving in own.values()))
+    for stack in main:
+        _split_companions(proposal, movement, stack, streams, derived)
+        for path, letters in stack.first.numbers.items():
+            counted = next((name for name, stream in streams.items() if letters and letters <= stream.tokens), None)
+            if counted is not None:
+                count = SequenceParallelLeadingCount(counted)
+                proposal.add(_block(stack, "*"), path, count, f"may count the first tokens of {counted!r}")
+    for stack in main[1:]:
+        for path, moving in stack.streams().items():
+            if _is_whole(movement, main[0], moving):
+                again = SequenceParallelCompanion(split_dim=1, expected_dims=3)
+                proposal.add(_block(stack, 0), path, again, f"the same tokens once more, {moving.seen.shape}")
+    _gather(proposal, movement, main, streams)
+    _attention(proposal, model, movement, main)
+    return proposal
+
+
+def _is_whole(movement: Movement, first: Stack, moving: Moving) -> bool:
+    """Whether a tensor was there before the first block was called, and so has not been split."""
+    before = [call.outputs for call in movement.calls if -1 < call.end < first.first.begin]
+    return any(
+        moving.seen.identity == each.seen.identity
+        for seen in (*before, first.first.arguments)
+        for each in seen.values()
+    )
+
+
+def _at_root(model: nn.Module, movement: Movement, stacks: list[Stack], order: Order, with_rotations: bool) -> Proposal:
+    proposal = Proposal()
+    root, main = movement.calls[0], _main(stacks)
+    wanted: Letters = _letters(main[-1])
+    streams = order(_widest({path: each for path, each in root.arguments.items() if each.tokens <= wanted}))
+    if wanted - frozenset().union(*(moving.tokens for moving in streams.values())):
+        raise CannotPlan("the tokens do not exist yet when the model is called")
+    for path, moving in streams.items():
+        entry = SequenceParallelInput(split_dim=1, expected_dims=3)
+        proposal.add("", path, entry, f"a stream of tokens, {moving.seen.shape}, when the model is called")
+    for path, moving in root.arguments.items():
+        dim = moving.token_dim
+        if path in streams or dim is None or not moving.tokens <= wanted or "mask" in path:
+            continue
+        per_sample = BATCH in moving.dims[0]
+        companion = SequenceParallelCompanion(
+            split_dim=dim if per_sample else dim - len(moving.dims),
+            expected_dims=len(moving.dims) if path not in root.arguments or "." in path else None,
+            optional=per_sample and "." not in path,
+        )
+        proposal.add("", path.split(".")[0], companion, f"goes along with the tokens, {moving.seen.shape}")
+    if with_rotations:
+        for stack in main:
+            _split_produced(proposal, movement, stack, streams)
+    _gather(proposal, movement, main, streams)
+    _attention(proposal, model, movement, stacks)
+    return proposal
+
+
+def _widest(arguments: Mapping[str, Moving]) -> dict[str, Moving]:
+    """Of the parameters with the same tokens, the one with the most numbers for each: the others are positions."""
+    widest: dict[Letters, str] = {}
+    for path, moving in arguments.items():
+        best = widest.get(moving.tokens)
+        if (
+            "." not in path
+            and moving.is_stream
+            and (best is None or moving.seen.shape[2] > arguments[best].seen.shape[2])
+        ):
+            widest[moving.tokens] = path
+    return {path: arguments[path] for path in widest.values()}
+
+
+def _around_stacks(model: nn.Module, movement: Movement, stacks: list[Stack], order: Order) -> Proposal:
+    proposal = Proposal()
+    for stack in stacks:
+        streams = order(stack.streams())
+        _split_streams(proposal, stack, streams)
+        _split_companions(proposal, movement, stack, streams, frozenset(), made=False)
+        _gather_stack(proposal, stack)
+    _attention(proposal, model, movement, stacks)
+    return proposal
+
+
+def _per_token(root: MovingCall) -> dict[str, Moving]:
+    return {
+        path: moving
+        for path, moving in root.arguments.items()
+        if moving.seen.floating and len(moving.dims) == 2 and moving.token_dim == 1
+    }
+
+
+def _split_streams(proposal: Proposal, stack: Stack, streams: Mapping[str, Moving]) -> None:
+    for path, moving in streams.items():
+        entry = SequenceParallelInput(split_dim=1, expected_dims=3)
+        proposal.add(_block(stack, 0), path, entry, f"a stream of tokens, {moving.seen.shape}, that leaves each block")
+
+
+def _split_companions(
+    proposal: Proposal,
+    movement: Movement,
+    stack: Stack,
+    streams: Mapping[str, Moving],
+    derived: Letters,
+    made: bool = True,
+) -> None:
+    """Split what goes along with the streams: where it is `made` by a module, else at every block."""
+    if made:
+        _split_produced(proposal, movement, stack, streams)
+    for path, moving in stack.companions().items():
+        dim = moving.token_dim
+        if dim is None or (made and _producer(movement, stack, moving)):
+            continue
+        if not any((moving.tokens, moving.seen.shape[dim]) == _size(stream) for stream in streams.values()):
+            continue
+        if moving.tokens <= derived and moving.seen.floating:
+            continue
+        if len(moving.dims) > 3 and not moving.seen.floating:
+            continue  # a mask of scores: attention takes each rank's part of it
+        if "." in path:
+            raise CannotPlan(f"{stack.first.name!r} is given {path!r}, an item of a list that no module has made")
+        entry = _companion(moving, dim, split_output=False)
+        proposal.add(
+            _block(stack, "*"), path, entry, f"the same for all blocks, {moving.seen.shape}, one for each token"
+        )
+
+
+def _size(stream: Moving) -> tuple[Letters, int]:
+    return stream.tokens, stream.seen.shape[1]
+
+
+def _companion(moving: Moving, dim: int, split_output: bool) -> SequenceParallelInput:
+    if moving.is_shaped_as_stream or (len(moving.dims) > 3 and not split_output):
+        return SequenceParallelCompanion(dim, len(moving.dims), split_output, optional=not split_output)
+    return SequenceParallelInput(dim, len(moving.dims), split_output)
+
+
+def _split_produced(proposal: Proposal, movement: Movement, stack: Stack, streams: Mapping[str, Moving]) -> None:
+    """Split rotations and the like where the module that makes them returns them."""
+    for path, moving in stack.companions().items():
+        made = _producer(movement, stack, moving)
+        dim = moving.token_dim
+        if made is None or dim is None:
+            continue
+        if not any(moving.tokens == stream.tokens for stream in streams.values()):
+            if any(moving.tokens > stream.tokens for stream in streams.values()) and len(streams) > 1:
+                raise CannotPlan(f"{made[0]!r} makes {path!r} for several streams at once, {moving.seen.shape}")
+            continue
+        entry = _companion(moving, dim, split_output=True)
+        proposal.add(made[0], made[1], entry, f"is {path!r} of the blocks, {moving.seen.shape}, one for each token")
+
+
+def _producer(movement: Movement, stack: Stack, moving: Moving) -> tuple[str, int] | None:
+    """The module that returned a tensor before the stack, and at which index; the outermost, not the model itself."""
+    for call in movement.calls[1:]:
+        if call.end > stack.first.begin or call.end < 0:
+            continue
+        for path, out in call.outputs.items():
+            if out.seen.identity == moving.seen.identity and path.isdecimal():
+                return call.name, int(path)
+    return None
+
+
+def _gather(proposal: Proposal, movement: Movement, main: list[Stack], streams: Mapping[str, Moving]) -> None:
+    """Gather at the last module that returns the stream, or after the last block."""
+    name, stream = next(
+        ((path, each) for path, each in streams.items() if not _is_text(path)), next(iter(streams.items()))
+    )
+    lengths = {stream.seen.shape[1]} | {moving.seen.shape[1] for moving in main[-1].streams().values()}
+    after = [
+        call
+        for call in movement.calls[1:]
+        if call.begin > main[-1].last.end
+        and len(call.outputs) == 1
+        and (out := call.outputs.get("0")) is not None
+        and out.is_stream
+        and out.seen.shape[1] in lengths
+    ]
+    outermost = [call for call in after if not any(o.begin < call.begin and o.end > call.end for o in after)]
+    if not outermost:
+        _gather_stack(proposal, main[-1])
+        return
+    last = outermost[-1]
+    shape = last.outputs["0"].seen.shape
+    only = name if last.outputs["0"].seen.shape[1] == stream.seen.shape[1] and len(streams) > 1 else None
+    entry = SequenceParallelOutput(gather_dim=1, expected_dims=3, stream=only)
+    proposal.add(last.name, "", entry, f"the last module that returns the tokens, {shape}")
+
+
+def _gather_stack(proposal: Proposal, stack: Stack) -> None:
+    if list(stack.last.outputs) != ["0"]:
+        raise CannotPlan(f"{stack.last.name!r} returns several streams, and no module returns the last of them alone")
+    entry = SequenceParallelOutput(gather_dim=1, expected_dims=3)
+    shape = stack.last.outputs["0"].seen.shape
+    proposal.add(f"{stack.name}.-1", "", entry, f"the stack's last block returns the tokens, {shape}")
+
+
+def _attention(proposal: Proposal, model: nn.Module, movement: Movement, inside: Iterable[Stack]) -> None:
+    """Keep attention local that is outside the region, or only looks at a text that is whole."""
+    within = tuple(inside)
+    begin, end = within[0].first.begin, within[-1].last.end
+    for call in movement.calls[1:]:
+        module = model.get_submodule(call.name)
+        if not attends(module):
+            continue
+        pattern = _pattern(call.name)
+        if not begin < call.begin < end or not any(call.name.startswith(f"{stack.name}.") for stack in within):
+            proposal.local_attention[pattern] = "it is not among the blocks whose tokens are split"
+            continue
+        if context := _context_of(call, _stack_of(call.name, within)):
+            proposal.local_attention[pattern] = f"it only looks at {context!r}, which stays whole"
+            continue
+        if own := _only_stream(call, _stack_of(call.name, within)):
+            proposal.own_stream[pattern] = own
+        if hasattr(module, "processor") and not diffusers_private.goes_through_table(module.processor):
+            proposal.captured_processors.add(type(module.processor).__name__)
+
+
+def _stack_of(name: str, stacks: Iterable[Stack]) -> Stack:
+    return next(stack for stack in stacks if name.startswith(f"{stack.name}."))
+
+
+def _context_of(call: MovingCall, stack: Stack) -> str | None:
+    """The argument of an attention that is no stream of its stack and has other tokens than its queries."""
+    streams = {moving.tokens for moving in stack.streams().values()}
+    tokens = [
+        (path, moving) for path, moving in call.arguments.items() if len(moving.dims) == 3 and moving.seen.floating
+    ]
+    if not tokens:
+        return None
+    queries = tokens[0][1]
+    for path, moving in tokens[1:]:
+        if moving.seen.shape[1] != queries.seen.shape[1] and moving.tokens not in streams and "emb" not in path:
+            return path
+    return None
+
+
+def _only_stream(call: MovingCall, stack: Stack) -> str | None:
+    """The stream of its stack that an attention sees, if it sees one of several."""
+    streams = stack.streams()
+    seen = {moving.seen.shape[1] for moving in call.arguments.values() if moving.is_stream}
+    own = [path for path, moving in streams.items() if {moving.seen.shape[1]} == seen]
+    return own[0] if len(streams) > 1 and len(own) == 1 else None
+
+
+def _block(stack: Stack, at: int | str) -> str:
+    return f"{stack.name}.{at}"
+
+
+def _pattern(name: str) -> str:
+    """A module's name with every number in it as `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
