@@ -379,7 +379,7 @@ def _size(stream: Moving) -> tuple[Letters, int]:
 
 
 def _companion(moving: Moving, dim: int, split_output: bool) -> SequenceParallelInput:
-    if moving.is_shaped_as_stream or (len(moving.dims) > 3 and not split_output):
+    if moving.seen.floating and (len(moving.dims) == 3 or (len(moving.dims) > 3 and not split_output)):
         return SequenceParallelCompanion(dim, len(moving.dims), split_output, optional=not split_output)
     return SequenceParallelInput(dim, len(moving.dims), split_output)
 
@@ -395,12 +395,21 @@ def _split_produced(proposal: Proposal, movement: Movement, stack: Stack, stream
             if any(moving.tokens > stream.tokens for stream in streams.values()) and len(streams) > 1:
                 raise CannotPlan(f"{made[0]!r} makes {path!r} for several streams at once, {moving.seen.shape}")
             continue
-        entry = _companion(moving, dim, split_output=True)
-        proposal.add(made[0], made[1], entry, f"is {path!r} of the blocks, {moving.seen.shape}, one for each token")
+        name, key = made
+        entry = _companion(moving, dim, split_output=bool(name))
+        if not name:  # one entry for all items of a list
+            entry = SequenceParallelCompanion(dim, len(moving.dims))
+        proposal.add(name, key, entry, f"is {path!r} of the blocks, {moving.seen.shape}, one for each token")
 
 
-def _producer(movement: Movement, stack: Stack, moving: Moving) -> tuple[str, int] | None:
-    """The module that returned a tensor before the stack, and at which index; the outermost, not the model itself."""
+def _producer(movement: Movement, stack: Stack, moving: Moving) -> tuple[str, int | str] | None:
+    """The module that returned a tensor before the stack, and at which index; the outermost.
+
+    For an item of a list that the model itself was given: the model, and the parameter.
+    """
+    for path, given in movement.calls[0].arguments.items():
+        if "." in path and given.seen.identity == moving.seen.identity:
+            return "", path.split(".")[0]
     for call in movement.calls[1:]:
         if call.end > stack.first.begin or call.end < 0:
             continue
