@@ -7,16 +7,28 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from types import ModuleType
 
 from sp_core import models
+from sp_core.models import planned
 from sp_core.models.family import ModelFamily
 
 
 @functools.cache
 def families() -> tuple[ModelFamily, ...]:
-    """Every `ModelFamily` of this folder, in order of file names."""
+    """Every `ModelFamily` of this folder, in order of file names, then those of `planned`."""
+    return _in(models) + planned_families()
+
+
+@functools.cache
+def planned_families() -> tuple[ModelFamily, ...]:
+    """Those whose sequence plan was found by `spray plan`."""
+    return _in(planned)
+
+
+def _in(package: ModuleType) -> tuple[ModelFamily, ...]:
     modules = [
-        importlib.import_module(f"{models.__name__}.{found.name}") for found in pkgutil.iter_modules(models.__path__)
+        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
     ]
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, ModelFamily))
 

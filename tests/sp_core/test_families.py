@@ -2,7 +2,9 @@
 
 import fnmatch
 import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import diffusers
 import pytest
@@ -11,7 +13,7 @@ import torch
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from sp_core.models.lookup import families, find_family
+from sp_core.models.lookup import families, find_family, planned_families
 from sp_core.parallelize import parallelize
 from sp_core.sp_plan import plan_from_diffusers
 from sp_core.tp_plan import tp_plan_from_diffusers
@@ -53,19 +55,26 @@ def differences(mesh: ParallelMesh, name: str, local: bool = False) -> dict[Cell
 FOR_VARIANTS = ("ulysses 3", "ring 3", "ulysses 2 x ring 2")
 """A variant (two words: `wan image`) has its family's attention and other inputs; fewer layouts prove these."""
 
+PLANNED = {name for family in planned_families() for name in family.examples}
+"""They have the attention of families written by hand; their other layouts are left to the soak."""
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [(name, layout) for name in examples.TINY for layout in LAYOUTS if " " not in name or layout in FOR_VARIANTS],
-)
+
+def each(few: Sequence[object], many: Sequence[object]) -> list[Any]:
+    """An example with each layout, or number of ranks, that is tried on it."""
+    return [
+        pytest.param(name, of, marks=pytest.mark.soak if name in PLANNED and of not in few else ())
+        for name in examples.TINY
+        for of in (few if " " in name and name not in PLANNED else many)
+    ]
+
+
+@pytest.mark.parametrize(("name", "layout"), each(FOR_VARIANTS, list(LAYOUTS)))
 def test_every_layout_gives_the_answer_of_one_process(ranks: RankPool, name: str, layout: str) -> None:
     for found in ranks.run(LAYOUTS[layout], differences, name):
         assert {cell: by for cell, by in found.items() if not by <= BAR} == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "world"), [(name, world) for name in examples.TINY for world in ([3] if " " in name else [2, 3, 4])]
-)
+@pytest.mark.parametrize(("name", "world"), each([3], [2, 3, 4]))
 def test_local_attention_would_be_seen(ranks: RankPool, name: str, world: int) -> None:
     found = ranks.run(ParallelDegrees(ulysses_degree=world), differences, name, True)
     worst_of = {cell: max(of_rank[cell] for of_rank in found) for cell in found[0]}

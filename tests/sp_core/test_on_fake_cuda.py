@@ -15,7 +15,7 @@ import torch
 from sp_core import collectives, kernels
 from sp_core.attention import masks
 from sp_core.degrees import ParallelDegrees
-from sp_core.models.lookup import families
+from sp_core.models.lookup import families, planned_families
 from sp_core.token_layout import TokenLayout
 from tests.support.fake_cuda.families import FULL_WIDTH
 from tests.support.fake_cuda.forward import Watched, batched, guided, watch_forward
@@ -181,7 +181,8 @@ def test_a_forward_does_what_is_expected_on_a_gpu(name: str, layout: str) -> Non
 
 def test_every_family_is_tried_on_fake_cuda() -> None:
     tried = {FULL_WIDTH[name].transformer_class for name in EXPECTED}
-    assert tried == {name for family in families() if not family.refused for name in family.transformer_classes}
+    written = [family for family in families() if not family.refused and family not in planned_families()]
+    assert tried == {name for family in written for name in family.transformer_classes}
 
 
 def test_groups_for_guidance_exchange_predictions_on_their_devices() -> None:
