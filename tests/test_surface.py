@@ -204,7 +204,6 @@ ERRORS = {
     "DeadlineExceeded": (504, "deadline_exceeded", "DEADLINE_EXCEEDED"),
     "RequestFailed": (500, "generation_failed", "INTERNAL"),
     "OutOfMemory": (400, "out_of_memory", "RESOURCE_EXHAUSTED"),
-    "NotSupported": (501, "not_supported", "UNIMPLEMENTED"),
     "ShuttingDown": (503, "shutting_down", "UNAVAILABLE"),
     "ModelUnavailable": (503, "model_unavailable", "UNAVAILABLE"),
     "JobsUnavailable": (503, "jobs_unavailable", "UNAVAILABLE"),

@@ -17,7 +17,6 @@
     | + ModelNotAllowed       the caller's API key is for other models
     | + AdminOnly             the caller's API key has not the scope for it
     | + UnsupportedMediaType  its body is sent neither as JSON nor as a form
-    | + NotSupported          the API has it, this version does not do it
     + ShuttingDown            the deployment takes no new requests
     + TryLater                it would be taken at another time
     | + QueueFull             ... when fewer requests wait for the model
@@ -126,10 +125,6 @@ class AdminOnly(RequestError):
 
 class UnsupportedMediaType(RequestError):
     """The body is sent neither as JSON nor as a form."""
-
-
-class NotSupported(RequestError):
-    """The API's contract has what is asked for, and this version does not do it."""
 
 
 class ShuttingDown(SprayError):

@@ -18,6 +18,9 @@ from workers.messages import ImageFormat, PreviewDecoder
 MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
 
+MOST_JOB_SECONDS = 31_536_000
+"""Of a job's deadline, from now on."""
+
 INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
 """Unicode's categories of spaces, line breaks, control characters and the like."""
 
@@ -32,6 +35,9 @@ def _visible(text: str) -> str:
         raise ValueError("must have a visible character")
     return text
 
+
+OVERTAKES = "interactive jobs overtake others, until those have waited long enough"
+OF_JOBS = "with the header prefer: respond-async alone"
 
 BOUNDS = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
 """JSON schema's words for pydantic's, which pydantic itself leaves as they are behind a `BeforeValidator`."""
@@ -82,6 +88,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Scale = Annotated[float, Field(ge=0, le=30)]
 Scalar = str | bool | float
+JobPriority = Literal["interactive", "standard", "batch"]
 ResponseFormat = Literal["b64_json", "url", "file"]
 
 
@@ -188,6 +195,10 @@ class ImageGenerationBody(GenerationBody):
     output_format: ImageFormat = Field("png", description="of the files")
     output_compression: Whole = Field(100, ge=0, le=100, description="quality of jpeg and webp")
     background: Literal["auto", "opaque"] = Field("auto", description="all pictures are opaque")
+    priority: JobPriority = Field("standard", description=f"{OF_JOBS}: {OVERTAKES}")
+    deadline_s: float | None = Field(
+        None, gt=0, le=MOST_JOB_SECONDS, description=f"{OF_JOBS}: seconds after which the pictures are worth nothing"
+    )
     style: str | None = WITHOUT_EFFECT
     moderation: str | None = WITHOUT_EFFECT
 
@@ -210,6 +221,12 @@ def _no_stream(given: bool) -> bool:
     return given
 
 
+class RemixBody(Body):
+    """Body of `POST /v1/videos/{id}/remix`. All else is that of the video which it varies."""
+
+    prompt: Prompt = Field(description="what to draw instead; must have a visible character")
+
+
 class VideoJobBody(VideoGenerationBody):
     """Body of `POST /v1/videos`. Its answer is a job, so what is for answers with the video itself is refused."""
 
@@ -217,15 +234,16 @@ class VideoJobBody(VideoGenerationBody):
     stream: Annotated[bool, AfterValidator(_no_stream)] = Field(
         False, description="false: the answer is the job", json_schema_extra={"const": False}
     )
-    priority: Literal["interactive", "standard", "batch"] = Field(
-        "standard", description="interactive jobs overtake others, until those have waited long enough"
-    )
+    priority: JobPriority = Field("standard", description=OVERTAKES)
     deadline_s: float | None = Field(
-        None, gt=0, le=31_536_000, description="seconds after which the video is worth nothing; then the job expires"
+        None,
+        gt=0,
+        le=MOST_JOB_SECONDS,
+        description="seconds after which the video is worth nothing; then the job expires",
     )
 
 
-Kind = TypeVar("Kind", bound=GenerationBody)
+Kind = TypeVar("Kind", bound=Body)
 
 
 def parse_body(raw: object, kind: type[Kind], from_text: bool = False) -> Kind:
@@ -248,7 +266,7 @@ def parse_body(raw: object, kind: type[Kind], from_text: bool = False) -> Kind:
         raise _invalid(mistakes[0], kind) from None  # a misspelled field first: it explains the missing one
 
 
-def _invalid(mistake: Any, kind: type[GenerationBody]) -> InvalidParameter:
+def _invalid(mistake: Any, kind: type[Body]) -> InvalidParameter:
     param = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         if param in PICTURE_INPUTS:

@@ -13,14 +13,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 
 from service.api.answers import ErrorResponse
-from service.api.bodies import GenerationBody, ImageGenerationBody, VideoGenerationBody, VideoJobBody
+from service.api.bodies import Body, ImageGenerationBody, RemixBody, VideoGenerationBody, VideoJobBody
 from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
 from service.api.once import KEY_HEADER, LONGEST
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
 from service.api.page import page
-from workers.errors import NotSupported
 
-BODIES = (ImageGenerationBody, VideoGenerationBody, VideoJobBody)
+BODIES = (ImageGenerationBody, VideoGenerationBody, VideoJobBody, RemixBody)
 REF = "#/components/schemas/{model}"
 
 BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}
@@ -44,7 +43,6 @@ def _errors() -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = defaultdict(list)
     for row in (*STATUS.values(), UNEXPECTED):
         codes[row.http].append(row.code)
-    del codes[STATUS[NotSupported].http]  # only gRPC's contract has what REST does not
     for status, more in MORE_CODES.items():
         codes[status] += more
     headers = {
@@ -64,12 +62,13 @@ READING_ERRORS = {status: said for status, said in ERRORS.items() if status not 
 """Those of the others."""
 
 
-def takes(kind: type[GenerationBody], answered: bool = True) -> dict[str, Any]:
+def takes(kind: type[Body], answered: bool = True, or_job: bool = False) -> dict[str, Any]:
     """The description of a route's body and headers, for `openapi_extra`.
 
     Args:
         kind: of the body.
         answered: the caller waits for what is made; else it is a job.
+        or_job: the caller may prefer a job.
     """
     schema = {"$ref": REF.format(model=kind.__name__)}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
@@ -87,10 +86,16 @@ def takes(kind: type[GenerationBody], answered: bool = True) -> dict[str, Any]:
         "schema": {"type": "string", "pattern": "^[!-~]+$", "maxLength": LONGEST},
         "description": "the same request with the same key is done once, and gets the same answer",
     }
-    return {
-        "requestBody": {"required": True, "content": content},
-        "parameters": [patience, once] if answered else [once],
+    job = {
+        "name": "prefer",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "example": "respond-async",
+        "description": "respond-async: the answer is a job, with status 202",
     }
+    parameters = [*([patience] if answered else []), once, *([job] if or_job else [])]
+    return {"requestBody": {"required": True, "content": content}, "parameters": parameters}
 
 
 def event_stream(description: str) -> dict[str, Any]:

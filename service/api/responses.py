@@ -6,10 +6,12 @@ Keys that OpenAI's bodies do not have (seeds, timings, states) come beside its o
 import base64
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploy.spec import ModelSpec
 from service.jobs.records import Job, State
+from service.jobs.requests import REMIXED_FROM, request_of
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 if TYPE_CHECKING:
@@ -112,19 +114,18 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
         position: among the jobs that wait for its model; 0: it does not wait, or nobody has asked.
     """
     asked, done = job.request, job.state == "succeeded"
-    percent = 100 if done else min(99, 100 * job.step // max(1, job.total_steps))
     return {
         "id": job.id,
         "object": "video",
         "model": job.model,
         "status": STATUS_OF.get(job.state, "failed"),
-        "progress": percent,
+        "progress": _percent(job),
         "created_at": int(job.created_at),
         "completed_at": int(job.ended_at) if done and job.ended_at else None,
         "expires_at": int(job.expires_at) if job.expires_at else None,
         "error": {"code": job.error.code, "message": job.error.message} if job.error else None,
         "prompt": asked["prompt"],
-        "remixed_from_video_id": None,
+        "remixed_from_video_id": asked.get(REMIXED_FROM),
         "seconds": f"{asked['num_frames'] / asked['fps']:g}",
         "size": f"{asked['width']}x{asked['height']}",
         "seed": asked["seed"],
@@ -140,6 +141,57 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
     }
 
 
+def job_object(job: Job, position: int = 0) -> dict[str, Any]:
+    """A job of any kind; `position` as in `video_object`."""
+    asked, video = request_of(job), job.kind == "video"
+    files = [
+        {"index": at, "output_format": each.kind, "seed": each.seed, "bytes": each.size, "sha256": each.sha256}
+        for at, each in enumerate(job.outputs)
+    ]
+    request = {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "size": f"{asked.width}x{asked.height}",
+        "num_inference_steps": asked.num_inference_steps,
+        "guidance_scale": asked.guidance_scale,
+        "guidance_scale_2": asked.guidance_scale_2 if video else None,
+        "flow_shift": asked.flow_shift,
+        "seeds": list(asked.all_seeds),
+        "loras": [{"name": name, "scale": scale} for name, scale in asked.loras],
+        "num_frames": asked.num_frames if video else None,
+        "fps": asked.fps if video else None,
+        "output_format": asked.output_format,
+    }
+    return {
+        "id": job.id,
+        "object": "job",
+        "kind": job.kind,
+        "model": job.model,
+        "state": job.state,
+        "progress": _percent(job),
+        "position": position,
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "attempt": job.attempt,
+        "priority": job.priority,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "deadline_at": job.deadline_at,
+        "expires_at": job.expires_at,
+        "error": asdict(job.error) if job.error else None,
+        "request": request,
+        "outputs": files,
+        "metrics": dict(job.metrics) or None,
+        "warnings": list(job.warnings),
+    }
+
+
+def _percent(job: Job) -> int:
+    """Of the steps. The files are there at 100 only."""
+    return 100 if job.state == "succeeded" else min(99, 100 * job.step // max(1, job.total_steps))
+
+
 def model_object(model: ModelSpec, state: "ModelState | None") -> dict[str, Any]:
     """OpenAI's Model; state, layout and limits are extra keys."""
     return {
@@ -151,7 +203,7 @@ def model_object(model: ModelSpec, state: "ModelState | None") -> dict[str, Any]
         "tasks": list(model.tasks or ()),
         "state": state.state if state else "starting",
         "reason": state.reason if state else "",
-        "eta_seconds": _eta_seconds(state) if state else None,
+        "eta_seconds": eta_seconds(state),
         "layout": str(model.parallel),
         "loras": list(dict.fromkeys(lora.name for lora in model.loras)),
         "defaults": model.defaults.model_dump(),
@@ -159,11 +211,16 @@ def model_object(model: ModelSpec, state: "ModelState | None") -> dict[str, Any]
     }
 
 
-def _eta_seconds(state: "ModelState") -> float | None:
-    """Seconds until a typical request that comes now would be answered; None if the gangs have not learned that yet."""
-    gangs = [gang for gang in state.gangs if gang.get("request_s")]
-    if state.state != "running" or not gangs:
+def eta_seconds(state: "ModelState | None", position: int = 1) -> float | None:
+    """Seconds until a typical request would be answered; None if the gangs have not learned that yet.
+
+    Args:
+        state: of its model.
+        position: 1 for a request that comes now; n for a job that is the n-th of those that wait.
+    """
+    gangs = [gang for gang in state.gangs if gang.get("request_s")] if state else []
+    if state is None or state.state != "running" or not gangs:
         return None
     typical = sum(gang["request_s"] for gang in gangs) / len(gangs)
-    backlog = sum(gang["backlog_s"] for gang in gangs) + state.queued * typical
+    backlog = sum(gang["backlog_s"] for gang in gangs) + (state.queued + position - 1) * typical
     return float(round(backlog / len(gangs) + typical, 1))

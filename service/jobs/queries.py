@@ -77,15 +77,11 @@ def events_after(connection: sa.Connection, job_id: str, after: int) -> list[Job
     return [JobEvent(*row) for row in connection.execute(query)]
 
 
-def position(connection: sa.Connection, job_id: str) -> int:
-    """See `JobStore.position`."""
-    asked = sa.select(jobs.c.model, jobs.c.order_at).where(jobs.c.id == job_id, jobs.c.state == "queued")
-    found = connection.execute(asked).one_or_none()
-    if found is None:
-        return 0
-    model, order_at = found
-    before = sa.or_(jobs.c.order_at < order_at, sa.and_(jobs.c.order_at == order_at, jobs.c.id < job_id))
-    query = sa.select(sa.func.count()).where(jobs.c.state == "queued", jobs.c.model == model, before)
+def position(connection: sa.Connection, job: Job) -> int:
+    """The place of a job that waits among those of its model, 1 for the next one."""
+    order_at = sa.select(jobs.c.order_at).where(jobs.c.id == job.id).scalar_subquery()
+    before = sa.or_(jobs.c.order_at < order_at, sa.and_(jobs.c.order_at == order_at, jobs.c.id < job.id))
+    query = sa.select(sa.func.count()).where(jobs.c.state == "queued", jobs.c.model == job.model, before)
     return int(connection.execute(query).scalar_one()) + 1
 
 

@@ -13,6 +13,9 @@ from workers.messages import GenerationRequest
 NOT_KEPT = ("request_id", "deadline_at", "report_steps")
 """What each attempt has of its own."""
 
+REMIXED_FROM = "remixed_from"
+"""Beside the fields of a request: the job that it varies."""
+
 
 def new_job(
     request: GenerationRequest,
@@ -21,9 +24,12 @@ def new_job(
     deadline_s: float | None = None,
     idempotency_key: str | None = None,
     fingerprint: str = "",
+    remixed_from: str | None = None,
 ) -> NewJob:
-    """A request as a job of an owner; the arguments are those of `NewJob`."""
-    kept = {name: value for name, value in dataclasses.asdict(request).items() if name not in NOT_KEPT}
+    """A request as a job of an owner; the arguments are those of `NewJob`, and the id of the job that it varies."""
+    kept: dict[str, Any] = {name: value for name, value in dataclasses.asdict(request).items() if name not in NOT_KEPT}
+    if remixed_from is not None:
+        kept[REMIXED_FROM] = remixed_from
     return NewJob(
         kind="video" if request.output_format == "mp4" else "image",
         model=request.model,

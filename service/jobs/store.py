@@ -270,10 +270,15 @@ class JobStore:
         with self._database.transaction() as (connection, _):
             return queries.events_after(connection, job_id, after)
 
-    def position(self, job_id: str) -> int:
-        """The place of a job among those that wait for its model, 1 for the next one; 0: it does not wait."""
+    def look(self, job_id: str, owner: str | None) -> tuple[Job, int]:
+        """A job as `get` finds it, and its place among those that wait for its model: 1 for the next; 0: it does not.
+
+        Raises:
+            JobNotFound: the owner has no such job.
+        """
         with self._database.transaction() as (connection, _):
-            return queries.position(connection, job_id)
+            job = to_job(queries.find(connection, job_id, owner))
+            return job, queries.position(connection, job) if job.state == "queued" else 0
 
     def counts(self) -> dict[str, Counts]:
         """By model, what has not ended. Models without such jobs are absent."""

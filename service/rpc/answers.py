@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 from deploy.spec import ModelSpec
 from service.api.backend import Restarted, Waiting
+from service.api.job_calls import Seen
+from service.api.outputs import KINDS
+from service.jobs.records import Job, JobOutput
+from service.jobs.requests import request_of
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import TASKS
 from service.state.model_states import ModelState
@@ -98,6 +102,90 @@ def header(request: GenerationRequest, result: GenerationResult, index: int) -> 
         height=request.height,
         num_frames=request.num_frames,
         fps=request.fps if video else 0,
+    )
+
+
+def job_message(seen: Seen) -> pb.Job:
+    """A job, in the words of the contract."""
+    job, made = seen.job, pb.Job(id=seen.job.id, state=f"JOB_STATE_{seen.job.state.upper()}")
+    made.params.CopyFrom(_params(job))
+    if job.total_steps:
+        decodes = job.step == job.total_steps
+        made.progress.CopyFrom(
+            pb.Progress(step=job.step, total_steps=job.total_steps, stage="decode" if decodes else "denoise")
+        )
+    made.progress.eta_seconds = seen.eta_s or 0.0
+    if job.error is not None:
+        made.error.CopyFrom(pb.JobError(code=job.error.code, message=job.error.message, param=job.error.param))
+    made.outputs.extend(output_header(job, output, index) for index, output in enumerate(job.outputs))
+    if job.metrics:
+        made.metrics.CopyFrom(_metrics_of(job))
+    times = {"create": job.created_at, "start": job.started_at, "finish": job.ended_at, "expire": job.expires_at}
+    for name, at in times.items():
+        if at is not None:
+            getattr(made, f"{name}_time").FromMilliseconds(round(at * 1000))
+    made.warnings.extend(_warnings(job.warnings))
+    made.attempt, made.position = job.attempt, seen.position
+    made.scheduling.CopyFrom(pb.Scheduling(priority=f"PRIORITY_{job.priority.upper()}"))
+    if job.deadline_at is not None:
+        made.scheduling.deadline_seconds = round(job.deadline_at - job.created_at, 3)
+    return made
+
+
+def output_header(job: Job, output: JobOutput, index: int) -> pb.OutputHeader:
+    """What is told of one file of a job."""
+    asked, video = job.request, output.kind == "mp4"
+    return pb.OutputHeader(
+        index=index,
+        mime_type=KINDS[output.kind],
+        total_bytes=output.size,
+        sha256=output.sha256,
+        seed=output.seed,
+        width=asked["width"],
+        height=asked["height"],
+        num_frames=asked["num_frames"],
+        fps=asked["fps"] if video else 0,
+    )
+
+
+def _params(job: Job) -> pb.GenerationParams:
+    """What was asked for, with all that was settled when the job was accepted. Sent again, it is the same request."""
+    asked, video = request_of(job), job.kind == "video"
+    lossy = asked.output_format in ("jpeg", "webp")
+    return pb.GenerationParams(
+        model=job.model,
+        task=pb.TASK_TEXT_TO_VIDEO if video else pb.TASK_TEXT_TO_IMAGE,
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt,
+        n=asked.n,
+        width=asked.width,
+        height=asked.height,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=None if asked.true_cfg else asked.guidance_scale,
+        true_cfg_scale=asked.guidance_scale if asked.true_cfg else None,
+        guidance_scale_2=asked.guidance_scale_2 if video else None,
+        flow_shift=asked.flow_shift,
+        seed=None if asked.seeds else asked.seed,
+        seeds=asked.seeds,
+        num_frames=asked.num_frames if video else None,
+        fps=asked.fps if video else None,
+        loras=[pb.Lora(name=name, scale=scale) for name, scale in asked.loras],
+        output_format=asked.output_format,
+        output_quality=asked.output_compression if lossy else None,
+    )
+
+
+def _metrics_of(job: Job) -> pb.Metrics:
+    """The metrics of a job that has succeeded."""
+    told, steps = job.metrics, job.metrics["step_seconds"]
+    stages = {"encode": told["encode_seconds"], "denoise": sum(steps), "decode": told["decode_seconds"]}
+    took = sum(stages.values()) + told["encode_media_seconds"]
+    return pb.Metrics(
+        queue_seconds=max(0.0, (job.ended_at or job.created_at) - job.created_at - took),
+        generate_seconds=took,
+        stage_seconds=stages,
+        layout=told["layout"],
+        step_seconds=steps,
     )
 
 

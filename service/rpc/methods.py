@@ -1,107 +1,33 @@
 """The RPCs. Serve's gRPC proxies call the gateway's method of the RPC's bare name, so the gateway inherits these.
 
-A message and the call's context come in. No method raises: see `service.rpc.statuses`. Names are those of the contract.
+A message and the call's context come in. No method raises: see `service.rpc.calls`. Names are those of the contract;
+the methods of jobs are in `service.rpc.jobs`.
 """
 
 import asyncio
 import contextlib
-import functools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
 
-from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
-from service.api.backend import Backend, Report, result_of
-from service.api.errors import find_status
-from service.api.observed import observing
+from service.api.backend import Report, result_of
 from service.api.once import KEY_HEADER, begin
-from service.api.origin import ID_HEADER
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events, image_response, model_message, report_event
+from service.rpc.calls import answering, enter, streaming
 from service.rpc.health import MOST_WATCHERS, check, watch
-from service.rpc.requests import chunk_bytes, id_of, in_message, stream_warnings, to_generation, to_streamed
-from service.rpc.statuses import Context, admit, metadata, refuse, tell
-from workers.errors import BodyTooLarge, GangLost, NotSupported, QueueFull
+from service.rpc.jobs import JobMethods
+from service.rpc.requests import chunk_bytes, in_message, stream_warnings, to_generation, to_streamed
+from service.rpc.statuses import Context, admit, metadata, tell
+from workers.errors import GangLost, QueueFull
 from workers.messages import GenerationResult
 
 REFUSED_WITHIN_S = 0.5
 """A request that the gateway refuses is refused by then, so one that waits counts as taken on."""
 
-NO_JOBS = "there are no jobs yet; GenerateImage and GenerateStream answer while the call lasts"
 
-Answer = TypeVar("Answer", bound=Message)
-Unary = Callable[[Any, Any, Context], Awaitable[Answer]]
-Stream = Callable[[Any, Any, Context], AsyncGenerator[Answer]]
-
-
-def answering(kind: type[Answer]) -> Callable[[Unary[Answer]], Unary[Answer]]:
-    """Let a unary method's errors be its status, beside an empty answer of this kind."""
-
-    def wrap(method: Unary[Answer]) -> Unary[Answer]:
-        @functools.wraps(method)
-        async def answered(self: Any, request: Any, grpc_context: Context) -> Answer:
-            with observing(method.__name__, "CANCELLED") as call:
-                try:
-                    answer = await method(self, request, grpc_context)
-                    call.code = "OK"
-                    return answer
-                except Exception as error:
-                    call.code = find_status(error).grpc
-                    refuse(grpc_context, error)
-                    return kind()
-
-        return answered
-
-    return wrap
-
-
-def streaming(last: Callable[[pb.JobError], Answer]) -> Callable[[Stream[Answer]], Stream[Answer]]:
-    """Let a stream's errors be its status. The last message brings the status: Serve forgets one that comes after it.
-
-    Args:
-        last: makes that message of the error.
-    """
-
-    def wrap(method: Stream[Answer]) -> Stream[Answer]:
-        @functools.wraps(method)
-        async def streamed(self: Any, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
-            with observing(method.__name__, "CANCELLED") as call:
-                try:
-                    async with contextlib.aclosing(method(self, request, grpc_context)) as messages:
-                        async for message in messages:
-                            yield message
-                    call.code = "OK"
-                except Exception as error:
-                    call.code = find_status(error).grpc
-                    yield last(refuse(grpc_context, error))
-
-        return streamed
-
-    return wrap
-
-
-def _no_jobs(kind: type[Answer]) -> Unary[Answer]:
-    @answering(kind)
-    async def refused(self: Backend, request: Any, grpc_context: Context) -> Answer:
-        admit(self, grpc_context)
-        raise NotSupported(NO_JOBS)
-
-    return refused
-
-
-def _no_job_stream(kind: type[Answer]) -> Stream[Answer]:
-    @streaming(lambda error: kind())
-    async def refused(self: Backend, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
-        admit(self, grpc_context)
-        raise NotSupported(NO_JOBS)
-        yield kind()  # this makes it a stream
-
-    return refused
-
-
-class GrpcMethods(Backend):
+class GrpcMethods(JobMethods):
     """A backend that answers RPCs."""
 
     _watchers = 0
@@ -110,7 +36,7 @@ class GrpcMethods(Backend):
     async def GenerateImage(self, request: pb.GenerateImageRequest, grpc_context: Context) -> pb.GenerateImageResponse:
         """Pictures, all in one answer."""
         began = time.monotonic()
-        request_id = _enter(self, request, grpc_context)
+        request_id = enter(self, request, grpc_context)
         generation = to_generation(request, self.models(), request_id)
         attempt = await begin(self, generation, metadata(grpc_context).get(KEY_HEADER))
         tell(grpc_context, attempt.headers)
@@ -124,7 +50,7 @@ class GrpcMethods(Backend):
     ) -> AsyncGenerator[pb.GenerateStreamResponse]:
         """Pictures or a video, with all that happens on the way."""
         began = time.monotonic()
-        request_id = _enter(self, request, grpc_context)
+        request_id = enter(self, request, grpc_context)
         size, ignored = chunk_bytes(request.options), stream_warnings(request.options)
         generation = to_streamed(request, self.models(), request_id)
         taken: list[float] = []
@@ -151,14 +77,6 @@ class GrpcMethods(Backend):
             models=[model_message(model, states.get(name)) for name, model in self.models().items()]
         )
 
-    CreateJob = _no_jobs(pb.CreateJobResponse)
-    GetJob = _no_jobs(pb.GetJobResponse)
-    ListJobs = _no_jobs(pb.ListJobsResponse)
-    WatchJob = _no_job_stream(pb.WatchJobResponse)
-    CancelJob = _no_jobs(pb.CancelJobResponse)
-    DeleteJob = _no_jobs(pb.DeleteJobResponse)
-    DownloadOutput = _no_job_stream(pb.DownloadOutputResponse)
-
     @answering(HealthCheckResponse)
     async def Check(self, request: HealthCheckRequest, grpc_context: Context) -> HealthCheckResponse:
         """Health, once."""
@@ -181,18 +99,6 @@ class GrpcMethods(Backend):
                     yield answer
         finally:
             self._watchers -= 1
-
-
-def _enter(backend: Backend, request: pb.GenerateImageRequest | pb.GenerateStreamRequest, context: Context) -> str:
-    """Let a caller in, and return the id of its request."""
-    admit(backend, context)
-    if request.ByteSize() > backend.max_body_bytes:
-        text = f"the message is larger than {backend.max_body_bytes} bytes"
-        raise BodyTooLarge(None, text, "body_too_large")
-    given = metadata(context)
-    request_id = id_of(request.request_id, given.get(ID_HEADER) or given.get("request_id", ""))
-    tell(context, {ID_HEADER: request_id})
-    return request_id
 
 
 async def _taken_on(reports: AsyncGenerator[Report]) -> AsyncGenerator[Report | None]:

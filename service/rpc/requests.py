@@ -15,14 +15,22 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from deploy.spec import ModelSpec, Task
-from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.bodies import MOST_JOB_SECONDS, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.origin import ID, MOST_SECONDS, new_id
 from service.api.schemas import find_model, to_request
+from service.jobs.records import Priority
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
 from workers.messages import PREVIEW_EDGE, GenerationRequest, PreviewDecoder, PreviewOptions
 
 TASKS: dict[int, Task] = {pb.TASK_TEXT_TO_IMAGE: "text-to-image", pb.TASK_TEXT_TO_VIDEO: "text-to-video"}
+
+PRIORITIES: dict[int, Priority] = {
+    pb.PRIORITY_UNSPECIFIED: "standard",
+    pb.PRIORITY_INTERACTIVE: "interactive",
+    pb.PRIORITY_STANDARD: "standard",
+    pb.PRIORITY_BATCH: "batch",
+}
 
 EVERY = "options.preview_every_n_steps"
 
@@ -52,34 +60,57 @@ def to_generation(
         ModelNotFound: the deployment does not have the model.
     """
     _reject_newer(message, "")
-    deadline_at = _deadline_at(message.scheduling)
-    params = message.params
-    with in_message():
-        model = find_model(models, params.model or None)
-        task = _task(params, model, streams=isinstance(message, pb.GenerateStreamRequest))
-        kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
-        request = to_request(parse_body(_body(params, task), kind), model, request_id)
-        return replace(request, deadline_at=deadline_at)
+    if message.scheduling.priority:
+        name = "scheduling.priority"
+        raise InvalidParameter(name, f"{name} is for jobs; call CreateJob", "unknown_parameter")
+    seconds = _deadline_seconds(message.scheduling, MOST_SECONDS)
+    request = _request(message.params, models, request_id, unary=isinstance(message, pb.GenerateImageRequest))
+    return replace(request, deadline_at=None if seconds is None else time.time() + seconds)
 
 
-def _deadline_at(scheduling: pb.Scheduling) -> float | None:
-    """When the request is worth nothing anymore, in seconds since the epoch; None: never.
+def to_job(
+    message: pb.CreateJobRequest, models: dict[str, ModelSpec], request_id: str
+) -> tuple[GenerationRequest, Priority, float | None]:
+    """The request of a job, its priority, and its deadline in seconds from now; None: none.
 
     Raises:
-        InvalidParameter: it is not in the future; or something else of a request's scheduling is asked for.
+        InvalidParameter: a field is wrong or not supported, or the model is for another task.
+        ModelNotFound: the deployment does not have the model.
     """
-    for field, _ in scheduling.ListFields():
-        if field.name != "deadline_seconds":
-            name = f"scheduling.{field.name}"
+    _reject_newer(message, "")
+    for name in ("webhook_url", "labels"):
+        if getattr(message, name):
             raise InvalidParameter(name, f"{name} is not supported yet", "unknown_parameter")
+    given = message.scheduling.priority
+    if given not in PRIORITIES:
+        known = ", ".join(map(pb.Priority.Name, PRIORITIES))
+        raise InvalidParameter("scheduling.priority", f"scheduling.priority must be one of {known}, got {given}")
+    seconds = _deadline_seconds(message.scheduling, MOST_JOB_SECONDS)
+    return _request(message.params, models, request_id, unary=False), PRIORITIES[given], seconds
+
+
+def _request(
+    params: pb.GenerationParams, models: dict[str, ModelSpec], request_id: str, unary: bool
+) -> GenerationRequest:
+    with in_message():
+        model = find_model(models, params.model or None)
+        task = _task(params, model, streams=not unary)
+        kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
+        return to_request(parse_body(_body(params, task), kind), model, request_id)
+
+
+def _deadline_seconds(scheduling: pb.Scheduling, most: int) -> float | None:
+    """After how many seconds the request is worth nothing anymore; None: never.
+
+    Raises:
+        InvalidParameter: they are not in the future, or too many.
+    """
     if not scheduling.HasField("deadline_seconds"):
         return None
-    if not 0 < scheduling.deadline_seconds <= MOST_SECONDS:
+    if not 0 < scheduling.deadline_seconds <= most:
         name = "scheduling.deadline_seconds"
-        raise InvalidParameter(
-            name, f"{name} must be above 0 and at most {MOST_SECONDS}, got {scheduling.deadline_seconds:g}"
-        )
-    return time.time() + scheduling.deadline_seconds
+        raise InvalidParameter(name, f"{name} must be above 0 and at most {most}, got {scheduling.deadline_seconds:g}")
+    return scheduling.deadline_seconds
 
 
 def to_streamed(message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str) -> GenerationRequest:
@@ -221,6 +252,7 @@ def _reject_newer(message: Message, path: str) -> None:
             "unknown_parameter",
         )
     for field, value in message.ListFields():
-        if field.message_type is not None and field.message_type.file.name == pb.DESCRIPTOR.name:
+        kind = field.message_type
+        if kind is not None and kind.file.name == pb.DESCRIPTOR.name and not kind.GetOptions().map_entry:
             for part in [value] if isinstance(value, Message) else value:
                 _reject_newer(part, f"{path}.{field.name}" if path else field.name)

@@ -48,6 +48,7 @@ KEY = "k1"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 CUP = {"model": "demo", "prompt": "a cup of coffee", "seed": 7, "num_inference_steps": 3}
 SIZE = {"width": 64, "height": 48}
+SQUARE = {"width": 64, "height": 64}
 SERVICE = "mediagen.v1.MediaGenerationService"
 
 
@@ -192,7 +193,9 @@ def test_a_video_is_the_same_bytes_over_rest_and_grpc(
     assert sum(event.HasField("progress") for event in events) == 2
 
 
-def test_a_video_job_draws_the_same_bytes_for_its_own_key_alone(cluster: LocalCluster) -> None:
+def test_a_job_draws_the_same_bytes_over_both_apis_for_its_own_key_alone(
+    cluster: LocalCluster, stub: services.MediaGenerationServiceStub
+) -> None:
     film = {"model": "film", "num_inference_steps": 2, "num_frames": 5, "fps": 8, "size": "64x64"}
     job = rest(cluster, "videos", **film).json()
     url, own = f"{cluster.url}/v1/videos/{job['id']}", {"authorization": f"Bearer {KEY}"}
@@ -203,8 +206,38 @@ def test_a_video_job_draws_the_same_bytes_for_its_own_key_alone(cluster: LocalCl
     assert (done["status"], done["error"], done["attempt"], done["step"]) == ("completed", None, 1, 2)
     content = httpx.get(f"{url}/content", headers=own, trust_env=False).content
     assert content == rest(cluster, "videos/sync", **film).content
+    assert (made := drawn(stub, CUP | film | SQUARE)) == [content]
+    assert made != drawn(stub, CUP | film | SQUARE | {"seed": 8})
+    pictures = [base64.b64decode(each["b64_json"]) for each in rest(cluster, size="64x48", n=2).json()["data"]]
+    assert drawn(stub, CUP | SIZE | {"n": 2}) == pictures
     another = {"authorization": "Bearer another"}
     assert httpx.get(url, headers=another, trust_env=False).status_code == 404
+    code, found = refusal(lambda: stub.GetJob(pb.GetJobRequest(id=job["id"]), metadata=(("x-api-key", "another"),)))
+    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.NOT_FOUND, "job_not_found")
+
+
+def drawn(stub: services.MediaGenerationServiceStub, fields: dict[str, Any]) -> list[bytes]:
+    """The files of a job over gRPC, each fetched whole, and again from its hundredth byte on."""
+    params = pb.GenerationParams(**{name: value for name, value in fields.items() if name != "size"})
+    job = stub.CreateJob(pb.CreateJobRequest(params=params), metadata=WITH_KEY).job
+    states = [message.job.state for message in stub.WatchJob(pb.WatchJobRequest(id=job.id), metadata=WITH_KEY)]
+    assert states[-1] == pb.JOB_STATE_SUCCEEDED
+    done = stub.GetJob(pb.GetJobRequest(id=job.id), metadata=WITH_KEY).job
+    files = []
+    for output in done.outputs:
+        whole, rest_of_it = (
+            b"".join(
+                part.chunk.data
+                for part in stub.DownloadOutput(
+                    pb.DownloadOutputRequest(job_id=job.id, index=output.index, offset=offset), metadata=WITH_KEY
+                )
+            )
+            for offset in (0, 100)
+        )
+        assert whole[100:] == rest_of_it
+        assert (len(whole), hashlib.sha256(whole).hexdigest()) == (output.total_bytes, output.sha256)
+        files.append(whole)
+    return files
 
 
 def test_errors_have_their_status_and_details(stub: services.MediaGenerationServiceStub) -> None:
@@ -221,9 +254,9 @@ def test_errors_have_their_status_and_details(stub: services.MediaGenerationServ
     assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_size")
     assert found["BadRequest"].field_violations[0].field == "params.width"
     code, found = refusal(lambda: stub.GetJob(pb.GetJobRequest(id="a"), metadata=WITH_KEY))
-    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNIMPLEMENTED, "not_supported")
+    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.NOT_FOUND, "job_not_found")
     code, found = refusal(stub.WatchJob(pb.WatchJobRequest(id="a"), metadata=WITH_KEY))
-    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNIMPLEMENTED, "not_supported")
+    assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.NOT_FOUND, "job_not_found")
 
 
 def test_a_key_is_asked_for(stub: services.MediaGenerationServiceStub) -> None:

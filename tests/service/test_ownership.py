@@ -56,10 +56,10 @@ JOBS = {
 
 CREATES = {f"POST {IMAGES}", f"POST {VIDEOS}", "POST /v1/videos"}
 
-NO_JOBS = {"CreateJob", "GetJob", "ListJobs", "WatchJob", "CancelJob", "DeleteJob", "DownloadOutput"}
-"""RPCs that answer UNIMPLEMENTED to everybody with a key."""
+JOB_RPCS = {"GetJob", "ListJobs", "WatchJob", "CancelJob", "DeleteJob", "DownloadOutput"}
+"""The same over gRPC."""
 
-RPCS = {"GenerateImage", "GenerateStream", "ListModels"}
+RPCS = {"GenerateImage", "GenerateStream", "ListModels", "CreateJob"}
 
 
 class Drawing(Gateway):
@@ -113,7 +113,7 @@ def test_the_walk_has_every_route_and_every_rpc() -> None:
     routes = iter_route_contexts(rest_app(None).routes)  # type: ignore[arg-type]
     found = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert found == OPEN | EVERYBODYS | ADMINS | OWN | BY_SIGNATURE | JOBS | CREATES
-    assert {name for name, _ in methods(pb.DESCRIPTOR)} == RPCS | NO_JOBS
+    assert {name for name, _ in methods(pb.DESCRIPTOR)} == RPCS | JOB_RPCS
 
 
 def test_each_key_sees_cancels_and_downloads_its_own(gates: list[Gateway], tmp_path: Path) -> None:
@@ -243,21 +243,31 @@ def test_each_key_has_its_own_calls_of_grpc(gates: list[Gateway], tmp_path: Path
             )
             accepted = (await call.read()).accepted.job_id
             bob = [("x-api-key", "bob")]
-            for name in NO_JOBS:
+            fast = pb.GenerationParams(model="one", prompt="a", width=64, height=64)
+            created = pb.CreateJobRequest(params=fast)
+            assert (await finished(stub.CreateJob(created))).code.name == "UNAUTHENTICATED"
+            job = (await stub.CreateJob(created, metadata=[("x-api-key", "alice")])).job.id
+            for name in JOB_RPCS:
                 message = getattr(pb, f"{name}Request")()
-                if "job_id" in message.DESCRIPTOR.fields_by_name:
-                    message.job_id = accepted
+                for field in {"id", "job_id"} & set(message.DESCRIPTOR.fields_by_name):
+                    setattr(message, field, job)
                 assert (await finished(getattr(stub, name)(message))).code.name == "UNAUTHENTICATED"
-                assert (await finished(getattr(stub, name)(message, metadata=bob))).code.name == "UNIMPLEMENTED"
+                answer = await finished(getattr(stub, name)(message, metadata=bob))
+                if name == "ListJobs":
+                    assert list(answer.messages[0].jobs) == []
+                else:
+                    assert (answer.code.name, answer.details["ErrorInfo"].reason) == ("NOT_FOUND", "job_not_found")
+            for key in ("alice", "root"):
+                listed = await stub.ListJobs(pb.ListJobsRequest(), metadata=[("x-api-key", key)])
+                assert [each.id for each in listed.jobs] == [job]
             models = await finished(stub.ListModels(pb.ListModelsRequest(), metadata=bob))
             assert accepted not in str(models.messages[0])
             assert (await client.get(f"/v1/requests/{accepted}", headers=BOB)).status_code == 404
             assert (await client.delete(f"/v1/requests/{accepted}", headers=BOB)).status_code == 404
-            fast = pb.GenerateImageRequest(params=pb.GenerationParams(model="one", prompt="a", width=64, height=64))
             seeds = []
             for key in ("alice", "bob", "alice"):
                 metadata = [("authorization", f"Bearer {key}"), ("idempotency-key", "k")]
-                answer = await finished(stub.GenerateImage(fast, metadata=metadata))
+                answer = await finished(stub.GenerateImage(pb.GenerateImageRequest(params=fast), metadata=metadata))
                 seeds.append(answer.messages[0].outputs[0].header.seed)
             assert seeds[0] == seeds[2] != seeds[1]
             assert (await client.delete(f"/v1/requests/{accepted}", headers=ALICE)).status_code == 200

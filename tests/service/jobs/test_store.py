@@ -164,11 +164,11 @@ def test_interactive_work_overtakes_and_age_beats_it(store: JobStore, clock: Clo
     clock.now += 1
     interactive, _ = store.submit(new_job(priority="interactive"))
     wanted = [interactive.id, standard.id, batch.id]
-    assert [store.position(job_id) for job_id in wanted] == [1, 2, 3]
+    assert [store.look(job_id, None)[1] for job_id in wanted] == [1, 2, 3]
     clock.now += 600  # whoever comes so late does not overtake
     late, _ = store.submit(new_job(priority="interactive"))
     assert [job.id for job in take(store, 4)] == [*wanted, late.id]
-    assert store.position(late.id) == 0
+    assert store.look(late.id, None)[1] == 0
 
 
 def test_a_deadline_ends_what_waits_and_what_is_silent(store: JobStore, clock: Clock) -> None:

@@ -107,7 +107,8 @@ class MediaGenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateJob(self, request, context):
-        """Durable jobs. Not supported yet: UNIMPLEMENTED.
+        """Jobs: pictures or a video that are made whatever becomes of the caller. The job is on disk when CreateJob answers, and
+        the same job over REST: a client may create it here and fetch it there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,25 +127,31 @@ class MediaGenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The job as it is, and whenever its state, step or place changes. The stream ends with the job; or earlier, when the
+        gateway drains or an hour is over: call again while the last state is QUEUED or RUNNING.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends the job at its next step. A job that has ended stays as it is.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Forgets the job and its files, and stops it if it runs.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadOutput(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One file of a job that has succeeded: its header, then its bytes from the offset on. Whoever loses the stream asks
+        again with the number of bytes that it has.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

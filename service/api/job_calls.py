@@ -1,0 +1,245 @@
+"""What callers may do with jobs, for REST and gRPC: submit, find, list, cancel, delete, fetch, watch.
+
+Every gateway knows every job. A caller sees its own; with the scope `admin`, or where no key is needed, all.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.api.backend import Backend
+from service.api.once import check_key
+from service.api.responses import eta_seconds
+from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, Page, Priority, State
+from service.jobs.requests import new_job
+from service.jobs.store import JobStore
+from service.state.quarantine import fingerprint
+from workers.errors import (
+    IdempotencyKeyReused,
+    InvalidParameter,
+    JobNotFound,
+    JobNotReady,
+    OutputNotFound,
+    QueueFull,
+)
+from workers.messages import GenerationRequest
+
+LOOK_S = 0.5
+"""Between two looks at a job that is watched. Runners say how far it is about as often."""
+
+PATIENCE_S = 5.0
+"""Whoever watches a job of which nothing changes hears this often that it is still there."""
+
+LONGEST_S = 3600.0
+"""Of one watch: nobody can tell a client that has forgotten its call from one that waits."""
+
+MOST_WATCHERS = 100
+"""Of one gateway: each asks the store twice a second."""
+
+_watchers = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A job, as it was found.
+
+    Attributes:
+        job: its record.
+        position: 1 for the next of its model's jobs; 0: it does not wait.
+        eta_s: estimated seconds until it has ended; None: nobody knows, or it has.
+    """
+
+    job: Job
+    position: int = 0
+    eta_s: float | None = None
+
+
+async def submit(
+    backend: Backend,
+    request: GenerationRequest,
+    priority: Priority,
+    deadline_s: float | None,
+    key: str | None,
+    remixed_from: str | None = None,
+) -> tuple[Job, bool]:
+    """Accept a job. It is on disk when this returns.
+
+    Args:
+        backend: of the gateway.
+        request: what is to be made.
+        priority: see `service.jobs.records`.
+        deadline_s: seconds from now; None: none.
+        key: the idempotency key; None: there is none.
+        remixed_from: id of the job that it varies; None: it varies none.
+
+    Returns:
+        The job, and whether it is new; otherwise its key has brought it before.
+
+    Raises:
+        IdempotencyKeyReused: the key came with another request.
+        OSError: its outputs could not be kept.
+        Exception: what `Backend.charge` raises.
+    """
+    if key is not None:
+        check_key(key)
+    backend.charge(request)
+    await asyncio.to_thread(backend.outputs.prepare)
+    known_as = fingerprint(backend.caller(), request)
+    new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from)
+    try:
+        job, fresh = await backend.jobs.ask(JobStore.submit, new)
+    except KeyReused as error:
+        raise IdempotencyKeyReused(str(error)) from None
+    backend.runner.wake()
+    return job, fresh
+
+
+async def find(backend: Backend, job_id: str, kind: Kind | None = None) -> Seen:
+    """A job of the caller.
+
+    Args:
+        backend: of the gateway.
+        job_id: of the job.
+        kind: what it must make; None: anything.
+
+    Raises:
+        JobNotFound: the caller has none of this id and kind.
+    """
+    if not ID.fullmatch(job_id):  # databases do not take every text
+        raise JobNotFound(f"{job_id[:60]!r} is no {kind or 'job'}")
+    job, position = await backend.jobs.ask(JobStore.look, job_id, backend.sees())
+    if kind not in (None, job.kind):
+        raise JobNotFound(f"{job_id!r} is no {kind}")
+    return Seen(job, position, eta_seconds(backend.states().get(job.model), position) if position else None)
+
+
+async def page(
+    backend: Backend,
+    kind: Kind | None,
+    state: State | None,
+    after: str | None,
+    limit: int,
+    ascending: bool = False,
+    name: str = "after",
+) -> Page:
+    """Some of the caller's jobs, the newest first; see `JobStore.page`.
+
+    Args:
+        name: of the parameter that `after` comes from.
+
+    Raises:
+        InvalidParameter: `after` is no id of a job.
+    """
+    if after is not None and not ID.fullmatch(after):
+        raise InvalidParameter(name, f"{name} must be the id of a job, got {after[:60]!r}")
+    return await backend.jobs.ask(
+        JobStore.page, backend.sees(), kind=kind, state=state, after=after, limit=limit, ascending=ascending
+    )
+
+
+async def cancel(backend: Backend, job_id: str, kind: Kind | None = None) -> Job:
+    """End a job at its next step. One that has ended stays as it is.
+
+    Raises:
+        JobNotFound: as `find`.
+    """
+    await find(backend, job_id, kind)
+    job = await backend.jobs.ask(JobStore.cancel, job_id, backend.sees())
+    backend.runner.drop(job_id)
+    return job
+
+
+async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> None:
+    """Forget a job and its files, and stop it if it runs.
+
+    Raises:
+        JobNotFound: as `find`.
+    """
+    await find(backend, job_id, kind)
+    job = await backend.jobs.ask(JobStore.delete, job_id, backend.sees())
+    backend.runner.drop(job_id)
+    for output in job.outputs:
+        await asyncio.to_thread(backend.outputs.discard, output.name)
+
+
+async def file_of(
+    backend: Backend, job_id: str, index: int = 0, kind: Kind | None = None
+) -> tuple[Job, JobOutput, Path]:
+    """One finished file of a job.
+
+    Raises:
+        JobNotFound: as `find`.
+        JobNotReady: it has not succeeded.
+        OutputNotFound: it has fewer files, or they are not kept here, or not anymore.
+    """
+    job = (await find(backend, job_id, kind)).job
+    if job.state != "succeeded":
+        said = f"it is {job.state}" if not job.ended else f"there will be none: {job.error and job.error.message}"
+        raise JobNotReady(f"{job_id!r} has no content; {said}")
+    if not 0 <= index < len(job.outputs):
+        raise OutputNotFound(f"{job_id!r} has {len(job.outputs)} files, the first is number 0; there is no {index}")
+    output = job.outputs[index]
+    return job, output, await asyncio.to_thread(backend.outputs.file, output.name)
+
+
+async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> AsyncGenerator[Seen | None]:
+    """A job as it is now, and whenever something of it changes, until it has ended; None where nothing has for a while.
+
+    It ends early when the gateway drains, or after `LONGEST_S`: whoever still wants to know asks again, and may reach
+    another gateway.
+
+    Raises:
+        JobNotFound: as `find`; later, it was deleted.
+        QueueFull: too many watch jobs here.
+        JobsUnavailable: the store is away; the job goes on.
+    """
+    global _watchers
+    if _watchers >= MOST_WATCHERS:
+        raise QueueFull(f"{MOST_WATCHERS} calls watch jobs in this gateway; close some, or ask how the job is doing")
+    _watchers += 1
+    try:
+        pace, told, told_at, until = Pace(), None, time.monotonic(), time.monotonic() + LONGEST_S
+        while time.monotonic() < until:
+            drains = backend.draining  # before the look, so that the last one told is that of a gateway that drains
+            seen = pace.judge(await find(backend, job_id, kind))
+            now = time.monotonic()
+            if told is None or _shown(seen) != _shown(told):
+                told, told_at = seen, now
+                yield seen
+            elif now - told_at >= PATIENCE_S:
+                told_at = now
+                yield None
+            if seen.job.ended or drains:
+                return
+            await asyncio.sleep(LOOK_S)
+    finally:
+        _watchers -= 1
+
+
+class Pace:
+    """How fast the steps of a job follow each other, as far as one watch has seen."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, int, float] | None = None  # fence, step, when: the first look at this attempt's steps
+
+    def judge(self, seen: Seen) -> Seen:
+        """The same, with an estimate for a job that runs: of the steps that are left."""
+        job, now = seen.job, time.monotonic()
+        if job.state != "running" or not job.step:
+            self._first = None
+            return seen
+        if self._first is None or self._first[0] != job.fence or self._first[1] > job.step:
+            self._first = (job.fence, job.step, now)
+        _, step, since = self._first
+        if job.step == step:
+            return seen
+        left = job.total_steps - job.step
+        return Seen(job, seen.position, round(left * (now - since) / (job.step - step), 1))
+
+
+def _shown(seen: Seen) -> tuple[object, ...]:
+    """What of a job is worth telling when it changes."""
+    job = seen.job
+    return job.state, job.attempt, job.gang_losses, job.step, job.total_steps, seen.position
