@@ -111,6 +111,14 @@ ROUTES = frozenset(
         "DELETE /v1/videos/{video_id}",
         "GET /v1/videos/{video_id}/content",
         "POST /v1/videos/{video_id}/cancel",
+        "POST /v1/videos/{video_id}/remix",
+        "GET /v1/videos/{video_id}/events",
+        "GET /v1/jobs",
+        "GET /v1/jobs/{job_id}",
+        "DELETE /v1/jobs/{job_id}",
+        "GET /v1/jobs/{job_id}/content",
+        "GET /v1/jobs/{job_id}/events",
+        "POST /v1/jobs/{job_id}/cancel",
     }
 )
 
@@ -143,7 +151,7 @@ FIELDS = frozenset(
     """.split()
 )
 IMAGE_FIELDS = FIELDS | {
-    "seeds", "output_format", "output_compression", "background", "style", "moderation"
+    "seeds", "output_format", "output_compression", "background", "style", "moderation", "priority", "deadline_s"
 }  # fmt: skip
 VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps"}
 

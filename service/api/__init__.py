@@ -4,6 +4,10 @@ rest.py        assembles the FastAPI application: routers, access, error handler
 images.py      POST /v1/images/generations
 videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
+video_jobs.py  /v1/videos: videos as jobs
+jobs.py        /v1/jobs: jobs of all kinds
+job_calls.py   what callers may do with jobs, for both APIs
+job_events.py  a job as server-sent events
 models.py      GET /v1/models
 requests.py    GET /v1/requests: what waits and runs; DELETE ends one
 cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health

@@ -175,6 +175,92 @@ class VideoDeleted(Answer):
     deleted: Literal[True]
 
 
+class JobLoRA(Answer):
+    """An adapter that a job uses."""
+
+    name: str
+    scale: float
+
+
+class JobRequest(Answer):
+    """What a job makes. All that was open when it was accepted is settled here."""
+
+    prompt: str
+    negative_prompt: str | None
+    size: str = Field(description="WIDTHxHEIGHT")
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = Field(description="of a video model's second transformer")
+    flow_shift: float | None
+    seeds: list[int] = Field(description="of each picture, or of the video")
+    loras: list[JobLoRA]
+    num_frames: int | None = Field(description="of a video")
+    fps: int | None = Field(description="of a video")
+    output_format: str
+
+
+class JobFile(Answer):
+    """A finished file of a job, at its content by its index."""
+
+    index: int
+    output_format: str
+    seed: int = Field(description="draws the same again")
+    bytes: int
+    sha256: str
+
+
+class JobError(Answer):
+    """Why a job did not succeed."""
+
+    code: str = Field(description="a stable word for programs")
+    message: str
+    param: str | None = Field(description="the field that is wrong; null: no single one")
+
+
+class JobObject(Answer):
+    """A job: a request that is kept until it has ended."""
+
+    id: str
+    object: Literal["job"]
+    kind: Literal["image", "video"]
+    model: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+    progress: int = Field(description="percent of the denoising steps; 100 when the files are there")
+    position: int = Field(description="1 for the next of its model's jobs; 0: it does not wait, or was not asked")
+    step: int = Field(description="denoising steps done by this attempt")
+    total_steps: int
+    attempt: int = Field(description="how often it was begun")
+    priority: Literal["interactive", "standard", "batch"]
+    created_at: float = Field(description="seconds since the epoch, as all of these")
+    started_at: float | None = Field(description="of the last attempt")
+    ended_at: float | None
+    deadline_at: float | None = Field(description="when it expires if it has not ended")
+    expires_at: float | None = Field(description="when this record and its files are removed; null: it has not ended")
+    error: JobError | None
+    request: JobRequest
+    outputs: list[JobFile] = Field(description="empty until it has succeeded")
+    metrics: Metrics | None
+    warnings: list[str]
+
+
+class JobList(Answer):
+    """Some jobs."""
+
+    object: Literal["list"]
+    data: list[JobObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class JobDeleted(Answer):
+    """A job that is gone."""
+
+    id: str
+    object: Literal["job.deleted"]
+    deleted: Literal[True]
+
+
 class Alive(Answer):
     """The gateway's process answers, whatever its models do."""
 

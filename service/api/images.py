@@ -1,18 +1,26 @@
-"""Pictures: `POST /v1/images/generations`."""
+"""Pictures: `POST /v1/images/generations`. With the header `prefer: respond-async` they are a job."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
-from service.api.answers import GenerationResponse
-from service.api.backend import Served
+from service.api import job_calls
+from service.api.answers import GenerationResponse, JobObject
+from service.api.backend import Backend, Served
 from service.api.bodies import ImageGenerationBody
 from service.api.generation import respond
+from service.api.once import KEY_HEADER, REPLAYED_HEADER
 from service.api.openapi import BYTES, ERRORS, event_stream, takes
+from service.api.origin import request_id
 from service.api.reading import reader
+from service.api.responses import ignored_header, job_object
+from service.api.schemas import find_model, to_request
+from workers.errors import InvalidParameter
 
 router = APIRouter(prefix="/images")
+
+PREFER, RESPOND_ASYNC = "prefer", "respond-async"
 
 SUCCESS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -20,7 +28,8 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
         "content": event_stream("events image_generation.progress, .partial_image and .completed, then [DONE]")
         | {f"image/{kind}": {"schema": BYTES} for kind in ("png", "jpeg", "webp")}
         | {"application/zip": {"schema": BYTES}},
-    }
+    },
+    202: {"description": "the job that makes them, with `prefer: respond-async`", "model": JobObject},
 }
 
 
@@ -28,12 +37,44 @@ SUCCESS: dict[int | str, dict[str, Any]] = {
     "/generations",
     response_model=GenerationResponse,
     responses=ERRORS | SUCCESS,
-    openapi_extra=takes(ImageGenerationBody),
+    openapi_extra=takes(ImageGenerationBody, or_job=True),
 )
 async def generate_images(
     http: Request,
     backend: Served,
     body: Annotated[ImageGenerationBody, Depends(reader(ImageGenerationBody))],
 ) -> Response:
-    """Draw pictures."""
+    """Draw pictures: at once, or as a job."""
+    if _prefers_job(http):
+        return await _accept(http, backend, body)
+    for name in ("priority", "deadline_s"):
+        if name in body.model_fields_set:
+            raise InvalidParameter(
+                name, f"{name} is for jobs; send the header {PREFER}: {RESPOND_ASYNC}, or leave it out"
+            )
     return await respond(http, backend, body, "b64_json")
+
+
+async def _accept(http: Request, backend: Backend, body: ImageGenerationBody) -> Response:
+    """Take the pictures in as a job.
+
+    Raises:
+        InvalidParameter: the body is about how an answer with the pictures should be.
+        Exception: what `job_calls.submit` raises.
+    """
+    for name, refused in (("stream", body.stream), ("response_format", body.response_format in ("b64_json", "url"))):
+        if refused:
+            said = f"{name} is for an answer with the pictures; a job has events and files at /v1/jobs; leave it out"
+            raise InvalidParameter(name, said)
+    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
+    key = http.headers.get(KEY_HEADER)
+    job, fresh = await job_calls.submit(backend, request, body.priority, body.deadline_s, key)
+    headers = {"location": f"/v1/jobs/{job.id}", "preference-applied": RESPOND_ASYNC, **ignored_header(body.ignored)}
+    headers |= {} if fresh else {REPLAYED_HEADER: "true"}
+    return JSONResponse(job_object(job), status_code=202, headers=headers)
+
+
+def _prefers_job(http: Request) -> bool:
+    """Whether the request has RFC 7240's preference."""
+    given = ",".join(http.headers.getlist(PREFER)).split(",")
+    return any(each.partition(";")[0].strip().lower() == RESPOND_ASYNC for each in given)

@@ -90,8 +90,7 @@ def takes(kind: type[Body], answered: bool = True, or_job: bool = False) -> dict
         "name": "prefer",
         "in": "header",
         "required": False,
-        "schema": {"type": "string"},
-        "example": "respond-async",
+        "schema": {"anyOf": [{"const": "respond-async"}, {"type": "string"}]},  # other preferences have no effect
         "description": "respond-async: the answer is a job, with status 202",
     }
     parameters = [*([patience] if answered else []), once, *([job] if or_job else [])]

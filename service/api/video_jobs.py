@@ -4,6 +4,7 @@ Every gateway knows every job; each caller sees its own, one with the scope `adm
 answer with status 200, since asking for it succeeds.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,14 +13,16 @@ from fastapi.responses import Response
 from service.api import job_calls
 from service.api.answers import Video, VideoDeleted, VideoList
 from service.api.backend import Served
-from service.api.bodies import VideoJobBody
+from service.api.bodies import RemixBody, VideoJobBody
+from service.api.job_events import JobEvents
 from service.api.once import KEY_HEADER, REPLAYED_HEADER
-from service.api.openapi import BYTES, ERRORS, READING_ERRORS, takes
+from service.api.openapi import BYTES, ERRORS, READING_ERRORS, event_stream, takes
 from service.api.origin import request_id
 from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
 from service.api.schemas import find_model, to_request
+from service.jobs.requests import request_of
 
 router = APIRouter(prefix="/videos")
 
@@ -28,6 +31,14 @@ POLL = {"openai-poll-after-ms": "1000"}
 
 QUERY_ERRORS = READING_ERRORS | {400: ERRORS[400]}
 """Of routes with parameters in their query."""
+
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the video as it is, and whenever something of it changes",
+        "content": event_stream("events video.queued, .in_progress, .completed, .failed, then [DONE]"),
+    },
+    429: ERRORS[429],
+}
 
 FILE: dict[int | str, dict[str, Any]] = {200: {"description": "the MP4", "content": {"video/mp4": {"schema": BYTES}}}}
 
@@ -76,6 +87,32 @@ async def download_video(
     """The MP4, or one range of its bytes."""
     _, _, file = await job_calls.file_of(backend, video_id, kind="video")
     return send_file(http, file, f'attachment; filename="{video_id}.mp4"')
+
+
+@router.get("/{video_id}/events", response_class=Response, responses=READING_ERRORS | EVENTS)
+async def watch_video(backend: Served, video_id: str) -> Response:
+    """How a video goes on, as server-sent events, up to its end."""
+    return await JobEvents.open(backend, video_id, "video")
+
+
+@router.post(
+    "/{video_id}/remix", response_model=Video, responses=ERRORS, openapi_extra=takes(RemixBody, answered=False)
+)
+async def remix_video(
+    http: Request,
+    response: Response,
+    backend: Served,
+    video_id: str,
+    body: Annotated[RemixBody, Depends(reader(RemixBody))],
+) -> dict[str, Any]:
+    """Accept a video that varies another one: a new prompt, and all else the same, seed and priority included."""
+    before = (await job_calls.find(backend, video_id, "video")).job
+    find_model(backend.models(), before.model)  # it may have been removed since
+    request = replace(request_of(before), request_id=request_id(http), deadline_at=None, prompt=body.prompt)
+    key = http.headers.get(KEY_HEADER)
+    job, fresh = await job_calls.submit(backend, request, before.priority, None, key, remixed_from=video_id)
+    response.headers.update(POLL | ({} if fresh else {REPLAYED_HEADER: "true"}))
+    return video_object(job)
 
 
 @router.post("/{video_id}/cancel", response_model=Video, responses=READING_ERRORS)

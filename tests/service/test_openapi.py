@@ -38,7 +38,7 @@ def described(app: FastAPI, accepted: list[int], **more: Any) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(config))
 
 
-ANY = described(rest_app(FakeBackend()), [200, 400, 403, 404, 422])
+ANY = described(rest_app(FakeBackend()), [200, 202, 400, 403, 404, 422])
 """What no schema says may still be wrong: limits of the model, names that nothing has, fields that contradict, an
 idempotency key of another request."""
 
@@ -78,6 +78,11 @@ def map_body(context: Any, body: Any) -> Any:
         body.pop("guidance_scale_2", None)
     if body.get("loras"):
         body["loras"] = [body["loras"][0] | {"name": "ink"}]
+    if "images" in context.operation.path:  # for jobs alone
+        body.pop("priority", None)
+        body.pop("deadline_s", None)
+    if not body.get("stream"):
+        body.pop("partial_images", None)
     if body.get("stream") and body.get("response_format") == "file":
         body["response_format"] = "url"
     for name in ("width", "height", "seconds"):
@@ -87,13 +92,12 @@ def map_body(context: Any, body: Any) -> Any:
 
 @RIGHT.hook
 def map_headers(context: Any, headers: Any) -> Any:
-    """A key is for one request."""
-    if headers and "idempotency-key" in headers:
-        return {**headers, "idempotency-key": uuid.uuid4().hex}
-    return headers
+    """A key is for one request. Jobs of pictures refuse what is for an answer with them: see test_jobs_api.py."""
+    headers = {name: value for name, value in (headers or {}).items() if name != "prefer"}
+    return headers | ({"idempotency-key": uuid.uuid4().hex} if "idempotency-key" in headers else {})
 
 
-@RIGHT.include(method="POST").exclude(path_regex="cancel$").parametrize()
+@RIGHT.include(method="POST").exclude(path_regex="(cancel|remix)$").parametrize()
 @bounded
 def test_a_request_that_is_right_is_answered(case: Any) -> None:
     assert case.call_and_validate().status_code == 200

@@ -51,6 +51,14 @@ JOBS = {
     "DELETE /v1/videos/{video_id}",
     "GET /v1/videos/{video_id}/content",
     "POST /v1/videos/{video_id}/cancel",
+    "POST /v1/videos/{video_id}/remix",
+    "GET /v1/videos/{video_id}/events",
+    "GET /v1/jobs",
+    "GET /v1/jobs/{job_id}",
+    "DELETE /v1/jobs/{job_id}",
+    "GET /v1/jobs/{job_id}/content",
+    "GET /v1/jobs/{job_id}/events",
+    "POST /v1/jobs/{job_id}/cancel",
 }
 """What a key has made, and no other, not even an operator's."""
 
@@ -151,11 +159,14 @@ def test_each_key_has_its_own_jobs(gates: list[Gateway], tmp_path: Path) -> None
             unknown = f"job_{'0' * 44}"
             for route in JOBS:
                 method, path = route.split(" ")
-                assert (await two.request(method, path.replace("{video_id}", job))).status_code == 401
+                path = path.replace("{video_id}", "{job_id}")
+                body = {"prompt": "a"} if path.endswith("/remix") else None
+                assert (await two.request(method, path.replace("{job_id}", job), json=body)).status_code == 401
                 answers = [
-                    await two.request(method, path.replace("{video_id}", each), headers=BOB) for each in (job, unknown)
+                    await two.request(method, path.replace("{job_id}", each), json=body, headers=BOB)
+                    for each in (job, unknown)
                 ]
-                if "{video_id}" not in path:
+                if "{job_id}" not in path:
                     assert answers[0].json()["data"] == []
                     continue
                 assert [answer.status_code for answer in answers] == [404, 404]
@@ -167,8 +178,9 @@ def test_each_key_has_its_own_jobs(gates: list[Gateway], tmp_path: Path) -> None
             )
             content = await one.get(f"/v1/videos/{job}/content", headers=ALICE)
             assert content.content == str(done.json()["seed"]).encode()
-            listed = await two.get("/v1/videos", headers=ROOT)
-            assert [each["id"] for each in listed.json()["data"]] == [job]
+            for path in ("/v1/videos", "/v1/jobs"):
+                listed = await two.get(path, headers=ROOT)
+                assert [each["id"] for each in listed.json()["data"]] == [job]
             assert (await two.get(f"/v1/videos/{job}/content", headers=ROOT)).content == content.content
             assert (await two.delete(f"/v1/videos/{job}", headers=ROOT)).status_code == 200
             assert (await one.get(f"/v1/videos/{job}", headers=ALICE)).status_code == 404

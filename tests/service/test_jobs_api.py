@@ -1,0 +1,273 @@
+"""`/v1/jobs`, jobs of pictures, events and remixes, on a gateway without Ray."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from service.api import job_calls
+from service.api.answers import JobObject
+from service.api.rest import rest_app
+from service.jobs.store import JobStore
+from tests.support.backend import FakeBackend
+from tests.support.in_process import served
+
+BODY = {"model": "one", "prompt": "a cup", "seed": 7}
+ASYNC = {"prefer": "respond-async"}
+pytestmark = pytest.mark.timeout(120)  # a stream that does not end would be read for ever
+
+UNKNOWN = f"job_{'0' * 44}"
+
+
+@pytest.fixture
+def jobs_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setattr(job_calls, "LOOK_S", 0.02)
+    return FakeBackend()
+
+
+@pytest.fixture
+def client(jobs_backend: FakeBackend) -> Iterator[httpx.Client]:
+    with (
+        served(rest_app(jobs_backend)) as url,
+        httpx.Client(base_url=f"{url}/v1", trust_env=False, timeout=60) as client,
+    ):
+        yield client
+
+
+def accept(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = client.post("/images/generations", json=BODY | body, headers=ASYNC)
+    assert answer.status_code == 202, answer.text
+    return dict(answer.json())
+
+
+def until(client: httpx.Client, job_id: str, *states: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 30
+    while (job := client.get(f"/jobs/{job_id}").json())["state"] not in states:
+        assert time.monotonic() < deadline, job
+        time.sleep(0.02)
+    return dict(job)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream that ended with its job. Each says its name twice."""
+    *blocks, last, nothing = text.split("\n\n")
+    assert (last, nothing) == ("data: [DONE]", "")
+    found = []
+    for block in blocks:
+        if not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+@pytest.mark.parametrize("preference", ["respond-async", "wait=10, Respond-Async; x=1"])
+def test_pictures_are_a_job_where_the_caller_prefers_it(client: httpx.Client, preference: str) -> None:
+    body = BODY | {"n": 2, "output_format": "webp", "priority": "interactive", "deadline_s": 100, "user": "u"}
+    answer = client.post("/images/generations", json=body, headers={"prefer": preference})
+    assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
+    assert answer.headers["x-ignored-params"] == "user"
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["kind"], job["state"], job["priority"]) == ("image", "queued", "interactive")
+    assert job["deadline_at"] == pytest.approx(job["created_at"] + 100)
+    done = until(client, job["id"], "succeeded")
+    JobObject.model_validate(done)
+    assert (done["progress"], done["attempt"], done["request"]["seeds"]) == (100, 1, [7, 8])
+    assert [(file["seed"], file["bytes"], file["output_format"]) for file in done["outputs"]] == [
+        (7, 9, "webp"), (8, 9, "webp"),
+    ]  # fmt: skip
+    for index, content in ((0, b"picture 7"), (1, b"picture 8")):
+        file = client.get(f"/jobs/{job['id']}/content", params={"index": index})
+        assert (file.content, file.headers["content-type"]) == (content, "image/webp")
+    assert file.headers["content-disposition"] == f'attachment; filename="{job["id"]}-1.webp"'
+    part = client.get(f"/jobs/{job['id']}/content", headers={"range": "bytes=8-"})
+    assert (part.status_code, part.content) == (206, b"7")
+    for wrong, status, code in (({"index": 2}, 404, "output_not_found"), ({"index": -1}, 400, "invalid_value")):
+        refused = client.get(f"/jobs/{job['id']}/content", params=wrong)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+
+
+def test_without_the_preference_pictures_come_at_once(client: httpx.Client) -> None:
+    answer = client.post("/images/generations", json=BODY, headers={"prefer": "wait=10"})
+    assert (answer.status_code, "preference-applied" in answer.headers) == (200, False)
+    assert client.get("/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "wrong"),
+    [
+        (ASYNC, {"stream": True}),
+        (ASYNC, {"response_format": "url"}),
+        (ASYNC, {"response_format": "b64_json"}),
+        (ASYNC, {"deadline_s": 0}),
+        (ASYNC, {"partial_images": 1}),
+        ({}, {"priority": "batch"}),
+        ({}, {"deadline_s": 10}),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    client: httpx.Client, headers: dict[str, str], wrong: dict[str, Any]
+) -> None:
+    answer = client.post("/images/generations", json=BODY | wrong, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(wrong)))
+    assert client.get("/jobs").json()["data"] == []
+
+
+def test_the_same_key_is_the_same_job(client: httpx.Client) -> None:
+    body, key = {"model": "one", "prompt": "a"}, ASYNC | {"idempotency-key": "k"}
+    first, again = (client.post("/images/generations", json=body, headers=key) for _ in range(2))
+    assert first.json()["id"] == again.json()["id"]
+    assert [each.headers.get("idempotency-replayed") for each in (first, again)] == [None, "true"]
+    other = client.post("/images/generations", json=body | {"n": 2}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
+
+
+def test_all_kinds_are_listed_filtered_cancelled_and_deleted(client: httpx.Client) -> None:
+    film = client.post("/videos", json={"model": "film", "prompt": "a"}).json()["id"]
+    until(client, film, "succeeded")
+    never = accept(client, prompt="never")["id"]
+    until(client, never, "running")
+    waits = accept(client)["id"]
+    assert client.get(f"/jobs/{waits}").json()["position"] == 1
+    listed = client.get("/jobs", params={"limit": 2}).json()
+    assert ([job["id"] for job in listed["data"]], listed["has_more"]) == ([waits, never], True)
+    rest = client.get("/jobs", params={"after": listed["last_id"]}).json()
+    assert [(job["id"], job["kind"]) for job in rest["data"]] == [(film, "video")]
+    for asked, found in (
+        ({"kind": "image"}, [waits, never]),
+        ({"state": "running"}, [never]),
+        ({"order": "asc"}, [film, never, waits]),
+    ):
+        assert [job["id"] for job in client.get("/jobs", params=asked).json()["data"]] == found
+    assert client.get(f"/videos/{waits}").status_code == 404  # it is no video
+    cancelled = client.post(f"/jobs/{never}/cancel").json()
+    assert (cancelled["state"], cancelled["error"]["code"]) == ("cancelled", "cancelled")
+    until(client, waits, "succeeded")
+    assert client.delete(f"/jobs/{waits}").json() == {"id": waits, "object": "job.deleted", "deleted": True}
+    gone = client.get(f"/jobs/{waits}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "job_not_found")
+    for wrong in ({"kind": "sound"}, {"state": "done"}, {"limit": 0}, {"after": "\0"}):
+        refused = client.get("/jobs", params=wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(wrong)))
+
+
+def test_events_tell_a_job_up_to_its_end(client: httpx.Client, jobs_backend: FakeBackend) -> None:
+    job = accept(client, prompt="slow")["id"]
+    until(client, job, "running")
+    waits = accept(client)["id"]
+    told: dict[str, list[dict[str, Any]]] = {}
+    with client.stream("GET", f"/jobs/{waits}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.iter_lines()
+        head = [next(lines), next(lines)]
+        assert head[0] == "event: job.queued"
+        first = json.loads(head[1].removeprefix("data: "))
+        assert (first["job"]["position"], first["eta_seconds"]) == (1, None)
+        client.post(f"/jobs/{job}/cancel")
+        told[waits] = events("\n".join([*head, *lines, ""]))
+    told[job] = events(client.get(f"/jobs/{job}/events").text)
+    assert [event["type"] for event in told[job]] == ["job.cancelled"]
+    kinds = [event["type"] for event in told[waits]]
+    assert kinds == sorted(kinds, key=["job.queued", "job.running", "job.succeeded"].index)
+    assert told[waits][-1]["job"] == client.get(f"/jobs/{waits}").json()
+
+
+def test_events_tell_steps_and_what_is_left(client: httpx.Client, jobs_backend: FakeBackend) -> None:
+    """As a runner elsewhere writes them down."""
+
+    def ask(call: Any, *args: Any) -> Any:
+        return asyncio.run(jobs_backend.jobs.ask(call, *args))
+
+    jobs_backend.found = {}  # nobody here takes jobs
+    jobs_backend.room = dict  # type: ignore[method-assign]
+    jobs_backend.runner._room = dict
+    job = client.post("/videos", json={"model": "film", "prompt": "a"}).json()["id"]
+    (held,) = ask(JobStore.claim, {"film": 1}, "elsewhere", 60.0)
+    with client.stream("GET", f"/videos/{job}/events") as stream:
+        lines, told = stream.iter_lines(), []
+        for step in range(3):
+            ask(JobStore.renew, job, held.fence, 60.0, step, 4)
+            while not (line := next(lines)).startswith("data: ") or json.loads(line[6:])["video"]["step"] != step:
+                pass
+            told.append(json.loads(line[6:]))
+        ask(JobStore.cancel, job, None)
+        rest = "\n".join([*lines, ""])
+    assert [event["type"] for event in told] == ["video.in_progress"] * 3
+    assert [event["video"]["progress"] for event in told] == [0, 25, 50]
+    assert [event["eta_seconds"] is None for event in told] == [True, True, False]
+    assert events(rest.lstrip("\n"))[-1]["video"]["error"]["code"] == "cancelled"
+
+
+def test_events_end_without_done_when_the_gateway_drains_or_the_job_is_deleted(
+    client: httpx.Client, jobs_backend: FakeBackend
+) -> None:
+    job = accept(client, prompt="never")["id"]
+    with client.stream("GET", f"/jobs/{job}/events") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        client.delete(f"/jobs/{job}")
+        last = [line for line in lines if line.startswith("data: ")][-1]
+    assert json.loads(last[6:])["error"]["code"] == "job_not_found"
+    job = accept(client, prompt="never")["id"]
+    jobs_backend.draining = True
+    text = client.get(f"/jobs/{job}/events").text
+    assert "event: job." in text and "[DONE]" not in text
+
+
+def test_whoever_watches_no_longer_takes_no_place(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_calls, "MOST_WATCHERS", 1)
+    job = accept(client, prompt="never")["id"]
+    with client.stream("GET", f"/jobs/{job}/events") as stream:
+        lines = stream.iter_lines()  # kept: a stream closes with its iterator
+        next(lines)
+        refused = client.get(f"/jobs/{job}/events")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    deadline = time.monotonic() + 30
+    while job_calls._watchers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for path in ("jobs", "videos"):
+        assert client.get(f"/{path}/{UNKNOWN}/events").status_code == 404
+
+
+def test_a_quiet_job_is_still_heard_of(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_calls, "PATIENCE_S", 0.0)
+    job = accept(client, prompt="never")["id"]
+    with client.stream("GET", f"/jobs/{job}/events") as stream:
+        assert any(line == ": nothing new" for line in stream.iter_lines())
+
+
+def test_openais_client_remixes_a_video(client: httpx.Client, jobs_backend: FakeBackend) -> None:
+    theirs = openai.OpenAI(base_url=str(client.base_url), api_key="none")
+    extra = {"seed": 7, "fps": 8, "num_inference_steps": 3, "priority": "batch", "deadline_s": 100}
+    first = theirs.videos.create(prompt="a cup", model="film", size="64x48", extra_body=extra)
+    other = theirs.videos.remix(first.id, prompt="a jug")
+    assert (other.remixed_from_video_id, other.prompt, other.size) == (first.id, "a jug", "64x48")
+    assert theirs.videos.poll(other.id).status == "completed"
+    theirs.videos.poll(first.id)
+    found = [client.get(f"/jobs/{each}").json() for each in (first.id, other.id)]
+    same = [{key: value for key, value in each["request"].items() if key != "prompt"} for each in found]
+    assert same[0] == same[1]
+    assert [each["priority"] for each in found] == ["batch", "batch"]
+    assert found[1]["deadline_at"] is None
+    for job_id, body, status in (
+        (UNKNOWN, {"prompt": "a"}, 404),
+        (first.id, {"prompt": " "}, 400),
+        (first.id, {}, 400),
+    ):
+        assert client.post(f"/videos/{job_id}/remix", json=body).status_code == status
+    refused = client.post(f"/videos/{first.id}/remix", json={"prompt": "a", "seed": 8})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
+    picture = accept(client)["id"]
+    assert client.post(f"/videos/{picture}/remix", json={"prompt": "a"}).status_code == 404
+    jobs_backend._models = jobs_backend._models[:1]
+    gone = client.post(f"/videos/{first.id}/remix", json={"prompt": "a"})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
