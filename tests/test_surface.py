@@ -220,8 +220,8 @@ ERRORS = {
 
 VIDEO_FLAGS = {
     "prompt", "output", "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
-    "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "server", "local", "model", "device",
-    *DEGREES,
+    "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "detach", "server", "local", "model",
+    "device", *DEGREES,
 }  # fmt: skip
 
 COMMANDS = {
@@ -234,6 +234,9 @@ COMMANDS = {
     "models": {"server", "json"},
     "requests": {"server", "json"},
     "cancel": {"request_id", "server"},
+    "jobs": {"limit", "server", "json"},
+    "job": {"job_id", "wait", "server", "json"},
+    "download": {"job_id", "output", "wait", "server"},
     "doctor": {"file", "set"},
     "schema": {"model", "server"},
     "key": {"name", "admin"},

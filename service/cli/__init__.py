@@ -7,6 +7,7 @@ output.py    lines and tables for a person
 progress.py  bars for loading and for steps
 pictures.py  pictures inside a terminal
 client.py    an HTTP client of a running server
+job_client.py  the same for jobs
 request_schema.py  what a request of one model may say
 bench/       the parts of `spray bench`
 doctor.py    what commonly goes wrong on a machine

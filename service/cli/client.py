@@ -8,7 +8,7 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
@@ -82,13 +82,13 @@ def generate_remotely(
     """
     streamed = body | {"stream": True, "stream_options": {"include_progress": True}}
     made = []
-    with _answering(server):
+    with answering(server):
         url = f"{server.rstrip('/')}{path}"
         with httpx.stream(
             "POST", url, json=streamed, headers=authorization(), timeout=NO_LIMIT, trust_env=False
         ) as response:
             if response.status_code != 200:
-                raise _refusal(response.read(), response.status_code)
+                raise refusal(response.read(), response.status_code)
             kind = response.headers.get("content-type", "")
             if not kind.startswith("text/event-stream"):
                 raise ServerError(f"{server} answered POST {path} with {kind or 'an untyped body'}, not with a stream")
@@ -112,7 +112,7 @@ def read_cluster(server: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
-    return _read(server, "/v1/cluster")
+    return ask(server, "/v1/cluster")
 
 
 def read_models(server: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def read_models(server: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
-    return _read(server, "/v1/models")
+    return ask(server, "/v1/models")
 
 
 def read_model(server: str, name: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def read_model(server: str, name: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, refuses, or has no such model.
     """
-    return _read(server, f"/v1/models/{quote(name)}")
+    return ask(server, f"/v1/models/{quote(name)}")
 
 
 def read_description(server: str) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def read_description(server: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
-    return _read(server, "/openapi.json")
+    return ask(server, "/openapi.json")
 
 
 def read_requests(server: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def read_requests(server: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
-    return _read(server, "/v1/requests")
+    return ask(server, "/v1/requests")
 
 
 def cancel_request(server: str, request_id: str) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def cancel_request(server: str, request_id: str) -> dict[str, Any]:
     Raises:
         ServerError: the server cannot be reached, or has no such request of this caller.
     """
-    return _read(server, f"/v1/requests/{quote(request_id, safe='')}", "DELETE")
+    return ask(server, f"/v1/requests/{quote(request_id, safe='')}", "DELETE")
 
 
 @contextlib.contextmanager
@@ -183,19 +183,43 @@ def understood(server: str, asked: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _answering(server: str) -> Iterator[None]:
+def answering(server: str) -> Iterator[None]:
+    """Call a server in this context.
+
+    Raises:
+        ServerError: it cannot be reached.
+    """
     try:
         yield
     except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:  # the last: no name of a host
         raise ServerError(f"no answer from {server}: {error}") from None
 
 
-def _read(server: str, path: str, method: str = "GET") -> dict[str, Any]:
+def ask(
+    server: str,
+    path: str,
+    method: str = "GET",
+    body: dict[str, Any] | None = None,
+    headers: Mapping[bytes, bytes] = {},
+) -> dict[str, Any]:
+    """The JSON object that a server answers.
+
+    Args:
+        server: its base URL.
+        path: of the call, with its query.
+        method: of the call.
+        body: a JSON object; None: there is none.
+        headers: besides the key.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or answers something else.
+    """
     url = f"{server.rstrip('/')}{path}"
-    with _answering(server):
-        response = httpx.request(method, url, headers=authorization(), timeout=30, trust_env=False)
-    if response.status_code != 200:
-        raise _refusal(response.content, response.status_code)
+    with answering(server):
+        sent = authorization() | dict(headers)
+        response = httpx.request(method, url, json=body, headers=sent, timeout=30, trust_env=False)
+    if not response.is_success:
+        raise refusal(response.content, response.status_code)
     with understood(server, f"{method} {path}"):
         body = response.json()
         if not isinstance(body, dict):
@@ -238,7 +262,8 @@ def _told(line: str) -> StepEvent | bytes | Generated | None:
     return None
 
 
-def _refusal(body: bytes, status: int) -> ServerError:
+def refusal(body: bytes, status: int) -> ServerError:
+    """The error that an answer with this status and body is."""
     try:
         error = json.loads(body)["error"]
         return ServerError(str(error["message"]), error.get("code"))

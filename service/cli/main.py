@@ -8,7 +8,10 @@
     spray top             watch the gangs: steps, where their time goes, queues, autoscaling
     spray models          show what each model of a server can be asked for
     spray requests        show what waits and runs on a server
-    spray cancel ID       end a request that waits or runs
+    spray cancel ID       end a request that waits or runs, or a job
+    spray jobs            show the jobs of a server
+    spray job ID          show a job, or with --wait wait until it has ended
+    spray download ID     save the files of a job
     spray doctor [FILE]   look for common problems of this machine
     spray schema [MODEL]  print the JSON schema of deployment files, or of requests of a server's model
     spray generate "..."  run one request: on a server, or with --local in processes of its own
@@ -31,7 +34,7 @@ import typer
 
 from deploy.spec import SpecError
 from service.cli.client import ServerError
-from service.cli.commands import bench, deploy, doctor, files, generate, key, plan, serve, status, verify
+from service.cli.commands import bench, deploy, doctor, files, generate, jobs, key, plan, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
@@ -47,8 +50,8 @@ app = typer.Typer(
 )
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.top, status.models, status.requests,
-    status.cancel, doctor.doctor, files.schema, generate.generate, generate.video, bench.bench, key.key, verify.verify,
-    plan.plan,
+    status.cancel, jobs.jobs, jobs.job, jobs.download, doctor.doctor, files.schema, generate.generate, generate.video,
+    bench.bench, key.key, verify.verify, plan.plan,
 ):  # fmt: skip
     app.command()(command)
 

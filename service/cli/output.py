@@ -1,4 +1,5 @@
-"""Lines and tables for a person: the bodies of `GET /v1/cluster`, `/v1/models` and `/v1/requests` come in.
+"""Lines and tables for a person: the bodies of `GET /v1/cluster`, `/v1/models`, `/v1/requests` and `/v1/jobs`
+come in.
 
 Results go to standard output, everything else to standard error. A terminal gets colors, and tables that fit its width;
 pipes and files get plain text, one line per row, that `grep` and `awk` can read.
@@ -82,7 +83,7 @@ def requests_table(listed: dict[str, Any]) -> Group:
     """`GET /v1/requests`: a row per request; the gateways that did not answer stand below."""
     table = _table("ID", "MODEL", "STATE", "PLACE", "ETA", "KEY", "SINCE", "STEPS")
     for one in listed["data"]:
-        eta, since = one["eta_seconds"], datetime.fromtimestamp(one["since"]).astimezone()
+        eta = one["eta_seconds"]
         _add(
             table,
             one["id"],
@@ -91,11 +92,48 @@ def requests_table(listed: dict[str, Any]) -> Group:
             str(one["position"] or "-"),
             "-" if eta is None else f"{eta:.0f} s",
             one["key"] or "-",
-            f"{since:%H:%M:%S}",
+            _time(one["since"]),
             _bar(one["step"], one["total_steps"]),
         )
     silent = ", ".join(listed["silent_gateways"])
     return Group(table, *([Text(f"no answer from {silent}; requests there are missing")] if silent else []))
+
+
+def jobs_table(listed: dict[str, Any]) -> Group:
+    """`GET /v1/jobs`: a row per job."""
+    table = _table("ID", "KIND", "MODEL", "STATE", "PRIORITY", "CREATED", "STEPS")
+    for job in listed["data"]:
+        made = [job["id"], job["kind"], job["model"], job["state"], job["priority"], _time(job["created_at"])]
+        _add(table, *made, _bar(job["step"], job["total_steps"]) if job["total_steps"] else "-")
+    return Group(table, *([Text("there are more: --limit")] if listed["has_more"] else []))
+
+
+def job_table(job: dict[str, Any]) -> Group:
+    """`GET /v1/jobs/{id}`: a row per thing that there is to say."""
+    asked, table = job["request"], _table()
+    video = f", {asked['num_frames']} frames at {asked['fps']} a second" if job["kind"] == "video" else ""
+    said = {
+        "id": job["id"],
+        "state": job["state"],
+        "error": f"{job['error']['code']}: {job['error']['message']}" if job["error"] else "",
+        "place": str(job["position"] or ""),
+        "steps": _bar(job["step"], job["total_steps"]) if job["total_steps"] else "",
+        "model": job["model"],
+        "prompt": asked["prompt"],
+        "size": f"{asked['size']}{video}",
+        "seeds": ", ".join(map(str, asked["seeds"])),
+        "priority": job["priority"],
+        "attempt": str(job["attempt"] or ""),
+        "created": _time(job["created_at"]),
+        "ended": _time(job["ended_at"]) if job["ended_at"] else "",
+        "kept until": _time(job["expires_at"]) if job["expires_at"] else "",
+        "files": ", ".join(f"{each['bytes']} bytes of {each['output_format']}" for each in job["outputs"]),
+        "warnings": "; ".join(job["warnings"]),
+    }
+    for name, value in said.items():
+        if value:
+            _add(table, name, value)
+    return Group(table)
 
 
 def findings_table(rows: Sequence[tuple[str, str, str, str]]) -> Group:
@@ -126,6 +164,12 @@ def _table(*headers: str) -> Table:
 def _add(table: Table, *cells: str) -> None:
     """A row, taken literally: names and bars may hold brackets, which rich would read as markup."""
     table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
+
+
+def _time(at: float) -> str:
+    """Seconds since the epoch, as a time of day; with its date, unless that is today."""
+    local, today = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == today.date() else f"{local:%Y-%m-%d %H:%M:%S}"
 
 
 def _replicas(model: dict[str, Any]) -> str:

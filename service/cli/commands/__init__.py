@@ -4,6 +4,7 @@ files.py     check, build, schema: what a deployment file says, without a cluste
 serve.py     serve: a cluster of its own
 deploy.py    deploy: change a running cluster
 status.py    ps, models: look at a server
+jobs.py      jobs, job, download
 generate.py  generate, video: one request
 bench.py     bench: load a server, and measure it
 doctor.py    doctor: look at this machine

@@ -19,7 +19,8 @@ from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.responses import metrics
 from service.api.schemas import to_request
-from service.cli.client import PICTURES, VIDEOS, ServerError, generate_remotely, server_url
+from service.cli.client import PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
+from service.cli.job_client import submit_job
 from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
 from service.cli.pictures import NO_PREVIEWS, Shown, shown_by_terminal
@@ -96,6 +97,9 @@ def generate(
     previews: Annotated[
         bool, typer.Option("--previews", help="Show previews meanwhile, in a terminal that can show pictures.")
     ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it to the server as a job, and print its ID for `spray download`.")
+    ] = False,
     server: Server = None,
     local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
     model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
@@ -119,6 +123,8 @@ def generate(
     if not local and (degrees or device):
         named = ", ".join(f"--{name}" for name in [*degrees, *(["device"] if device else [])])
         raise UsageError(f"{named}: the deployment sets the layout of a server; leave it out, or add --local")
+    if detach and (local or previews):
+        raise UsageError(f"--detach and --{'local' if local else 'previews'} exclude each other")
     if local and server:
         raise UsageError("--local and --server exclude each other")
     fields = _given(
@@ -131,6 +137,10 @@ def generate(
         say(NO_PREVIEWS)
     asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora], shown)
     _check_sendable(asked.fields | _given(model=model) | {f"lora {name}": scale for name, scale in asked.loras})
+    if detach:
+        with _told_of_the_output(asked):
+            _leave(asked, server_url(server), as_json)
+        return
     with StepProgress() as progress, _told_of_the_output(asked):
         made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
     _save(made, output, as_json)
@@ -243,8 +253,22 @@ def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
     return {"loras": [{"name": name, "scale": scale} for name, scale in loras]} if loras else {}
 
 
+def _body(asked: Asked) -> dict[str, Any]:
+    """Of a request to a server."""
+    return asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
+
+
+def _leave(asked: Asked, server: str, as_json: bool) -> None:
+    """Submit a job, and print its ID."""
+    job = submit_job(server, _body(asked), asked.is_video)
+    with understood(server, "POST"):
+        job_id = str(job["id"])
+    print(json.dumps(job, indent=2) if as_json else job_id, flush=True)
+    say(f"accepted; `spray download {job_id} --wait --output {asked.output}` fetches it")
+
+
 def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
-    body = asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
+    body = _body(asked)
     body |= {"partial_images": PREVIEWS} if asked.shown else {}
     try:
         path = VIDEOS if asked.is_video else PICTURES

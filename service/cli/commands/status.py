@@ -1,4 +1,4 @@
-"""`spray ps`, `top`, `models`, `requests`: what a server says of itself. `spray cancel` ends a request."""
+"""`spray ps`, `top`, `models`, `requests`: what a server says of itself. `spray cancel` ends a request, or a job."""
 
 import json
 import sys
@@ -11,9 +11,11 @@ from rich.console import Group
 from rich.live import Live
 
 from service.cli.client import cancel_request, read_cluster, read_models, read_requests, server_url, understood
+from service.cli.job_client import cancel_job
 from service.cli.options import AsJson, Server
 from service.cli.output import cluster_table, models_table, requests_table, say, show
 from service.cli.top import top_table
+from service.jobs.records import ID
 
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
@@ -57,17 +59,21 @@ def requests(server: Server = None, as_json: AsJson = False) -> None:
 
 def cancel(
     request_id: Annotated[
-        str, typer.Argument(metavar="ID", help="Of `spray requests`, or the x-request-id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="ID", help="Of `spray requests` or `spray jobs`, or the x-request-id.", show_default=False
+        ),
     ],
     server: Server = None,
 ) -> None:
-    """End a request that waits or runs."""
+    """End a request that waits or runs, or a job."""
     at = server_url(server)
-    answer = cancel_request(at, request_id)
-    with understood(at, "DELETE /v1/requests"):
-        ended = str(answer["id"])
+    is_job = ID.fullmatch(request_id) is not None
+    answer = cancel_job(at, request_id) if is_job else cancel_request(at, request_id)
+    with understood(at, "POST /v1/jobs" if is_job else "DELETE /v1/requests"):
+        ended, state = str(answer["id"]), str(answer["state"]) if is_job else "cancelled"
     print(ended, flush=True)
-    say("canceled; its gang is free within a step")
+    say("canceled; its gang is free within a step" if state == "cancelled" else f"it has ended before: {state}")
 
 
 def _show(

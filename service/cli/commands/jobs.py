@@ -1,0 +1,87 @@
+"""`spray jobs`, `job`, `download`: jobs of a server. `spray cancel` ends one."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.client import ServerError, server_url, understood
+from service.cli.job_client import download_output, follow_job, read_job, read_jobs
+from service.cli.options import AsJson, Server, UsageError
+from service.cli.output import job_table, jobs_table, say, show
+from service.cli.progress import StepProgress
+from service.jobs.records import ENDED, ID
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Of `spray jobs`.", show_default=False)]
+Wait = Annotated[bool, typer.Option("--wait", help="Until it has ended. Ctrl-C leaves it alone.")]
+
+
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many, the newest first.")] = 20,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show jobs: those of the key, or all if it has the scope admin."""
+    at = server_url(server)
+    listed = read_jobs(at, limit)
+    if as_json:
+        print(json.dumps(listed, indent=2), flush=True)
+        return
+    with understood(at, "GET /v1/jobs"):
+        table = jobs_table(listed)
+    show(table)
+
+
+def job(job_id: JobId, wait: Wait = False, server: Server = None, as_json: AsJson = False) -> None:
+    """Show a job. With --wait, the exit code is 1 if it does not succeed."""
+    at = server_url(server)
+    found = _read(at, job_id, wait)
+    if as_json:
+        print(json.dumps(found, indent=2), flush=True)
+    else:
+        with understood(at, "GET /v1/jobs/ID"):
+            table = job_table(found)
+        show(table)
+    if wait and found["state"] != "succeeded":
+        raise ServerError(_unmade(found))
+
+
+def download(
+    job_id: JobId,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; of several, OUTPUT, OUTPUT-1, OUTPUT-2. Default: the ID.")
+    ] = None,
+    wait: Wait = False,
+    server: Server = None,
+) -> None:
+    """Save the files of a job."""
+    at = server_url(server)
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {str(output.parent)!r}; make it first")
+    found = _read(at, job_id, wait)
+    with understood(at, "GET /v1/jobs/ID"):
+        if found["state"] != "succeeded":
+            more = "" if found["state"] in ENDED else "; --wait waits for it"
+            raise ServerError(f"{_unmade(found)}{more}")
+        first = output or Path(f"{job_id}.{found['outputs'][0]['output_format']}")
+        files = [(int(each["index"]), int(each["seed"])) for each in found["outputs"]]
+    say("seeds: " + ", ".join(str(seed) for _, seed in files))
+    for index, _ in files:
+        file = first.with_stem(f"{first.stem}-{index}") if index else first
+        download_output(at, job_id, index, file)
+        print(file, flush=True)
+
+
+def _read(at: str, job_id: str, wait: bool) -> dict[str, Any]:
+    if not ID.fullmatch(job_id):
+        raise UsageError(f"{job_id!r} is no id of a job; `spray jobs` lists them")
+    if not wait:
+        return read_job(at, job_id)
+    with StepProgress() as progress:
+        return follow_job(at, job_id, progress.show)
+
+
+def _unmade(found: dict[str, Any]) -> str:
+    error = found["error"]
+    return f"the job is {found['state']}" + (f": {error['message']}" if error else "")

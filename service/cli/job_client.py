@@ -1,0 +1,143 @@
+"""Jobs of a server, for the commands: submitted, listed, followed to their end, fetched. By `service.cli.client`."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+
+from service.cli.client import NO_LIMIT, PICTURES, ServerError, answering, ask, authorization, refusal, understood
+from service.jobs.records import ENDED
+from workers.messages import StepEvent
+
+VIDEO_JOBS = "/v1/videos"
+
+AGAIN_S = 1.0
+"""Between two streams of one job: a gateway that stops ends them."""
+
+
+def submit_job(server: str, body: dict[str, Any], video: bool) -> dict[str, Any]:
+    """Let a server make pictures or a video as a job.
+
+    Args:
+        server: its base URL.
+        body: the fields of the path.
+        video: or pictures.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    if video:
+        return ask(server, VIDEO_JOBS, "POST", body)
+    return ask(server, PICTURES, "POST", body, {b"prefer": b"respond-async"})
+
+
+def read_jobs(server: str, limit: int) -> dict[str, Any]:
+    """The body of `GET /v1/jobs`, with so many of them.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    return ask(server, f"/v1/jobs?{urlencode({'limit': limit})}")
+
+
+def read_job(server: str, job_id: str) -> dict[str, Any]:
+    """The body of `GET /v1/jobs/{id}`.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or has no such job of this caller.
+    """
+    return ask(server, f"/v1/jobs/{job_id}")
+
+
+def cancel_job(server: str, job_id: str) -> dict[str, Any]:
+    """End a job; what it is then.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or has no such job of this caller.
+    """
+    return ask(server, f"/v1/jobs/{job_id}/cancel", "POST")
+
+
+def follow_job(server: str, job_id: str, on_step: Callable[[StepEvent], None]) -> dict[str, Any]:
+    """Wait until a job has ended; what it is then.
+
+    Args:
+        server: its base URL.
+        job_id: of the job.
+        on_step: called when it has come further, with the mean seconds of the steps since the last call.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or has no such job of this caller.
+    """
+    step, since = 0, time.monotonic()
+    while True:
+        for job in _events(server, job_id):
+            with understood(server, "GET /v1/jobs/ID/events"):
+                now, done, ended = time.monotonic(), int(job["step"]), job["state"] in ENDED
+                if done > step:
+                    on_step(StepEvent(done, int(job["total_steps"]), (now - since) / (done - step)))
+                step, since = done, now
+            if ended:
+                return job
+        time.sleep(AGAIN_S)
+
+
+def _events(server: str, job_id: str) -> Iterator[dict[str, Any]]:
+    """The job in each event of its stream, until that ends."""
+    with (
+        answering(server),
+        httpx.stream(
+            "GET",
+            f"{server.rstrip('/')}/v1/jobs/{job_id}/events",
+            headers=authorization(),
+            timeout=NO_LIMIT,
+            trust_env=False,
+        ) as response,
+    ):
+        if response.status_code != 200:
+            raise refusal(response.read(), response.status_code)
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            with understood(server, "GET /v1/jobs/ID/events"):
+                event = json.loads(line.removeprefix("data: "))
+                error = event.get("error")
+                if not error:
+                    job = dict(event["job"])
+            if error:
+                raise ServerError(str(error["message"]), error.get("code"))
+            yield job
+
+
+def download_output(server: str, job_id: str, index: int, to: Path) -> None:
+    """Save one file of a job; it is there whole, or not at all.
+
+    Args:
+        server: its base URL.
+        job_id: of the job.
+        index: of the file.
+        to: where it goes.
+
+    Raises:
+        ServerError: it cannot be reached, refuses, or ends before the file does.
+        OSError: it cannot be written.
+    """
+    url = f"{server.rstrip('/')}/v1/jobs/{job_id}/content?index={index}"
+    part = to.with_name(f"{to.name}.part")
+    try:
+        with (
+            answering(server),
+            httpx.stream("GET", url, headers=authorization(), timeout=NO_LIMIT, trust_env=False) as response,
+        ):
+            if response.status_code != 200:
+                raise refusal(response.read(), response.status_code)
+            with part.open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+        part.replace(to)
+    finally:
+        part.unlink(missing_ok=True)

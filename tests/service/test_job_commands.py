@@ -1,0 +1,166 @@
+"""`spray jobs`, `job`, `download`, `cancel` and `--detach` against a server of this process."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api import job_calls
+from service.api.rest import rest_app
+from service.cli import job_client
+from service.cli.main import main
+from service.cli.output import job_table, jobs_table, plain
+from tests.support.backend import FakeBackend
+from tests.support.in_process import served
+
+pytestmark = pytest.mark.timeout(120)  # a job that does not end would be followed for ever
+
+UNKNOWN = f"job_{'0' * 44}"
+
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setattr(job_calls, "LOOK_S", 0.02)
+    monkeypatch.setattr(job_client, "AGAIN_S", 0.02)
+    monkeypatch.chdir(tmp_path)
+    return FakeBackend()
+
+
+@pytest.fixture
+def server(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.delenv("SPRAY_API_KEY", raising=False)
+    with served(rest_app(backend)) as url:
+        monkeypatch.setenv("SPRAY_SERVER", url)
+        yield url
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    return (code, *capsys.readouterr())
+
+
+def test_a_video_is_left_to_the_server_and_fetched_later(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "video", "a", "--model", "film", "--seed", "7", "--num-frames", "9", "--detach")
+    job_id = out.strip()
+    assert (code, err) == (0, f"accepted; `spray download {job_id} --wait --output video.mp4` fetches it\n")
+    assert not Path("video.mp4").exists()
+    code, out, err = run(capsys, "download", job_id, "--wait", "--output", "film.mp4")
+    assert (code, out) == (0, "film.mp4\n")
+    assert "seeds: 7\n" in err
+    assert Path("film.mp4").read_bytes() == b"picture 7"
+    assert list(Path().glob("*.part")) == []
+    code, out, _ = run(capsys, "job", job_id, "--json")
+    assert (code, json.loads(out)["request"]["num_frames"]) == (0, 9)
+
+
+def test_pictures_too(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "one", "--seed", "7", "--n", "2", "--output", "cup.webp", "--detach", "--json")
+    code, out, _ = run(capsys, "generate", "a", *flags)
+    job = json.loads(out)
+    assert (code, job["kind"], job["request"]["output_format"]) == (0, "image", "webp")
+    code, out, err = run(capsys, "download", job["id"], "--wait")
+    assert (code, out.split()) == (0, [f"{job['id']}.webp", f"{job['id']}-1.webp"])
+    assert "seeds: 7, 8" in err
+    assert [Path(name).read_bytes() for name in out.split()] == [b"picture 7", b"picture 8"]
+
+
+def test_jobs_are_listed_shown_waited_for_and_cancelled(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    never = run(capsys, "generate", "never", "--model", "one", "--detach")[1].strip()
+    waits = run(capsys, "generate", "a cup", "--model", "one", "--seed", "7", "--detach")[1].strip()
+    code, out, _ = run(capsys, "jobs")
+    head, *rows = out.splitlines()
+    assert (code, head.split()) == (0, ["ID", "KIND", "MODEL", "STATE", "PRIORITY", "CREATED", "STEPS"])
+    assert [row.split()[0] for row in rows] == [waits, never]
+    assert "--limit" in run(capsys, "jobs", "--limit", "1")[1]
+    assert len(json.loads(run(capsys, "jobs", "--json")[1])["data"]) == 2
+    code, out, err = run(capsys, "download", waits)
+    assert (code, out, err) == (1, "", "error: the job is queued; --wait waits for it\n")
+    assert run(capsys, "cancel", never) == (0, f"{never}\n", "canceled; its gang is free within a step\n")
+    code, out, err = run(capsys, "job", waits, "--wait")
+    assert code == 0 and "step 1/1" in err
+    said = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (said["state"], said["seeds"], said["prompt"]) == ("succeeded", "7", "a cup")
+    assert run(capsys, "cancel", waits) == (0, f"{waits}\n", "it has ended before: succeeded\n")
+    code, out, err = run(capsys, "job", never, "--wait")
+    assert code == 1 and "cancelled: the job was cancelled" in out
+    assert err == "error: the job is cancelled: the job was cancelled\n"
+    assert run(capsys, "download", never)[2] == err
+
+
+def test_a_stream_that_ends_early_is_asked_for_again(
+    server: str, backend: FakeBackend, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = run(capsys, "generate", "slow", "--model", "one", "--seed", "7", "--detach")[1].strip()
+    while httpx.get(f"{server}/v1/jobs/{slow}").json()["state"] != "running":
+        time.sleep(0.01)
+    backend.draining = True  # each stream ends with its first event
+    asked = 0
+    events = job_client._events
+
+    def counted(*args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            backend.released.set()
+        return events(*args)
+
+    monkeypatch.setattr(job_client, "_events", counted)
+    found = job_client.follow_job(server, slow, lambda step: None)
+    assert asked >= 3 and found["state"] == "succeeded"
+
+
+def test_a_job_that_is_deleted_meanwhile_is_said_so(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    never = run(capsys, "generate", "never", "--model", "one", "--detach")[1].strip()
+    threading.Timer(0.3, lambda: httpx.delete(f"{server}/v1/jobs/{never}")).start()
+    code, _, err = run(capsys, "job", never, "--wait")
+    assert code == 1 and f"there is no job '{never}' of yours" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("job", "a"), 2, "'a' is no id of a job"),
+        (("job", UNKNOWN), 1, "there is no job"),
+        (("job", UNKNOWN, "--wait"), 1, "there is no job"),
+        (("download", UNKNOWN), 1, "there is no job"),
+        (("download", UNKNOWN, "--output", "nowhere/a.png"), 2, "there is no folder 'nowhere'"),
+        (("cancel", UNKNOWN), 1, "there is no job"),
+        (("jobs", "--limit", "0"), 2, "greater than or equal to 1"),
+        (("generate", "a", "--detach", "--local", "--model", "x"), 2, "--detach and --local exclude each other"),
+        (("video", "a", "--detach", "--previews"), 2, "--detach and --previews exclude each other"),
+        (("video", "a", "--model", "paint", "--detach"), 2, "paint makes no videos"),
+        (("jobs", "--server", "http://127.0.0.1:1"), 1, "no answer from"),
+        (("job", UNKNOWN, "--wait", "--server", "http://127.0.0.1:1"), 1, "no answer from"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    server: str, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    found, out, err = run(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert said in err and err.count("\n") == 1
+
+
+def test_tables_say_what_is_known() -> None:
+    request = {
+        "prompt": "a", "size": "64x64", "seeds": [7], "num_frames": 5, "fps": 8, "output_format": "mp4",
+    }  # fmt: skip
+    job = {
+        "id": "job_1", "kind": "video", "model": "film", "state": "failed", "priority": "batch", "created_at": 0.0,
+        "ended_at": 1.0, "expires_at": None, "step": 2, "total_steps": 4, "position": 0, "attempt": 2,
+        "request": request, "outputs": [], "warnings": [],
+        "error": {"code": "generation_failed", "message": "rank 1: [x]", "param": None},
+    }  # fmt: skip
+    said = dict(line.split(maxsplit=1) for line in plain(job_table(job)).splitlines())
+    assert said["error"] == "generation_failed: rank 1: [x]"
+    assert said["size"] == "64x64, 5 frames at 8 a second"
+    assert said["created"].startswith(("1970-", "1969-"))
+    assert not {"place", "files", "kept"} & set(said)
+    (_, row) = plain(jobs_table({"data": [job], "has_more": False})).splitlines()
+    assert row.split()[-2:] == ["[##########..........]", "2/4"]
