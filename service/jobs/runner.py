@@ -79,10 +79,16 @@ class Runner:
     ) -> None:
         self._jobs, self._outputs, self._name = jobs, outputs, name
         self._generate, self._room = generate, room
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._wake = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._swept_at = 0.0
+        self._stopped = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs here."""
+        return bool(self._running)
 
     def follow(self) -> None:
         """Claim jobs from now on."""
@@ -96,15 +102,31 @@ class Runner:
     def drop(self, job_id: str) -> None:
         """A job was cancelled or deleted here: stop it at once, if it runs here."""
         if job_id in self._running:
-            self._running[job_id].cancel()
+            self._running[job_id][1].cancel()
+
+    async def stop(self) -> None:
+        """Take no more jobs, and give back those that run here: another gateway begins them anew at once.
+
+        Without this their leases would have to end first. The attempt does not count.
+        """
+        self._stopped = True
+        self._wake.set()
+        if self._following is not None:
+            await asyncio.wait([self._following])  # it may be claiming jobs
+        running = list(self._running.values())
+        for _, task in running:
+            task.cancel()
+        for job, task in running:
+            await asyncio.wait([task])
+            await self._tell(job, JobStore.give_back, "its gateway stops")
 
     async def _follow(self) -> None:
-        while True:
+        while not self._stopped:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), PERIOD_S)
             self._wake.clear()
             try:
-                if await self._jobs.in_use():
+                if not self._stopped and await self._jobs.in_use():
                     await self._claim()
             except JobsUnavailable:  # the log has why
                 pass
@@ -119,7 +141,7 @@ class Runner:
         room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
         room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
         for job in await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else ():
-            self._running[job.id] = asyncio.get_running_loop().create_task(self._run(job))
+            self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""

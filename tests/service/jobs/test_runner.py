@@ -147,6 +147,41 @@ def test_a_job_that_is_cancelled_anywhere_stops_at_the_next_report(tmp_path: Pat
     live(tmp_path, endless, story)
 
 
+def test_a_gateway_that_stops_gives_its_jobs_back_and_takes_no_more(tmp_path: Path) -> None:
+    begun = 0
+
+    async def endless(request: GenerationRequest) -> AsyncGenerator[Report]:
+        nonlocal begun
+        begun += 1
+        while True:
+            yield StepEvent(1, 4, 0.1)
+            await asyncio.sleep(0.01)
+
+    async def story(world: World) -> None:
+        world.room = {"film": 2}
+        jobs = [await world.submit() for _ in range(2)]
+        for job in jobs:
+            await world.until(job, lambda found: found.step == 1)
+        assert world.runner.busy
+        await world.runner.stop()
+        assert not world.runner.busy
+        back = [await world.jobs.ask(JobStore.get, job.id, None) for job in jobs]
+        assert [(job.state, job.attempt, job.step, job.lease_until) for job in back] == [("queued", 0, 0, None)] * 2
+        events = await world.jobs.ask(JobStore.events, jobs[0].id)
+        assert events[-1].reason == "its gateway stops"
+        late = await world.submit()  # which wakes the runner
+        await asyncio.sleep(0.2)
+        assert (await world.jobs.ask(JobStore.get, late.id, None)).state == "queued"
+        assert begun == 2
+        world.script = draws
+        another = Runner(world.jobs, world.outputs, "gateway-2", world._generate, lambda: world.room)
+        another.wake()
+        done = [await world.ended(job) for job in (*jobs, late)]
+        assert [(job.state, job.attempt, job.runner) for job in done] == [("succeeded", 1, "gateway-2")] * 3
+
+    live(tmp_path, endless, story)
+
+
 def test_a_result_that_comes_after_the_lease_was_lost_is_removed(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         async def cancelled_meanwhile(request: GenerationRequest) -> AsyncGenerator[Report]:
