@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -166,11 +166,6 @@ class Gateway(GrpcMethods):
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The REST API. Called by Serve when this replica is constructed."""
         return rest_app(self)
-
-    def __del__(self) -> Coroutine[Any, Any, None] | None:
-        """Called by Serve when this replica ends, after its last request: other gateways take over its jobs."""
-        runner: Runner | None = getattr(self, "runner", None)  # absent where the constructor has failed
-        return runner.stop() if runner is not None and runner.busy else None
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:
         """Reject callers without a valid API key, if the deployment has keys.

@@ -75,6 +75,9 @@ class JobRunner(Protocol):
     def drop(self, job_id: str) -> None:
         """A job was cancelled or deleted here: stop it at once, if it runs here."""
 
+    async def stop(self) -> None:
+        """The gateway ends: other ones take over its jobs."""
+
 
 class Backend(Protocol):
     """Runs requests and knows the models."""

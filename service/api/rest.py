@@ -3,7 +3,9 @@
 Paths and bodies are OpenAI's. Every error, that of an unknown path included, comes in OpenAI's envelope.
 """
 
+import contextlib
 from collections import defaultdict
+from collections.abc import AsyncGenerator
 from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -39,7 +41,9 @@ class RestApp(FastAPI):
 
 def rest_app(backend: Backend) -> FastAPI:
     """The application that answers at the HTTP port."""
-    app = RestApp(title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None)
+    app = RestApp(
+        title="spray", version=version("spray"), description=DESCRIPTION, openapi_url=None, lifespan=_until_the_end
+    )
     describe(app)
     app.state.backend = backend
     app.add_middleware(Observed)
@@ -56,6 +60,13 @@ def rest_app(backend: Backend) -> FastAPI:
     app.include_router(openapi.router, dependencies=[Depends(require_own_host)])
     app.include_router(cluster.probes)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _until_the_end(app: FastAPI) -> AsyncGenerator[None]:
+    """Around all requests. Serve ends a gateway so, when it has answered the last one."""
+    yield
+    await app.state.backend.runner.stop()
 
 
 async def _answer_error(http: Request, error: Exception) -> Response:

@@ -85,11 +85,6 @@ class Runner:
         self._swept_at = 0.0
         self._stopped = False
 
-    @property
-    def busy(self) -> bool:
-        """Whether a job runs here."""
-        return bool(self._running)
-
     def follow(self) -> None:
         """Claim jobs from now on."""
         self._following = self._following or asyncio.get_running_loop().create_task(self._follow())

@@ -18,6 +18,7 @@ import ray
 from ray import serve
 
 from deploy.spec import GatewaySpec
+from service.jobs.runner import LEASE_S
 from service.names import GATEWAY, GATEWAY_APP
 from service.rollout.local_cluster import LocalCluster
 from tests.live.test_faults import hold
@@ -63,9 +64,14 @@ def asked(server: str) -> Any:
 
 def gateways() -> list[int]:
     """The processes of the gateways, as they say themselves."""
-    found = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("SERVE_REPLICA::gatew")]
-    actors = [ray.get_actor(each["name"], namespace=each["namespace"]) for each in found]
+    actors = [ray.get_actor(each["name"], namespace=each["namespace"]) for each in gateway_actors()]
     return [ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=120) for actor in actors]
+
+
+def gateway_actors() -> list[dict[str, str]]:
+    """Their names and namespaces."""
+    named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return [each for each in named if each["name"].startswith("SERVE_REPLICA::gatew")]
 
 
 def test_any_gateway_lists_and_cancels(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -132,6 +138,36 @@ def test_a_killed_gateway_costs_no_request_and_no_key_a_second_picture(cluster: 
     assert all(answer.headers["idempotency-replayed"] == "true" for answer in again)
     assert len({answer.json()["data"][0]["seed"] for answer in first}) == KEYS
     assert drawn(cluster) - before == pictures
+
+
+def test_a_gateway_that_is_stopped_hands_its_job_over_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
+    """As Serve stops a replica. The lease of its job would last for half a minute."""
+    (calm := tmp_path / "calm").touch()
+    on_rank("demo", 0, hold, calm)
+    try:
+        headers = {"prefer": "respond-async"}
+        url = f"{cluster.url}/v1/images/generations"
+        job_id = httpx.post(url, json=REQUEST, headers=headers, timeout=60, trust_env=False).json()["id"]
+        (first,) = wait_for(lambda: asked(cluster.url)["data"], lambda data: len(data) == 1)
+        assert first["id"].startswith(f"{job_id}-1")
+        (stopped,) = (actor for actor in gateway_actors() if actor["name"].endswith(first["gateway"]))
+        actor = ray.get_actor(stopped["name"], namespace=stopped["namespace"])
+        ray.get(actor.perform_graceful_shutdown.remote(), timeout=60)
+        began = time.monotonic()
+        (second,) = wait_for(
+            lambda: asked(cluster.url)["data"],
+            lambda data: [each["gateway"] != first["gateway"] for each in data] == [True],
+        )
+        assert second["id"].startswith(f"{job_id}-2")
+        assert time.monotonic() - began < LEASE_S / 2
+        ray.kill(actor)
+    finally:
+        calm.unlink()
+    job = wait_for(
+        lambda: httpx.get(f"{cluster.url}/v1/jobs/{job_id}", timeout=60, trust_env=False).json(),
+        lambda found: found["ended_at"] is not None,
+    )
+    assert (job["state"], job["attempt"]) == ("succeeded", 1)
 
 
 def drawn(cluster: LocalCluster) -> float:
