@@ -152,6 +152,11 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates only "
             "one branch; use Ulysses or ring ranks"
         ]
+    if family.batches_branches and model.parallel.cfg_parallel_size > 1:
+        return [
+            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but {family.pipeline} evaluates both "
+            "branches in one forward, which is not divided by branches; use Ulysses or ring ranks"
+        ]
     if family.guided_above is None and model.batch_guidance is True:
         return [f"{model.name}: batch_guidance is true, but the model evaluates only one branch; leave it out"]
     return adapters

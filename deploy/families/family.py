@@ -72,6 +72,7 @@ class PipelineFamily:
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
         guided_by_negative_prompt: guidance needs a negative prompt as well.
+        batches_branches: the pipeline itself puts both branches into one forward, which groups of ranks do not divide.
         forward_bytes: activations of a forward, by transformer class.
         decode_bytes: activations of a decode, by VAE class.
         ffn_dim: hidden features of the feed-forward layers, by the transformer's config; None where they follow from
@@ -90,6 +91,7 @@ class PipelineFamily:
     makes: Literal["image", "video"]
     guided_above: float | None = 1.0
     guided_by_negative_prompt: bool = False
+    batches_branches: bool = False
     forward_bytes: Mapping[str, ForwardBytes] = field(default_factory=dict)
     decode_bytes: Mapping[str, DecodeBytes] = field(default_factory=dict)
     ffn_dim: Callable[[Config], int | None] = _ffn_dim

@@ -9,37 +9,32 @@ import pkgutil
 from pathlib import Path
 
 from deploy import families as room
+from deploy.families.classic import check_plan, classic_family
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
 from deploy.spec import ModelSpec
 
+CLASSIC = "classic"
+"""The name that all pipelines without a file of their own share."""
+
 
 @functools.cache
 def families() -> dict[str, PipelineFamily]:
-    """The served families, by the name of their files."""
+    """The families that have a file, by its name."""
     names = [found.name for found in pkgutil.iter_modules(room.__path__)]
     modules = {name: importlib.import_module(f"{room.__name__}.{name}") for name in names}
     return {name: module.FAMILY for name, module in modules.items() if hasattr(module, "FAMILY")}
 
 
 def family_name(folder: Path) -> str:
-    """The name of the family that a model folder belongs to.
+    """The name of the family that a model folder belongs to; `CLASSIC` if its pipeline has no file.
 
     Raises:
         ValueError: the folder is not a model, or one that spray cannot run.
     """
-    index = read_index(folder)
-    pipeline = str(index.get("_class_name"))
-    name = next((name for name, family in families().items() if family.pipeline == pipeline), None)
-    if name is None:
-        known = ", ".join(family.pipeline for family in families().values())
-        raise ValueError(f"{folder} is for {pipeline}, which spray cannot run step by step; it can run: {known}")
-    for key, reason in families()[name].refused.items():
-        if index.get(key):
-            raise ValueError(f"{folder} {reason}")
-    check_scheduler(folder, index, families()[name].schedulers)
-    return name
+    pipeline = find_family(folder).pipeline
+    return next((name for name, family in families().items() if family.pipeline == pipeline), CLASSIC)
 
 
 def find_family(folder: Path) -> PipelineFamily:
@@ -48,7 +43,34 @@ def find_family(folder: Path) -> PipelineFamily:
     Raises:
         ValueError: the folder is not a model, or one that spray cannot run.
     """
-    return families()[family_name(folder)]
+    index = read_index(folder)
+    pipeline = str(index.get("_class_name"))
+    try:
+        family = family_of(pipeline)
+        if pipeline not in (each.pipeline for each in families().values()):
+            check_plan(index.get("transformer"))
+    except ValueError as error:
+        known = ", ".join(each.pipeline for each in families().values())
+        raise ValueError(
+            f"{folder} is for {pipeline}, which spray cannot run step by step: {error}; it can run {known}, and text "
+            "to image or video by any pipeline whose transformer has a plan in sp_core/models"
+        ) from None
+    for key, reason in family.refused.items():
+        if index.get(key):
+            raise ValueError(f"{folder} {reason}")
+    check_scheduler(folder, index, family.schedulers)
+    return family
+
+
+@functools.cache
+def family_of(pipeline: str) -> PipelineFamily:
+    """The family of a pipeline by its class name.
+
+    Raises:
+        ValueError: says why spray cannot run it.
+    """
+    named = next((family for family in families().values() if family.pipeline == pipeline), None)
+    return named or classic_family(pipeline)
 
 
 def component_dtype(model: ModelSpec, folder: Path, component: str) -> str:

@@ -20,6 +20,7 @@ from sp_core.verify.verify import BAR
 from tests.support.deployments import model
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 
@@ -42,7 +43,7 @@ def pixels(made: Any) -> np.ndarray[Any, Any]:
 
 
 def begun(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
-    denoising = Denoising(loaded, request)
+    denoising = begin(loaded, request)
     denoising.encode()
     denoising.share_encoded()
     denoising.prepare()

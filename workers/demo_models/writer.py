@@ -3,14 +3,19 @@
 Used by `python -m workers.demo_models` and by the tests.
 """
 
+import importlib
+import pkgutil
 import shutil
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from deploy.families.lookup import families
-from workers.model.adapters.lookup import demo_pipeline
+from workers.demo_models import classic
 
-FAMILIES = tuple(name.replace("_", "-") for name in families())
+CLASSIC = tuple(found.name for found in pkgutil.iter_modules(classic.__path__))
+
+FAMILIES = tuple(name.replace("_", "-") for name in (*families(), *CLASSIC))
 
 
 def write_demo_model(out: Path, family: str) -> None:
@@ -23,9 +28,15 @@ def write_demo_model(out: Path, family: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=out.parent))
     try:
-        demo_pipeline(family.replace("-", "_"))().save_pretrained(unfinished)
+        _module(family.replace("-", "_")).demo_pipeline().save_pretrained(unfinished)
         if out.exists():
             shutil.rmtree(out)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _module(family: str) -> ModuleType:
+    """Only the asked family's file is loaded: each imports its own text encoders and VAE."""
+    room = classic.__name__ if family in CLASSIC else "workers.model.adapters"
+    return importlib.import_module(f"{room}.{family}")

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deploy.families.lookup import families
+from deploy.families.lookup import family_of
 from workers.messages import GenerationRequest, GenerationResult
 
 SHAPES_KEPT = 64
@@ -115,8 +115,9 @@ class Costs:
 
     def _own(self, request: GenerationRequest) -> tuple[float | None, Cost | None]:
         """The work of a step of the request, if that is known, and what is known of its shape."""
-        family = next((each for each in families().values() if each.pipeline == self.pipeline), None)
-        if family is None:
+        try:
+            family = family_of(self.pipeline)
+        except ValueError:  # no gang has reported yet, or one of another version
             return None, None
         forwards = family.branches(request.guidance_scale, request.negative_prompt)
         key = (*shape_of(request), request.n, forwards)

@@ -28,6 +28,7 @@ from workers.gang.preview_files import PreviewFiles
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, RankStatus, StepEvent
+from workers.model.classic_denoising import begin
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
@@ -295,7 +296,7 @@ class Rank:
         self._step = self._total_steps = 0
 
         def encode() -> Denoising:
-            denoising = Denoising(self._loaded, request)
+            denoising = begin(self._loaded, request)
             denoising.encode()
             return denoising
 

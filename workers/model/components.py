@@ -11,9 +11,11 @@ from typing import Any
 from diffusers import ModelMixin, ModularPipeline
 from transformers import PreTrainedModel
 
+from deploy.families.lookup import CLASSIC, family_name
 from deploy.model_folder import component_classes
 from deploy.safetensors_headers import weights_file
 from deploy.spec import ModelSpec
+from workers.model.classic_parts import ClassicParts
 from workers.model.out_of_tree import transformer_class
 from workers.model.weights import build, verified_files
 
@@ -29,12 +31,14 @@ REPORTED = {
 """What is wrong with tensors, by keys of the libraries' reports."""
 
 
-def read_pipeline(folder: Path) -> ModularPipeline:
-    """The pipeline of a model, without components that have weights.
+def read_pipeline(folder: Path) -> ModularPipeline | ClassicParts:
+    """The pipeline of a model, without components that have weights. A classic one exists only with all of them.
 
     Raises:
         ValueError: diffusers cannot read the folder.
     """
+    if family_name(folder) == CLASSIC:
+        return ClassicParts(folder)
     try:
         pipeline: ModularPipeline = ModularPipeline.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # diffusers raises anything
@@ -42,7 +46,7 @@ def read_pipeline(folder: Path) -> ModularPipeline:
     return pipeline
 
 
-def load_component(pipeline: ModularPipeline, folder: Path, name: str, **options: Any) -> Any:
+def load_component(pipeline: ModularPipeline | ClassicParts, folder: Path, name: str, **options: Any) -> Any:
     """Load one component by its library.
 
     Args:

@@ -1,6 +1,7 @@
 """The denoising of one request, step by step, over diffusers' modular pipelines.
 
-A `Denoising` is one request in progress on one rank; `workers.gang.rank` calls its stages on all ranks alike. A modular
+A `Denoising` is one request in progress on one rank; `workers.gang.rank` calls its stages on all ranks alike. Pipelines
+without a modular form are run by `workers.model.classic_denoising`, which changes what this class does. A modular
 pipeline is a list of blocks that read and write one state: text encoder, latents, timesteps, the denoising loop,
 decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks after it.
 
@@ -89,7 +90,14 @@ class Denoising:
         if self._tiles:
             self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
             self._decodes = self._decodes or together
-        given = self._inputs()
+        self._timesteps: list[float] = []  # from `prepare` on
+        self._steps_done = 0
+        self._ends: StepEnds  # from the first step on
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Begin with the blocks and their state."""
+        pipeline, given = self._pipeline, self._inputs()
         blocks = pipeline.blocks.get_execution_blocks(**given)
         self._workflow = Workflow.split(tuple(blocks.sub_blocks.values()))
         self._state = PipelineState()  # what the blocks read and write
@@ -97,14 +105,11 @@ class Denoising:
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
-        self._timesteps: list[float] = []  # from `prepare` on
-        self._steps_done = 0
-        self._ends: StepEnds  # from the first step on
 
     @property
     def total_steps(self) -> int:
         """Steps from noise to picture."""
-        return len(self._loop_state.timesteps)
+        return len(self._timesteps)
 
     @property
     def done(self) -> bool:
@@ -141,12 +146,18 @@ class Denoising:
             return
         packed = io.BytesIO()
         if self._encodes:
-            torch.save((self._encoded, self._state.kwargs_mapping), packed)
+            torch.save(self._what_was_encoded(), packed)
         received = self._mesh.broadcast(packed.getvalue() if self._encodes else None)
         if not self._encodes:
-            values, mapping = torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=True)
-            self._state.values.update(values)
-            self._state.kwargs_mapping.update(mapping)
+            self._receive(torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=True))
+
+    def _what_was_encoded(self) -> Any:
+        return self._encoded, self._state.kwargs_mapping
+
+    def _receive(self, encoded: Any) -> None:
+        values, mapping = encoded
+        self._state.values.update(values)
+        self._state.kwargs_mapping.update(mapping)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -168,17 +179,21 @@ class Denoising:
     def step(self) -> None:
         """Do one denoising step, which a GPU only queues; see `steps`. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
-        i, before, sample = self._steps_done, self._loop_state, self.latents
-        if i == 0:
-            self._ends = StepEnds(self.latents.device, self.total_steps)
-        known = same_timestep(None if self.request.loras else self._timesteps[i])
-        with known, self._mesh.traffic.step() as in_collectives:
-            _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
+        if self._steps_done == 0:
+            self._ends = StepEnds(self._mesh.device, self.total_steps)
+        with self._mesh.traffic.step() as in_collectives:
+            sample, prediction = self._advance(self._steps_done)
         self._steps_done += 1
         if self._previews:
-            prediction = self._loop_state.noise_pred
             self._previews.make(self._steps_done, self.total_steps, sample, prediction, self._decode_alone)
         self._ends.mark(self.latents, in_collectives)
+
+    def _advance(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do step `i`, 0 for the first; return the latents before it, and the prediction of all branches."""
+        before, sample = self._loop_state, self.latents
+        with same_timestep(None if self.request.loras else self._timesteps[i]):
+            _, self._loop_state = self._workflow.loop.loop_step(self._pipeline, before, i=i, t=before.timesteps[i])
+        return sample, self._loop_state.noise_pred
 
     def steps(self, ahead: int) -> Iterator[StepEnd]:
         """Do all steps, and yield the end of each. A collective of all ranks.
@@ -215,13 +230,13 @@ class Denoising:
         Raises:
             PeerTileFailed, PeerFailed: another rank could not decode its tiles, or its pictures.
         """
-        self._workflow.loop.set_block_state(self._state, self._loop_state)
-        made = self._decoded()
-        if made and self._colors.warming:
+        made = self._made()
+        if made and self._colors.warming and self._adapter.has_previews:
             self._colors.learn(*example(self.latents, made[0], self.request))
         return made
 
-    def _decoded(self) -> list[Any]:
+    def _made(self) -> list[Any]:
+        self._workflow.loop.set_block_state(self._state, self._loop_state)
         if self._shares_decoding:
             return decode_shared(self._decode_one, self.request.n, self._mesh)
         if not self._decodes:

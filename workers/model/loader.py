@@ -1,4 +1,4 @@
-"""Loads a model folder as one of diffusers' modular pipelines, of which this rank holds what it needs.
+"""Loads a model folder as one of diffusers' pipelines, of which this rank holds what it needs.
 
 A `ModelSpec` and the rank's mesh come in, a `LoadedModel` goes out. Transformers are parallelized and read by share;
 text encoders are only on ranks that encode, the VAE only on ranks that decode. Called by `workers.gang.rank`; its
@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModularPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from deploy.families.lookup import component_dtype, find_family
 from deploy.model_folder import component_classes
@@ -21,6 +21,7 @@ from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
+from workers.model.classic_parts import ClassicParts
 from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.digests import verify_lora
 from workers.model.guidance import why_not_batched
@@ -43,7 +44,7 @@ class LoadedModel:
     Attributes:
         spec: what the deployment says of the model.
         mesh: the ranks.
-        pipeline: the components of the model that this rank has.
+        pipeline: the components of the model that this rank has; a classic pipeline where it has no modular form.
         adapters: the LoRA adapters of each transformer, by its name.
         shares: what this rank holds of each adapter of the spec, by transformer.
         colors: of its latents; on rank 0, for previews.
@@ -51,7 +52,7 @@ class LoadedModel:
 
     spec: ModelSpec
     mesh: ParallelMesh
-    pipeline: ModularPipeline
+    pipeline: ModularPipeline | DiffusionPipeline
     adapters: dict[str, Adapters]
     shares: dict[LoRA, dict[str, AdapterShare]] = field(default_factory=dict)
     colors: LatentColors = field(default_factory=LatentColors)
@@ -110,7 +111,9 @@ def load_model(
     return loaded
 
 
-def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]) -> ModularPipeline:
+def _load_pipeline(
+    model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[float], None]
+) -> ModularPipeline | DiffusionPipeline:
     folder = Path(model.source)
     adapter = find_adapter(folder)
     transformer_class(model)  # imports it: the pipeline's index may name it, and then diffusers looks it up
@@ -129,9 +132,12 @@ def _load_pipeline(model: ModelSpec, mesh: ParallelMesh, on_progress: Callable[[
     }
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
+    absent_vae = _AbsentVAE(folder / "vae") if "vae" in absent else None
+    if isinstance(pipeline, ClassicParts):
+        pipeline = pipeline.assembled(absent_vae)
+    elif absent_vae:
+        pipeline.vae = absent_vae
     pipeline.to(mesh.device)
-    if "vae" in absent:
-        pipeline.vae = _AbsentVAE(folder / "vae")
     return pipeline
 
 

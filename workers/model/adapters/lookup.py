@@ -1,16 +1,14 @@
 """Finds the adapter of a model folder by the name of its family. A new file in this folder needs no list.
 
-Called by `workers.model.loader` and `workers.model.denoising`; `demo_pipeline` by `workers.demo_models`.
+Called by `workers.model.loader` and `workers.model.denoising`.
 """
 
 import functools
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from deploy.families.lookup import families, family_name
+from deploy.families.lookup import family_name, find_family
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 
@@ -20,19 +18,8 @@ def find_adapter(folder: Path) -> PipelineAdapter:
     Raises:
         ValueError: the folder is not a model, or one that spray cannot run.
     """
-    name = family_name(folder)
-    adapter: type[PipelineAdapter] = _module(name).ADAPTER
-    return adapter(families()[name])
-
-
-def demo_pipeline(family: str) -> Callable[[], Any]:
-    """The function that builds a family's demo model, a classic pipeline of diffusers.
-
-    Args:
-        family: one of `deploy.families.lookup.families()`.
-    """
-    build: Callable[[], Any] = _module(family).demo_pipeline
-    return build
+    adapter: type[PipelineAdapter] = _module(family_name(folder)).ADAPTER
+    return adapter(find_family(folder))
 
 
 @functools.cache

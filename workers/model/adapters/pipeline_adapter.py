@@ -29,12 +29,14 @@ class PipelineAdapter:
         count_input: name of the input that says how many pictures or videos.
         output: name of what the last block puts out.
         unread_tokens: of those that the tokenizer is told to keep, how many the pipeline drops.
+        has_previews: its latents are cells of a picture, or packed as Qwen-Image's are.
         rounds_timestep: the modular pipeline rounds the timestep to the weights' dtype, the classic one does not.
     """
 
     count_input = "num_images_per_prompt"
     output = "images"
     unread_tokens = 0
+    has_previews = True
     rounds_timestep = False
 
     def __init__(self, family: PipelineFamily) -> None:
@@ -80,6 +82,8 @@ class PipelineAdapter:
                 "true_cfg_scale",
                 f"{request.model!r} evaluates one branch, so it has no true_cfg_scale; its own is guidance_scale",
             )
+        if request.previews and not self.has_previews:
+            raise InvalidParameter("partial_images", f"{request.model!r} has no previews; ask for none")
         if (request.output_format == "mp4") != (self.output == "videos"):
             allowed = "mp4" if self.output == "videos" else "png, jpeg, webp"
             raise InvalidParameter(

@@ -1,0 +1,45 @@
+"""The demo model of LTX-Video."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+from transformers import T5Config, T5EncoderModel
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+
+TRANSFORMER_GAINS = {"attn1.to_out": 6, "attn2.to_out": 10, "attn2.to_k": 3, "scale_shift_table": 4, "proj_out": 2}
+
+
+def demo_pipeline() -> Any:
+    """An `LTXPipeline`, the same weights at every call."""
+    characters = vocabulary.t5()
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=12,
+        attention_head_dim=12,
+        cross_attention_dim=144,
+        caption_channels=TEXT_WIDTH,
+        num_layers=2,
+    )
+    amplify(transformer, TRANSFORMER_GAINS)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    )
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=characters,
+        transformer=transformer.eval(),
+    )

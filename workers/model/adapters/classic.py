@@ -1,0 +1,101 @@
+"""Any pipeline without an adapter of its own: what its classic call is given, and what it can be asked for.
+
+`workers.model.classic_denoising` runs the call. What the call takes is read from its signature, by
+`deploy.families.pipeline_source`.
+"""
+
+from typing import Any
+
+from deploy.families.family import PipelineFamily
+from deploy.families.pipeline_source import ClassicCall, classic_call
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+from workers.model.adapters.pipeline_adapter import PipelineAdapter
+
+COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
+
+REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+"""What pipelines call the VAE's reduction of sizes."""
+
+FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+
+
+class ClassicAdapter(PipelineAdapter):
+    """How the call of a classic pipeline is told a request.
+
+    Args:
+        family: that of the pipeline.
+    """
+
+    has_previews = False
+
+    def __init__(self, family: PipelineFamily) -> None:
+        super().__init__(family)
+        call = classic_call(family.pipeline)
+        assert call is not None, "the family was made from it"
+        self._call: ClassicCall = call
+        self.count_input = next((name for name in COUNT_INPUTS if name in call.parameters), "")
+        self.output = "videos" if family.makes == "video" else "images"
+
+    def guiders(self, request: GenerationRequest) -> dict[str, Any]:
+        """None: the call guides."""
+        return {}
+
+    def inputs(self, request: GenerationRequest) -> dict[str, Any]:
+        """What this call takes of these: scale, negative prompt, frames."""
+        told: dict[str, Any] = {
+            "guidance_scale": request.guidance_scale,
+            "negative_prompt": request.negative_prompt,
+            "num_frames": request.num_frames,
+            "frame_rate": request.fps,
+        }
+        return {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
+
+    def check(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `PipelineAdapter.check`."""
+        super().check(pipeline, request)
+        if request.negative_prompt and self.family.guided_above is None:
+            raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
+        if request.n > 1 and not self.count_input:
+            raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
+        if request.guidance_scale_2 is not None:
+            raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
+
+    def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `PipelineAdapter.check`."""
+        if self.family.makes == "image":
+            super().check_frames(pipeline, request)
+            return
+        multiple = _first(pipeline, FRAME_REDUCTIONS, 1)
+        if (request.num_frames - 1) % multiple:
+            below = (request.num_frames - 1) // multiple * multiple + 1
+            raise InvalidParameter(
+                "num_frames",
+                f"num_frames must be a multiple of {multiple}, plus 1 (such as {below} or {below + multiple}), "
+                f"got {request.num_frames}",
+            )
+
+    def size_multiple(self, pipeline: Any) -> int:
+        """See `PipelineAdapter.size_multiple`. Where it is too small, the pipeline's own check refuses the request."""
+        patch = getattr(pipeline.transformer.config, "patch_size", None)
+        side = patch[-1] if isinstance(patch, list | tuple) else patch
+        return _first(pipeline, REDUCTIONS, 8) * (side if isinstance(side, int) else 1)
+
+    def refuse(self, request: GenerationRequest, error: ValueError) -> None:
+        """Tell the caller what the pipeline's own check of its inputs has found.
+
+        Raises:
+            InvalidParameter: names the parameter, if the error does.
+        """
+        said = str(error)
+        if "height" in said and "width" in said:
+            raise InvalidParameter("size", said, "invalid_size") from error
+        named = next((name for name in ("negative_prompt", "prompt", "num_frames") if name in said), None)
+        raise InvalidParameter(named, said) from error
+
+
+ADAPTER = ClassicAdapter
+
+
+def _first(pipeline: Any, names: tuple[str, ...], otherwise: int) -> int:
+    return next((int(getattr(pipeline, name)) for name in names if hasattr(pipeline, name)), otherwise)

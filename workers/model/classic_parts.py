@@ -1,0 +1,62 @@
+"""The parts of a classic pipeline until all are there. It is built of them, where a modular one takes them one by one.
+
+A model folder comes in, a pipeline goes out. Used as modular pipelines are by `workers.model.loader` and
+`workers.model.components`.
+"""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import transformers
+from diffusers import DiffusionPipeline
+
+from deploy.model_folder import component_classes, read_index
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+"""Whose classes an index may name. What else it names would have to be imported, and so run."""
+
+
+class ClassicParts:
+    """The components of a pipeline that this rank has.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        ValueError: a component is of a class that is neither of diffusers nor of transformers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._index = read_index(folder)
+        self._kind: type[DiffusionPipeline] = getattr(diffusers, self._index["_class_name"])
+        self._takes = list(inspect.signature(self._kind.__init__).parameters)[1:]
+        self._parts: dict[str, Any] = {}
+        self.pretrained_component_names = [name for name in component_classes(folder) if name in self._takes]
+        for name in self.pretrained_component_names:
+            library, kind = self._index[name]
+            if not name.startswith("transformer") and not hasattr(LIBRARIES.get(library), kind):
+                raise ValueError(
+                    f"{folder / name} is a {kind} of {library}; components must be classes of diffusers or transformers"
+                )
+
+    def get_component_spec(self, name: str) -> Any:
+        """Its `type_hint` is the component's class."""
+        library, kind = self._index[name]
+        return SimpleNamespace(type_hint=getattr(LIBRARIES[library], kind))
+
+    def register_components(self, **parts: Any) -> None:
+        """Keep these."""
+        self._parts |= parts
+
+    def assembled(self, absent_vae: Any) -> DiffusionPipeline:
+        """The pipeline. Components that this rank lacks are None.
+
+        Args:
+            absent_vae: what tells the VAE's geometry on a rank without it; None: it is there.
+        """
+        settings = {n: v for n, v in self._index.items() if n in self._takes and not isinstance(v, list)}
+        parts = {name: None for name in self._takes if isinstance(self._index.get(name), list)} | self._parts
+        return self._kind(**settings, **parts | ({"vae": absent_vae} if absent_vae else {}))

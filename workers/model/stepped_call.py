@@ -1,0 +1,147 @@
+"""The call of a classic pipeline, stopped where the engine takes its turn: at the prompts, before the loop, after each
+step.
+
+A pipeline and the arguments of its call come in; latents, and at the end what it has made, go out. Called by
+`workers.model.classic_denoising`.
+
+The call runs in a greenlet: a stack of its own on the same thread. A thread would not do: torch keeps by thread what
+the call depends on, such as the current device and stream, whether gradients are recorded, and the pools of CUDA
+graphs. And with a greenlet nothing runs at once, so collectives keep their order without a lock.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+Noise = tuple[torch.Tensor, torch.Tensor]
+"""The latents before a step, and what the model has predicted of them: of all branches, combined."""
+
+
+class SteppedCall:
+    """One call of a pipeline, which goes on with each method, on one thread.
+
+    Args:
+        pipeline: a classic pipeline of diffusers that belongs to the request, for some of its methods are replaced.
+        arguments: of its call.
+        encodes: whether this rank has the text encoders.
+        refuse: called with what the pipeline's own check of its inputs has raised; raises what the caller should see.
+
+    Attributes:
+        encoded: what `encode_prompt` has returned, once for each of its calls.
+    """
+
+    def __init__(
+        self, pipeline: Any, arguments: dict[str, Any], encodes: bool, refuse: Callable[[ValueError], None]
+    ) -> None:
+        self.encoded: list[Any] = []
+        self._encodes = encodes
+        self._noise: list[Noise] = []  # one entry, from the first step on
+        _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
+        _replace(pipeline, "encode_prompt", functools.partial(_encoded, encodes, self.encoded, []))
+        _replace(pipeline, "progress_bar", _loop_begins)
+        _watch(pipeline.scheduler, self._noise)
+        run = functools.partial(pipeline, **arguments, callback_on_step_end=_step_ended)
+        self._call: Any = greenlet(run)  # nothing that it can reach knows this object, so that it ends with it
+
+    @property
+    def noise(self) -> Noise:
+        """Of the latest step."""
+        return self._noise[0]
+
+    def encode(self) -> None:
+        """Go on to the loop; on ranks without encoders, to the first prompt."""
+        self._go_on()
+
+    def prepare(self) -> None:
+        """Go on to the loop. On ranks without encoders, `encoded` must be that of a rank with them."""
+        if not self._encodes:
+            self._go_on()
+
+    def step(self) -> torch.Tensor:
+        """Go on to the end of the next step; return the latents then."""
+        latents = self._go_on()
+        if self._call.dead:
+            raise RuntimeError("the pipeline's loop has fewer steps than its scheduler has timesteps")
+        assert isinstance(latents, torch.Tensor)
+        return latents
+
+    def finish(self) -> Any:
+        """Go on to the end; return what the pipeline has made."""
+        made = self._go_on()
+        if not self._call.dead:
+            raise RuntimeError("the pipeline's loop has more steps than its scheduler has timesteps")
+        return made
+
+    def close(self) -> None:
+        """End the call where it stands, and free what it holds."""
+        if self._call.dead:
+            return
+        recorded = torch.is_grad_enabled()  # the call restores on its way out what it found long ago
+        with contextlib.suppress(GreenletExit):
+            self._call.throw()
+        torch.set_grad_enabled(recorded)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _go_on(self) -> Any:
+        return self._call.switch()
+
+
+def _replace(pipeline: Any, name: str, wrapped: Callable[..., Any]) -> None:
+    """Call `wrapped(method, ...)` instead of a method. Without a cycle, which would keep a request's tensors alive."""
+    method, owner = getattr(type(pipeline), name, None), weakref.ref(pipeline)
+    if method is not None:
+        setattr(pipeline, name, lambda *args, **kwargs: wrapped(functools.partial(method, owner()), *args, **kwargs))
+
+
+def _stop(value: Any = None) -> None:
+    """Give the engine its turn."""
+    getcurrent().parent.switch(value)
+
+
+def _checked(refuse: Callable[[ValueError], None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return method(*args, **kwargs)
+    except ValueError as error:
+        refuse(error)
+        raise
+
+
+def _encoded(
+    encodes: bool, encoded: list[Any], read: list[None], method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What the prompts become: encoded here, or on another rank, which has done so when the engine goes on."""
+    if encodes:
+        encoded.append(method(*args, **kwargs))
+    elif not encoded:
+        _stop()
+    read.append(None)
+    return encoded[len(read) - 1]
+
+
+def _loop_begins(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _stop()
+    return method(*args, **kwargs)
+
+
+def _step_ended(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    _stop(values["latents"])
+    return {}
+
+
+def _watch(scheduler: Any, noise: list[Noise]) -> None:
+    """Remember what the scheduler is given in a step."""
+    inner = scheduler.step
+
+    @functools.wraps(inner)  # pipelines look at its parameters
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        noise[:] = [(sample, model_output)]
+        return inner(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
