@@ -1,4 +1,7 @@
-"""One place per fact of a family: three files of one name, and no code outside their rooms that names a family."""
+"""One place per fact of a family: a plan, and with it either an adapter and facts, or a demo model of the classic call.
+
+No code outside these rooms names a family.
+"""
 
 import ast
 import importlib
@@ -10,12 +13,18 @@ import pytest
 
 from deploy.families import lookup as deployed
 from sp_core.models import lookup as planned
+from workers.model.adapters.classic import ClassicAdapter
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"plans": "sp_core/models", "facts": "deploy/families", "adapters": "workers/model/adapters"}
-NOT_FAMILIES = {"__init__", "family", "lookup", "pipeline_adapter", "schedulers"}
+ROOMS = {
+    "plans": "sp_core/models",
+    "facts": "deploy/families",
+    "adapters": "workers/model/adapters",
+    "demos": "workers/demo_models/classic",
+}
+NOT_FAMILIES = {"__init__", "family", "lookup", "pipeline_adapter", "pipeline_source", "schedulers", deployed.CLASSIC}
 CODE = [path for layer in ("sp_core", "deploy", "workers", "service") for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
@@ -26,6 +35,15 @@ def files(room: str) -> set[str]:
 def test_a_served_family_is_three_files_of_one_name() -> None:
     assert files("adapters") == files("facts") == set(deployed.families())
     assert files("adapters") <= files("plans"), "an adapter without a plan"
+
+
+def test_a_family_of_the_classic_call_is_its_plan_and_a_demo_model(demo_models: dict[str, Path]) -> None:
+    assert files("demos") <= files("plans"), "a demo model without a plan"
+    assert not files("demos") & files("adapters")
+    for name in files("demos"):
+        folder = demo_models[name.replace("_", "-")]
+        assert deployed.family_name(folder) == deployed.CLASSIC
+        assert type(find_adapter(folder)) is ClassicAdapter
 
 
 @pytest.mark.parametrize("name", sorted(files("adapters")))

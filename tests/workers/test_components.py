@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ModularPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from safetensors.torch import load_file, save_file
 
 from deploy.components import verify_components
-from deploy.families.lookup import find_family
+from deploy.families.lookup import families, find_family
 from deploy.model_folder import read_index
 from deploy.spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
@@ -41,13 +41,25 @@ def refused(folder: Path) -> str:
     return str(before.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+MODULAR = [family for family in FAMILIES if family.replace("-", "_") in families()]
+
+
+@pytest.mark.parametrize("family", MODULAR)
 def test_a_family_needs_what_its_pipeline_loads(demo_models: dict[str, Path], family: str) -> None:
     folder = demo_models[family]
     blocks = ModularPipeline.from_pretrained(str(folder), local_files_only=True).blocks
     drawn = blocks.get_execution_blocks(prompt="a").expected_components
     loaded = {component.name for component in drawn if component.default_creation_method == "from_pretrained"}
     assert loaded == set(find_family(folder).needed_components(read_index(folder)))
+    verify_components(folder)
+    verify_loadable(spec(folder), folder)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*MODULAR}))
+def test_a_classic_pipeline_needs_what_it_is_built_of(demo_models: dict[str, Path], family: str) -> None:
+    folder = demo_models[family]
+    built_of = set(DiffusionPipeline.from_pretrained(folder, local_files_only=True).components)
+    assert set(find_family(folder).needed_components(read_index(folder))) <= built_of
     verify_components(folder)
     verify_loadable(spec(folder), folder)
 

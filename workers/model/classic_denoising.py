@@ -8,7 +8,6 @@ The rank that decodes goes on after the last step; the others end their call the
 """
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from sp_core.tile_parallel import TilesHandedOver
 from workers.messages import GenerationRequest
+from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel
 from workers.model.stepped_call import SteppedCall
@@ -40,9 +40,9 @@ class ClassicDenoising(Denoising):
             self._pipeline.vae = _OneByOne(self._pipeline.vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
-        refuse = functools.partial(self._adapter.refuse, self.request)
+        assert isinstance(self._adapter, ClassicAdapter)
         arguments = {name: value for name, value in self._inputs().items() if name}  # not all can count
-        self._call = SteppedCall(self._pipeline, arguments, self._encodes, refuse)
+        self._call = SteppedCall(self._pipeline, arguments, self._encodes, self._adapter.refuse)
 
     @property
     def latents(self) -> torch.Tensor:

@@ -81,7 +81,7 @@ class ClassicAdapter(PipelineAdapter):
         side = patch[-1] if isinstance(patch, list | tuple) else patch
         return _first(pipeline, REDUCTIONS, 8) * (side if isinstance(side, int) else 1)
 
-    def refuse(self, request: GenerationRequest, error: ValueError) -> None:
+    def refuse(self, error: ValueError) -> None:
         """Tell the caller what the pipeline's own check of its inputs has found.
 
         Raises:

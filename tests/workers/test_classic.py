@@ -1,0 +1,264 @@
+"""Pipelines without an adapter: stepped, their classic call makes what it makes on one process, on every layout."""
+
+import gc
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from deploy.check import check_deployment
+from deploy.families.lookup import find_family
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankPool
+from sp_core.verify.verify import BAR
+from tests.support.deployments import model
+from tests.workers.test_adapters import PICTURES, VIDEO, alone, ask, differ
+from tests.workers.test_denoising import ALONE, begun, check, generate, generate_with
+from tests.workers.test_steps_ahead import started
+from workers.errors import InvalidParameter, RequestCancelled, RequestError
+from workers.messages import Drawn, GenerationRequest, PreviewOptions, StepEvent
+from workers.model.classic_denoising import ClassicDenoising, begin
+from workers.model.denoising import Denoising
+from workers.model.loader import load_model
+from workers.model.stepped_call import SteppedCall
+
+CLIP = replace(VIDEO, width=96, height=64, n=1)
+
+REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {
+    "pictures": ("stable-diffusion-3", replace(PICTURES, negative_prompt="blurry"), {}),
+    "pictures, unguided": ("stable-diffusion-3", replace(PICTURES, guidance_scale=1.0, seeds=(9, 4)), {}),
+    "clip": ("ltx", CLIP, {"num_frames": 9, "frame_rate": 16}),
+    "clips, fast": ("ltx", replace(CLIP, fps=40, n=2, negative_prompt="a"), {"num_frames": 9, "frame_rate": 40}),
+}
+"""For each a family, our request, and what the classic pipeline is told besides."""
+
+LAYOUTS = {
+    "ulysses 2": ParallelDegrees(ulysses_degree=2),
+    "ring 2": ParallelDegrees(ring_degree=2),
+    "ulysses 3": ParallelDegrees(ulysses_degree=3),
+    "ulysses 2 x ring 2": ParallelDegrees(ulysses_degree=2, ring_degree=2),
+}
+
+
+def mesh() -> ParallelMesh:
+    return ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+
+
+def classic(folder: Path) -> Any:
+    found = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    found.vae.enable_slicing()  # pictures one by one, as we do
+    return found
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: str) -> None:
+    family, request, told = REQUESTS[name]
+    told = {**told, "guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
+    seen: list[torch.Tensor] = []
+
+    def see(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values["latents"])
+        return {}
+
+    expected = ask(classic(demo_models[family]), demo_models[family], request, told | {"callback_on_step_end": see})
+    latents, made = alone(demo_models[family], request)
+    assert error(latents, seen[-1]) <= BAR
+    assert differ(made, expected) <= 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["pictures", "clip"])
+def test_every_layout_makes_the_same(ranks: RankPool, demo_models: dict[str, Path], name: str, layout: str) -> None:
+    family, request, _ = REQUESTS[name]
+    ((latents, made),) = ranks.run(ALONE, generate, demo_models[family], request)
+    check(ranks.run(LAYOUTS[layout], generate, demo_models[family], request), latents, made)
+
+
+@pytest.mark.parametrize("options", [{"text_encoder": "replicate"}, {"vae": "rank0"}, {"vae_tiling_above": 1}], ids=str)
+def test_whoever_encodes_and_decodes(ranks: RankPool, demo_models: dict[str, Path], options: dict[str, Any]) -> None:
+    family, request, _ = REQUESTS["pictures"]
+    request = replace(request, width=288, height=32)  # so wide that its VAE cuts it into tiles
+    alike = {key: value for key, value in options.items() if key == "vae_tiling_above"}
+    ((latents, made),) = ranks.run(ALONE, generate_with, demo_models[family], request, alike)
+    found = ranks.run(LAYOUTS["ulysses 2"], generate_with, demo_models[family], request, options)
+    check(found, latents, made)
+
+
+@pytest.mark.parametrize("name", ["pictures", "clip"])
+def test_attention_kept_local_would_be_seen(ranks: RankPool, demo_models: dict[str, Path], name: str) -> None:
+    family, request, _ = REQUESTS[name]
+    ((latents, made),) = ranks.run(ALONE, generate, demo_models[family], request)
+    got, drawn = ranks.run(LAYOUTS["ulysses 2"], generate, demo_models[family], request, True)[0]
+    assert error(got, latents) > 100 * BAR
+    assert differ(drawn, made) > 1
+
+
+def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path]) -> None:
+    family, request, _ = REQUESTS["pictures"]
+    other = replace(request, prompt="a fox", seed=8, num_inference_steps=5)
+    loaded = load_model(model(demo_models[family]), mesh())
+    expected = [alone(demo_models[family], each)[0] for each in (request, other)]
+    both = [begun(loaded, each) for each in (request, other)]
+    while not all(each.done for each in both):
+        for each in both:
+            if not each.done:
+                each.step()
+    assert [error(each.latents, latents) <= BAR for each, latents in zip(both, expected, strict=True)] == [True] * 2
+    assert torch.is_grad_enabled()
+
+
+def cancelled(mesh: ParallelMesh, folder: Path, ahead: int) -> tuple[int, int, int, list[int]]:
+    """A request that one rank cancels in its second step: steps done, steps reported, calls left; then the next one."""
+    rank, step, done = started(mesh, folder, ahead), Denoising.step, 0
+    calls: list[weakref.ref[Any]] = []
+
+    def count(denoising: Denoising) -> None:
+        nonlocal done
+        assert isinstance(denoising, ClassicDenoising)
+        calls.append(weakref.ref(denoising._call))
+        step(denoising)
+        done += 1
+        if done == 2 and mesh.axis("gang").rank == 0:
+            rank.cancel("a")
+
+    request = replace(PICTURES, num_inference_steps=5, report_steps=True, n=1)
+    reported = 0
+    with mock.patch.object(Denoising, "step", count), pytest.raises(RequestCancelled):
+        for _ in rank.generate(request):
+            reported += 1
+    gc.collect()
+    left = sum(call() is not None for call in calls)
+    assert torch.is_grad_enabled()
+    after = list(rank.generate(replace(request, request_id="next")))
+    assert [type(each) for each in after[-1:]] == ([Drawn] if mesh.axis("gang").rank == 0 else [])
+    return done, reported, left, [each.step for each in after if isinstance(each, StepEvent)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_cancellation_ends_the_call_at_a_step(ranks: RankPool, demo_models: dict[str, Path], ahead: int) -> None:
+    found = ranks.run(LAYOUTS["ulysses 2"], cancelled, demo_models["stable-diffusion-3"], ahead)
+    assert [done for done, *_ in found] == [2, 2]
+    assert found[0][1] == 1 - ahead  # the boundary after the second step stops it; with one ahead, that after the first
+    assert [left for _, _, left, _ in found] == [0, 0]
+    assert found[0][3] == [1, 2, 3, 4, 5]
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "size": ("stable-diffusion-3", {"width": 72}, "size", "width must be a multiple of 16, got 72"),
+    "frames": ("ltx", {"num_frames": 10}, "num_frames", r"a multiple of 8, plus 1 \(such as 9 or 17\), got 10"),
+    "video size": ("ltx", {"height": 48}, "size", "height must be a multiple of 32, got 48"),
+    "format": ("ltx", {"output_format": "png"}, "output_format", r"makes videos \(mp4\), got 'png'"),
+    "second scale": ("ltx", {"guidance_scale_2": 2.0}, "guidance_scale_2", "LTXPipeline has one scale"),
+    "previews": ("ltx", {"previews": PreviewOptions(1)}, "partial_images", "'demo' has no previews"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_pipeline_cannot_do_is_the_callers_mistake(demo_models: dict[str, Path], name: str) -> None:
+    family, changes, param, said = REFUSALS[name]
+    loaded = load_model(model(demo_models[family]), mesh())
+    with pytest.raises(InvalidParameter, match=said) as refused:
+        begin(loaded, replace(PICTURES if family != "ltx" else CLIP, **changes))
+    assert refused.value.param == param
+
+
+def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: dict[str, Path]) -> None:
+    loaded = load_model(model(demo_models["ltx"]), mesh())
+    with mock.patch.object(type(begin(loaded, CLIP)._adapter), "size_multiple", return_value=8):
+        denoising = begin(loaded, replace(CLIP, height=48))
+    with pytest.raises(InvalidParameter, match="`height` and `width` have to be divisible by 32") as refused:
+        denoising.encode()
+    assert isinstance(refused.value, RequestError) and refused.value.param == "size"
+
+
+def test_groups_do_not_divide_branches_that_are_one_batch(demo_models: dict[str, Path]) -> None:
+    folder = demo_models["stable-diffusion-3"]
+    assert (find_family(folder).makes, find_family(folder).guided_above) == ("image", 1.0)
+    assert find_family(demo_models["ltx"]).task == "text-to-video"
+    spec = ModelSpec(name="a", source=str(folder), device="cpu", parallel=ParallelDegrees(cfg_parallel_size=2))
+    with pytest.raises(SpecError, match="StableDiffusion3Pipeline evaluates both branches in one forward"):
+        check_deployment(DeploymentSpec(models=(spec,)), {"cpu": 4.0})
+
+
+class Scheduler:
+    """Three timesteps."""
+
+    def step(self, prediction: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        return sample - prediction
+
+
+class Pipeline:
+    """The least that a call is made of."""
+
+    def __init__(self, steps: int = 3) -> None:
+        self.scheduler, self.steps = Scheduler(), steps
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        return [ord(each) for each in prompt]
+
+    def progress_bar(self) -> Any:
+        return nullcontext()
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], callback_on_step_end: Any) -> Any:
+        latents = torch.tensor([self.encode_prompt(prompt) for prompt in prompts], dtype=torch.float32)
+        with self.progress_bar():
+            for t in range(self.steps):
+                latents = self.scheduler.step(0.5 * latents, t, latents)
+                latents = callback_on_step_end(self, t, t, {"latents": latents}).pop("latents", latents)
+        return (latents,)
+
+
+def refuse(error: ValueError) -> None:
+    raise error
+
+
+def test_a_call_goes_on_where_it_stood() -> None:
+    whole = Pipeline()(["ab", "cd"], lambda *_: {})[0]
+    one, other = (SteppedCall(Pipeline(), {"prompts": ["ab", "cd"]}, encodes, refuse) for encodes in (True, False))
+    for call in (one, other):
+        call.encode()
+    assert one.encoded == [[97, 98], [99, 100]] and other.encoded == []
+    other.encoded[:] = one.encoded
+    for call in (one, other):
+        call.prepare()
+        halves = [call.step() for _ in range(3)]
+        assert torch.equal(call.noise[0], halves[1]) and torch.equal(call.noise[1], 0.5 * halves[1])
+        assert torch.equal(call.finish()[0], whole) and torch.equal(halves[-1], whole)
+
+
+def test_a_call_that_is_dropped_leaves_nothing() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        pipeline = Pipeline()
+        there = weakref.ref(pipeline)
+        call = SteppedCall(pipeline, {"prompts": ["ab"]}, True, refuse)
+        del pipeline
+        call.encode()
+        call.step()
+        assert there() is not None
+        torch.set_grad_enabled(True)  # whoever goes on records gradients again; the call has switched it off
+        del call
+        assert there() is None and torch.is_grad_enabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, "fewer steps"), (4, "more steps")])
+def test_a_loop_of_another_length_is_seen(steps: int, said: str) -> None:
+    call = SteppedCall(Pipeline(steps), {"prompts": ["ab"]}, True, refuse)
+    call.encode()
+    with pytest.raises(RuntimeError, match=said):
+        for _ in range(3):
+            call.step()
+        call.finish()
