@@ -9,6 +9,7 @@ from typing import Any
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from deploy.families.schedulers import FLOW_MATCH
+from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family as find_plan
 
 NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "callback_on_step_end")
@@ -16,6 +17,9 @@ NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "call
 
 PICTURES = frozenset({"image", "images", "video", "mask_image", "mask", "control_image", "control_video", "conditions"})
 """Parameters of pipelines that start from pictures."""
+
+VIDEOS = frozenset({"num_frames", "frames", "num_videos_per_prompt"})
+"""Parameters of pipelines that make videos."""
 
 BASIC = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 """Of the components that a pipeline is built of: those that no request can do without."""
@@ -34,7 +38,7 @@ def classic_family(pipeline: str) -> PipelineFamily:
         raise ValueError(reason)
     return PipelineFamily(
         pipeline=pipeline,
-        makes="video" if "num_frames" in call.parameters else "image",
+        makes="video" if VIDEOS & set(call.parameters) else "image",
         guided_above=call.guided_above if _guided(call) else None,
         batches_branches=call.batches_branches,
         components=tuple(name for name in BASIC if name in call.components),
@@ -42,20 +46,28 @@ def classic_family(pipeline: str) -> PipelineFamily:
     )
 
 
-def check_plan(transformer: Any) -> None:
-    """Reject a transformer that nothing divides among ranks. A class from elsewhere may bring its plan with it.
+def proved_pipelines() -> tuple[str, ...]:
+    """Those that run through their classic call."""
+    return tuple(pipeline for plan in plans() for pipeline in plan.pipelines)
+
+
+def check_proved(pipeline: str, transformer: Any) -> None:
+    """Reject a pipeline that nobody has proved with its transformer. A class from elsewhere is its author's to prove.
 
     Args:
-        transformer: its entry in `model_index.json`.
+        pipeline: its class name.
+        transformer: the entry of its transformer in `model_index.json`.
 
     Raises:
-        ValueError: says why.
+        ValueError: says what is missing.
     """
     match transformer:
         case ["diffusers", str(name)]:
             plan = find_plan([name])
             if plan is None or plan.refused:
                 raise ValueError(plan.refused if plan else f"nothing says how its {name} is divided among ranks")
+            if pipeline not in plan.pipelines:
+                raise ValueError(f"its {name} has a plan, but nobody has proved this pipeline with it")
         case [str(), str()]:
             pass
         case _:
@@ -68,6 +80,8 @@ def _refusal(call: ClassicCall) -> str:
     others = [name for name in call.required if name not in NEEDED]
     if pictures:
         return f"its call takes {', '.join(pictures)}, and requests bring no pictures to a classic call yet"
+    if call.changes_attention:
+        return "its call exchanges attention processors, which are what makes a transformer parallel"
     if any("audio" in name for name in call.parameters):
         return "it makes sound"
     if missing or others:

@@ -9,7 +9,7 @@ import pkgutil
 from pathlib import Path
 
 from deploy import families as room
-from deploy.families.classic import check_plan, classic_family
+from deploy.families.classic import check_proved, classic_family, proved_pipelines
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
@@ -48,12 +48,11 @@ def find_family(folder: Path) -> PipelineFamily:
     try:
         family = family_of(pipeline)
         if pipeline not in (each.pipeline for each in families().values()):
-            check_plan(index.get("transformer"))
+            check_proved(pipeline, index.get("transformer"))
     except ValueError as error:
-        known = ", ".join(each.pipeline for each in families().values())
+        known = ", ".join((*(each.pipeline for each in families().values()), *proved_pipelines()))
         raise ValueError(
-            f"{folder} is for {pipeline}, which spray cannot run step by step: {error}; it can run {known}, and text "
-            "to image or video by any pipeline whose transformer has a plan in sp_core/models"
+            f"{folder} is for {pipeline}, which spray cannot run step by step: {error}; it can run: {known}"
         ) from None
     for key, reason in family.refused.items():
         if index.get(key):

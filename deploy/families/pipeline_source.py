@@ -24,6 +24,7 @@ class ClassicCall:
         components: what `__init__` must be given.
         guided_above: the guidance scale above which it evaluates a second branch; None: it compares none.
         batches_branches: it puts both branches into one forward.
+        changes_attention: it exchanges attention processors.
         encodes: it has a method that encodes prompts.
         shows_progress: it opens a progress bar where its loop begins.
     """
@@ -33,6 +34,7 @@ class ClassicCall:
     components: tuple[str, ...]
     guided_above: float | None
     batches_branches: bool
+    changes_attention: bool
     encodes: bool
     shows_progress: bool
 
@@ -52,6 +54,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         components=_without_default(methods["__init__"].args),
         guided_above=next(_thresholds(found), None),
         batches_branches=any(_doubles(node) for node in ast.walk(methods["__call__"])),
+        changes_attention=any("attn_proc" in getattr(node, "attr", "") for node in ast.walk(methods["__call__"])),
         encodes="encode_prompt" in methods,
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
     )

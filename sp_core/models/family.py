@@ -171,6 +171,8 @@ class ModelFamily:
         refused_processors: class names of processors that would be silently wrong, with the reason.
         replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
         guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
+        pipelines: diffusers' pipelines that run through their classic call, each proved by a demo model of the family's
+            name in `workers.demo_models.classic`. A pipeline with an adapter of its own is not among them.
         refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
         examples: what the family is proved with, by the name of the variant.
     """
@@ -184,6 +186,7 @@ class ModelFamily:
     refused_processors: Mapping[str, str] = field(default_factory=dict)
     replacements: tuple[RealRotation | SharedModulation | FusedGelu, ...] = ()
     guidance_batch: GuidanceBatch | None = None
+    pipelines: tuple[str, ...] = ()
     refused: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
 

@@ -9,7 +9,14 @@ from transformers import T5Config, T5EncoderModel
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
 
-TRANSFORMER_GAINS = {"attn1.to_out": 6, "attn2.to_out": 10, "attn2.to_k": 3, "scale_shift_table": 4, "proj_out": 2}
+TRANSFORMER_GAINS = {
+    "attn1.to_out": 6,
+    "attn2.to_out": 40,
+    "attn2.to_v": 2,
+    "caption_projection": 3,
+    "scale_shift_table": 4,
+    "proj_out": 2,
+}
 
 
 def demo_pipeline() -> Any:

@@ -47,6 +47,7 @@ class ClassicAdapter(PipelineAdapter):
             "guidance_scale": request.guidance_scale,
             "negative_prompt": request.negative_prompt,
             "num_frames": request.num_frames,
+            "frames": request.num_frames,
             "frame_rate": request.fps,
         }
         return {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
