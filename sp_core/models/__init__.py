@@ -3,5 +3,6 @@
 family.py   what a family's file declares
 lookup.py   finds the family of a transformer class
 
-A family that spray serves also has a file of the same name in `deploy.families` and in `workers.model.adapters`.
+A family that spray serves also has a file of the same name in `deploy.families` and in `workers.model.adapters`, or,
+where its pipelines run through their classic call, a demo model of the same name in `workers.demo_models`.
 """
