@@ -3,7 +3,7 @@
 import gc
 import weakref
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 
 from deploy.check import check_deployment
 from deploy.families.lookup import find_family
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.spec import DeploymentSpec, LoRA, ModelSpec, SpecError
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
@@ -37,6 +38,7 @@ REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {
     "pictures": ("stable-diffusion-3", replace(PICTURES, negative_prompt="blurry"), {}),
     "pictures, unguided": ("stable-diffusion-3", replace(PICTURES, guidance_scale=1.0, seeds=(9, 4)), {}),
     "clip": ("ltx", CLIP, {"num_frames": 9, "frame_rate": 16}),
+    "scale as an input": ("hunyuan-video", replace(VIDEO, num_frames=5, guidance_scale=6.0), {"num_frames": 5}),
     "clips, fast": ("ltx", replace(CLIP, fps=40, n=2, negative_prompt="a"), {"num_frames": 9, "frame_rate": 40}),
 }
 """For each a family, our request, and what the classic pipeline is told besides."""
@@ -46,7 +48,10 @@ LAYOUTS = {
     "ring 2": ParallelDegrees(ring_degree=2),
     "ulysses 3": ParallelDegrees(ulysses_degree=3),
     "ulysses 2 x ring 2": ParallelDegrees(ulysses_degree=2, ring_degree=2),
+    "tp 2 x ulysses 2": ParallelDegrees(tensor_parallel_size=2, ulysses_degree=2),
 }
+CASES = [(name, layout) for name in ("pictures", "clip", "scale as an input") for layout in list(LAYOUTS)[:4]]
+CASES += [("clip", "tp 2 x ulysses 2")]
 
 
 def mesh() -> ParallelMesh:
@@ -59,24 +64,29 @@ def classic(folder: Path) -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: str) -> None:
-    family, request, told = REQUESTS[name]
-    told = {**told, "guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
+def drawn(pipeline: Any, folder: Path, request: GenerationRequest, told: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """The latents after the last step of the classic pipeline, and its pictures."""
     seen: list[torch.Tensor] = []
 
     def see(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         seen.append(values["latents"])
         return {}
 
-    expected = ask(classic(demo_models[family]), demo_models[family], request, told | {"callback_on_step_end": see})
+    made = ask(pipeline, folder, request, told | {"callback_on_step_end": see})
+    return seen[-1], made
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: str) -> None:
+    family, request, told = REQUESTS[name]
+    told = {**told, "guidance_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
+    reference, expected = drawn(classic(demo_models[family]), demo_models[family], request, told)
     latents, made = alone(demo_models[family], request)
-    assert error(latents, seen[-1]) <= BAR
+    assert error(latents, reference) <= BAR
     assert differ(made, expected) <= 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["pictures", "clip"])
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_every_layout_makes_the_same(ranks: RankPool, demo_models: dict[str, Path], name: str, layout: str) -> None:
     family, request, _ = REQUESTS[name]
     ((latents, made),) = ranks.run(ALONE, generate, demo_models[family], request)
@@ -93,7 +103,7 @@ def test_whoever_encodes_and_decodes(ranks: RankPool, demo_models: dict[str, Pat
     check(found, latents, made)
 
 
-@pytest.mark.parametrize("name", ["pictures", "clip"])
+@pytest.mark.parametrize("name", ["pictures", "clip", "scale as an input"])
 def test_attention_kept_local_would_be_seen(ranks: RankPool, demo_models: dict[str, Path], name: str) -> None:
     family, request, _ = REQUESTS[name]
     ((latents, made),) = ranks.run(ALONE, generate, demo_models[family], request)
@@ -114,6 +124,40 @@ def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path
                 each.step()
     assert [error(each.latents, latents) <= BAR for each, latents in zip(both, expected, strict=True)] == [True] * 2
     assert torch.is_grad_enabled()
+
+
+def drawn_with(mesh: ParallelMesh, folder: Path, request: GenerationRequest, lora: LoRA) -> list[torch.Tensor]:
+    """The latents of a request with an adapter, and of the same without."""
+    spec = model(folder, **asdict(mesh.degrees)).model_copy(update={"loras": (lora,)})
+    loaded = load_model(spec, mesh)
+    found = []
+    for loras in ((("dye", 1.0),), ()):
+        denoising = begun(loaded, replace(request, loras=loras))
+        while not denoising.done:
+            denoising.step()
+        found.append(denoising.latents)
+    return found
+
+
+def test_an_adapter_works_on_every_layout(ranks: RankPool, demo_models: dict[str, Path], tmp_path: Path) -> None:
+    family, request, _ = REQUESTS["pictures"]
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for i in range(2):
+        for name in ("to_q", "to_v", "add_k_proj"):
+            key = f"transformer.transformer_blocks.{i}.attn.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, 144, generator=generator) / 12
+            tensors[f"{key}.lora_B.weight"] = torch.randn(144, 4, generator=generator) / 4
+    save_file(tensors, tmp_path / "dye.safetensors")
+    lora = LoRA(name="dye", source=str(tmp_path / "dye.safetensors"))
+    expected = classic(demo_models[family])
+    expected.load_lora_weights(tmp_path / "dye.safetensors")
+    ((dyed, plain),) = ranks.run(ALONE, drawn_with, demo_models[family], request, lora)
+    told = {"guidance_scale": request.guidance_scale, "negative_prompt": "blurry"}
+    reference, _ = drawn(expected, demo_models[family], request, told)
+    assert error(dyed, reference) <= BAR
+    assert error(plain, dyed) > 100 * BAR
+    for got, without in ranks.run(LAYOUTS["ulysses 2"], drawn_with, demo_models[family], request, lora):
+        assert error(got, dyed) <= BAR and error(without, plain) <= BAR
 
 
 def cancelled(mesh: ParallelMesh, folder: Path, ahead: int) -> tuple[int, int, int, list[int]]:
@@ -157,6 +201,9 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "frames": ("ltx", {"num_frames": 10}, "num_frames", r"a multiple of 8, plus 1 \(such as 9 or 17\), got 10"),
     "video size": ("ltx", {"height": 48}, "size", "height must be a multiple of 32, got 48"),
     "format": ("ltx", {"output_format": "png"}, "output_format", r"makes videos \(mp4\), got 'png'"),
+    "negative prompt": (
+        "hunyuan-video", {"num_frames": 5, "negative_prompt": "x"}, "negative_prompt", "is not guided by a negative",
+    ),
     "second scale": ("ltx", {"guidance_scale_2": 2.0}, "guidance_scale_2", "LTXPipeline has one scale"),
     "previews": ("ltx", {"previews": PreviewOptions(1)}, "partial_images", "'demo' has no previews"),
 }  # fmt: skip
@@ -167,7 +214,7 @@ def test_what_a_pipeline_cannot_do_is_the_callers_mistake(demo_models: dict[str,
     family, changes, param, said = REFUSALS[name]
     loaded = load_model(model(demo_models[family]), mesh())
     with pytest.raises(InvalidParameter, match=said) as refused:
-        begin(loaded, replace(PICTURES if family != "ltx" else CLIP, **changes))
+        begin(loaded, replace(PICTURES if family == "stable-diffusion-3" else CLIP, **changes))
     assert refused.value.param == param
 
 

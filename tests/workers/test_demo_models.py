@@ -11,11 +11,19 @@ from diffusers import DiffusionPipeline
 from workers.demo_models.writer import FAMILIES, write_demo_model
 
 SIZE = {"width": 64, "height": 48, "num_inference_steps": 6, "output_type": "np"}
-FAMILY_SIZE: dict[str, dict[str, Any]] = {"wan": {"num_frames": 9}, "ltx": {"num_frames": 9, "height": 64}}
+FAMILY_SIZE: dict[str, dict[str, Any]] = {
+    "wan": {"num_frames": 9},
+    "ltx": {"num_frames": 9, "height": 64},
+    "hunyuan-video": {"num_frames": 9},
+}
 UNGUIDED = {"z-image": {"guidance_scale": 0.0}} | {
     name: {"guidance_scale": 1.0} for name in ("wan", "stable-diffusion-3", "ltx")
 }
-GUIDED = {"qwen-image": {"true_cfg_scale": 4.0}, "flux": {"true_cfg_scale": 4.0}}
+GUIDED = {
+    "qwen-image": {"true_cfg_scale": 4.0},
+    "flux": {"true_cfg_scale": 4.0},
+    "hunyuan-video": {"true_cfg_scale": 4.0},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

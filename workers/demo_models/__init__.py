@@ -6,6 +6,6 @@
     classic/       those of families without an adapter of their own
     vocabulary.py  tokenizers made in memory, without files or network
 
-What a family's model is made of is in its file in `workers.model.adapters`, or in `classic/`. All have 12 attention heads,
-so that 1, 2, 3 and 4 ranks can share them, and the real models' reduction of sizes.
+What a family's model is made of is in its file in `workers.model.adapters`, or in `classic/`. All have 12 attention
+heads, so that 1, 2, 3 and 4 ranks can share them, and the real models' reduction of sizes.
 """
