@@ -118,6 +118,7 @@ def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path
     loaded = load_model(model(demo_models[family]), mesh())
     expected = [alone(demo_models[family], each)[0] for each in (request, other)]
     both = [begun(loaded, each) for each in (request, other)]
+    assert {each.guidance for each in both} == {"one forward"}
     while not all(each.done for each in both):
         for each in both:
             if not each.done:

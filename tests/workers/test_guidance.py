@@ -46,7 +46,7 @@ def draw(mesh: ParallelMesh, folder: Path, request: GenerationRequest, **options
     denoising = begun(loaded, request)
     ends = list(denoising.steps(ahead=0))
     assert [end.step for end in ends] == list(range(1, denoising.total_steps + 1))
-    return denoising.latents, calls, str(denoising.guidance)
+    return denoising.latents, calls, denoising.guidance
 
 
 def drawn_with(mesh: ParallelMesh, folder: Path, request: GenerationRequest, options: dict[str, Any]) -> Drawn:

@@ -319,7 +319,7 @@ class Rank:
             self._step = end.step
             if end.in_collectives:
                 self._latest_step = end.seconds, spent, waited
-            self._guidance = str(denoising.guidance) or self._guidance
+            self._guidance = denoising.guidance or self._guidance
             yield end, waited
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:

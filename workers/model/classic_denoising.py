@@ -45,6 +45,14 @@ class ClassicDenoising(Denoising):
         self._call = SteppedCall(self._pipeline, arguments, self._encodes, self._adapter.refuse)
 
     @property
+    def guidance(self) -> str:
+        """See `Denoising.guidance`. The pipeline decides."""
+        if not self._guided:
+            return ""
+        together = self._adapter.family.batches_branches
+        return "one forward" if together else "two forwards: the pipeline evaluates one after the other"
+
+    @property
     def latents(self) -> torch.Tensor:
         """See `Denoising.latents`; empty before the first step."""
         return self._latents

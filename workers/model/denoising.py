@@ -49,7 +49,6 @@ class Denoising:
 
     Attributes:
         request: what to draw.
-        guidance: how its branches are evaluated.
 
     Raises:
         InvalidParameter: the model cannot do what was asked for.
@@ -67,7 +66,7 @@ class Denoising:
         self._pipeline = copy.copy(pipeline)
         self._guided = self._adapter.guided(request)
         transformers = [part for name, part in pipeline.components.items() if name in loaded.adapters]
-        self.guidance = Guidance(model, request, transformers, self._cfg, self._guided)
+        self._guidance = Guidance(model, request, transformers, self._cfg, self._guided)
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
@@ -105,6 +104,11 @@ class Denoising:
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
+
+    @property
+    def guidance(self) -> str:
+        """How the steps so far evaluated their branches, and why; empty: the request has one branch."""
+        return str(self._guidance)
 
     @property
     def total_steps(self) -> int:
@@ -290,7 +294,7 @@ class Denoising:
 
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():
-            setattr(self._pipeline, name, self.guidance.arranged(guider))
+            setattr(self._pipeline, name, self._guidance.arranged(guider))
 
     def _inputs(self) -> dict[str, Any]:
         """The values that the pipeline starts from; they decide which blocks run."""
