@@ -7,9 +7,9 @@ rank -> gang               Drawn, when the ranks are free for the next request
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
 
-from collections.abc import Awaitable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sp_core.degrees import ParallelDegrees
 
@@ -84,6 +84,7 @@ class GenerationRequest:
         true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
         flow_shift: of the noise schedule; None: the model's own.
         previews: which to report; None: none.
+        extra_params: of the model's pipeline alone, by name; plain JSON values.
     """
 
     request_id: str
@@ -109,6 +110,7 @@ class GenerationRequest:
     true_cfg: bool = False
     flow_shift: float | None = None
     previews: PreviewOptions | None = None
+    extra_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

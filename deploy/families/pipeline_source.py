@@ -8,10 +8,12 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SCALARS = ("int", "float", "str", "bool")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class ClassicCall:
 
     Attributes:
         parameters: of `__call__`, without `self`.
+        scalars: those that take one number, text or switch, each with its type: int, float, str or bool.
         required: those without a default.
         components: what `__init__` must be given.
         guided_above: the guidance scale above which it evaluates a second branch; None: it compares none.
@@ -30,6 +33,7 @@ class ClassicCall:
     """
 
     parameters: tuple[str, ...]
+    scalars: Mapping[str, str]
     required: tuple[str, ...]
     components: tuple[str, ...]
     guided_above: float | None
@@ -50,6 +54,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
     names = tuple(argument.arg for argument in call.args[1:])
     return ClassicCall(
         parameters=(*names, *(argument.arg for argument in call.kwonlyargs)),
+        scalars={n: kind for n, kind in map(_scalar, (*call.args[1:], *call.kwonlyargs)) if kind},
         required=names[: len(names) - defaults],
         components=_without_default(methods["__init__"].args),
         guided_above=next(_thresholds(found), None),
@@ -74,6 +79,13 @@ def _classes(name: str) -> Iterator[ast.ClassDef]:
 def _without_default(arguments: ast.arguments) -> tuple[str, ...]:
     names = [argument.arg for argument in arguments.args[1:]]
     return tuple(names[: len(names) - len(arguments.defaults)])
+
+
+def _scalar(argument: ast.arg) -> tuple[str, str]:
+    """A parameter and its type; no type if it takes none of `SCALARS`, or several. It may take lists of one as well."""
+    parts = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
+    kinds = [part for part in parts if part != "None" and not part.startswith("list[")]
+    return argument.arg, kinds[0] if len(kinds) == 1 and kinds[0] in SCALARS else ""
 
 
 def _thresholds(kind: ast.ClassDef) -> Iterator[float]:

@@ -168,7 +168,7 @@ class GenerationBody(Ignored):
     seed: Seed | None = Field(None, description="draws the same again; absent: a random one, which the answer names")
     loras: LoRAChoices | None = Field(None, description="adapters of the deployment")
     lora: OneOrMore | None = Field(None, description="another name of `loras`, also for a single one")
-    extra_params: dict[str, Any] | None = Field(None, description="of one model alone; no model has any yet")
+    extra_params: dict[str, Any] | None = Field(None, description="of one model's pipeline alone, by name")
     extra_body: dict[str, Any] | str | None = Field(
         None,
         description="more fields of this body, as an object or as JSON text; clients that know only OpenAI's send it",

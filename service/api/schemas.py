@@ -44,9 +44,6 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
     guidance_scale = _either(body, "guidance_scale", "true_cfg_scale")
     n = _either(body, "n", "num_outputs_per_prompt") or 1
     seeds = _seeds(body, n)
-    if body.extra_params:
-        name = next(iter(body.extra_params))
-        raise InvalidParameter(f"extra_params.{name}", f"{model.name!r} has no extra parameters; leave out {name!r}")
     request = GenerationRequest(
         request_id=request_id,
         model=model.name,
@@ -66,6 +63,7 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
         n=n,
         report_steps=body.stream,
         previews=_previews(body),
+        extra_params=body.extra_params or {},
     )
     if isinstance(body, ImageGenerationBody):
         _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")

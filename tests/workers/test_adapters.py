@@ -240,6 +240,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "true guidance": (
         "flux", {"num_frames": 1, "output_format": "png", "true_cfg": True}, "'demo' evaluates one branch",
     ),
+    "extra parameter": (
+        "flux", {"num_frames": 1, "output_format": "png", "extra_params": {"tea": 1}},
+        "'demo' has no extra parameters; leave out 'tea'",
+    ),
     "shift by the size": (
         "flux", {"num_frames": 1, "output_format": "png", "flow_shift": 3.0}, "takes no flow_shift: its FlowMatch",
     ),

@@ -39,6 +39,11 @@ REQUESTS: dict[str, tuple[str, GenerationRequest, dict[str, Any]]] = {
     "pictures, unguided": ("stable-diffusion-3", replace(PICTURES, guidance_scale=1.0, seeds=(9, 4)), {}),
     "clip": ("ltx", CLIP, {"num_frames": 9, "frame_rate": 16}),
     "scale as an input": ("hunyuan-video", replace(VIDEO, num_frames=5, guidance_scale=6.0), {"num_frames": 5}),
+    "extra parameters": (
+        "stable-diffusion-3",
+        replace(PICTURES, n=1, extra_params={"prompt_2": "a fox", "negative_prompt_3": "night"}),
+        {"prompt_2": "a fox", "negative_prompt_3": "night"},
+    ),
     "clips, fast": ("ltx", replace(CLIP, fps=40, n=2, negative_prompt="a"), {"num_frames": 9, "frame_rate": 40}),
 }
 """For each a family, our request, and what the classic pipeline is told besides."""
@@ -110,6 +115,12 @@ def test_attention_kept_local_would_be_seen(ranks: RankPool, demo_models: dict[s
     got, drawn = ranks.run(LAYOUTS["ulysses 2"], generate, demo_models[family], request, True)[0]
     assert error(got, latents) > 100 * BAR
     assert differ(drawn, made) > 1
+
+
+def test_an_extra_parameter_shows(demo_models: dict[str, Path]) -> None:
+    latents, _ = alone(demo_models["ltx"], CLIP)
+    rescaled, _ = alone(demo_models["ltx"], replace(CLIP, extra_params={"guidance_rescale": 0.7}))
+    assert error(rescaled, latents) > 100 * BAR
 
 
 def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path]) -> None:
@@ -202,6 +213,16 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "frames": ("ltx", {"num_frames": 10}, "num_frames", r"a multiple of 8, plus 1 \(such as 9 or 17\), got 10"),
     "video size": ("ltx", {"height": 48}, "size", "height must be a multiple of 32, got 48"),
     "format": ("ltx", {"output_format": "png"}, "output_format", r"makes videos \(mp4\), got 'png'"),
+    "no such parameter": (
+        "ltx", {"extra_params": {"tea": 1}}, "extra_params.tea",
+        "only these extra parameters: guidance_rescale, decode_timestep, decode_noise_scale; leave out 'tea'",
+    ),
+    "parameter of ours": ("ltx", {"extra_params": {"num_frames": 9}}, "extra_params.num_frames", "leave out 'num_fr"),
+    "type": ("ltx", {"extra_params": {"guidance_rescale": "x"}}, "extra_params.guidance_rescale", "a float, got 'x'"),
+    "truth": ("ltx", {"extra_params": {"guidance_rescale": True}}, "extra_params.guidance_rescale", "got True"),
+    "no number": (
+        "ltx", {"extra_params": {"guidance_rescale": float("nan")}}, "extra_params.guidance_rescale", "got nan",
+    ),
     "negative prompt": (
         "hunyuan-video", {"num_frames": 5, "negative_prompt": "x"}, "negative_prompt", "is not guided by a negative",
     ),

@@ -4,6 +4,7 @@
 `deploy.families.pipeline_source`.
 """
 
+import re
 from typing import Any
 
 from deploy.families.family import PipelineFamily
@@ -16,6 +17,12 @@ COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 """What pipelines call the VAE's reduction of sizes."""
+
+OWN = re.compile(
+    "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|true_cfg_scale|eta)$"
+    "|num_|steps|length|height|width|size|resolution"
+)
+"""Names of parameters that fields of their own set in a request, and of those that decide how much is computed."""
 
 FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
@@ -35,6 +42,7 @@ class ClassicAdapter(PipelineAdapter):
         assert call is not None, "the family was made from it"
         self._call: ClassicCall = call
         self.count_input = next((name for name in COUNT_INPUTS if name in call.parameters), "")
+        self.extra_kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n)}
         self.output = "videos" if family.makes == "video" else "images"
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
@@ -42,7 +50,7 @@ class ClassicAdapter(PipelineAdapter):
         return {}
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
-        """What this call takes of these: scale, negative prompt, frames."""
+        """What this call takes of these: scale, negative prompt, frames; and its extra parameters."""
         told: dict[str, Any] = {
             "guidance_scale": request.guidance_scale,
             "negative_prompt": request.negative_prompt,
@@ -50,7 +58,8 @@ class ClassicAdapter(PipelineAdapter):
             "frames": request.num_frames,
             "frame_rate": request.fps,
         }
-        return {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
+        taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
+        return taken | dict(request.extra_params)
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""

@@ -6,7 +6,8 @@ family, which changes what this class does for pictures.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -17,6 +18,11 @@ from diffusers.modular_pipelines import InputParam
 from deploy.families.family import PipelineFamily
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+
+EXTRA_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+LARGEST_EXTRA = 10_000
+LONGEST_EXTRA = 32_000
+"""Characters, as of a prompt."""
 
 
 class PipelineAdapter:
@@ -29,6 +35,7 @@ class PipelineAdapter:
         count_input: name of the input that says how many pictures or videos.
         output: name of what the last block puts out.
         unread_tokens: of those that the tokenizer is told to keep, how many the pipeline drops.
+        extra_kinds: the parameters of this pipeline alone that a request may set, each with its type in Python.
         has_previews: its latents are cells of a picture, or packed as Qwen-Image's are.
         rounds_timestep: the modular pipeline rounds the timestep to the weights' dtype, the classic one does not.
     """
@@ -36,6 +43,7 @@ class PipelineAdapter:
     count_input = "num_images_per_prompt"
     output = "images"
     unread_tokens = 0
+    extra_kinds: Mapping[str, str] = MappingProxyType({})
     has_previews = True
     rounds_timestep = False
 
@@ -82,6 +90,8 @@ class PipelineAdapter:
                 "true_cfg_scale",
                 f"{request.model!r} evaluates one branch, so it has no true_cfg_scale; its own is guidance_scale",
             )
+        for name, value in request.extra_params.items():
+            _check_extra(name, value, self.extra_kinds, request.model)
         if request.previews and not self.has_previews:
             raise InvalidParameter("partial_images", f"{request.model!r} has no previews; ask for none")
         if (request.output_format == "mp4") != (self.output == "videos"):
@@ -103,6 +113,21 @@ class PipelineAdapter:
         """Pixels of which width and height must be multiples: the VAE's reduction, times the transformer's patch."""
         multiple: int = 2 * pipeline.vae_scale_factor
         return multiple
+
+
+def _check_extra(name: str, value: Any, kinds: Mapping[str, str], model: str) -> None:
+    """Reject a parameter that a pipeline does not have, or has of another type."""
+    if name not in kinds:
+        has = f"only these extra parameters: {', '.join(kinds)}" if kinds else "no extra parameters"
+        raise InvalidParameter(f"extra_params.{name}", f"{model!r} has {has}; leave out {name!r}")
+    if not isinstance(value, EXTRA_TYPES[kinds[name]]) or (isinstance(value, bool) and kinds[name] != "bool"):
+        raise InvalidParameter(f"extra_params.{name}", f"{name} must be a {kinds[name]}, got {value!r:.80}")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST_EXTRA:
+        raise InvalidParameter(
+            f"extra_params.{name}", f"{name} must be a number up to {LARGEST_EXTRA}, got {value!r:.80}"
+        )
+    if isinstance(value, str) and len(value) > LONGEST_EXTRA:
+        raise InvalidParameter(f"extra_params.{name}", f"{name} has {len(value)} characters; at most {LONGEST_EXTRA}")
 
 
 def keep_timestep_exact(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
