@@ -1,0 +1,87 @@
+"""What can be said of a pipeline without a file of its own is read from its source, and what is refused says why."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.families.classic import classic_family, proved_pipelines
+from deploy.families.lookup import CLASSIC, families, family_name, find_family
+from deploy.families.pipeline_source import classic_call
+from tests.support.model_folders import edit, stub_model
+
+SD3 = ["diffusers", "SD3Transformer2DModel"]
+
+
+def folder_of(path: Path, pipeline: str, transformer: object) -> Path:
+    """A folder that names a pipeline and the class of its transformer."""
+    folder = stub_model(path)
+    edit(folder / "model_index.json", {"_class_name": pipeline, "transformer": transformer})
+    return folder
+
+
+def test_a_call_is_read_from_its_source() -> None:
+    call = classic_call("StableDiffusion3Pipeline")
+    assert call is not None
+    assert {"prompt", "prompt_3", "num_images_per_prompt", "callback_on_step_end"} <= set(call.parameters)
+    assert call.required == ()
+    assert {"text_encoder_3", "transformer"} <= set(call.components) and "image_encoder" not in call.components
+    assert (call.guided_above, call.batches_branches, call.changes_attention) == (1.0, True, False)
+    assert call.scalars["clip_skip"] == "int" and call.scalars["prompt_2"] == "str"
+    assert not {"latents", "sigmas", "joint_attention_kwargs", "skip_guidance_layers"} & call.scalars.keys()
+    assert classic_call("NoSuchPipeline") is None
+
+
+def test_a_family_follows_from_the_call() -> None:
+    found = {name: classic_family(name) for name in proved_pipelines()}
+    assert len(found) >= 3
+    assert {family.pipeline for family in found.values()}.isdisjoint(each.pipeline for each in families().values())
+    told = {name: (each.makes, each.guided_above, each.batches_branches) for name, each in found.items()}
+    assert told["StableDiffusion3Pipeline"] == ("image", 1.0, True)
+    assert told["LTXPipeline"] == ("video", 1.0, True)
+    assert told["HunyuanVideoPipeline"] == ("video", None, False)  # its scale is an input of the transformer
+    assert classic_family("ChromaPipeline").batches_branches is False
+
+
+REFUSED = {
+    "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
+    "StableDiffusion3Img2ImgPipeline": "its call takes image, and requests bring no pictures",
+    "LTX2Pipeline": "it makes sound",
+    "PixArtSigmaPipeline": "its call has no callback_on_step_end",
+    "NoSuchPipeline": "diffusers has no such pipeline",
+    "ChromaPipeline": "nobody has proved this pipeline with it",
+}
+
+
+@pytest.mark.parametrize("pipeline", REFUSED)
+def test_what_is_not_served_says_why(tmp_path: Path, pipeline: str) -> None:
+    folder = folder_of(tmp_path / "model", pipeline, SD3)
+    with pytest.raises(
+        ValueError, match=f"is for {pipeline}, which spray cannot run step by step: .*{REFUSED[pipeline]}"
+    ):
+        find_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "said"),
+    [
+        (["diffusers", "DiTTransformer2DModel"], "nothing says how its DiTTransformer2DModel is divided among ranks"),
+        (["diffusers", "LTX2VideoTransformer3DModel"], "its cross-attention across ranks"),
+        ([None, None], "it has no transformer"),
+    ],
+)
+def test_a_transformer_needs_a_plan(tmp_path: Path, transformer: object, said: str) -> None:
+    folder = folder_of(tmp_path / "model", "StableDiffusion3Pipeline", transformer)
+    with pytest.raises(ValueError, match=said):
+        find_family(folder)
+
+
+def test_a_transformer_from_elsewhere_is_its_authors_to_prove(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", "StableDiffusion3Pipeline", ["a_library", "ATransformer"])
+    assert family_name(folder) == CLASSIC
+    scheduler = json.loads((folder / "model_index.json").read_text())["scheduler"]
+    edit(folder / "model_index.json", {"scheduler": [scheduler[0], "DDIMScheduler"]})
+    with pytest.raises(
+        ValueError, match="has the scheduler DDIMScheduler, with which spray cannot run StableDiffusion3"
+    ):
+        find_family(folder)
