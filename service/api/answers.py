@@ -192,6 +192,7 @@ class JobRequest(Answer):
     guidance_scale: float
     guidance_scale_2: float | None = Field(description="of a video model's second transformer")
     flow_shift: float | None
+    extra_params: dict[str, Any] = Field(description="of the model's pipeline alone")
     seeds: list[int] = Field(description="of each picture, or of the video")
     loras: list[JobLoRA]
     num_frames: int | None = Field(description="of a video")

@@ -152,7 +152,7 @@ def _params(job: Job) -> pb.GenerationParams:
     """What was asked for, with all that was settled when the job was accepted. Sent again, it is the same request."""
     asked, video = request_of(job), job.kind == "video"
     lossy = asked.output_format in ("jpeg", "webp")
-    return pb.GenerationParams(
+    params = pb.GenerationParams(
         model=job.model,
         task=pb.TASK_TEXT_TO_VIDEO if video else pb.TASK_TEXT_TO_IMAGE,
         prompt=asked.prompt,
@@ -173,6 +173,9 @@ def _params(job: Job) -> pb.GenerationParams:
         output_format=asked.output_format,
         output_quality=asked.output_compression if lossy else None,
     )
+    if asked.extra_params:  # of a job that came over REST
+        params.extra.update(dict(asked.extra_params))
+    return params
 
 
 def _metrics_of(job: Job) -> pb.Metrics:

@@ -127,6 +127,13 @@ def test_one_job_is_known_to_both_apis(jobs_backend: Backend) -> None:
             replayed = await client.post("/v1/videos", json=body, headers={"idempotency-key": "k"})
             assert replayed.json()["id"] == first.id
             content = await client.get(f"/v1/videos/{first.id}/content")
+            extra = {"model": "film", "prompt": "a", "extra_params": {"eta": 0.5}}
+            job_id = (await client.post("/v1/videos", json=extra)).json()["id"]
+            assert (await client.get(f"/v1/jobs/{job_id}")).json()["request"]["extra_params"] == {"eta": 0.5}
+        told = (await stub.GetJob(pb.GetJobRequest(id=job_id))).job
+        assert dict(told.params.extra) == {"eta": 0.5}
+        await watched(stub, job_id)
+        assert jobs_backend.requests[-1].extra_params == {"eta": 0.5}
         (part,) = (await downloaded(stub, first.id)).messages[1:]
         assert part.chunk.data == content.content
 
