@@ -52,6 +52,11 @@ class TileParallelVAE:
                 return self._vae.decode(latents, *args, **kwargs)
             return self._decode(self._mesh, latents, *args, **kwargs)
 
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """The VAE's own `encode` with tiling enabled, on this rank alone."""
+        with _tiling(self._vae):
+            return self._vae.encode(*args, **kwargs)
+
     def _decode(self, mesh: ParallelMesh, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         axis = mesh.axis("gang")
         failure: Exception | None = None

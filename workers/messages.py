@@ -7,8 +7,9 @@ rank -> gang               Drawn, when the ranks are free for the next request
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
 
+import hashlib
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sp_core.degrees import ParallelDegrees
@@ -16,6 +17,7 @@ from sp_core.degrees import ParallelDegrees
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
 PreviewDecoder = Literal["linear", "vae"]
+MediaRole = Literal["image", "mask"]
 Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode", "encode_media"]
 
 
@@ -57,6 +59,25 @@ class PreviewOptions:
 
 
 @dataclass(frozen=True)
+class MediaInput:
+    """A picture that a request starts from.
+
+    Attributes:
+        role: `image`, what to change; `mask`, where to: white is drawn anew, black stays.
+        data: a PNG without transparency, of colors for an image and of gray for a mask; empty on ranks that do not
+            need it.
+    """
+
+    role: MediaRole
+    data: bytes = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the picture, in hexadecimal: what records and fingerprints have in place of its bytes."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One accepted request. Everything random is settled, so that running it twice gives the same picture.
 
@@ -85,6 +106,9 @@ class GenerationRequest:
         flow_shift: of the noise schedule; None: the model's own.
         previews: which to report; None: none.
         extra_params: of the model's pipeline alone, by name; plain JSON values.
+        inputs: pictures to start from, at most one of each role; a mask only with an image.
+        strength: of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps that are done.
+            None: the family's.
     """
 
     request_id: str
@@ -111,6 +135,16 @@ class GenerationRequest:
     flow_shift: float | None = None
     previews: PreviewOptions | None = None
     extra_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    inputs: tuple[MediaInput, ...] = ()
+    strength: float | None = None
+
+    def input(self, role: MediaRole) -> MediaInput | None:
+        """The picture of a role; None: the request has none."""
+        return next((each for each in self.inputs if each.role == role), None)
+
+    def without_data(self) -> "GenerationRequest":
+        """The same for ranks that do not read its pictures."""
+        return replace(self, inputs=tuple(replace(each, data=b"") for each in self.inputs)) if self.inputs else self
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class PipelineFamily:
     Attributes:
         pipeline: the class name in `model_index.json`.
         makes: what it generates.
+        with_pictures: the tasks that begin with a picture, each with the class whose answer it is.
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
         guided_by_negative_prompt: guidance needs a negative prompt as well.
@@ -89,6 +90,7 @@ class PipelineFamily:
 
     pipeline: str
     makes: Literal["image", "video"]
+    with_pictures: Mapping[Task, str] = field(default_factory=dict)
     guided_above: float | None = 1.0
     guided_by_negative_prompt: bool = False
     batches_branches: bool = False
@@ -104,9 +106,9 @@ class PipelineFamily:
     chats: bool = False
 
     @property
-    def task(self) -> Task:
+    def tasks(self) -> tuple[Task, ...]:
         """What a request may ask of it."""
-        return "text-to-image" if self.makes == "image" else "text-to-video"
+        return ("text-to-image" if self.makes == "image" else "text-to-video", *self.with_pictures)
 
     def needed_components(self, index: Config) -> tuple[str, ...]:
         """The components that a model must have.

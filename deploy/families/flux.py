@@ -9,6 +9,7 @@ SHIFTED = {"use_flow_sigmas": True, "use_dynamic_shifting": True}
 FAMILY = PipelineFamily(
     pipeline="FluxPipeline",
     makes="image",
+    with_pictures={"image-to-image": "FluxImg2ImgPipeline"},
     guided_above=None,
     forward_bytes={
         "FluxTransformer2DModel": ForwardBytes(

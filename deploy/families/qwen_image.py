@@ -6,6 +6,7 @@ from deploy.families.schedulers import FLOW_MATCH
 FAMILY = PipelineFamily(
     pipeline="QwenImagePipeline",
     makes="image",
+    with_pictures={"image-to-image": "QwenImageImg2ImgPipeline", "inpaint": "QwenImageInpaintPipeline"},
     guided_by_negative_prompt=True,
     forward_bytes={
         "QwenImageTransformer2DModel": ForwardBytes(

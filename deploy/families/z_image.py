@@ -10,6 +10,7 @@ def _ffn_dim(config: Config) -> int | None:
 FAMILY = PipelineFamily(
     pipeline="ZImagePipeline",
     makes="image",
+    with_pictures={"image-to-image": "ZImageImg2ImgPipeline"},
     guided_above=0.0,
     chats=True,
     forward_bytes={

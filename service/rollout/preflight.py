@@ -32,7 +32,7 @@ def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
     def derived(model: ModelSpec) -> ModelSpec:
         folder = model_folder(spec, model)
         try:
-            tasks = model.tasks or ((find_family(folder).task,) if folder else None)
+            tasks = model.tasks or (find_family(folder).tasks if folder else None)
         except ValueError:
             return model
         return model.model_copy(update={"tasks": tasks})
@@ -179,7 +179,7 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[ModelSpec, st
     except Exception as error:  # of a library: a reason too, and its traceback in the node's log
         logger.exception("%s: cannot be checked", model.name)
         return model, f"{model.name}: {model.source} cannot be checked: {type(error).__name__}: {error}"
-    return settled.model_copy(update={"tasks": model.tasks or (find_family(folder).task,)}), ""
+    return settled.model_copy(update={"tasks": model.tasks or find_family(folder).tasks}), ""
 
 
 @ray.remote(num_cpus=0)

@@ -129,7 +129,7 @@ def test_a_long_prompt_is_cut_as_by_the_classic_pipeline_and_reported(
 def test_all_defaults_are_those_of_the_classic_pipeline(demo_models: dict[str, Path], family: str) -> None:
     adapter = find_adapter(demo_models[family])
     blocks = ModularPipeline.from_pretrained(str(demo_models[family]), local_files_only=True).blocks
-    defaults = adapter.defaults(blocks.get_execution_blocks(prompt="a", negative_prompt="b").inputs)
+    defaults = adapter.defaults(PICTURES, blocks.get_execution_blocks(prompt="a", negative_prompt="b").inputs)
     classic = inspect.signature(getattr(diffusers, adapter.family.pipeline).__call__).parameters
     shared = defaults.keys() & classic.keys()
     assert {"max_sequence_length", "num_inference_steps", "height", "width", "sigmas"} & classic.keys() <= shared

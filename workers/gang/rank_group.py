@@ -246,7 +246,8 @@ class _Run:
         self.running = len(ranks)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
         self._relays = [
-            asyncio.create_task(_relay(rank, request, self.reports, answers), context=context) for rank in ranks
+            asyncio.create_task(_relay(rank, each, self.reports, answers), context=context)
+            for rank, each in zip(ranks, [request, *[request.without_data()] * (len(ranks) - 1)], strict=True)
         ]
 
 

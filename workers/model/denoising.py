@@ -71,11 +71,12 @@ class Denoising:
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
         self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request, self._generators)
-        self._encodes = encodes_here(model, mesh)
+        alone = model.text_encoder == "rank0" or bool(request.inputs)  # not all ranks have the VAE that reads pictures
+        self._encodes = encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
         self._tokens_read: list[int] = []
         self._watch_tokenizers()
-        self._shares_encoded = model.text_encoder == "rank0" and mesh.degrees.world_size > 1
+        self._shares_encoded = alone and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
         together = model.vae == "all" and mesh.degrees.world_size > 1
@@ -98,9 +99,9 @@ class Denoising:
         """Begin with the blocks and their state."""
         pipeline, given = self._pipeline, self._inputs()
         blocks = pipeline.blocks.get_execution_blocks(**given)
-        self._workflow = Workflow.split(tuple(blocks.sub_blocks.values()))
+        self._workflow = Workflow.split(tuple(self._adapter.blocks(blocks.sub_blocks, self.request)))
         self._state = PipelineState()  # what the blocks read and write
-        for name, value in (self._adapter.defaults(blocks.inputs) | given).items():
+        for name, value in (self._adapter.defaults(self.request, blocks.inputs) | given).items():
             self._state.set(name, value)
         self._encoded: dict[str, Any] = {}  # what `encode` added to the state
         self._loop_state = BlockState()  # what the loop's body reads and writes, latents included; from `prepare` on
@@ -168,7 +169,10 @@ class Denoising:
         """Draw the initial latents, set the timesteps."""
         self._set_guiders(self._adapter.guiders(self.request))
         self._run(self._workflow.prepare)
-        self._pipeline.scheduler.set_begin_index(0)  # as classic pipelines; else it looks for the step by its timestep
+        if not self.request.inputs:  # else its steps begin where the picture is left
+            self._pipeline.scheduler.set_begin_index(
+                0
+            )  # as classic pipelines; else it looks for the step by its timestep
         _drop_full_masks(self._state)
         loop_state = self._workflow.loop.get_block_state(self._state)
         loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
@@ -308,6 +312,8 @@ class Denoising:
             "generator": self._generators,
             "output_type": "pil",
             **self._adapter.inputs(request),
+            **self._adapter.pictures(request, self._encodes),
+            **({} if request.strength is None else {"strength": request.strength}),
         }
 
     def _seeds(self) -> list[int]:

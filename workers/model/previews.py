@@ -70,9 +70,11 @@ def clean(sample: torch.Tensor, prediction: torch.Tensor, scheduler: Any, step: 
         sample: latents before the step, of any shape.
         prediction: of the model, both branches combined.
         scheduler: has a sigma per step. A second-order scheduler's second forward is a step of its own, at its sigma.
-        step: 1 for the first.
+        step: 1 for the first that is done: a request that begins with a picture leaves out the steps before.
     """
-    sigma: torch.Tensor = scheduler.sigmas[step - 1]  # maybe on a GPU: its number is not read
+    sigma: torch.Tensor = scheduler.sigmas[
+        (scheduler.begin_index or 0) + step - 1
+    ]  # maybe on a GPU: its number is not read
     return sample.to(torch.float32) - sigma.to(torch.float32) * prediction.to(torch.float32)
 
 

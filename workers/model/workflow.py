@@ -6,6 +6,7 @@ from typing import Any, Self
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks
 
 from workers.model.loader import is_encoder
+from workers.model.picture_inputs import EncodePictures, SamplePictures
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Workflow:
     """The blocks that one request runs through, in order.
 
     Attributes:
-        encode: up to the last encoder; on the ranks that have encoders.
+        encode: up to the last encoder, that of pictures included; on the ranks that encode.
         prepare: from there to the loop: initial latents, timesteps.
         loop: its body is one step.
         decode: after the loop.
@@ -33,4 +34,6 @@ class Workflow:
 
 
 def _encodes(block: Any) -> bool:
+    if isinstance(block, EncodePictures | SamplePictures):
+        return isinstance(block, EncodePictures)
     return any(is_encoder(component.name) for component in block.expected_components)

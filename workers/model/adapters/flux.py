@@ -26,6 +26,10 @@ class FluxAdapter(PipelineAdapter):
         """The scale."""
         return {"guidance_scale": request.guidance_scale}
 
+    def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        """See `PipelineAdapter.pack`."""
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)

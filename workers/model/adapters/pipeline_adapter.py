@@ -16,8 +16,10 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import InputParam
 
 from deploy.families.family import PipelineFamily
+from deploy.spec import Task
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+from workers.model.picture_inputs import EncodePictures, SamplePictures, read, with_pictures
 
 EXTRA_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 LARGEST_EXTRA = 10_000
@@ -37,6 +39,7 @@ class PipelineAdapter:
         unread_tokens: of those that the tokenizer is told to keep, how many the pipeline drops.
         extra_kinds: the parameters of this pipeline alone that a request may set, each with its type in Python.
         has_previews: its latents are cells of a picture, or packed as Qwen-Image's are.
+        vae_of_videos: its VAE takes pictures as videos of one frame.
         rounds_timestep: the modular pipeline rounds the timestep to the weights' dtype, the classic one does not.
     """
 
@@ -45,6 +48,7 @@ class PipelineAdapter:
     unread_tokens = 0
     extra_kinds: Mapping[str, str] = MappingProxyType({})
     has_previews = True
+    vae_of_videos = False
     rounds_timestep = False
 
     def __init__(self, family: PipelineFamily) -> None:
@@ -66,12 +70,39 @@ class PipelineAdapter:
         """Inputs of the pipeline that not all pipelines have."""
         return {"negative_prompt": request.negative_prompt}
 
-    def defaults(self, inputs: Iterable[InputParam]) -> dict[str, Any]:
+    def pictures(self, request: GenerationRequest, here: bool) -> dict[str, Any]:
+        """Inputs of the pipeline that are pictures, by their names there.
+
+        Args:
+            request: has them.
+            here: this rank reads them; on the others they only decide which blocks run.
+        """
+        names = {"image": "image", "mask": "mask_image"}
+        return {names[each.role]: read(each) if here else True for each in request.inputs}
+
+    def blocks(self, blocks: dict[str, Any], request: GenerationRequest) -> list[Any]:
+        """The blocks that run, of those that the modular pipeline would run.
+
+        Args:
+            blocks: by name, in order.
+            request: what they are run for.
+        """
+        if not request.inputs:
+            return list(blocks.values())
+        dtype = torch.float32 if self.rounds_timestep else None
+        return with_pictures(blocks, EncodePictures(self.vae_of_videos), SamplePictures(self.pack, dtype))
+
+    def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, h, w)`, or `(B, C, 1, h, w)` of a VAE of videos, as the transformer takes them."""
+        return latents
+
+    def defaults(self, request: GenerationRequest, inputs: Iterable[InputParam]) -> dict[str, Any]:
         """Values of the pipeline's inputs, where nothing is given: those of the classic pipeline, where it has them.
 
         The modular one has others: Qwen-Image's reads 1024 tokens of a prompt, not 512.
         """
-        classic = inspect.signature(getattr(diffusers, self.family.pipeline).__call__).parameters
+        name = self.family.with_pictures.get(task_of(request, self.family), self.family.pipeline)
+        classic = inspect.signature(getattr(diffusers, name).__call__).parameters
         return {p.name: classic[p.name].default if p.name in classic else p.default for p in inputs if p.name}
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
@@ -85,6 +116,7 @@ class PipelineAdapter:
             if value % multiple:
                 raise InvalidParameter("size", f"{param} must be a multiple of {multiple}, got {value}", "invalid_size")
         self.check_frames(pipeline, request)
+        self.check_pictures(pipeline, request)
         if request.true_cfg and self.family.guided_above is None:
             raise InvalidParameter(
                 "true_cfg_scale",
@@ -104,6 +136,20 @@ class PipelineAdapter:
         """See `check`."""
         if request.num_frames != 1:
             raise InvalidParameter("num_frames", f"this model makes pictures, got num_frames={request.num_frames}")
+
+    def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `check`."""
+        if not request.inputs:
+            return
+        task = task_of(request, self.family)
+        if task not in self.family.tasks:
+            able = ", ".join(self.family.tasks)
+            raise InvalidParameter(request.inputs[-1].role, f"{request.model!r} is not for {task}; it is for {able}")
+        if not hasattr(pipeline.scheduler, "scale_noise"):
+            kind = type(pipeline.scheduler).__name__
+            raise InvalidParameter(
+                "image", f"{request.model!r} begins with noise alone: its {kind} adds none to a picture"
+            )
 
     def guider(self, request: GenerationRequest, scale: float, **options: Any) -> ClassifierFreeGuidance:
         """Classifier-free guidance, off where the classic pipeline evaluates one branch only."""
@@ -128,6 +174,13 @@ def _check_extra(name: str, value: Any, kinds: Mapping[str, str], model: str) ->
         )
     if isinstance(value, str) and len(value) > LONGEST_EXTRA:
         raise InvalidParameter(f"extra_params.{name}", f"{name} has {len(value)} characters; at most {LONGEST_EXTRA}")
+
+
+def task_of(request: GenerationRequest, family: PipelineFamily) -> Task:
+    """What a request asks of a family, by the pictures that it begins with."""
+    if request.input("mask"):
+        return "inpaint"
+    return "image-to-image" if request.inputs else family.tasks[0]
 
 
 def keep_timestep_exact(transformer: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -22,6 +22,12 @@ class QwenImageAdapter(PipelineAdapter):
     """Its tokenizer keeps 1024 tokens of a prompt, of which the pipeline passes on 512."""
 
     unread_tokens = 512
+    vae_of_videos = True
+
+    def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        """See `PipelineAdapter.pack`."""
+        tokens: torch.Tensor = pipeline.pachifier.pack_latents(latents)
+        return tokens
 
 
 ADAPTER = QwenImageAdapter
