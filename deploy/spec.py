@@ -352,7 +352,9 @@ class GatewaySpec(_Section):
 class GatewayLimits(_Section):
     """Limits of any request to the gateway."""
 
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes of a request's body")
+    max_body_bytes: int = Field(
+        32 << 20, ge=1024, description="bytes of a request's body; one without pictures has 1 MiB at most"
+    )
 
 
 class Metrics(_Section):

@@ -16,7 +16,7 @@ import sp_core.sp_plan
 import sp_core.sp_sharding
 from deploy.spec import DeploymentSpec
 from service.api import errors as status
-from service.api.bodies import ImageGenerationBody, VideoGenerationBody
+from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerationBody
 from service.api.rest import rest_app
 from service.cli import main as cli
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -103,6 +103,7 @@ ROUTES = frozenset(
         "GET /v1/outputs/{name}",
         "HEAD /v1/outputs/{name}",
         "GET /v1/models/{name:path}",
+        "POST /v1/images/edits",
         "POST /v1/images/generations",
         "POST /v1/videos/sync",
         "GET /v1/videos",
@@ -153,6 +154,7 @@ FIELDS = frozenset(
 IMAGE_FIELDS = FIELDS | {
     "seeds", "output_format", "output_compression", "background", "style", "moderation", "priority", "deadline_s"
 }  # fmt: skip
+EDIT_FIELDS = IMAGE_FIELDS | {"image", "images", "mask", "mask_image", "strength", "input_fidelity"}
 VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps"}
 
 METRICS = {
@@ -278,6 +280,7 @@ def test_rest_routes_and_fields() -> None:
     found = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert found == ROUTES
     assert set(ImageGenerationBody.model_fields) == IMAGE_FIELDS
+    assert set(ImageEditBody.model_fields) == EDIT_FIELDS
     assert set(VideoGenerationBody.model_fields) == VIDEO_FIELDS
     assert set(STATES) == MODEL_STATES
 

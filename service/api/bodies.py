@@ -8,10 +8,11 @@ of other servers, are accepted and named in the answer's `x-ignored-params`.
 import difflib
 import re
 import unicodedata
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from service.api.pictures import from_data_url
 from workers.errors import InvalidParameter
 from workers.messages import ImageFormat, PreviewDecoder
 
@@ -27,7 +28,7 @@ INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
 PICTURE_INPUTS = frozenset(
     {"image", "images", "image_url", "mask", "mask_image", "markup", "input_reference", "video", "video_reference"}
 )
-"""Fields of other servers that hold pictures or videos to start from, which no model here takes yet."""
+"""Fields that hold pictures or videos to start from, in this API or in others; see `ImageEditBody`."""
 
 
 def _visible(text: str) -> str:
@@ -150,7 +151,13 @@ class Ignored(Body):
 
 
 class GenerationBody(Ignored):
-    """The fields that pictures and videos share. Absent ones get the model's defaults."""
+    """The fields that pictures and videos share. Absent ones get the model's defaults.
+
+    Attributes:
+        PICTURES: fields that may be files of a form.
+    """
+
+    PICTURES: ClassVar[frozenset[str]] = frozenset()
 
     prompt: Prompt = Field(description="what to draw; must have a visible character")
     model: str | None = Field(None, description="a name or an alias; may be absent if there is one model")
@@ -185,7 +192,7 @@ class GenerationBody(Ignored):
     @property
     def ignored(self) -> list[str]:
         """Fields in this body that have no effect."""
-        return sorted((Ignored.model_fields.keys() | {"style", "moderation"}) & self.model_fields_set)
+        return sorted((Ignored.model_fields.keys() | {"style", "moderation", "input_fidelity"}) & self.model_fields_set)
 
 
 class ImageGenerationBody(GenerationBody):
@@ -201,6 +208,44 @@ class ImageGenerationBody(GenerationBody):
     )
     style: str | None = WITHOUT_EFFECT
     moderation: str | None = WITHOUT_EFFECT
+
+
+def _picture(given: object) -> object:
+    """The bytes of a picture, which is a file of a form, a data: URL, or an object that has one."""
+    if isinstance(given, dict) and given.keys() == {"image_url"}:
+        given = given["image_url"]
+    return from_data_url(given) if isinstance(given, str) else given
+
+
+def _pictures(given: object) -> object:
+    return given if isinstance(given, list) else [given]
+
+
+DataURL = Annotated[str, Field(pattern="^[dD][aA][tT][aA]:", description="a data: URL in base64")]
+Picture = Annotated[
+    bytes, BeforeValidator(_picture, DataURL | Annotated[dict[Literal["image_url"], DataURL], Field(min_length=1)])
+]
+Pictures = Annotated[
+    list[Picture], Field(min_length=1, max_length=1), BeforeValidator(_pictures, Picture | list[Picture])
+]
+
+
+class ImageEditBody(ImageGenerationBody):
+    """Body of `POST /v1/images/edits`. Pictures are files of a form, or data: URLs."""
+
+    PICTURES: ClassVar = frozenset({"image", "images", "mask", "mask_image"})
+
+    size: str = Field("auto", description="WIDTHxHEIGHT within the model's limits, or auto: of the image's shape")
+    image: Pictures | None = Field(None, description="what to change: a PNG, JPEG or WebP; the first frame counts")
+    images: Pictures | None = Field(None, description="another name of `image`")
+    mask: Picture | None = Field(
+        None, description="where to draw anew: where it is white, or where it is transparent; of the image's size"
+    )
+    mask_image: Picture | None = Field(None, description="another name of `mask`")
+    strength: float | None = Field(
+        None, ge=0.01, le=1, description="share of the steps that are done; 1 keeps nothing of the image; absent: 0.6"
+    )
+    input_fidelity: str | None = WITHOUT_EFFECT
 
 
 class VideoGenerationBody(GenerationBody):
@@ -243,6 +288,8 @@ class VideoJobBody(VideoGenerationBody):
     )
 
 
+WHERE_PICTURES_GO = "pictures to begin with are taken as `image` and `mask` at /v1/images/edits"
+
 Kind = TypeVar("Kind", bound=Body)
 
 
@@ -270,9 +317,7 @@ def _invalid(mistake: Any, kind: type[Body]) -> InvalidParameter:
     param = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         if param in PICTURE_INPUTS:
-            return InvalidParameter(
-                param, f"{param!r} is not supported: no model takes pictures yet", "unknown_parameter"
-            )
+            return InvalidParameter(param, f"{param!r} is not supported here; {WHERE_PICTURES_GO}", "unknown_parameter")
         close = difflib.get_close_matches(param, kind.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return InvalidParameter(param, f"unknown parameter {param!r}{hint}", "unknown_parameter")

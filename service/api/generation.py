@@ -20,8 +20,9 @@ from service.api.bodies import GenerationBody, ResponseFormat
 from service.api.once import KEY_HEADER, begin
 from service.api.origin import deadline, request_id
 from service.api.outputs import KINDS
+from service.api.pictures import read_pictures
 from service.api.responses import generation_response, ignored_header, metrics, warnings_header
-from service.api.schemas import find_model, to_request
+from service.api.schemas import find_model, pictures_of, to_request
 from service.api.streaming import EventStream
 from service.state.outputs import OutputStore
 from workers.errors import InvalidParameter
@@ -55,6 +56,18 @@ class Delivery:
         return {"b64_json": base64.b64encode(output).decode()}
 
 
+async def settled(http: Request, backend: Backend, body: GenerationBody) -> GenerationRequest:
+    """The request of a body, with its pictures decoded.
+
+    Raises:
+        InvalidParameter: it is wrong.
+        QueueFull: too many pictures are being decoded.
+    """
+    model = find_model(backend.models(), body.model)
+    files = pictures_of(body, model)
+    return to_request(body, model, request_id(http), await read_pictures(*files) if files else ())
+
+
 async def respond(http: Request, backend: Backend, body: GenerationBody, default: ResponseFormat) -> Response:
     """Run what a body asks for, and answer in the form that it asks for.
 
@@ -70,8 +83,7 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
     form = body.response_format or ("b64_json" if body.stream else default)
     if body.stream and form == "file":
         raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
-    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
-    request = replace(request, deadline_at=deadline(http))
+    request = replace(await settled(http, backend, body), deadline_at=deadline(http))
     headers = ignored_header(body.ignored)
     deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
     if form == "url":

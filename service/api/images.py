@@ -1,4 +1,7 @@
-"""Pictures: `POST /v1/images/generations`. With the header `prefer: respond-async` they are a job."""
+"""Pictures: `POST /v1/images/generations`, and `POST /v1/images/edits`, which begins with a picture.
+
+With the header `prefer: respond-async` they are a job.
+"""
 
 from typing import Annotated, Any
 
@@ -8,35 +11,34 @@ from fastapi.responses import JSONResponse, Response
 from service.api import job_calls
 from service.api.answers import GenerationResponse, JobObject
 from service.api.backend import Backend, Served
-from service.api.bodies import ImageGenerationBody
-from service.api.generation import respond
+from service.api.bodies import ImageEditBody, ImageGenerationBody
+from service.api.generation import respond, settled
 from service.api.once import KEY_HEADER, REPLAYED_HEADER
 from service.api.openapi import BYTES, ERRORS, event_stream, takes
-from service.api.origin import request_id
 from service.api.reading import reader
 from service.api.responses import ignored_header, job_object
-from service.api.schemas import find_model, to_request
 from workers.errors import InvalidParameter
 
 router = APIRouter(prefix="/images")
 
 PREFER, RESPOND_ASYNC = "prefer", "respond-async"
 
-SUCCESS: dict[int | str, dict[str, Any]] = {
-    200: {
+
+def _success(events: str) -> dict[int | str, dict[str, Any]]:
+    described = {
         "description": "the pictures: in JSON, as events with `stream`, as files with `response_format: file`",
-        "content": event_stream("events image_generation.progress, .partial_image and .completed, then [DONE]")
+        "content": event_stream(f"events {events}.progress, .partial_image and .completed, then [DONE]")
         | {f"image/{kind}": {"schema": BYTES} for kind in ("png", "jpeg", "webp")}
         | {"application/zip": {"schema": BYTES}},
-    },
-    202: {"description": "the job that makes them, with `prefer: respond-async`", "model": JobObject},
-}
+    }
+    job = {"description": "the job that makes them, with `prefer: respond-async`", "model": JobObject}
+    return {200: described, 202: job}
 
 
 @router.post(
     "/generations",
     response_model=GenerationResponse,
-    responses=ERRORS | SUCCESS,
+    responses=ERRORS | _success("image_generation"),
     openapi_extra=takes(ImageGenerationBody, or_job=True),
 )
 async def generate_images(
@@ -45,6 +47,25 @@ async def generate_images(
     body: Annotated[ImageGenerationBody, Depends(reader(ImageGenerationBody))],
 ) -> Response:
     """Draw pictures: at once, or as a job."""
+    return await _answer(http, backend, body)
+
+
+@router.post(
+    "/edits",
+    response_model=GenerationResponse,
+    responses=ERRORS | _success("image_edit"),
+    openapi_extra=takes(ImageEditBody, or_job=True),
+)
+async def edit_images(
+    http: Request,
+    backend: Served,
+    body: Annotated[ImageEditBody, Depends(reader(ImageEditBody))],
+) -> Response:
+    """Draw pictures that begin with one, or draw a part of one anew: at once, or as a job."""
+    return await _answer(http, backend, body)
+
+
+async def _answer(http: Request, backend: Backend, body: ImageGenerationBody) -> Response:
     if _prefers_job(http):
         return await _accept(http, backend, body)
     for name in ("priority", "deadline_s"):
@@ -66,7 +87,7 @@ async def _accept(http: Request, backend: Backend, body: ImageGenerationBody) ->
         if refused:
             said = f"{name} is for an answer with the pictures; a job has events and files at /v1/jobs; leave it out"
             raise InvalidParameter(name, said)
-    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
+    request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
     job, fresh = await job_calls.submit(backend, request, body.priority, body.deadline_s, key)
     headers = {"location": f"/v1/jobs/{job.id}", "preference-applied": RESPOND_ASYNC, **ignored_header(body.ignored)}

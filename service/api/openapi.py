@@ -13,13 +13,20 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 
 from service.api.answers import ErrorResponse
-from service.api.bodies import Body, ImageGenerationBody, RemixBody, VideoGenerationBody, VideoJobBody
+from service.api.bodies import (
+    Body,
+    ImageEditBody,
+    ImageGenerationBody,
+    RemixBody,
+    VideoGenerationBody,
+    VideoJobBody,
+)
 from service.api.errors import GATEWAY_LOST, STATUS, UNEXPECTED
 from service.api.once import KEY_HEADER, LONGEST
 from service.api.origin import MOST_SECONDS, TIMEOUT_HEADER
 from service.api.page import page
 
-BODIES = (ImageGenerationBody, VideoGenerationBody, VideoJobBody, RemixBody)
+BODIES = (ImageGenerationBody, ImageEditBody, VideoGenerationBody, VideoJobBody, RemixBody)
 REF = "#/components/schemas/{model}"
 
 BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}
@@ -30,6 +37,7 @@ NOT_FOR_READING = frozenset({400, 408, 413, 415, 422, 429, 499})
 
 MORE_CODES = {
     400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body"
+    " invalid_picture picture_too_large"
     " invalid_http".split(),
     404: ["unknown_path"],
     503: [GATEWAY_LOST, "overloaded"],

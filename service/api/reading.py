@@ -14,11 +14,14 @@ from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.api.backend import Served
-from service.api.bodies import PICTURE_INPUTS, Kind, parse_body
+from service.api.bodies import PICTURE_INPUTS, WHERE_PICTURES_GO, Kind, parse_body
 from workers.errors import BodyTimeout, BodyTooLarge, InvalidParameter
 
 MAX_KEYS = 100
 """Of an object in a body, and fields of a form."""
+
+MAX_TEXT_BYTES = 1 << 20
+"""Of a body without pictures: the longest prompts take a quarter of it."""
 
 MAX_FILES = 16
 """Of a form. Their bytes count as all others of a body."""
@@ -41,11 +44,12 @@ def reader(kind: type[Kind]) -> Callable[..., Awaitable[Kind]]:
     """The dependency by which a route gets its body: read within limits, and validated."""
 
     async def read(http: Request, backend: Served) -> Kind:
-        chunks = _limited(http.stream(), backend.max_body_bytes)
+        allowed = backend.max_body_bytes if kind.PICTURES else min(backend.max_body_bytes, MAX_TEXT_BYTES)
+        chunks = _limited(http.stream(), allowed)
         is_form = http.headers.get("content-type", "").lower().startswith("multipart/form-data")
         try:
             async with asyncio.timeout(BODY_S):
-                raw = await read_form(http.headers, chunks) if is_form else await read_json(chunks)
+                raw = await read_form(http.headers, chunks, kind.PICTURES) if is_form else await read_json(chunks)
         except TimeoutError:
             raise BodyTimeout(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
         return parse_body(_with_extra_body(raw), kind, from_text=is_form)
@@ -127,11 +131,18 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
-async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str, Any]:
+async def read_form(
+    headers: Headers, chunks: AsyncGenerator[bytes], files: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """The fields of a `multipart/form-data` body.
 
+    Args:
+        headers: of the request.
+        chunks: its body.
+        files: fields that may be files, whose bytes they become.
+
     Raises:
-        InvalidParameter: it is malformed, has too many fields, a field twice, or a file.
+        InvalidParameter: it is malformed, has too many fields, a field twice, or a file in another field.
     """
     charset = CHARSET.search(headers["content-type"])
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
@@ -148,17 +159,18 @@ async def read_form(headers: Headers, chunks: AsyncGenerator[bytes]) -> dict[str
         if not parser.ended:
             raise InvalidParameter(None, "the form ends before its last boundary", "invalid_body")
         for name, value in form.multi_items():
-            if not isinstance(value, str):
-                said = "no model takes pictures yet" if name.partition("[")[0] in PICTURE_INPUTS else "it is no file"
-                raise InvalidParameter(name, f"{name!r} is sent as a file, which is not supported: {said}")
+            known = name.partition("[")[0]
+            if not isinstance(value, str) and known not in files:
+                said = WHERE_PICTURES_GO if known in PICTURE_INPUTS else "it is no file"
+                raise InvalidParameter(name, f"{name!r} is sent as a file, which is not supported here: {said}")
             matched = NAME.fullmatch(name)
             if matched is None:
                 raise InvalidParameter(name, f"{name!r} is no name of a field", "unknown_parameter")
-            if name in LISTS and name in fields:
+            if name in LISTS and name in fields and isinstance(value, str):
                 fields[name] = [*_listed(fields[name]), *_listed(_value(name, value))]
                 continue
             path = [matched[1], *re.findall(r"\[([^\[\]]*)\]", matched[2])]
-            _put(fields, path, _value(name, value), name)
+            _put(fields, path, _value(name, value) if isinstance(value, str) else await value.read(), name)
     finally:
         await form.close()
     return fields | {name: _listed(fields[name]) for name in LISTS & fields.keys()}

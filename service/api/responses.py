@@ -99,7 +99,9 @@ def completed_events(request: GenerationRequest, response: Mapping[str, Any]) ->
 
 
 def _subject(request: GenerationRequest) -> str:
-    return "video_generation" if is_video(request) else "image_generation"
+    if is_video(request):
+        return "video_generation"
+    return "image_edit" if request.inputs else "image_generation"
 
 
 STATUS_OF: Mapping[State, str] = {"queued": "queued", "running": "in_progress", "succeeded": "completed"}

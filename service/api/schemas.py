@@ -4,13 +4,22 @@
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from deploy.spec import Limits, ModelSpec, Task
-from service.api.bodies import MAX_SEED, GenerationBody, ImageGenerationBody, LoRAChoice, VideoGenerationBody
+from service.api.bodies import (
+    MAX_SEED,
+    GenerationBody,
+    ImageEditBody,
+    ImageGenerationBody,
+    LoRAChoice,
+    VideoGenerationBody,
+)
+from service.api.pictures import size_of
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest, PreviewOptions
+from workers.messages import GenerationRequest, MediaInput, PreviewOptions
 
 
 def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
@@ -31,16 +40,39 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
     return found
 
 
-def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> GenerationRequest:
+def pictures_of(body: GenerationBody, model: ModelSpec) -> tuple[bytes, bytes | None] | None:
+    """The files of the image and the mask that a body begins with; None: it begins with noise.
+
+    Raises:
+        InvalidParameter: there is a mask alone, or the model is for another task.
+    """
+    if not isinstance(body, ImageEditBody):
+        return None
+    image, mask = _either(body, "image", "images"), _either(body, "mask", "mask_image")
+    if image is None:
+        raise InvalidParameter("image", "'image' is required", "missing_required_parameter")
+    _for("image-to-image" if mask is None else "inpaint", model)
+    return image[0], mask
+
+
+def to_request(
+    body: GenerationBody, model: ModelSpec, request_id: str, inputs: tuple[MediaInput, ...] = ()
+) -> GenerationRequest:
     """Turn a body into a request that needs no further choice: defaults filled in, limits checked, the seed drawn.
 
     A retry on another gang therefore draws the same picture.
+
+    Args:
+        body: what is asked for.
+        model: of it.
+        request_id: unique.
+        inputs: what has become of `pictures_of` the body.
 
     Raises:
         InvalidParameter: the request exceeds the model's limits, contradicts itself, or the model is for another task.
     """
     defaults = model.defaults
-    width, height = _size(body, model)
+    width, height = _size(body, model, size_of(inputs[0]) if inputs else None)
     guidance_scale = _either(body, "guidance_scale", "true_cfg_scale")
     n = _either(body, "n", "num_outputs_per_prompt") or 1
     seeds = _seeds(body, n)
@@ -64,14 +96,17 @@ def to_request(body: GenerationBody, model: ModelSpec, request_id: str) -> Gener
         report_steps=body.stream,
         previews=_previews(body),
         extra_params=body.extra_params or {},
+        inputs=inputs,
+        strength=body.strength if isinstance(body, ImageEditBody) else None,
     )
     if isinstance(body, ImageGenerationBody):
-        _for("text-to-image", model, "it makes videos: ask at /v1/videos/sync")
+        if not inputs:
+            _for("text-to-image", model)
         if body.guidance_scale_2 is not None:
             raise InvalidParameter("guidance_scale_2", f"{model.name!r} is asked for pictures; only videos have it")
         request = replace(request, output_format=body.output_format, output_compression=body.output_compression)
     elif isinstance(body, VideoGenerationBody):
-        _for("text-to-video", model, "it makes pictures: ask at /v1/images/generations")
+        _for("text-to-video", model)
         fps = body.fps or defaults.fps
         request = replace(
             request,
@@ -143,13 +178,36 @@ def _check_limits(request: GenerationRequest, limits: Limits, frames: str) -> No
         )
 
 
-def _for(task: Task, model: ModelSpec, instead: str) -> None:
+PATHS: Mapping[Task, str] = {
+    "text-to-image": "/v1/images/generations",
+    "text-to-video": "/v1/videos/sync",
+    "image-to-image": "/v1/images/edits",
+    "inpaint": "/v1/images/edits",
+}
+"""Where each task is asked for."""
+
+
+def _for(task: Task, model: ModelSpec) -> None:
     if model.tasks is not None and task not in model.tasks:
-        raise InvalidParameter("model", f"{model.name!r} is not for {task}; {instead}", "wrong_task")
+        able = ", ".join(f"{other} (ask at {PATHS[other]})" for other in model.tasks)
+        raise InvalidParameter("model", f"{model.name!r} is not for {task}; it is for {able}", "wrong_task")
 
 
-def _size(body: GenerationBody, model: ModelSpec) -> tuple[int, int]:
-    """Width and height in pixels, of `size`, of `width` and `height`, or of the model's defaults."""
+def _like(image: tuple[int, int], model: ModelSpec) -> tuple[int, int]:
+    """The size of a picture that is made of another: its shape, and as many pixels, but not more than the default."""
+    limits, (width, height) = model.limits, image
+    most = model.defaults.width * model.defaults.height
+    scale = min(1.0, (most / (width * height)) ** 0.5, limits.max_width / width, limits.max_height / height)
+    multiple = limits.size_multiple
+
+    def near(edge: int, longest: int) -> int:
+        return int(multiple * max(1, min(round(edge * scale / multiple), longest // multiple)))
+
+    return near(width, limits.max_width), near(height, limits.max_height)
+
+
+def _size(body: GenerationBody, model: ModelSpec, image: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height in pixels, of `size`, of `width` and `height`, of the image, or of the model's defaults."""
     limits = model.limits
     allowed = f"WIDTHxHEIGHT up to {limits.max_width}x{limits.max_height} in multiples of {limits.size_multiple}"
     param, size = "size", body.size
@@ -163,6 +221,8 @@ def _size(body: GenerationBody, model: ModelSpec) -> tuple[int, int]:
                 "size", f"size is {size}, but width x height is {both}; leave one out", "invalid_size"
             )
         size = both
+    if size == "auto" and image:
+        return _like(image, model)
     if size == "auto":
         return model.defaults.width, model.defaults.height
     numbers = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)

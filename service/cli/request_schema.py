@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from service.api.bodies import WITHOUT_EFFECT
-
-PATHS = {"text-to-image": "/v1/images/generations", "text-to-video": "/v1/videos/sync"}
-"""Where each task is asked for."""
+from service.api.schemas import PATHS
 
 REF = "#/components/schemas/"
 
@@ -36,7 +34,7 @@ def _schema(description: dict[str, Any], model: dict[str, Any], path: str) -> di
         if field in schema["properties"]:
             schema["properties"][field] = _narrowed(schema["properties"][field], own)
     refused = () if model["loras"] else ("loras", "lora")
-    if path == PATHS["text-to-image"]:
+    if path != PATHS["text-to-video"]:
         refused = (*refused, "guidance_scale_2")  # pictures do not have it, whatever the model
     fields = schema["properties"].items()
     of_use = sorted(fields, key=lambda field: field[1].get("description") == WITHOUT_EFFECT.description)  # those first

@@ -3,12 +3,13 @@
 For the APIs, which submit it, and `service.jobs.runner`, which runs it.
 """
 
+import base64
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from service.jobs.records import Job, NewJob, Priority
-from workers.messages import GenerationRequest
+from workers.messages import GenerationRequest, MediaInput
 
 NOT_KEPT = ("request_id", "deadline_at", "report_steps")
 """What each attempt has of its own."""
@@ -27,7 +28,9 @@ def new_job(
     remixed_from: str | None = None,
 ) -> NewJob:
     """A request as a job of an owner; the arguments are those of `NewJob`, and the id of the job that it varies."""
-    kept: dict[str, Any] = {name: value for name, value in dataclasses.asdict(request).items() if name not in NOT_KEPT}
+    fields = dataclasses.asdict(request.without_data())
+    kept: dict[str, Any] = {name: value for name, value in fields.items() if name not in NOT_KEPT}
+    kept["inputs"] = [{"role": each.role, "data": base64.b64encode(each.data).decode()} for each in request.inputs]
     if remixed_from is not None:
         kept[REMIXED_FROM] = remixed_from
     return NewJob(
@@ -49,5 +52,8 @@ def request_of(job: Job) -> GenerationRequest:
     known = {field.name for field in dataclasses.fields(GenerationRequest)} - set(NOT_KEPT)
     kept: Mapping[str, Any] = {name: value for name, value in job.request.items() if name in known}
     tuples = {"loras": tuple((name, scale) for name, scale in kept["loras"]), "seeds": tuple(kept["seeds"])}
+    tuples["inputs"] = tuple(
+        MediaInput(each["role"], base64.b64decode(each["data"])) for each in kept.get("inputs", ())
+    )
     own = {"request_id": f"{job.id}-{job.fence}", "deadline_at": job.deadline_at, "report_steps": True}
     return GenerationRequest(**{**kept, **tuples, **own})

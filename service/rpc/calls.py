@@ -11,6 +11,7 @@ from service.api.backend import Backend
 from service.api.errors import find_status
 from service.api.observed import observing
 from service.api.origin import ID_HEADER
+from service.api.reading import MAX_TEXT_BYTES
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import id_of
 from service.rpc.statuses import Context, admit, metadata, refuse, tell
@@ -74,8 +75,9 @@ def enter(
 ) -> str:
     """Let a caller in, and return the id of its request."""
     admit(backend, context)
-    if request.ByteSize() > backend.max_body_bytes:
-        text = f"the message is larger than {backend.max_body_bytes} bytes"
+    allowed = backend.max_body_bytes if request.params.inputs else min(backend.max_body_bytes, MAX_TEXT_BYTES)
+    if request.ByteSize() > allowed:
+        text = f"the message is larger than {allowed} bytes"
         raise BodyTooLarge(None, text, "body_too_large")
     given = metadata(context)
     request_id = id_of(request.request_id, given.get(ID_HEADER) or given.get("request_id", ""))

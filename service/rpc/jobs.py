@@ -29,7 +29,7 @@ class JobMethods(Backend):
     async def CreateJob(self, request: pb.CreateJobRequest, grpc_context: Context) -> pb.CreateJobResponse:
         """Accept a job. It is on disk when this answers."""
         request_id = enter(self, request, grpc_context)
-        asked, priority, deadline_s = to_job(request, self.models(), request_id)
+        asked, priority, deadline_s = await to_job(request, self.models(), request_id)
         key = metadata(grpc_context).get(KEY_HEADER)
         job, fresh = await job_calls.submit(self, asked, priority, deadline_s, key)
         tell(grpc_context, {} if fresh else {REPLAYED_HEADER: "true"})

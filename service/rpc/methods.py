@@ -37,7 +37,7 @@ class GrpcMethods(JobMethods):
         """Pictures, all in one answer."""
         began = time.monotonic()
         request_id = enter(self, request, grpc_context)
-        generation = to_generation(request, self.models(), request_id)
+        generation = await to_generation(request, self.models(), request_id)
         attempt = await begin(self, generation, metadata(grpc_context).get(KEY_HEADER))
         tell(grpc_context, attempt.headers)
         with in_message():
@@ -52,7 +52,7 @@ class GrpcMethods(JobMethods):
         began = time.monotonic()
         request_id = enter(self, request, grpc_context)
         size, ignored = chunk_bytes(request.options), stream_warnings(request.options)
-        generation = to_streamed(request, self.models(), request_id)
+        generation = await to_streamed(request, self.models(), request_id)
         taken: list[float] = []
         attempt = await begin(self, generation, metadata(grpc_context).get(KEY_HEADER))
         tell(grpc_context, attempt.headers)

@@ -15,15 +15,31 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from deploy.spec import ModelSpec, Task
-from service.api.bodies import MOST_JOB_SECONDS, ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.bodies import MOST_JOB_SECONDS, ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.origin import ID, MOST_SECONDS, new_id
-from service.api.schemas import find_model, to_request
+from service.api.pictures import from_data_url, read_pictures
+from service.api.schemas import find_model, pictures_of, to_request
 from service.jobs.records import Priority
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
 from workers.messages import PREVIEW_EDGE, GenerationRequest, PreviewDecoder, PreviewOptions
 
-TASKS: dict[int, Task] = {pb.TASK_TEXT_TO_IMAGE: "text-to-image", pb.TASK_TEXT_TO_VIDEO: "text-to-video"}
+TASKS: dict[int, Task] = {
+    pb.TASK_TEXT_TO_IMAGE: "text-to-image",
+    pb.TASK_TEXT_TO_VIDEO: "text-to-video",
+    pb.TASK_IMAGE_TO_IMAGE: "image-to-image",
+    pb.TASK_INPAINT: "inpaint",
+}
+
+BODIES: dict[Task, type[ImageGenerationBody | VideoGenerationBody]] = {
+    "text-to-image": ImageGenerationBody,
+    "text-to-video": VideoGenerationBody,
+    "image-to-image": ImageEditBody,
+    "inpaint": ImageEditBody,
+}
+
+ROLES = ("image", "mask")
+"""Of inputs, by the names of their fields in REST's body."""
 
 PRIORITIES: dict[int, Priority] = {
     pb.PRIORITY_UNSPECIFIED: "standard",
@@ -37,7 +53,7 @@ EVERY = "options.preview_every_n_steps"
 LEAST_EDGE, MOST_EDGE = 32, 1024
 """Pixels of a preview's longer edge."""
 
-OTHER_NAMES = {"output_compression": "output_quality", "size": "width"}
+OTHER_NAMES = {"output_compression": "output_quality", "size": "width", "image": "inputs", "mask": "inputs"}
 """Fields of REST's bodies that are called otherwise here."""
 
 CHUNK_BYTES = 1 << 20
@@ -45,7 +61,7 @@ LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 4 << 10, 2 << 20
 """Of a stream's messages: clients receive at most 4 MiB unless told otherwise, and each message costs some."""
 
 
-def to_generation(
+async def to_generation(
     message: pb.GenerateImageRequest | pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str
 ) -> GenerationRequest:
     """The request of a message.
@@ -58,17 +74,18 @@ def to_generation(
     Raises:
         InvalidParameter: a field is wrong or not supported, or the model is for another task.
         ModelNotFound: the deployment does not have the model.
+        QueueFull: too many pictures are being decoded.
     """
     _reject_newer(message, "")
     if message.scheduling.priority:
         name = "scheduling.priority"
         raise InvalidParameter(name, f"{name} is for jobs; call CreateJob", "unknown_parameter")
     seconds = _deadline_seconds(message.scheduling, MOST_SECONDS)
-    request = _request(message.params, models, request_id, unary=isinstance(message, pb.GenerateImageRequest))
+    request = await _request(message.params, models, request_id, unary=isinstance(message, pb.GenerateImageRequest))
     return replace(request, deadline_at=None if seconds is None else time.time() + seconds)
 
 
-def to_job(
+async def to_job(
     message: pb.CreateJobRequest, models: dict[str, ModelSpec], request_id: str
 ) -> tuple[GenerationRequest, Priority, float | None]:
     """The request of a job, its priority, and its deadline in seconds from now; None: none.
@@ -86,17 +103,18 @@ def to_job(
         known = ", ".join(map(pb.Priority.Name, PRIORITIES))
         raise InvalidParameter("scheduling.priority", f"scheduling.priority must be one of {known}, got {given}")
     seconds = _deadline_seconds(message.scheduling, MOST_JOB_SECONDS)
-    return _request(message.params, models, request_id, unary=False), PRIORITIES[given], seconds
+    return await _request(message.params, models, request_id, unary=False), PRIORITIES[given], seconds
 
 
-def _request(
+async def _request(
     params: pb.GenerationParams, models: dict[str, ModelSpec], request_id: str, unary: bool
 ) -> GenerationRequest:
     with in_message():
         model = find_model(models, params.model or None)
         task = _task(params, model, streams=not unary)
-        kind = ImageGenerationBody if task == "text-to-image" else VideoGenerationBody
-        return to_request(parse_body(_body(params, task), kind), model, request_id)
+        body = parse_body(_body(params, task), BODIES[task])
+        files = pictures_of(body, model)
+        return to_request(body, model, request_id, await read_pictures(*files) if files else ())
 
 
 def _deadline_seconds(scheduling: pb.Scheduling, most: int) -> float | None:
@@ -113,14 +131,16 @@ def _deadline_seconds(scheduling: pb.Scheduling, most: int) -> float | None:
     return scheduling.deadline_seconds
 
 
-def to_streamed(message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str) -> GenerationRequest:
+async def to_streamed(
+    message: pb.GenerateStreamRequest, models: dict[str, ModelSpec], request_id: str
+) -> GenerationRequest:
     """The same with a report for each step, and the previews that its options ask for.
 
     Raises:
         InvalidParameter: likewise.
     """
     previews = _previews(message.options)
-    return replace(to_generation(message, models, request_id), report_steps=True, previews=previews)
+    return replace(await to_generation(message, models, request_id), report_steps=True, previews=previews)
 
 
 def _previews(options: pb.StreamOptions) -> PreviewOptions | None:
@@ -178,6 +198,8 @@ def id_of(given: str, in_metadata: str) -> str:
 def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
     """REST's body. All types are those of JSON, as REST is strict about them."""
     body = {field.name: _plain(value) for field, value in params.ListFields() if field.name != "task"}
+    if "inputs" in body:
+        body |= _pictures(body.pop("inputs"))
     if "loras" in body:
         body["loras"] = [{field.name: value for field, value in lora.ListFields()} for lora in params.loras]
     if params.HasField("width") != params.HasField("height"):
@@ -194,6 +216,27 @@ def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
     return body
 
 
+def _pictures(inputs: list[pb.MediaInput]) -> dict[str, bytes]:
+    """The bytes of the inputs by their roles, which are the fields of REST's body.
+
+    Raises:
+        InvalidParameter: an input has another role, or that of another one, or is not in the message.
+    """
+    found: dict[str, bytes] = {}
+    for number, given in enumerate(inputs):
+        name = f"inputs[{number}]"
+        if given.role not in ROLES or given.role in found:
+            allowed = " and ".join(ROLES)
+            raise InvalidParameter(f"{name}.role", f"role must be {allowed}, each once, got {given.role!r}")
+        if given.WhichOneof("source") == "output_of_job":
+            raise InvalidParameter(f"{name}.output_of_job", "output_of_job is not supported yet", "unknown_parameter")
+        try:
+            found[given.role] = from_data_url(given.uri) if given.uri else given.data
+        except ValueError as error:
+            raise InvalidParameter(f"{name}.uri", f"uri {error}") from None
+    return found
+
+
 def _plain(value: Any) -> Any:
     return list(value) if hasattr(value, "append") else value
 
@@ -205,16 +248,26 @@ def _task(params: pb.GenerationParams, model: ModelSpec, streams: bool) -> Task:
         InvalidParameter: the model cannot, or the RPC does not.
     """
     makes = model.tasks or tuple(TASKS.values())
-    task = TASKS.get(params.task) or ("text-to-image" if "text-to-image" in makes else makes[0])
+    roles = {each.role for each in params.inputs}
+    meant: Task = "inpaint" if "mask" in roles else "image-to-image"
+    if not roles:
+        meant = "text-to-image" if "text-to-image" in makes else makes[0]
+    task = TASKS.get(params.task, meant)
     if params.task and params.task not in TASKS:
         known = ", ".join(map(pb.Task.Name, TASKS))
         name = pb.Task.Name(params.task) if params.task in pb.Task.values() else params.task
         raise InvalidParameter("task", f"task {name} is not supported yet; supported: {known}", "wrong_task")
     if task not in makes:
         raise InvalidParameter("task", f"{model.name!r} is not for {task}; it is for {', '.join(makes)}", "wrong_task")
+    if (roles or task in ("image-to-image", "inpaint")) and task != meant:
+        raise InvalidParameter("inputs", f"the inputs do not make a task {task}, which takes {_takes(task)}")
     if task == "text-to-video" and not streams:
         raise InvalidParameter("task", "GenerateImage makes no videos; call GenerateStream", "wrong_task")
     return task
+
+
+def _takes(task: Task) -> str:
+    return {"inpaint": "an image and a mask", "image-to-image": "an image"}.get(task, "none")
 
 
 @contextlib.contextmanager
@@ -227,7 +280,7 @@ def in_message() -> Iterator[None]:
             raise
         if error.param == "partial_images":  # what asks for previews in REST
             raise InvalidParameter(EVERY, error.message, error.code) from None
-        name = OTHER_NAMES.get(error.param, error.param)
+        name = OTHER_NAMES.get(error.param.partition(".")[0], error.param)
         message = error.message.replace("output_compression", name) if name != "width" else error.message
         if error.code == "unknown_parameter":
             message = f"{name} is not supported for this task"

@@ -33,12 +33,19 @@ KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
 
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews")
 
+NOT_IN_ALL = ("inputs", "strength")
+"""What counts only where it is there, so that an older gateway knows the others by the same fingerprint."""
+
 
 def fingerprint(caller: str, request: GenerationRequest) -> str:
     """What a request has in common with the same one, asked again by the same caller."""
-    body = dataclasses.asdict(request)
+    body = dataclasses.asdict(request.without_data())
     for name in (*NOT_THE_BODY, *(["seed"] if request.seed_drawn else [])):
         del body[name]
+    body["inputs"] = [[each.role, each.digest] for each in request.inputs]
+    for name in NOT_IN_ALL:
+        if not body[name]:
+            del body[name]
     return hashlib.sha256(json.dumps([caller, body], sort_keys=True).encode()).hexdigest()
 
 

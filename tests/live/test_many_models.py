@@ -100,7 +100,11 @@ def test_each_answers_with_its_degrees(cluster: LocalCluster) -> None:
     }
     assert {name: len(found) for name, found in pids(cluster).items() if name != "z"} == {"qwen": 2, "wan": 2}
     tasks = {each["id"]: each["tasks"] for each in read_models(cluster.url)["data"]}
-    assert tasks == {"qwen": ["text-to-image"], "wan": ["text-to-video"], "z": ["text-to-image"]}
+    assert tasks == {
+        "qwen": ["text-to-image", "image-to-image", "inpaint"],
+        "wan": ["text-to-video"],
+        "z": ["text-to-image", "image-to-image"],
+    }
     url = f"{cluster.url}/v1/images/generations"
     refused = httpx.post(url, json=CUP | {"model": "wan"}, timeout=60, trust_env=False)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "wrong_task")

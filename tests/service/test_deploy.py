@@ -373,7 +373,7 @@ def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp
     prepare = preflight._prepare._function
     sound = a_demo(demo_model, "demo").model_copy(update={"loras": (ink,)})
     settled, line = prepare(sound, None)
-    assert (settled.tasks, line) == (("text-to-image",), "")
+    assert (settled.tasks, line) == (("text-to-image", "image-to-image", "inpaint"), "")
     assert [len(digest) for digest in (settled.digest, settled.loras[0].digest)] == [64, 64]
     assert prepare(settled, None) == (settled, "")
     pinned = sound.model_copy(update={"source": "acme/demo", "revision": "v1"})

@@ -161,7 +161,9 @@ def test_files_are_refused_by_name(client: TestClient, name: str) -> None:
     answer = client.post(IMAGES, data={"prompt": "a", "model": "one"}, files={name: ("upload", b"\x89PNG")})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, name)
-    assert ("no model takes pictures yet" in error["message"]) == (name not in ("prompt", "tea"))
+    assert ("are taken as `image` and `mask` at /v1/images/edits" in error["message"]) == (
+        name not in ("prompt", "tea")
+    )
 
 
 PART = b'--x\r\nContent-Disposition: form-data; name="'

@@ -1,9 +1,11 @@
 """gRPC alone, without Ray, over grpc's own server: what is accepted, what is refused and how, health, who may call."""
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import hashlib
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -17,9 +19,11 @@ from google.rpc import error_details_pb2 as kinds
 from google.rpc.code_pb2 import Code
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
 
 from service.api import errors
 from service.api.backend import Report, Restarted, Waiting
+from service.api.reading import MAX_TEXT_BYTES
 from service.api.schemas import ImageGenerationBody, VideoGenerationBody, find_model, to_request
 from service.gateway import Gateway
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
@@ -31,6 +35,8 @@ from service.rpc.requests import MOST_CHUNK_BYTES, to_generation
 from service.state.model_states import ModelState
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
+from tests.support.hostile import colored
+from tests.support.hostile import file as encoded
 from workers.errors import InvalidParameter, OutOfMemory, QueueFull
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
@@ -110,6 +116,10 @@ def stream(backend: GrpcMethods, options: Any = None, **fields: Any) -> Answer:
     return ask(backend, "GenerateStream", pb.GenerateStreamRequest(params=params(**fields), options=options))
 
 
+def generation(message: Any, models: Any) -> GenerationRequest:
+    return asyncio.run(to_generation(message, models, "x"))
+
+
 def test_every_rpc_has_a_method_of_the_gateway() -> None:
     """Serve calls it by the bare name, so that names of two services must differ."""
     found = [method for service in (pb.DESCRIPTOR, health_pb2.DESCRIPTOR) for method in methods(service)]
@@ -139,22 +149,22 @@ def test_the_same_body_is_the_same_request_as_over_rest() -> None:
             **fields | {"model": "brush", "width": 64, "height": 48, "output_quality": 0, "loras": [{"name": "ink"}]}
         )
     )
-    assert to_generation(message, models, "x") == to_request(body, find_model(models, "paint"), "x")
+    assert generation(message, models) == to_request(body, find_model(models, "paint"), "x")
     numbers = {"num_frames": 5, "fps": 8, "seed": 1, "guidance_scale_2": 2.0}
     film = VideoGenerationBody(model="film", prompt="a", **numbers)
     streamed = pb.GenerateStreamRequest(params=params(model="film", output_format="mp4", **numbers))
-    assert to_generation(streamed, models, "x") == to_request(film, find_model(models, "film"), "x")
+    assert generation(streamed, models) == to_request(film, find_model(models, "film"), "x")
 
 
 def test_zero_is_not_absent() -> None:
     models = Backend().models()
     one = models["one"]
-    absent = to_generation(pb.GenerateImageRequest(params=params()), models, "x")
-    zero = to_generation(pb.GenerateImageRequest(params=params(guidance_scale=0, seed=0)), models, "x")
+    absent = generation(pb.GenerateImageRequest(params=params()), models)
+    zero = generation(pb.GenerateImageRequest(params=params(guidance_scale=0, seed=0)), models)
     assert (absent.guidance_scale, absent.seed_drawn) == (one.defaults.guidance_scale, True)
     assert (zero.guidance_scale, zero.seed, zero.seed_drawn) == (0, 0, False)
     with pytest.raises(InvalidParameter, match="num_inference_steps"):
-        to_generation(pb.GenerateImageRequest(params=params(num_inference_steps=0)), models, "x")
+        generation(pb.GenerateImageRequest(params=params(num_inference_steps=0)), models)
 
 
 REFUSED = [
@@ -179,10 +189,21 @@ REFUSED = [
     ({"guidance_scale_2": 1}, "guidance_scale_2", "invalid_value"),
     ({"seeds": [1, 2]}, "seeds", "invalid_value"),
     ({"guidance_scale": 2, "true_cfg_scale": 1}, "true_cfg_scale", "invalid_value"),
+    ({"inputs": [{"role": "image", "uri": "https://example.org"}]}, "inputs[0].uri", "invalid_value"),
+    ({"inputs": [{"role": "image", "output_of_job": "a"}]}, "inputs[0].output_of_job", "unknown_parameter"),
+    ({"inputs": [{"role": "first_frame", "data": "YWI="}]}, "inputs[0].role", "invalid_value"),
+    ({"inputs": [{"role": "image", "data": "YWI="}] * 2}, "inputs[1].role", "invalid_value"),
+    ({"inputs": [{"role": "mask", "data": "YWI="}]}, "inputs", "missing_required_parameter"),
+    ({"inputs": [{"role": "image", "data": "YWI="}]}, "inputs", "invalid_picture"),
+    ({"inputs": [{"role": "image", "data": "YWI="}], "task": "TASK_TEXT_TO_IMAGE"}, "inputs", "invalid_value"),
+    ({"inputs": [{"role": "image", "data": "YWI="}], "task": "TASK_INPAINT"}, "inputs", "invalid_value"),
+    ({"task": "TASK_IMAGE_TO_IMAGE"}, "inputs", "invalid_value"),
+    ({"model": "paint", "inputs": [{"role": "image", "data": "YWI="}]}, "task", "wrong_task"),
+    ({"inputs": [{"role": "image", "data": "YWI="}], "strength": 2}, "strength", "invalid_value"),
     *[
         ({name: value}, name, "unknown_parameter")
         for name, value in {
-            "inputs": [{"role": "image", "uri": "https://example.org"}], "boundary_ratio": 0, "strength": 0,
+            "boundary_ratio": 0, "strength": 0,
             "num_frames": 5, "fps": 8, "extra": {"a": 1}, "embed_metadata": False,
         }.items()
     ],
@@ -203,6 +224,28 @@ def test_what_is_wrong_is_named(call: Callable[..., Answer], fields: dict[str, A
     if call is stream:
         (event,) = answer.messages
         assert (event.error.code, event.error.param) == (code, f"params.{param}")
+
+
+@pytest.mark.parametrize("call", [image, stream])
+def test_pictures_are_inputs_by_their_roles(call: Callable[..., Answer]) -> None:
+    backend = Backend()
+    picture, mask = encoded(colored()), encoded(colored(mode="L"))
+    inputs = [
+        {"role": "mask", "uri": f"data:image/png;base64,{base64.b64encode(mask).decode()}"},
+        {"role": "image", "data": base64.b64encode(picture).decode()},
+    ]
+    answer = call(backend, inputs=inputs, strength=0.5, width=64, height=96)
+    assert answer.code is OK, answer
+    (request,) = backend.requests
+    assert [each.role for each in request.inputs] == ["image", "mask"]
+    assert (request.strength, request.width, request.height) == (0.5, 64, 96)
+    call(backend, inputs=inputs[1:], task="TASK_IMAGE_TO_IMAGE")
+    assert ([each.role for each in backend.requests[1].inputs], backend.requests[1].strength) == (["image"], None)
+    backend.max_body_bytes = 1 << 21
+    noise = encoded(Image.frombytes("RGB", (700, 700), random.Random(1).randbytes(3 * 700 * 700)))
+    assert call(backend, inputs=[{"role": "image", "data": base64.b64encode(noise).decode()}]).code is OK
+    assert len(noise) > MAX_TEXT_BYTES
+    assert f"{MAX_TEXT_BYTES} bytes" in call(backend, prompt="a" * MAX_TEXT_BYTES).said
 
 
 @pytest.mark.parametrize("fields", [{"model": "film"}, {"task": "TASK_TEXT_TO_VIDEO"}])
@@ -451,7 +494,7 @@ def test_a_caller_who_leaves_ends_its_request(call: str, leaves: str) -> None:
 def test_a_stream_that_is_closed_between_two_reports_ends_its_request(heard: int) -> None:
     """So it is when the client reads slowly and leaves: no report is waited for then."""
     backend = Backend()
-    request = to_generation(pb.GenerateImageRequest(params=params(prompt="endless")), backend.models(), "x")
+    request = generation(pb.GenerateImageRequest(params=params(prompt="endless")), backend.models())
 
     async def story() -> None:
         reports = _taken_on(backend.generate(request))

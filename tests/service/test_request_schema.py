@@ -10,7 +10,7 @@ from service.api.rest import rest_app
 from service.cli.request_schema import request_schemas
 from tests.support.backend import FakeBackend, a_model
 
-IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
+IMAGES, VIDEOS, EDITS = "/v1/images/generations", "/v1/videos/sync", "/v1/images/edits"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def schemas(client: TestClient, model: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "paths"), [("paint", [IMAGES]), ("brush", [IMAGES]), ("film", [VIDEOS]), ("one", [IMAGES, VIDEOS])]
+    ("model", "paths"), [("paint", [IMAGES]), ("brush", [IMAGES]), ("film", [VIDEOS]), ("one", [IMAGES, VIDEOS, EDITS])]
 )
 def test_a_model_is_asked_where_its_tasks_are(client: TestClient, model: str, paths: list[str]) -> None:
     found = schemas(client, model)

@@ -97,8 +97,10 @@ def with_pictures(blocks: dict[str, Any], encode: EncodePictures, sample: Sample
 def _scaled(vae: Any, latents: torch.Tensor, position: bool) -> torch.Tensor:
     """Latents in the scale in which the transformer has them: a position among them, or only a distance."""
     if latents.ndim == 4:
-        return (latents - vae.config.shift_factor if position else latents) * vae.config.scaling_factor
-    mean, std = (
-        torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1).to(latents) for name in ("latents_mean", "latents_std")
-    )
-    return (latents - mean if position else latents) * (1.0 / std)
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    else:
+        shape = (1, -1, 1, 1, 1)
+        shift = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+        scale = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    scaled: torch.Tensor = (latents - shift if position else latents) * scale
+    return scaled

@@ -28,7 +28,8 @@ class FluxAdapter(PipelineAdapter):
 
     def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
         """See `PipelineAdapter.pack`."""
-        return FluxPipeline._pack_latents(latents, *latents.shape)
+        tokens: torch.Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+        return tokens
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""

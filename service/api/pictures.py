@@ -1,0 +1,179 @@
+"""Reads the pictures that callers send, which may be hostile: bytes come in, `MediaInput`s go out. For both APIs.
+
+What a picture says of itself is checked before it is decoded: its kind by its first bytes, its size by its header. It
+is decoded in one of a few threads of its own, and encoded again as a plain PNG, so that nothing else of the caller's
+file goes on to the ranks. No URL is fetched.
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image, ImageOps
+
+from workers.errors import InvalidParameter, QueueFull
+from workers.messages import MediaInput, MediaRole
+
+MAX_PIXELS = 1 << 25
+"""Of one picture. Decoded it takes four bytes for each."""
+
+MAX_EDGE = 1 << 14
+"""Pixels of the longer edge."""
+
+MAX_SCANS = 100
+"""Of a JPEG. A progressive one has about ten; each is a pass over all pixels, and may take few bytes."""
+
+THREADS = 2
+
+MOST_WAITING = 32
+"""Requests whose pictures are decoded or wait for it, in one gateway."""
+
+KINDS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
+"""By Pillow's names, how a file begins."""
+
+ALLOWED = "a picture must be a PNG, JPEG or WebP"
+
+_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
+_waiting = 0
+
+
+async def read_pictures(image: bytes, mask: bytes | None = None) -> tuple[MediaInput, ...]:
+    """The inputs of a request, decoded and made alike.
+
+    Args:
+        image: a file, as the caller sent it.
+        mask: likewise; None: there is none.
+
+    Raises:
+        InvalidParameter: one of them is no picture that is taken, or they have different sizes.
+        QueueFull: too many pictures are being decoded.
+    """
+    global _waiting
+    if _waiting >= MOST_WAITING:
+        raise QueueFull(f"{MOST_WAITING} requests wait for their pictures to be decoded; try again later")
+    _waiting += 1
+    try:
+        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, image, mask)
+        decoding.add_done_callback(_ended)  # not when the caller leaves: a thread goes on
+    except BaseException:
+        _waiting -= 1
+        raise
+    return await asyncio.shield(decoding)
+
+
+def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
+    global _waiting
+    _waiting -= 1
+    if not decoding.cancelled():
+        decoding.exception()  # of a caller who has left nobody else asks
+
+
+def decode(image: bytes, mask: bytes | None = None) -> tuple[MediaInput, ...]:
+    """The same, in this thread.
+
+    Raises:
+        InvalidParameter: see `read_pictures`.
+    """
+    pictures: dict[MediaRole, Image.Image] = {"image": _on_white(_decoded("image", image))}
+    if mask is not None:
+        pictures["mask"] = _as_mask(_decoded("mask", mask))
+        if pictures["mask"].size != pictures["image"].size:
+            (width, height), (wide, high) = pictures["image"].size, pictures["mask"].size
+            raise _invalid("mask", f"the mask has {wide}x{high} pixels, the image {width}x{height}; make them equal")
+    return tuple(MediaInput(role, _png(picture)) for role, picture in pictures.items())
+
+
+def size_of(given: MediaInput) -> tuple[int, int]:
+    """Width and height in pixels, from the header of its PNG."""
+    return int.from_bytes(given.data[16:20]), int.from_bytes(given.data[20:24])
+
+
+def from_data_url(url: str) -> bytes:
+    """The bytes of a `data:` URL in base64.
+
+    Raises:
+        ValueError: it is another URL, or malformed.
+    """
+    head, comma, data = url.partition(",")
+    if not head.lower().startswith("data:"):
+        raise ValueError(
+            "must be a file of a form, or a data: URL such as data:image/png;base64,...; no URL is fetched"
+        )
+    if not comma or not head.lower().endswith(";base64"):
+        raise ValueError("must be a data: URL in base64, such as data:image/png;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("is a data: URL whose data is no base64") from None
+
+
+def _decoded(param: MediaRole, data: bytes) -> Image.Image:
+    """The first frame of a picture, upright, in the mode of its file.
+
+    Raises:
+        InvalidParameter: it is not taken.
+    """
+    kind = next((kind for kind, start in KINDS.items() if data.startswith(start)), None)
+    if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
+        raise _invalid(param, f"{ALLOWED}; this one begins with none of their signatures")
+    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise _invalid(param, f"the JPEG has more than {MAX_SCANS} scans; save it again")
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as opened:
+            width, height = opened.size
+            if width * height <= MAX_PIXELS and max(width, height) <= MAX_EDGE:
+                opened.load()
+                return ImageOps.exif_transpose(opened)
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(param, "far too many") from None
+    except Exception as error:  # Pillow's decoders raise much
+        raise _invalid(param, f"the {kind} cannot be decoded: {str(error)[:100]}") from None
+    raise _too_large(param, f"{width}x{height}")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """In colors; what is transparent lets white through."""
+    if not picture.has_transparency_data:
+        return _in_eight_bits(picture).convert("RGB")
+    colors = _in_eight_bits(picture).convert("RGBA")
+    ground = Image.new("RGBA", colors.size, "white")
+    ground.alpha_composite(colors)
+    return ground.convert("RGB")
+
+
+def _as_mask(picture: Image.Image) -> Image.Image:
+    """In gray: white where the image is drawn anew. A mask with transparent parts says it by these, as OpenAI's do."""
+    if picture.has_transparency_data:
+        alpha = _in_eight_bits(picture).convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return ImageOps.invert(alpha)
+    return _in_eight_bits(picture).convert("L")
+
+
+def _in_eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow has 16 bits in gray alone, and cuts them off at 255 when it converts them."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+
+
+def _png(picture: Image.Image) -> bytes:
+    picture.info.clear()  # what else was in the caller's file, such as a color profile
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _too_large(param: MediaRole, size: str) -> InvalidParameter:
+    text = (
+        f"the picture has {size} pixels, at most {MAX_PIXELS} are allowed, and {MAX_EDGE} along an edge; scale it down"
+    )
+    return InvalidParameter(param, text, "picture_too_large")
+
+
+def _invalid(param: MediaRole, message: str) -> InvalidParameter:
+    return InvalidParameter(param, message, "invalid_picture")

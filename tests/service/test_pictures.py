@@ -1,0 +1,172 @@
+"""Pictures that callers send are decoded within limits, or refused as their mistake; whatever they are."""
+
+import asyncio
+import io
+import random
+import time
+import tracemalloc
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from service.api import pictures
+from service.api.pictures import MAX_PIXELS, decode, from_data_url, read_pictures, size_of
+from tests.support.hostile import HOSTILE, UNUSUAL, colored, damaged, file
+from workers.errors import InvalidParameter, QueueFull
+from workers.messages import MediaInput
+
+
+def opened(given: MediaInput) -> Image.Image:
+    return Image.open(io.BytesIO(given.data))
+
+
+def gray(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new("L", size, value)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_pictures_are_taken(name: str) -> None:
+    image, mask = decode(UNUSUAL[name], UNUSUAL[name])
+    for given, mode in ((image, "RGB"), (mask, "L")):
+        picture = opened(given)
+        assert (picture.format, picture.mode, picture.info) == ("PNG", mode, {})
+        assert size_of(given) == picture.size
+        picture.load()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("param", ["image", "mask"])
+def test_hostile_pictures_are_refused_fast_and_by_name(name: str, param: str) -> None:
+    began = time.process_time()
+    files = (HOSTILE[name],) if param == "image" else (file(colored()), HOSTILE[name])
+    with pytest.raises(InvalidParameter) as refused:
+        decode(*files)
+    assert refused.value.param == param
+    assert refused.value.code == ("picture_too_large" if "pixels" in str(refused.value) else "invalid_picture")
+    assert time.process_time() - began < 1.0
+
+
+def test_a_bomb_is_refused_by_its_header_alone() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidParameter, match=f"65535x65535 pixels, at most {MAX_PIXELS}|far too many"):
+            decode(HOSTILE["a bomb of 4 gigapixels"])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def check_damaged(count: int, seed: int) -> tuple[int, int]:
+    """How many were taken and refused. Anything else than these is an error of this server."""
+    taken = 0
+    for name, data in damaged(count, seed):
+        try:
+            decode(data)
+            taken += 1
+        except InvalidParameter as refused:
+            assert refused.code in ("invalid_picture", "picture_too_large"), name
+    return taken, count - taken
+
+
+def test_damaged_pictures_are_the_callers_mistake() -> None:
+    taken, refused = check_damaged(400, seed=1)
+    assert min(taken, refused) > 40
+
+
+@pytest.mark.soak
+def test_two_thousand_damaged_pictures_leave_no_memory_behind() -> None:
+    check_damaged(500, seed=2)
+    before = psutil.Process().memory_info().rss
+    check_damaged(1500, seed=3)
+    assert psutil.Process().memory_info().rss < 1.05 * before
+
+
+def test_what_is_transparent_lets_white_through() -> None:
+    picture = colored(mode="RGBA")
+    picture.putalpha(0)
+    (image,) = decode(file(picture))
+    assert opened(image).getextrema() == ((255, 255),) * 3
+
+
+MASKS: dict[str, tuple[Image.Image, int]] = {
+    "white": (gray(255), 255),
+    "black": (gray(0), 0),
+    "16 bits": (gray(128).convert("I").point(lambda level: level * 257).convert("I;16"), 128),
+    "transparent": (Image.merge("LA", (gray(0), gray(0))), 255),
+    "opaque, white": (Image.merge("LA", (gray(255), gray(255))), 255),
+    "half transparent": (Image.merge("LA", (gray(255), gray(100))), 155),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_white_where_it_says_so(name: str) -> None:
+    picture, level = MASKS[name]
+    _, mask = decode(file(gray(9)), file(picture))
+    assert opened(mask).getextrema() == (level, level)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off() -> None:
+    (image,) = decode(UNUSUAL["16 bit gray"])
+    assert opened(image).convert("L").tobytes() == colored(mode="L").tobytes()
+
+
+def test_the_orientation_of_a_photo_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    (image,) = decode(file(colored(24, 16), "JPEG", exif=exif, quality=95))
+    assert size_of(image) == (16, 24)
+
+
+def test_the_first_frame_counts() -> None:
+    (image,) = decode(UNUSUAL["animated PNG"])
+    assert opened(image).tobytes() == colored().tobytes()
+
+
+def test_a_mask_has_the_size_of_its_image() -> None:
+    with pytest.raises(InvalidParameter, match="the mask has 8x9 pixels, the image 8x8") as refused:
+        decode(file(gray(1)), file(gray(1, (8, 9))))
+    assert refused.value.param == "mask"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://example.com/a.png", "no URL is fetched"),
+        ("file:///etc/passwd", "no URL is fetched"),
+        ("http://169.254.169.254/latest", "no URL is fetched"),
+        ("data:image/png,abc", "in base64"),
+        ("data:image/png;base64", "in base64"),
+        ("data:image/png;base64,a*b", "no base64"),
+        ("data:image/png;base64,\N{SNOWMAN}", "no base64"),
+        ("", "no URL is fetched"),
+    ],
+)
+def test_only_data_urls_are_read(url: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_data_url(url)
+    assert from_data_url("DATA:image/png;BASE64,YWI=") == b"ab"
+
+
+def test_few_pictures_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a caller who leaves makes no room before the thread has."""
+    monkeypatch.setattr(pictures, "MOST_WAITING", 2)
+    going = random.Random(1)
+    big = file(Image.frombytes("RGB", (400, 400), going.randbytes(3 * 400 * 400)), compress_level=0)
+
+    async def run() -> Any:
+        first, second = (asyncio.ensure_future(read_pictures(big)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(QueueFull, match="2 requests wait for their pictures"):
+            await read_pictures(big)
+        await second
+        with pytest.raises(InvalidParameter):
+            await read_pictures(b"")
+        while pictures._waiting:
+            await asyncio.sleep(0.01)
+        return await read_pictures(big)
+
+    (image,) = asyncio.run(run())
+    assert size_of(image) == (400, 400)
