@@ -18,7 +18,11 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
+import openai
 import pytest
+import torch
+from diffusers import QwenImageInpaintPipeline
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc import error_details_pb2 as details
@@ -41,6 +45,8 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
+from tests.support.hostile import colored
+from tests.support.hostile import file as encoded
 from tests.support.listeners import Address, listeners, process_tree
 from workers.demo_models.writer import write_demo_model
 
@@ -147,6 +153,32 @@ def test_one_seed_is_the_same_bytes_over_rest_sse_file_url_and_grpc(
     hashes = [event.output_header.sha256 for event in told if event.HasField("output_header")]
     assert hashes == [hashlib.sha256(file).hexdigest() for file in reference]
     assert files(list(streamed(stub, **SIZE, n=2, seed=8)))[0] != reference[0]
+
+
+def test_a_picture_that_begins_with_one_is_that_of_the_classic_pipeline(
+    cluster: LocalCluster, stub: services.MediaGenerationServiceStub, demo_model: Path
+) -> None:
+    """A part of a picture drawn anew by two ranks, asked for by OpenAI's client and over gRPC."""
+    picture, mask = colored(64, 48), Image.new("L", (64, 48))
+    mask.paste(255, (16, 8, 48, 40))
+    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=KEY, max_retries=0)
+    extra: Any = {"extra_body": {"seed": 7, "num_inference_steps": 3, "strength": 0.7}}
+    made = client.images.edit(
+        model="demo", prompt=CUP["prompt"], image=encoded(picture), mask=encoded(mask), size="64x48", **extra
+    )
+    drawn = base64.b64decode((made.data or [])[0].b64_json or "")
+    inputs = [
+        pb.MediaInput(role="image", data=encoded(picture, "WEBP", lossless=True)),
+        pb.MediaInput(role="mask", data=encoded(mask)),
+    ]
+    assert files(list(streamed(stub, **SIZE, inputs=inputs, strength=0.7))) == [drawn]
+    classic = QwenImageInpaintPipeline.from_pretrained(demo_model)
+    (expected,) = classic(
+        CUP["prompt"], image=picture, mask_image=mask, width=64, height=48, num_inference_steps=3, strength=0.7,
+        generator=torch.Generator().manual_seed(7),
+    ).images  # fmt: skip
+    found = np.asarray(Image.open(io.BytesIO(drawn)), dtype=np.int16)
+    assert np.abs(found - np.asarray(expected, dtype=np.int16)).max() <= 1
 
 
 def test_a_stream_tells_what_happens_in_order(stub: services.MediaGenerationServiceStub) -> None:

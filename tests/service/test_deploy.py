@@ -378,7 +378,7 @@ def test_what_a_node_says_of_a_model(demo_model: Path, ink: LoRA, hub: Path, tmp
     assert prepare(settled, None) == (settled, "")
     pinned = sound.model_copy(update={"source": "acme/demo", "revision": "v1"})
     settled, line = prepare(pinned, str(hub))
-    assert (settled.tasks, settled.digest, line) == (("text-to-image",), OTHER, "")
+    assert (settled.tasks, settled.digest, line) == (("text-to-image", "image-to-image", "inpaint"), OTHER, "")
     save_file({"nonsense.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bad.safetensors")
     bad = sound.model_copy(update={"loras": (ink.model_copy(update={"source": str(tmp_path / "bad.safetensors")}),)})
     assert "demo: " in prepare(bad, None)[1] and "bad.safetensors" in prepare(bad, None)[1]

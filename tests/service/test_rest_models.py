@@ -1,6 +1,7 @@
 """REST and its models, without Ray: names, tasks, limits, states, keys, and streams that wait or are left."""
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import MutableMapping
@@ -15,8 +16,9 @@ from starlette.requests import ClientDisconnect
 from service.api.rest import rest_app
 from service.state.model_states import STATES, ModelState
 from tests.support.backend import FakeBackend
+from tests.support.hostile import colored, file
 
-IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
+IMAGES, VIDEOS, EDITS = "/v1/images/generations", "/v1/videos/sync", "/v1/images/edits"
 
 
 def error_of(answer: Any) -> tuple[int, str | None, str]:
@@ -137,6 +139,7 @@ PROTECTED = [
     ("GET", "/v1/models/one"),
     ("GET", "/v1/cluster"),
     ("POST", IMAGES),
+    ("POST", EDITS),
     ("POST", VIDEOS),
     ("GET", "/v1/requests"),
     ("GET", "/v1/requests/{id}"),
@@ -159,6 +162,8 @@ def test_callers_need_a_key_if_the_deployment_has_keys(
 ) -> None:
     backend.key = "sesame"
     body = {"model": "one", "prompt": "a"} if method == "POST" else None
+    if body and path == EDITS:
+        body["image"] = f"data:image/png;base64,{base64.b64encode(file(colored())).decode()}"
     for headers in ({}, {"authorization": "Bearer other"}):
         answer = client.request(method, path, json=body, headers=headers)
         assert error_of(answer) == (401, None, "invalid_api_key")
