@@ -248,7 +248,8 @@ COMMANDS = {
         "rate", "concurrency", "mix", "trace", "duration", "requests", "warmup", "seed", "slo", "timeout", "model",
         "prompt", "json", "plot", "server",
     },
-    "generate": VIDEO_FLAGS | {"n"},
+    "generate": VIDEO_FLAGS | {"n", "image", "mask", "strength"},
+    "edit": VIDEO_FLAGS - {"num_frames", "fps", "guidance_scale_2"} | {"n", "image", "mask", "strength"},
     "video": VIDEO_FLAGS,
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ import httpx
 from workers.messages import StepEvent
 
 PICTURES: Final = "/v1/images/generations"
+EDITS: Final = "/v1/images/edits"
 VIDEOS: Final = "/v1/videos/sync"
 
 NO_LIMIT = httpx.Timeout(10.0, read=None)
@@ -74,7 +75,7 @@ def generate_remotely(
         server: its base URL.
         body: the fields of the path.
         on_step: called after each step.
-        path: of the API, `PICTURES` or `VIDEOS`.
+        path: of the API, `PICTURES`, `EDITS` or `VIDEOS`.
         on_preview: called with each preview, if the body asks for some.
 
     Raises:

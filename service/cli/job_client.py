@@ -19,20 +19,20 @@ AGAIN_S = 1.0
 """Between two streams of one job: a gateway that stops ends them."""
 
 
-def submit_job(server: str, body: dict[str, Any], video: bool) -> dict[str, Any]:
+def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
     """Let a server make pictures or a video as a job.
 
     Args:
         server: its base URL.
         body: the fields of the path.
-        video: or pictures.
+        path: where the same is made at once: `PICTURES`, `EDITS` or `VIDEOS`.
 
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
-    if video:
+    if path == VIDEOS:
         return ask(server, VIDEO_JOBS, "POST", body)
-    return ask(server, PICTURES, "POST", body, {b"prefer": b"respond-async"})
+    return ask(server, path, "POST", body, {b"prefer": b"respond-async"})
 
 
 def read_jobs(server: str, limit: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@
     spray doctor [FILE]   look for common problems of this machine
     spray schema [MODEL]  print the JSON schema of deployment files, or of requests of a server's model
     spray generate "..."  run one request: on a server, or with --local in processes of its own
+    spray edit "..."      the same with a picture to begin with
     spray video "..."     the same for a video
     spray key NAME        make an API key
     spray bench           load a server, and measure it
@@ -50,8 +51,8 @@ app = typer.Typer(
 )
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.top, status.models, status.requests,
-    status.cancel, jobs.jobs, jobs.job, jobs.download, doctor.doctor, files.schema, generate.generate, generate.video,
-    bench.bench, key.key, verify.verify, plan.plan,
+    status.cancel, jobs.jobs, jobs.job, jobs.download, doctor.doctor, files.schema, generate.generate,
+    generate.edit, generate.video, bench.bench, key.key, verify.verify, plan.plan,
 ):  # fmt: skip
     app.command()(command)
 

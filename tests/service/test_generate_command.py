@@ -13,6 +13,7 @@ from service.api.rest import rest_app
 from service.cli.main import main
 from service.cli.progress import StepProgress
 from tests.support.backend import FakeBackend
+from tests.support.hostile import colored, file
 from tests.support.in_process import served
 
 
@@ -55,6 +56,39 @@ def test_a_video_has_a_command_of_its_own(capsys: pytest.CaptureFixture[str], ba
     assert (backend.requests[-1].num_frames, backend.requests[-1].fps) == (9, 8)
     assert run(capsys, "video", "a", "--output", "x.png")[0] == 2
     assert run(capsys, "video", "a", "--n", "1")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["edit", "generate"])
+def test_a_picture_to_begin_with(capsys: pytest.CaptureFixture[str], backend: FakeBackend, command: str) -> None:
+    Path("cup.webp").write_bytes(file(colored(64, 48), "WEBP"))
+    Path("where.png").write_bytes(file(colored(64, 48, "L")))
+    flags = ["--model", "one", "--seed", "7", "--image", "cup.webp", "--mask", "where.png", "--strength", "0.5"]
+    code, out, err = run(capsys, command, "a", *flags)
+    assert (code, out) == (0, "picture.png\n"), err
+    request = backend.requests[-1]
+    assert [each.role for each in request.inputs] == ["image", "mask"]
+    assert (request.strength, request.width, request.height) == (0.5, 64, 48)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["edit", "a"], 2, "--image is missing"),
+        (["generate", "a", "--mask", "cup.png"], 2, "--mask needs --image"),
+        (["generate", "a", "--strength", "0.5"], 2, "--strength needs --image"),
+        (["edit", "a", "--image", "absent.png"], 2, "absent.png"),
+        (["generate", "a", "--image", "cup.png", "--output", "a.mp4"], 2, "--image is not for a video"),
+        (["edit", "a", "--image", "text.png", "--model", "one"], 1, "a picture must be a PNG, JPEG or WebP"),
+        (["edit", "a", "--image", "cup.png", "--model", "paint"], 1, "'paint' is not for image-to-image"),
+    ],
+)
+def test_a_picture_that_is_not_taken(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    Path("cup.png").write_bytes(file(colored()))
+    Path("text.png").write_text("a cup")
+    got, out, err = run(capsys, *arguments)
+    assert (got, out) == (code, "") and said in err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""`spray generate`, `spray video`: one request from the command line, to a server, or to processes of its own."""
+"""`spray generate`, `edit` and `video`: one request from the command line, to a server, or to processes of its own."""
 
+import base64
 import contextlib
 import inspect
 import json
@@ -16,10 +17,11 @@ from pydantic import ValidationError
 
 from deploy.check import check_deployment
 from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
-from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
+from service.api.pictures import decode
 from service.api.responses import metrics
-from service.api.schemas import to_request
-from service.cli.client import PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
+from service.api.schemas import pictures_of, to_request
+from service.cli.client import EDITS, PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
 from service.cli.job_client import submit_job
 from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
@@ -33,11 +35,12 @@ from workers.messages import PreviewOptions
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
 FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2")
-FOR_PICTURES = ("n",)
+FOR_PICTURES = ("n", "image", "mask", "strength")
 
 PREVIEWS = 3
 """As many as a stream may have."""
 
+File = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To begin with.")]
 Degree = Annotated[int | None, typer.Option(help="With --local.")]
 
 
@@ -64,6 +67,16 @@ class Asked:
         """True if the output is a video."""
         return FORMATS[self.output.suffix] == "mp4"
 
+    @property
+    def is_edit(self) -> bool:
+        """True if it begins with a picture."""
+        return "image" in self.fields
+
+    @property
+    def path(self) -> str:
+        """Where a server makes it at once."""
+        return VIDEOS if self.is_video else EDITS if self.is_edit else PICTURES
+
 
 @dataclass(frozen=True)
 class Made:
@@ -89,6 +102,12 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames of a video per second.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. Default: a random one.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Pictures; saved as OUTPUT, OUTPUT-1, OUTPUT-2.")] = None,
+    image: File = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Where to draw on --image: what is white."),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Of the change to --image, up to 1.")] = None,
     lora: Annotated[
         list[str],
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
@@ -131,7 +150,10 @@ def generate(
         prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, seed=seed, size=_size(size, width, height),
     )  # fmt: skip
-    own = _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
+    if image is None and (mask or strength is not None):
+        raise UsageError(f"--{'mask' if mask else 'strength'} needs --image, the picture to begin with")
+    own = _given(image=_data_url(image), mask=_data_url(mask), strength=strength)
+    own |= _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
     shown = shown_by_terminal() if previews else None
     if previews and not shown:
         say(NO_PREVIEWS)
@@ -156,7 +178,7 @@ def _told_of_the_output(asked: Asked) -> Iterator[None]:
     try:
         yield
     except (ServerError, InvalidParameter) as error:
-        if error.code != "wrong_task":
+        if error.code != "wrong_task" or asked.is_edit:
             raise
         suffixes = ", ".join(suffix for suffix, kind in FORMATS.items() if (kind == "mp4") != asked.is_video)
         kind = "videos" if asked.is_video else "pictures"
@@ -173,16 +195,24 @@ def video(**flags: Any) -> None:
     generate(**flags)
 
 
-def _as_generate_but(command: Callable[..., None], output: str, without: str) -> None:
-    """Let typer see a command with the flags of `generate`, save one, and another default for the output."""
+def edit(**flags: Any) -> None:
+    """Draw a picture that begins with --image, or what is white on --mask anew."""
+    if flags["image"] is None:
+        raise UsageError("--image is missing, the picture to begin with")
+    generate(**flags)
+
+
+def _as_generate_but(command: Callable[..., None], output: str, without: Sequence[str]) -> None:
+    """Let typer see a command with the flags of `generate`, save some, and another default for the output."""
     flags = inspect.signature(generate).parameters
     own = [flag.replace(default=Path(output)) if name == "output" else flag for name, flag in flags.items()]
-    own = [flag for flag in own if flag.name != without]
+    own = [flag for flag in own if flag.name not in without]
     command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     command.__annotations__ = {flag.name: flag.annotation for flag in own}
 
 
-_as_generate_but(video, "video.mp4", without="n")
+_as_generate_but(video, "video.mp4", without=FOR_PICTURES)
+_as_generate_but(edit, "picture.png", without=FOR_VIDEOS)
 
 
 def _save(made: Made, output: Path, as_json: bool) -> None:
@@ -214,6 +244,10 @@ def _check_sendable(fields: dict[str, Any]) -> None:
             str(value).encode()
         except UnicodeEncodeError:
             raise UsageError(f"{flag}: the text is not encoded in UTF-8") from None
+
+
+def _data_url(file: Path | None) -> str | None:
+    return file and f"data:application/octet-stream;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def _given(**flags: Any) -> dict[str, Any]:
@@ -260,7 +294,7 @@ def _body(asked: Asked) -> dict[str, Any]:
 
 def _leave(asked: Asked, server: str, as_json: bool) -> None:
     """Submit a job, and print its ID."""
-    job = submit_job(server, _body(asked), asked.is_video)
+    job = submit_job(server, _body(asked), asked.path)
     with understood(server, "POST"):
         job_id = str(job["id"])
     print(json.dumps(job, indent=2) if as_json else job_id, flush=True)
@@ -271,8 +305,9 @@ def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
     body = _body(asked)
     body |= {"partial_images": PREVIEWS} if asked.shown else {}
     try:
-        path = VIDEOS if asked.is_video else PICTURES
-        made = generate_remotely(server, body, progress.show, path, lambda preview: _insert(asked, preview, progress))
+        made = generate_remotely(
+            server, body, progress.show, asked.path, lambda preview: _insert(asked, preview, progress)
+        )
     except KeyboardInterrupt:
         say("canceled: the server stops at the next step")  # it sees that the connection is closed
         raise
@@ -302,9 +337,11 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
         raise UsageError(str(error)) from None
     check_deployment(DeploymentSpec(models=(model,)), devices)
     body = {"seed": secrets.randbelow(2**32)} | asked.fields | _loras([(Path(n).stem, s) for n, s in asked.loras])
-    kind = VideoGenerationBody if asked.is_video else ImageGenerationBody
+    kind = VideoGenerationBody if asked.is_video else ImageEditBody if asked.is_edit else ImageGenerationBody
     previews = PreviewOptions(count=PREVIEWS) if asked.shown else None
-    request = to_request(parse_body(body, kind), model, uuid.uuid4().hex)
+    parsed = parse_body(body, kind)
+    files = pictures_of(parsed, model)
+    request = to_request(parsed, model, uuid.uuid4().hex, decode(*files) if files else ())
     request = replace(request, report_steps=True, previews=previews)
     result = generate_locally(model, request, progress.show, lambda each: _insert(asked, each.data, progress))
     return Made(result.outputs, result.seeds, metrics(result), result.warnings)
