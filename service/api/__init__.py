@@ -1,7 +1,7 @@
 """The API over HTTP: OpenAI's shapes in front of the gateway.
 
 rest.py        assembles the FastAPI application: routers, access, error handlers
-images.py      POST /v1/images/generations
+images.py      POST /v1/images/generations, POST /v1/images/edits
 videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 video_jobs.py  /v1/videos: videos as jobs
@@ -19,6 +19,7 @@ once.py        a request with an idempotency key is done once
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 reading.py     JSON or a form, within limits -> the fields of a body
+pictures.py    pictures that callers send -> plain PNGs, within limits
 bodies.py      the declared bodies of requests
 schemas.py     a body -> GenerationRequest
 generation.py  a body -> its answer: JSON, a file or a stream

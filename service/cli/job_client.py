@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import httpx
 
-from service.cli.client import NO_LIMIT, PICTURES, ServerError, answering, ask, authorization, refusal, understood
+from service.cli.client import NO_LIMIT, VIDEOS, ServerError, answering, ask, authorization, refusal, understood
 from service.jobs.records import ENDED
 from workers.messages import StepEvent
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from service.api import pictures
 from service.api.pictures import MAX_PIXELS, decode, from_data_url, read_pictures, size_of
-from tests.support.hostile import HOSTILE, UNUSUAL, colored, damaged, file
+from tests.support.hostile import HOSTILE, TOO_LARGE, UNUSUAL, colored, damaged, file
 from workers.errors import InvalidParameter, QueueFull
 from workers.messages import MediaInput
 
@@ -44,7 +44,7 @@ def test_hostile_pictures_are_refused_fast_and_by_name(name: str, param: str) ->
     with pytest.raises(InvalidParameter) as refused:
         decode(*files)
     assert refused.value.param == param
-    assert refused.value.code == ("picture_too_large" if "pixels" in str(refused.value) else "invalid_picture")
+    assert refused.value.code == ("picture_too_large" if name in TOO_LARGE else "invalid_picture"), refused.value
     assert time.process_time() - began < 1.0
 
 

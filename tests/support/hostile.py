@@ -81,7 +81,7 @@ HOSTILE: dict[str, bytes] = {
     "RIFF that is no WebP": b"RIFF\x24\0\0\0WAVEfmt " + bytes(40),
     "a bomb of 4 gigapixels": png(65535, 65535, zlib.compress(bytes(1 << 20), 9)),
     "a bomb of 2 gigapixels each way": png(2**31 - 1, 2**31 - 1, b""),
-    "just too many pixels": png(1 << 13, (1 << 12) + 1, b""),
+    "just too many pixels": file(Image.new("1", (1 << 13, (1 << 12) + 1))),
     "too long": png((1 << 14) + 1, 1, b""),
     "no width": png(0, 16, zlib.compress(b"")),
     "no height": png(16, 0, zlib.compress(b"")),
@@ -99,6 +99,11 @@ HOSTILE: dict[str, bytes] = {
     "a large WebP": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0\xff\xff\xff\xff\xff\xff",
 }
 """What is refused."""
+
+TOO_LARGE = frozenset(
+    {"a bomb of 4 gigapixels", "a bomb of 2 gigapixels each way", "just too many pixels", "too long", "a large JPEG"}
+)
+"""Of these, what says of itself that it has too many pixels."""
 
 
 def damaged(count: int, seed: int) -> Iterator[tuple[str, bytes]]:

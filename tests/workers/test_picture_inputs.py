@@ -1,5 +1,7 @@
 """Requests that begin with a picture make what diffusers' classic pipelines make, and the same on every layout."""
 
+import asyncio
+import contextvars
 import inspect
 import io
 from dataclasses import replace
@@ -22,6 +24,7 @@ from sp_core.verify.verify import BAR
 from tests.support.deployments import model
 from tests.workers.test_denoising import ALONE, Generated, begun, check, generate, generate_with, pixels
 from workers.errors import InvalidParameter
+from workers.gang import rank_group
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.lookup import find_adapter
 from workers.model.denoising import Denoising
@@ -198,6 +201,22 @@ def test_steps_and_previews_count_what_is_done(demo_model: Path) -> None:
     scheduler = denoising._pipeline.scheduler
     one = torch.ones(1)
     assert clean(one, one, scheduler, 1) == 1 - scheduler.sigmas[3] != 1 - scheduler.sigmas[0]
+
+
+def test_the_bytes_of_pictures_travel_to_the_first_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, GenerationRequest] = {}
+
+    async def relay(rank: Any, request: GenerationRequest, *_: Any) -> None:
+        sent[rank] = request
+
+    async def run() -> None:
+        monkeypatch.setattr(rank_group, "_relay", relay)
+        await asyncio.gather(*rank_group._Run(["0", "1", "2"], REQUEST, contextvars.copy_context(), None)._relays)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    assert sent["0"] == REQUEST
+    for other in (sent["1"], sent["2"]):
+        assert other == replace(REQUEST, inputs=(MediaInput("image", b""),))
 
 
 REFUSALS = {

@@ -247,7 +247,8 @@ def _check_sendable(fields: dict[str, Any]) -> None:
 
 
 def _data_url(file: Path | None) -> str | None:
-    return file and f"data:application/octet-stream;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    data = base64.b64encode(file.read_bytes()).decode() if file else ""
+    return f"data:application/octet-stream;base64,{data}" if file else None
 
 
 def _given(**flags: Any) -> dict[str, Any]:
@@ -340,8 +341,8 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
     kind = VideoGenerationBody if asked.is_video else ImageEditBody if asked.is_edit else ImageGenerationBody
     previews = PreviewOptions(count=PREVIEWS) if asked.shown else None
     parsed = parse_body(body, kind)
-    files = pictures_of(parsed, model)
-    request = to_request(parsed, model, uuid.uuid4().hex, decode(*files) if files else ())
+    pictures = pictures_of(parsed, model)
+    request = to_request(parsed, model, uuid.uuid4().hex, decode(*pictures) if pictures else ())
     request = replace(request, report_steps=True, previews=previews)
     result = generate_locally(model, request, progress.show, lambda each: _insert(asked, each.data, progress))
     return Made(result.outputs, result.seeds, metrics(result), result.warnings)
