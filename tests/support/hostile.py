@@ -101,7 +101,14 @@ HOSTILE: dict[str, bytes] = {
 """What is refused."""
 
 TOO_LARGE = frozenset(
-    {"a bomb of 4 gigapixels", "a bomb of 2 gigapixels each way", "just too many pixels", "too long", "a large JPEG"}
+    {
+        "a bomb of 4 gigapixels",
+        "a bomb of 2 gigapixels each way",
+        "just too many pixels",
+        "too long",
+        "a large JPEG",
+        "a large WebP",
+    }
 )
 """Of these, what says of itself that it has too many pixels."""
 
