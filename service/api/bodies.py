@@ -94,7 +94,13 @@ ResponseFormat = Literal["b64_json", "url", "file"]
 
 
 class Body(BaseModel):
-    """A JSON object of a request. A field that is null is as absent: OpenAI's clients send null for None."""
+    """A JSON object of a request. A field that is null is as absent: OpenAI's clients send null for None.
+
+    Attributes:
+        PICTURES: fields that may be files of a form.
+    """
+
+    PICTURES: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_true_schema)
 
@@ -151,13 +157,7 @@ class Ignored(Body):
 
 
 class GenerationBody(Ignored):
-    """The fields that pictures and videos share. Absent ones get the model's defaults.
-
-    Attributes:
-        PICTURES: fields that may be files of a form.
-    """
-
-    PICTURES: ClassVar[frozenset[str]] = frozenset()
+    """The fields that pictures and videos share. Absent ones get the model's defaults."""
 
     prompt: Prompt = Field(description="what to draw; must have a visible character")
     model: str | None = Field(None, description="a name or an alias; may be absent if there is one model")

@@ -33,7 +33,7 @@ KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
 
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews")
 
-NOT_IN_ALL = ("inputs", "strength")
+NOT_IN_ALL = ("inputs", "strength", "extra_params")
 """What counts only where it is there, so that an older gateway knows the others by the same fingerprint."""
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -161,6 +162,21 @@ def test_the_picture_is_part_of_what_is_asked(client: TestClient, backend: FakeB
         body = {"prompt": "a", "model": "one", "image": url(data)}
         assert client.post(EDITS, json=body, headers=headers).status_code == status
     assert len(backend.requests) == 1
+
+
+def test_an_edit_may_be_a_job(client: TestClient, backend: FakeBackend) -> None:
+    body = {"prompt": "a", "model": "one", "image": url(PICTURE), "mask": url(MASK), "strength": 0.5, "seed": 7}
+    with client:
+        answer = client.post(EDITS, json=body, headers={"prefer": "respond-async"})
+        assert answer.status_code == 202, answer.text
+        place = answer.headers["location"]
+        until = time.monotonic() + 30
+        while client.get(place).json()["state"] != "succeeded" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert client.get(f"{place}/content").content == b"picture 7"
+    (request,) = backend.requests
+    assert [each.role for each in request.inputs] == ["image", "mask"]
+    assert (request.strength, request.inputs[0].data[:4]) == (0.5, b"\x89PNG")
 
 
 def test_a_job_keeps_its_pictures() -> None:

@@ -148,7 +148,7 @@ def test_what_a_job_tells_of_itself_asks_for_the_same_again(jobs_backend: Backen
         {"n": 2, "seed": 3, "true_cfg_scale": 2.0, "negative_prompt": "b"},
         film | {"seed": 0, "guidance_scale": 0.0, "output_format": "mp4"},
     ):
-        asked, _, _ = to_job(pb.CreateJobRequest(params=params(**fields)), models, "x")
+        asked, _, _ = asyncio.run(to_job(pb.CreateJobRequest(params=params(**fields)), models, "x"))
 
         async def story(stub: Stub, fields: Any = fields, asked: Any = asked) -> None:
             job = await create(stub, **fields)

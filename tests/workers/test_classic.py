@@ -252,7 +252,7 @@ def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: di
 def test_groups_do_not_divide_branches_that_are_one_batch(demo_models: dict[str, Path]) -> None:
     folder = demo_models["stable-diffusion-3"]
     assert (find_family(folder).makes, find_family(folder).guided_above) == ("image", 1.0)
-    assert find_family(demo_models["ltx"]).task == "text-to-video"
+    assert find_family(demo_models["ltx"]).tasks == ("text-to-video",)
     spec = ModelSpec(name="a", source=str(folder), device="cpu", parallel=ParallelDegrees(cfg_parallel_size=2))
     with pytest.raises(SpecError, match="StableDiffusion3Pipeline evaluates both branches in one forward"):
         check_deployment(DeploymentSpec(models=(spec,)), {"cpu": 4.0})

@@ -169,10 +169,9 @@ class Denoising:
         """Draw the initial latents, set the timesteps."""
         self._set_guiders(self._adapter.guiders(self.request))
         self._run(self._workflow.prepare)
-        if not self.request.inputs:  # else its steps begin where the picture is left
-            self._pipeline.scheduler.set_begin_index(
-                0
-            )  # as classic pipelines; else it looks for the step by its timestep
+        if not self.request.inputs:  # else the blocks have set where the steps begin
+            # As classic pipelines; without it the scheduler looks for the step by its timestep.
+            self._pipeline.scheduler.set_begin_index(0)
         _drop_full_masks(self._state)
         loop_state = self._workflow.loop.get_block_state(self._state)
         loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
