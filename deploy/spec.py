@@ -25,6 +25,7 @@ NO_NUL = r"^[^\x00]*$"
 
 LIVE = frozenset(
     {"aliases", "tasks", "loras", "defaults", "limits", "autoscaling", "grace_period_s", "max_queued", "max_queued_s"}
+    | {"self_test"}
 )
 """Keys of a model that change while its gangs run. A change of any other key starts new gangs."""
 
@@ -200,6 +201,10 @@ class ModelSpec(_Section):
         "auto",
         description="both branches of guidance in one forward where their prompts are of one length: true, false, or "
         "auto, which does it for small requests",
+    )
+    self_test: bool = Field(
+        True,
+        description="before a gang of several ranks serves, compare what it computes with what one rank computes",
     )
     loras: tuple[LoRA, ...] = Field((), description="adapters that requests may name")
     plan: Symbol | None = Field(

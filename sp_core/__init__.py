@@ -31,7 +31,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     cuda_kernels.py   the kernels to choose from on CUDA
     kernel_choice.py  which of them all ranks take
     diffusers_private.py, torch_private.py   all private names of these libraries that sp_core relies on
-    verify/           does a model give the same answer on every layout?
+    verify/           does a model give the same answer on every layout? does a gang give that of one rank?
     planner/          where is its sequence split? found by looking at forwards, proved by `verify`
 
 This file imports nothing, so that `sp_core.degrees` loads without torch.

@@ -5,6 +5,8 @@ Made once per rank by `workers.gang.rank`, or by anyone who has initialized `tor
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -113,6 +115,21 @@ class ParallelMesh:
     def axis(self, name: AxisName) -> MeshAxis:
         """This rank's place and group on the axis `name`."""
         return self._axes[name]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, each axis has this rank only. For the reference of a self-test; see `sp_core.verify.alone`."""
+        axes = dict(self._axes)
+        self._axes.update({name: MeshAxis(name, 0, 1, None, None, self.traffic) for name in axes})
+        try:
+            yield
+        finally:
+            self._axes.update(axes)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether `alone` is entered, in a mesh of several ranks."""
+        return self._axes["gang"].size < self.degrees.world_size
 
     def agree(self, *flags: int) -> tuple[int, ...]:
         """The element-wise maximum of `flags` over all ranks: one decision, the same everywhere.

@@ -144,7 +144,7 @@ class _Modulations:
 
     def embedded(self, _module: nn.Module, _args: Any, embedding: torch.Tensor) -> None:
         """Give all layers their values of this embedding, `(B, D)`."""
-        if torch.compiler.is_compiling() or self._embedded < 0:
+        if torch.compiler.is_compiling() or self._embedded < 0 or self._mesh.is_alone:
             return
         self._embedded += 1
         step = _step.get() if self._modulation.timestep_only else None

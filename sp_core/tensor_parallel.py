@@ -74,6 +74,7 @@ class AcrossHeadsRMSNorm(nn.Module):
         weight = whole.weight
         assert isinstance(weight, nn.Parameter)
         self.weight = _part(weight, 0, index)
+        self.index = index
         self._features = len(weight)
         self._eps: float | None = whole.eps  # type: ignore[assignment]
         self._axis = axis
@@ -82,9 +83,13 @@ class AcrossHeadsRMSNorm(nn.Module):
         """The whole norm, over the features of all ranks."""
         wide = hidden_states.float()
         squares = collectives.all_reduce(wide.square().sum(dim=-1, keepdim=True), self._axis)
+        return self.normed(hidden_states, squares, self.weight)
+
+    def normed(self, hidden_states: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Some features, `(..., N)`, by the sum of the squares of all, `(..., 1)`; `weight` is theirs, `(N,)`."""
         eps = torch.finfo(hidden_states.dtype).eps if self._eps is None else self._eps
-        normed = wide * torch.rsqrt(squares / self._features + eps)
-        return (normed * self.weight.float()).to(hidden_states.dtype)
+        normed = hidden_states.float() * torch.rsqrt(squares / self._features + eps)
+        return (normed * weight.float()).to(hidden_states.dtype)
 
 
 def apply_tensor_parallel(model: nn.Module, plan: TensorParallelPlan, axis: MeshAxis) -> None:
@@ -121,7 +126,7 @@ def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle
         heads = module.heads
         assert isinstance(heads, int)
         mine = len(part_of(name, heads, (), axis))
-        return lambda: setattr(module, "heads", mine)
+        return lambda: _set_heads(module, mine, heads)
     if isinstance(style, Channels):
         return lambda: _narrow_outputs(module, style.dim, axis)
     replacement: Callable[[], nn.Module]
@@ -139,6 +144,10 @@ def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle
         index = part_of(name, module.in_features, blocks, axis)
         replacement = lambda: RowParallelLinear(module, index, axis)  # noqa: E731
     return lambda: parent.add_module(child, replacement())
+
+
+def _set_heads(module: nn.Module, mine: int, heads: int) -> None:
+    module.heads, module.heads_of_all_ranks = mine, heads  # type: ignore[assignment]
 
 
 def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -> torch.Tensor:
@@ -171,6 +180,9 @@ def _part(whole: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
 
 def _narrow_outputs(module: nn.Module, dim: int, axis: MeshAxis) -> None:
     def narrow(_module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not module.narrows:
+            return output
         return tuple(tensor.chunk(axis.size, dim=dim)[axis.rank] for tensor in output)
 
+    module.narrows = True  # type: ignore[assignment]
     module.register_forward_hook(narrow)

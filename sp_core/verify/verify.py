@@ -208,7 +208,8 @@ def _first_divergence(
     with Recording(model) as across:
         model(**inputs)
     handle.remove()
-    return across.first_divergence(plain, BAR)
+    found = across.first_divergence(plain, BAR)
+    return "the model's own output, after all of its modules" if found is None else str(found)
 
 
 def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> float:

@@ -123,6 +123,7 @@ EVERY_KEY = {
     "vae": "rank0",
     "vae_tiling_above": 0,
     "batch_guidance": False,
+    "self_test": False,
     "loras": [{"name": "ink", "source": "/loras/ink.safetensors"}],
     "plan": "package.module:PLAN",
     "transformer_class": "package.module:Model",

@@ -302,7 +302,7 @@ def check_requests(samples: Samples, told: list[dict[str, Any]]) -> None:
 
 
 def check_of_the_node(samples: Samples) -> None:
-    for phase in ("fetch", "process", "rendezvous", "load", "warm_up"):
+    for phase in ("fetch", "process", "rendezvous", "load", "self_test", "warm_up"):
         assert value(samples, "spray_gang_start_seconds_count", model="demo", phase=phase) == 1, phase
     died = {"model": "demo", "reason": "died"}
     assert ("spray_gang_restarts_total", frozenset(died.items())) in samples  # from the start: 0, not nothing

@@ -1,5 +1,6 @@
 """Transformers and plans that are neither diffusers' nor spray's own, as a user's package would have them."""
 
+import functools
 from typing import Any, ClassVar
 
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
@@ -33,3 +34,16 @@ class Misplanned(QwenImageTransformer2DModel):  # type: ignore[misc]
 
 class OtherWan(WanTransformer3DModel):  # type: ignore[misc]
     """Of a model with two."""
+
+
+class CentersTokens(QwenImageTransformer2DModel):  # type: ignore[misc]
+    """A part of it looks at the other tokens without attention: on each rank at those of the rank alone."""
+
+    _sp_plan = PLAN
+
+    @functools.wraps(QwenImageTransformer2DModel.__init__)  # diffusers reads the names of the arguments
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.transformer_blocks[1].img_norm2.register_forward_hook(
+            lambda _module, _args, tokens: tokens - tokens.mean(1, keepdim=True)
+        )

@@ -373,3 +373,27 @@ def test_a_busy_gang_has_moved_when_a_rank_has_passed_a_boundary(monkeypatch: py
         clock[0], rank.progress = now, progress
         told.append(movement.at([rank], idle))  # type: ignore[list-item]
     assert told == [110, 110, 130, 130, 150]
+
+
+def test_only_the_first_ranks_of_a_gang_test_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacements come back fast: of them only the groups are tried."""
+    spec = ModelSpec(name="tested", source="/a")
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
+    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    started: list[bool] = []
+
+    async def start(model: ModelSpec, *_: Any) -> Any:
+        started.append(model.self_test)
+        return SimpleNamespace(phases={"load": 1.0}, serve_metrics=lambda: None)
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+
+    async def story() -> None:
+        gang = Gang(spec.fixed)
+        metrics, context = GangMetrics("tested", "0"), contextvars.copy_context()
+        gang._setup = Setup(spec, AdapterSync(()), FAMILY, None, context, {}, metrics)
+        for _ in range(2):
+            gang._ranks = await gang._start_ranks()
+
+    asyncio.run(story())
+    assert started == [True, False]

@@ -16,6 +16,7 @@ boundary.py       where all ranks agree whether a request goes on
 encoding.py       the pictures that rank 0 has decoded, until they are files
 preview_files.py  previews of rank 0, encoded in a thread while it computes
 local.py          a gang without Ray, for `spray generate --local`
+self_test.py      compares, before a gang serves, what it computes with what one rank computes
 warm_up.py        what a rank runs at its start
 placement.py      ModelSpec -> Serve options: the bundles of a gang, and why they cannot be scheduled
 adapter_sync.py   brings the adapters of running ranks to those of the deployment file

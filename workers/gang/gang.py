@@ -283,7 +283,10 @@ class Gang:
         replica = serve.get_replica_context().replica_id.unique_id
         name = f"{setup.model.name}-{replica}-{next(self._incarnation)}"
         number = setup.metrics.replica
-        model = setup.model.model_copy(update={"loras": setup.adapters.start_over()})
+        tested = self._ranks is not None  # of replacements only the groups are tried
+        model = setup.model.model_copy(
+            update={"loras": setup.adapters.start_over(), "self_test": setup.model.self_test and not tested}
+        )
         ranks = await RankGroup.start(model, setup.storage, name, number, self._on_lost)
         current = self._started  # a `reconfigure` may have come while they started
         current.metrics.started(ranks.phases)

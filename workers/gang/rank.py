@@ -26,6 +26,7 @@ from workers.gang.encoding import Encoding
 from workers.gang.memory_use import memory_use
 from workers.gang.preview_files import PreviewFiles
 from workers.gang.rendezvous import find_store, form_mesh, host_store
+from workers.gang.self_test import self_test
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, RankStatus, StepEvent
 from workers.model.classic_denoising import begin
@@ -94,11 +95,12 @@ class Rank:
         return port
 
     def join(self, host: str, port: int) -> RankStatus:
-        """Meet the other ranks, form the mesh, load the model and warm it up. All ranks must call it at once.
+        """Meet the other ranks, form the mesh, load the model, test it, and warm it up. All ranks must call it at once.
 
         Raises:
             ValueError: the model cannot be loaded or the layout does not fit it.
-            RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another.
+            RuntimeError: the ranks did not meet within the start-up limit, or receive wrong data from one another, or
+                compute something else than one rank would.
         """
         began = time.monotonic()
         self._use_device()
@@ -110,6 +112,10 @@ class Rank:
         self._use(load_model(self.model, mesh, self._on_progress))
         self._phase = "starting"
         loaded = time.monotonic()
+        tests = self.model.self_test and self.model.parallel.world_size > 1
+        if tests:
+            self._test()
+        tested = time.monotonic()
         with self._compiler.warming("start"), self._loaded.colors.warm_up():
             self._warm_up()
             self._warm_up_adapters(self.model.loras)
@@ -120,7 +126,12 @@ class Rank:
         self.renumber(self._replica)  # metrics begin here
         self._phase = "idle"
         warming = "compile" if self._compiler.has_compiled else "warm_up"
-        start = (("rendezvous", met - began), ("load", loaded - met), (warming, time.monotonic() - loaded))
+        start = (
+            ("rendezvous", met - began),
+            ("load", loaded - met),
+            *((("self_test", tested - loaded),) if tests else ()),
+            (warming, time.monotonic() - tested),
+        )
         return replace(self.status(), start=start)
 
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
@@ -197,6 +208,13 @@ class Rank:
     def _use(self, loaded: LoadedModel) -> None:
         loaded.use_loras()
         self._usable, self.model = loaded, loaded.spec
+
+    def _test(self) -> None:
+        self_test(self._loaded, lambda request: self._begin(request)[0])
+        self._phase = "starting"
+        self._step = self._total_steps = 0
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # whole weights are not needed again
 
     def _warm_up(self) -> None:
         """Run the spec's shapes once, so that no caller waits for what a first run compiles and allocates."""

@@ -92,6 +92,7 @@ class Denoising:
             self._decodes = self._decodes or together
         self._timesteps: list[float] = []  # from `prepare` on
         self._steps_done = 0
+        self.prediction: torch.Tensor  # of the latest step, all branches combined
         self._ends: StepEnds  # from the first step on
         self._set_up()
 
@@ -182,6 +183,11 @@ class Denoising:
         self._timesteps = loop_state.timesteps.tolist()  # for the host, once: a step must not wait for its own
         self._loop_state = loop_state
 
+    def guide_here(self) -> None:
+        """From now on, evaluate each branch of guidance on this rank, in a forward of its own."""
+        for name, guider in self._adapter.guiders(self.request).items():
+            setattr(self._pipeline, name, guider)
+
     @torch.no_grad()
     def step(self) -> None:
         """Do one denoising step, which a GPU only queues; see `steps`. A collective of all ranks."""
@@ -189,10 +195,10 @@ class Denoising:
         if self._steps_done == 0:
             self._ends = StepEnds(self._mesh.device, self.total_steps)
         with self._mesh.traffic.step() as in_collectives:
-            sample, prediction = self._advance(self._steps_done)
+            sample, self.prediction = self._advance(self._steps_done)
         self._steps_done += 1
         if self._previews:
-            self._previews.make(self._steps_done, self.total_steps, sample, prediction, self._decode_alone)
+            self._previews.make(self._steps_done, self.total_steps, sample, self.prediction, self._decode_alone)
         self._ends.mark(self.latents, in_collectives)
 
     def _advance(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
