@@ -342,6 +342,11 @@ class GatewaySpec(_Section):
         "*: all, only where callers need a key",
     )
 
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the line that is logged for each request: key=value, or an object of JSON"
+    )
+    log_prompts: bool = Field(False, description="log prompts too")
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from service.state.outputs import OutputStore
 from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
+from service.state.request_log import RequestLog
 from service.state.waiting import Place, waiting_for
 from workers.errors import (
     AdminOnly,
@@ -91,6 +92,9 @@ NOT_ADMITTED = (
 OUTCOMES = {OK, UNEXPECTED.code, *(status.code for error, status in STATUS.items() if error not in NOT_ADMITTED)}
 """How an admitted request can end, for metrics. CANCELLED is among the errors' codes."""
 
+NO_LOG = {"log_format": "text", "prompts": False}
+"""How an older version told of requests: it did not."""
+
 NO_JOBS = {"folder": None, "url_env": None}
 """Where an older version keeps jobs: it has none."""
 
@@ -128,6 +132,7 @@ class Gateway(GrpcMethods):
         self._quarantine = Quarantine()
         self._exporter = Exporter(share_values())
         self._metrics: dict[str, GatewayMetrics] = {}
+        self._log = RequestLog()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
@@ -141,6 +146,7 @@ class Gateway(GrpcMethods):
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
+        self._log.follow(**user_config.get("log", NO_LOG))  # likewise
         several = user_config.get("gateways", 1) > 1
         shared_turns.share(several)
         self._colleagues.follow(several and ray.is_initialized())
@@ -256,7 +262,9 @@ class Gateway(GrpcMethods):
             GangLost: it lost as many gangs as it may.
             RequestQuarantined: the same request did so before.
         """
-        began, outcome = time.monotonic(), CANCELLED
+        began, outcome, attempts = time.monotonic(), CANCELLED, 1
+        result: GenerationResult | None = None
+        key = self.caller()
         metrics = self._metrics_of(request.model)
         self.in_flight += 1
         metrics.began()
@@ -268,8 +276,10 @@ class Gateway(GrpcMethods):
                 async with contextlib.aclosing(reports):
                     async for report in reports:
                         if isinstance(report, GenerationResult):
-                            outcome = OK
+                            outcome, result = OK, report
                             metrics.answered(time.monotonic() - began, report.seconds)
+                        elif isinstance(report, Restarted):
+                            attempts = report.attempt
                         yield report
         except Exception as error:
             outcome = find_status(error).code
@@ -277,6 +287,7 @@ class Gateway(GrpcMethods):
         finally:
             self.in_flight -= 1
             metrics.ended(outcome)
+            self._log.ended(request, key, outcome, time.monotonic() - began, attempts, result)
 
     async def _run_for(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run the request of a job in its owner's name. What the owner may was settled when it was submitted."""

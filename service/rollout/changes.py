@@ -102,6 +102,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
             "node_labels": options["ray_actor_options"].get("label_selector", {}),
+            **_log_before(options["user_config"].get("log")),
         },
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
         "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},
@@ -119,6 +120,12 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         place = "does not answer gRPC" if before_port is None else f"answers gRPC at {host}:{before_port}"
         lines.append(f"keep    {GATEWAY_APP}: {place} until Serve is restarted")
     return lines
+
+
+def _log_before(log: dict[str, Any] | None) -> dict[str, Any]:
+    """Keys of the gateway; the defaults where an older version is deployed."""
+    log = log or {"log_format": "text", "prompts": False}
+    return {"log_format": log["log_format"], "log_prompts": log["prompts"]}
 
 
 def keep_derived(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
