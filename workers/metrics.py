@@ -114,6 +114,19 @@ TARGET_BACKLOG = Gauge(
     ["model"],
     multiprocess_mode="livemostrecent",
 )
+JOBS = Gauge(
+    "spray_jobs",
+    "Jobs that have not ended, queued or running, as each gateway sees them.",
+    ["model", "state"],
+    multiprocess_mode="livemostrecent",
+)
+JOB_STORE_SECONDS = Histogram(
+    "spray_job_store_seconds",
+    "A call of the store of jobs, its retries included.",
+    ["operation"],
+    buckets=STAGE_BUCKETS,
+)
+JOB_STORE_ERRORS = Counter("spray_job_store_errors", "Calls that the store of jobs did not answer.", ["operation"])
 API_REQUESTS = Counter(
     "spray_api_requests",
     "Calls of the API by route or RPC, status, and the name of the caller's key.",

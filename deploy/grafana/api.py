@@ -1,4 +1,4 @@
-"""The dashboard of calls over REST and gRPC."""
+"""The dashboard of calls over REST and gRPC, and of jobs."""
 
 from deploy.grafana.builders import Board, Panel
 from deploy.grafana.promql import per_second, quantile
@@ -48,6 +48,30 @@ API = Board(
                 "short",
                 [(per_second("spray_prompt_tokens_total", "model"), "{{model}} tokens/s")],
                 "What text encoders have read.",
+            ),
+        ),
+        "Jobs": (
+            Panel(
+                "Jobs that have not ended",
+                "short",
+                [('max by (model, state) (spray_jobs{model=~"$model"})', "{{model}} {{state}}")],
+                "By model. Queued ones wait for a gang; those that run have a lease.",
+            ),
+            Panel(
+                "p95 of the store",
+                "s",
+                [(quantile(0.95, "spray_job_store_seconds", "operation", ""), "{{operation}}")],
+                "Calls of the store of jobs by operation, with their retries.",
+                warn=1,
+                alarm=5,
+            ),
+            Panel(
+                "Errors of the store",
+                "ops",
+                [("sum by (operation) (rate(spray_job_store_errors_total[$__rate_interval]))", "{{operation}}")],
+                "Calls that the store did not answer.",
+                warn=0.001,
+                alarm=0.1,
             ),
         ),
     },

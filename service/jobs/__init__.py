@@ -8,6 +8,7 @@
     transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
     store_actor.py  the store as gateways reach it: one actor that owns the file, or PostgreSQL
     requests.py     the request of a job as JSON
+    observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway, and publishes their outputs
 
 A job is committed before its caller hears of it. Whoever runs it holds a lease and a fence: without a word for the

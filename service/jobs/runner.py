@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
 from service.api.responses import metrics
+from service.jobs.observed import ObservedJobs
 from service.jobs.records import QUARANTINED, Job, JobError, JobOutput, LeaseLost
 from service.jobs.requests import request_of
 from service.jobs.store import JobStore
@@ -80,6 +81,7 @@ class Runner:
         self._jobs, self._outputs, self._name = jobs, outputs, name
         self._generate, self._room = generate, room
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._observed = ObservedJobs()
         self._wake = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._swept_at = 0.0
@@ -133,6 +135,7 @@ class Runner:
             self._swept_at = time.monotonic()
             await self._jobs.ask(JobStore.sweep)
         counts = await self._jobs.ask(JobStore.counts)
+        self._observed.tell(counts, self._room())
         room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
         room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
         for job in await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else ():

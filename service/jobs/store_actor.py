@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.spec import SpecError
 from service.jobs import database, engines, queries, records, store, tables, transitions
 from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs.observed import begin_at_zero, observing_store
 from service.jobs.store import JobStore
 from service.state.outputs import own_folder
 from service.state.shared_turns import NAMESPACE
@@ -76,6 +77,7 @@ class Jobs:
         self._keep_s = 3600.0
         self._actor: Any = None
         self._own: JobStore | None = None  # PostgreSQL; without a cluster, SQLite too
+        begin_at_zero()
 
     def follow(self, folder: str | None, url_env: str | None, keep_s: float) -> None:
         """Keep jobs so from now on.
@@ -109,11 +111,12 @@ class Jobs:
             JobsUnavailable: the store cannot be reached.
             Exception: what the method raises.
         """
-        if self._url_env is not None or not ray.is_initialized():
-            own = await asyncio.to_thread(self._open)
-            return await asyncio.to_thread(call, own, *args, **kwargs)
-        found: Result = await self._ask_actor(call.__name__, args, kwargs)
-        return found
+        with observing_store(call.__name__):
+            if self._url_env is not None or not ray.is_initialized():
+                own = await asyncio.to_thread(self._open)
+                return await asyncio.to_thread(call, own, *args, **kwargs)
+            found: Result = await self._ask_actor(call.__name__, args, kwargs)
+            return found
 
     async def in_use(self) -> bool:
         """Whether there may be jobs. Where they end with the cluster, nothing is started before the first one."""

@@ -3,6 +3,7 @@
 `python -m tests.support.observed PORT`, with RAY_RAYLET_PID and SPRAY_METRICS_DIR set as in a cluster.
 """
 
+import contextlib
 import random
 import sys
 import time
@@ -10,11 +11,14 @@ from pathlib import Path
 
 from deploy.spec import Autoscaling
 from service.api.observed import observing
+from service.jobs.observed import ObservedJobs, observing_store
+from service.jobs.records import Counts
 from service.names import app_name
 from service.state.model_states import ModelState
 from service.state.observed import ObservedModels
 from tests.support.backend import a_model
 from workers.disk import tell, watch_disk
+from workers.errors import JobsUnavailable
 from workers.exporter import Exporter, share_values
 from workers.observing import GangMetrics, GatewayMetrics, RankMetrics
 
@@ -30,6 +34,7 @@ class Observed:
         self._gang = GangMetrics(name, "0")
         self._gateway = GatewayMetrics(name, ["ok", "queue_full"])
         self._models = ObservedModels()
+        self._jobs = ObservedJobs()
         self._requests = 0
 
     def request(self, now: float) -> None:
@@ -60,6 +65,10 @@ class Observed:
             pass
         with observing("GenerateImage", "INTERNAL"):
             pass
+        self._jobs.tell({self._model.name: Counts(queued=3, running=1)}, [self._model.name])
+        with contextlib.suppress(JobsUnavailable), observing_store("counts"):
+            if self._requests % 4 == 0:
+                raise JobsUnavailable("the disk is full")
 
 
 def main() -> None:
