@@ -152,7 +152,7 @@ def test_what_a_job_tells_of_itself_asks_for_the_same_again(jobs_backend: Backen
 
         async def story(stub: Stub, fields: Any = fields, asked: Any = asked) -> None:
             job = await create(stub, **fields)
-            again = to_generation(pb.GenerateStreamRequest(params=job.params), models, "x")
+            again = await to_generation(pb.GenerateStreamRequest(params=job.params), models, "x")
             assert again == asked
 
         live(jobs_backend, story)
