@@ -303,6 +303,7 @@ def test_a_call_goes_on_where_it_stood() -> None:
         halves = [call.step() for _ in range(3)]
         assert torch.equal(call.noise[0], halves[1]) and torch.equal(call.noise[1], 0.5 * halves[1])
         assert torch.equal(call.finish()[0], whole) and torch.equal(halves[-1], whole)
+    assert torch.is_grad_enabled()
 
 
 def test_a_call_that_is_dropped_leaves_nothing() -> None:
@@ -315,8 +316,7 @@ def test_a_call_that_is_dropped_leaves_nothing() -> None:
         del pipeline
         call.encode()
         call.step()
-        assert there() is not None
-        torch.set_grad_enabled(True)  # whoever goes on records gradients again; the call has switched it off
+        assert there() is not None and torch.is_grad_enabled()
         del call
         assert there() is None and torch.is_grad_enabled()
     finally:

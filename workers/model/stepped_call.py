@@ -79,16 +79,14 @@ class SteppedCall:
 
     def close(self) -> None:
         """End the call where it stands, and free what it holds."""
-        if self._call.dead:
-            return
-        recorded = torch.is_grad_enabled()  # the call restores on its way out what it found long ago
-        with contextlib.suppress(GreenletExit):
-            self._call.throw()
-        torch.set_grad_enabled(recorded)
+        if not self._call.dead:
+            with torch.no_grad(), contextlib.suppress(GreenletExit):
+                self._call.throw()
 
     def __del__(self) -> None:
         self.close()
 
+    @torch.no_grad()  # on its way out the call restores what it found when it began: that must not reach the caller
     def _go_on(self) -> Any:
         return self._call.switch()
 
