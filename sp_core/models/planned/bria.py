@@ -9,6 +9,7 @@ from sp_core.sp_plan import SequenceParallelCompanion, SequenceParallelInput
 BRIA = ModelFamily(
     transformer_classes=("BriaTransformer2DModel",),
     sp_plan=as_flux.SP_PLAN,
+    pipelines=("BriaPipeline",),
     examples={"bria": Example("BriaTransformer2DModel", as_flux.TINY, as_flux.inputs, as_flux.GAINS)},
 )
 

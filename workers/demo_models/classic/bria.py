@@ -1,0 +1,38 @@
+"""The demo model of Bria 3."""
+
+from typing import Any
+
+import torch
+from diffusers import BriaPipeline, BriaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from transformers import T5Config, T5EncoderModel
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+
+TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
+
+
+def demo_pipeline() -> Any:
+    """A `BriaPipeline`, the same weights at every call."""
+    characters = vocabulary.t5()
+    torch.manual_seed(0)
+    transformer = BriaTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=12,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=[4, 4, 4],
+    )
+    amplify(transformer, TRANSFORMER_GAINS)
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    )
+    return BriaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=image_vae(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=characters,
+        transformer=transformer.eval(),
+    )
