@@ -62,7 +62,7 @@ JOBS = {
 }
 """What a key has made, and no other, not even an operator's."""
 
-CREATES = {f"POST {IMAGES}", f"POST {VIDEOS}", "POST /v1/videos"}
+CREATES = {f"POST {IMAGES}", f"POST {VIDEOS}", "POST /v1/videos", "POST /v1/images/edits"}
 
 JOB_RPCS = {"GetJob", "ListJobs", "WatchJob", "CancelJob", "DeleteJob", "DownloadOutput"}
 """The same over gRPC."""
