@@ -17,7 +17,8 @@ from pathlib import Path
 from sp_core.degrees import ParallelDegrees
 from sp_core.models.family import ModelFamily
 from sp_core.planner.movement import CannotPlan, Movement
-from sp_core.planner.proposals import Proposal, proposals
+from sp_core.planner.proposal import Proposal
+from sp_core.planner.proposals import proposals
 from sp_core.verify.rank_pool import RankFailed, RankPool
 from sp_core.verify.verify import (
     BAR,

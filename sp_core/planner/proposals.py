@@ -8,174 +8,24 @@ ranks. What a forward does between its modules cannot be seen, so there are seve
 - split and gather around each stack of blocks, where the stacks' streams are joined in between.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from sp_core import diffusers_private
-from sp_core.attention.layer import SequenceParallelAttention
-from sp_core.models.family import ModelFamily
+from sp_core.planner.local_attention import tell_attention
 from sp_core.planner.movement import BATCH, CannotPlan, Letters, Movement, Moving, MovingCall
+from sp_core.planner.proposal import Proposal
+from sp_core.planner.stacks import Stack, find_stacks
 from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     SequenceParallelCompanion,
     SequenceParallelInput,
     SequenceParallelLeadingCount,
-    SequenceParallelModelPlan,
     SequenceParallelOutput,
 )
 
-Entry = SequenceParallelInput | SequenceParallelLeadingCount | SequenceParallelOutput
-
 Order = Callable[[Mapping[str, "Moving"]], dict[str, "Moving"]]
 """Puts streams in the order in which attention joins them."""
-
-
-@dataclass
-class Proposal:
-    """A plan that may be right.
-
-    Attributes:
-        plan: by module and key; the key of a gather is empty.
-        reasons: of each entry, by the same.
-        local_attention: patterns of modules whose attention stays on each rank, with the reason.
-        own_stream: patterns of modules whose attention sees one of several streams, with its parameter.
-        captured_processors: class names; see `sp_core.models.family.ModelFamily`.
-    """
-
-    plan: dict[str, dict[str | int, Entry]] = field(default_factory=dict)
-    reasons: dict[tuple[str, str | int], str] = field(default_factory=dict)
-    local_attention: dict[str, str] = field(default_factory=dict)
-    own_stream: dict[str, str] = field(default_factory=dict)
-    captured_processors: set[str] = field(default_factory=set)
-
-    def add(self, module: str, key: str | int, entry: Entry, reason: str) -> None:
-        """Add an entry, if there is none in this place."""
-        self.plan.setdefault(module, {}).setdefault(key, entry)
-        self.reasons.setdefault((module, key), reason)
-
-    def merge(self, other: "Proposal") -> bool:
-        """Add what another variant of the same model needs; False if the two contradict each other."""
-        for module, entries in other.plan.items():
-            for key, entry in entries.items():
-                self.add(module, key, entry, other.reasons[module, key])
-                if self.plan[module][key] != entry:
-                    return False
-        self.local_attention |= other.local_attention
-        self.own_stream |= other.own_stream
-        self.captured_processors |= other.captured_processors
-        return True
-
-    def sequence_plan(self) -> SequenceParallelModelPlan:
-        """The plan in the words of `sp_core.sp_plan`."""
-        plan: SequenceParallelModelPlan = {}
-        for module, entries in self.plan.items():
-            gather = entries.get("")
-            if isinstance(gather, SequenceParallelOutput):
-                plan[module] = gather
-            else:
-                plan[module] = {
-                    k: entry for k, entry in entries.items() if not isinstance(entry, SequenceParallelOutput)
-                }
-        return plan
-
-    def family(self, transformer_class: str) -> ModelFamily:
-        """As the file of a family says it."""
-        return ModelFamily(
-            (transformer_class,),
-            self.sequence_plan(),
-            local_attention=tuple(self.local_attention),
-            own_stream=self.own_stream,
-            captured_processors=tuple(sorted(self.captured_processors)),
-        )
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A list of blocks that were called one after the other.
-
-    Attributes:
-        name: of the `ModuleList`.
-        calls: of its blocks, in order.
-    """
-
-    name: str
-    calls: tuple[MovingCall, ...]
-
-    @property
-    def first(self) -> MovingCall:
-        return self.calls[0]
-
-    @property
-    def last(self) -> MovingCall:
-        return self.calls[-1]
-
-    def streams(self) -> dict[str, Moving]:
-        """What enters the first block and leaves each as another tensor: its token streams, by parameter."""
-        return {
-            path: moving
-            for path, moving in self.first.arguments.items()
-            if moving.is_stream and "." not in path and not self.is_repeated(path) and self._comes_out(moving)
-        }
-
-    def is_repeated(self, path: str) -> bool:
-        """Whether all blocks are given the same tensor."""
-        given = {call.arguments[path].seen.identity for call in self.calls if path in call.arguments}
-        return len(self.calls) > 1 and len(given) == 1
-
-    def _comes_out(self, moving: Moving) -> bool:
-        return any(out.seen.shape == moving.seen.shape for out in self.first.outputs.values())
-
-    def companions(self) -> dict[str, Moving]:
-        """What else enters the blocks and moves with tokens, by path."""
-        streams = self.streams()
-        return {
-            path: moving
-            for call in self.calls[:2]
-            for path, moving in call.arguments.items()
-            if path not in streams and moving.tokens
-        }
-
-
-def find_stacks(model: nn.Module, movement: Movement) -> list[Stack]:
-    """The outermost lists of blocks that attend and through which a stream goes, in order of their calls.
-
-    Raises:
-        CannotPlan: there are none.
-    """
-    found: list[Stack] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{stack.name}.") for stack in found):
-            continue
-        calls = [call for at in range(len(module)) for call in movement.of(f"{name}.{at}")]
-        if not calls or not attention_in(model, calls[0].name):
-            continue
-        if len(calls) != len(module) or sorted(calls, key=lambda call: call.begin) != calls:
-            raise CannotPlan(f"the blocks of {name!r} are not called once each, in order")
-        stack = Stack(name, tuple(calls))
-        if stack.streams():
-            found.append(stack)
-    if not found:
-        raise CannotPlan(
-            "no list of modules attends and hands on a (B, S, D) tensor that moves with a number of tokens"
-        )
-    return sorted(found, key=lambda stack: stack.first.begin)
-
-
-def attention_in(model: nn.Module, name: str) -> list[str]:
-    """The modules below one (or it itself) that attend, by their full names."""
-    return [
-        f"{name}.{inner}" if inner else name
-        for inner, module in model.get_submodule(name).named_modules()
-        if attends(module)
-    ]
-
-
-def attends(module: nn.Module) -> bool:
-    """Whether attention of this module can go across ranks."""
-    return hasattr(module, "processor") or isinstance(module, SequenceParallelAttention)
 
 
 def proposals(model: nn.Module, movement: Movement) -> dict[str, Proposal]:
@@ -263,7 +113,7 @@ def _at_blocks(
                 again = SequenceParallelCompanion(split_dim=1, expected_dims=3)
                 proposal.add(_block(stack, 0), path, again, f"the same tokens once more, {moving.seen.shape}")
     _gather(proposal, movement, main, streams)
-    _attention(proposal, model, movement, main)
+    tell_attention(proposal, model, movement, main)
     return proposal
 
 
@@ -302,7 +152,7 @@ def _at_root(model: nn.Module, movement: Movement, stacks: list[Stack], order: O
         for stack in main:
             _split_produced(proposal, movement, stack, streams)
     _gather(proposal, movement, main, streams)
-    _attention(proposal, model, movement, stacks)
+    tell_attention(proposal, model, movement, stacks)
     return proposal
 
 
@@ -327,7 +177,7 @@ def _around_stacks(model: nn.Module, movement: Movement, stacks: list[Stack], or
         _split_streams(proposal, stack, streams)
         _split_companions(proposal, movement, stack, streams, frozenset(), made=False)
         _gather_stack(proposal, stack)
-    _attention(proposal, model, movement, stacks)
+    tell_attention(proposal, model, movement, stacks)
     return proposal
 
 
@@ -453,58 +303,5 @@ def _gather_stack(proposal: Proposal, stack: Stack) -> None:
     proposal.add(f"{stack.name}.-1", "", entry, f"the stack's last block returns the tokens, {shape}")
 
 
-def _attention(proposal: Proposal, model: nn.Module, movement: Movement, inside: Iterable[Stack]) -> None:
-    """Keep attention local that is outside the region, or only looks at a text that is whole."""
-    within = tuple(inside)
-    begin, end = within[0].first.begin, within[-1].last.end
-    for call in movement.calls[1:]:
-        module = model.get_submodule(call.name)
-        if not attends(module):
-            continue
-        pattern = _pattern(call.name)
-        if not begin < call.begin < end or not any(call.name.startswith(f"{stack.name}.") for stack in within):
-            proposal.local_attention[pattern] = "it is not among the blocks whose tokens are split"
-            continue
-        if context := _context_of(call, _stack_of(call.name, within)):
-            proposal.local_attention[pattern] = f"it only looks at {context!r}, which stays whole"
-            continue
-        if own := _only_stream(call, _stack_of(call.name, within)):
-            proposal.own_stream[pattern] = own
-        if hasattr(module, "processor") and not diffusers_private.goes_through_table(module.processor):
-            proposal.captured_processors.add(type(module.processor).__name__)
-
-
-def _stack_of(name: str, stacks: Iterable[Stack]) -> Stack:
-    return next(stack for stack in stacks if name.startswith(f"{stack.name}."))
-
-
-def _context_of(call: MovingCall, stack: Stack) -> str | None:
-    """The argument of an attention that is no stream of its stack and has other tokens than its queries."""
-    streams = {moving.tokens for moving in stack.streams().values()}
-    tokens = [
-        (path, moving) for path, moving in call.arguments.items() if len(moving.dims) == 3 and moving.seen.floating
-    ]
-    if not tokens:
-        return None
-    queries = tokens[0][1]
-    for path, moving in tokens[1:]:
-        if moving.seen.shape[1] != queries.seen.shape[1] and moving.tokens not in streams and "emb" not in path:
-            return path
-    return None
-
-
-def _only_stream(call: MovingCall, stack: Stack) -> str | None:
-    """The stream of its stack that an attention sees, if it sees one of several."""
-    streams = stack.streams()
-    seen = {moving.seen.shape[1] for moving in call.arguments.values() if moving.is_stream}
-    own = [path for path, moving in streams.items() if {moving.seen.shape[1]} == seen]
-    return own[0] if len(streams) > 1 and len(own) == 1 else None
-
-
 def _block(stack: Stack, at: int | str) -> str:
     return f"{stack.name}.{at}"
-
-
-def _pattern(name: str) -> str:
-    """A module's name with every number in it as `*`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from sp_core.planner.proposals import Proposal
+from sp_core.planner.proposal import Proposal
 
 
 def source_of(proposal: Proposal) -> str:

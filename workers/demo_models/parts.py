@@ -1,4 +1,4 @@
-"""What several demo models share: gains on random weights, and a tiny image VAE.
+"""What several demo models share: gains on random weights, a tiny T5 and a tiny image VAE.
 
 Called by the families in `workers.model.adapters`.
 """
@@ -25,6 +25,14 @@ def amplify(model: nn.Module, gains: Mapping[str, float]) -> None:
             for part, gain in gains.items():
                 if part in name:
                     parameter.mul_(gain)
+
+
+def t5_encoder(tokens: int) -> Any:
+    """A `T5EncoderModel` of two layers, for a vocabulary of so many tokens."""
+    from transformers import T5Config, T5EncoderModel  # here: ranks load this file, and few of their models read by T5
+
+    config = T5Config(vocab_size=tokens, d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    return T5EncoderModel(config).eval()
 
 
 def image_vae() -> Any:

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from diffusers import BriaPipeline, BriaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import T5Config, T5EncoderModel
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
 
@@ -26,13 +25,11 @@ def demo_pipeline() -> Any:
         axes_dims_rope=[4, 4, 4],
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    text_encoder = T5EncoderModel(
-        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
-    )
+    text_encoder = t5_encoder(len(characters))
     return BriaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=image_vae(),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=characters,
         transformer=transformer.eval(),
     )

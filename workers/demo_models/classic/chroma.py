@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import T5Config, T5EncoderModel
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"distilled_guidance_layer": 2, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
 
@@ -29,13 +28,11 @@ def demo_pipeline() -> Any:
         approximator_layers=2,
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    text_encoder = T5EncoderModel(
-        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
-    )
+    text_encoder = t5_encoder(len(characters))
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=image_vae(),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=characters,
         transformer=transformer.eval(),
     )

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from transformers import T5Config, T5EncoderModel
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, t5_encoder
 
 TRANSFORMER_GAINS = {
     "attn1.to_out": 6,
@@ -40,13 +39,11 @@ def demo_pipeline() -> Any:
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
-    text_encoder = T5EncoderModel(
-        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
-    )
+    text_encoder = t5_encoder(len(characters))
     return LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=characters,
         transformer=transformer.eval(),
     )

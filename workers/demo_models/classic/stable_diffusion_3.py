@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"norm1": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 3}
 
@@ -31,9 +31,7 @@ def demo_pipeline() -> Any:
         qk_norm="rms_norm",
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    text_encoder_3 = T5EncoderModel(
-        T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
-    )
+    text_encoder_3 = t5_encoder(len(characters))
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(),
@@ -41,7 +39,7 @@ def demo_pipeline() -> Any:
         tokenizer=words,
         text_encoder_2=_clip(words),
         tokenizer_2=words,
-        text_encoder_3=text_encoder_3.eval(),
+        text_encoder_3=text_encoder_3,
         tokenizer_3=characters,
         transformer=transformer.eval(),
     )
