@@ -36,6 +36,11 @@ class MixesTokens(Patterns):
         return self.proj_out(self.blocks[1](hidden_states, cos, sin))
 
 
+class Blind(Patterns):
+    def forward(self, hidden_states):
+        return self.proj_out(super().forward(hidden_states) * 0)
+
+
 class NoBlocks(nn.Module):
     _sp_example = {"hidden_states": ["B", "S", 48]}
 
@@ -143,6 +148,8 @@ def test_it_says_why_there_is_no_plan(models: None, ranks: RankPool, capsys: pyt
     said = capsys.readouterr().err
     assert "no proposal gives the same answer" in said
     assert "differs by" in said and "first at 'blocks.1" in said
+    assert main(["plan", "plan_models:Blind", "--world", "2"]) == 1
+    assert "proves nothing" in capsys.readouterr().err
     assert main(["plan", "plan_models:Nothing"]) == 2
     assert "has no attribute 'Nothing'" in capsys.readouterr().err
 
