@@ -3,8 +3,8 @@
 `service.routing` enters a request and is told a gang; it says when the request has ended. `Turns` knows nothing of Ray.
 With several gateways all of them ask the same one, through `service.state.shared_turns`.
 
-*Order.* Callers share the gangs by cost, first come, first served within a caller: start-time fair queueing (Goyal, Vin
-and Cheng, 1996). A request's tag is where its caller's work ends so far, at least the tag that was served last; the
+*Order.* Callers share the gangs by cost, first admitted, first served within a caller: start-time fair queueing (Goyal,
+Vin and Cheng, 1996). A request's tag is where its caller's work ends so far, at least the tag that was served last; the
 least tag is next. So a caller with a thousand requests delays another's by one turn, not by a thousand. A request that
 lost its gang keeps its tag.
 
@@ -50,7 +50,7 @@ class Ticket:
         request_id: of the request.
         caller: who shares with other callers.
         cost: of the request, in any unit that all requests of the model have in common.
-        place: when it was admitted, in seconds since the epoch.
+        place: when it was admitted, in seconds since the epoch, by the clock of its gateway.
         shape: width, height and frames, for gangs that are warm.
         asker: the gateway that waits; what it holds is taken back when it is gone.
         seconds: what it will take; 0: as much as a typical one.
@@ -98,11 +98,12 @@ class Takes(NamedTuple):
 
 
 class Waiter(NamedTuple):
-    """A request in the queue."""
+    """A request in the queue; `again`: it was there before, and keeps its tag."""
 
     tag: float
     ticket: Ticket
     answer: "asyncio.Future[Turn]"
+    again: bool = False
 
 
 @dataclass
@@ -170,7 +171,10 @@ class Turns:
     async def take(self, ticket: Ticket) -> Turn:
         """Wait for the request's turn. If this call is canceled, the request has left."""
         answer: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-        self._waiting[ticket.request_id] = Waiter(self._tag(ticket), ticket, answer)
+        again = ticket.request_id in self._tags
+        self._waiting[ticket.request_id] = Waiter(self._tag(ticket), ticket, answer, again)
+        if not again:
+            self._line_up(ticket)
         self._give()
         try:
             return await answer
@@ -274,6 +278,22 @@ class Turns:
             del self._tags[next(name for name in self._tags if name not in kept)]
         return tag
 
+    def _line_up(self, ticket: Ticket) -> None:
+        """Let a request pass those of its caller that were admitted later and were here first, by a faster gateway."""
+        later = [
+            waiter
+            for waiter in self._waiting.values()
+            if waiter.ticket.caller == ticket.caller and waiter.ticket.place > ticket.place and not waiter.again
+        ]
+        if later:
+            later.sort(key=lambda waiter: waiter.tag)
+            tag = later[0].tag
+            for waiter in (self._waiting[ticket.request_id], *later):
+                name = waiter.ticket.request_id
+                self._waiting[name] = waiter._replace(tag=tag)
+                self._tags[name] = tag
+                tag += waiter.ticket.cost
+
     def _give(self) -> None:
         """Give free gangs to the requests that are next."""
         now = time.time()
@@ -281,7 +301,7 @@ class Turns:
             free = self._free(now)
             if not free:
                 break
-            tag, ticket, answer = min(self._waiting.values(), key=lambda waiter: (waiter.tag, waiter.ticket.place))
+            tag, ticket, answer, _ = min(self._waiting.values(), key=lambda waiter: (waiter.tag, waiter.ticket.place))
             del self._waiting[ticket.request_id]
             if answer.done():  # canceled
                 continue

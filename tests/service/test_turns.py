@@ -78,6 +78,31 @@ def test_one_caller_is_served_in_order() -> None:
     story(tell)
 
 
+def test_within_a_caller_the_order_is_that_of_admission_however_slow_a_gateway_is() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("", {"a": idle()})
+        served = Served(turns)
+        first = [ticket(f"m{at}", "many", cost=at, place=at) for at in (1, 3, 5, 7)]
+        late = [ticket(f"m{at}", "many", cost=at, place=at) for at in (4, 2, 6)]
+        await served.enter(*first, ticket("other", "other", cost=9.0, place=9.0), *late)
+        assert [turns._waiting[f"m{at}"].tag for at in range(2, 8)] == [1, 3, 6, 10, 15, 21]  # no gap, no overlap
+        assert await served.run_all() == ["m1", "other", "m2", "m3", "m4", "m5", "m6", "m7"]
+
+    story(tell)
+
+
+def test_who_comes_back_is_not_passed_by_one_that_was_admitted_before() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("", {"a": idle()})
+        served = Served(turns)
+        await served.enter(ticket("x", place=5.0), ticket("y", place=6.0))
+        turns.end(served.turns["x"], refused=True)
+        await served.enter(ticket("x", place=5.0), ticket("w", place=1.0))
+        assert sorted(turns._waiting, key=lambda name: turns._waiting[name].tag) == ["x", "w", "y"]
+
+    story(tell)
+
+
 def test_a_second_caller_waits_for_one_turn_not_for_the_queue() -> None:
     async def tell(turns: Turns) -> None:
         turns.know("", {"a": idle()})
