@@ -127,7 +127,7 @@ class Gateway(GrpcMethods):
         self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._poller = Poller()
+        self._poller = Poller(self._greet)
         self._prefetch = Prefetch()
         self._quarantine = Quarantine()
         self._exporter = Exporter(share_values())
@@ -245,8 +245,7 @@ class Gateway(GrpcMethods):
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
         for name in self._models:
-            with contextlib.suppress(ModelUnavailable):  # it is being deployed
-                self._handle(name)  # creates its router, through which the gangs report
+            self._greet(name)
         return self._poller.cluster()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
@@ -412,6 +411,11 @@ class Gateway(GrpcMethods):
                 raise ModelUnavailable(f"{model!r} is being deployed; try again in a moment") from None
             self._handles[model] = handle.options(stream=True)
         return self._handles[model]
+
+    def _greet(self, model: str) -> None:
+        """Create a model's router, through which its gangs report. Its first request would wait a second for it."""
+        with contextlib.suppress(ModelUnavailable):  # it is being deployed
+            self._handle(model)
 
     async def _attended(
         self, model: str, answer: DeploymentResponseGenerator[Any], request_id: str = ""

@@ -9,6 +9,7 @@ import copy
 import logging
 import signal
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import ray
 from ray import serve
 from ray._private import worker
 from ray.serve.context import _disconnect, _get_global_client
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeDeploySchema, ServeStatus
 
 from service.names import GANG
 
@@ -110,17 +111,35 @@ def applications() -> dict[str, dict[str, Any]]:
     return {name: copy.deepcopy(config) for name, config in configs.items() if config}
 
 
-def target_gangs() -> dict[str, int]:
-    """How many gangs Serve aims at, by application; none if Serve does not run."""
+def serve_state() -> tuple[ServeStatus, dict[str, int]]:
+    """The applications of `serve.status`, and how many gangs Serve aims at, by application; none if it does not run.
+
+    One call, and what it tells as it comes: `serve.status` validates the whole configuration of each application again,
+    which pickles the class of its router, and every gateway asks every few seconds.
+    """
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
-        return {}
-    found = client.get_serve_details()["applications"].items()
-    return {
+        return ServeStatus(), {}
+    applications = client.get_serve_details()["applications"]
+    targets = {
         name: application["deployments"][GANG]["target_num_replicas"]
-        for name, application in found
+        for name, application in applications.items()
         if GANG in application["deployments"]
     }
+    return ServeStatus(applications={name: _overview(told) for name, told in applications.items()}), targets
+
+
+def _overview(told: Mapping[str, Any]) -> ApplicationStatusOverview:
+    deployments = {
+        name: DeploymentStatusOverview(
+            status=each["status"],
+            status_trigger=each["status_trigger"],
+            replica_states=Counter(replica["state"] for replica in each["replicas"]),
+            message=each["message"],
+        )
+        for name, each in told["deployments"].items()
+    }
+    return ApplicationStatusOverview(told["status"], told["message"], told["last_deployed_time_s"], deployments)
 
 
 def listens_at() -> tuple[str, int]:

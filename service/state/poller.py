@@ -6,16 +6,15 @@ does not answer, the last state stays, and requests go on.
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
-from ray import serve
 from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
 from service.names import app_name
-from service.rollout.serve_client import target_gangs
+from service.rollout.serve_client import serve_state
 from service.state import router_registry
 from service.state.model_states import ModelState, cluster_object, model_state
 from service.state.observed import ObservedModels
@@ -26,14 +25,19 @@ logger = logging.getLogger("ray.serve")
 PERIOD_S = 1.0
 
 STEADY_S = 4.0
-"""Between two looks at Serve and Ray while every model is well and nothing waits: each costs both sides CPU time. What
-the gangs report themselves is looked at every PERIOD_S all the same."""
+"""Between two looks at Serve and Ray while every model is well and nothing waits for more gangs: each costs both sides
+CPU time. What the gangs report themselves is looked at every PERIOD_S all the same."""
 
 
 class Poller:
-    """Knows the state of each model, a second old; up to `STEADY_S` where nothing was about to change."""
+    """Knows the state of each model, a second old; up to `STEADY_S` where nothing was about to change.
 
-    def __init__(self) -> None:
+    Args:
+        greet: called for each model that Serve knows, before its gangs' reports are looked up.
+    """
+
+    def __init__(self, greet: Callable[[str], None] = lambda model: None) -> None:
+        self._greet = greet
         self._models: Mapping[str, ModelSpec] = {}
         self._states: dict[str, ModelState] = {}
         self._nodes: list[Node] = []
@@ -85,6 +89,8 @@ class Poller:
                 self._due = 0.0  # the next round asks again, before anything is told from what was never read
                 raise
         for name, model in self._models.items():
+            if app_name(name) in self._status.applications:
+                self._greet(name)
             queued, gangs = router_registry.lookup(app_name(name))
             placed = not any(f"::{app_name(name)}#" in group for group in self._unplaced)
             state = model_state(model, self._status, self._nodes, self._free, placed, queued=queued, gangs=gangs)
@@ -92,7 +98,7 @@ class Poller:
             if state.reason and state.reason != self._logged.get(name):
                 logger.warning("%s is %s: %s", name, state.state, state.reason)
             self._logged[name] = state.reason
-        if not all(_is_steady(self._states[name]) for name in self._models):
+        if not all(_is_steady(model, self._states[name]) for name, model in self._models.items()):
             self._due = 0.0
         self._observed.tell(self._models, self._states, self._targets)
         self._states = {name: state for name, state in self._states.items() if name in self._models}
@@ -100,13 +106,15 @@ class Poller:
 
 def _read() -> tuple[Any, list[Node], list[Node], Mapping[str, int]]:
     """Serve's status, the nodes, what is free of them, and how many gangs Serve aims at."""
-    return serve.status(), alive_nodes(), free_nodes(), target_gangs()
+    status, targets = serve_state()
+    return status, alive_nodes(), free_nodes(), targets
 
 
-def _is_steady(state: ModelState) -> bool:
-    """True if nothing is about to change, as far as can be seen."""
+def _is_steady(model: ModelSpec, state: ModelState) -> bool:
+    """True if nothing is about to change, as far as can be seen. What waits calls for gangs, unless all run."""
     settled = set(state.replicas) <= {"RUNNING"}
-    return state.state in ("running", "asleep") and settled and not state.reason and not state.queued
+    all_run = state.replicas.get("RUNNING", 0) >= model.autoscaling.max_replicas
+    return state.state in ("running", "asleep") and settled and not state.reason and (not state.queued or all_run)
 
 
 def _starts(status: Any) -> bool:

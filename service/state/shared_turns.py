@@ -184,11 +184,13 @@ class SharedTurns:
         return asked or self._own.standing(request_id)
 
     def know(self, reports: Mapping[str, GangBacklog]) -> None:
-        """See `Turns.know`."""
+        """See `Turns.know`. The keeper hears at once of gangs that come, go or lose their ranks, else with the beat."""
+        news = _notable(reports) != _notable(self._reports)
         self._reports = reports
         self._own.know(self._asker, reports)
         if self._keeper is not None:
-            self._keeper.beat.remote(self._application, self._asker, reports)
+            if news:
+                self._keeper.beat.remote(self._application, self._asker, reports)
         elif _several and (self._beating is None or self._beating.done()):
             self._beating = asyncio.create_task(_beat(weakref.ref(self)))
 
@@ -242,6 +244,10 @@ class SharedTurns:
             logger.warning("%s: this gateway takes turns by itself: %s", self._application, error)
         self._keeper = None
         self._away.set()
+
+
+def _notable(reports: Mapping[str, GangBacklog]) -> dict[str, bool]:
+    return {gang: report.replacing for gang, report in reports.items()}
 
 
 async def _beat(turns: "weakref.ref[SharedTurns]") -> None:

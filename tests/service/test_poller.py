@@ -4,8 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.serve.schema import ServeStatus
+from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
+from deploy.spec import Autoscaling
+from service.names import app_name
 from service.state import poller
 from service.state.model_states import ModelState
 from service.state.poller import Poller
@@ -23,6 +25,8 @@ WELL = ModelState("running", replicas={"RUNNING": 1})
         (ModelState("running", replicas={"RUNNING": 1, "STARTING": 1}), True),
         (ModelState("running", "a gang has lost its ranks", replicas={"RUNNING": 1}), True),
         (ModelState("running", replicas={"RUNNING": 1}, queued=1), True),
+        (ModelState("running", replicas={"RUNNING": 2}, queued=1), False),  # no more gangs may come
+        (ModelState("running", replicas={"RUNNING": 2, "STARTING": 1}, queued=1), True),
         (ModelState("asleep", queued=1), True),
     ],
 )
@@ -44,7 +48,7 @@ def test_serve_is_asked_often_only_while_something_changes(
 
     async def story() -> None:
         ours = Poller()
-        ours._models = {"one": a_model("one")}
+        ours._models = {"one": a_model("one", autoscaling=Autoscaling(max_replicas=2))}
         for _ in range(5):
             await ours._poll()
         assert (len(reads), len(states)) == (5 if often else 1, 5)
@@ -55,3 +59,17 @@ def test_serve_is_asked_often_only_while_something_changes(
                 await asyncio.sleep(0.01)
 
     asyncio.run(story())
+
+
+def test_each_model_that_serve_knows_is_greeted(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ServeStatus(applications={app_name("one"): ApplicationStatusOverview("DEPLOYING", "", 0.0, {})})  # type: ignore[arg-type]
+    monkeypatch.setattr(poller, "_read", lambda: (known, [], [], {}))
+    greeted: list[str] = []
+
+    async def story() -> None:
+        ours = Poller(greeted.append)
+        ours._models = {name: a_model(name) for name in ("one", "two")}
+        await ours._poll()
+
+    asyncio.run(story())
+    assert greeted == ["one"]

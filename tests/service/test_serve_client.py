@@ -4,12 +4,31 @@ import ast
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import ray
 from ray.serve._private.client import ServeControllerClient
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.context import _disconnect, _get_global_client
-from ray.serve.schema import ApplicationDetails, DeploymentDetails, ServeDeploySchema, ServeInstanceDetails
+from ray.serve.schema import (
+    APIType,
+    ApplicationDetails,
+    ApplicationStatus,
+    DeploymentDetails,
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    ReplicaDetails,
+    ServeActorDetails,
+    ServeDeploySchema,
+    ServeInstanceDetails,
+    ServeStatus,
+    gRPCOptionsSchema,
+)
+
+from service.names import GANG
+from service.rollout import serve_client
 
 SERVICE = Path(__file__).resolve().parents[2] / "service"
 SEAM = SERVICE / "rollout" / "serve_client.py"
@@ -60,3 +79,43 @@ def test_what_serve_tells_and_takes() -> None:
     assert {"host", "port"} < set(HTTPOptions.model_fields)
     assert {"port", "grpc_servicer_functions"} < set(gRPCOptions.model_fields)
     assert {"applications", "logging_config"} < set(ServeDeploySchema.model_fields)
+
+
+def test_the_state_of_serve_is_what_it_says_by_its_own_model_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = [
+        ReplicaDetails(replica_id=str(number), state=state, pid=1, start_time_s=0.0)
+        for number, state in enumerate((ReplicaState.RUNNING, ReplicaState.STARTING, ReplicaState.RUNNING))
+    ]
+    gangs = DeploymentDetails(
+        name=GANG,
+        status=DeploymentStatus.UPDATING,
+        status_trigger=DeploymentStatusTrigger.AUTOSCALING,
+        message="one more",
+        deployment_config=DeploymentSchema(name=GANG),
+        target_num_replicas=3,
+        required_resources={},
+        replicas=replicas,
+    )
+    application = ApplicationDetails(
+        name="model-m",
+        route_prefix=None,
+        docs_path=None,
+        external_scaler_enabled=False,
+        status=ApplicationStatus.DEPLOYING,
+        message="soon",
+        last_deployed_time_s=7.0,
+        source=APIType.DECLARATIVE,
+        deployments={GANG: gangs},
+    )
+    options = {"http_options": HTTPOptionsSchema(), "grpc_options": gRPCOptionsSchema(), "target_capacity": None}
+    details = ServeInstanceDetails(
+        controller_info=ServeActorDetails(), proxies={}, applications={"model-m": application}, **options
+    )
+    told = details._get_user_facing_json_serializable_dict(exclude_unset=True)  # what the controller sends
+    client = SimpleNamespace(get_serve_details=lambda: told)
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: client)
+    status, targets = serve_client.serve_state()
+    assert status.applications == details._get_status().applications
+    assert targets == {"model-m": 3}
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: None)
+    assert serve_client.serve_state() == (ServeStatus(), {})

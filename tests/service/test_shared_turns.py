@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,29 @@ def test_who_loses_ranks_tells_all_gateways() -> None:
         assert {held.gang, (await two.take(ticket("w"))).gang} == {"a", "b"}
 
     story("losing", tell)
+
+
+def test_the_keeper_hears_at_once_of_gangs_that_come_go_or_lose_their_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else they report comes with the beat: each gang reports every second, to each gateway."""
+    monkeypatch.setattr(shared_turns, "BEAT_S", 600.0)
+
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        beaten: list[Any] = []
+        keeper = SimpleNamespace(beat=SimpleNamespace(remote=lambda *told: beaten.append(told[2])))
+        one._keeper = keeper
+        for reports in (
+            {"a": idle()},  # as before
+            {"a": idle(busy=True)},
+            {"a": idle(), "b": idle()},
+            {"a": idle(), "b": idle(replacing=True)},
+            {"a": idle(), "b": idle(replacing=True, request_s=2.0)},
+            {"a": idle()},
+        ):
+            one.know(reports)
+            assert one._reports == reports
+        assert [[*told] for told in beaten] == [["a", "b"], ["a", "b"], ["a"]]
+
+    story("news", tell)
 
 
 def test_routers_of_several_models_may_start_the_keeper_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
