@@ -16,8 +16,9 @@ from ray.serve import Application
 
 from service.names import GANG
 from sp_core.degrees import ParallelDegrees
+from workers.gang.answers import Answers
 from workers.gang.gang import Gang
-from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
 
 PICTURE_BYTES = 100_000
 PICTURE = bytes(range(256)) * (PICTURE_BYTES // 256)
@@ -31,6 +32,7 @@ class TimedRanks:
     has_answered = True
 
     def __init__(self, model: str) -> None:
+        self._answers = Answers(60.0, lambda *_: None)
         self.statuses = [RankStatus(0, 0, "", "idle", 0, model, 1.0, 0)]
 
     async def room(self) -> None:
@@ -54,7 +56,7 @@ class TimedRanks:
         seeds = request.all_seeds
         took = GenerationResult((PICTURE,) * len(seeds), seeds, ParallelDegrees(), 0.0, tuple(steps), 0.0)
         yield Drawn(request.request_id, took)
-        yield Answer(ray.put(took))
+        yield self._answers.open(ray.put(took))
 
     def cancel(self, request_id: str) -> None:
         """A gang calls this when its gateway has died, which this benchmark does not do."""

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import ray
 from ray import serve
 
 from service.cli.client import read_cluster
-from service.names import app_name
+from service.names import GANG, app_name
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import (
     PING_S,
@@ -29,6 +30,7 @@ from tests.support.deployments import (
     wait_for,
     wait_while,
 )
+from workers.messages import Begun, GenerationRequest
 
 Future = concurrent.futures.Future[httpx.Response]
 
@@ -113,6 +115,18 @@ def test_the_next_request_steps_before_the_last_is_answered(
         assert [*events][-1]["metrics"]["encode_media_seconds"] > 0
     assert np.array_equal(picture(asked.result()), reference)
     assert asked.result().json()["metrics"]["encode_media_seconds"] > 0
+
+
+def test_a_gateway_that_reads_late_finds_its_pictures(server: str) -> None:
+    gang = serve.get_deployment_handle(GANG, app_name("demo")).options(stream=True)
+    request = GenerationRequest("late", "demo", "a cup", 64, 48, 1, seed=7)
+    reports = iter(gang.generate.remote(request))
+    assert isinstance(next(reports), Begun)
+    wait_for(lambda: phase(server), lambda now: now == "idle")
+    wait_for(lambda: rank_statuses("demo")[0].phase, lambda now: now == "idle")
+    time.sleep(1)  # it is drawn, encoded, and known to the gang
+    (answer,) = reports
+    assert ray.get(answer.result, timeout=60).outputs
 
 
 def test_a_picture_that_cannot_be_encoded_fails_alone(

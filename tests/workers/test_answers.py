@@ -1,8 +1,10 @@
 """Answers are encoded while the next request computes: few at once, each failure its own, none forgotten."""
 
 import asyncio
+import gc
 import io
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +112,26 @@ def test_few_answers_are_open_at_once() -> None:
         await asyncio.wait_for(ends, 60)
 
     asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_a_result_is_kept_for_a_gateway_that_reads_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a reference of Ray's: once nobody holds it, the gateway would find nothing and ask another gang."""
+    monkeypatch.setattr("workers.gang.answers.KEPT_S", 0.2)
+
+    async def story() -> None:
+        answers, result = Answers(60, pytest.fail), asyncio.get_running_loop().create_future()
+        held = weakref.ref(result)
+        answers.open(result)
+        result.set_result(took())
+        del result
+        await asyncio.wait_for(answers.given(), 60)
+        gc.collect()
+        assert held() is not None
+        async with asyncio.timeout(60):
+            while held() is not None:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
 
 
 def test_an_answer_that_never_comes_costs_the_ranks() -> None:

@@ -14,6 +14,11 @@ MOST_OPEN = 2
 """Answers of a gang at once: one is encoded, one waits. A request begins only if fewer are open."""
 
 
+KEPT_S = 10.0
+"""A result stays here for so long after it has come. Ray forgets what nobody holds, and whoever asked holds it once he
+has read the answer's reference, which a busy gateway does late."""
+
+
 class Answers:
     """Those of one gang's ranks.
 
@@ -55,6 +60,7 @@ class Answers:
         coming = asyncio.ensure_future(self._end(result))
         patience_s = self._patience_s * len(self._open)  # those before it are encoded first
         done, _ = await asyncio.wait([coming], timeout=patience_s)
+        asyncio.get_running_loop().call_later(KEPT_S, lambda _: None, result)  # holds it until then
         if not done:
             coming.cancel()
             self._lose("encoding", f"rank 0 has not encoded an answer within {patience_s:g} s")
