@@ -142,6 +142,8 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
         "ray_actor_options": {"num_cpus": 0} | ({"label_selector": labels} if labels else {}),
         "max_ongoing_requests": SPARE_REQUESTS + sum(_most_at_once(model) for model in spec.models),
         **HEALTH_CHECK,
+        # What waits and runs is finished before it stops, as gangs do; Serve's default would cut it off after 20 s.
+        "graceful_shutdown_timeout_s": max((model.grace_period_s for model in spec.models), default=20.0),
         "user_config": gateway_table(spec.models)
         | {
             "draining": False,

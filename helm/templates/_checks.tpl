@@ -29,7 +29,8 @@
 {{- fail (printf "groups.%s.minReplicas is %d, above maxReplicas, %d; change one" .name (int .minReplicas) (int .maxReplicas)) }}
 {{- end }}
 {{- end }}
-{{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups) }}
+{{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size }}
+{{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups "holds" $holds) }}
 {{- range $models }}
 {{- if gt (float64 .all.grace_period_s) (float64 (sub $.Values.upgrade.drainSeconds 30)) }}
 {{- fail (printf "models.%s.grace_period_s is %v, but upgrade.drainSeconds is %d; a pod needs 30 s more than its longest request, so raise the latter" .all.name .all.grace_period_s (int $.Values.upgrade.drainSeconds)) }}
@@ -57,8 +58,25 @@
 {{- end }}
 
 {{- define "spray.checkSecrets" -}}
-{{- if and .Values.redis.address (not .Values.redis.existingSecret) }}
-{{- fail "redis.address is set, but redis.existingSecret is not; name the Secret with Redis's password" }}
+{{- $redis := .Values.redis }}
+{{- if and (or $redis.address $redis.bundled.enabled) (not $redis.existingSecret) }}
+{{- fail (printf "redis.%s is set, but redis.existingSecret is not; name the Secret with Redis's password" (ternary "bundled.enabled" "address" $redis.bundled.enabled)) }}
+{{- end }}
+{{- if and $redis.address $redis.bundled.enabled }}
+{{- fail (printf "redis.address is %s, and redis.bundled.enabled is true; leave one of them out" $redis.address) }}
+{{- end }}
+{{- if and $redis.bundled.enabled (not (regexMatch ".+(:[\\w][\\w.-]*|@sha256:[0-9a-f]{64})$" (base $redis.bundled.image))) }}
+{{- fail (printf "redis.bundled.image is %s; name a tag or a digest" $redis.bundled.image) }}
+{{- end }}
+{{- if hasSuffix ":latest" $redis.bundled.image }}
+{{- fail "redis.bundled.image is latest, which may be another image tomorrow; name a version, or a digest" }}
+{{- end }}
+{{- if and .Values.jobs.existingSecret (get .Values.storage "jobs") }}
+{{- fail "storage.jobs is set, and jobs.existingSecret names a database; leave one of them out" }}
+{{- end }}
+{{- $cache := .Values.cache }}
+{{- if and $cache.prefetch (not (or $cache.existingClaim $cache.size)) }}
+{{- fail "cache.prefetch is true, but there is no claim to fill; set cache.size or cache.existingClaim" }}
 {{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) }}
 {{- fail "ingress.enabled is true, but ingress.host is empty; name the host" }}
@@ -89,6 +107,11 @@
 {{- end }}
 {{- if not $homes }}
 {{- fail (printf "gateway.node_labels is %s, which no group has; give it to gatewayNodes.labels" (toJson $wanted)) }}
+{{- end }}
+{{- $own := (first .groups).name }}
+{{- $others := without $homes $own }}
+{{- if and .holds $others }}
+{{- fail (printf "gateway.node_labels is %s, so a gateway may run on nodes of %s, which have no keys, jobs and outputs of gateways; use a label that only gatewayNodes has" (toJson $wanted) (join ", " $others)) }}
 {{- end }}
 {{- end }}
 

@@ -82,6 +82,11 @@ section as a default says what each item of a given list has.
 {{- $_ := set $outputs "folder" "/outputs" }}
 {{- $_ := set $storage "outputs" $outputs }}
 {{- end }}
+{{- if .Values.jobs.existingSecret }}{{ $_ := set $storage "jobs_url_env" "SPRAY_JOBS_URL" }}{{ end }}
+{{- if include "spray.stateClaim" . }}
+{{- if not (get $storage "jobs_url_env") }}{{ $_ := set $storage "jobs" "/var/lib/spray" }}{{ end }}
+{{- $_ := set $storage "idempotency" (set (default dict (get $storage "idempotency")) "folder" "/var/lib/spray") }}
+{{- end }}
 {{- $auth := deepCopy .Values.auth }}
 {{- if .Values.apiKeys.existingSecret }}{{ $_ := set $auth "api_keys_file" (printf "/etc/spray/keys/%s" .Values.apiKeys.key) }}{{ end }}
 {{- $at := dict "host" (default .Values.gateway.host (get .Values.metrics "host")) "port" (get .Values.metrics "port" | default nil) }}
@@ -101,6 +106,7 @@ section as a default says what each item of a given list has.
 {{- $sample := first $ofModel.deployments }}
 {{- $samplesQueue := add $sample.user_config.model.max_queued $sample.autoscaling_config.max_replicas }}
 {{- $gatewayOptions := deepCopy (first $ofGateway.deployments) }}
+{{- $longest := 0 }}
 {{- $most := sub $gatewayOptions.max_ongoing_requests $samplesQueue }}
 {{- $applications := list }}
 {{- $table := list }}
@@ -133,9 +139,11 @@ section as a default says what each item of a given list has.
 {{- $applications = append $applications $application }}
 {{- $table = append $table (omit $model "env") }}
 {{- $most = add $most $model.max_queued $model.autoscaling.max_replicas }}
+{{- if gt (float64 $model.grace_period_s) (float64 $longest) }}{{ $longest = $model.grace_period_s }}{{ end }}
 {{- end }}
 {{- $_ := set $gatewayOptions "num_replicas" (default 1 $gateway.replicas) }}
 {{- $_ := set $gatewayOptions "max_ongoing_requests" $most }}
+{{- $_ := set $gatewayOptions "graceful_shutdown_timeout_s" $longest }}
 {{- with $gateway.node_labels }}{{ $_ := set $gatewayOptions.ray_actor_options "label_selector" . }}{{ end }}
 {{- $told := $gatewayOptions.user_config }}
 {{- range $section, $given := $sections }}
@@ -143,6 +151,8 @@ section as a default says what each item of a given list has.
 {{- if hasKey $told $key }}{{ $_ := set $told $key (include "spray.filled" (dict "default" (get $told $key) "given" $value) | fromJson).v }}{{ end }}
 {{- end }}
 {{- end }}
+{{- $_ := set $told "jobs" (dict "folder" (get $storage "jobs" | default nil) "url_env" (get $storage "jobs_url_env" | default nil)) }}
+{{- $_ := set $told "log" (dict "log_format" (get $gateway "log_format" | default $told.log.log_format) "prompts" (get $gateway "log_prompts" | default false)) }}
 {{- $_ := set $told "models" $table }}
 {{- $_ := set $told "gateways" (default 1 $gateway.replicas) }}
 {{- $_ := set $told "local_only" false }}

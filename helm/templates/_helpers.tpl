@@ -64,6 +64,25 @@ imagePullSecrets:
 {{ include "spray.fullname" . }}-serve-svc
 {{- end }}
 
+{{/* The head's claim; empty if it has none. */}}
+{{- define "spray.stateClaim" -}}
+{{- $state := .Values.state }}
+{{- if or $state.existingClaim $state.size }}
+{{- default (printf "%s-state" (include "spray.fullname" .)) $state.existingClaim }}
+{{- end }}
+{{- end }}
+
+{{/* Of the bundled Redis's pod, and what selects it. */}}
+{{- define "spray.redisLabels" -}}
+{{ include "spray.podLabels" . }}
+app.kubernetes.io/component: redis
+{{- end }}
+
+{{/* host:port of the Redis that outlives the head; empty if there is none. */}}
+{{- define "spray.redisAddress" -}}
+{{- if .Values.redis.bundled.enabled }}{{ include "spray.fullname" . }}-redis:6379{{ else }}{{ .Values.redis.address }}{{ end }}
+{{- end }}
+
 {{/* What is generated from the rest of the project. */}}
 {{- define "spray.generated" -}}
 {{ .Files.Get "files/serve.json" }}

@@ -126,8 +126,32 @@ spec:
           valueFrom:
             secretKeyRef: {name: {{ . }}, key: {{ $values.hubToken.key }}}
         {{- end }}
+        {{- if and $values.jobs.existingSecret (eq $role "gateway") }}
+        - name: SPRAY_JOBS_URL
+          valueFrom:
+            secretKeyRef: {name: {{ $values.jobs.existingSecret }}, key: {{ $values.jobs.key }}}
+        {{- end }}
         {{- with $node.env }}{{ toYaml . | nindent 8 }}{{ end }}
       securityContext: {{ toYaml $values.securityContext | nindent 8 }}
+      {{- /* KubeRay's numbers. A node without a gateway and without a gang's first rank has no proxy, so it is never
+             ready: the service, which takes all ready nodes, must not send requests there. */}}
+      livenessProbe:
+        httpGet: {path: /api/local_raylet_healthz, port: 52365}
+        initialDelaySeconds: 30
+        timeoutSeconds: 5
+        periodSeconds: 5
+        failureThreshold: 120
+      readinessProbe:
+        {{- if eq $role "head" }}
+        httpGet: {path: /api/gcs_healthz, port: dashboard}
+        failureThreshold: 10
+        {{- else }}
+        httpGet: {path: /-/healthz, port: serve}
+        failureThreshold: 1
+        {{- end }}
+        initialDelaySeconds: 10
+        timeoutSeconds: 5
+        periodSeconds: 5
       resources:
         requests:
           cpu: {{ $node.cpus }}
@@ -152,6 +176,9 @@ spec:
         {{- if $values.demo.enabled }}
         - {name: demo, mountPath: /demo}
         {{- end }}
+        {{- end }}
+        {{- if and (eq $role "head") (include "spray.stateClaim" $root) }}
+        - {name: state, mountPath: /var/lib/spray}
         {{- end }}
         {{- if eq $role "gateway" }}
         {{- if $values.apiKeys.existingSecret }}
@@ -180,6 +207,13 @@ spec:
     {{- if $values.demo.enabled }}
     - name: demo
       emptyDir: {sizeLimit: 1Gi}
+    {{- end }}
+    {{- end }}
+    {{- if eq $role "head" }}
+    {{- with include "spray.stateClaim" $root }}
+    - name: state
+      persistentVolumeClaim:
+        claimName: {{ . }}
     {{- end }}
     {{- end }}
     {{- if eq $role "gateway" }}

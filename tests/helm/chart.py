@@ -74,6 +74,14 @@ def ray_service(objects: list[Any]) -> Any:
     return service
 
 
+def containers(objects: list[Any]) -> list[Any]:
+    """All containers that the chart describes: of Ray's pods, of others, and those that run before them."""
+    specs = [template["spec"] for template in pod_templates(objects).values()]
+    specs += [pod["spec"] for pod in of_kind(objects, "Pod")]
+    specs += [each["spec"]["template"]["spec"] for each in objects if each["kind"] in ("StatefulSet", "Job")]
+    return [each for spec in specs for each in (*spec.get("initContainers", []), *spec["containers"])]
+
+
 def pod_templates(objects: list[Any]) -> dict[str, Any]:
     """The templates of the Ray cluster's pods by group."""
     cluster = ray_service(objects)["spec"]["rayClusterConfig"]
@@ -156,6 +164,22 @@ VARIATIONS: dict[str, Values] = {
         "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}]},
     },
     "redis": {"redis": {"address": "redis:6379", "existingSecret": "redis"}},
+    "a bundled redis": {"redis": {"existingSecret": "redis", "bundled": {"enabled": True}}},
+    "a bundled redis that keeps": {
+        "redis": {"existingSecret": "redis", "bundled": {"enabled": True, "size": "1Gi", "storageClass": "fast"}},
+        "networkPolicy": {"enabled": False},
+    },
+    "jobs in PostgreSQL": {"jobs": {"existingSecret": "jobs"}},
+    "state on a volume": {"state": {"size": "1Gi"}, "storage": {"idempotency": {"ttl_s": 60}}},
+    "both": {"state": {"existingClaim": "state"}, "jobs": {"existingSecret": "jobs", "key": "uri"}},
+    "weights ahead": {
+        "cache": {"size": "100Gi", "prefetch": True},
+        "hubToken": {"existingSecret": "hub"},
+        "models": [
+            {"name": "b", "source": "org/b", "revision": "v1", "device": "cpu"},
+            {"name": "c", "source": "/c", "device": "cpu"},
+        ],
+    },
     "an ingress": {"ingress": {"enabled": True, "host": "a.example", "grpcHost": "b.example", "tlsSecret": "tls"}},
     "an ingress of another kind": {
         "ingress": {"enabled": True, "host": "a.example", "nginx": False, "annotations": {"a/b": "c"}}
@@ -210,6 +234,30 @@ VARIATIONS: dict[str, Values] = {
     "limits and folders": {
         "limits": {"max_body_bytes": 1 << 25},
         "storage": {"models": "/m", "compiled": "/models/c", "idempotency": {"ttl_s": 60}},
+    },
+    "every key of the sections": {
+        "gateway": {
+            "host": "0.0.0.0",
+            "port": 8080,
+            "grpc_port": 9090,
+            "replicas": 1,
+            "node_labels": {"spray-role": "gateway"},
+            "cors_origins": ["https://app.example.com"],
+            "log_format": "json",
+            "log_prompts": True,
+        },
+        "limits": {"max_body_bytes": 1 << 25},
+        "metrics": {"host": "127.0.0.1", "port": 9465},
+        "storage": {
+            "models": "/m",
+            "compiled": "/models/c",
+            "outputs": {"folder": "/o", "ttl_s": 60},
+            "idempotency": {"folder": "/i", "ttl_s": 60, "max_bytes": 1 << 20},
+            "jobs": "/j",
+            "jobs_url_env": None,
+        },
+        "auth": {"insecure": True, "api_keys_env": "SPRAY_API_KEYS", "api_keys_file": None},
+        "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}]},
     },
     "gateways anywhere": {"gateway": {"node_labels": None}, "tests": {"enabled": False}},
 }

@@ -37,6 +37,28 @@ REFUSED: dict[str, tuple[Values, str]] = {
         "env HF_TOKEN has its value in plain",
     ),
     "redis without its secret": ({"redis": {"address": "redis:6379"}}, "redis.existingSecret is not"),
+    "a bundled redis without its secret": (
+        {"redis": {"bundled": {"enabled": True}}},
+        "redis.bundled.enabled is set, but redis.existingSecret is not",
+    ),
+    "two redis": (
+        {"redis": {"address": "redis:6379", "existingSecret": "a", "bundled": {"enabled": True}}},
+        "redis.address is redis:6379, and redis.bundled.enabled is true",
+    ),
+    "a redis of any version": (
+        {"redis": {"existingSecret": "a", "bundled": {"enabled": True, "image": "registry:5000/redis"}}},
+        "redis.bundled.image is registry:5000/redis; name a tag",
+    ),
+    "the redis of the day": (
+        {"redis": {"existingSecret": "a", "bundled": {"enabled": True, "image": "redis:latest"}}},
+        "redis.bundled.image is latest",
+    ),
+    "weights ahead without a claim": ({"cache": {"prefetch": True}}, "cache.prefetch is true, but there is no claim"),
+    "gateways where their keys are not": (
+        {**GPU_GROUPS, "gateway": {"node_labels": None}, "jobs": {"existingSecret": "jobs"}},
+        "so a gateway may run on nodes of l40s, h100, which have no keys, jobs and outputs",
+    ),
+    "jobs in two places": ({"jobs": {"existingSecret": "a"}, "storage": {"jobs": "/a"}}, "storage.jobs is set"),
     "an ingress for no host": ({"ingress": {"enabled": True}}, "ingress.host is empty"),
     "routes without a gateway": ({"gatewayApi": {"enabled": True}}, "gatewayApi.parentRefs is empty"),
     "accounts that nobody names": ({"serviceAccount": {"create": False}}, "name the accounts"),

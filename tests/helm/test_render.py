@@ -1,12 +1,16 @@
 """What the chart renders is what Kubernetes takes, of all its versions from 1.29 on, and keeps our own rules."""
 
 import itertools
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import helm_python
 import kubernetes_validate
 import pytest
+import yaml
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.helm.chart import (
     CHART,
@@ -14,6 +18,7 @@ from tests.helm.chart import (
     VERSIONS,
     Values,
     cases,
+    containers,
     of_kind,
     pod_templates,
     profile,
@@ -23,6 +28,7 @@ from tests.helm.chart import (
     with_values,
 )
 from tests.helm.crds import CUSTOM, FILES, FOLDER, mistakes
+from tests.support.prometheus import promtool
 
 CASES = cases()
 KUBERNETES = dict(zip(CASES, itertools.cycle(VERSIONS), strict=False))
@@ -97,12 +103,6 @@ def test_schemas_find_an_unknown_key_of_a_pod() -> None:
         check(pods_of(objects), VERSIONS[-1])
 
 
-def containers(objects: list[Any]) -> list[Any]:
-    specs = [template["spec"] for template in pod_templates(objects).values()]
-    specs += [pod["spec"] for pod in of_kind(objects, "Pod")]
-    return [each for spec in specs for each in (*spec.get("initContainers", []), *spec["containers"])]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_every_container_is_bounded_and_unprivileged(name: str) -> None:
     objects = render(CASES[name], KUBERNETES[name])
@@ -111,8 +111,7 @@ def test_every_container_is_bounded_and_unprivileged(name: str) -> None:
         assert {"cpu", "memory"} <= set(resources["requests"])
         assert resources["limits"]["memory"]
         assert resources["limits"].items() <= (resources["requests"] | resources["limits"]).items()
-        assert container["image"].startswith("registry.example/spray")
-        assert re.search(r"(:0\.1\.0|@sha256:0{64})$", container["image"])
+        assert re.search(r"^registry.example/spray(:0\.1\.0|@sha256:0{64})$|/redis:7\.4\.1$", container["image"])
         context = container["securityContext"]
         assert context["capabilities"] == {"drop": ["ALL"]}
         assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
@@ -223,3 +222,85 @@ def test_the_notes_say_how_to_go_on() -> None:
         assert "helm test rel --namespace pictures" in text
     assert '"model": "demo"' in trial and "Nobody needs a key" in trial
     assert "https://spray.example.com" in production and "Bearer $SPRAY_API_KEY" in production
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_goes_on_running_is_probed(name: str) -> None:
+    """Pods of `helm test`, of Jobs and before others end by themselves."""
+    objects = render(CASES[name], KUBERNETES[name])
+    templates = [*pod_templates(objects).values()]
+    templates += [each["spec"]["template"] for each in of_kind(objects, "StatefulSet")]
+    for container in (each for template in templates for each in template["spec"]["containers"]):
+        assert container["livenessProbe"] and container["readinessProbe"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        named = container["readinessProbe"].get("httpGet", {}).get("port")
+        assert named is None or named in ports
+
+
+def test_jobs_and_keys_are_on_the_heads_claim_where_their_actors_are() -> None:
+    templates = pod_templates(render(CASES["state on a volume"]))
+    mounts = {
+        name: [mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]]
+        for name, template in templates.items()
+    }
+    assert "/var/lib/spray" in mounts["head"] and "/var/lib/spray" not in mounts["gateways"]
+    (claim,) = of_kind(render(CASES["state on a volume"]), "PersistentVolumeClaim")
+    assert claim["metadata"]["name"] == "rel-spray-state" and claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_only_gateways_know_where_jobs_are() -> None:
+    for group, template in pod_templates(render(CASES["both"])).items():
+        found = [each for each in template["spec"]["containers"][0]["env"] if each["name"] == "SPRAY_JOBS_URL"]
+        secret = {"name": "SPRAY_JOBS_URL", "valueFrom": {"secretKeyRef": {"name": "jobs", "key": "uri"}}}
+        assert found == ([secret] if group == "gateways" else [])
+
+
+def test_rays_state_is_in_the_redis_that_only_its_pods_reach() -> None:
+    objects = render(CASES["a bundled redis"])
+    (service,) = of_kind(objects, "Service")
+    (redis,) = of_kind(objects, "StatefulSet")
+    told = ray_service(objects)["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    assert told["redisAddress"] == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    assert (
+        told["redisPassword"]["valueFrom"] == redis["spec"]["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]
+    )
+    labels = redis["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == redis["spec"]["selector"]["matchLabels"]
+    (policy,) = (
+        each for each in of_kind(objects, "NetworkPolicy") if each["spec"]["podSelector"]["matchLabels"] == labels
+    )
+    (rule,) = policy["spec"]["ingress"]
+    (peer,) = rule["from"]
+    for template in pod_templates(objects).values():
+        wanted = {k: v for k, v in peer["podSelector"]["matchLabels"].items() if not k.startswith("ray.io/")}
+        assert wanted.items() <= template["metadata"]["labels"].items()
+    assert not wanted.items() <= {}.items()
+
+
+def test_a_job_fetches_what_comes_from_the_hub() -> None:
+    (job,) = of_kind(render(CASES["weights ahead"]), "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    told = {each["name"]: each.get("value") for each in container["env"]}
+    assert json.loads(told["SPRAY_MODELS"]) == [{"name": "b", "source": "org/b", "revision": "v1"}]
+    assert told["SPRAY_FOLDER"] == "/models/hub"
+    changed = with_values(CASES["weights ahead"], {"image": {"tag": "0.2.0"}})
+    (other,) = of_kind(render(changed), "Job")
+    assert other["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
+
+
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
+def test_rules_and_dashboards_arrive_as_they_are() -> None:
+    objects = render(CASES["monitoring"])
+    (rules,) = of_kind(objects, "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((CHART / "files" / "prometheus" / "rules.yml").read_text())
+    boards = {name: text for each in of_kind(objects, "ConfigMap") for name, text in each["data"].items()}
+    assert boards == {file.name: file.read_text() for file in (CHART / "files" / "grafana").glob("*.json")}
+    for text in boards.values():
+        assert len(text.encode()) < 1 << 20  # of a ConfigMap
+        assert Dashboard.from_json(json.loads(text)).panels
+
+
+def test_promtool_takes_the_rules_as_rendered(tmp_path: Path) -> None:
+    (rules,) = of_kind(render(CASES["monitoring"]), "PrometheusRule")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules["spec"]))
+    assert "SUCCESS" in promtool("check", "rules", str(tmp_path / "rules.yml"), said=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.spec import DeploymentSpec, ModelSpec
@@ -13,6 +14,7 @@ from tests.helm.chart import (
     CHART,
     EVERY_KEY,
     GPU_GROUPS,
+    VARIATIONS,
     Values,
     cases,
     defaults,
@@ -36,6 +38,13 @@ def deployment(values: Values) -> DeploymentSpec:
     sections["storage"].setdefault("models", "/models/hub")
     if merged["outputs"].get("size") or merged["outputs"].get("existingClaim"):
         sections["storage"]["outputs"] = sections["storage"].get("outputs", {}) | {"folder": "/outputs"}
+    if merged["jobs"].get("existingSecret"):
+        sections["storage"]["jobs_url_env"] = "SPRAY_JOBS_URL"
+    if merged["state"].get("size") or merged["state"].get("existingClaim"):
+        sections["storage"] = {"jobs": "/var/lib/spray"} | sections["storage"]
+        if sections["storage"].get("jobs_url_env"):
+            del sections["storage"]["jobs"]
+        sections["storage"]["idempotency"] = sections["storage"].get("idempotency", {}) | {"folder": "/var/lib/spray"}
     if merged["apiKeys"].get("existingSecret"):
         sections["auth"]["api_keys_file"] = "/etc/spray/keys/keys.yaml"
     return DeploymentSpec.model_validate(sections)
@@ -68,6 +77,23 @@ def test_a_deployment_file_is_given_to_helm_as_it_is(file: Path) -> None:
     nodes = {"gateway": {"host": "0.0.0.0"}, "groups": [{"name": "gpus", "gpus": 8, "maxReplicas": 1}]}
     values = with_values(given, nodes, {"auth": {"insecure": True}, "image": profile("trial")["image"]})
     assert serve_config_of(render(values)) == serve_config(deployment(values))
+
+
+def test_every_key_of_a_section_is_in_the_variation_that_has_them_all() -> None:
+    """But for those of which only one may be set: another variation has the other."""
+    varied = VARIATIONS["every key of the sections"]
+
+    def missing(schema: type[BaseModel], given: Values, path: str) -> list[str]:
+        found = []
+        for name, field in schema.model_fields.items():
+            if name not in given:
+                found.append(f"{path}.{name}")
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                found += missing(field.annotation, given[name], f"{path}.{name}")
+        return found
+
+    sections = {name: field.annotation for name, field in DeploymentSpec.model_fields.items() if name != "models"}
+    assert [name for key, schema in sections.items() for name in missing(schema, varied[key], key)] == []
 
 
 def test_every_key_of_a_model_is_in_the_variation_that_has_them_all() -> None:

@@ -246,7 +246,10 @@ def test_bundles_and_options_of_a_model() -> None:
         assert 3 * (each["health_check_period_s"] + each["health_check_timeout_s"]) < 10
     assert options["user_config"]["model"]["max_queued"] == 5
     assert options["max_queued_requests"] == -1  # the gateway counts
-    assert options["graceful_shutdown_timeout_s"] == 12.0
+    assert options["graceful_shutdown_timeout_s"] == gateway["graceful_shutdown_timeout_s"] == 12.0
+    longer = model.model_copy(update={"name": "b", "grace_period_s": 1800.0})
+    (gateway,) = gateway_application(DeploymentSpec(models=(model, longer)), "")["deployments"]
+    assert gateway["graceful_shutdown_timeout_s"] == 1800.0  # it answers for both
     scaling = options["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 3)
     assert scaling["downscale_to_zero_delay_s"] == 7

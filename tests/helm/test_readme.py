@@ -1,0 +1,131 @@
+"""The commands of the chart's README: what they name exists, and what they do without a cluster is done."""
+
+import itertools
+import re
+import shlex
+import sqlite3
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from service.cli.main import app
+from tests.helm.chart import CHART, IMAGE, Values, pod_templates, profile, render, with_values
+
+TEXT = (CHART / "README.md").read_text()
+COMMANDS = [
+    line.partition("  #")[0]
+    for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def named(*start: str) -> list[list[str]]:
+    """The words of commands that begin so, within lines as well."""
+    parts = [shlex.split(part) for line in COMMANDS for part in re.split(r"&&|\$\(", line)]
+    return [words for words in parts if words[: len(start)] == list(start)]
+
+
+def options(words: list[str], name: str) -> list[str]:
+    """The values that an option has."""
+    return [after for word, after in itertools.pairwise(words) if word == name]
+
+
+def test_from_nothing_takes_five_commands() -> None:
+    first = re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)[0].splitlines()
+    assert len(first) == 5
+
+
+@pytest.mark.parametrize("words", [each for each in named("helm", "install") if each[3] == "./helm"], ids=" ".join)
+def test_what_is_installed_can_be_rendered(words: list[str]) -> None:
+    values: Values = {}
+    for file in options(words, "-f"):
+        values = with_values(values, yaml.safe_load((CHART.parent / file).read_text()))
+    for pair in options(words, "--set"):
+        path, _, value = pair.partition("=")
+        for key in reversed(path.split(".")):
+            value = {key: value}  # type: ignore[assignment]
+        values = with_values(values, value)  # type: ignore[arg-type]
+    assert render(with_values(values, {"image": {"repository": IMAGE["image"]["repository"]}}))
+    assert options(words, "--set") == ["image.repository=REGISTRY/spray"]
+
+
+def test_all_commands_speak_of_one_release() -> None:
+    ours = [each for each in named("helm") if each[1] in ("test", "upgrade", "rollback") or "./helm" in each]
+    assert {words[2] for words in ours} == {"pictures"}
+    assert set(re.findall(r"`helm (?:upgrade|rollback|test) (\w+)", TEXT)) <= {"pictures"}
+
+
+def test_the_operator_is_the_one_that_the_chart_is_written_for() -> None:
+    (operator,) = (each for each in named("helm", "install") if "kuberay-operator" in each)
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["annotations"]["spray/kuberay"] == f">={options(operator, '--version')[0]}"
+
+
+def test_the_image_is_made_by_the_command() -> None:
+    (words,) = named("make", "image")
+    given = [word.replace("DIGEST", "0").replace("REGISTRY", "registry.example") for word in words[2:]]
+    subprocess.run(["make", "image", "DOCKER=true", *given], cwd=CHART.parent, check=True, capture_output=True)
+
+
+def secrets(part: Any) -> set[tuple[str, str]]:
+    """Name and key of each Secret that pods ask for."""
+    if isinstance(part, list):
+        return {found for each in part for found in secrets(each)}
+    if not isinstance(part, dict):
+        return set()
+    reference = part.get("secretKeyRef")
+    own = {(reference["name"], reference["key"])} if reference else set()
+    if "secretName" in part:
+        own |= {(part["secretName"], "keys.yaml")}
+    return own | secrets([*part.values()])
+
+
+def test_every_secret_of_production_is_made_by_a_command() -> None:
+    made = set()
+    for words in named("kubectl", "create", "secret", "generic"):
+        (given,) = (word for word in words if word.startswith("--from-"))
+        made.add((words[4], given.split("=")[1]))
+    objects = render(profile("production"))
+    asked = secrets([each for each in objects if each["kind"] in ("RayService", "Pod")])
+    assert made == asked
+
+
+def test_a_key_is_an_entry_of_the_file(tmp_path: Path) -> None:
+    (words,) = named("spray", "key")
+    done = CliRunner().invoke(app, words[1 : words.index(">")])
+    assert done.exit_code == 0
+    assert yaml.safe_load(f"keys:\n{done.stdout}")["keys"]
+
+
+def test_jobs_are_copied_while_they_are_written(tmp_path: Path) -> None:
+    execs = named("kubectl", "exec")
+    templates = pod_templates(render(profile("production")))
+    names = {container["name"] for container in templates["head"]["spec"]["containers"]}
+    assert {options(words, "--container")[0] for words in execs} <= names
+    (code,) = (words[-1] for words in execs if "python" in words)
+    with sqlite3.connect(tmp_path / "jobs.db", isolation_level=None) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("CREATE TABLE jobs (id)")
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO jobs VALUES (1)")
+        exec(code.replace("/var/lib/spray/", f"{tmp_path}/").replace("/tmp/jobs.db", f"{tmp_path}/copy.db"))
+        writer.execute("COMMIT")
+    with sqlite3.connect(tmp_path / "copy.db") as copy:
+        assert copy.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+
+
+def test_selectors_name_labels_of_pods() -> None:
+    labels = {
+        key for template in pod_templates(render(profile("trial"))).values() for key in template["metadata"]["labels"]
+    }
+    asked = {
+        pair.split("=")[0]
+        for words in named("kubectl")
+        for each in options(words, "--selector")
+        for pair in each.split(",")
+    }
+    assert asked and {key for key in asked if not key.startswith("ray.io/")} <= labels
