@@ -453,6 +453,20 @@ class Auth(_Section):
         return self.api_keys_env is not None or self.api_keys_file is not None
 
 
+class Tracing(_Section):
+    """Traces of requests, for an OpenTelemetry collector."""
+
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="URL of the collector for OTLP over HTTP, such as http://127.0.0.1:4318, without /v1/traces; "
+        "absent: no traces",
+    )
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of requests that are traced, where the caller has not decided it"
+    )
+
+
 class DeploymentSpec(_Section):
     """A whole deployment file."""
 
@@ -462,6 +476,7 @@ class DeploymentSpec(_Section):
     gateway: GatewaySpec = Field(GatewaySpec(), description="where clients reach the deployment")
     limits: GatewayLimits = Field(GatewayLimits(), description="limits of any request to the gateway")
     metrics: Metrics = Field(Metrics(), description="what Prometheus reads, from each node separately")
+    tracing: Tracing = Field(Tracing(), description="traces of requests, for an OpenTelemetry collector")
     storage: Storage = Field(Storage(), description="where each node keeps files")
     auth: Auth = Field(Auth(), description="who may call")
 

@@ -59,7 +59,11 @@ def serve_config(spec: DeploymentSpec, instance_id: str = "") -> dict[str, Any]:
     Args:
         instance_id: tells this deployment from another that may answer on the same port.
     """
-    on_nodes = {"storage": spec.storage.model_dump(include={"models", "compiled"}), "metrics": spec.metrics_at}
+    on_nodes = {
+        "storage": spec.storage.model_dump(include={"models", "compiled"}),
+        "metrics": spec.metrics_at,
+        "tracing": spec.tracing.model_dump(),
+    }
     models = [model_application(model, on_nodes) for model in spec.models]
     return {
         "proxy_location": "EveryNode",
@@ -95,7 +99,7 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
 
     Args:
         model: with its `tasks` derived, if its folder can be read.
-        on_nodes: what all gangs share: the folders of `storage` that ranks use, and `DeploymentSpec.metrics_at`.
+        on_nodes: what all gangs share: the folders of `storage` that ranks use, `DeploymentSpec.metrics_at`, `tracing`.
     """
     scaling = model.autoscaling
     options = {
@@ -155,6 +159,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "api_keys_env": spec.auth.api_keys_env,
             "api_keys_file": spec.auth.api_keys_file,
             "metrics": spec.metrics_at,
+            "tracing": spec.tracing.model_dump(),
             "models_folder": spec.storage.models,
             "outputs": spec.storage.outputs.model_dump(),
             "idempotency": spec.storage.idempotency.model_dump(),

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from deploy.api_keys import ApiKey
 from deploy.spec import Idempotency, ModelSpec, Outputs, SpecError
 from service.api.backend import Found, Report, Restarted, Waiting
 from service.api.errors import STATUS, UNEXPECTED, find_status
-from service.api.observed import key_name
+from service.api.observed import callers_trace, current_call, key_name
 from service.api.rest import rest_app
 from service.deadline import check_deadline
 from service.jobs.runner import Runner
@@ -41,6 +42,7 @@ from service.state.poller import Poller
 from service.state.prefetch import Prefetch
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
 from service.state.request_log import RequestLog
+from service.state.request_trace import RequestTrace
 from service.state.waiting import Place, waiting_for
 from workers.errors import (
     AdminOnly,
@@ -67,6 +69,7 @@ from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, StepEvent
 from workers.observing import GatewayMetrics
+from workers.tracing import HEADER, OFF, Tracing
 
 logger = logging.getLogger("ray.serve")
 
@@ -101,6 +104,9 @@ NO_JOBS = {"folder": None, "url_env": None}
 _caller: ContextVar[ApiKey | None] = ContextVar("caller", default=None)
 """The API key of the request that this task answers; None where none is needed."""
 
+_trace: ContextVar[RequestTrace] = ContextVar("trace")
+"""Of the request that this task runs."""
+
 
 class Gateway(GrpcMethods):
     """One replica of the gateway. It answers REST by the application that it builds, and gRPC by inherited methods.
@@ -133,6 +139,7 @@ class Gateway(GrpcMethods):
         self._exporter = Exporter(share_values())
         self._metrics: dict[str, GatewayMetrics] = {}
         self._log = RequestLog()
+        self._tracing = Tracing()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
@@ -147,6 +154,7 @@ class Gateway(GrpcMethods):
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
         self._log.follow(**user_config.get("log", NO_LOG))  # likewise
+        self._tracing.follow(**user_config.get("tracing", OFF))  # likewise
         several = user_config.get("gateways", 1) > 1
         shared_turns.share(several)
         self._colleagues.follow(several and ray.is_initialized())
@@ -265,12 +273,14 @@ class Gateway(GrpcMethods):
         result: GenerationResult | None = None
         key = self.caller()
         metrics = self._metrics_of(request.model)
+        trace = self._traced(request)
         self.in_flight += 1
         metrics.began()
         try:
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
             with self._allowed(request):
+                request = replace(request, traceparent=trace.traceparent)
                 reports = self._live.watched(request, self.caller(), self._generate(request))
                 async with contextlib.aclosing(reports):
                     async for report in reports:
@@ -279,6 +289,7 @@ class Gateway(GrpcMethods):
                             metrics.answered(time.monotonic() - began, report.seconds)
                         elif isinstance(report, Restarted):
                             attempts = report.attempt
+                            trace.lost(report.reason)
                         yield report
         except Exception as error:
             outcome = find_status(error).code
@@ -286,7 +297,17 @@ class Gateway(GrpcMethods):
         finally:
             self.in_flight -= 1
             metrics.ended(outcome)
-            self._log.ended(request, key, outcome, time.monotonic() - began, attempts, result)
+            self._log.ended(request, key, outcome, time.monotonic() - began, attempts, result, trace.trace_id)
+            trace.ended(outcome, attempts, result)
+
+    def _traced(self, request: GenerationRequest) -> RequestTrace:
+        """The trace of a request, which is part of the trace of the call that asks for it, or has asked for its job."""
+        call = current_call.get()
+        trace = RequestTrace(self._tracing, request, request.traceparent or callers_trace(), self.caller())
+        if call and trace.traceparent:
+            call.answer[HEADER] = trace.traceparent
+        _trace.set(trace)
+        return trace
 
     async def _run_for(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run the request of a job in its owner's name. What the owner may was settled when it was submitted."""
@@ -319,7 +340,7 @@ class Gateway(GrpcMethods):
             yield
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
-        caller = self.caller()
+        caller, trace = self.caller(), _trace.get()
         known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
@@ -333,6 +354,7 @@ class Gateway(GrpcMethods):
         while True:
             begun = False
             waiting.enter(request.request_id, place)
+            trace.waits()
             try:
                 answer = self._handle(request.model).generate.remote(request, _own_name())
                 assert isinstance(answer, DeploymentResponseGenerator)
@@ -341,6 +363,7 @@ class Gateway(GrpcMethods):
                         if isinstance(report, Begun):
                             begun = True
                             self._live.begun(request.request_id)
+                            trace.begun()
                         else:
                             yield report
                 await self._quarantine.clear(known_as)

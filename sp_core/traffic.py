@@ -64,10 +64,14 @@ class Traffic:
         self._broadcasts: list[float] = []
 
     @contextmanager
-    def step(self) -> Iterator[InCollectives | None]:
-        """One step, in which collectives are timed; None where this one is not. All ranks must begin it alike."""
+    def step(self, timed: bool = False) -> Iterator[InCollectives | None]:
+        """One step, in which collectives are timed; None where this one is not. All ranks must begin it alike.
+
+        Args:
+            timed: this one is in any case.
+        """
         self._steps += 1
-        self._timing = InCollectives() if self._steps % self._steps_per_timed == 0 else None
+        self._timing = InCollectives() if timed or self._steps % self._steps_per_timed == 0 else None
         try:
             yield self._timing
         finally:

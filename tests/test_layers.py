@@ -19,7 +19,7 @@ ALLOWED = {
     "deploy": {"pydantic", "yaml", "safetensors", "huggingface_hub"}
     | {"grafana_foundation_sdk"},  # writes the dashboards, in deploy/grafana alone; only developers have it
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
-    | {"huggingface_hub", "prometheus_client", "psutil", "greenlet"},
+    | {"huggingface_hub", "prometheus_client", "psutil", "greenlet", "opentelemetry"},
     "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich", "PIL"}
     | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
     | {"yaml", "matplotlib"},  # of `spray bench`; the latter where present

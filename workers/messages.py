@@ -3,7 +3,7 @@
 gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
-rank -> gang               Drawn, when the ranks are free for the next request
+rank -> gang               Drawn, when the ranks are free for the next request; Traced, of a request that is traced
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sp_core.degrees import ParallelDegrees
+from workers.tracing import Span
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
@@ -109,6 +110,7 @@ class GenerationRequest:
         inputs: pictures to start from, at most one of each role; a mask only with an image.
         strength: of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps that are done.
             None: the family's.
+        traceparent: the span that whoever has the request works for, as W3C writes it; empty: it is not traced.
     """
 
     request_id: str
@@ -137,6 +139,7 @@ class GenerationRequest:
     extra_params: Mapping[str, Any] = field(default_factory=dict, hash=False)
     inputs: tuple[MediaInput, ...] = ()
     strength: float | None = None
+    traceparent: str = ""
 
     def input(self, role: MediaRole) -> MediaInput | None:
         """The picture of a role; None: the request has none."""
@@ -236,6 +239,17 @@ class Drawn:
 
     request_id: str
     took: GenerationResult
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One rank has ended a request that is traced, whatever the end.
+
+    Attributes:
+        spans: of the rank, and of what it did.
+    """
+
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)

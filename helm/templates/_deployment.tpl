@@ -108,6 +108,7 @@ section as a default says what each item of a given list has.
 {{- $gatewayOptions := deepCopy (first $ofGateway.deployments) }}
 {{- $longest := 0 }}
 {{- $most := sub $gatewayOptions.max_ongoing_requests $samplesQueue }}
+{{- $tracing := (include "spray.filled" (dict "default" $gatewayOptions.user_config.tracing "given" .Values.tracing) | fromJson).v }}
 {{- $applications := list }}
 {{- $table := list }}
 {{- range $models }}
@@ -115,6 +116,7 @@ section as a default says what each item of a given list has.
 {{- $options := deepCopy $sample }}
 {{- $_ := set $options.user_config "model" .live }}
 {{- $_ := set $options.user_config "metrics" $sections.metrics }}
+{{- $_ := set $options.user_config "tracing" $tracing }}
 {{- range $key, $_ := $options.user_config.storage }}
 {{- $_ := set $options.user_config.storage $key (get $storage $key | default nil) }}
 {{- end }}
@@ -158,6 +160,7 @@ section as a default says what each item of a given list has.
 {{- $_ := set $told "local_only" false }}
 {{- $_ := set $told "models_folder" $storage.models }}
 {{- $_ := set $told "metrics" $sections.metrics }}
+{{- $_ := set $told "tracing" $tracing }}
 {{- $grpc := $serve.grpc_options }}
 {{- if get $gateway "grpc_port" }}{{ $_ := set $grpc "port" $gateway.grpc_port }}{{ else }}{{ $grpc = dict "grpc_servicer_functions" list }}{{ end }}
 {{- $config := dict "proxy_location" $serve.proxy_location "http_options" (dict "host" $gateway.host "port" $gateway.port) "grpc_options" $grpc }}

@@ -19,8 +19,8 @@ from workers.errors import Forbidden
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 READABLE = (
-    "content-disposition content-range etag idempotency-replayed retry-after x-ignored-params x-metrics x-num-frames "
-    "x-fps x-request-id x-seed x-should-retry x-warnings"
+    "content-disposition content-range etag idempotency-replayed retry-after traceparent x-ignored-params x-metrics "
+    "x-num-frames x-fps x-request-id x-seed x-should-retry x-warnings"
 ).split()
 """Headers of answers that a page may read, beside those that it always may."""
 

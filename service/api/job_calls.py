@@ -6,10 +6,11 @@ Every gateway knows every job. A caller sees its own; with the scope `admin`, or
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.api.backend import Backend
+from service.api.observed import callers_trace
 from service.api.once import check_key
 from service.api.responses import eta_seconds
 from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, Page, Priority, State
@@ -87,6 +88,7 @@ async def submit(
     backend.charge(request)
     await asyncio.to_thread(backend.outputs.prepare)
     known_as = fingerprint(backend.caller(), request)
+    request = replace(request, traceparent=callers_trace())
     new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from)
     try:
         job, fresh = await backend.jobs.ask(JobStore.submit, new)

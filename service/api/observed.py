@@ -1,19 +1,22 @@
 """Counts the calls of the API, for Prometheus: by route or RPC, status, and the name of the caller's key.
 
-`Observed` is the ASGI middleware of `service.api.rest`; `service.rpc.methods` uses `observing` itself. The number of
-series is bounded: routes and RPCs are those of the contract, and keys those of the deployment.
+It also brings a call's `traceparent` to whoever runs a request for it, and the answer's to the caller. `Observed` is
+the ASGI middleware of `service.api.rest`; `service.rpc.methods` uses `observing` itself. The number of series is
+bounded: routes and RPCs are those of the contract, and keys those of the deployment.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi.routing import iter_route_contexts
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.metrics import API_REQUESTS, API_SECONDS
+from workers.tracing import HEADER, Place
 
 UNKNOWN = "unknown"
 """The route of calls that no route takes."""
@@ -27,27 +30,49 @@ key_name: ContextVar[str] = ContextVar("key_name", default="")
 
 @dataclass
 class Call:
-    """One call, while it is answered."""
+    """One call, while it is answered.
+
+    Attributes:
+        route: of the contract.
+        code: its status.
+        traceparent: what the caller has sent; empty: nothing.
+        answer: headers of the answer, which whoever runs a request may add.
+    """
 
     route: str
     code: str
+    traceparent: str = ""
+    answer: dict[str, str] = field(default_factory=dict)
+
+
+current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
+"""What the task answers; None: nothing, such as where a job runs."""
+
+
+def callers_trace() -> str:
+    """The `traceparent` of the call that this task answers; empty: it has none."""
+    call = current_call.get()
+    return call.traceparent if call and Place.parse(call.traceparent) else ""
 
 
 @contextmanager
-def observing(route: str, code: str) -> Iterator[Call]:
+def observing(route: str, code: str, traceparent: str = "") -> Iterator[Call]:
     """Count what happens inside as one call.
 
     Args:
         route: of the call; may be changed inside.
         code: its status, unless it is changed inside.
+        traceparent: what the caller has sent; empty: nothing.
     """
-    began, call = time.monotonic(), Call(route, code)
+    began, call = time.monotonic(), Call(route, code, traceparent)
     token = key_name.set("")
+    current_call.set(call)
     try:
         yield call
     finally:
         API_REQUESTS.labels(call.route, call.code, key_name.get()).inc()
         API_SECONDS.labels(call.route).observe(time.monotonic() - began)
+        current_call.set(None)
         try:
             key_name.reset(token)
         except ValueError:  # a generator that is closed from another context
@@ -70,11 +95,12 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with observing(UNKNOWN, GONE) as call:
+        with observing(UNKNOWN, GONE, Headers(scope=scope).get(HEADER, "")) as call:
 
             async def send_on(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     call.code = str(message["status"])
+                    MutableHeaders(scope=message).update(call.answer)
                 await send(message)
 
             try:

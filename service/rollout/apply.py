@@ -46,7 +46,8 @@ def apply_changes(
         desired[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
     for model in left:
         desired[app_name(model.name)] = present[app_name(model.name)]
-        user_config(desired[app_name(model.name)])["metrics"] = spec.metrics_at  # a node has one, whatever runs there
+        of_nodes = {"metrics": spec.metrics_at, "tracing": spec.tracing.model_dump()}  # they have one, whatever runs
+        user_config(desired[app_name(model.name)]).update(of_nodes)
     user_config(desired[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
     removed = {app_name(change.model) for change in changes if change.action == "remove"}
     others = {name: app for name, app in present.items() if name not in desired and name not in removed}

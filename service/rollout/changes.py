@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.spec import DeploymentSpec, ModelSpec, SpecError, Tracing
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX
 from service.rollout.serve_client import grpc_port, listens_at
 
@@ -107,6 +107,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         "limits": {"max_body_bytes": options["user_config"]["max_body_bytes"]},
         "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},
         "metrics": options["user_config"]["metrics"],
+        "tracing": options["user_config"].get("tracing", Tracing().model_dump()),
     }
     after = spec.model_dump(mode="json", include={name: set(keys) for name, keys in before.items()}) | {
         "metrics": spec.metrics_at

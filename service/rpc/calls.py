@@ -16,6 +16,7 @@ from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import id_of
 from service.rpc.statuses import Context, admit, metadata, refuse, tell
 from workers.errors import BodyTooLarge
+from workers.tracing import HEADER
 
 Answer = TypeVar("Answer", bound=Message)
 Unary = Callable[[Any, Any, Context], Awaitable[Answer]]
@@ -28,15 +29,16 @@ def answering(kind: type[Answer]) -> Callable[[Unary[Answer]], Unary[Answer]]:
     def wrap(method: Unary[Answer]) -> Unary[Answer]:
         @functools.wraps(method)
         async def answered(self: Any, request: Any, grpc_context: Context) -> Answer:
-            with observing(method.__name__, "CANCELLED") as call:
+            with observing(method.__name__, "CANCELLED", metadata(grpc_context).get(HEADER, "")) as call:
                 try:
                     answer = await method(self, request, grpc_context)
                     call.code = "OK"
-                    return answer
                 except Exception as error:
                     call.code = find_status(error).grpc
                     refuse(grpc_context, error)
-                    return kind()
+                    answer = kind()
+                tell(grpc_context, call.answer)
+                return answer
 
         return answered
 
@@ -53,14 +55,17 @@ def streaming(last: Callable[[pb.JobError], Answer]) -> Callable[[Stream[Answer]
     def wrap(method: Stream[Answer]) -> Stream[Answer]:
         @functools.wraps(method)
         async def streamed(self: Any, request: Any, grpc_context: Context) -> AsyncGenerator[Answer]:
-            with observing(method.__name__, "CANCELLED") as call:
+            with observing(method.__name__, "CANCELLED", metadata(grpc_context).get(HEADER, "")) as call:
                 try:
                     async with contextlib.aclosing(method(self, request, grpc_context)) as messages:
                         async for message in messages:
+                            tell(grpc_context, call.answer)
+                            call.answer.clear()  # it is told once
                             yield message
                     call.code = "OK"
                 except Exception as error:
                     call.code = find_status(error).grpc
+                    tell(grpc_context, call.answer)
                     yield last(refuse(grpc_context, error))
 
         return streamed

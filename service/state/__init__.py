@@ -6,6 +6,7 @@ router_registry.py  the request routers of this process: queues and the gangs' r
 waiting.py          who waits for a gang, and in which place
 live_requests.py    the requests of this gateway, for who lists or cancels them
 request_log.py      a line for each request that has ended
+request_trace.py    the trace of a request that is traced
 exchange.py         questions of one gateway to all others
 kept_answers.py     the answers of requests with an idempotency key; idempotency.py asks for them
 turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways

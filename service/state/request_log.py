@@ -43,6 +43,7 @@ class RequestLog:
         seconds: float,
         attempts: int,
         result: GenerationResult | None,
+        trace_id: str = "",
     ) -> None:
         """Write the line of one request.
 
@@ -53,6 +54,7 @@ class RequestLog:
             seconds: since it was taken.
             attempts: gangs that it was given to; each but the last lost its ranks.
             result: the answer, if there is one.
+            trace_id: of its trace; empty: it is not traced.
         """
         fields: dict[str, Any] = {
             "request_id": request.request_id,
@@ -75,6 +77,8 @@ class RequestLog:
             }
             fields["layout"] = str(result.degrees)
             fields |= {f"{stage}_seconds": round(took, 3) for stage, took in stages.items()}
+        if trace_id:
+            fields["trace_id"] = trace_id
         if self._prompts:
             fields["prompt"] = request.prompt
             if request.negative_prompt is not None:

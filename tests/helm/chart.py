@@ -163,6 +163,7 @@ VARIATIONS: dict[str, Values] = {
         "auth": {"insecure": False, "api_keys_env": "SPRAY_API_KEYS"},
         "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}]},
     },
+    "traces": {"tracing": {"otlp_endpoint": "http://collector.monitoring:4318", "sample_ratio": 0.25}},
     "redis": {"redis": {"address": "redis:6379", "existingSecret": "redis"}},
     "a bundled redis": {"redis": {"existingSecret": "redis", "bundled": {"enabled": True}}},
     "a bundled redis that keeps": {

@@ -28,6 +28,7 @@ from deploy.spec import (
     SpecError,
     Storage,
     Timeouts,
+    Tracing,
     WarmupShape,
 )
 from service.app import (
@@ -268,6 +269,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
             "metrics": Metrics(port=9500),
+            "tracing": Tracing(otlp_endpoint="http://collector:4318"),
             "storage": Storage(outputs=Outputs(ttl_s=60), idempotency=Idempotency(ttl_s=70), jobs_url_env="JOBS_URL"),
         }
     )
@@ -295,6 +297,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "api_keys_env": "KEYS",
         "api_keys_file": "/keys.yaml",
         "metrics": metrics,
+        "tracing": {"otlp_endpoint": "http://collector:4318", "sample_ratio": 1.0},
         "models_folder": None,
         "outputs": {"folder": None, "ttl_s": 60.0},
         "idempotency": {"folder": None, "ttl_s": 70.0, "max_bytes": 4 << 30},

@@ -271,3 +271,13 @@ def test_openais_client_remixes_a_video(client: httpx.Client, jobs_backend: Fake
     jobs_backend._models = jobs_backend._models[:1]
     gone = client.post(f"/videos/{first.id}/remix", json={"prompt": "a"})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_job_belongs_to_the_trace_of_its_call(jobs_backend: FakeBackend, client: httpx.Client) -> None:
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for sent, kept in ((given, given), ("nonsense", ""), (None, "")):
+        headers = ASYNC | ({"traceparent": sent} if sent else {})
+        job = client.post("/images/generations", json=BODY, headers=headers).json()
+        assert "traceparent" not in job["request"]
+        until(client, job["id"], "succeeded")
+        assert jobs_backend.requests[-1].traceparent == kept

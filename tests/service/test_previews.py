@@ -105,6 +105,7 @@ def test_a_request_is_the_same_with_previews_and_without() -> None:
     """For its idempotency key, and for the count of gangs that it has cost."""
     request = GenerationRequest("a", "one", "a", 64, 64, 4, seed=1)
     assert fingerprint("", replace(request, previews=PreviewOptions(count=3))) == fingerprint("", request)
+    assert fingerprint("", replace(request, traceparent="a")) == fingerprint("", request)
     assert fingerprint("", replace(request, n=2)) != fingerprint("", request)
 
 

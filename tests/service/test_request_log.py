@@ -12,6 +12,7 @@ import pytest
 from ray.serve.schema import ServeStatus
 
 from service.api.backend import Restarted
+from service.api.observed import observing
 from service.gateway import Gateway
 from service.state.request_log import RequestLog, logger
 from sp_core.degrees import ParallelDegrees
@@ -120,3 +121,38 @@ def test_a_gateway_writes_one_line_for_each_end(
     assert [(line["outcome"], line["attempts"]) for line in found] == [(outcome, attempts)]
     assert ("layout" in found[0]) == (outcome == "ok")
     assert logging.getLogger("spray.requests") is logger
+
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.mark.parametrize("sampled", ["01", "00"])
+def test_the_line_and_the_answer_name_the_trace(
+    lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, sampled: str
+) -> None:
+    """The gang works for a span of the gateway, which is below the caller's; unless the caller wants none."""
+    monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], [], {}))
+    asked: list[GenerationRequest] = []
+
+    async def run(request: GenerationRequest) -> AsyncGenerator[Any]:
+        asked.append(request)
+        yield RESULT
+
+    async def story() -> dict[str, str]:
+        gate = Gateway("test")
+        traced = {"otlp_endpoint": "http://127.0.0.1:1", "sample_ratio": 1.0}  # where nobody answers
+        await gate.reconfigure(TABLE | {"log": {"log_format": "json", "prompts": False}, "tracing": traced})
+        monkeypatch.setattr(gate, "_generate", run)
+        with observing("route", "200", f"00-{TRACE}-{PARENT}-{sampled}") as call:
+            async for _ in gate.generate(REQUEST):
+                pass
+        return call.answer
+
+    answer = asyncio.run(story())
+    (line,) = [json.loads(line) for line in lines() if line.startswith("{")]
+    if sampled == "00":
+        assert ("trace_id" in line, answer, asked[0].traceparent) == (False, {}, "")
+        return
+    assert line["trace_id"] == TRACE
+    assert answer == {"traceparent": asked[0].traceparent}
+    assert asked[0].traceparent.startswith(f"00-{TRACE}-") and PARENT not in asked[0].traceparent

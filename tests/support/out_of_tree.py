@@ -1,8 +1,10 @@
 """Transformers and plans that are neither diffusers' nor spray's own, as a user's package would have them."""
 
 import functools
+import time
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
 from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
@@ -47,3 +49,22 @@ class CentersTokens(QwenImageTransformer2DModel):  # type: ignore[misc]
         self.transformer_blocks[1].img_norm2.register_forward_hook(
             lambda _module, _args, tokens: tokens - tokens.mean(1, keepdim=True)
         )
+
+
+LATE_S = 0.05
+
+
+class LateRank(QwenImageTransformer2DModel):  # type: ignore[misc]
+    """Rank 1 begins each forward late, as on a device that is slow."""
+
+    _sp_plan = PLAN
+
+    @functools.wraps(QwenImageTransformer2DModel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.transformer_blocks[0].register_forward_pre_hook(_come_late)
+
+
+def _come_late(*_: Any) -> None:
+    if dist.is_initialized() and dist.get_rank() == 1:
+        time.sleep(LATE_S)

@@ -23,9 +23,10 @@ from workers.gang.answers import MOST_OPEN, Answers
 from workers.gang.encoding import Encoding
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
-from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, StepEvent
+from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, StepEvent, Traced
 from workers.model.loader import load_model
 from workers.model.media import encode
+from workers.tracing import Place, Span
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=1, report_steps=True)
 SPEC = model(Path("/nowhere"))
@@ -249,3 +250,28 @@ def test_pictures_may_be_kept_and_encoded_by_two_threads() -> None:
         kept.keep(asked(str(number)), [picture], took())
     assert done.wait(60)
     assert kept._waiting == {}
+
+
+class TracedRank(FakeRank):
+    """It says at the end what it did."""
+
+    async def _generate(self, request: GenerationRequest) -> AsyncIterator[Any]:
+        async for told in super()._generate(request):
+            yield told
+        spans: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        spans.set_result(Traced((Span(Place("1" * 32, "2" * 16), "", "rank 0", 1.0, 2.0),)))
+        yield spans
+
+
+def test_what_a_rank_did_is_told_when_the_caller_has_left() -> None:
+    async def story() -> None:
+        group, told = RankGroup(SPEC, [TracedRank()], [], {}, on_lost=lambda kind: None), []
+        reports = group.run(asked("left"), told.extend)
+        assert isinstance(await anext(reports), StepEvent)
+        await reports.aclose()
+        assert [span.name for span in told] == ["rank 0"]
+        reports = group.run(asked("stays"), told.extend)
+        assert not [report async for report in reports if isinstance(report, Traced)]
+        assert len(told) == 2
+
+    asyncio.run(asyncio.wait_for(story(), 120))

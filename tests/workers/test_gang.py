@@ -127,7 +127,7 @@ class FakeRanks:
         self.finish, self.has_room = asyncio.Event(), asyncio.Event()
         self.has_room.set()
 
-    async def run(self, request: GenerationRequest) -> Any:
+    async def run(self, request: GenerationRequest, _on_spans: Any = None) -> Any:
         await self.finish.wait()
         if self.lost:
             raise self.lost

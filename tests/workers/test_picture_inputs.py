@@ -211,7 +211,9 @@ def test_the_bytes_of_pictures_travel_to_the_first_rank_alone(monkeypatch: pytes
 
     async def run() -> None:
         monkeypatch.setattr(rank_group, "_relay", relay)
-        await asyncio.gather(*rank_group._Run(["0", "1", "2"], REQUEST, contextvars.copy_context(), None)._relays)  # type: ignore[arg-type]
+        await asyncio.gather(
+            *rank_group._Run(["0", "1", "2"], REQUEST, contextvars.copy_context(), None, print)._relays
+        )  # type: ignore[arg-type]
 
     asyncio.run(run())
     assert sent["0"] == REQUEST

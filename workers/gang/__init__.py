@@ -11,6 +11,7 @@ process_state.py  what /proc says of a rank's process
 rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
+rank_trace.py     what a rank did for a traced request
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
 encoding.py       the pictures that rank 0 has decoded, until they are files

@@ -41,6 +41,7 @@ from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
 from workers.model.files import fetch
 from workers.observing import GangMetrics
+from workers.tracing import OFF, Tracing
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,6 +82,7 @@ class Gang:
         self._running: GenerationRequest | None = None
         self._costs = CostModel()
         self._movement = Movement()
+        self._tracing = Tracing()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
@@ -90,7 +92,7 @@ class Gang:
 
         Args:
             user_config: `{"model": ModelSpec.live, "storage": its `models` and `compiled`,
-                "metrics": DeploymentSpec.metrics_at}`.
+                "metrics": DeploymentSpec.metrics_at, "tracing": its `tracing`}`.
 
         Raises:
             GangLost: a rank did not start, or could not load the model, within the start-up limit.
@@ -99,6 +101,7 @@ class Gang:
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
         number = str(serve.get_replica_context().rank.rank)
         self._exporter.serve_at(**user_config["metrics"])
+        self._tracing.follow(**user_config.get("tracing", OFF))  # an older version deployed none
         if self._ranks is None:
             await self._start(model, Storage(**user_config["storage"]), user_config["metrics"], number)
         else:
@@ -123,13 +126,15 @@ class Gang:
         async with self._turn_on_ranks(request) as ranks:
             watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
-                yield Begun()
-                async with contextlib.aclosing(ranks.run(request)) as reports:
-                    async for report in reports:
-                        if isinstance(report, Drawn):
-                            self._costs.observe(request, self._forwards(request), report.took)
-                        else:
-                            yield report
+                with self._tracing.span(request.traceparent, "gang", self._described) as span:
+                    yield Begun()
+                    told = dataclasses.replace(request, traceparent=span.traceparent)
+                    async with contextlib.aclosing(ranks.run(told, span.add)) as reports:
+                        async for report in reports:
+                            if isinstance(report, Drawn):
+                                self._costs.observe(request, self._forwards(request), report.took)
+                            else:
+                                yield report
             finally:
                 watching.cancel()
 
@@ -247,6 +252,12 @@ class Gang:
                         return
                 finally:
                     self._running = None
+
+    @property
+    def _described(self) -> dict[str, str]:
+        """For traces."""
+        model, replica = self._started.model, self._started.metrics.replica
+        return {"spray.model": model.name, "spray.replica": replica, "spray.layout": str(model.parallel)}
 
     @property
     def _replacing(self) -> bool:

@@ -25,6 +25,7 @@ from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
 from workers.gang.memory_use import memory_use
 from workers.gang.preview_files import PreviewFiles
+from workers.gang.rank_trace import RankTrace
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.self_test import self_test
 from workers.gang.warm_up import warm_up_requests
@@ -52,6 +53,9 @@ class Rank:
         node_id: the Ray node it runs on; empty outside Ray.
         replica: the gang's number among those of its model, for metrics.
         compiled_folder: `storage.compiled` of the deployment.
+
+    Attributes:
+        trace: of the latest request.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Rank:
         self._boundary = Boundary(rank)
         self._encoding = Encoding()
         self._previews = PreviewFiles()
+        self.trace = RankTrace(None, rank)
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
         self._latest_step: tuple[float, ...] = ()
@@ -144,6 +149,7 @@ class Rank:
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
             OutOfMemory: likewise, or inside a step, where other ranks may wait for this one.
         """
+        self.trace = RankTrace(request, self.rank, self._node_id)
         self._use_device()
         agreed: bool | None = None
         try:
@@ -241,6 +247,7 @@ class Rank:
         seconds: list[float] = []
         for end, waited in self._denoise(denoising):
             seconds.append(end.seconds)
+            self.trace.step(end, denoising.total_steps, waited)
             if self._metrics:
                 self._metrics.step(end.seconds, self._shapes.label(request))
                 self._metrics.in_collectives(end.in_collectives, waited)
@@ -251,6 +258,7 @@ class Rank:
                 self._previews.offer(preview[0], end.step, preview[1])
             yield from self._previews.finished()
         self._phase = "decode"
+        self.trace.stage("decode")
         before = time.perf_counter()
         denoising.join_pictures()
         pictures = self._finish(denoising)
@@ -311,6 +319,7 @@ class Rank:
         """Encode and prepare; also returns the seconds of encoding."""
         began = time.perf_counter()
         self._phase = "encode"
+        self.trace.stage("encode")
         self._step = self._total_steps = 0
 
         def encode() -> Denoising:
@@ -321,6 +330,7 @@ class Rank:
         denoising = self._run_on_all_ranks(request, encode)
         denoising.share_encoded()
         encode_seconds = time.perf_counter() - began
+        self.trace.stage("prepare")
         self._run_on_all_ranks(request, denoising.prepare)
         self._total_steps = denoising.total_steps
         return denoising, encode_seconds
@@ -328,6 +338,7 @@ class Rank:
     def _denoise(self, denoising: Denoising) -> Iterator[tuple[StepEnd, float]]:
         """Run all steps; yield the end of each, and the seconds that this rank waited in it for slower ones."""
         self._phase = "denoise"
+        self.trace.stage("denoise")
         # An error inside a step is not agreed: the other ranks may wait in a collective of the forward.
         for end in denoising.steps(self._ahead):
             after = f"step {end.step} of {self._total_steps}"

@@ -15,7 +15,7 @@ from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, RankStatus, StepEvent, Traced
 from workers.model.files import fetch
 
 if TYPE_CHECKING:
@@ -88,9 +88,14 @@ class RankActor:
         """See `Rank.join`."""
         return self._rank.join(host, port)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
-        """See `Rank.generate`."""
-        yield from self._rank.generate(request)
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn | Traced]:
+        """See `Rank.generate`. Of a traced request, every rank says at the end what it did."""
+        try:
+            yield from self._rank.generate(request)
+        except Exception as error:
+            yield from self._rank.trace.end(error)
+            raise
+        yield from self._rank.trace.end()
 
     @ray.method(concurrency_group="answers")
     def answer(self, request_id: str) -> GenerationResult:

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import ray
@@ -20,12 +20,14 @@ from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, Requ
 from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, create, kill_all
 from workers.gang.watch import Watch
-from workers.messages import Answer, Drawn, GenerationRequest, Preview, RankStatus, StepEvent
+from workers.messages import Answer, Drawn, GenerationRequest, Preview, RankStatus, StepEvent, Traced
 from workers.metrics import Loss, StartPhase
+from workers.tracing import Span
 
 logger = logging.getLogger("ray.serve")
 
 Report = StepEvent | Preview | Drawn | Answer
+OnSpans = Callable[[Iterable[Span]], None]
 
 
 class RankGroup:
@@ -96,17 +98,21 @@ class RankGroup:
         group._watcher = asyncio.create_task(group._watch.run())
         return group
 
-    async def run(self, request: GenerationRequest) -> AsyncGenerator[Report]:
+    async def run(self, request: GenerationRequest, on_spans: OnSpans = lambda spans: None) -> AsyncGenerator[Report]:
         """Run one request on all ranks. When the caller leaves early, they stop at their next boundary.
 
         Its answer is encoded when this has ended. Wait for `room` before.
+
+        Args:
+            request: what to draw.
+            on_spans: called with the spans of each rank, if the request is traced; also when the caller has left.
 
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on, except after an `OutOfMemory` inside a step.
             GangLost: the ranks are lost.
         """
-        run = _Run(self._ranks, request, self._context, self._answers)
+        run = _Run(self._ranks, request, self._context, self._answers, on_spans)
         with self._watch.working():
             try:
                 async for report in self._collect(run):
@@ -240,13 +246,18 @@ class _Run:
     """One request on all ranks: what they report, and how many of them still run."""
 
     def __init__(
-        self, ranks: Sequence[Any], request: GenerationRequest, context: contextvars.Context, answers: Answers
+        self,
+        ranks: Sequence[Any],
+        request: GenerationRequest,
+        context: contextvars.Context,
+        answers: Answers,
+        on_spans: OnSpans,
     ) -> None:
         self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
         self.running = len(ranks)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
         self._relays = [
-            asyncio.create_task(_relay(rank, each, self.reports, answers), context=context)
+            asyncio.create_task(_relay(rank, each, self.reports, answers, on_spans), context=context)
             for rank, each in zip(ranks, [request, *[request.without_data()] * (len(ranks) - 1)], strict=True)
         ]
 
@@ -259,7 +270,11 @@ class _RankDone:
 
 
 async def _relay(
-    rank: Any, request: GenerationRequest, reports: "asyncio.Queue[Report | _RankDone]", answers: Answers
+    rank: Any,
+    request: GenerationRequest,
+    reports: "asyncio.Queue[Report | _RankDone]",
+    answers: Answers,
+    on_spans: OnSpans,
 ) -> None:
     """Run the request on one rank, and put what it reports and how it ends into the queue of all ranks.
 
@@ -268,6 +283,9 @@ async def _relay(
     try:
         async for reference in rank.generate.options(num_returns="streaming").remote(request):
             report = await reference
+            if isinstance(report, Traced):
+                on_spans(report.spans)
+                continue
             reports.put_nowait(report)
             if isinstance(report, Drawn):
                 reports.put_nowait(answers.open(rank.answer.remote(report.request_id)))

@@ -1,0 +1,68 @@
+"""The trace of one request, as its gateway sees it: the span `request`, and in it `queue` and `encode_media`.
+
+Called by `service.gateway`. The gang that has the request adds its own spans to the trace, by the `traceparent` that it
+gets; see `workers.tracing`.
+"""
+
+from workers.messages import GenerationRequest, GenerationResult
+from workers.tracing import Tracing, Value
+
+
+class RequestTrace:
+    """One request, from its admission to its end. Records nothing where it is not traced.
+
+    Args:
+        tracing: of this gateway.
+        request: what is asked for.
+        traceparent: of the caller; empty: it has sent none.
+        key: the name of the caller's API key; empty: none is needed.
+    """
+
+    def __init__(self, tracing: Tracing, request: GenerationRequest, traceparent: str, key: str) -> None:
+        asked: dict[str, Value] = {
+            "spray.request_id": request.request_id,
+            "spray.model": request.model,
+            "spray.key": key,
+            "spray.width": request.width,
+            "spray.height": request.height,
+            "spray.num_frames": request.num_frames,
+            "spray.n": request.n,
+            "spray.steps": request.num_inference_steps,
+        }
+        self._tracing = tracing
+        self._span = tracing.request(traceparent, "request", asked)
+        self._queued_at: float | None = None
+
+    @property
+    def traceparent(self) -> str:
+        """For the gang, and for the caller; empty: the request is not traced."""
+        return self._span.traceparent
+
+    @property
+    def trace_id(self) -> str:
+        """For the log; empty: the request is not traced."""
+        return self._span.place.trace_id if self._span.place else ""
+
+    def waits(self) -> None:
+        """It waits for a gang."""
+        self._queued_at = self._span.now()
+
+    def begun(self) -> None:
+        """A gang has it."""
+        if self._queued_at is not None:
+            self._span.inner("queue", self._queued_at)
+        self._queued_at = None
+
+    def lost(self, reason: str) -> None:
+        """Its gang is lost, and it waits again."""
+        self._span.event("lost", {"reason": reason})
+
+    def ended(self, outcome: str, attempts: int, result: GenerationResult | None) -> None:
+        """It has ended, however; send what was recorded."""
+        self.begun()  # where it has ended in the queue
+        self._span.attributes |= {"spray.outcome": outcome, "spray.attempts": attempts}
+        if result is None:
+            self._span.error = outcome
+        else:
+            self._span.inner("encode_media", self._span.now() - result.encode_media_seconds)
+        self._tracing.send(self._span.end())

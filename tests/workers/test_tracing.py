@@ -1,0 +1,140 @@
+"""Spans reach a collector as they were recorded; one that is away holds nobody up; what is not traced costs nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.otlp import collector
+from workers.gang.rank_trace import RankTrace
+from workers.messages import GenerationRequest
+from workers.model.step_ends import StepEnd
+from workers.tracing import Place, Span, Tracing
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+GIVEN = f"00-{TRACE}-{PARENT}-01"
+REQUEST = GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1, traceparent=GIVEN)
+
+
+def test_what_is_a_traceparent() -> None:
+    assert Place.parse(GIVEN) == Place(TRACE, PARENT, True)
+    assert str(Place.parse(GIVEN)) == GIVEN
+    assert Place.parse(f"00-{TRACE}-{PARENT}-00") == Place(TRACE, PARENT, False)
+    assert Place.parse(f"cc-{TRACE}-{PARENT}-01-of a later version") == Place(TRACE, PARENT, True)
+    wrong = ["", "00", f"ff-{TRACE}-{PARENT}-01", f"{GIVEN}-more", GIVEN.upper(), f"00-{'0' * 32}-{PARENT}-01"]
+    for given in (*wrong, f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE}-{PARENT}-1", f" {GIVEN}", f"{GIVEN}\n"):
+        assert Place.parse(given) is None, given
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio", "traced"),
+    [(GIVEN, 0.0, True), (f"00-{TRACE}-{PARENT}-00", 1.0, False), ("nonsense", 1.0, True), ("", 0.0, False)],
+    ids=["the caller traces", "the caller does not", "the ratio, by nonsense", "the ratio"],
+)
+def test_who_is_traced(given: str, ratio: float, traced: bool) -> None:
+    tracing = Tracing()
+    assert not tracing.request(GIVEN, "request", {}).traceparent  # before there is a collector
+    with collector() as kept:
+        tracing.follow(kept.url, ratio)
+        span = tracing.request(given, "request", {})
+        tracing.follow(None, ratio)
+        assert not tracing.request(GIVEN, "request", {}).traceparent
+    assert bool(span.traceparent) == traced
+    assert (span.traceparent[3:35] == TRACE) == (given == GIVEN)
+    assert bool(span.end()) == traced
+
+
+def test_a_collector_gets_a_trace_as_it_was_recorded() -> None:
+    with collector() as kept:
+        tracing = Tracing()
+        tracing.follow(kept.url, 1.0)
+        request = tracing.request(GIVEN, "request", {"spray.n": 2, "spray.key": "web"})
+        request.inner("queue", request.now() - 0.25)
+        with pytest.raises(ValueError, match="why"), tracing.span(request.traceparent, "gang", {}) as gang:
+            for rank in range(2):
+                trace = RankTrace(asked(gang.traceparent), rank, "node")
+                trace.stage("encode")
+                trace.stage("denoise")
+                trace.step(StepEnd(1, 0.5, True, {"all_to_all": 0.125, "gather": 0.125}), 1, 0.0625)
+                for traced in trace.end():
+                    gang.add(traced.spans)
+            raise ValueError("why")
+        tracing.send(request.end())
+        spans = {span.name: span for span in kept.trace(TRACE, 9)}
+        ranks = [span for span in kept.spans if span.name.startswith("rank ")]
+        stages = [span for span in kept.spans if span.name in ("encode", "denoise")]
+    assert (spans["request"].parent_id, spans["request"].kind) == (PARENT, 2)  # of a server
+    assert spans["request"].attributes == {"spray.n": 2, "spray.key": "web"}
+    assert spans["request"].resource["service.name"] == "spray"
+    assert spans["queue"].parent_id == spans["gang"].parent_id == spans["request"].span_id
+    assert spans["queue"].ended - spans["queue"].began == pytest.approx(0.25e9, rel=1e-3)
+    assert (spans["gang"].failed, spans["gang"].said) == (True, "ValueError: why")
+    assert {rank.parent_id for rank in ranks} == {spans["gang"].span_id}
+    assert sorted(rank.attributes["spray.rank"] for rank in ranks) == [0, 1]
+    assert sorted(stage.parent_id for stage in stages) == sorted([rank.span_id for rank in ranks] * 2)
+    assert len({span.span_id for span in kept.spans}) == 9
+    ((name, at, told),) = spans["denoise"].events
+    assert spans["denoise"].began <= at <= spans["denoise"].ended
+    assert (name, told) == (
+        "step",
+        {
+            "step": 1,
+            "total_steps": 1,
+            "seconds": 0.5,
+            "compute_seconds": 0.25,
+            "communication_seconds": 0.25,
+            "waiting_seconds": 0.0625,
+        },
+    )
+
+
+def asked(traceparent: str) -> GenerationRequest:
+    return GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1, traceparent=traceparent)
+
+
+def test_a_rank_that_fails_says_in_which_stage() -> None:
+    trace = RankTrace(REQUEST, 1)
+    trace.stage("denoise")
+    ((rank, stage),) = [traced.spans for traced in trace.end(RuntimeError("no memory"))]
+    assert (rank.name, rank.error, stage.name, stage.error) == (
+        "rank 1",
+        said := "RuntimeError: no memory",
+        "denoise",
+        said,
+    )
+    untraced = RankTrace(GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1), 1)
+    untraced.stage("denoise")
+    untraced.step(StepEnd(1, 0.5, True), 1, 0.0)
+    assert list(untraced.end()) == []
+
+
+def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
+    tracing, span = Tracing(), Span(Place(TRACE, PARENT), "", "request", 1.0, 2.0)
+    with collector() as kept:
+        kept.answers.clear()
+        tracing.follow(kept.url, 1.0)
+        for _ in range(10_000):  # more than may wait
+            tracing.send([span])
+        assert kept.spans == []  # all were taken while the collector has not answered once
+        kept.answers.set()
+        kept.trace(TRACE, 1000)
+    tracing.send([span])  # it is gone
+    tracing.follow("http://127.0.0.1:1", 1.0)
+    tracing.send([span])
+    tracing.follow(None, 1.0)
+
+
+UNTRACED = """
+import sys
+from workers.tracing import Tracing
+tracing = Tracing()
+tracing.follow(None, 1.0)
+with tracing.span(sys.argv[1], "gang", {}) as span:
+    pass
+print(span.traceparent == "", [name for name in sys.modules if name.startswith("opentelemetry")])
+"""
+
+
+def test_who_does_not_trace_loads_nothing_of_it() -> None:
+    run = subprocess.run([sys.executable, "-c", UNTRACED, GIVEN], capture_output=True, text=True, timeout=120)
+    assert (run.stdout, run.stderr) == ("True []\n", "")
