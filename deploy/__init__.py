@@ -5,6 +5,7 @@
     load.py       file < environment < command line, into one DeploymentSpec that knows where each value comes from
     overrides.py  how the three are merged before they are validated
     keys.py       which keys the schema has, and where
+    tasks.py      what a request asks for, by what it begins with
     api_keys.py   the file of API keys: who may call, for what, and how much
     yaml_text.py  YAML that rejects duplicate keys and remembers lines
     families/     one file per served family: facts that need no torch

@@ -18,7 +18,17 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Pixels = Annotated[int, Field(ge=16, le=8192)]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
-Task = Literal["text-to-image", "text-to-video", "image-to-image", "inpaint"]
+Task = Literal[
+    "text-to-image",
+    "text-to-video",
+    "image-to-image",
+    "inpaint",
+    "edit",
+    "control",
+    "image-to-video",
+    "first-last-frame-to-video",
+    "video-to-video",
+]
 
 NO_NUL = r"^[^\x00]*$"
 """Of paths: the system's functions take no NUL."""

@@ -155,8 +155,10 @@ FIELDS = frozenset(
 IMAGE_FIELDS = FIELDS | {
     "seeds", "output_format", "output_compression", "background", "style", "moderation", "priority", "deadline_s"
 }  # fmt: skip
-EDIT_FIELDS = IMAGE_FIELDS | {"image", "images", "mask", "mask_image", "strength", "input_fidelity"}
-VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps"}
+EDIT_FIELDS = IMAGE_FIELDS | {
+    "image", "images", "mask", "mask_image", "control_image", "strength", "input_fidelity"
+}  # fmt: skip
+VIDEO_FIELDS = FIELDS | {"num_frames", "seconds", "fps", "input_reference", "image", "last_image", "video", "strength"}
 
 METRICS = {
     "spray_step_seconds": {"model", "replica", "rank", "layout", "shape"},
@@ -225,10 +227,13 @@ ERRORS = {
 }
 
 VIDEO_FLAGS = {
-    "prompt", "output", "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
+    "prompt", "image", "last_image", "video", "strength", "output",
+    "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "detach", "server", "local", "model",
     "device", *DEGREES,
 }  # fmt: skip
+
+PICTURE_FLAGS = {"n", "mask", "control_image"}
 
 COMMANDS = {
     "check": {"file", "set", "gpus", "gpus_per_node", "cpus", "memory", "print_config"},
@@ -252,8 +257,8 @@ COMMANDS = {
         "rate", "concurrency", "mix", "trace", "duration", "requests", "warmup", "seed", "slo", "timeout", "model",
         "prompt", "json", "plot", "server",
     },
-    "generate": VIDEO_FLAGS | {"n", "image", "mask", "strength"},
-    "edit": VIDEO_FLAGS - {"num_frames", "fps", "guidance_scale_2"} | {"n", "image", "mask", "strength"},
+    "generate": VIDEO_FLAGS | PICTURE_FLAGS,
+    "edit": VIDEO_FLAGS - {"num_frames", "fps", "guidance_scale_2", "last_image", "video"} | PICTURE_FLAGS,
     "video": VIDEO_FLAGS,
 }  # fmt: skip
 

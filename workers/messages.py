@@ -18,7 +18,7 @@ from workers.tracing import Span
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
 PreviewDecoder = Literal["linear", "vae"]
-MediaRole = Literal["image", "mask"]
+MediaRole = Literal["image", "mask", "last_image", "control_image", "video"]
 Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode", "encode_media"]
 
 
@@ -61,12 +61,13 @@ class PreviewOptions:
 
 @dataclass(frozen=True)
 class MediaInput:
-    """A picture that a request starts from.
+    """A picture or a clip that a request starts from.
 
     Attributes:
-        role: `image`, what to change; `mask`, where to: white is drawn anew, black stays.
-        data: a PNG without transparency, of colors for an image and of gray for a mask; empty on ranks that do not
-            need it.
+        role: `image`, what to change, or what a video begins with; `mask`, where to: white is drawn anew, black stays;
+            `last_image`, what a video ends with; `control_image`, what to follow, such as edges; `video`, a clip.
+        data: a PNG without transparency, of gray for a mask and of colors else; an animated one for a clip. Empty on
+            ranks that do not need it.
     """
 
     role: MediaRole
@@ -107,7 +108,7 @@ class GenerationRequest:
         flow_shift: of the noise schedule; None: the model's own.
         previews: which to report; None: none.
         extra_params: of the model's pipeline alone, by name; plain JSON values.
-        inputs: pictures to start from, at most one of each role; a mask only with an image.
+        inputs: what to start from: at most one of each role, but of `image` several; a mask only with an image.
         strength: of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps that are done.
             None: the family's.
         traceparent: the span that whoever has the request works for, as W3C writes it; empty: it is not traced.
@@ -142,7 +143,7 @@ class GenerationRequest:
     traceparent: str = ""
 
     def input(self, role: MediaRole) -> MediaInput | None:
-        """The picture of a role; None: the request has none."""
+        """The first of a role; None: the request has none."""
         return next((each for each in self.inputs if each.role == role), None)
 
     def without_data(self) -> "GenerationRequest":

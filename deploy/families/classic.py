@@ -4,19 +4,31 @@ The class name of a pipeline comes in; a `PipelineFamily` goes out, or the reaso
 transformer needs a plan in `sp_core.models`. Called by `deploy.families.lookup`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
-from deploy.families.schedulers import FLOW_MATCH
+from deploy.families.schedulers import BY_STEPS, FLOW_MATCH
+from deploy.spec import Task
+from deploy.tasks import tasks_of
 from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family as find_plan
 
 NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "callback_on_step_end")
 """Parameters by which a request is told to a pipeline, and by which we stop it after each step."""
 
-PICTURES = frozenset({"image", "images", "video", "mask_image", "mask", "control_image", "control_video", "conditions"})
-"""Parameters of pipelines that start from pictures."""
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "image": ("image",),
+    "mask": ("mask_image", "mask"),
+    "last_image": ("last_image",),
+    "control_image": ("control_image",),
+    "video": ("video",),
+}
+"""Of what requests begin with: parameters of pipelines that take it."""
+
+NOT_BROUGHT = frozenset({"images", "control_video", "control_mask", "mask_video", "conditions"})
+"""Parameters of pipelines for pictures and clips that requests do not bring."""
 
 VIDEOS = frozenset({"num_frames", "frames", "num_videos_per_prompt"})
 """Parameters of pipelines that make videos."""
@@ -36,13 +48,22 @@ def classic_family(pipeline: str) -> PipelineFamily:
         raise ValueError("diffusers has no such pipeline with a call of its own")
     if reason := _refusal(call):
         raise ValueError(reason)
+    makes_video = bool(VIDEOS & set(call.parameters)) or "video" in call.parameters
+    begins_with = _begins_with(call)
+    needs = tuple(role for role, name in begins_with.items() if name not in call.may_lack and role != "last_image")
     return PipelineFamily(
         pipeline=pipeline,
-        makes="video" if VIDEOS & set(call.parameters) else "image",
+        makes="video" if makes_video else "image",
+        with_pictures=dict.fromkeys(_tasks(call, begins_with, needs, makes_video), pipeline),
+        begins_with=begins_with,
+        needs=needs,
+        takes_several=call.takes_several,
+        takes_strength=call.takes_strength,
         guided_above=call.guided_above if _guided(call) else None,
+        guided_by_negative_prompt=call.scale == "true_cfg_scale",
         batches_branches=call.batches_branches,
         components=tuple(name for name in BASIC if name in call.components),
-        schedulers=FLOW_MATCH,
+        schedulers=FLOW_MATCH if call.gives_sigmas else FLOW_MATCH | BY_STEPS,
     )
 
 
@@ -75,11 +96,12 @@ def check_proved(pipeline: str, transformer: Any) -> None:
 
 
 def _refusal(call: ClassicCall) -> str:
-    pictures = sorted(PICTURES & set(call.parameters))
+    begins_with = _begins_with(call)
+    not_brought = sorted(NOT_BROUGHT & set(call.parameters) - (call.may_lack if begins_with else set()))
     missing = [name for name in NEEDED if name not in call.parameters]
-    others = [name for name in call.required if name not in NEEDED]
-    if pictures:
-        return f"its call takes {', '.join(pictures)}, and requests bring no pictures to a classic call yet"
+    others = [name for name in call.required if name not in (*NEEDED, *begins_with.values())]
+    if not_brought:
+        return f"its call takes {', '.join(not_brought)}, which requests do not bring"
     if call.changes_attention:
         return "its call exchanges attention processors, which are what makes a transformer parallel"
     if any("audio" in name for name in call.parameters):
@@ -92,5 +114,20 @@ def _refusal(call: ClassicCall) -> str:
 
 
 def _guided(call: ClassicCall) -> bool:
-    """Whether `guidance_scale` is that of a second branch. Beside a `true_cfg_scale` it is an input of the model."""
-    return "negative_prompt" in call.parameters and "true_cfg_scale" not in call.parameters
+    """Whether a request's scale is that of a second branch; else it is an input of the model."""
+    return "negative_prompt" in call.parameters and call.guided_above is not None
+
+
+def _begins_with(call: ClassicCall) -> dict[str, str]:
+    """The roles of what it takes, each with its parameter."""
+    found = {role: next((n for n in names if n in call.parameters), "") for role, names in ROLES.items()}
+    return {role: name for role, name in found.items() if name}
+
+
+def _tasks(call: ClassicCall, begins_with: Mapping[str, str], needs: tuple[str, ...], makes_video: bool) -> list[Task]:
+    """What it does with what it takes."""
+    optional = [role for role in begins_with if role not in needs]
+    brought = [needs] if needs else []
+    brought += [(*needs, role) for role in optional]
+    found = [tasks_of(roles, makes_video) for roles in brought]
+    return list(dict.fromkeys(tasks[-1] if not call.takes_strength else tasks[0] for tasks in found))

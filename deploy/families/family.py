@@ -69,7 +69,11 @@ class PipelineFamily:
     Attributes:
         pipeline: the class name in `model_index.json`.
         makes: what it generates.
-        with_pictures: the tasks that begin with a picture, each with the class whose answer it is.
+        with_pictures: the tasks that begin with a picture or a clip, each with the class whose answer it is.
+        begins_with: the roles of what it can begin with, each with the name of that input of its pipeline.
+        needs: those of the roles without which it does not begin.
+        takes_several: it makes one picture of several.
+        takes_strength: it can be told which share of the steps to do.
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
         guided_by_negative_prompt: guidance needs a negative prompt as well.
@@ -91,6 +95,10 @@ class PipelineFamily:
     pipeline: str
     makes: Literal["image", "video"]
     with_pictures: Mapping[Task, str] = field(default_factory=dict)
+    begins_with: Mapping[str, str] = field(default_factory=lambda: {"image": "image", "mask": "mask_image"})
+    needs: tuple[str, ...] = ()
+    takes_several: bool = False
+    takes_strength: bool = True
     guided_above: float | None = 1.0
     guided_by_negative_prompt: bool = False
     batches_branches: bool = False
@@ -108,7 +116,8 @@ class PipelineFamily:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What a request may ask of it."""
-        return ("text-to-image" if self.makes == "image" else "text-to-video", *self.with_pictures)
+        alone: tuple[Task, ...] = ("text-to-image" if self.makes == "image" else "text-to-video",)
+        return (*(() if self.needs else alone), *self.with_pictures)
 
     def needed_components(self, index: Config) -> tuple[str, ...]:
         """The components that a model must have.

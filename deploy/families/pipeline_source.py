@@ -30,6 +30,11 @@ class ClassicCall:
         changes_attention: it exchanges attention processors.
         encodes: it has a method that encodes prompts.
         shows_progress: it opens a progress bar where its loop begins.
+        takes_strength: its `strength` is one number: the share of the steps that are done.
+        takes_several: its `image` may be several pictures, of which it makes one.
+        may_lack: parameters of which it asks whether they are given, and can do without.
+        scale: the parameter that weighs its second branch.
+        gives_sigmas: it tells the scheduler the noise of each step; only some schedulers take that.
     """
 
     parameters: tuple[str, ...]
@@ -41,6 +46,11 @@ class ClassicCall:
     changes_attention: bool
     encodes: bool
     shows_progress: bool
+    takes_strength: bool
+    takes_several: bool
+    may_lack: frozenset[str]
+    scale: str
+    gives_sigmas: bool
 
 
 @functools.cache
@@ -52,16 +62,23 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         return None
     call, defaults = methods["__call__"].args, len(methods["__call__"].args.defaults)
     names = tuple(argument.arg for argument in call.args[1:])
+    unset = {name for name, default in zip(names[-defaults:], call.defaults, strict=True) if _is_none(default)}
+    scale = "true_cfg_scale" if "true_cfg_scale" in names and "guidance_scale" in unset else "guidance_scale"
     return ClassicCall(
         parameters=(*names, *(argument.arg for argument in call.kwonlyargs)),
         scalars={n: kind for n, kind in map(_scalar, (*call.args[1:], *call.kwonlyargs)) if kind},
         required=names[: len(names) - defaults],
         components=_without_default(methods["__init__"].args),
-        guided_above=next(_thresholds(found), None),
+        guided_above=next(_thresholds(methods, scale), None),
         batches_branches=any(_doubles(node) for node in ast.walk(methods["__call__"])),
         changes_attention=any("attn_proc" in getattr(node, "attr", "") for node in ast.walk(methods["__call__"])),
         encodes="encode_prompt" in methods,
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
+        takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
+        takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
+        may_lack=frozenset(name for name in unset if _may_lack(methods["__call__"], name)),
+        scale=scale,
+        gives_sigmas=any(_is_name(node, "sigmas") for node in ast.walk(methods["__call__"])),
     )
 
 
@@ -88,14 +105,14 @@ def _scalar(argument: ast.arg) -> tuple[str, str]:
     return argument.arg, kinds[0] if len(kinds) == 1 and kinds[0] in SCALARS else ""
 
 
-def _thresholds(kind: ast.ClassDef) -> Iterator[float]:
+def _thresholds(methods: Mapping[str, ast.FunctionDef], scale: str) -> Iterator[float]:
     """The numbers of comparisons such as `self._guidance_scale > 1`."""
-    for node in ast.walk(kind):
+    for node in (n for name, method in methods.items() if name != "check_inputs" for n in ast.walk(method)):
         if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.Gt):
             continue
         value: Any = getattr(node.comparators[0], "value", None)
         name = getattr(node.left, "attr", getattr(node.left, "id", ""))
-        if name in ("guidance_scale", "_guidance_scale") and isinstance(value, int | float):
+        if name in (scale, f"_{scale}") and isinstance(value, int | float):
             yield float(value)
 
 
@@ -105,6 +122,34 @@ def _doubles(node: ast.AST) -> bool:
         return False
     times = node.args[0]
     return isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult) and isinstance(times.left, ast.List)
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _one_number(argument: ast.arg) -> bool:
+    return argument.annotation is not None and ast.unparse(argument.annotation) == "float"
+
+
+def _goes_through(node: ast.AST, name: str) -> bool:
+    """Whether this is `for each in name:`."""
+    return isinstance(node, ast.For) and _is_name(node.iter, name)
+
+
+def _may_lack(call: ast.FunctionDef, name: str) -> bool:
+    """Whether the call asks if a parameter is given, and reads nothing of it where it does not ask."""
+    asks = any(
+        isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.IsNot) and _is_name(node.left, name)
+        for node in ast.walk(call)
+    )
+    always = (node for part in call.body if not isinstance(part, ast.If) for node in ast.walk(part))
+    reads = any(isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name) for node in always)
+    return asks and not reads
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _is_attribute(node: ast.AST, name: str) -> bool:

@@ -11,13 +11,16 @@ from typing import Any
 
 from deploy.model_folder import read_config
 
-Schedulers = Mapping[str, Mapping[str, Any]]
+Schedulers = dict[str, Mapping[str, Any]]
 """By class name: the values of its config that the pipeline needs, where it fails with others."""
 
 FLOW_MATCH: Schedulers = {
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {"scale_factors": None},  # latents that grow do not fit the pipelines
 }
+
+BY_STEPS: Schedulers = {"UniPCMultistepScheduler": {"use_dynamic_shifting": False}}
+"""Of pipelines that tell their scheduler nothing but the number of steps."""
 
 SEEDED = ("DPMSolverMultistepScheduler", "sde-dpmsolver++")
 """The one solver of stochastic equations whose noise is taken from the request's seed."""

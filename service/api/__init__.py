@@ -20,6 +20,7 @@ disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 reading.py     JSON or a form, within limits -> the fields of a body
 pictures.py    pictures that callers send -> plain PNGs, within limits
+picture_fields.py  fields of bodies that are pictures
 bodies.py      the declared bodies of requests
 schemas.py     a body -> GenerationRequest
 generation.py  a body -> its answer: JSON, a file or a stream

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from service.api.pictures import from_data_url
+from service.api.picture_fields import Picture, Pictures
 from workers.errors import InvalidParameter
 from workers.messages import ImageFormat, PreviewDecoder
 
@@ -26,9 +26,10 @@ INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
 """Unicode's categories of spaces, line breaks, control characters and the like."""
 
 PICTURE_INPUTS = frozenset(
-    {"image", "images", "image_url", "mask", "mask_image", "markup", "input_reference", "video", "video_reference"}
+    {"image", "images", "image_url", "mask", "mask_image", "markup", "input_reference", "last_image"}
+    | {"control_image", "video", "video_reference"}
 )
-"""Fields that hold pictures or videos to start from, in this API or in others; see `ImageEditBody`."""
+"""Fields that hold pictures or videos to start from, in this API or in others."""
 
 
 def _visible(text: str) -> str:
@@ -210,46 +211,50 @@ class ImageGenerationBody(GenerationBody):
     moderation: str | None = WITHOUT_EFFECT
 
 
-def _picture(given: object) -> object:
-    """The bytes of a picture, which is a file of a form, a data: URL, or an object that has one."""
-    if isinstance(given, dict) and given.keys() == {"image_url"}:
-        given = given["image_url"]
-    return from_data_url(given) if isinstance(given, str) else given
-
-
-def _pictures(given: object) -> object:
-    return given if isinstance(given, list) else [given]
-
-
-DataURL = Annotated[str, Field(pattern="^[dD][aA][tT][aA]:", description="a data: URL in base64")]
-Picture = Annotated[
-    bytes, BeforeValidator(_picture, DataURL | Annotated[dict[Literal["image_url"], DataURL], Field(min_length=1)])
-]
-Pictures = Annotated[
-    list[Picture], Field(min_length=1, max_length=1), BeforeValidator(_pictures, Picture | list[Picture])
-]
-
-
 class ImageEditBody(ImageGenerationBody):
     """Body of `POST /v1/images/edits`. Pictures are files of a form, or data: URLs."""
 
-    PICTURES: ClassVar = frozenset({"image", "images", "mask", "mask_image"})
+    PICTURES: ClassVar = frozenset({"image", "images", "mask", "mask_image", "control_image"})
 
     size: str = Field("auto", description="WIDTHxHEIGHT within the model's limits, or auto: of the image's shape")
-    image: Pictures | None = Field(None, description="what to change: a PNG, JPEG or WebP; the first frame counts")
+    image: Pictures | None = Field(
+        None, description="what to change: a PNG, JPEG or WebP; the first frame counts; some models take several"
+    )
     images: Pictures | None = Field(None, description="another name of `image`")
     mask: Picture | None = Field(
         None, description="where to draw anew: where it is white, or where it is transparent; of the image's size"
     )
     mask_image: Picture | None = Field(None, description="another name of `mask`")
+    control_image: Picture | None = Field(
+        None, description="what to follow, such as edges or depths, for models whose task is control"
+    )
     strength: float | None = Field(
-        None, ge=0.01, le=1, description="share of the steps that are done; 1 keeps nothing of the image; absent: 0.6"
+        None,
+        ge=0.01,
+        le=1,
+        description="share of the steps that are done; 1 keeps nothing of the image; absent: as the pipeline has it",
     )
     input_fidelity: str | None = WITHOUT_EFFECT
 
 
 class VideoGenerationBody(GenerationBody):
-    """Body of `POST /v1/videos/sync`."""
+    """Body of `POST /v1/videos/sync`. Pictures are files of a form, or data: URLs."""
+
+    PICTURES: ClassVar = frozenset({"input_reference", "image", "last_image", "video"})
+
+    size: str = Field(
+        "auto",
+        description="WIDTHxHEIGHT within the model's limits, or auto: the model's default, or of the picture's shape",
+    )
+    input_reference: Picture | None = Field(
+        None, description="the picture that the video begins with: a PNG, JPEG or WebP"
+    )
+    image: Picture | None = Field(None, description="another name of `input_reference`")
+    last_image: Picture | None = Field(None, description="the picture that it ends with")
+    video: Picture | None = Field(None, description="the clip to change, instead of a picture: an MP4")
+    strength: float | None = Field(
+        None, ge=0.01, le=1, description="with `video`: share of the steps that are done; 1 keeps nothing of the clip"
+    )
 
     n: Whole | None = Field(None, ge=1, le=1, description="videos: one")
     num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="another name of `n`")
@@ -288,7 +293,10 @@ class VideoJobBody(VideoGenerationBody):
     )
 
 
-WHERE_PICTURES_GO = "pictures to begin with are taken as `image` and `mask` at /v1/images/edits"
+WHERE_PICTURES_GO = (
+    "pictures to begin with are taken as `image` and `mask` at /v1/images/edits, and as `input_reference` and "
+    "`last_image` at /v1/videos"
+)
 
 Kind = TypeVar("Kind", bound=Body)
 

@@ -16,13 +16,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from service.api.backend import Backend, result_of
-from service.api.bodies import GenerationBody, ResponseFormat
+from service.api.bodies import GenerationBody, ResponseFormat, VideoGenerationBody
 from service.api.once import KEY_HEADER, begin
 from service.api.origin import deadline, request_id
 from service.api.outputs import KINDS
 from service.api.pictures import read_pictures
 from service.api.responses import generation_response, ignored_header, metrics, warnings_header
-from service.api.schemas import find_model, pictures_of, to_request
+from service.api.schemas import find_model, media_of, most_frames, to_request
 from service.api.streaming import EventStream
 from service.state.outputs import OutputStore
 from workers.errors import InvalidParameter
@@ -64,8 +64,14 @@ async def settled(http: Request, backend: Backend, body: GenerationBody) -> Gene
         QueueFull: too many pictures are being decoded.
     """
     model = find_model(backend.models(), body.model)
-    files = pictures_of(body, model)
-    return to_request(body, model, request_id(http), await read_pictures(*files) if files else ())
+    files = media_of(body, model)
+    try:
+        inputs = await read_pictures(files, most_frames(body, model)) if files else ()
+    except InvalidParameter as error:
+        if error.param == "image" and isinstance(body, VideoGenerationBody) and body.input_reference is not None:
+            error.param = "input_reference"  # the name that the caller has used
+        raise
+    return to_request(body, model, request_id(http), inputs)
 
 
 async def respond(http: Request, backend: Backend, body: GenerationBody, default: ResponseFormat) -> Response:

@@ -1,4 +1,4 @@
-"""Reads the pictures that callers send, which may be hostile: bytes come in, `MediaInput`s go out. For both APIs.
+"""Reads the pictures and clips that callers send, which may be hostile: bytes in, `MediaInput`s out. For both APIs.
 
 What a picture says of itself is checked before it is decoded: its kind by its first bytes, its size by its header. It
 is decoded in one of a few threads of its own, and encoded again as a plain PNG, so that nothing else of the caller's
@@ -9,15 +9,20 @@ import asyncio
 import base64
 import binascii
 import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
 
+from service.api.clips import decode_clip
 from workers.errors import InvalidParameter, QueueFull
 from workers.messages import MediaInput, MediaRole
 
 MAX_PIXELS = 1 << 25
 """Of one picture. Decoded it takes four bytes for each."""
+
+MOST_PIXELS = 2 * MAX_PIXELS
+"""Of all pictures of a request together."""
 
 MAX_EDGE = 1 << 14
 """Pixels of the longer edge."""
@@ -39,15 +44,15 @@ _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
 _waiting = 0
 
 
-async def read_pictures(image: bytes, mask: bytes | None = None) -> tuple[MediaInput, ...]:
+async def read_pictures(files: Sequence[tuple[MediaRole, bytes]], most_frames: int = 1) -> tuple[MediaInput, ...]:
     """The inputs of a request, decoded and made alike.
 
     Args:
-        image: a file, as the caller sent it.
-        mask: likewise; None: there is none.
+        files: as the caller sent them, with their roles.
+        most_frames: of a clip, those that are read.
 
     Raises:
-        InvalidParameter: one of them is no picture that is taken, or they have different sizes.
+        InvalidParameter: one of them is no picture that is taken, or a mask has another size than its image.
         QueueFull: too many pictures are being decoded.
     """
     global _waiting
@@ -55,7 +60,7 @@ async def read_pictures(image: bytes, mask: bytes | None = None) -> tuple[MediaI
         raise QueueFull(f"{MOST_WAITING} requests wait for their pictures to be decoded; try again later")
     _waiting += 1
     try:
-        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, image, mask)
+        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, files, most_frames)
         decoding.add_done_callback(_ended)  # not when the caller leaves: a thread goes on
     except BaseException:
         _waiting -= 1
@@ -70,19 +75,26 @@ def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
         decoding.exception()  # of a caller who has left nobody else asks
 
 
-def decode(image: bytes, mask: bytes | None = None) -> tuple[MediaInput, ...]:
+def decode(files: Sequence[tuple[MediaRole, bytes]], most_frames: int = 1) -> tuple[MediaInput, ...]:
     """The same, in this thread.
 
     Raises:
         InvalidParameter: see `read_pictures`.
     """
-    pictures: dict[MediaRole, Image.Image] = {"image": _on_white(_decoded("image", image))}
-    if mask is not None:
-        pictures["mask"] = _as_mask(_decoded("mask", mask))
-        if pictures["mask"].size != pictures["image"].size:
-            (width, height), (wide, high) = pictures["image"].size, pictures["mask"].size
+    inputs: list[MediaInput] = []
+    left = MOST_PIXELS
+    for role, data in files:
+        if role == "video":
+            inputs.append(MediaInput(role, decode_clip(role, data, most_frames)))
+            continue
+        picture = _decoded(role, data, left)
+        left -= picture.width * picture.height
+        made = MediaInput(role, _png(_as_mask(picture) if role == "mask" else _on_white(picture)))
+        if role == "mask" and size_of(made) != size_of(inputs[0]):
+            (width, height), (wide, high) = size_of(inputs[0]), size_of(made)
             raise _invalid("mask", f"the mask has {wide}x{high} pixels, the image {width}x{height}; make them equal")
-    return tuple(MediaInput(role, _png(picture)) for role, picture in pictures.items())
+        inputs.append(made)
+    return tuple(inputs)
 
 
 def size_of(given: MediaInput) -> tuple[int, int]:
@@ -109,8 +121,8 @@ def from_data_url(url: str) -> bytes:
         raise ValueError("is a data: URL whose data is no base64") from None
 
 
-def _decoded(param: MediaRole, data: bytes) -> Image.Image:
-    """The first frame of a picture, upright, in the mode of its file.
+def _decoded(param: MediaRole, data: bytes, left: int) -> Image.Image:
+    """The first frame of a picture, upright, in the mode of its file; of so many pixels at most.
 
     Raises:
         InvalidParameter: it is not taken.
@@ -123,7 +135,7 @@ def _decoded(param: MediaRole, data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:
             width, height = opened.size
-            if width * height <= MAX_PIXELS and max(width, height) <= MAX_EDGE:
+            if width * height <= min(MAX_PIXELS, left) and max(width, height) <= MAX_EDGE:
                 opened.load()
                 return ImageOps.exif_transpose(opened)
     except MemoryError:
@@ -132,6 +144,9 @@ def _decoded(param: MediaRole, data: bytes) -> Image.Image:
         raise _too_large(param, "far too many") from None
     except Exception as error:  # Pillow's decoders raise much
         raise _invalid(param, f"the {kind} cannot be decoded: {str(error)[:100]}") from None
+    if left < width * height <= MAX_PIXELS:
+        said = f"the pictures have more than {MOST_PIXELS} pixels together; scale them down, or send fewer"
+        raise InvalidParameter(param, said, "picture_too_large")
     raise _too_large(param, f"{width}x{height}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from deploy.spec import Limits, ModelSpec, Task
+from deploy.tasks import tasks_of
 from service.api.bodies import (
     MAX_SEED,
     GenerationBody,
@@ -17,9 +18,10 @@ from service.api.bodies import (
     LoRAChoice,
     VideoGenerationBody,
 )
+from service.api.clips import frames_of
 from service.api.pictures import size_of
 from workers.errors import InvalidParameter, ModelNotFound
-from workers.messages import GenerationRequest, MediaInput, PreviewOptions
+from workers.messages import GenerationRequest, MediaInput, MediaRole, PreviewOptions
 
 
 def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
@@ -40,19 +42,29 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
     return found
 
 
-def pictures_of(body: GenerationBody, model: ModelSpec) -> tuple[bytes, bytes | None] | None:
-    """The files of the image and the mask that a body begins with; None: it begins with noise.
+def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, bytes], ...]:
+    """The files that a body begins with, each with its role; none: it begins with noise.
 
     Raises:
-        InvalidParameter: there is a mask alone, or the model is for another task.
+        InvalidParameter: one lacks another that it goes with, or the model is for another task.
     """
-    if not isinstance(body, ImageEditBody):
-        return None
-    image, mask = _either(body, "image", "images"), _either(body, "mask", "mask_image")
-    if image is None:
-        raise InvalidParameter("image", "'image' is required", "missing_required_parameter")
-    _for("image-to-image" if mask is None else "inpaint", model)
-    return image[0], mask
+    found: list[tuple[MediaRole, bytes | None]] = []
+    first = "image"
+    if isinstance(body, ImageEditBody):
+        found += [("image", each) for each in _either(body, "image", "images") or []]
+        found += [("mask", _either(body, "mask", "mask_image")), ("control_image", body.control_image)]
+    elif isinstance(body, VideoGenerationBody):
+        first = "input_reference"
+        found += [("image", _either(body, first, "image")), ("last_image", body.last_image)]
+        found += [("video", body.video)]
+    files = tuple((role, data) for role, data in found if data is not None)
+    roles = {role for role, _ in files}
+    if (isinstance(body, ImageEditBody) and not roles) or (roles & {"mask", "last_image"} and "image" not in roles):
+        raise InvalidParameter(first, f"{first!r} is required", "missing_required_parameter")
+    if "video" in roles and len(roles) > 1:
+        raise InvalidParameter("video", "a video begins with a picture or with a clip; leave one out")
+    _for(tasks_of([role for role, _ in files], isinstance(body, VideoGenerationBody)), model)
+    return files
 
 
 def to_request(
@@ -66,10 +78,10 @@ def to_request(
         body: what is asked for.
         model: of it.
         request_id: unique.
-        inputs: what has become of `pictures_of` the body.
+        inputs: what has become of `media_of` the body.
 
     Raises:
-        InvalidParameter: the request exceeds the model's limits, contradicts itself, or the model is for another task.
+        InvalidParameter: the request exceeds the model's limits, or contradicts itself.
     """
     defaults = model.defaults
     width, height = _size(body, model, size_of(inputs[0]) if inputs else None)
@@ -97,20 +109,17 @@ def to_request(
         previews=_previews(body),
         extra_params=body.extra_params or {},
         inputs=inputs,
-        strength=body.strength if isinstance(body, ImageEditBody) else None,
+        strength=body.strength if isinstance(body, ImageEditBody | VideoGenerationBody) else None,
     )
     if isinstance(body, ImageGenerationBody):
-        if not inputs:
-            _for("text-to-image", model)
         if body.guidance_scale_2 is not None:
             raise InvalidParameter("guidance_scale_2", f"{model.name!r} is asked for pictures; only videos have it")
         request = replace(request, output_format=body.output_format, output_compression=body.output_compression)
     elif isinstance(body, VideoGenerationBody):
-        _for("text-to-video", model)
         fps = body.fps or defaults.fps
         request = replace(
             request,
-            num_frames=_frames(body, fps) or defaults.num_frames,
+            num_frames=_frames(body, fps) or _frames_of(inputs) or defaults.num_frames,
             fps=fps,
             guidance_scale_2=defaults.guidance_scale_2 if body.guidance_scale_2 is None else body.guidance_scale_2,
             output_format="mp4",
@@ -155,6 +164,19 @@ def _frames(body: VideoGenerationBody, fps: int) -> int | None:
     return 4 * round((body.seconds * fps - 1) / 4) + 1 if body.seconds * fps > 1 else 1
 
 
+def most_frames(body: GenerationBody, model: ModelSpec) -> int:
+    """How many frames of a clip are read at most."""
+    if not isinstance(body, VideoGenerationBody):
+        return 1
+    return _frames(body, body.fps or model.defaults.fps) or model.limits.max_num_frames
+
+
+def _frames_of(inputs: tuple[MediaInput, ...]) -> int | None:
+    """4k + 1 frames, as many as a clip has; None: there is none."""
+    clip = next((each for each in inputs if each.role == "video"), None)
+    return (frames_of(clip.data) - 1) // 4 * 4 + 1 if clip else None
+
+
 def _check_limits(request: GenerationRequest, limits: Limits, frames: str) -> None:
     """Reject what exceeds the limits of the model; those of the size are checked by `_size`.
 
@@ -183,14 +205,19 @@ PATHS: Mapping[Task, str] = {
     "text-to-video": "/v1/videos/sync",
     "image-to-image": "/v1/images/edits",
     "inpaint": "/v1/images/edits",
+    "edit": "/v1/images/edits",
+    "control": "/v1/images/edits",
+    "image-to-video": "/v1/videos/sync",
+    "first-last-frame-to-video": "/v1/videos/sync",
+    "video-to-video": "/v1/videos/sync",
 }
 """Where each task is asked for."""
 
 
-def _for(task: Task, model: ModelSpec) -> None:
-    if model.tasks is not None and task not in model.tasks:
+def _for(tasks: tuple[Task, ...], model: ModelSpec) -> None:
+    if model.tasks is not None and not set(tasks) & set(model.tasks):
         able = ", ".join(f"{other} (ask at {PATHS[other]})" for other in model.tasks)
-        raise InvalidParameter("model", f"{model.name!r} is not for {task}; it is for {able}", "wrong_task")
+        raise InvalidParameter("model", f"{model.name!r} is not for {tasks[0]}; it is for {able}", "wrong_task")
 
 
 def _like(image: tuple[int, int], model: ModelSpec) -> tuple[int, int]:

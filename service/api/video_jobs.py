@@ -14,6 +14,7 @@ from service.api import job_calls
 from service.api.answers import Video, VideoDeleted, VideoList
 from service.api.backend import Served
 from service.api.bodies import RemixBody, VideoJobBody
+from service.api.generation import settled
 from service.api.job_events import JobEvents
 from service.api.once import KEY_HEADER, REPLAYED_HEADER
 from service.api.openapi import BYTES, ERRORS, READING_ERRORS, event_stream, takes
@@ -21,7 +22,7 @@ from service.api.origin import request_id
 from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
-from service.api.schemas import find_model, to_request
+from service.api.schemas import find_model
 from service.jobs.requests import request_of
 
 router = APIRouter(prefix="/videos")
@@ -51,7 +52,7 @@ async def create_video(
     body: Annotated[VideoJobBody, Depends(reader(VideoJobBody))],
 ) -> dict[str, Any]:
     """Accept a video. It is kept on disk when this answers."""
-    request = to_request(body, find_model(backend.models(), body.model), request_id(http))
+    request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
     job, fresh = await job_calls.submit(backend, request, body.priority, body.deadline_s, key)
     response.headers.update(POLL | ignored_header(body.ignored) | ({} if fresh else {REPLAYED_HEADER: "true"}))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 from deploy.spec import ModelSpec
+from deploy.tasks import makes_video
 from service.api.backend import Restarted, Waiting
 from service.api.job_calls import Seen
 from service.api.outputs import KINDS
@@ -196,7 +197,7 @@ def model_message(model: ModelSpec, state: ModelState | None) -> pb.Model:
     """One model of `ListModels`."""
     numbers = {task: number for number, task in TASKS.items()}
     defaults = model.defaults.model_dump(exclude_none=True)
-    if model.tasks is not None and "text-to-video" not in model.tasks:
+    if model.tasks is not None and not any(makes_video(task) for task in model.tasks):
         defaults = {name: value for name, value in defaults.items() if name not in ("num_frames", "fps")}
     return pb.Model(
         id=model.name,

@@ -15,10 +15,11 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from deploy.spec import ModelSpec, Task
+from deploy.tasks import makes_video, tasks_of
 from service.api.bodies import MOST_JOB_SECONDS, ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.origin import ID, MOST_SECONDS, new_id
 from service.api.pictures import from_data_url, read_pictures
-from service.api.schemas import find_model, pictures_of, to_request
+from service.api.schemas import find_model, media_of, most_frames, to_request
 from service.jobs.records import Priority
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from workers.errors import InvalidParameter, ModelNotFound
@@ -29,17 +30,16 @@ TASKS: dict[int, Task] = {
     pb.TASK_TEXT_TO_VIDEO: "text-to-video",
     pb.TASK_IMAGE_TO_IMAGE: "image-to-image",
     pb.TASK_INPAINT: "inpaint",
+    pb.TASK_EDIT: "edit",
+    pb.TASK_CONTROL: "control",
+    pb.TASK_IMAGE_TO_VIDEO: "image-to-video",
+    pb.TASK_FIRST_LAST_FRAME_TO_VIDEO: "first-last-frame-to-video",
+    pb.TASK_VIDEO_TO_VIDEO: "video-to-video",
 }
 
-BODIES: dict[Task, type[ImageGenerationBody | VideoGenerationBody]] = {
-    "text-to-image": ImageGenerationBody,
-    "text-to-video": VideoGenerationBody,
-    "image-to-image": ImageEditBody,
-    "inpaint": ImageEditBody,
-}
-
-ROLES = ("image", "mask")
-"""Of inputs, by the names of their fields in REST's body."""
+EDIT_FIELDS = {"image": "image", "mask": "mask", "control_image": "control_image"}
+VIDEO_FIELDS = {"image": "input_reference", "last_image": "last_image", "video": "video"}
+"""The roles of inputs, by the fields of REST's bodies that they are."""
 
 PRIORITIES: dict[int, Priority] = {
     pb.PRIORITY_UNSPECIFIED: "standard",
@@ -53,7 +53,8 @@ EVERY = "options.preview_every_n_steps"
 LEAST_EDGE, MOST_EDGE = 32, 1024
 """Pixels of a preview's longer edge."""
 
-OTHER_NAMES = {"output_compression": "output_quality", "size": "width", "image": "inputs", "mask": "inputs"}
+OTHER_NAMES = {"output_compression": "output_quality", "size": "width"}
+OTHER_NAMES |= dict.fromkeys(("image", "mask", "control_image", "input_reference", "last_image", "video"), "inputs")
 """Fields of REST's bodies that are called otherwise here."""
 
 CHUNK_BYTES = 1 << 20
@@ -112,9 +113,11 @@ async def _request(
     with in_message():
         model = find_model(models, params.model or None)
         task = _task(params, model, streams=not unary)
-        body = parse_body(_body(params, task), BODIES[task])
-        files = pictures_of(body, model)
-        return to_request(body, model, request_id, await read_pictures(*files) if files else ())
+        body = parse_body(_body(params, task), _kind(task, bool(params.inputs)))
+        files = media_of(body, model)
+        return to_request(
+            body, model, request_id, await read_pictures(files, most_frames(body, model)) if files else ()
+        )
 
 
 def _deadline_seconds(scheduling: pb.Scheduling, most: int) -> float | None:
@@ -199,7 +202,7 @@ def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
     """REST's body. All types are those of JSON, as REST is strict about them."""
     body = {field.name: _plain(value) for field, value in params.ListFields() if field.name != "task"}
     if "inputs" in body:
-        body |= _pictures(body.pop("inputs"))
+        body |= _media(body.pop("inputs"), VIDEO_FIELDS if makes_video(task) else EDIT_FIELDS)
     if "loras" in body:
         body["loras"] = [{field.name: value for field, value in lora.ListFields()} for lora in params.loras]
     if params.HasField("width") != params.HasField("height"):
@@ -211,29 +214,38 @@ def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
         body["output_compression"] = body.pop("output_quality")
     if "fps" in body and params.fps.is_integer():
         body["fps"] = int(params.fps)
-    if task == "text-to-video" and body.get("output_format") == "mp4":
+    if makes_video(task) and body.get("output_format") == "mp4":
         del body["output_format"]  # it is the only one
     return body
 
 
-def _pictures(inputs: list[pb.MediaInput]) -> dict[str, bytes]:
-    """The bytes of the inputs by their roles, which are the fields of REST's body.
+def _kind(task: Task, begins_with: bool) -> type[ImageGenerationBody | VideoGenerationBody]:
+    """REST's body of what is asked for."""
+    if makes_video(task):
+        return VideoGenerationBody
+    return ImageEditBody if begins_with else ImageGenerationBody
+
+
+def _media(inputs: list[pb.MediaInput], fields: dict[str, str]) -> dict[str, Any]:
+    """The bytes of the inputs, by the fields of REST's body.
 
     Raises:
         InvalidParameter: an input has another role, or that of another one, or is not in the message.
     """
-    found: dict[str, bytes] = {}
+    found: dict[str, Any] = {}
     for number, given in enumerate(inputs):
-        name = f"inputs[{number}]"
-        if given.role not in ROLES or given.role in found:
-            allowed = " and ".join(ROLES)
-            raise InvalidParameter(f"{name}.role", f"role must be {allowed}, each once, got {given.role!r}")
+        name, field = f"inputs[{number}]", fields.get(given.role)
+        several = field == "image"
+        if field is None or (field in found and not several):
+            allowed = ", ".join(fields)
+            raise InvalidParameter(f"{name}.role", f"role must be one of {allowed}, each once, got {given.role!r}")
         if given.WhichOneof("source") == "output_of_job":
             raise InvalidParameter(f"{name}.output_of_job", "output_of_job is not supported yet", "unknown_parameter")
         try:
-            found[given.role] = from_data_url(given.uri) if given.uri else given.data
+            data = from_data_url(given.uri) if given.uri else given.data
         except ValueError as error:
             raise InvalidParameter(f"{name}.uri", f"uri {error}") from None
+        found[field] = [*found.get(field, []), data] if several else data
     return found
 
 
@@ -247,27 +259,24 @@ def _task(params: pb.GenerationParams, model: ModelSpec, streams: bool) -> Task:
     Raises:
         InvalidParameter: the model cannot, or the RPC does not.
     """
-    makes = model.tasks or tuple(TASKS.values())
-    roles = {each.role for each in params.inputs}
-    meant: Task = "inpaint" if "mask" in roles else "image-to-image"
-    if not roles:
-        meant = "text-to-image" if "text-to-image" in makes else makes[0]
-    task = TASKS.get(params.task, meant)
+    able = model.tasks or tuple(TASKS.values())
+    roles = [each.role for each in params.inputs]
     if params.task and params.task not in TASKS:
         known = ", ".join(map(pb.Task.Name, TASKS))
-        name = pb.Task.Name(params.task) if params.task in pb.Task.values() else params.task
-        raise InvalidParameter("task", f"task {name} is not supported yet; supported: {known}", "wrong_task")
-    if task not in makes:
-        raise InvalidParameter("task", f"{model.name!r} is not for {task}; it is for {', '.join(makes)}", "wrong_task")
-    if (roles or task in ("image-to-image", "inpaint")) and task != meant:
-        raise InvalidParameter("inputs", f"the inputs do not make a task {task}, which takes {_takes(task)}")
-    if task == "text-to-video" and not streams:
+        raise InvalidParameter("task", f"task {params.task} is not supported yet; supported: {known}", "wrong_task")
+    asked = TASKS.get(params.task)
+    videos = makes_video(asked) if asked else all(makes_video(each) for each in able)
+    meant = tasks_of(roles, videos)
+    task = asked or next((each for each in meant if each in able), meant[0])
+    if task not in able:
+        said = f"{model.name!r} is not for {task}; it is for {', '.join(able)}"
+        raise InvalidParameter("task", said, "wrong_task")
+    if task not in meant:
+        got = ", ".join(roles) or "none"
+        raise InvalidParameter("inputs", f"the inputs do not make a task {task}: their roles are {got}")
+    if videos and not streams:
         raise InvalidParameter("task", "GenerateImage makes no videos; call GenerateStream", "wrong_task")
     return task
-
-
-def _takes(task: Task) -> str:
-    return {"inpaint": "an image and a mask", "image-to-image": "an image"}.get(task, "none")
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ class ModelFamily:
         replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
         guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
         pipelines: diffusers' pipelines that run through their classic call, each proved by a demo model of the family's
-            name in `workers.demo_models.classic`. A pipeline with an adapter of its own is not among them.
+            name in `workers.demo_models.classic`, or beside its adapter. A pipeline with an adapter is not among them.
         refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
         examples: what the family is proved with, by the name of the variant.
     """

@@ -47,6 +47,14 @@ _GAINS = {"norm1.linear": 3, "norm.linear": 3}
 
 FLUX = ModelFamily(
     transformer_classes=("FluxTransformer2DModel",),
+    pipelines=(
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
+        "FluxControlPipeline",
+        "FluxControlImg2ImgPipeline",
+    ),
     sp_plan={
         "": {
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

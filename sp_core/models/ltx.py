@@ -49,7 +49,7 @@ _example = functools.partial(
 
 LTX = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
-    pipelines=("LTXPipeline",),
+    pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
     sp_plan={
         "": {
             "hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

@@ -93,6 +93,7 @@ _GAINS = {"attn1.to_out": 4, "scale_shift_table": 4}
 
 WAN = ModelFamily(
     transformer_classes=("WanTransformer3DModel",),
+    pipelines=("WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     sp_plan=_ROPE_AND_OUTPUT
     | {
         "": {"timestep": OptionalSequenceParallelInput(split_dim=1, expected_dims=2)},

@@ -93,12 +93,12 @@ def two(**changes: Any) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no image": (two(image=None), "image", "missing_required_parameter", "required"),
     "a mask alone": (two(image=None, mask=url(MASK)), "image", "missing_required_parameter", "required"),
-    "two images": (two(image=[url(PICTURE)] * 2), "image", "invalid_value", "at most 1 item"),
+    "many images": (two(image=[url(PICTURE)] * 11), "image", "invalid_value", "at most 10 items"),
     "none in a list": (two(image=[]), "image", "invalid_value", "at least 1 item"),
     "two names": (two(images=url(MASK)), "images", "invalid_value", "another name of image"),
     "a URL": (two(image="https://example.com/a.png"), "image.0", "invalid_value", "no URL is fetched"),
     "a URL in an object": (two(mask={"image_url": "http://10.0.0.1/"}), "mask", "invalid_value", "no URL is fetched"),
-    "a file of OpenAI's": (two(image={"file_id": "file-1"}), "image.0", "invalid_value", "valid bytes"),
+    "a file of OpenAI's": (two(image={"file_id": "file-1"}), "image.0", "invalid_value", "no files are kept here"),
     "a number": (two(image=7), "image.0", "invalid_value", "valid bytes"),
     "no picture": (two(image=url(b"abc")), "image", "invalid_picture", "must be a PNG, JPEG or WebP"),
     "sizes that differ": (two(mask=url(file(colored()))), "mask", "invalid_picture", "24x16 pixels, the image 120x80"),
@@ -179,6 +179,33 @@ def test_an_edit_may_be_a_job(client: TestClient, backend: FakeBackend) -> None:
     assert (request.strength, request.inputs[0].data[:4]) == (0.5, b"\x89PNG")
 
 
+def test_several_pictures_and_one_to_follow(client: TestClient, backend: FakeBackend) -> None:
+    files = [("image[]", ("a.png", PICTURE)), ("image[]", ("b.png", MASK)), ("control_image", ("c.png", PICTURE))]
+    assert client.post(EDITS, data={"prompt": "a", "model": "one"}, files=files).status_code == 200
+    body = {
+        "prompt": "a",
+        "model": "one",
+        "images": [url(PICTURE), {"image_url": url(MASK)}],
+        "control_image": url(PICTURE),
+    }
+    assert client.post(EDITS, json=body).status_code == 200
+    form, json_ = backend.requests
+    assert form.inputs == json_.inputs
+    assert [each.role for each in form.inputs] == ["image", "image", "control_image"]
+    alone = {"prompt": "a", "model": "one", "control_image": url(PICTURE)}
+    assert client.post(EDITS, json=alone).status_code == 200
+    assert (backend.requests[-1].width, backend.requests[-1].height) == (128, 80)
+
+
+def test_all_pictures_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch, client: TestClient) -> None:
+    monkeypatch.setattr("service.api.pictures.MOST_PIXELS", 2 * 120 * 80)
+    body = {"prompt": "a", "model": "one", "image": [url(PICTURE)] * 2}
+    assert client.post(EDITS, json=body).status_code == 200
+    answer = client.post(EDITS, json=body | {"control_image": url(PICTURE)})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "control_image", "picture_too_large"), error
+
+
 def test_a_job_keeps_its_pictures() -> None:
     kept = json.loads(json.dumps(dict(new_job(REQUEST, "").request)))
     job = Job("job_1", "image", "one", "", kept, 1, "standard", "running", 0.0, fence=2)
@@ -201,11 +228,18 @@ def openais() -> Iterator[tuple[openai.OpenAI, FakeBackend]]:
 def test_openais_client_edits(openais: tuple[openai.OpenAI, FakeBackend]) -> None:
     client, backend = openais
     extra = {"seed": 7, "strength": 0.4}
-    for image, mask in ((PICTURE, None), ([PICTURE], MASK), (("cup.png", PICTURE, "image/png"), MASK)):
+    for image, mask in (
+        (PICTURE, None),
+        ([PICTURE], MASK),
+        ([PICTURE, MASK], None),
+        (("cup.png", PICTURE, "image/png"), MASK),
+    ):
         given = {"mask": mask} if mask else {}
         drawn = client.images.edit(model="one", image=image, prompt="a", n=2, size="64x64", extra_body=extra, **given)
         assert [base64.b64decode(each.b64_json or "") for each in drawn.data or []] == [b"picture 7", b"picture 8"]
-        assert [each.role for each in backend.requests[-1].inputs] == (["image", "mask"] if mask else ["image"])
+        count = len(image) if isinstance(image, list) else 1
+        roles = ["image"] * count + (["mask"] if mask else [])
+        assert [each.role for each in backend.requests[-1].inputs] == roles
         assert (backend.requests[-1].strength, backend.requests[-1].n) == (0.4, 2)
     stream = client.images.edit(model="one", image=PICTURE, prompt="a", stream=True, partial_images=1)
     assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]

@@ -89,7 +89,7 @@ REFUSED = [
     (IMAGES, {"extra_body": {"sed": 2}}, "sed", "unknown_parameter"),
     (IMAGES, {"extra_body": {"extra_body": {}}}, "extra_body", "invalid_value"),
     (IMAGES, {"mask_image": "data:,"}, "mask_image", "unknown_parameter"),
-    (VIDEOS, {"input_reference": "data:,"}, "input_reference", "unknown_parameter"),
+    (VIDEOS, {"video_reference": "data:,"}, "video_reference", "unknown_parameter"),
     (VIDEOS, {"seconds": "four"}, "seconds", "invalid_value"),
     (VIDEOS, {"seconds": 100}, "seconds", "invalid_value"),
     (VIDEOS, {"num_outputs_per_prompt": 2}, "num_outputs_per_prompt", "invalid_value"),

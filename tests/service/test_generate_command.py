@@ -70,6 +70,18 @@ def test_a_picture_to_begin_with(capsys: pytest.CaptureFixture[str], backend: Fa
     assert (request.strength, request.width, request.height) == (0.5, 64, 48)
 
 
+def test_pictures_of_a_video_and_several_of_an_edit(capsys: pytest.CaptureFixture[str], backend: FakeBackend) -> None:
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(file(colored(64, 48)))
+    code, _, err = run(capsys, "video", "a", "--model", "one", "--image", "a.png", "--last-image", "b.png")
+    assert code == 0, err
+    assert [each.role for each in backend.requests[-1].inputs] == ["image", "last_image"]
+    flags = ["--image", "a.png", "--image", "b.png", "--control-image", "a.png"]
+    code, _, err = run(capsys, "edit", "a", "--model", "one", *flags)
+    assert code == 0, err
+    assert [each.role for each in backend.requests[-1].inputs] == ["image", "image", "control_image"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -77,7 +89,13 @@ def test_a_picture_to_begin_with(capsys: pytest.CaptureFixture[str], backend: Fa
         (["generate", "a", "--mask", "cup.png"], 2, "--mask needs --image"),
         (["generate", "a", "--strength", "0.5"], 2, "--strength needs --image"),
         (["edit", "a", "--image", "absent.png"], 2, "absent.png"),
-        (["generate", "a", "--image", "cup.png", "--output", "a.mp4"], 2, "--image is not for a video"),
+        (
+            ["generate", "a", "--image", "cup.png", "--mask", "cup.png", "--output", "a.mp4"],
+            2,
+            "--mask is not for a vi",
+        ),
+        (["video", "a", "--last-image", "cup.png"], 2, "--last-image needs --image"),
+        (["video", "a", "--image", "cup.png", "--model", "film"], 1, "'film' is not for image-to-video"),
         (["edit", "a", "--image", "text.png", "--model", "one"], 1, "a picture must be a PNG, JPEG or WebP"),
         (["edit", "a", "--image", "cup.png", "--model", "paint"], 1, "'paint' is not for image-to-image"),
     ],

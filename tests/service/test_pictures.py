@@ -15,7 +15,7 @@ from service.api import pictures
 from service.api.pictures import MAX_PIXELS, decode, from_data_url, read_pictures, size_of
 from tests.support.hostile import HOSTILE, TOO_LARGE, UNUSUAL, colored, damaged, file
 from workers.errors import InvalidParameter, QueueFull
-from workers.messages import MediaInput
+from workers.messages import MediaInput, MediaRole
 
 
 def opened(given: MediaInput) -> Image.Image:
@@ -28,7 +28,7 @@ def gray(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pictures_are_taken(name: str) -> None:
-    image, mask = decode(UNUSUAL[name], UNUSUAL[name])
+    image, mask = decode([("image", UNUSUAL[name]), ("mask", UNUSUAL[name])])
     for given, mode in ((image, "RGB"), (mask, "L")):
         picture = opened(given)
         assert (picture.format, picture.mode, picture.info) == ("PNG", mode, {})
@@ -37,12 +37,13 @@ def test_unusual_pictures_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("param", ["image", "mask"])
-def test_hostile_pictures_are_refused_fast_and_by_name(name: str, param: str) -> None:
+@pytest.mark.parametrize("param", ["image", "mask", "last_image", "control_image"])
+def test_hostile_pictures_are_refused_fast_and_by_name(name: str, param: MediaRole) -> None:
     began = time.process_time()
-    files = (HOSTILE[name],) if param == "image" else (file(colored()), HOSTILE[name])
+    hostile: list[tuple[MediaRole, bytes]] = [(param, HOSTILE[name])]
+    files = hostile if param == "image" else [("image", file(colored())), *hostile]
     with pytest.raises(InvalidParameter) as refused:
-        decode(*files)
+        decode(files)
     assert refused.value.param == param
     assert refused.value.code == ("picture_too_large" if name in TOO_LARGE else "invalid_picture"), refused.value
     assert time.process_time() - began < 1.0
@@ -52,7 +53,7 @@ def test_a_bomb_is_refused_by_its_header_alone() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(InvalidParameter, match=f"65535x65535 pixels, at most {MAX_PIXELS}|far too many"):
-            decode(HOSTILE["a bomb of 4 gigapixels"])
+            decode([("image", HOSTILE["a bomb of 4 gigapixels"])])
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -63,7 +64,7 @@ def check_damaged(count: int, seed: int) -> tuple[int, int]:
     taken = 0
     for name, data in damaged(count, seed):
         try:
-            decode(data)
+            decode([("image", data)])
             taken += 1
         except InvalidParameter as refused:
             assert refused.code in ("invalid_picture", "picture_too_large"), name
@@ -86,7 +87,7 @@ def test_two_thousand_damaged_pictures_leave_no_memory_behind() -> None:
 def test_what_is_transparent_lets_white_through() -> None:
     picture = colored(mode="RGBA")
     picture.putalpha(0)
-    (image,) = decode(file(picture))
+    (image,) = decode([("image", file(picture))])
     assert opened(image).getextrema() == ((255, 255),) * 3
 
 
@@ -103,30 +104,30 @@ MASKS: dict[str, tuple[Image.Image, int]] = {
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_white_where_it_says_so(name: str) -> None:
     picture, level = MASKS[name]
-    _, mask = decode(file(gray(9)), file(picture))
+    _, mask = decode([("image", file(gray(9))), ("mask", file(picture))])
     assert opened(mask).getextrema() == (level, level)
 
 
 def test_sixteen_bits_are_scaled_and_not_cut_off() -> None:
-    (image,) = decode(UNUSUAL["16 bit gray"])
+    (image,) = decode([("image", UNUSUAL["16 bit gray"])])
     assert opened(image).convert("L").tobytes() == colored(mode="L").tobytes()
 
 
 def test_the_orientation_of_a_photo_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    (image,) = decode(file(colored(24, 16), "JPEG", exif=exif, quality=95))
+    (image,) = decode([("image", file(colored(24, 16), "JPEG", exif=exif, quality=95))])
     assert size_of(image) == (16, 24)
 
 
 def test_the_first_frame_counts() -> None:
-    (image,) = decode(UNUSUAL["animated PNG"])
+    (image,) = decode([("image", UNUSUAL["animated PNG"])])
     assert opened(image).tobytes() == colored().tobytes()
 
 
 def test_a_mask_has_the_size_of_its_image() -> None:
     with pytest.raises(InvalidParameter, match="the mask has 8x9 pixels, the image 8x8") as refused:
-        decode(file(gray(1)), file(gray(1, (8, 9))))
+        decode([("image", file(gray(1))), ("mask", file(gray(1, (8, 9))))])
     assert refused.value.param == "mask"
 
 
@@ -156,17 +157,17 @@ def test_few_pictures_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     big = file(Image.frombytes("RGB", (400, 400), going.randbytes(3 * 400 * 400)), compress_level=0)
 
     async def run() -> Any:
-        first, second = (asyncio.ensure_future(read_pictures(big)) for _ in range(2))
+        first, second = (asyncio.ensure_future(read_pictures([("image", big)])) for _ in range(2))
         await asyncio.sleep(0)
         first.cancel()
         with pytest.raises(QueueFull, match="2 requests wait for their pictures"):
-            await read_pictures(big)
+            await read_pictures([("image", big)])
         await second
         with pytest.raises(InvalidParameter):
-            await read_pictures(b"")
+            await read_pictures([("image", b"")])
         while pictures._waiting:
             await asyncio.sleep(0.01)
-        return await read_pictures(big)
+        return await read_pictures([("image", big)])
 
     (image,) = asyncio.run(run())
     assert size_of(image) == (400, 400)

@@ -30,6 +30,7 @@ from workers.messages import Drawn, GenerationRequest, PreviewOptions, StepEvent
 from workers.model.classic_denoising import ClassicDenoising, begin
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
+from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
 CLIP = replace(VIDEO, width=96, height=64, n=1)
@@ -186,7 +187,7 @@ def cancelled(mesh: ParallelMesh, folder: Path, ahead: int) -> tuple[int, int, i
     def count(denoising: Denoising) -> None:
         nonlocal done
         assert isinstance(denoising, ClassicDenoising)
-        calls.append(weakref.ref(denoising._call))
+        calls.append(weakref.ref(denoising._calls[0]))
         step(denoising)
         done += 1
         if done == 2 and mesh.axis("gang").rank == 0:
@@ -298,12 +299,14 @@ def refuse(error: ValueError) -> None:
 
 
 def test_a_call_goes_on_where_it_stood() -> None:
+    told = {"prompts": ["ab", "cd"]}
     whole = Pipeline()(["ab", "cd"], lambda *_: {})[0]
-    one, other = (SteppedCall(Pipeline(), {"prompts": ["ab", "cd"]}, encodes, refuse) for encodes in (True, False))
-    for call in (one, other):
-        call.encode()
-    assert one.encoded == [[97, 98], [99, 100]] and other.encoded == []
-    other.encoded[:] = one.encoded
+    encoders = SharedEncoders(None, seed=0)
+    one = SteppedCall(Pipeline(), told, encoders, refuse)
+    one.encode()
+    assert encoders.made == [[97, 98], [99, 100]]
+    other = SteppedCall(Pipeline(), told, SharedEncoders([[97, 98], [99, 100]], seed=0), refuse)
+    other.encode()
     for call in (one, other):
         call.prepare()
         halves = [call.step() for _ in range(3)]
@@ -312,13 +315,19 @@ def test_a_call_goes_on_where_it_stood() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_encoders_that_are_asked_more_than_elsewhere_are_a_mistake() -> None:
+    call = SteppedCall(Pipeline(), {"prompts": ["ab", "cd"]}, SharedEncoders([[97, 98]], seed=0), refuse)
+    with pytest.raises(RuntimeError, match="encodes more on this rank"):
+        call.prepare()
+
+
 def test_a_call_that_is_dropped_leaves_nothing() -> None:
     gc.collect()
     gc.disable()
     try:
         pipeline = Pipeline()
         there = weakref.ref(pipeline)
-        call = SteppedCall(pipeline, {"prompts": ["ab"]}, True, refuse)
+        call = SteppedCall(pipeline, {"prompts": ["ab"]}, SharedEncoders(None, seed=0), refuse)
         del pipeline
         call.encode()
         call.step()
@@ -331,7 +340,7 @@ def test_a_call_that_is_dropped_leaves_nothing() -> None:
 
 @pytest.mark.parametrize(("steps", "said"), [(2, "fewer steps"), (4, "more steps")])
 def test_a_loop_of_another_length_is_seen(steps: int, said: str) -> None:
-    call = SteppedCall(Pipeline(steps), {"prompts": ["ab"]}, True, refuse)
+    call = SteppedCall(Pipeline(steps), {"prompts": ["ab"]}, SharedEncoders(None, seed=0), refuse)
     call.encode()
     with pytest.raises(RuntimeError, match=said):
         for _ in range(3):

@@ -225,7 +225,7 @@ REFUSALS = {
     "mask": ("flux", {"inputs": (IMAGE, WHERE)}, "'demo' is not for inpaint; it is for text-to-image, image-to-image"),
     "video": (
         "wan", {"num_frames": 5, "output_format": "mp4", "width": 64, "height": 48},
-        "'demo' is not for image-to-image; it is for text-to-video",
+        "'demo' is not for image-to-video; it is for text-to-video",
     ),
 }  # fmt: skip
 

@@ -13,8 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a tiny demo model in diffusers' folder format.")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--family", choices=FAMILIES, required=True, help="which kind of model")
+    parser.add_argument("--pipeline", help="class of its pipeline, such as one that begins with a picture")
     arguments = parser.parse_args()
-    write_demo_model(arguments.out, arguments.family)
+    write_demo_model(arguments.out, arguments.family, arguments.pipeline)
     print(arguments.out)
 
 

@@ -35,14 +35,14 @@ def t5_encoder(tokens: int) -> Any:
     return T5EncoderModel(config).eval()
 
 
-def image_vae() -> Any:
-    """An `AutoencoderKL` that reduces sizes by 8, as Z-Image's and Flux's does, with 4 latent channels."""
+def image_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
+    """An `AutoencoderKL` that reduces sizes by 8, as Z-Image's and Flux's does."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 16, 16, 16),
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         scaling_factor=1.0,
         shift_factor=0.0,

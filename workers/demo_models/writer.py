@@ -18,17 +18,19 @@ CLASSIC = tuple(found.name for found in pkgutil.iter_modules(classic.__path__))
 FAMILIES = tuple(name.replace("_", "-") for name in (*families(), *CLASSIC))
 
 
-def write_demo_model(out: Path, family: str) -> None:
+def write_demo_model(out: Path, family: str, pipeline: str | None = None) -> None:
     """Write the model folder `out`, whole or not at all. The same call always writes the same weights.
 
     Args:
         out: the folder; one that is there already is replaced.
         family: one of `FAMILIES`.
+        pipeline: the class of the pipeline, if the family has several; None: the one that begins with text alone.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    demo_pipeline = _module(family.replace("-", "_")).demo_pipeline
     unfinished = Path(tempfile.mkdtemp(dir=out.parent))
     try:
-        _module(family.replace("-", "_")).demo_pipeline().save_pretrained(unfinished)
+        demo_pipeline(*([pipeline] if pipeline else [])).save_pretrained(unfinished)
         if out.exists():
             shutil.rmtree(out)
         unfinished.rename(out)

@@ -10,6 +10,7 @@ out_of_tree.py          what a deployment names as package.module:NAME: a transf
 adapters/               what each pipeline does its own way
 denoising.py            one request in progress, step by step; workflow.py the blocks that it runs
 classic_denoising.py    the same through a classic pipeline's call: stepped_call.py stops it, classic_parts.py builds it
+shared_encoders.py      the encoders of such a call: they work on one rank, once
 picture_inputs.py       pictures that a request begins with, encoded and sampled
 guidance.py             whether its branches share a forward, take one each, or ranks of their own
 step_ends.py            when steps end on the device, and whether their latents are finite

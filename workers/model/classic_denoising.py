@@ -3,11 +3,16 @@
 `begin` makes the `Denoising` of a request, for `workers.gang.rank`. What a request is checked for, its scheduler,
 seeds, adapters, tiles and step times are those of `workers.model.denoising`.
 
-The rank that decodes goes on after the last step; the others end their call there. Several pictures are decoded by rank
-0, one at a time. Groups of ranks do not divide branches or pictures: to the call, both are one batch.
+The rank that decodes goes on after the last step; the others end their call there. Several pictures of a prompt are one
+call. Those that begin with a picture are a call each, which take their steps together: pipelines disagree on what
+several pictures in one call mean, and so each is what its seed alone makes. Rank 0 decodes all pictures, one at a time.
+Groups of ranks do not divide branches or pictures: to a call, both are one batch.
 """
 
+import contextlib
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +23,7 @@ from workers.messages import GenerationRequest
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel
+from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
 
@@ -40,9 +46,9 @@ class ClassicDenoising(Denoising):
             self._pipeline.vae = _OneByOne(self._pipeline.vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
-        assert isinstance(self._adapter, ClassicAdapter)
-        arguments = {name: value for name, value in self._inputs().items() if name}  # not all can count
-        self._call = SteppedCall(self._pipeline, arguments, self._encodes, self._adapter.refuse)
+        self._made_by_encoders: list[Any] | None = None  # elsewhere, if they work elsewhere
+        self._calls: list[SteppedCall] = []  # from the time when all that they take is here
+        self._schedulers: list[Any] = []  # of each
 
     @property
     def guidance(self) -> str:
@@ -59,34 +65,65 @@ class ClassicDenoising(Denoising):
 
     @torch.no_grad()
     def encode(self) -> None:
-        """Check the inputs and encode the prompts. On ranks with encoders the initial latents are made as well."""
-        self._call.encode()
+        """Check the inputs, encode prompts and pictures, make the initial latents; on the ranks that encode."""
+        if self._encodes:
+            self._begin()
+            self._calls[0].encode()
 
     def _what_was_encoded(self) -> Any:
-        return self._call.encoded
+        pictures = [torch.frombuffer(bytearray(each.data), dtype=torch.uint8) for each in self.request.inputs]
+        return self._encoders.made, pictures
 
     def _receive(self, encoded: Any) -> None:
-        self._call.encoded[:] = encoded
+        self._made_by_encoders, pictures = encoded
+        inputs = zip(self.request.inputs, pictures, strict=True)
+        data = (replace(each, data=picture.cpu().numpy().tobytes()) for each, picture in inputs)
+        self.request = replace(self.request, inputs=tuple(data))
+        self._begin()
 
     @torch.no_grad()
     def prepare(self) -> None:
         """See `Denoising.prepare`."""
-        self._call.prepare()
-        self._timesteps = self._pipeline.scheduler.timesteps.tolist()
+        for call in self._calls:
+            call.prepare()
+        scheduler = self._schedulers[0]
+        first = getattr(scheduler, "begin_index", None) or 0  # where a picture is to keep something of itself
+        self._timesteps = scheduler.timesteps[first:].tolist()
 
     def _advance(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._latents = self._call.step()
-        return self._call.noise
+        self._latents = _joined([call.step() for call in self._calls])
+        samples, predictions = zip(*(call.noise for call in self._calls), strict=True)
+        return _joined(samples), _joined(predictions)
 
     def _made(self) -> list[Any]:
         if not self._decodes:
-            self._call.close()
+            for call in self._calls:
+                call.close()
             return []
-        try:
-            outputs: list[Any] = self._call.finish()[0]
-        except TilesHandedOver:
-            return []
-        return outputs
+        made: list[Any] = []
+        for call in self._calls:
+            with contextlib.suppress(TilesHandedOver):
+                made += call.finish()[0]
+        return made
+
+    def _begin(self) -> None:
+        """Make the calls. The encoders work for the first of them at most."""
+        assert isinstance(self._adapter, ClassicAdapter)
+        self._encoders = SharedEncoders(self._made_by_encoders, self.request.seed)
+        encoders, generators = self._encoders, self._generators
+        apart = [[each] for each in generators] if self.request.inputs else [generators]
+        for drawn_by in apart:
+            pipeline = copy.copy(self._pipeline)
+            pipeline.scheduler = self._scheduler_of(drawn_by)
+            told = self._inputs() | {self._adapter.count_input: len(drawn_by), "generator": drawn_by}
+            arguments = {name: value for name, value in told.items() if name}  # not all can count
+            self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
+            self._schedulers.append(pipeline.scheduler)
+            encoders = SharedEncoders(self._encoders.made, self.request.seed)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class _OneByOne:

@@ -70,7 +70,8 @@ class Denoising:
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
-        self._pipeline.scheduler = _for_one_request(pipeline.scheduler, request, self._generators)
+        self._shared_scheduler = pipeline.scheduler
+        self._pipeline.scheduler = self._scheduler_of(self._generators)
         alone = model.text_encoder == "rank0" or bool(request.inputs)  # not all ranks have the VAE that reads pictures
         self._encodes = encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
@@ -332,6 +333,9 @@ class Denoising:
         each = -(-request.n // self._cfg.size)
         first = self._cfg.rank * each
         return [request.all_seeds[min(first + i, request.n - 1)] for i in range(each)]
+
+    def _scheduler_of(self, generators: list[torch.Generator]) -> Any:
+        return _for_one_request(self._shared_scheduler, self.request, generators)
 
     def _run(self, blocks: tuple[Any, ...]) -> None:
         for block in blocks:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from workers.messages import MediaInput
 
@@ -27,6 +27,12 @@ def read(given: MediaInput) -> Image.Image:
     with Image.open(io.BytesIO(given.data), formats=("PNG",)) as picture:
         picture.load()
         return picture
+
+
+def read_clip(given: MediaInput) -> list[Image.Image]:
+    """The frames of an input."""
+    with Image.open(io.BytesIO(given.data), formats=("PNG",)) as clip:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
 
 
 class EncodePictures:

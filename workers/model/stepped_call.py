@@ -1,5 +1,4 @@
-"""The call of a classic pipeline, stopped where the engine takes its turn: at the prompts, before the loop, after each
-step.
+"""The call of a classic pipeline, stopped where the engine takes its turn: before the loop, and after each step.
 
 A pipeline and the arguments of its call come in; latents, and at the end what it has made, go out. Called by
 `workers.model.classic_denoising`.
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from workers.model.shared_encoders import METHODS, SharedEncoders
+
 Noise = tuple[torch.Tensor, torch.Tensor]
 """The latents before a step, and what the model has predicted of them: of all branches, combined."""
 
@@ -26,23 +27,26 @@ class SteppedCall:
     """One call of a pipeline, which goes on with each method, on one thread.
 
     Args:
-        pipeline: a classic pipeline of diffusers that belongs to the request, for some of its methods are replaced.
+        pipeline: a classic pipeline of diffusers that belongs to the call, for some of its methods are replaced.
         arguments: of its call.
-        encodes: whether this rank has the text encoders.
+        encoders: those of the pipeline, or their answers on another rank.
         refuse: called with what the pipeline's own check of its inputs has raised; raises what the caller should see.
-
-    Attributes:
-        encoded: what `encode_prompt` has returned, once for each of its calls.
     """
 
     def __init__(
-        self, pipeline: Any, arguments: dict[str, Any], encodes: bool, refuse: Callable[[ValueError], None]
+        self,
+        pipeline: Any,
+        arguments: dict[str, Any],
+        encoders: SharedEncoders,
+        refuse: Callable[[ValueError], None],
     ) -> None:
-        self.encoded: list[Any] = []
-        self._encodes = encodes
+        self._encodes = encoders.here
         self._noise: list[Noise] = []  # one entry, from the first step on
         _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
-        _replace(pipeline, "encode_prompt", functools.partial(_encoded, encodes, self.encoded, []))
+        for method in METHODS:
+            _replace(pipeline, method, encoders)
+        if hasattr(pipeline, "vae"):
+            pipeline.vae = encoders.reading(pipeline.vae)
         _replace(pipeline, "progress_bar", _loop_begins)
         _watch(pipeline.scheduler, self._noise)
         run = functools.partial(pipeline, **arguments, callback_on_step_end=_step_ended)
@@ -54,11 +58,12 @@ class SteppedCall:
         return self._noise[0]
 
     def encode(self) -> None:
-        """Go on to the loop; on ranks without encoders, to the first prompt."""
-        self._go_on()
+        """Go on to the loop, if the encoders are here."""
+        if self._encodes:
+            self._go_on()
 
     def prepare(self) -> None:
-        """Go on to the loop. On ranks without encoders, `encoded` must be that of a rank with them."""
+        """Go on to the loop, if the encoders are elsewhere, by their answers."""
         if not self._encodes:
             self._go_on()
 
@@ -109,18 +114,6 @@ def _checked(refuse: Callable[[ValueError], None], method: Callable[..., Any], *
     except ValueError as error:
         refuse(error)
         raise
-
-
-def _encoded(
-    encodes: bool, encoded: list[Any], read: list[None], method: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """What the prompts become: encoded here, or on another rank, which has done so when the engine goes on."""
-    if encodes:
-        encoded.append(method(*args, **kwargs))
-    elif not encoded:
-        _stop()
-    read.append(None)
-    return encoded[len(read) - 1]
 
 
 def _loop_begins(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

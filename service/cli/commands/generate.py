@@ -20,7 +20,7 @@ from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
 from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.pictures import decode
 from service.api.responses import metrics
-from service.api.schemas import pictures_of, to_request
+from service.api.schemas import media_of, most_frames, to_request
 from service.cli.client import EDITS, PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
 from service.cli.job_client import submit_job
 from service.cli.options import ResultAsJson, Server, UsageError
@@ -34,13 +34,12 @@ from workers.gang.local import generate_locally
 from workers.messages import PreviewOptions
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
-FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2")
-FOR_PICTURES = ("n", "image", "mask", "strength")
+FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2", "last_image", "video")
+FOR_PICTURES = ("n", "mask", "control_image")
 
 PREVIEWS = 3
 """As many as a stream may have."""
 
-File = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To begin with.")]
 Degree = Annotated[int | None, typer.Option(help="With --local.")]
 
 
@@ -70,7 +69,7 @@ class Asked:
     @property
     def is_edit(self) -> bool:
         """True if it begins with a picture."""
-        return "image" in self.fields
+        return bool(self.fields.keys() & {"image", "control_image", "video"})
 
     @property
     def path(self) -> str:
@@ -102,12 +101,25 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames of a video per second.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. Default: a random one.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Pictures; saved as OUTPUT, OUTPUT-1, OUTPUT-2.")] = None,
-    image: File = None,
+    image: Annotated[
+        list[Path],
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To begin with. Several for some models."),
+    ] = [],  # noqa: B006  # typer copies it
+    last_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="A video ends with it.")
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="A clip for a video to begin with: .mp4."),
+    ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To follow, such as edges.")
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Where to draw on --image: what is white."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Of the change to --image, up to 1.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Of the change to --image or --video, up to 1.")] = None,
     lora: Annotated[
         list[str],
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
@@ -150,9 +162,12 @@ def generate(
         prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, seed=seed, size=_size(size, width, height),
     )  # fmt: skip
-    if image is None and (mask or strength is not None):
-        raise UsageError(f"--{'mask' if mask else 'strength'} needs --image, the picture to begin with")
-    own = _given(image=_data_url(image), mask=_data_url(mask), strength=strength)
+    own = _given(mask=_data_url(mask), last_image=_data_url(last_image))
+    own |= _given(strength=None if video else strength)
+    if own and not image:
+        raise UsageError(f"--{next(iter(own)).replace('_', '-')} needs --image, the picture to begin with")
+    own |= _given(image=_data_urls(image), control_image=_data_url(control_image))
+    own |= _given(video=_data_url(video), strength=strength)
     own |= _given(n=n, num_frames=num_frames, fps=fps, guidance_scale_2=guidance_scale_2)
     shown = shown_by_terminal() if previews else None
     if previews and not shown:
@@ -197,7 +212,7 @@ def video(**flags: Any) -> None:
 
 def edit(**flags: Any) -> None:
     """Draw a picture that begins with --image, or what is white on --mask anew."""
-    if flags["image"] is None:
+    if not (flags["image"] or flags["control_image"]):
         raise UsageError("--image is missing, the picture to begin with")
     generate(**flags)
 
@@ -251,6 +266,11 @@ def _data_url(file: Path | None) -> str | None:
     return f"data:application/octet-stream;base64,{data}" if file else None
 
 
+def _data_urls(files: Sequence[Path]) -> str | list[str | None] | None:
+    """None: there are none."""
+    return [_data_url(file) for file in files] if len(files) > 1 else _data_url(next(iter(files), None))
+
+
 def _given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
@@ -280,7 +300,7 @@ def _own_fields(given: dict[str, Any], output: Path) -> dict[str, Any]:
     for name in given:
         if name in (FOR_PICTURES if is_video else FOR_VIDEOS):
             kind = "a video" if is_video else "pictures"
-            raise UsageError(f"--{name} is not for {kind}, which --output {output.name} asks for")
+            raise UsageError(f"--{name.replace('_', '-')} is not for {kind}, which --output {output.name} asks for")
     return given if is_video else given | {"output_format": FORMATS[output.suffix]}
 
 
@@ -341,8 +361,7 @@ def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress
     kind = VideoGenerationBody if asked.is_video else ImageEditBody if asked.is_edit else ImageGenerationBody
     previews = PreviewOptions(count=PREVIEWS) if asked.shown else None
     parsed = parse_body(body, kind)
-    pictures = pictures_of(parsed, model)
-    request = to_request(parsed, model, uuid.uuid4().hex, decode(*pictures) if pictures else ())
+    request = to_request(parsed, model, uuid.uuid4().hex, decode(media_of(parsed, model), most_frames(parsed, model)))
     request = replace(request, report_steps=True, previews=previews)
     result = generate_locally(model, request, progress.show, lambda each: _insert(asked, each.data, progress))
     return Made(result.outputs, result.seeds, metrics(result), result.warnings)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec
+from deploy.spec import DeploymentSpec, Task
+from deploy.tasks import makes_video
+from service.api.schemas import PATHS
 from service.cli.options import File, Overrides, Terminated, load
 from service.cli.output import say
 from service.cli.progress import LoadBars
@@ -100,8 +102,11 @@ def _banner(spec: DeploymentSpec, cluster: "LocalCluster") -> list[str]:
 def _curl(url: str, spec: DeploymentSpec) -> str:
     """A command that asks the first model for something, ready to paste."""
     model = spec.models[0]
-    video = model.tasks is not None and "text-to-image" not in model.tasks
-    body = f'{{"model": "{model.name}", "prompt": "a cup of coffee"}}'
-    path, output = ("videos/sync", " -o video.mp4") if video else ("images/generations", "")
+    task: Task = model.tasks[0] if model.tasks else "text-to-image"
+    output = " -o video.mp4" if makes_video(task) else ""
     key = " -H 'authorization: Bearer KEY'" if spec.auth.needs_key else ""
-    return f"curl {url}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'{output}"
+    said = f"""-H 'content-type: application/json' -d '{{"model": "{model.name}", "prompt": "a cup of coffee"}}'"""
+    if not task.startswith("text-"):
+        files = {"control": "-F control_image=@edges.png", "inpaint": "-F image=@photo.png -F mask=@mask.png"}
+        said = f"-F model={model.name} -F prompt='a cup of coffee' {files.get(task, '-F image=@photo.png')}"
+    return f"curl {url}{PATHS[task]}{key} {said}{output}"

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
@@ -11,8 +12,8 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, imag
 TRANSFORMER_GAINS = {"distilled_guidance_layer": 2, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
 
 
-def demo_pipeline() -> Any:
-    """A `ChromaPipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "ChromaPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
@@ -29,7 +30,7 @@ def demo_pipeline() -> Any:
     )
     amplify(transformer, TRANSFORMER_GAINS)
     text_encoder = t5_encoder(len(characters))
-    return ChromaPipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=image_vae(),
         text_encoder=text_encoder,

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
@@ -17,12 +17,12 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
 TRANSFORMER_GAINS = {"norm1": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 2}
 
 
-def demo_pipeline() -> Any:
-    """A `HunyuanVideoPipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     words, tokenizer = vocabulary.clip(), vocabulary.qwen2()
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS,
+        in_channels=LATENT_CHANNELS * (2 if "ImageToVideo" in name else 1),  # beside the noise, the picture
         out_channels=LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=1,
@@ -59,7 +59,7 @@ def demo_pipeline() -> Any:
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return HunyuanVideoPipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=vae.eval(),
         text_encoder=LlamaModel(text).eval(),

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, t5_encoder
@@ -18,8 +19,8 @@ TRANSFORMER_GAINS = {
 }
 
 
-def demo_pipeline() -> Any:
-    """An `LTXPipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "LTXPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
@@ -40,7 +41,7 @@ def demo_pipeline() -> Any:
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
     text_encoder = t5_encoder(len(characters))
-    return LTXPipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.eval(),
         text_encoder=text_encoder,

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from workers.demo_models import vocabulary
@@ -12,14 +13,15 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, imag
 TRANSFORMER_GAINS = {"norm1": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 3}
 
 
-def demo_pipeline() -> Any:
-    """A `StableDiffusion3Pipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "StableDiffusion3Pipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
+    channels = 16 if "Inpaint" in name else LATENT_CHANNELS  # such a pipeline knows its transformer by them
     words, characters = vocabulary.clip(), vocabulary.t5()
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=32,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=3,
         attention_head_dim=12,
         num_attention_heads=12,
@@ -32,9 +34,9 @@ def demo_pipeline() -> Any:
     )
     amplify(transformer, TRANSFORMER_GAINS)
     text_encoder_3 = t5_encoder(len(characters))
-    return StableDiffusion3Pipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=image_vae(),
+        vae=image_vae(channels),
         text_encoder=_clip(words),
         tokenizer=words,
         text_encoder_2=_clip(words),

@@ -10,8 +10,9 @@ from typing import Any
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from workers.errors import InvalidParameter
-from workers.messages import GenerationRequest
+from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
+from workers.model.picture_inputs import read, read_clip
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
@@ -19,8 +20,8 @@ REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_
 """What pipelines call the VAE's reduction of sizes."""
 
 OWN = re.compile(
-    "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|true_cfg_scale|eta)$"
-    "|num_|steps|length|height|width|size|resolution"
+    "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
+    "|num_|steps|length|height|width|size|resolution|strength|max_area|mask_crop"
 )
 """Names of parameters that fields of their own set in a request, and of those that decide how much is computed."""
 
@@ -52,23 +53,50 @@ class ClassicAdapter(PipelineAdapter):
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
         """What this call takes of these: scale, negative prompt, frames; and its extra parameters."""
         told: dict[str, Any] = {
-            "guidance_scale": request.guidance_scale,
+            self._call.scale: request.guidance_scale,
+            "guidance_scale_2": request.guidance_scale_2,
             "negative_prompt": request.negative_prompt,
             "num_frames": request.num_frames,
             "frames": request.num_frames,
             "frame_rate": request.fps,
+            "max_area": request.width * request.height,
         }
         taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
         return taken | dict(request.extra_params)
+
+    def pictures(self, request: GenerationRequest, here: bool) -> dict[str, Any]:
+        """See `PipelineAdapter.pictures`. All ranks read them: pipelines look at them beside their encoders."""
+        found: dict[str, Any] = {}
+        for role, name in self.family.begins_with.items():
+            given = [each for each in request.inputs if each.role == role]
+            if role == "video" and given:
+                found[name] = self._clip(given[0], request)
+            elif given:
+                several = role == "image" and self.family.takes_several
+                found[name] = [read(each) for each in given] if several else read(given[0])
+        return found
+
+    def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
+        """As many of its frames as the request has; a call without a number of frames makes as many as it is given."""
+        frames = read_clip(given)[: request.num_frames]
+        if "num_frames" not in self._call.parameters and len(frames) < request.num_frames:
+            raise InvalidParameter(
+                "num_frames", f"the clip has {len(frames)} frames, num_frames asks for {request.num_frames}"
+            )
+        return frames
+
+    def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
+        """See `PipelineAdapter.check`."""
+        self._check_roles(request)
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
-        if request.n > 1 and not self.count_input:
+        if request.n > 1 and not self.count_input and not request.inputs:
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
-        if request.guidance_scale_2 is not None:
+        if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
             raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
 
     def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
@@ -100,7 +128,9 @@ class ClassicAdapter(PipelineAdapter):
         said = str(error)
         if "height" in said and "width" in said:
             raise InvalidParameter("size", said, "invalid_size") from error
-        named = next((name for name in ("negative_prompt", "prompt", "num_frames") if name in said), None)
+        named = next(
+            (name for name in ("negative_prompt", "prompt", "num_frames", "guidance_scale_2") if name in said), None
+        )
         raise InvalidParameter(named, said) from error
 
 

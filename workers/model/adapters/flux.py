@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -41,12 +42,18 @@ class FluxAdapter(PipelineAdapter):
 ADAPTER = FluxAdapter
 
 
-def demo_pipeline() -> Any:
-    """A `FluxPipeline`, the same weights at every call."""
+CONDITIONED = {"Fill": LATENT_CHANNELS + 64, "Control": LATENT_CHANNELS}
+"""Channels that a cell has beside the noise, by what is in the name of a pipeline: a picture, and a mask in pixels."""
+
+
+def demo_pipeline(name: str = "FluxPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
+    beside = next((channels for part, channels in CONDITIONED.items() if part in name), 0)
     words, characters = vocabulary.clip(), vocabulary.t5()
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        in_channels=4 * LATENT_CHANNELS,
+        in_channels=4 * (LATENT_CHANNELS + beside),
+        out_channels=4 * LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=1,
         attention_head_dim=12,
@@ -73,7 +80,7 @@ def demo_pipeline() -> Any:
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     )
-    return FluxPipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
         text_encoder=pooled.eval(),

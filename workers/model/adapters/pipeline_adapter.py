@@ -17,6 +17,7 @@ from diffusers.modular_pipelines import InputParam
 
 from deploy.families.family import PipelineFamily
 from deploy.spec import Task
+from deploy.tasks import tasks_of
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.picture_inputs import EncodePictures, SamplePictures, read, with_pictures
@@ -77,8 +78,7 @@ class PipelineAdapter:
             request: has them.
             here: this rank reads them; on the others they only decide which blocks run.
         """
-        names = {"image": "image", "mask": "mask_image"}
-        return {names[each.role]: read(each) if here else True for each in request.inputs}
+        return {self.family.begins_with[each.role]: read(each) if here else True for each in request.inputs}
 
     def blocks(self, blocks: dict[str, Any], request: GenerationRequest) -> list[Any]:
         """The blocks that run, of those that the modular pipeline would run.
@@ -139,17 +139,30 @@ class PipelineAdapter:
 
     def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `check`."""
-        if not request.inputs:
-            return
-        task = task_of(request, self.family)
-        if task not in self.family.tasks:
-            able = ", ".join(self.family.tasks)
-            raise InvalidParameter(request.inputs[-1].role, f"{request.model!r} is not for {task}; it is for {able}")
-        if not hasattr(pipeline.scheduler, "scale_noise"):
+        self._check_roles(request)
+        if request.inputs and not hasattr(pipeline.scheduler, "scale_noise"):
             kind = type(pipeline.scheduler).__name__
             raise InvalidParameter(
                 "image", f"{request.model!r} begins with noise alone: its {kind} adds none to a picture"
             )
+
+    def _check_roles(self, request: GenerationRequest) -> None:
+        """Reject what the model does not begin with, and what lacks something that it begins with."""
+        family, roles = self.family, [each.role for each in request.inputs]
+        task, lacking = task_of(request, family), [role for role in family.needs if role not in roles]
+        surplus = [role for role in roles if role not in family.begins_with]
+        if task not in family.tasks:
+            able = ", ".join(family.tasks)
+            raise InvalidParameter(
+                (lacking or roles[-1:])[0], f"{request.model!r} is not for {task}; it is for {able}", "wrong_task"
+            )
+        for role in lacking + surplus:
+            takes = ", ".join(n if n in family.needs else f"{n} (or none)" for n in family.begins_with)
+            raise InvalidParameter(role, f"{request.model!r} takes {takes}; got {', '.join(roles)}")
+        if roles.count("image") > 1 and not family.takes_several:
+            raise InvalidParameter("image", f"{request.model!r} takes one image, got {roles.count('image')}")
+        if request.strength is not None and not family.takes_strength:
+            raise InvalidParameter("strength", f"{request.model!r} always does all steps; leave strength out")
 
     def guider(self, request: GenerationRequest, scale: float, **options: Any) -> ClassifierFreeGuidance:
         """Classifier-free guidance, off where the classic pipeline evaluates one branch only."""
@@ -177,10 +190,9 @@ def _check_extra(name: str, value: Any, kinds: Mapping[str, str], model: str) ->
 
 
 def task_of(request: GenerationRequest, family: PipelineFamily) -> Task:
-    """What a request asks of a family, by the pictures that it begins with."""
-    if request.input("mask"):
-        return "inpaint"
-    return "image-to-image" if request.inputs else family.tasks[0]
+    """What a request asks of a family, by what it begins with."""
+    able = tasks_of([each.role for each in request.inputs], family.makes == "video")
+    return next((task for task in able if task in family.tasks), able[0])
 
 
 def keep_timestep_exact(transformer: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
@@ -33,9 +34,10 @@ class QwenImageAdapter(PipelineAdapter):
 ADAPTER = QwenImageAdapter
 
 
-def demo_pipeline() -> Any:
-    """A `QwenImagePipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     tokenizer = vocabulary.qwen2()
+    processor = {"processor": Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer)} if "Edit" in name else {}
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -59,12 +61,13 @@ def demo_pipeline() -> Any:
     text_encoder = _text_encoder(tokenizer)
     amplify(transformer, TRANSFORMER_GAINS)
     amplify(vae, {"decoder.conv_out": 3})
-    return QwenImagePipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         transformer=transformer.eval(),
+        **processor,
     )
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.guiders import ClassifierFreeGuidance
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -72,11 +73,15 @@ class WanAdapter(PipelineAdapter):
 ADAPTER = WanAdapter
 
 
-def demo_pipeline() -> Any:
-    """A `WanPipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "WanPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call; of text alone, with two transformers as Wan 2.2."""
+    mask = 4  # of the frames that a latent frame is made of
+    beside = mask + LATENT_CHANNELS if "ImageToVideo" in name else 0
+    two = {"transformer_2": None, "boundary_ratio": 0.875} if name == "WanPipeline" else {}
     tokenizer = vocabulary.t5()
     torch.manual_seed(0)
-    transformer, transformer_2 = _transformer(), _transformer()
+    transformer = _transformer(beside)
+    two |= {"transformer_2": _transformer()} if two else {}
     vae = AutoencoderKLWan(
         base_dim=8,
         z_dim=LATENT_CHANNELS,
@@ -89,22 +94,21 @@ def demo_pipeline() -> Any:
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     )
-    return WanPipeline(
+    return getattr(diffusers, name)(
         tokenizer=tokenizer,
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=transformer,
-        transformer_2=transformer_2,
-        boundary_ratio=0.875,
+        **two,
     )
 
 
-def _transformer() -> Any:
+def _transformer(beside: int = 0) -> Any:
     transformer = WanTransformer3DModel(
         num_attention_heads=12,
         attention_head_dim=12,
-        in_channels=LATENT_CHANNELS,
+        in_channels=LATENT_CHANNELS + beside,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_WIDTH,
         freq_dim=64,

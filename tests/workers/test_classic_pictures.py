@@ -1,0 +1,381 @@
+"""Pipelines without an adapter that begin with pictures make what their classic call makes, on every layout."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+
+from deploy.families.classic import classic_family, proved_pipelines
+from deploy.families.lookup import CLASSIC, family_name
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.models import lookup as plans
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankPool
+from sp_core.verify.verify import BAR
+from tests.support.deployments import model
+from tests.workers.test_adapters import PICTURES, VIDEO, differ
+from tests.workers.test_denoising import ALONE, Generated, begun, check, generate, pixels
+from tests.workers.test_picture_inputs import IMAGE, MASK, PHOTO, WHERE, first_reads, painted, png
+from workers.demo_models.writer import write_demo_model
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest, MediaInput
+from workers.model.classic_denoising import begin
+from workers.model.loader import load_model
+
+
+def animated(frames: list[Image.Image]) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+OTHER = painted(60, 70).rotate(180)
+LAST, CONTROL = MediaInput("last_image", png(OTHER)), MediaInput("control_image", png(OTHER))
+FRAMES = [PHOTO.rotate(10 * i) for i in range(9)]
+CLIP_IN = MediaInput("video", animated(FRAMES))
+
+PICTURE = replace(PICTURES, inputs=(IMAGE,), strength=0.7)
+"""Three of four steps; two pictures."""
+PAINTED = replace(PICTURE, inputs=(IMAGE, WHERE))
+CLIP = replace(VIDEO, n=1, inputs=(IMAGE,))
+EDIT = replace(PICTURES, inputs=(IMAGE,))
+
+CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
+    "img2img": (
+        "stable-diffusion-3",
+        "StableDiffusion3Img2ImgPipeline",
+        replace(PICTURE, negative_prompt="blurry"),
+        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "inpaint": (
+        "stable-diffusion-3",
+        "StableDiffusion3InpaintPipeline",
+        PAINTED,
+        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "chroma img2img": (
+        "chroma",
+        "ChromaImg2ImgPipeline",
+        PICTURE,
+        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "chroma inpaint": (
+        "chroma",
+        "ChromaInpaintPipeline",
+        PAINTED,
+        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "flux img2img": (
+        "flux",
+        "FluxImg2ImgPipeline",
+        PICTURE,
+        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "flux inpaint": (
+        "flux",
+        "FluxInpaintPipeline",
+        PAINTED,
+        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "fill": (
+        "flux",
+        "FluxFillPipeline",
+        replace(PAINTED, strength=None),
+        {"image": PHOTO, "mask_image": MASK, "guidance_scale": 3.5},
+    ),
+    "kontext": (
+        "flux",
+        "FluxKontextPipeline",
+        EDIT,
+        {"image": PHOTO, "guidance_scale": 3.5, "max_area": 80 * 112},
+    ),
+    "control": (
+        "flux",
+        "FluxControlPipeline",
+        replace(PICTURES, inputs=(CONTROL,)),
+        {"control_image": OTHER, "guidance_scale": 3.5},
+    ),
+    "control of a picture": (
+        "flux",
+        "FluxControlImg2ImgPipeline",
+        replace(PICTURE, inputs=(IMAGE, CONTROL)),
+        {"image": PHOTO, "control_image": OTHER, "strength": 0.7, "guidance_scale": 3.5},
+    ),
+    "image to video": (
+        "ltx",
+        "LTXImageToVideoPipeline",
+        replace(CLIP, height=64, n=2),
+        {"image": PHOTO, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
+    ),
+    "a condition": (
+        "ltx",
+        "LTXConditionPipeline",
+        replace(CLIP, height=64),
+        {"image": PHOTO, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
+    ),
+    "wan image to video": (
+        "wan",
+        "WanImageToVideoPipeline",
+        replace(CLIP, negative_prompt="blurry"),
+        {"image": PHOTO, "num_frames": 9, "guidance_scale": 2.0, "negative_prompt": "blurry"},
+    ),
+    "first and last": (
+        "wan",
+        "WanImageToVideoPipeline",
+        replace(CLIP, inputs=(IMAGE, LAST)),
+        {"image": PHOTO, "last_image": OTHER, "num_frames": 9, "guidance_scale": 2.0},
+    ),
+    "clip to clip": (
+        "wan",
+        "WanVideoToVideoPipeline",
+        replace(VIDEO, n=1, inputs=(CLIP_IN,), strength=0.7, num_inference_steps=3),
+        {"video": FRAMES, "strength": 0.7, "guidance_scale": 2.0},
+    ),
+    "a clip as a condition": (
+        "ltx",
+        "LTXConditionPipeline",
+        replace(VIDEO, n=1, height=64, inputs=(CLIP_IN,)),
+        {"video": FRAMES, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
+    ),
+    "qwen img2img": (
+        "qwen-image",
+        "QwenImageImg2ImgPipeline",
+        replace(PICTURE, negative_prompt="blurry"),
+        {"image": PHOTO, "strength": 0.7, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "qwen inpaint": (
+        "qwen-image",
+        "QwenImageInpaintPipeline",
+        PAINTED,
+        {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
+    ),
+    "edit": (
+        "qwen-image",
+        "QwenImageEditPipeline",
+        replace(EDIT, negative_prompt="blurry"),
+        {"image": PHOTO, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "edit of several": (
+        "qwen-image",
+        "QwenImageEditPlusPipeline",
+        replace(EDIT, n=1, inputs=(IMAGE, MediaInput("image", png(OTHER)))),
+        {"image": [PHOTO, OTHER]},
+    ),
+    "skyreels image to video": (
+        "hunyuan-video",
+        "HunyuanSkyreelsImageToVideoPipeline",
+        replace(CLIP, num_frames=5, guidance_scale=6.0),
+        {"image": PHOTO, "num_frames": 5, "guidance_scale": 6.0},
+    ),
+}
+"""For each a family, a pipeline of it, our request, and what the classic call is told."""
+
+LAYOUTS = {"ulysses 2": ParallelDegrees(ulysses_degree=2), "ring 2": ParallelDegrees(ring_degree=2)}
+
+QUICK = (
+    "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "edit of several"
+)  # fmt: skip
+"""One for each way in which a pipeline takes what a request begins with."""
+
+
+def cases(*more: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in (*QUICK, *more) else pytest.mark.soak) for name in CASES]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The demo model of a case, written once, and only if a test asks for it."""
+    written: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        family, pipeline, _, _ = CASES[name]
+        if pipeline not in written:
+            written[pipeline] = tmp_path_factory.mktemp("pictures") / pipeline
+            write_demo_model(written[pipeline], family, pipeline)
+        return written[pipeline]
+
+    return find
+
+
+@contextmanager
+def small_pictures() -> Iterator[None]:
+    """Let pipelines that scale pictures to a megapixel scale them to a hundredth of that."""
+    with (
+        mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 80), (80, 96)]),
+        mock.patch.object(pipeline_qwenimage_edit, "calculate_dimensions", small),
+        mock.patch.object(pipeline_qwenimage_edit_plus, "calculate_dimensions", small),
+    ):
+        yield
+
+
+def small(area: int, ratio: float) -> tuple[int, int]:
+    width = (area / 64 * ratio) ** 0.5
+    return round(width / 32) * 32, round(width / ratio / 32) * 32
+
+
+def made(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Generated:
+    with small_pictures():
+        return generate(mesh, folder, request, local)
+
+
+def asked(folder: Path, request: GenerationRequest, told: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+    """The latents after the last step of the classic call, and what it makes, each seed asked for alone."""
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    latents: list[torch.Tensor] = []
+    pictures: list[Any] = []
+    for seed in request.all_seeds:
+        seen: list[torch.Tensor] = []
+
+        def see(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any], seen: Any = seen) -> dict[str, Any]:
+            seen[:] = [values["latents"]]
+            return {}
+
+        with small_pictures():
+            found = pipeline(
+                prompt=request.prompt,
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.num_inference_steps,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=see,
+                **told,
+            )[0]
+        latents += seen
+        pictures += [pixels(each) for each in found]
+    return torch.cat(latents), pictures
+
+
+def alone(folder: Path, request: GenerationRequest) -> Generated:
+    return made(ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60), folder, request)
+
+
+def elsewhere(request: GenerationRequest) -> GenerationRequest:
+    """The same with its first picture turned."""
+    first, *others = request.inputs
+    turned = PHOTO.rotate(180) if first == IMAGE else OTHER.rotate(90)
+    data = animated(FRAMES[::-1]) if first == CLIP_IN else png(turned)
+    return replace(request, inputs=(replace(first, data=data), *others))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_one_rank_is_the_classic_pipeline(folder_of: Callable[[str], Path], name: str) -> None:
+    _, _, request, told = CASES[name]
+    folder = folder_of(name)
+    assert family_name(folder) == CLASSIC
+    reference, expected = asked(folder, request, told)
+    latents, pictures = alone(folder, request)
+    assert error(latents, reference) <= BAR
+    assert differ(pictures, expected) <= 1
+    others, _ = alone(folder, elsewhere(request))
+    assert error(others, latents) > 100 * BAR  # else the picture would not matter
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_layout_makes_the_same(ranks: RankPool, folder_of: Callable[[str], Path], name: str) -> None:
+    _, _, request, _ = CASES[name]
+    ((latents, pictures),) = ranks.run(ALONE, made, folder_of(name), request)
+    for layout in LAYOUTS.values():
+        check(ranks.run(layout, made, folder_of(name), request), latents, pictures)
+    got, _ = ranks.run(LAYOUTS["ulysses 2"], made, folder_of(name), request, True)[0]
+    assert error(got, latents) > 100 * BAR  # attention kept local
+
+
+@pytest.mark.parametrize(
+    "options", [{"text_encoder": "replicate"}, {"vae": "rank0"}, {"text_encoder": "replicate", "vae": "rank0"}], ids=str
+)
+def test_only_the_first_rank_reads_pictures(
+    ranks: RankPool, folder_of: Callable[[str], Path], options: dict[str, str]
+) -> None:
+    """The others get none, whether or not they have encoders and the VAE."""
+    _, _, request, _ = CASES["inpaint"]
+    ((latents, pictures),) = ranks.run(ALONE, made, folder_of("inpaint"), request)
+    check(ranks.run(LAYOUTS["ulysses 2"], first_reads, folder_of("inpaint"), request, options), latents, pictures)
+
+
+def test_every_pipeline_that_begins_with_a_picture_is_a_case() -> None:
+    named = {pipeline for _, pipeline, _, _ in CASES.values()}
+    assert {each for each in proved_pipelines() if classic_family(each).with_pictures} == named
+    assert len({each for plan in plans.families() for each in plan.pipelines}) == len(proved_pipelines())
+
+
+TASKS = {
+    "StableDiffusion3Img2ImgPipeline": ("image-to-image",),
+    "StableDiffusion3InpaintPipeline": ("inpaint",),
+    "FluxFillPipeline": ("inpaint",),
+    "FluxKontextPipeline": ("text-to-image", "edit"),
+    "FluxControlPipeline": ("control",),
+    "FluxControlImg2ImgPipeline": ("control",),
+    "QwenImageEditPlusPipeline": ("edit",),
+    "Flux2Pipeline": ("text-to-image", "edit"),
+    "LTXImageToVideoPipeline": ("image-to-video",),
+    "LTXConditionPipeline": ("text-to-video", "image-to-video", "video-to-video"),
+    "WanImageToVideoPipeline": ("image-to-video", "first-last-frame-to-video"),
+    "WanVideoToVideoPipeline": ("video-to-video",),
+}
+
+
+@pytest.mark.parametrize("pipeline", TASKS)
+def test_the_tasks_are_those_of_the_signature(pipeline: str) -> None:
+    assert classic_family(pipeline).tasks == TASKS[pipeline]
+
+
+def test_what_guides_is_read_from_the_source() -> None:
+    assert classic_family("QwenImageEditPipeline").guided_by_negative_prompt
+    assert classic_family("QwenImageEditPipeline").guided_above == 1.0
+    assert classic_family("FluxKontextPipeline").guided_above is None
+    assert classic_family("ChromaInpaintPipeline").guided_above == 1.0
+    several = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).takes_several]
+    assert several == ["QwenImageEditPlusPipeline", "Flux2Pipeline"]
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "no picture": ("img2img", {"inputs": ()}, "image", "'demo' is not for text-to-image; it is for image-to-image"),
+    "a mask too many": ("img2img", {"inputs": (IMAGE, WHERE)}, "mask", "is not for inpaint; it is for image-to-image"),
+    "no mask": ("inpaint", {"inputs": (IMAGE,)}, "mask", "is not for image-to-image; it is for inpaint"),
+    "several": ("kontext", {"inputs": (IMAGE, IMAGE)}, "image", "'demo' takes one image, got 2"),
+    "strength": ("kontext", {"strength": 0.5}, "strength", "'demo' always does all steps; leave strength out"),
+    "no control": ("control of a picture", {"inputs": (IMAGE,)}, "control_image", "is not for image-to-image; it"),
+    "no image": ("control of a picture", {"inputs": (CONTROL,)}, "image", "takes image, control_image; got c"),
+    "a last frame": ("image to video", {"inputs": (IMAGE, LAST)}, "last_image", "is not for first-last-frame-to-video"),
+    "a scale": ("image to video", {"guidance_scale_2": 2.0}, "guidance_scale_2", "has one scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_model_does_not_begin_with_is_refused_by_name(folder_of: Callable[[str], Path], name: str) -> None:
+    case, changes, param, said = REFUSALS[name]
+    loaded = load_model(model(folder_of(case)), ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60))
+    with pytest.raises(InvalidParameter, match=said) as refused:
+        begin(loaded, replace(CASES[case][2], **changes))
+    assert refused.value.param == param
+
+
+def test_a_picture_of_a_seed_is_the_same_among_several(folder_of: Callable[[str], Path]) -> None:
+    _, _, request, _ = CASES["img2img"]
+    latents, _ = alone(folder_of("img2img"), request)
+    single, _ = alone(folder_of("img2img"), replace(request, n=1, seed=request.seed + 1))
+    assert error(latents[1:], single) <= BAR
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.01, 1), (0.5, 2), (1.0, 4), (None, 3)])
+def test_the_strength_is_the_share_of_the_steps(
+    folder_of: Callable[[str], Path], strength: float | None, steps: int
+) -> None:
+    loaded = load_model(model(folder_of("img2img")), ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60))
+    denoising = begun(loaded, replace(CASES["img2img"][2], n=1, strength=strength))
+    assert denoising.total_steps == steps
+    while not denoising.done:
+        denoising.step()
+    assert len(denoising.finish()) == 1

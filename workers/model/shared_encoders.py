@@ -1,0 +1,98 @@
+"""The encoders of a classic call: they work once, on one rank, and what they have made serves all of them.
+
+A pipeline comes in; its `encode_prompt`, its `encode_image` and its VAE's `encode` are replaced by what keeps their
+answers in order, or answers with those of another rank. What a VAE makes of a picture is a distribution, from which
+each call draws by a generator of its own: so all ranks draw alike. Called by `workers.model.stepped_call`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+METHODS = ("encode_prompt", "encode_image")
+"""Of pipelines: all that they return is made of tensors."""
+
+
+class SharedEncoders:
+    """The answers of the encoders in one call, in the order in which it asks them.
+
+    Args:
+        made: their answers elsewhere; None: they are asked here.
+        seed: of what a pipeline draws from a distribution without naming a generator.
+
+    Attributes:
+        made: the answers.
+        here: whether the encoders are asked here.
+    """
+
+    def __init__(self, made: list[Any] | None, seed: int) -> None:
+        self.made: list[Any] = [] if made is None else made
+        self.here = made is None
+        self._seed = seed
+        self._read = 0
+        self._inside = False
+
+    def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The answer of an encoder. What one asks another within its own work is part of that."""
+        if self._inside:
+            return method(*args, **kwargs)
+        if self.here:
+            self._inside = True
+            try:
+                self.made.append(method(*args, **kwargs))
+            finally:
+                self._inside = False
+        elif self._read == len(self.made):
+            raise RuntimeError("the pipeline encodes more on this rank than on the one that has encoders")
+        self._read += 1
+        return self.made[self._read - 1]
+
+    def reading(self, vae: Any) -> "ReadingVAE":
+        """A VAE whose `encode` is one of these encoders."""
+        return ReadingVAE(vae, self, self._seed)
+
+
+class ReadingVAE:
+    """A VAE that encodes by the answers of `SharedEncoders`. Everything else is the VAE's own."""
+
+    def __init__(self, vae: Any, encoders: SharedEncoders, seed: int) -> None:
+        self._vae, self._encoders, self._seed = vae, encoders, seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, *args: Any, **kwargs: Any) -> AutoencoderKLOutput | EncoderOutput:
+        """What the VAE's own `encode` returns.
+
+        Raises:
+            TypeError: it returns something else than a Gaussian distribution or latents.
+        """
+        made = self._encoders(functools.partial(_packed, self._vae.encode), *args, **kwargs)
+        if "latent" in made:
+            return EncoderOutput(latent=made["latent"])
+        return AutoencoderKLOutput(latent_dist=_Distribution(made["parameters"], self._seed))
+
+
+class _Distribution(DiagonalGaussianDistribution):  # type: ignore[misc]
+    """Draws alike on all ranks where the pipeline names no generator: then torch would ask its global one."""
+
+    def __init__(self, parameters: torch.Tensor, seed: int) -> None:
+        super().__init__(parameters)
+        self._seed = seed
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        drawn: torch.Tensor = super().sample(generator or torch.Generator().manual_seed(self._seed))
+        return drawn
+
+
+def _packed(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    found = encode(*args, **kwargs)
+    if isinstance(getattr(found, "latent_dist", None), DiagonalGaussianDistribution):
+        return {"parameters": found.latent_dist.parameters}
+    if isinstance(getattr(found, "latent", None), torch.Tensor):
+        return {"latent": found.latent}
+    raise TypeError(f"the VAE encodes to a {type(found).__name__} that has neither a Gaussian latent_dist nor a latent")
