@@ -1,4 +1,4 @@
-"""Fields of bodies that are pictures: a file of a form, or a data: URL in JSON, comes in; its bytes go out, not decoded.
+"""Fields of bodies that are pictures: a file of a form or a data: URL in JSON comes in, its bytes go out, not decoded.
 
 For `service.api.bodies`; `service.api.pictures` decodes them.
 """

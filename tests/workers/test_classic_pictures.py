@@ -70,12 +70,6 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         PICTURE,
         {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5},
     ),
-    "chroma inpaint": (
-        "chroma",
-        "ChromaInpaintPipeline",
-        PAINTED,
-        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
-    ),
     "flux img2img": (
         "flux",
         "FluxImg2ImgPipeline",
@@ -250,6 +244,7 @@ def asked(folder: Path, request: GenerationRequest, told: dict[str, Any]) -> tup
                 num_inference_steps=request.num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=see,
+                output_type="pil",
                 **told,
             )[0]
         latents += seen
@@ -335,7 +330,7 @@ def test_what_guides_is_read_from_the_source() -> None:
     assert classic_family("QwenImageEditPipeline").guided_by_negative_prompt
     assert classic_family("QwenImageEditPipeline").guided_above == 1.0
     assert classic_family("FluxKontextPipeline").guided_above is None
-    assert classic_family("ChromaInpaintPipeline").guided_above == 1.0
+    assert classic_family("ChromaImg2ImgPipeline").guided_above == 1.0
     several = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).takes_several]
     assert several == ["QwenImageEditPlusPipeline", "Flux2Pipeline"]
 

@@ -86,9 +86,11 @@ class ClassicDenoising(Denoising):
         """See `Denoising.prepare`."""
         for call in self._calls:
             call.prepare()
-        scheduler = self._schedulers[0]
-        first = getattr(scheduler, "begin_index", None) or 0  # where a picture is to keep something of itself
-        self._timesteps = scheduler.timesteps[first:].tolist()
+        timesteps = self._schedulers[0].timesteps.tolist()
+        total, order = self._calls[0].total, self._schedulers[0].order
+        if self.request.inputs and self._adapter.family.takes_strength and total:
+            timesteps = timesteps[-(total * order - order + 1) :]  # the last of them, to keep something of the input
+        self._timesteps = timesteps
 
     def _advance(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._latents = _joined([call.step() for call in self._calls])

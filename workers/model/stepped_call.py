@@ -42,12 +42,13 @@ class SteppedCall:
     ) -> None:
         self._encodes = encoders.here
         self._noise: list[Noise] = []  # one entry, from the first step on
+        self._total: list[int | None] = []  # one entry, from the loop on
         _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
         for method in METHODS:
             _replace(pipeline, method, encoders)
         if hasattr(pipeline, "vae"):
             pipeline.vae = encoders.reading(pipeline.vae)
-        _replace(pipeline, "progress_bar", _loop_begins)
+        _replace(pipeline, "progress_bar", functools.partial(_loop_begins, self._total))
         _watch(pipeline.scheduler, self._noise)
         run = functools.partial(pipeline, **arguments, callback_on_step_end=_step_ended)
         self._call: Any = greenlet(run)  # nothing that it can reach knows this object, so that it ends with it
@@ -56,6 +57,11 @@ class SteppedCall:
     def noise(self) -> Noise:
         """Of the latest step."""
         return self._noise[0]
+
+    @property
+    def total(self) -> int | None:
+        """Steps that the pipeline says it will do, from `prepare` on; None: it does not say."""
+        return self._total[0]
 
     def encode(self) -> None:
         """Go on to the loop, if the encoders are here."""
@@ -116,7 +122,8 @@ def _checked(refuse: Callable[[ValueError], None], method: Callable[..., Any], *
         raise
 
 
-def _loop_begins(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _loop_begins(told: list[int | None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    told.append(kwargs.get("total"))
     _stop()
     return method(*args, **kwargs)
 

@@ -42,7 +42,7 @@ def demo_pipeline(name: str = "LTXPipeline") -> Any:
     )
     text_encoder = t5_encoder(len(characters))
     return getattr(diffusers, name)(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting="Condition" not in name),
         vae=vae.eval(),
         text_encoder=text_encoder,
         tokenizer=characters,

@@ -1,0 +1,60 @@
+"""Reads the clips that callers send, which may be hostile: an MP4 comes in, an animated PNG goes out.
+
+Its kind is told by its first bytes. It is decoded by a process of its own (`workers.clip_decoder`), which may take
+little memory and time; where that ends badly, the clip is the caller's mistake. Called by `service.api.pictures`.
+"""
+
+import importlib.util
+import subprocess
+import sys
+
+from workers.errors import InvalidParameter
+
+SECONDS = 90
+"""For decoding one."""
+
+_found = importlib.util.find_spec("workers.clip_decoder")  # which needs nothing else of ours, and is not imported here
+assert _found is not None and _found.origin is not None
+DECODER = _found.origin
+
+REFUSED = 3
+"""The decoder's exit code of a clip that it does not take."""
+
+ALLOWED = "a clip must be an MP4"
+
+
+def decode_clip(param: str, data: bytes, most_frames: int) -> bytes:
+    """An animated PNG of its first frames; blocks for as long as that takes.
+
+    Raises:
+        InvalidParameter: it is no clip that is taken.
+    """
+    if data[4:8] != b"ftyp":
+        raise _invalid(param, f"{ALLOWED}; this file does not begin as one")
+    command = [sys.executable, "-I", DECODER, str(most_frames)]
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise _invalid(param, f"the clip cannot be decoded within {SECONDS} s; send a smaller one") from None
+    if done.returncode == REFUSED:
+        raise _invalid(param, done.stderr.decode(errors="replace").strip()[:300])
+    if done.returncode != 0:
+        raise _invalid(param, "the clip cannot be decoded")
+    return done.stdout
+
+
+def frames_of(data: bytes) -> int:
+    """How many frames a PNG of `decode_clip` has."""
+    place = 8
+    while place < len(data):
+        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if kind == b"acTL":
+            return int.from_bytes(data[place + 8 : place + 12])
+        if kind == b"IDAT":
+            return 1
+        place += 12 + length
+    return 1
+
+
+def _invalid(param: str, message: str) -> InvalidParameter:
+    return InvalidParameter(param, message, "invalid_clip")
