@@ -57,12 +57,7 @@ def _example(inputs: Callable[[Tokens], dict[str, Any]], **init: object) -> Exam
 
 QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
-    pipelines=(
-        "QwenImageImg2ImgPipeline",
-        "QwenImageInpaintPipeline",
-        "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
-    ),
+    pipelines=("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     sp_plan={
         "": {"controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
         "pos_embed": {

@@ -182,7 +182,8 @@ REFUSED = [
     ({"output_quality": 101}, "output_quality", "invalid_value"),
     ({"loras": [{"name": "nope"}]}, "loras", "invalid_value"),
     ({"loras": [{"name": "ink", "scale": 5}]}, "loras.0.scale", "invalid_value"),
-    ({"task": "TASK_EDIT"}, "task", "wrong_task"),
+    ({"task": "TASK_EDIT"}, "inputs", "invalid_value"),
+    ({"task": 77}, "task", "wrong_task"),
     ({"model": "paint", "task": "TASK_TEXT_TO_VIDEO"}, "task", "wrong_task"),
     ({"model": "film", "task": "TASK_TEXT_TO_IMAGE"}, "task", "wrong_task"),
     ({"model": ""}, "model", "missing_required_parameter"),
@@ -192,7 +193,11 @@ REFUSED = [
     ({"inputs": [{"role": "image", "uri": "https://example.org"}]}, "inputs[0].uri", "invalid_value"),
     ({"inputs": [{"role": "image", "output_of_job": "a"}]}, "inputs[0].output_of_job", "unknown_parameter"),
     ({"inputs": [{"role": "first_frame", "data": "YWI="}]}, "inputs[0].role", "invalid_value"),
-    ({"inputs": [{"role": "image", "data": "YWI="}] * 2}, "inputs[1].role", "invalid_value"),
+    (
+        {"inputs": [{"role": role, "data": "YWI="} for role in ("image", "mask", "mask")]},
+        "inputs[2].role", "invalid_value",
+    ),
+    ({"inputs": [{"role": "last_image", "data": "YWI="}]}, "inputs[0].role", "invalid_value"),
     ({"inputs": [{"role": "mask", "data": "YWI="}]}, "inputs", "missing_required_parameter"),
     ({"inputs": [{"role": "image", "data": "YWI="}]}, "inputs", "invalid_picture"),
     ({"inputs": [{"role": "image", "data": "YWI="}], "task": "TASK_TEXT_TO_IMAGE"}, "inputs", "invalid_value"),
@@ -246,6 +251,24 @@ def test_pictures_are_inputs_by_their_roles(call: Callable[..., Answer]) -> None
     assert call(backend, inputs=[{"role": "image", "data": base64.b64encode(noise).decode()}]).code is OK
     assert len(noise) > MAX_TEXT_BYTES
     assert f"{MAX_TEXT_BYTES} bytes" in call(backend, prompt="a" * MAX_TEXT_BYTES).said
+
+
+def test_videos_begin_with_pictures() -> None:
+    backend = Backend()
+    picture = {"role": "image", "data": base64.b64encode(encoded(colored(64, 48))).decode()}
+    last = picture | {"role": "last_image"}
+    assert stream(backend, task="TASK_IMAGE_TO_VIDEO", inputs=[picture]).code is OK
+    assert stream(backend, task="TASK_FIRST_LAST_FRAME_TO_VIDEO", inputs=[picture, last], num_frames=5).code is OK
+    assert [[each.role for each in request.inputs] for request in backend.requests] == [
+        ["image"], ["image", "last_image"]
+    ]  # fmt: skip
+    assert {(each.width, each.height, each.output_format) for each in backend.requests} == {(64, 48, "mp4")}
+    wrong = stream(backend, task="TASK_FIRST_LAST_FRAME_TO_VIDEO", inputs=[picture])
+    assert "do not make a task first-last-frame-to-video: their roles are image" in wrong.said
+    several = image(backend, task="TASK_EDIT", inputs=[picture, picture, picture | {"role": "control_image"}])
+    assert "their roles are image, image, control_image" in several.said
+    assert image(backend, task="TASK_EDIT", inputs=[picture, picture]).code is OK
+    assert image(backend, task="TASK_CONTROL", inputs=[picture | {"role": "control_image"}]).code is OK
 
 
 @pytest.mark.parametrize("fields", [{"model": "film"}, {"task": "TASK_TEXT_TO_VIDEO"}])

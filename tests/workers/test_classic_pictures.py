@@ -154,18 +154,6 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         PAINTED,
         {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
     ),
-    "edit": (
-        "qwen-image",
-        "QwenImageEditPipeline",
-        replace(EDIT, negative_prompt="blurry"),
-        {"image": PHOTO, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
-    ),
-    "edit of several": (
-        "qwen-image",
-        "QwenImageEditPlusPipeline",
-        replace(EDIT, n=1, inputs=(IMAGE, MediaInput("image", png(OTHER)))),
-        {"image": [PHOTO, OTHER]},
-    ),
     "skyreels image to video": (
         "hunyuan-video",
         "HunyuanSkyreelsImageToVideoPipeline",
