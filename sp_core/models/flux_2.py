@@ -37,6 +37,7 @@ _TINY = {
 
 FLUX_2 = ModelFamily(
     transformer_classes=("Flux2Transformer2DModel",),
+    pipelines=("Flux2KleinPipeline",),
     sp_plan={
         "": {
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

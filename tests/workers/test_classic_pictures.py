@@ -40,7 +40,7 @@ def animated(frames: list[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-OTHER = painted(60, 70).rotate(180)
+OTHER = painted(72, 80).rotate(180)
 LAST, CONTROL = MediaInput("last_image", png(OTHER)), MediaInput("control_image", png(OTHER))
 FRAMES = [PHOTO.rotate(10 * i) for i in range(9)]
 CLIP_IN = MediaInput("video", animated(FRAMES))
@@ -154,6 +154,12 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         PAINTED,
         {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
     ),
+    "several": (
+        "flux-2",
+        "Flux2KleinPipeline",
+        replace(EDIT, inputs=(IMAGE, MediaInput("image", png(OTHER)))),
+        {"image": [PHOTO, OTHER], "guidance_scale": 3.5},
+    ),
     "skyreels image to video": (
         "hunyuan-video",
         "HunyuanSkyreelsImageToVideoPipeline",
@@ -166,7 +172,7 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
 LAYOUTS = {"ulysses 2": ParallelDegrees(ulysses_degree=2), "ring 2": ParallelDegrees(ring_degree=2)}
 
 QUICK = (
-    "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "edit of several"
+    "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "several"
 )  # fmt: skip
 """One for each way in which a pipeline takes what a request begins with."""
 
@@ -302,6 +308,7 @@ TASKS = {
     "FluxControlImg2ImgPipeline": ("control",),
     "QwenImageEditPlusPipeline": ("edit",),
     "Flux2Pipeline": ("text-to-image", "edit"),
+    "Flux2KleinPipeline": ("text-to-image", "edit"),
     "LTXImageToVideoPipeline": ("image-to-video",),
     "LTXConditionPipeline": ("text-to-video", "image-to-video", "video-to-video"),
     "WanImageToVideoPipeline": ("image-to-video", "first-last-frame-to-video"),
@@ -320,7 +327,7 @@ def test_what_guides_is_read_from_the_source() -> None:
     assert classic_family("FluxKontextPipeline").guided_above is None
     assert classic_family("ChromaImg2ImgPipeline").guided_above == 1.0
     several = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).takes_several]
-    assert several == ["QwenImageEditPlusPipeline", "Flux2Pipeline"]
+    assert several == ["QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline"]
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {

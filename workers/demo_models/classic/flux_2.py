@@ -1,0 +1,64 @@
+"""The demo model of Flux 2 Klein, which takes any number of pictures beside the prompt."""
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+
+TRANSFORMER_GAINS = {"modulation": 4, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+)
+
+LAYERS_READ = (9, 18, 27)
+"""Of the text encoder, as the pipeline has them; their outputs lie side by side."""
+
+
+def demo_pipeline(name: str = "Flux2KleinPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
+    tokenizer = vocabulary.qwen2(chat_template=CHAT_TEMPLATE)
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=12,
+        joint_attention_dim=len(LAYERS_READ) * TEXT_WIDTH,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    amplify(transformer, TRANSFORMER_GAINS)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4
+    )
+    text_encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=TEXT_WIDTH,
+            num_hidden_layers=LAYERS_READ[-1],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=2048,
+        )
+    )
+    return getattr(diffusers, name)(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
