@@ -293,6 +293,15 @@ def test_only_the_first_rank_reads_pictures(
     check(ranks.run(LAYOUTS["ulysses 2"], first_reads, folder_of("inpaint"), request, options), latents, pictures)
 
 
+@pytest.mark.parametrize("name", ["image to video", pytest.param("several", marks=pytest.mark.soak)])
+def test_a_rank_without_the_vae_knows_its_latents(ranks: RankPool, folder_of: Callable[[str], Path], name: str) -> None:
+    """Their means and deviations are among the VAE's weights."""
+    _, _, request, _ = CASES[name]
+    ((latents, pictures),) = ranks.run(ALONE, made, folder_of(name), request)
+    found = ranks.run(LAYOUTS["ulysses 2"], first_reads, folder_of(name), request, {"vae": "rank0"})
+    check(found, latents, pictures)
+
+
 def test_every_pipeline_that_begins_with_a_picture_is_a_case() -> None:
     named = {pipeline for _, pipeline, _, _ in CASES.values()}
     assert {each for each in proved_pipelines() if classic_family(each).with_pictures} == named

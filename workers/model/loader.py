@@ -13,9 +13,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
+from safetensors import safe_open
 
 from deploy.families.lookup import component_dtype, find_family
 from deploy.model_folder import component_classes
+from deploy.safetensors_headers import headers_by_file
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
@@ -126,13 +128,13 @@ def _load_pipeline(
     absent = _absent_here(model, mesh, present)
     others = set(present) & set(pipeline.pretrained_component_names) - absent - set(transformers)
     loaded = {
-        name: load_component(pipeline, folder, name, dtype=getattr(torch, component_dtype(model, folder, name)))
+        name: load_component(pipeline, folder, name, dtype=_dtype(model, folder, name))
         for name in present
         if name in others
     }
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
-    absent_vae = _AbsentVAE(folder / "vae") if "vae" in absent else None
+    absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae")) if "vae" in absent else None
     if isinstance(pipeline, ClassicParts):
         pipeline = pipeline.assembled(absent_vae)
     elif absent_vae:
@@ -198,14 +200,27 @@ def encodes_here(model: ModelSpec, mesh: ParallelMesh) -> bool:
     return model.text_encoder == "replicate" or mesh.axis("gang").rank == 0
 
 
+def _dtype(model: ModelSpec, folder: Path, component: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, component_dtype(model, folder, component))
+    return dtype
+
+
 class _AbsentVAE:
-    """The geometry of a VAE without its weights. Pipelines ask for it, and guess another if there is no VAE.
+    """The geometry of a VAE, and of its weights only the means and deviations of latents, which some have among them.
+
+    Pipelines ask for these, and guess a geometry if there is no VAE.
 
     It is not an `nn.Module`, because a pipeline takes the device of any module it has for its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._vae: Any = build(folder)
+        place = {name: file for file, names in headers_by_file(folder).items() for name in names}
+        for name, buffer in self._vae.named_buffers():
+            if name in place:
+                with safe_open(place[name], "pt") as tensors:
+                    told = tensors.get_tensor(name)
+                buffer.data = told.to(dtype) if told.is_floating_point() else told
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)

@@ -43,6 +43,7 @@ def demo_pipeline(name: str = "Flux2KleinPipeline") -> Any:
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4
     )
+    vae.bn.running_mean.copy_(torch.linspace(-0.2, 0.2, 4 * LATENT_CHANNELS))
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
             hidden_size=TEXT_WIDTH,

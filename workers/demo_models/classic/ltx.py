@@ -40,6 +40,7 @@ def demo_pipeline(name: str = "LTXPipeline") -> Any:
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
+    vae.latents_mean.copy_(torch.linspace(-0.2, 0.2, LATENT_CHANNELS))
     text_encoder = t5_encoder(len(characters))
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting="Condition" not in name),
