@@ -49,6 +49,9 @@ def is_loopback(host: str) -> bool:
 
 
 ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z][a-z0-9-]*(:[0-9]{1,5})?")
+"""A name, not an address."""
+
 STANDARD_PORT = {"http:": ":80", "https": ":443"}
 """Browsers leave it out, by the first letters of the origin."""
 
@@ -352,6 +355,11 @@ class GatewaySpec(_Section):
         "*: all, only where callers need a key",
     )
 
+    media_hosts: tuple[str, ...] = Field(
+        (),
+        description="hosts from which pictures are fetched, over https, where a request names them by URL, such as "
+        "images.example.com; absent: none",
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="of the line that is logged for each request: key=value, or an object of JSON"
     )
@@ -367,6 +375,17 @@ class GatewaySpec(_Section):
                     "its port unless that is 80 or 443, and no path; such as https://app.example.com"
                 )
         return origins
+
+    @field_validator("media_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not HOST.fullmatch(host) or host.endswith(":443"):
+                raise ValueError(
+                    f"{host!r} is no name of a host in lower case, with its port unless that is 443, such as "
+                    "images.example.com"
+                )
+        return hosts
 
 
 class GatewayLimits(_Section):

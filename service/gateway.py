@@ -123,6 +123,7 @@ class Gateway(GrpcMethods):
         self.draining = False
         self.local_only = False
         self.cors_origins: Sequence[str] = ()
+        self.media_hosts: Sequence[str] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys(_own_name())
@@ -153,6 +154,7 @@ class Gateway(GrpcMethods):
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
+        self.media_hosts = tuple(user_config.get("media_hosts", ()))  # likewise
         self._log.follow(**user_config.get("log", NO_LOG))  # likewise
         self._tracing.follow(**user_config.get("tracing", OFF))  # likewise
         several = user_config.get("gateways", 1) > 1

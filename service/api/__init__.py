@@ -18,6 +18,7 @@ cors.py        lets pages of other sites call, if the deployment names them
 once.py        a request with an idempotency key is done once
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
+fetching.py    pictures by URL, from hosts that the operator has named
 reading.py     JSON or a form, within limits -> the fields of a body
 pictures.py    pictures that callers send -> plain PNGs, within limits
 picture_fields.py  fields of bodies that are pictures

@@ -88,6 +88,7 @@ class Backend(Protocol):
     draining: bool
     local_only: bool
     cors_origins: Sequence[str]
+    media_hosts: Sequence[str]
     in_flight: int
     outputs: OutputStore
     idempotency: IdempotencyKeys

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.api.backend import Served
 from service.api.bodies import PICTURE_INPUTS, WHERE_PICTURES_GO, Kind, parse_body
+from service.api.fetching import with_fetched
 from workers.errors import BodyTimeout, BodyTooLarge, InvalidParameter
 
 MAX_KEYS = 100
@@ -52,7 +53,8 @@ def reader(kind: type[Kind]) -> Callable[..., Awaitable[Kind]]:
                 raw = await read_form(http.headers, chunks, kind.PICTURES) if is_form else await read_json(chunks)
         except TimeoutError:
             raise BodyTimeout(None, f"the body did not arrive within {BODY_S:g} s", "body_timeout") from None
-        return parse_body(_with_extra_body(raw), kind, from_text=is_form)
+        fields = await with_fetched(_with_extra_body(raw), kind.PICTURES, backend.media_hosts, allowed)
+        return parse_body(fields, kind, from_text=is_form)
 
     return read
 

@@ -101,6 +101,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         "gateway": {
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
+            "media_hosts": options["user_config"].get("media_hosts", []),
             "node_labels": options["ray_actor_options"].get("label_selector", {}),
             **_log_before(options["user_config"].get("log")),
         },

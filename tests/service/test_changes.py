@@ -264,7 +264,11 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         update={
             "models": (changed("max_queued"), BEFORE.model_copy(update={"name": "b"})),
             "gateway": spec.gateway.model_copy(
-                update={"cors_origins": ("https://app.example.com",), "log_format": "json"}
+                update={
+                    "cors_origins": ("https://app.example.com",),
+                    "media_hosts": ("images.example.com",),
+                    "log_format": "json",
+                }
             ),
             "limits": GatewayLimits(max_body_bytes=2048),
             "auth": Auth(api_keys_env="KEYS", api_keys_file="/keys.yaml"),
@@ -292,6 +296,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "gateways": 2,
         "local_only": False,
         "cors_origins": ["https://app.example.com"],
+        "media_hosts": ["images.example.com"],
         "log": {"log_format": "json", "prompts": False},
         "max_body_bytes": 2048,
         "api_keys_env": "KEYS",

@@ -38,6 +38,7 @@ class FakeBackend:
         self.draining = False
         self.local_only = False
         self.cors_origins: tuple[str, ...] = ()
+        self.media_hosts: tuple[str, ...] = ()
         self.in_flight = 0
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys("")

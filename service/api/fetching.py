@@ -1,0 +1,127 @@
+"""Fetches pictures by URL from hosts that the operator has named in `gateway.media_hosts`; from no others.
+
+The raw fields of a body come in; where a picture is a URL of such a host, its bytes go in its place. Only https, the
+name resolved once and connected to as it was checked, no address that is not of the public internet, no redirect,
+within limits of size and time. Called by `service.api.reading`.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import httpx
+
+from workers.errors import InvalidParameter
+
+SECONDS = 20.0
+"""For all URLs of a body."""
+
+MOST_URLS = 12
+"""Of a body."""
+
+MAPPED = tuple(ipaddress.ip_network(each) for each in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16"))
+"""Addresses of version 6 behind which there is one of version 4."""
+
+
+async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str], most_bytes: int) -> object:
+    """The same fields, with bytes for the URLs of named hosts. Other values are left to the body's own rules.
+
+    Args:
+        raw: of the body.
+        fields: those that are pictures.
+        hosts: named by the operator; a port other than 443 belongs to the name.
+        most_bytes: of all that is fetched.
+
+    Raises:
+        InvalidParameter: a URL of another host or kind, or one that cannot be fetched.
+    """
+    if not hosts or not isinstance(raw, dict):
+        return raw
+    left, found = most_bytes, dict(raw)
+    urls = 0
+    try:
+        async with asyncio.timeout(SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
+            for name in fields & raw.keys():
+                values = raw[name] if isinstance(raw[name], list) else [raw[name]]
+                got = list(values)
+                for i, value in enumerate(values):
+                    url = _url_in(value)
+                    if url is None:
+                        continue
+                    urls += 1
+                    if urls > MOST_URLS:
+                        raise InvalidParameter(name, f"at most {MOST_URLS} pictures are fetched for a request")
+                    got[i] = await _fetch(client, name, url, hosts, left)
+                    left -= len(got[i])
+                found[name] = got if isinstance(raw[name], list) else got[0]
+    except TimeoutError:
+        raise InvalidParameter(name, f"the pictures could not be fetched within {SECONDS:g} s") from None
+    return found
+
+
+def _url_in(value: object) -> str | None:
+    """The URL that a picture is, unless it is none, or a data: URL."""
+    if isinstance(value, dict) and value.keys() == {"image_url"}:
+        value = value["image_url"]
+    return value if isinstance(value, str) and not value.lower().startswith("data:") else None
+
+
+async def _fetch(client: httpx.AsyncClient, name: str, url: str, hosts: Sequence[str], most_bytes: int) -> bytes:
+    host, port, rest = _parts(name, url, hosts)
+    address = await _address(name, host, port)
+    try:
+        async with client.stream(
+            "GET",
+            f"https://{f'[{address}]' if ':' in address else address}:{port}{rest}",
+            headers={"host": host if port == 443 else f"{host}:{port}", "accept": "image/*, video/mp4"},
+            extensions={"sni_hostname": host},  # whose certificate the server must have
+        ) as answer:
+            if answer.status_code != 200:
+                raise InvalidParameter(name, f"{host} answered {answer.status_code} for the URL, not 200")
+            data = bytearray()
+            async for chunk in answer.aiter_raw():
+                data += chunk
+                if len(data) > most_bytes:
+                    raise InvalidParameter(name, f"what {host} sends is larger than {most_bytes} bytes")
+    except httpx.HTTPError as error:
+        raise InvalidParameter(name, f"{host} could not be asked for the URL: {type(error).__name__}") from None
+    return bytes(data)
+
+
+def _parts(name: str, url: str, hosts: Sequence[str]) -> tuple[str, int, str]:
+    """Host, port and all that follows, of a URL that may be fetched."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 443
+    except ValueError:
+        raise InvalidParameter(name, "is no URL") from None
+    host = (parts.hostname or "").lower()
+    known = host if port == 443 else f"{host}:{port}"
+    if parts.scheme.lower() != "https" or parts.username is not None or known not in hosts:
+        raise InvalidParameter(name, f"no URL is fetched but https:// of {', '.join(hosts)}")
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise InvalidParameter(name, "the URL has characters that must be percent-encoded")
+    return host, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+async def _address(name: str, host: str, port: int) -> str:
+    """The address to connect to. All that the name resolves to must be public: else a host could choose."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise InvalidParameter(name, f"{host} has no address") from None
+    addresses = [str(entry[4][0]) for entry in found]
+    if not addresses or not all(_is_public(address) for address in addresses):
+        raise InvalidParameter(name, f"{host} is at an address that is not of the public internet")
+    return addresses[0]
+
+
+def _is_public(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address) and (
+        parsed.ipv4_mapped is not None or any(parsed in network for network in MAPPED)
+    ):
+        return False
+    return parsed.is_global and not parsed.is_multicast
