@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deploy.components import verify_components
-from deploy.families.lookup import find_family
+from deploy.families.lookup import CLASSIC, family_name, find_family
 from deploy.memory import format_bytes, rank_memory, what_fits
 from deploy.model_folder import model_folder, read_config
 from deploy.safetensors_headers import read_header
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
-from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_heads
+from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_heads, smaller_layouts
 
 
 def check_deployment(
@@ -83,6 +83,9 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
         )
         return lines
     advice = [layout_advice(model.parallel, num_heads(_transformer_config(folder)))]
+    if model.elastic:
+        own = (model.parallel, *smaller_layouts(model.parallel, model.elastic.min_degree))
+        advice.append(f"elastic: a request has {', or '.join(str(each) for each in reversed(own))}")
     groups, branches = model.parallel.cfg_parallel_size, find_family(folder).branches(math.inf, "")
     if groups > branches:
         advice.append(
@@ -156,6 +159,11 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
         return [
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but {family.pipeline} evaluates both "
             "branches in one forward, which is not divided by branches; use Ulysses or ring ranks"
+        ]
+    if family_name(folder) == CLASSIC and model.elastic:
+        return [
+            f"{model.name}: elastic, but the state of a request is inside the call of {family.pipeline}, so its ranks "
+            "cannot change; leave elastic out"
         ]
     if family.guided_above is None and model.batch_guidance is True:
         return [f"{model.name}: batch_guidance is true, but the model evaluates only one branch; leave it out"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sp_core.degrees import ParallelDegrees
+from sp_core.degrees import ParallelDegrees, smaller_layouts
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Pixels = Annotated[int, Field(ge=16, le=8192)]
@@ -157,6 +157,14 @@ class LoRA(_Section):
     )
 
 
+class Elastic(_Section):
+    """Each request of a gang gets the ranks that it needs, step by step."""
+
+    min_degree: int = Field(
+        1, ge=1, description="ranks of a request at least, counted in tensor-parallel groups; a power of two"
+    )
+
+
 class Timeouts(_Section):
     """How long a gang may take before it is replaced."""
 
@@ -187,6 +195,11 @@ class ModelSpec(_Section):
         None, description="of weights and activations; default bfloat16 on cuda, float32 on cpu"
     )
     parallel: ParallelDegrees = Field(ParallelDegrees(), description="degrees of one gang: ranks per axis")
+    elastic: Elastic | None = Field(
+        None,
+        description="a gang runs several requests side by side, each on as many ranks as it needs, which may change "
+        "after every step; absent: each request has all ranks",
+    )
     vae_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of the VAE; absent: float32 if the family's authors decode in it, else dtype"
     )
@@ -293,6 +306,17 @@ class ModelSpec(_Section):
                 f"batch_guidance is true, but parallel.cfg_parallel_size is {groups}, which gives each branch ranks of "
                 "its own; leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gang_can_be_elastic(self) -> Self:
+        if self.elastic is None:
+            return self
+        smaller_layouts(self.parallel, self.elastic.min_degree)
+        if self.vae == "rank0":
+            raise ValueError("elastic needs the VAE on every rank, and vae is rank0; leave vae out")
+        if self.cuda_graphs:
+            raise ValueError("elastic gangs cannot record CUDA graphs yet; leave cuda_graphs or elastic out")
         return self
 
     @field_validator("loras")

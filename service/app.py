@@ -17,6 +17,7 @@ from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rpc.proxy import SERVICES
+from workers.gang.elastic import slots
 from workers.gang.gang import Gang
 from workers.gang.placement import placement_group
 
@@ -105,7 +106,7 @@ def model_application(model: ModelSpec, on_nodes: dict[str, Any]) -> dict[str, A
     options = {
         "name": GANG,
         "user_config": {"model": model.live, **on_nodes},
-        "max_ongoing_requests": 1,  # a gang computes one at a time; the others wait where they can be rerouted
+        "max_ongoing_requests": slots(model),  # the others wait where they can be rerouted
         "max_queued_requests": -1,  # the gateway limits them: Serve would refuse one that lost its gang and waits again
         "max_surge_percent": 1,  # rounded up: new gangs start one by one, and an old one stops when a new one serves
         "autoscaling_config": {

@@ -4,6 +4,7 @@ Degrees come from the deployment YAML or from command-line flags and go to every
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -74,6 +75,62 @@ def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
 
     single = {axis: grouped({axis}) for axis in AXES}
     return {"gang": grouped(set(AXES)), "sequence": grouped({"ring", "ulysses"}), **single}
+
+
+def units(degrees: ParallelDegrees) -> int:
+    """Ranks of an elastic gang, counted in tensor-parallel groups: those share weights, and stay together.
+
+    Raises:
+        ValueError: not a power of two, so blocks of half the size would not fit into one another.
+    """
+    found = degrees.world_size // degrees.tensor_parallel_size
+    if found & (found - 1):
+        raise ValueError(
+            f"an elastic gang needs a power of two of ranks, or of tensor-parallel groups, and {degrees} has {found}; "
+            "change ulysses_degree, ring_degree or cfg_parallel_size"
+        )
+    return found
+
+
+def smaller_layout(degrees: ParallelDegrees, count: int, guided: bool) -> ParallelDegrees:
+    """How `count` units of an elastic gang share a request.
+
+    Ring is given up first, then Ulysses, then the groups of guidance, which talk least. A request without guidance has
+    nothing to divide among these: their ranks share its sequence.
+
+    Args:
+        degrees: the layout of the gang.
+        count: a power of two, at most `units(degrees)`.
+        guided: whether the request has two branches.
+    """
+    sizes = {
+        "ring_degree": degrees.ring_degree,
+        "ulysses_degree": degrees.ulysses_degree * (1 if guided else degrees.cfg_parallel_size),
+        "cfg_parallel_size": degrees.cfg_parallel_size if guided else 1,
+    }
+    for name in sizes:
+        while math.prod(sizes.values()) > count and sizes[name] > 1:
+            sizes[name] //= 2
+    return replace(degrees, **sizes)
+
+
+def smaller_layouts(degrees: ParallelDegrees, least: int) -> tuple[ParallelDegrees, ...]:
+    """All layouts that requests of an elastic gang may have besides the gang's own, the largest first.
+
+    Args:
+        degrees: the layout of the gang.
+        least: units that a request has at least.
+
+    Raises:
+        ValueError: the gang's units, or `least`, are not a power of two, or `least` is more than all.
+    """
+    all_units = units(degrees)
+    if least < 1 or least & (least - 1) or least > all_units:
+        allowed = ", ".join(str(2**i) for i in range(all_units.bit_length()))
+        raise ValueError(f"min_degree must be one of {allowed}, got {least}")
+    counts = [2**i for i in reversed(range(all_units.bit_length())) if 2**i >= least]
+    found = [smaller_layout(degrees, count, guided) for count in counts for guided in (True, False)]
+    return tuple(dict.fromkeys(each for each in found if each != degrees))
 
 
 def num_heads(config: Mapping[str, Any]) -> int | None:

@@ -43,7 +43,7 @@ def settle_kernel(
         ValueError: the pinned kernel is unknown, cannot be used in this layout, or is not that of another model here.
         RuntimeError: no kernel works here, or the pinned one does not.
     """
-    alone = mesh.degrees.sequence_parallel_size == 1
+    alone = not mesh.shares_sequence
     candidates = cuda_kernels.TORCHS_OWN if alone else cuda_kernels.KERNELS
     if pinned is not None and pinned not in candidates:
         where = " where no ranks share a sequence" if alone else ""

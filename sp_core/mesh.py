@@ -5,7 +5,7 @@ Made once per rank by `workers.gang.rank`, or by anyone who has initialized `tor
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -60,10 +60,17 @@ class ParallelMesh:
         self.control = control
         self.traffic = axes["gang"].traffic
         self._axes = axes
+        self._layouts = {degrees: (axes, control)}
 
     @classmethod
     def create(
-        cls, degrees: ParallelDegrees, *, device_type: str, timeout_s: float, control_timeout_s: float | None = None
+        cls,
+        degrees: ParallelDegrees,
+        *,
+        device_type: str,
+        timeout_s: float,
+        control_timeout_s: float | None = None,
+        smaller: Sequence[ParallelDegrees] = (),
     ) -> "ParallelMesh":
         """Build this rank's groups; every rank of the world must call it, with the same arguments.
 
@@ -73,6 +80,7 @@ class ParallelMesh:
             timeout_s: seconds after which a collective of any of these groups fails. Explicit, because sub-groups
                 do not inherit the timeout of `init_process_group`.
             control_timeout_s: the same for decisions, for which a rank may wait while another loads; None: `timeout_s`.
+            smaller: layouts of fewer ranks, for `use`: each on every block of so many ranks, side by side.
 
         Raises:
             RuntimeError: `torch.distributed` is not initialized although the layout has more than one rank.
@@ -92,20 +100,24 @@ class ParallelMesh:
                 f"the layout {degrees} is for {degrees.world_size} ranks, but the process group has {world_size}; "
                 "the product of the degrees must be the number of ranks"
             )
-        rank = dist.get_rank() if initialized else 0
         device = (
             torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
         )
-        timeout = timedelta(seconds=timeout_s)
-        groups = axis_groups(degrees)
+        makers = _Groups(timedelta(seconds=timeout_s), timedelta(seconds=control_timeout_s or timeout_s))
         traffic = Traffic(on_cuda=device_type == "cuda")
-        axes: dict[AxisName, MeshAxis] = {}
-        for name in ("gang", "sequence", *AXES):
-            same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
-            axes[name] = replace(same, name=name) if same else _axis(name, groups[name], rank, timeout, traffic)
-        patience = timedelta(seconds=control_timeout_s or timeout_s)
-        control = dist.new_group(backend="gloo", timeout=patience) if world_size > 1 else None
-        return cls(degrees, device, axes, control)
+        layouts = {each: makers.layout(each, world_size, traffic) for each in (degrees, *smaller)}
+        mesh = cls(degrees, device, *layouts[degrees])
+        mesh._layouts = layouts
+        return mesh
+
+    def use(self, degrees: ParallelDegrees) -> None:
+        """From now on, be one of the blocks of this layout. No collective; the ranks of a block must do it alike.
+
+        Args:
+            degrees: the layout of the mesh, or one of the `smaller` that it was made with.
+        """
+        axes, self.control = self._layouts[degrees]
+        self.degrees, self._axes = degrees, dict(axes)
 
     @property
     def axes(self) -> tuple[MeshAxis, ...]:
@@ -115,6 +127,16 @@ class ParallelMesh:
     def axis(self, name: AxisName) -> MeshAxis:
         """This rank's place and group on the axis `name`."""
         return self._axes[name]
+
+    @property
+    def layouts(self) -> tuple[ParallelDegrees, ...]:
+        """What it may `use`, the gang's own layout first."""
+        return tuple(self._layouts)
+
+    @property
+    def shares_sequence(self) -> bool:
+        """Whether ranks share a sequence in any of the layouts that it may `use`."""
+        return any(degrees.sequence_parallel_size > 1 for degrees in self._layouts)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -152,13 +174,13 @@ class ParallelMesh:
         assert self.control is not None
         began = time.perf_counter()
         length = torch.tensor([len(value or b"")])  # as tensors: torch's way for objects unpickles what comes in
-        dist.broadcast(length, src=0, group=self.control)
+        dist.broadcast(length, group_src=0, group=self.control)
         if not length:
             return b""
         carried = torch.empty(int(length), dtype=torch.uint8)
         if value is not None:
             carried = torch.frombuffer(bytearray(value), dtype=torch.uint8)
-        dist.broadcast(carried, src=0, group=self.control)
+        dist.broadcast(carried, group_src=0, group=self.control)
         sent = 0 if value is None else (self.degrees.world_size - 1) * len(value)
         self.traffic.broadcast(sent, time.perf_counter() - began)
         return carried.numpy().tobytes()
@@ -170,23 +192,55 @@ class ParallelMesh:
         be kept forever: diffusers caches methods by their module, with that module's hooks.
         """
         self._axes.clear()
+        self._layouts.clear()
         self.control = None
 
 
-def _axis(name: AxisName, groups: list[list[int]], rank: int, timeout: timedelta, traffic: Traffic) -> MeshAxis:
-    mine = next(ranks for ranks in groups if rank in ranks)
-    if len(mine) == 1:
-        return MeshAxis(name, 0, 1, None, None, traffic)
-    group = _new_group(groups, mine, timeout, backend=None)
-    host_group = group if dist.get_backend(group) == "gloo" else _new_group(groups, mine, timeout, backend="gloo")
-    return MeshAxis(name, mine.index(rank), len(mine), group, host_group, traffic)
+Layout = tuple[dict[AxisName, MeshAxis], dist.ProcessGroup | None]
+"""The axes of one rank, and its control group."""
 
 
-def _new_group(
-    groups: list[list[int]], mine: list[int], timeout: timedelta, backend: str | None
-) -> dist.ProcessGroup | None:
-    """Create all groups of an axis, as every rank must, and keep the one that this rank is in."""
-    created: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for ranks in groups:
-        created[tuple(ranks)] = dist.new_group(ranks, timeout=timeout, backend=backend)
-    return created[tuple(mine)]
+class _Groups:
+    """Makes groups, each once: layouts share those of the same ranks. All ranks must ask for the same ones, in order.
+
+    Args:
+        timeout: of their collectives.
+        patience: of those of control groups.
+    """
+
+    def __init__(self, timeout: timedelta, patience: timedelta) -> None:
+        self._timeout, self._patience = timeout, patience
+        self._made: dict[tuple[str | None, timedelta, tuple[int, ...]], dist.ProcessGroup] = {}
+
+    def layout(self, degrees: ParallelDegrees, world_size: int, traffic: Traffic) -> Layout:
+        """This rank's place in one of the blocks of a layout, side by side over all ranks."""
+        blocks = range(0, world_size, degrees.world_size)
+        groups = {
+            name: [[first + rank for rank in ranks] for first in blocks for ranks in within]
+            for name, within in axis_groups(degrees).items()
+        }
+        axes: dict[AxisName, MeshAxis] = {}
+        for name in ("gang", "sequence", *AXES):
+            same = next((axes[other] for other in axes if groups[other] == groups[name]), None)
+            axes[name] = replace(same, name=name) if same else self._axis(name, groups[name], traffic)
+        alone = degrees.world_size == 1
+        return axes, None if alone else self._of(groups["gang"], "gloo", self._patience)
+
+    def _axis(self, name: AxisName, groups: list[list[int]], traffic: Traffic) -> MeshAxis:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        mine = next(ranks for ranks in groups if rank in ranks)
+        if len(mine) == 1:
+            return MeshAxis(name, 0, 1, None, None, traffic)
+        group = self._of(groups, None, self._timeout)
+        host_group = group if dist.get_backend(group) == "gloo" else self._of(groups, "gloo", self._timeout)
+        return MeshAxis(name, mine.index(rank), len(mine), group, host_group, traffic)
+
+    def _of(self, groups: list[list[int]], backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
+        """The group that this rank is in; those that are missing are made, as every rank must."""
+        for ranks in groups:
+            key = backend, timeout, tuple(ranks)
+            if key not in self._made:
+                self._made[key] = dist.new_group(ranks, timeout=timeout, backend=backend)
+        rank = dist.get_rank()
+        mine = next(ranks for ranks in groups if rank in ranks)
+        return self._made[backend, timeout, tuple(mine)]

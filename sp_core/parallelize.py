@@ -85,7 +85,7 @@ def parallelize(
         irreversible = "a tensor-parallel model holds only a part of its weights; load it again to have it whole"
     given = plan if plan is not None else getattr(model, "_sp_plan", None)
     replacing = family if given is None else None  # a family's file knows what is where in its own plan only
-    if mesh.degrees.sequence_parallel_size == 1 and given != {}:
+    if not mesh.shares_sequence and given != {}:
         forget_kernel = settle_kernel(model, mesh, dtype or _dtype(model), _head_size(config), kernel)
         _report(model, mesh, config)
         restore = apply_replacements(model, replacing, config, mesh)

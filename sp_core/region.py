@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 from sp_core import collectives, kernels
+from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.token_layout import Stream, TokenLayout
 
@@ -54,7 +55,7 @@ class SequenceContext:
     order_known: bool = True
     local_attention: Callable[..., torch.Tensor] = kernels.local_attention
     number: int = field(default_factory=lambda: next(_numbers))
-    _settled: dict[Hashable, None] = field(default_factory=dict)  # in the order of `settle`
+    _settled: dict[ParallelDegrees, dict[Hashable, None]] = field(default_factory=dict)  # by layout, in order
 
     def __post_init__(self) -> None:
         _contexts[self.number] = self
@@ -89,18 +90,19 @@ class SequenceContext:
             _running.set(forward.outer)
 
     def is_settled(self, what: Hashable) -> bool:
-        """Whether the ranks have compared this with one another, and agreed.
+        """Whether the ranks have compared this with one another, and agreed. In each layout anew: it has other peers.
 
         Args:
             what: must be alike on all ranks, as who exchanges and who does not depends on it.
         """
-        return what in self._settled
+        return what in self._settled.get(self.mesh.degrees, {})
 
     def settle(self, what: Hashable) -> None:
         """The ranks agree on this; the oldest agreements are forgotten, on all ranks alike."""
-        self._settled[what] = None
-        if len(self._settled) > _REMEMBERED:
-            del self._settled[next(iter(self._settled))]
+        settled = self._settled.setdefault(self.mesh.degrees, {})
+        settled[what] = None
+        if len(settled) > _REMEMBERED:
+            del settled[next(iter(settled))]
 
 
 class RunningForward:

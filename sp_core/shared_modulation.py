@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from sp_core import collectives, torch_private
-from sp_core.degrees import AxisName
+from sp_core.degrees import AxisName, ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import SharedModulation
 from sp_core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -119,6 +119,15 @@ def _shared_or_own(layer: Any, input: torch.Tensor) -> torch.Tensor:
     return type(layer).forward(layer, input) if shared is None else shared
 
 
+@dataclass(frozen=True)
+class _Shares:
+    """Over which axes the layers are shared out, which ones each rank computes, and which this one."""
+
+    axes: list[AxisName]
+    dealt: list[list[int]]
+    mine: list[int]
+
+
 class _Modulations:
     """The layers of one model whose values are shared, and the hooks that give them to the layers."""
 
@@ -127,13 +136,8 @@ class _Modulations:
         self._linears = [_linear(layer) for layer in layers]
         self._modulation = modulation
         self._mesh = mesh  # not its groups, which must end with it, while a module may live forever
-        self._axes = _sharing(self._linears, mesh) if modulation.across_ranks else []
         self._widths = [linear.out_features for linear in self._linears]
-        place, ranks = 0, 1
-        for axis in map(mesh.axis, self._axes):
-            place, ranks = place + axis.rank * ranks, ranks * axis.size
-        self._dealt = _deal(self._widths, ranks)
-        self._mine = self._dealt[place]
+        self._shares: dict[ParallelDegrees, _Shares] = {}  # by layout: those of an elastic gang change theirs
         self._kept: OrderedDict[_Key, torch.Tensor] = OrderedDict()  # this rank's values, packed
         self._kept_bytes = 0
         self._held: dict[_Key, _Values] = {}  # what the layers are given, at addresses that stay
@@ -142,13 +146,26 @@ class _Modulations:
     def begin(self, *_: Any) -> None:
         self._embedded = 0
 
+    @property
+    def _share(self) -> "_Shares":
+        """How the ranks share the layers in the present layout."""
+        degrees = self._mesh.degrees
+        if degrees not in self._shares:
+            axes = _sharing(self._linears, self._mesh) if self._modulation.across_ranks else []
+            place, ranks = 0, 1
+            for axis in map(self._mesh.axis, axes):
+                place, ranks = place + axis.rank * ranks, ranks * axis.size
+            dealt = _deal(self._widths, ranks)
+            self._shares[degrees] = _Shares(axes, dealt, dealt[place])
+        return self._shares[degrees]
+
     def embedded(self, _module: nn.Module, _args: Any, embedding: torch.Tensor) -> None:
         """Give all layers their values of this embedding, `(B, D)`."""
         if torch.compiler.is_compiling() or self._embedded < 0 or self._mesh.is_alone:
             return
         self._embedded += 1
         step = _step.get() if self._modulation.timestep_only else None
-        if (step is None and not self._axes) or not self._are_beside(embedding):
+        if (step is None and not self._share.axes) or not self._are_beside(embedding):
             return
         if self._embedded > 1:  # two embeddings in one forward: which layer takes which, only the model knows
             self._forget()
@@ -197,11 +214,12 @@ class _Modulations:
     def _values(self, embedding: torch.Tensor, timestep: float | None) -> _Values:
         """What each layer makes of the embedding, `(B, D)`. A collective of the ranks that share."""
         keeps = timestep is not None and not torch.is_grad_enabled()
+        share = self._share
         packed = self._own_of_timestep(embedding, timestep) if keeps else self._own(embedding)
-        for axis in map(self._mesh.axis, self._axes):
+        for axis in map(self._mesh.axis, share.axes):
             packed = torch.cat(collectives.all_gather_equal(packed, axis))
         values: dict[int, torch.Tensor] = {}
-        for dealt, row in zip(self._dealt, packed.chunk(len(self._dealt)), strict=True):
+        for dealt, row in zip(share.dealt, packed.chunk(len(share.dealt)), strict=True):
             widths = [self._widths[i] for i in dealt]
             made = row.expand(len(embedding), -1).split([*widths, row.shape[1] - sum(widths)], dim=1)
             values.update(zip(dealt, made, strict=False))  # the last is padding
@@ -210,13 +228,15 @@ class _Modulations:
     def _own(self, embedding: torch.Tensor) -> torch.Tensor:
         """What this rank's layers make, side by side, padded to the most that a rank has."""
         given = silu(embedding) if self._modulation.silu else embedding
-        most = max(sum(self._widths[i] for i in dealt) for dealt in self._dealt)
-        missing = most - sum(self._widths[i] for i in self._mine)
-        return torch.cat([*(self._layers[i](given) for i in self._mine), given.new_zeros(len(given), missing)], dim=1)
+        share = self._share
+        most = max(sum(self._widths[i] for i in dealt) for dealt in share.dealt)
+        missing = most - sum(self._widths[i] for i in share.mine)
+        return torch.cat([*(self._layers[i](given) for i in share.mine), given.new_zeros(len(given), missing)], dim=1)
 
     def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
         """One row, which is that of all samples: they have the same timestep."""
-        key = (timestep, embedding.shape, embedding.dtype, embedding.device)  # batches differ in their last bits
+        # Batches differ in their last bits, layouts in who computes what.
+        key = (timestep, embedding.shape, embedding.dtype, embedding.device, self._mesh.degrees)
         if key not in self._kept:
             self._kept[key] = self._own(embedding[:1])
             self._kept_bytes += self._kept[key].nbytes

@@ -49,7 +49,7 @@ FUNCTIONS = {
         "self", "query", "key", "value", "mask", "joint_query", "joint_key", "joint_value", "joint_strategy",
         "joint_sharded",
     ],
-    ParallelMesh.create: ["degrees", "device_type", "timeout_s", "control_timeout_s"],
+    ParallelMesh.create: ["degrees", "device_type", "timeout_s", "control_timeout_s", "smaller"],
     Adapters.load: ["self", "name", "weights"],
     Adapters.unload: ["self", "name"],
     Adapters.activate: ["self", "scales"],
@@ -74,7 +74,7 @@ SPEC_KEYS = frozenset(
     models.attention_kernel models.vae_dtype models.placement.network_interface
     models.compile models.cuda_graphs models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
-    models.batch_guidance models.self_test
+    models.batch_guidance models.self_test models.elastic models.elastic.min_degree
     models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory

@@ -3,6 +3,7 @@
 gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
+gang -> rank               Part, in an elastic gang, which gets Kept at its end or in between
 rank -> gang               Drawn, when the ranks are free for the next request; Traced, of a request that is traced
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
@@ -251,6 +252,40 @@ class Traced:
     """
 
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some steps of a request of an elastic gang, on some of its ranks.
+
+    Attributes:
+        request: what is drawn.
+        number: of the part, 1 for the first of the request.
+        ranks: how many there are.
+        encoded: its prompts, as the rank that encodes has returned them.
+        progress: where it stands; empty: at its beginning.
+    """
+
+    request: GenerationRequest
+    number: int
+    ranks: int
+    encoded: bytes = field(repr=False)
+    progress: bytes = field(repr=False, default=b"")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a request of an elastic gang stands, so that any of its ranks can go on from there.
+
+    Attributes:
+        steps_done: steps of its scheduler.
+        progress: for `Part.progress`.
+        pauses: its ranks have left it; False: they go on, and this is for the case that they are lost.
+    """
+
+    steps_done: int
+    progress: bytes = field(repr=False)
+    pauses: bool
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,11 @@ class RankMetrics:
         model: its name.
         replica: the number of the gang.
         rank: the number of the rank.
-        layout: of the gang, as the API says it.
+        layout: of the gang, as the API says it; of an elastic one, that of the request.
+        leads: whether it counts what all ranks of a request do alike; None: rank 0 does.
     """
 
-    def __init__(self, model: str, replica: str, rank: int, layout: str = "") -> None:
+    def __init__(self, model: str, replica: str, rank: int, layout: str = "", leads: bool | None = None) -> None:
         self._labels = model, replica, str(rank)
         self._layout = layout
         self._steps: dict[str, Any] = {}  # by shape
@@ -63,7 +64,8 @@ class RankMetrics:
         self._stages = {stage: STAGE_SECONDS.labels(*self._labels, stage) for stage in RANK_STAGES}
         self._memory = {kind: RANK_MEMORY.labels(*self._labels, kind) for kind in MEMORY_KINDS}
         self._counts = [
-            metric.labels(model, replica) if rank == 0 else None for metric in (STEPS, PIXELS, PROMPT_TOKENS)
+            metric.labels(model, replica) if (rank == 0 if leads is None else leads) else None
+            for metric in (STEPS, PIXELS, PROMPT_TOKENS)
         ]
 
     def step(self, seconds: float, shape: str) -> None:

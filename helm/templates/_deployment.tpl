@@ -62,6 +62,7 @@ section as a default says what each item of a given list has.
 {{- range $key, $value := $sample.args }}{{ $_ := set $defaults $key $value }}{{ end }}
 {{- range $key, $value := $live }}{{ $_ := set $defaults $key $value }}{{ end }}
 {{- $filled := (include "spray.filled" (dict "default" $defaults "given" .) | fromJson).v }}
+{{- if kindIs "map" $filled.elastic }}{{ $_ := set $filled "elastic" (merge $filled.elastic (dict "min_degree" 1)) }}{{ end }}
 {{- $fixed := dict }}
 {{- range $key, $_ := $sample.args }}{{ $_ := set $fixed $key (get $filled $key) }}{{ end }}
 {{- $changing := dict }}
@@ -133,6 +134,8 @@ section as a default says what each item of a given list has.
 {{- $_ := set $options "placement_group_strategy" $model.placement.strategy }}
 {{- with $model.placement.node_labels }}{{ $_ := set $options "placement_group_bundle_label_selector" (list .) }}{{ end }}
 {{- $_ := set $options "graceful_shutdown_timeout_s" $model.grace_period_s }}
+{{- /* As slots() of workers/gang/elastic.py. */}}
+{{- if $model.elastic }}{{ $_ := set $options "max_ongoing_requests" (mul 2 (div .ranks $model.parallel.tensor_parallel_size)) }}{{ end }}
 {{- $name := printf "%s%s" (trimSuffix "a" $ofModel.name) $model.name }}
 {{- $application := deepCopy $ofModel }}
 {{- $_ := set $application "name" $name }}

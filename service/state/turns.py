@@ -9,12 +9,13 @@ least tag is next. So a caller with a thousand requests delays another's by one 
 lost its gang keeps its tag.
 
 *Gang.* The free one with the least backlog in seconds; among equals, a warm one. A gang that replaces its ranks gets
-nothing while others run. The gang has the last word: it computes one request at a time and refuses a second. What is
-believed here may therefore be wrong without harm: it costs a refusal, and a pause.
+nothing while others run. The gang has the last word: it takes one request at a time, an elastic one several, and
+refuses more. What is believed here may therefore be wrong without harm: it costs a refusal, and a pause.
 """
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,13 @@ class Waiter(NamedTuple):
     again: bool = False
 
 
+class Given(NamedTuple):
+    """A turn that has not ended: whose, and since when, in seconds since the epoch."""
+
+    ticket: Ticket
+    at: float
+
+
 @dataclass
 class Holding:
     """What is known of a gang beyond its report.
@@ -113,9 +121,8 @@ class Holding:
     Attributes:
         report: the last one.
         askers: the gateways that know the gang.
-        turn: the number of the turn that has it; 0 while it is free.
-        ticket: of that turn, or of the last one.
-        given_at: when it was last given to a request, in seconds since the epoch.
+        turns: those that have it, by number; an elastic gang takes several requests at once.
+        latest: the request that it was given last.
         freed_at: when it last became free, in seconds since the epoch.
         refused_at: when it last refused a request, in seconds since the epoch.
         lost_at: when a request lost its ranks there, in seconds since the epoch.
@@ -123,12 +130,16 @@ class Holding:
 
     report: GangBacklog = field(default_factory=GangBacklog)
     askers: set[str] = field(default_factory=set)
-    turn: int = 0
-    ticket: Ticket | None = None
-    given_at: float = 0.0
+    turns: dict[int, Given] = field(default_factory=dict)
+    latest: Ticket | None = None
     freed_at: float = 0.0
     refused_at: float = 0.0
     lost_at: float = 0.0
+
+    @property
+    def full(self) -> bool:
+        """It takes no further request."""
+        return len(self.turns) >= self.report.slots
 
     @property
     def lost(self) -> bool:
@@ -137,7 +148,7 @@ class Holding:
 
     def backlog_s(self, now: float) -> float:
         """Seconds until it is free of work that was not given from here, or is not known to have ended."""
-        if self.freed_at >= self.report.reported_at:
+        if self.freed_at >= self.report.reported_at and not self.turns:
             return 0.0
         return max(0.0, self.report.backlog_s - (now - self.report.reported_at))
 
@@ -147,10 +158,11 @@ class Holding:
 
     def remaining_s(self, now: float, request_s: float) -> float:
         """Seconds left of what it runs. `request_s`: what a request takes, for one that it has not reported yet."""
-        if self.turn and not (self.report.busy and self.report.reported_at > self.given_at):
-            takes_s = (self.ticket.seconds if self.ticket else 0.0) or request_s
-            return max(0.0, takes_s - (now - self.given_at))
-        return self.backlog_s(now)
+        fresh = [
+            given for given in self.turns.values() if not (self.report.busy and self.report.reported_at > given.at)
+        ]
+        fresh_s = sum(max(0.0, (ticket.seconds or request_s) - (now - at)) for ticket, at in fresh)
+        return fresh_s if fresh and len(fresh) == len(self.turns) else fresh_s + self.backlog_s(now)
 
 
 class Turns:
@@ -193,16 +205,16 @@ class Turns:
             waiting.answer.cancel()
             return
         for holding in self._gangs.values():
-            if holding.turn and holding.ticket is not None and holding.ticket.request_id == request_id:
-                holding.turn, holding.freed_at = 0, time.time()
+            for number in [number for number, given in holding.turns.items() if given.ticket.request_id == request_id]:
+                del holding.turns[number]
+                holding.freed_at = time.time()
         self._give()
 
     def end(self, turn: Turn, refused: bool = False) -> None:
         """The request of a turn has ended for any reason; or its gang was busy or gone, and it asks again."""
         holding = self._gangs.get(turn.gang)
-        if holding is None or holding.turn != turn.number:
+        if holding is None or holding.turns.pop(turn.number, None) is None:
             return
-        holding.turn = 0
         if refused:
             holding.refused_at = time.time()
         else:
@@ -212,7 +224,8 @@ class Turns:
     def lose(self, request_id: str) -> None:
         """The request has lost the ranks of its gang. The gang's own report comes a second later."""
         for holding in self._gangs.values():
-            if holding.ticket is not None and holding.ticket.request_id == request_id:
+            holds = [holding.latest, *(given.ticket for given in holding.turns.values())]
+            if any(ticket is not None and ticket.request_id == request_id for ticket in holds):
                 holding.lost_at = time.time()
 
     def know(self, asker: str, reports: Mapping[str, GangBacklog]) -> None:
@@ -223,8 +236,10 @@ class Turns:
             if report.reported_at >= holding.report.reported_at:
                 holding.report = report
             idle = not report.busy and not report.replacing
-            if holding.turn and idle and report.reported_at > holding.given_at + OVERDUE_S:
-                holding.turn, holding.freed_at = 0, time.time()
+            given_at = max((given.at for given in holding.turns.values()), default=math.inf)
+            if idle and report.reported_at > given_at + OVERDUE_S:
+                holding.turns.clear()
+                holding.freed_at = time.time()
         for name in [name for name in self._gangs if name not in reports]:
             self._gangs[name].askers.discard(asker)
             if not self._gangs[name].askers:
@@ -237,8 +252,8 @@ class Turns:
             del self._waiting[waiter.ticket.request_id]
             waiter.answer.cancel()
         for holding in self._gangs.values():
-            if holding.turn and holding.ticket is not None and holding.ticket.asker == asker:
-                holding.turn = 0  # the gang ends the request itself; until then it refuses
+            for number in [number for number, given in holding.turns.items() if given.ticket.asker == asker]:
+                del holding.turns[number]  # the gang ends the request itself; until then it refuses
         self.know(asker, {})
 
     def prospect(self, caller: str) -> Prospect:
@@ -306,13 +321,14 @@ class Turns:
             if answer.done():  # canceled
                 continue
             holding = self._gangs[gang := self._choose(free, ticket, now)]
-            holding.turn, holding.ticket, holding.given_at = next(self._numbers), ticket, now
+            number = next(self._numbers)
+            holding.turns[number], holding.latest = Given(ticket, now), ticket
             self._served = max(self._served, tag)
-            answer.set_result(Turn(holding.turn, gang))
-        if not self._waiting and not any(holding.turn for holding in self._gangs.values()):  # all are even
+            answer.set_result(Turn(number, gang))
+        if not self._waiting and not any(holding.turns for holding in self._gangs.values()):  # all are even
             self._served = max([self._served, *self._ends.values()])
             self._ends.clear()
-        refused = any(not holding.turn and holding.pauses(now) for holding in self._gangs.values())
+        refused = any(not holding.full and holding.pauses(now) for holding in self._gangs.values())
         if self._waiting and refused and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(REFUSED_S, self._again)
 
@@ -326,11 +342,11 @@ class Turns:
         return [
             name
             for name, holding in self._gangs.items()
-            if not holding.turn and not holding.pauses(now) and (all_lost or not holding.lost)
+            if not holding.full and not holding.pauses(now) and (all_lost or not holding.lost)
         ]
 
     def _choose(self, free: Sequence[str], ticket: Ticket, now: float) -> str:
-        backlogs = {name: self._gangs[name].backlog_s(now) for name in free}
+        backlogs = {name: self._gangs[name].remaining_s(now, 0.0) for name in free}
         warm = frozenset(name for name in free if ticket.shape in self._gangs[name].report.shapes)
         return best(random.sample(free, len(free)), backlogs, warm)
 

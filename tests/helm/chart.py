@@ -132,6 +132,7 @@ EVERY_KEY = {
     "vae_tiling_above": 0,
     "batch_guidance": False,
     "self_test": False,
+    "elastic": None,  # goes with neither cuda_graphs nor vae: rank0
     "loras": [{"name": "ink", "source": "/loras/ink.safetensors"}],
     "plan": "package.module:PLAN",
     "transformer_class": "package.module:Model",
@@ -204,6 +205,12 @@ VARIATIONS: dict[str, Values] = {
     },
     "groups with GPUs": GPU_GROUPS,
     "every key of a model": {**GPU_GROUPS, "models": [EVERY_KEY, {"name": "b", "source": "/b"}]},
+    "an elastic gang": {
+        **GPU_GROUPS,
+        "models": [
+            {"name": "b", "source": "/b", "elastic": {}, "parallel": {"ulysses_degree": 2, "tensor_parallel_size": 2}}
+        ],
+    },
     "accounts that exist": {"serviceAccount": {"create": False, "headName": "a", "workerName": "b"}},
     "an image by digest": {"image": {"digest": "sha256:" + "0" * 64, "pullSecrets": ["registry"]}},
     "names and labels": {

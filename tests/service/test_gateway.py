@@ -592,6 +592,33 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
     asyncio.run(story())
 
 
+def test_where_there_is_room_nobody_asks_what_waits(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several gateways the question is a call to another process."""
+    roomy = a_model("roomy").model_copy(update={"max_queued": 2})
+    waiting, asked = waiting_for("model-roomy"), []
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        asked.append(len(waiting))
+        return Prospect(1, 1.0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+    serving(opened, monkeypatch, [Begun(), RESULT])
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [roomy.model_dump(mode="json")]})
+        waiting.enter("another", Place(time.time()))
+        assert await ask(opened, replace(REQUEST, model="roomy")) == [RESULT]
+        assert not asked
+        waiting.enter("a third", Place(time.time()))
+        with pytest.raises(QueueFull):
+            await ask(opened, replace(REQUEST, model="roomy"))
+        assert asked == [3]
+        waiting.leave("another")
+        waiting.leave("a third")
+
+    asyncio.run(story())
+
+
 def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,11 +272,10 @@ def test_a_request_that_waits_while_ranks_are_lost_runs_on_the_new_ones(
     monkeypatch.setattr("workers.gang.gang.RankGroup.run", None)
 
     async def story() -> None:
-        await gang._turn.acquire()  # a change of adapters, during which the ranks are lost
-        asked = asyncio.ensure_future(ask(gang))
-        await settled(gang)
-        gang._on_lost("died")
-        gang._turn.release()
+        async with gang._turn.alone():  # a change of adapters, during which the ranks are lost
+            asked = asyncio.ensure_future(ask(gang))
+            await settled(gang)
+            gang._on_lost("died")
         await settled(gang)
         assert not asked.done()
         assert GangBacklog.from_stats(gang.record_routing_stats()).replacing

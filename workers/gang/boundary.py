@@ -24,16 +24,28 @@ class Boundary:
     Attributes:
         progress: boundaries passed; read by another thread. The gang takes a rank for stuck if it stands still for too
             long.
+        pauses: all ranks have agreed, at the latest boundary, to leave the request here.
     """
 
     def __init__(self, rank: int) -> None:
         self.progress = 0
         self._rank = rank
-        self._cancelled: str | None = None  # a request's id, written by another thread
+        self.pauses = False
+        self._cancelled: str | None = None  # a request's id, written by another thread, as is the next
+        self._paused: tuple[str, int] | None = None
+        self._part = 0
 
     def cancel(self, request_id: str) -> None:
         """Stop this request, and no other, at the next boundary. From any thread."""
         self._cancelled = request_id
+
+    def begin(self, part: int) -> None:
+        """Part `part` of a request begins, in an elastic gang."""
+        self._part, self.pauses = part, False
+
+    def pause(self, request_id: str, part: int) -> None:
+        """Leave this part of a request at the next boundary. From any thread."""
+        self._paused = request_id, part
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
@@ -79,8 +91,10 @@ class Boundary:
             raise failure
         self.progress += 1
         stop = request is not None and self._cancelled == request.request_id
+        pause = request is not None and self._paused == (request.request_id, self._part)
         own_ns = round(in_collectives * 1e9)
-        failed, cancelled, least = mesh.agree(failure is not None, stop, -own_ns)  # the greatest of the negative
+        failed, cancelled, pauses, least = mesh.agree(failure is not None, stop, pause, -own_ns)  # the least, negative
+        self.pauses = bool(pauses)
         if isinstance(failure, RequestError):
             raise failure
         if failure is not None:

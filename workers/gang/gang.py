@@ -2,7 +2,8 @@
 
 A model comes in two parts: the fixed one at construction and the live one by `reconfigure`. The gang makes sure that
 the weights are on its node, starts its ranks in the replica's own placement group, and then takes requests one at a
-time. Called by `service.gateway`; its load goes to `service.autoscaling` and `service.routing`.
+time, or several side by side if it is elastic. Called by `service.gateway`; its load goes to `service.autoscaling` and
+`service.routing`.
 
 When the ranks are lost, new processes take their places on the same devices. That takes seconds and keeps the
 placement. If it fails, or happens again and again, the replica exits, and Serve places a whole new gang.
@@ -12,11 +13,12 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,13 @@ from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
+from workers.gang.elastic import Elastic, slots
 from workers.gang.gang_guard import start_guard
-from workers.gang.rank_group import RankGroup
+from workers.gang.rank_group import OnSpans, RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog, GangLoad, Movement, Progress, progress, step_split
+from workers.gang.turn import Turn
 from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
 from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
@@ -70,7 +74,7 @@ class Gang:
         keep_replica_on_node_ip()
         self._fixed = fixed
         self._exporter = Exporter(share_values())
-        self._turn = asyncio.Lock()  # whoever holds it has the ranks to itself: a request, a change, a replacement
+        self._turn = Turn()
         self._setup: Setup | None = None  # until the first `reconfigure`
         self._incarnation = itertools.count(1)
         self._losses = 0
@@ -79,7 +83,8 @@ class Gang:
         self._adapters_changed = asyncio.Event()  # the deployment file has, not yet the ranks
         self._whole = asyncio.Event()  # unset while lost ranks are replaced
         self._whole.set()
-        self._running: GenerationRequest | None = None
+        self._running: GenerationRequest | None = None  # the latest, of an elastic gang
+        self._elastic: Elastic | None = None  # also if the gang is not
         self._costs = CostModel()
         self._movement = Movement()
         self._tracing = Tracing()
@@ -123,6 +128,14 @@ class Gang:
             RequestFailed: it failed, or was canceled; the ranks go on.
             GangLost: the ranks are lost; the request can run again.
         """
+        if self._elastic:
+            with self._tracing.span(request.traceparent, "gang", self._described) as span:
+                told = dataclasses.replace(request, traceparent=span.traceparent)
+                parts = self._generate_elastic(self._elastic, told, caller, span.add)
+                async with contextlib.aclosing(parts):
+                    async for said in parts:
+                        yield said
+            return
         async with self._turn_on_ranks(request) as ranks:
             watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
@@ -137,6 +150,33 @@ class Gang:
                                 yield report
             finally:
                 watching.cancel()
+
+    async def _generate_elastic(
+        self, elastic: Elastic, request: GenerationRequest, caller: str, on_spans: OnSpans
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Answer]:
+        """`generate` beside other requests. What has lost its ranks goes on from where it was kept."""
+        journey = elastic.begin(request)
+        yield Begun()
+        while True:
+            async with self._turn_on_ranks(request) as ranks:
+                cancel = functools.partial(elastic.cancel, ranks, request.request_id)
+                watching = asyncio.create_task(cancel_when_gone(caller, cancel))
+                try:
+                    async with contextlib.aclosing(elastic.run(ranks, journey, on_spans)) as reports:
+                        async for report in reports:
+                            if isinstance(report, Drawn):
+                                self._costs.observe(request, self._forwards(request), report.took)
+                            elif not isinstance(report, StepEvent) or request.report_steps:
+                                yield report
+                    return
+                except GangLost:
+                    if not journey.fall_back():
+                        raise
+                    logger.warning(
+                        "%s: %s goes on after step %d", self._started.model.name, request.request_id, journey.steps_done
+                    )
+                finally:
+                    watching.cancel()
 
     async def check_health(self) -> None:
         """Called by Serve every second. A loss that is being dealt with is healthy: Serve would end the replica.
@@ -158,7 +198,7 @@ class Gang:
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
-            busy=float(self._running is not None),
+            busy=self._elastic.busy if self._elastic else float(self._running is not None),
             startup_s=self._startup_s(),
             target_s=setup.model.autoscaling.target_backlog_seconds,
         ).as_stats()
@@ -172,7 +212,8 @@ class Gang:
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
             replacing=self._replacing,
-            busy=self._running is not None,
+            busy=self._is_running,
+            slots=slots(self._started.model),
         )
         ranks = self._ranks.statuses if self._ranks and not self._replacing else []
         now = {
@@ -181,6 +222,9 @@ class Gang:
             "kernel": ranks[0].kernel if ranks else "",
             "guidance": ranks[0].guidance if ranks else "",
             "request_id": self._running.request_id if self._running else "",
+            "requests": self._elastic.standing if self._elastic else [],
+            "changes": self._elastic.changes if self._elastic else 0,
+            "change_s": round(self._elastic.change_s, 4) if self._elastic else 0.0,
             **self._progress()._asdict(),
             "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
             "trouble": LOST if self._replacing else self._started.adapters.trouble,
@@ -213,6 +257,7 @@ class Gang:
             metrics_at=metrics_at,
             metrics=GangMetrics(model.name, number),
         )
+        self._elastic = Elastic(model, family) if model.elastic else None
         self._ranks = await self._start_ranks()
         self._started.metrics.started({"fetch": fetched_s})
 
@@ -240,7 +285,7 @@ class Gang:
         """A turn on sound ranks. Lost ones fail no request that had not begun: it waits until they are replaced."""
         while True:
             await self._whole.wait()
-            async with self._turn:
+            async with self._turn.shared() if self._elastic else self._turn.alone():
                 if self._replacing:
                     continue
                 ranks, self._running = self._ranks, request
@@ -251,7 +296,12 @@ class Gang:
                         yield ranks
                         return
                 finally:
-                    self._running = None
+                    if self._running is request:
+                        self._running = None
+
+    @property
+    def _is_running(self) -> bool:
+        return self._elastic.has_work if self._elastic else self._running is not None
 
     @property
     def _described(self) -> dict[str, str]:
@@ -269,13 +319,15 @@ class Gang:
 
     def _moved_at(self) -> float:
         return self._movement.at(
-            self._ranks.statuses if self._ranks else (), idle=self._running is None and not self._replacing
+            self._ranks.statuses if self._ranks else (), idle=not self._is_running and not self._replacing
         )
 
     def _remaining_s(self) -> float:
         """Seconds until the gang is free; 0 while no request was ever finished."""
         if self._replacing:
             return self._startup_s()
+        if self._elastic:
+            return self._elastic.remaining_s
         if self._running is None:
             return 0.0
         step = self._progress().step
@@ -311,7 +363,7 @@ class Gang:
         adapters = self._started.adapters
         while adapters.differs:
             self._adapters_changed.clear()
-            async with self._turn:
+            async with self._turn.alone():
                 if not self._replacing:  # else whoever replaces the ranks does it
                     await self._apply_adapters()
             if adapters.differs:
@@ -341,7 +393,7 @@ class Gang:
 
     async def _replace_ranks(self) -> None:
         name = self._started.model.name
-        async with self._turn:  # requests that come from now on wait for the new ranks
+        async with self._turn.alone():  # requests that come from now on wait for the new ranks
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()

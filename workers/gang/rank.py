@@ -247,11 +247,7 @@ class Rank:
         seconds: list[float] = []
         for end, waited in self._denoise(denoising):
             seconds.append(end.seconds)
-            self.trace.step(end, denoising.total_steps, waited)
-            if self._metrics:
-                self._metrics.step(end.seconds, self._shapes.label(request))
-                self._metrics.in_collectives(end.in_collectives, waited)
-                self._metrics.traffic(self._loaded.mesh.traffic)
+            self._observe_step(denoising, end, waited)
             if reports and request.report_steps:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
@@ -263,14 +259,8 @@ class Rank:
         denoising.join_pictures()
         pictures = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
-        if self._metrics:
-            self._metrics.stage("encode", encode_seconds)
-            self._metrics.stage("prepare", prepared - started - encode_seconds)
-            self._metrics.stage("denoise", sum(seconds))
-            self._metrics.stage("decode", decode_seconds)
-            self._metrics.memory(**memory_use(self._device))
-            self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
-            self._metrics.traffic(self._loaded.mesh.traffic)
+        prepare_seconds = prepared - started - encode_seconds
+        self._observe_request(denoising, encode_seconds, prepare_seconds, sum(seconds), decode_seconds)
         yield from self._previews.finished(wait=True)
         if reports:
             result = GenerationResult(
@@ -283,6 +273,26 @@ class Rank:
                 warnings=denoising.warnings,
             )
             yield self._encoding.keep(request, pictures, result)
+
+    def _observe_step(self, denoising: Denoising, end: StepEnd, waited: float) -> None:
+        self.trace.step(end, denoising.total_steps, waited)
+        if self._metrics:
+            self._metrics.step(end.seconds, self._shapes.label(denoising.request))
+            self._metrics.in_collectives(end.in_collectives, waited)
+            self._metrics.traffic(self._loaded.mesh.traffic)
+
+    def _observe_request(
+        self, denoising: Denoising, encode_s: float, prepare_s: float, denoise_s: float, decode_s: float
+    ) -> None:
+        request = denoising.request
+        if self._metrics:
+            self._metrics.stage("encode", encode_s)
+            self._metrics.stage("prepare", prepare_s)
+            self._metrics.stage("denoise", denoise_s)
+            self._metrics.stage("decode", decode_s)
+            self._metrics.memory(**memory_use(self._device))
+            self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
+            self._metrics.traffic(self._loaded.mesh.traffic)
 
     def status(self) -> RankStatus:
         """What this rank is doing. Answers while it computes."""

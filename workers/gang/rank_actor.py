@@ -6,7 +6,8 @@ what encodes pictures: one after the other, beside the next request.
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import ray
 
@@ -15,14 +16,28 @@ from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, RankStatus, StepEvent, Traced
+from workers.messages import (
+    Drawn,
+    GenerationRequest,
+    GenerationResult,
+    Kept,
+    Part,
+    Preview,
+    RankStatus,
+    StepEvent,
+    Traced,
+)
 from workers.model.files import fetch
 
 if TYPE_CHECKING:
+    from workers.gang.elastic_rank import ElasticRank
     from workers.gang.rank import Rank
 
 
-@ray.remote(concurrency_groups={"control": 1, "answers": 1})  # type: ignore[call-overload]
+Report = TypeVar("Report")
+
+
+@ray.remote(concurrency_groups={"control": 1, "answers": 1, "prompts": 1})  # type: ignore[call-overload]
 class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`.
 
@@ -66,7 +81,7 @@ class RankActor:
                 logging.getLogger(name).setLevel(logging.INFO)
         folder = fetch(self._model, self._storage.models)  # the gang's own node has it; another node may not
         here = self._model.model_copy(update={"source": str(folder)})
-        rank = import_rank()  # here: the gang imports this module, and must start without torch
+        rank = import_rank(here.elastic is not None)  # here: the gang imports this module, and must start without torch
         node_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._address = use_interface(here.placement.network_interface, node_address)
         place, compiled = self._place, self._storage.compiled
@@ -80,6 +95,10 @@ class RankActor:
         assert self._made is not None, "prepare is called first"
         return self._made
 
+    @property
+    def _elastic(self) -> "ElasticRank":
+        return cast("ElasticRank", self._rank)
+
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the address where the ranks of this gang meet, and return it."""
         return self._address, self._rank.open_rendezvous(self._address)
@@ -90,12 +109,31 @@ class RankActor:
 
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn | Traced]:
         """See `Rank.generate`. Of a traced request, every rank says at the end what it did."""
+        yield from self._traced(self._rank.generate(request))
+
+    def advance(
+        self, part: Part, encoded: bytes, progress: bytes
+    ) -> Iterator[StepEvent | Preview | Kept | Drawn | Traced]:
+        """See `ElasticRank.advance`. What is large comes as arguments of its own, which Ray fetches from its store."""
+        yield from self._traced(self._elastic.advance(replace(part, encoded=encoded, progress=progress)))
+
+    def _traced(self, reports: Iterator[Report]) -> Iterator[Report | Traced]:
         try:
-            yield from self._rank.generate(request)
+            yield from reports
         except Exception as error:
             yield from self._rank.trace.end(error)
             raise
         yield from self._rank.trace.end()
+
+    @ray.method(concurrency_group="prompts")
+    def encode(self, request: GenerationRequest) -> bytes:
+        """See `ElasticRank.encode`."""
+        return self._elastic.encode(request)
+
+    @ray.method(concurrency_group="control")
+    def pause(self, request_id: str, part: int) -> None:
+        """See `ElasticRank.pause`."""
+        self._elastic.pause(request_id, part)
 
     @ray.method(concurrency_group="answers")
     def answer(self, request_id: str) -> GenerationResult:

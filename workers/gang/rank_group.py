@@ -10,7 +10,7 @@ import contextvars
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -20,7 +20,7 @@ from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, Requ
 from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, create, kill_all
 from workers.gang.watch import Watch
-from workers.messages import Answer, Drawn, GenerationRequest, Preview, RankStatus, StepEvent, Traced
+from workers.messages import Answer, Drawn, GenerationRequest, Kept, Part, Preview, RankStatus, StepEvent, Traced
 from workers.metrics import Loss, StartPhase
 from workers.tracing import Span
 
@@ -112,7 +112,54 @@ class RankGroup:
             RequestFailed: it failed, or was canceled; the ranks go on, except after an `OutOfMemory` inside a step.
             GangLost: the ranks are lost.
         """
-        run = _Run(self._ranks, request, self._context, self._answers, on_spans)
+        requests = [request, *[request.without_data()] * (len(self._ranks) - 1)]
+        calls = [_Call(rank, "generate", (each,)) for rank, each in zip(self._ranks, requests, strict=True)]
+        async with contextlib.aclosing(self._run(calls, request, on_spans)) as reports:
+            async for report in reports:
+                assert not isinstance(report, Kept)
+                yield report
+
+    async def advance(
+        self, part: Part, first: int, encoded: Any, progress: bytes, on_spans: OnSpans = lambda spans: None
+    ) -> AsyncGenerator[Report | Kept]:
+        """Run a part of a request on some ranks of an elastic gang; see `ElasticRank.advance` and `run`.
+
+        Args:
+            part: without what is large.
+            first: the number of the first rank.
+            encoded: a reference to `part.encoded`.
+            progress: `part.progress`.
+            on_spans: as in `run`.
+        """
+        kept = ray.put(progress)  # once, however many ranks read it
+        calls = [_Call(rank, "advance", (part, encoded, kept)) for rank in self._ranks[first : first + part.ranks]]
+        async with contextlib.aclosing(self._run(calls, part.request, on_spans)) as reports:
+            async for report in reports:
+                yield report
+
+    async def encode(self, request: GenerationRequest) -> Any:
+        """A reference to the encoded prompts of a request of an elastic gang; see `ElasticRank.encode`.
+
+        Raises:
+            As `run`.
+        """
+        with self._watch.working():
+            call = asyncio.create_task(_encoded(self._ranks[0], request), context=self._context)
+            reference, error = await asyncio.shield(call)
+        if error is not None:
+            raise self._require_agreed(error)
+        return reference
+
+    def pause(self, request_id: str, part: int) -> None:
+        """Let the ranks leave this part of a request at their next boundary."""
+        for rank in self._ranks:
+            rank.pause.remote(request_id, part)
+
+    async def _run(
+        self, calls: "Sequence[_Call]", request: GenerationRequest, on_spans: OnSpans
+    ) -> AsyncGenerator[Report | Kept]:
+        """Make these calls, and yield what they report."""
+        run = _Run(calls, self._context, self._answers, on_spans)
         with self._watch.working():
             try:
                 async for report in self._collect(run):
@@ -181,7 +228,7 @@ class RankGroup:
         if not self._lost and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
 
-    async def _collect(self, run: "_Run") -> AsyncGenerator[Report]:
+    async def _collect(self, run: "_Run") -> AsyncGenerator[Report | Kept]:
         """Yield what the ranks report, until all of them are done with the request.
 
         It waits for every rank even when one has failed: only then is the gang free for the next request.
@@ -242,23 +289,25 @@ class RankGroup:
         self._on_lost(kind)
 
 
+class _Call(NamedTuple):
+    """What one rank is asked to do."""
+
+    rank: Any
+    method: str
+    arguments: tuple[Any, ...]
+
+
 class _Run:
-    """One request on all ranks: what they report, and how many of them still run."""
+    """One request on some ranks: what they report, and how many of them still run."""
 
     def __init__(
-        self,
-        ranks: Sequence[Any],
-        request: GenerationRequest,
-        context: contextvars.Context,
-        answers: Answers,
-        on_spans: OnSpans,
+        self, calls: Sequence[_Call], context: contextvars.Context, answers: Answers, on_spans: OnSpans
     ) -> None:
-        self.reports: asyncio.Queue[Report | _RankDone] = asyncio.Queue()
-        self.running = len(ranks)
+        self.reports: asyncio.Queue[Report | Kept | _RankDone] = asyncio.Queue()
+        self.running = len(calls)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
         self._relays = [
-            asyncio.create_task(_relay(rank, each, self.reports, answers, on_spans), context=context)
-            for rank, each in zip(ranks, [request, *[request.without_data()] * (len(ranks) - 1)], strict=True)
+            asyncio.create_task(_relay(call, self.reports, answers, on_spans), context=context) for call in calls
         ]
 
 
@@ -270,31 +319,40 @@ class _RankDone:
 
 
 async def _relay(
-    rank: Any,
-    request: GenerationRequest,
-    reports: "asyncio.Queue[Report | _RankDone]",
-    answers: Answers,
-    on_spans: OnSpans,
+    call: _Call, reports: "asyncio.Queue[Report | Kept | _RankDone]", answers: Answers, on_spans: OnSpans
 ) -> None:
-    """Run the request on one rank, and put what it reports and how it ends into the queue of all ranks.
+    """Run a request on one rank, and put what it reports and how it ends into the queue of all its ranks.
 
     What was drawn is asked for at once, even if the caller has left: else its pictures would stay on the rank.
     """
     try:
-        async for reference in rank.generate.options(num_returns="streaming").remote(request):
+        method = getattr(call.rank, call.method)
+        async for reference in method.options(num_returns="streaming").remote(*call.arguments):
             report = await reference
             if isinstance(report, Traced):
                 on_spans(report.spans)
                 continue
             reports.put_nowait(report)
             if isinstance(report, Drawn):
-                reports.put_nowait(answers.open(rank.answer.remote(report.request_id)))
+                reports.put_nowait(answers.open(call.rank.answer.remote(report.request_id)))
     except RayTaskError as error:
         reports.put_nowait(_RankDone(error.cause))
     except Exception as error:
         reports.put_nowait(_RankDone(error))
     else:
         reports.put_nowait(_RankDone(None))
+
+
+async def _encoded(rank: Any, request: GenerationRequest) -> tuple[Any, Exception | None]:
+    """A reference to what the rank has encoded, and what it raised, or None."""
+    reference = rank.encode.remote(request)
+    try:
+        await reference  # some kilobytes to megabytes; who needs them asks the store
+    except RayTaskError as error:
+        return None, error.cause
+    except Exception as error:
+        return None, error
+    return reference, None
 
 
 async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from workers.gang.rank import Rank
 
 
-def import_rank() -> "type[Rank]":
-    """Set up this process and import `Rank` with all its libraries.
+def import_rank(elastic: bool = False) -> "type[Rank]":
+    """Set up this process and import `Rank` with all its libraries; of an elastic gang, `ElasticRank`.
 
     The collector rests meanwhile: imports make hundreds of thousands of objects that stay, and looking through them
     again and again is a fifth of the time. It never looks at them later either.
@@ -22,11 +22,13 @@ def import_rank() -> "type[Rank]":
     gc.disable()
     try:
         set_up_rank_process()
-        from workers.gang.rank import Rank  # here: its libraries read what was just set, and the parent needs no torch
+        # Here: their libraries read what was just set, and the parent needs no torch.
+        from workers.gang.elastic_rank import ElasticRank
+        from workers.gang.rank import Rank
     finally:
         gc.freeze()
         gc.enable()
-    return Rank
+    return ElasticRank if elastic else Rank
 
 
 def set_up_rank_process() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deploy.spec import ModelSpec
+from sp_core.degrees import smaller_layouts
 from sp_core.mesh import ParallelMesh
 from sp_core.probe import probe
 
@@ -63,6 +64,9 @@ def form_mesh(store: Any, rank: int, model: ModelSpec, device: torch.device) -> 
         device_type=model.device,
         timeout_s=limits.phase_s,
         control_timeout_s=max(limits.startup_s, limits.phase_s),
+        smaller=smaller_layouts(degrees, model.elastic.min_degree) if model.elastic else (),
     )
-    probe(mesh)
+    for layout in reversed(mesh.layouts):  # the gang's own is the last to be used
+        mesh.use(layout)
+        probe(mesh)
     return mesh

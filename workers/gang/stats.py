@@ -23,7 +23,8 @@ class GangLoad:
     Attributes:
         remaining_s: seconds of work left of the running request; 0 when idle or unknown.
         request_s: seconds of a typical request; 0 before the first was learned.
-        busy: 1 while a request runs, else 0. Serve averages it over its look-back period.
+        busy: 1 while a request runs, else 0; of an elastic gang, the share of its ranks at work. Serve averages it over
+            its look-back period.
         startup_s: seconds that the gang's ranks took from their start until they served.
         target_s: `autoscaling.target_backlog_seconds` of the model.
     """
@@ -50,6 +51,7 @@ class GangBacklog:
         shapes: each (width, height, num_frames) that the gang has run.
         replacing: the gang has lost its ranks, and new ones start.
         busy: a request has the ranks.
+        slots: requests that it takes at once.
     """
 
     backlog_s: float = 0.0
@@ -58,6 +60,7 @@ class GangBacklog:
     shapes: frozenset[tuple[int, int, int]] = frozenset()
     replacing: bool = False
     busy: bool = False
+    slots: int = 1
 
     def as_stats(self) -> dict[str, Any]:
         """What `record_routing_stats` returns; shapes as lists of three numbers."""

@@ -27,14 +27,14 @@ from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
 
-def begin(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
-    """The denoising of a request, by the kind of its model's pipeline.
+def begin(loaded: LoadedModel, request: GenerationRequest, encoded: bytes | None = None) -> Denoising:
+    """The denoising of a request, by the kind of its model's pipeline. See `Denoising`.
 
     Raises:
         InvalidParameter: the model cannot do what was asked for.
     """
     kind = ClassicDenoising if isinstance(loaded.pipeline, DiffusionPipeline) else Denoising
-    return kind(loaded, request)
+    return kind(loaded, request, encoded)
 
 
 class ClassicDenoising(Denoising):

@@ -46,6 +46,8 @@ class Denoising:
     Args:
         loaded: the model, shared by all requests.
         request: what to draw.
+        encoded: what `encoded` has returned for the request on a rank that encodes; instead of `encode` and
+            `share_encoded`. None: the ranks encode it together.
 
     Attributes:
         request: what to draw.
@@ -54,7 +56,7 @@ class Denoising:
         InvalidParameter: the model cannot do what was asked for.
     """
 
-    def __init__(self, loaded: LoadedModel, request: GenerationRequest) -> None:
+    def __init__(self, loaded: LoadedModel, request: GenerationRequest, encoded: bytes | None = None) -> None:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
         self._vae, self._colors = pipeline.vae, loaded.colors
         self.request = request
@@ -73,14 +75,15 @@ class Denoising:
         self._shared_scheduler = pipeline.scheduler
         self._pipeline.scheduler = self._scheduler_of(self._generators)
         alone = model.text_encoder == "rank0" or bool(request.inputs)  # not all ranks have the VAE that reads pictures
-        self._encodes = encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
+        self._encodes = encoded is None and encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
         self._tokens_read: list[int] = []
         self._watch_tokenizers()
         self._shares_encoded = alone and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
-        together = model.vae == "all" and mesh.degrees.world_size > 1
+        # Ranks of an elastic gang do not wait for the last of a request's ranks to decode: they have others to do.
+        together = model.vae == "all" and mesh.degrees.world_size > 1 and model.elastic is None
         self._tiles = size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling")
         self._shares_decoding = together and request.n > 1 and not self._tiles
         self._previews: Previews | None = None
@@ -93,9 +96,15 @@ class Denoising:
             self._decodes = self._decodes or together
         self._timesteps: list[float] = []  # from `prepare` on
         self._steps_done = 0
+        self._held = False
         self.prediction: torch.Tensor  # of the latest step, all branches combined
         self._ends: StepEnds  # from the first step on
         self._set_up()
+        if encoded is not None:
+            values, warnings, tokens_read = self._unpacked(encoded)
+            self._receive(values)
+            self._warnings += warnings
+            self._tokens_read += tokens_read
 
     def _set_up(self) -> None:
         """Begin with the blocks and their state."""
@@ -117,6 +126,11 @@ class Denoising:
     def total_steps(self) -> int:
         """Steps from noise to picture."""
         return len(self._timesteps)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that were begun, here or elsewhere."""
+        return self._steps_done
 
     @property
     def done(self) -> bool:
@@ -151,12 +165,16 @@ class Denoising:
         """Send what rank 0 has encoded to the ranks without encoders. A collective of all ranks, if there are such."""
         if not self._shares_encoded:
             return
-        packed = io.BytesIO()
-        if self._encodes:
-            torch.save(self._what_was_encoded(), packed)
-        received = self._mesh.broadcast(packed.getvalue() if self._encodes else None)
+        received = self._mesh.broadcast(_packed(self._what_was_encoded()) if self._encodes else None)
         if not self._encodes:
-            self._receive(torch.load(io.BytesIO(received), map_location=self._mesh.device, weights_only=True))
+            self._receive(self._unpacked(received))
+
+    def encoded(self) -> bytes:
+        """What `encode` has made here, and had to say about it: for a `Denoising` of the request on any ranks."""
+        return _packed((self._what_was_encoded(), list(self._warnings), list(self._tokens_read)))
+
+    def _unpacked(self, packed: bytes) -> Any:
+        return torch.load(io.BytesIO(packed), map_location=self._mesh.device, weights_only=True)
 
     def _what_was_encoded(self) -> Any:
         return self._encoded, self._state.kwargs_mapping
@@ -165,6 +183,32 @@ class Denoising:
         values, mapping = encoded
         self._state.values.update(values)
         self._state.kwargs_mapping.update(mapping)
+
+    def progress(self) -> bytes:
+        """All that the steps so far have changed, for `resume` on any ranks. Waits for the device."""
+        generators = [generator.get_state() for generator in self._generators]
+        scheduler = {name: value for name, value in vars(self._pipeline.scheduler).items() if _moves(name, value)}
+        return _packed((self._steps_done, self.latents.cpu(), scheduler, generators))
+
+    def resume(self, progress: bytes) -> None:
+        """Go on where other ranks, or these, have stopped. After `prepare`, before the first step here.
+
+        Args:
+            progress: what theirs has returned.
+        """
+        device = self._mesh.device
+
+        def on_own_device(storage: Any, at: str) -> Any:  # schedulers keep some tensors on the host
+            return storage if at == "cpu" else storage.to(device)
+
+        self._steps_done, latents, scheduler, generators = torch.load(
+            io.BytesIO(progress), map_location=on_own_device, weights_only=True
+        )
+        vars(self._pipeline.scheduler).update(scheduler)
+        for generator, state in zip(self._generators, generators, strict=True):
+            generator.set_state(state)
+        self._loop_state.latents = latents.to(device)
+        self._ends = StepEnds(device, self.total_steps, self._steps_done)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -216,10 +260,16 @@ class Denoising:
             ahead: how many steps more are queued before the host waits for one to end, so that a GPU never waits for
                 the host in between. What goes wrong on the device shows up with the step that is waited for.
         """
-        for step in range(1, self.total_steps + 1):
-            while not self.done and self._steps_done < step + ahead:
+        for step in range(self._steps_done + 1, self.total_steps + 1):
+            while not self.done and not self._held and self._steps_done < step + ahead:
                 self.step()
+            if step > self._steps_done:
+                return
             yield self._ends.wait(step)
+
+    def hold(self) -> None:
+        """Begin no further step: `steps` ends with those that are queued."""
+        self._held = True
 
     def preview(self, step: int) -> tuple[int, Pixels] | None:
         """The number and the preview of a step whose end was waited for; None if there is none. On rank 0."""
@@ -340,6 +390,18 @@ class Denoising:
     def _run(self, blocks: tuple[Any, ...]) -> None:
         for block in blocks:
             _, self._state = block(self._pipeline, self._state)
+
+
+def _packed(values: Any) -> bytes:
+    """Tensors and plain values, which `torch.load` reads without unpickling anything else."""
+    packed = io.BytesIO()
+    torch.save(values, packed)
+    return packed.getvalue()
+
+
+def _moves(name: str, value: Any) -> bool:
+    """Whether something of a scheduler goes with a request: not its configuration, nor what it calls."""
+    return name != "_internal_dict" and not callable(value)
 
 
 def _for_one_request(shared: Any, request: GenerationRequest, generators: list[torch.Generator]) -> Any:

@@ -37,9 +37,11 @@ class StepEnds:
     Args:
         device: what computes the steps, in its current stream.
         total_steps: how many there will be.
+        done: steps that have ended before, elsewhere.
     """
 
-    def __init__(self, device: torch.device, total_steps: int) -> None:
+    def __init__(self, device: torch.device, total_steps: int, done: int = 0) -> None:
+        self._done = done
         self._on_cuda = device.type == "cuda"
         # False until the device has said otherwise. Pinned, because the host would wait for a copy to other memory.
         self._finite = torch.zeros(total_steps, dtype=torch.bool, pin_memory=self._on_cuda)
@@ -53,17 +55,18 @@ class StepEnds:
         self._marks.append(self._mark())
 
     def wait(self, step: int) -> StepEnd:
-        """Wait until the device has ended a step that was marked: `1 <= step`.
+        """Wait until the device has ended a step that was marked: `done < step`.
 
         Raises:
             RuntimeError: the device has failed, in this step or one before.
         """
-        begin, end = self._marks[step - 1], self._marks[step]
+        place = step - self._done
+        begin, end = self._marks[place - 1], self._marks[place]
         if self._on_cuda:
             end.synchronize()
         seconds = begin.elapsed_time(end) / 1e3 if self._on_cuda else end - begin
-        spent = self._in_collectives[step - 1]
-        return StepEnd(step, seconds, bool(self._finite[step - 1]), spent.seconds() if spent else None)
+        spent = self._in_collectives[place - 1]
+        return StepEnd(step, seconds, bool(self._finite[place - 1]), spent.seconds() if spent else None)
 
     def _mark(self) -> Any:  # an event, or seconds
         if not self._on_cuda:

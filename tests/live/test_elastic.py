@@ -1,0 +1,80 @@
+"""An elastic gang on a real cluster: requests side by side, on changing ranks; one outlives its ranks."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from deploy.spec import Elastic
+from service.rollout.local_cluster import LocalCluster
+from tests.support.deployments import PATIENCE_S, deployment, model, pixels, rank_statuses, ready, wait_for
+from workers.gang.elastic_rank import KEEP_STEPS
+
+LONG = {"prompt": "a cup of coffee", "num_inference_steps": 60, "size": "128x128", "seed": 9}
+SHORT = {"prompt": "a fox", "num_inference_steps": 6, "size": "64x48"}
+
+
+@pytest.fixture(scope="module")
+def cluster(demo_model: Path) -> Iterator[LocalCluster]:
+    served = model(demo_model, ulysses_degree=2).model_copy(update={"elastic": Elastic(), "max_queued": 16})
+    with LocalCluster(deployment(served)) as cluster:
+        ready(cluster)
+        yield cluster
+
+
+def draw(cluster: LocalCluster, request: dict[str, Any]) -> Any:
+    body = {"model": "demo", **request}
+    answer = httpx.post(f"{cluster.url}/v1/images/generations", json=body, timeout=PATIENCE_S, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return pixels(answer.json()["data"][0]["b64_json"])
+
+
+def standing(cluster: LocalCluster) -> list[dict[str, Any]]:
+    """What the gang runs, as `/v1/cluster` says."""
+    (found,) = httpx.get(f"{cluster.url}/v1/cluster", timeout=60, trust_env=False).json()["models"]
+    return [each for gang in found["gangs"] for each in gang["now"]["requests"]]
+
+
+def test_short_requests_do_not_wait_for_a_long_one(cluster: LocalCluster) -> None:
+    shorts = [SHORT | {"seed": seed} for seed in range(4)]
+    alone = [draw(cluster, short) for short in shorts]
+    expected = draw(cluster, LONG)
+    with ThreadPoolExecutor(5) as threads:
+        long = threads.submit(draw, cluster, LONG)
+        wait_for(lambda: standing(cluster), bool)
+        drawn = list(threads.map(lambda short: draw(cluster, short), shorts))
+        assert not long.done()  # it has sixty steps of a larger picture; they were overtaken by nobody
+        assert np.abs(long.result() - expected).max() <= 1
+    for picture, reference in zip(drawn, alone, strict=True):
+        assert np.abs(picture - reference).max() <= 1
+
+
+def test_a_request_that_loses_its_ranks_goes_on_from_what_was_kept(cluster: LocalCluster) -> None:
+    expected = draw(cluster, LONG)
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(draw, cluster, LONG)
+        before = wait_for(lambda: standing(cluster), lambda found: bool(found) and found[0]["step"] >= 15)
+        statuses = rank_statuses("demo")
+        os.kill(statuses[1].pid, signal.SIGKILL)
+        assert np.abs(long.result() - expected).max() <= 1
+    after = rank_statuses("demo")
+    assert {status.pid for status in after}.isdisjoint(status.pid for status in statuses)
+    # Each boundary of a request counts: its steps, one more for its preparation in each part.
+    repeated = max(status.progress for status in after) - (LONG["num_inference_steps"] - before[0]["step"])
+    assert repeated <= 2 * KEEP_STEPS, "it has begun anew"
+
+
+def test_who_leaves_ends_a_request_at_its_next_step(cluster: LocalCluster) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{cluster.url}/v1/images/generations", json={"model": "demo", **LONG}, timeout=1.0, trust_env=False)
+    began = time.monotonic()
+    wait_for(lambda: standing(cluster), lambda found: not found)
+    assert time.monotonic() - began < 10
+    draw(cluster, SHORT)

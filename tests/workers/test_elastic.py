@@ -1,0 +1,234 @@
+"""The requests of an elastic gang: who gets which ranks, when one is told to pause, what is kept of it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from deploy.families.lookup import find_family
+from deploy.spec import Elastic as Section
+from deploy.spec import ModelSpec
+from sp_core.degrees import ParallelDegrees
+from tests.support.deployments import model
+from workers.errors import GangLost, RequestCancelled
+from workers.gang.dealer import Block
+from workers.gang.elastic import Elastic, Journey, slots
+from workers.gang.rank_group import RankGroup
+from workers.gang.step_costs import StepCosts
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, StepEvent
+
+REQUEST = GenerationRequest("a", "demo", "a fox", width=64, height=64, num_inference_steps=4, seed=1)
+
+
+class Ranks:
+    """Ranks whose steps end when the test says so."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, tuple[Part, int, bytes]] = {}  # what runs: the part, its first rank, where it began
+        self.seen: list[tuple[str, int, int]] = []
+        self._told: dict[str, asyncio.Queue[Any]] = {}
+        self._pausing: set[tuple[str, int]] = set()
+        self._steps: dict[str, int] = {}
+        self.cancelled: list[str] = []
+
+    async def encode(self, request: GenerationRequest) -> bytes:
+        return b"prompt"
+
+    def pause(self, request_id: str, part: int) -> None:
+        self._pausing.add((request_id, part))
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    async def advance(
+        self, part: Part, first: int, encoded: bytes, progress: bytes, on_spans: Any
+    ) -> AsyncGenerator[Any]:
+        name, done = part.request.request_id, int(progress or b"0")
+        assert encoded == b"prompt"
+        self.parts[name] = part, first, progress
+        self.seen.append((name, first, part.ranks))
+        told = self._told.setdefault(name, asyncio.Queue())
+        try:
+            while done < part.request.num_inference_steps:
+                if isinstance(await told.get(), GangLost):
+                    raise GangLost("lost")
+                done += 1
+                yield StepEvent(done, part.request.num_inference_steps, 2.0 / part.ranks)
+                pauses = (name, part.number) in self._pausing
+                if pauses or done == 2:
+                    yield Kept(done, str(done).encode(), pauses)
+                if pauses:
+                    return
+            took = GenerationResult((), (1,), ParallelDegrees(), 0.0, (0.5,), 0.0)
+            yield Drawn(name, took)
+        finally:
+            del self.parts[name]
+
+    async def step(self, name: str, what: Any = None) -> None:
+        """End a step of a request, and let everybody see it."""
+        self._told[name].put_nowait(what)
+        await settled()
+
+    def blocks(self) -> dict[str, tuple[int, int]]:
+        """First rank and number of ranks of what runs."""
+        return {name: (first, part.ranks) for name, (part, first, _) in self.parts.items()}
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def spec(demo_model: Path) -> ModelSpec:
+    return model(demo_model, ulysses_degree=2, tensor_parallel_size=2).model_copy(update={"elastic": Section()})
+
+
+@pytest.fixture
+def elastic(spec: ModelSpec) -> Elastic:
+    return Elastic(spec, find_family(Path(spec.source)))
+
+
+def drive(story: Callable[[Ranks, Callable[[str], "asyncio.Task[list[Any]]"]], Any], elastic: Elastic) -> Any:
+    """Run a story with ranks, and a way to begin a request."""
+
+    async def told() -> Any:
+        ranks = Ranks()
+
+        async def collect(journey: Journey) -> list[Any]:
+            async with contextlib.aclosing(elastic.run(cast("RankGroup", ranks), journey)) as reports:
+                return [report async for report in reports]
+
+        def begin(name: str, **changes: Any) -> "asyncio.Task[list[Any]]":
+            return asyncio.create_task(collect(elastic.begin(replace(REQUEST, request_id=name, **changes))))
+
+        return await story(ranks, begin)
+
+    return asyncio.run(told())
+
+
+def test_a_request_alone_has_all_ranks_in_whole_tensor_groups(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        asked = begin("a")
+        await settled()
+        assert ranks.blocks() == {"a": (0, 4)}
+        assert elastic.busy == 1.0
+        for _ in range(4):
+            await ranks.step("a")
+        *steps, drawn = await asked
+        assert [step.step for step in steps] == [1, 2, 3, 4]
+        assert drawn.took.step_seconds == (0.5,) * 4
+        assert not elastic.has_work
+
+    drive(story, elastic)
+
+
+def test_a_second_one_gets_half_of_the_ranks_after_a_step_and_gives_them_back(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        first = begin("a", num_inference_steps=8)
+        await settled()
+        second = begin("b", num_inference_steps=2)
+        await settled()
+        assert ranks.blocks() == {"a": (0, 4)}  # in the middle of a step
+        await ranks.step("a")
+        assert sorted(ranks.blocks().values()) == [(0, 2), (2, 2)]
+        assert elastic.standing == [
+            {"request_id": "a", "ranks": [0, 1], "step": 1, "total_steps": 8},
+            {"request_id": "b", "ranks": [2, 3], "step": 0, "total_steps": 2},
+        ]
+        await ranks.step("b")
+        await ranks.step("b")
+        await second
+        await ranks.step("a")
+        assert ranks.blocks() == {"a": (0, 4)}
+        assert ranks.parts["a"][2] == b"2"  # from where it stood
+        for _ in range(6):
+            await ranks.step("a")
+        *steps, drawn = await first
+        assert [step.step for step in steps] == list(range(1, 9))
+        assert len(drawn.took.step_seconds) == 8
+
+    drive(story, elastic)
+
+
+def test_what_is_urgent_makes_something_stand_still_which_then_can_be_cancelled(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        tasks = [begin(name, num_inference_steps=40) for name in ("a", "b")]
+        await settled()
+        await ranks.step("a")
+        await ranks.step("b") if "b" in ranks.parts else None
+        short = begin("c", num_inference_steps=2)
+        await settled()
+        for name in ("a", "b"):
+            await ranks.step(name)
+        assert "c" in ranks.parts
+        (stopped,) = {"a", "b"} - set(ranks.parts)
+        elastic.cancel(cast("RankGroup", ranks), stopped)
+        with pytest.raises(RequestCancelled):
+            await tasks["ab".index(stopped)]
+        short.cancel()
+        for task in tasks:
+            task.cancel()
+        await settled()
+        assert not elastic.has_work
+
+    drive(story, elastic)
+
+
+def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, _: Any) -> None:
+        journey = elastic.begin(replace(REQUEST, num_inference_steps=6))
+
+        async def part(steps: int) -> None:
+            running = asyncio.create_task(anext_all(elastic.run(cast("RankGroup", ranks), journey)))
+            await settled()
+            for _ in range(steps):
+                await ranks.step("a")
+            await ranks.step("a", GangLost("lost"))
+            with pytest.raises(GangLost):
+                await running
+
+        await part(3)  # kept after the second
+        assert journey.fall_back()
+        assert (journey.steps_done, journey.step_s) == (2, [0.5, 0.5])
+        await part(1)
+        assert not journey.fall_back()
+
+    drive(story, elastic)
+
+
+def test_nothing_was_kept_of_a_request_that_loses_its_first_step(elastic: Elastic) -> None:
+    assert not elastic.begin(REQUEST).fall_back()
+
+
+async def anext_all(reports: AsyncGenerator[Any]) -> list[Any]:
+    async with contextlib.aclosing(reports):
+        return [report async for report in reports]
+
+
+def test_how_many_requests_a_gang_takes(spec: ModelSpec) -> None:
+    assert slots(spec) == 4
+    assert slots(spec.model_copy(update={"elastic": None})) == 1
+
+
+def test_costs_are_measured_and_the_rest_is_scaled() -> None:
+    costs, large = StepCosts(), replace(REQUEST, width=128)
+    assert costs.seconds(REQUEST, 1, [1, 2])[1] == 1.0
+    for seconds in (9.0, 1.0, 1.0):  # the first is cold
+        costs.observe(REQUEST, 1, 2, seconds)
+    assert costs.seconds(REQUEST, 1, [1, 2, 4]) == pytest.approx({1: 1.8, 2: 1.0, 4: 0.5 / 0.9})
+    assert costs.seconds(large, 1, [2]) == pytest.approx({2: 2.0})
+    assert costs.seconds(REQUEST, 2, [2]) == pytest.approx({2: 2.0})
+    costs.observe(REQUEST, 1, 4, 2.0)  # it does not pay
+    assert costs.seconds(REQUEST, 1, [2, 4]) == {2: 1.0, 4: 2.0}
+
+
+def test_the_ranks_of_a_request_that_decodes_are_free_but_one(elastic: Elastic) -> None:
+    assert elastic._degrees == [1, 2]
+    journey = elastic.begin(REQUEST)
+    elastic._step(journey, StepEvent(4, 4, 0.5), Block(0, 2))
+    assert journey.at == Block(0, 1)

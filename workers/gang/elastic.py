@@ -1,0 +1,271 @@
+"""Elastic: the requests of one elastic gang, side by side, each on the ranks that the dealer gives it.
+
+`workers.gang.gang` enters a request and gets its reports. In between, whenever a request comes, ends or passes a
+boundary, the dealer is asked. Who is to have other ranks is told to pause, and goes on after its next step, on these.
+
+A request keeps its progress here, outside its ranks: what has lost them goes on from there.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deploy.families.family import PipelineFamily
+from deploy.spec import ModelSpec
+from sp_core.degrees import units
+from workers.errors import RequestCancelled
+from workers.gang.dealer import Block, Work, deal
+from workers.gang.rank_group import OnSpans, RankGroup, Report
+from workers.gang.step_costs import StepCosts
+from workers.messages import Drawn, GenerationRequest, Kept, Part, StepEvent
+
+CHANGE_S = 0.05
+"""What other ranks cost a request until it was measured: its prompts and progress are read anew."""
+
+WEIGHT = 0.3
+"""Of the latest change in the average."""
+
+FALLBACKS = 1
+"""Times that a request which has lost its ranks goes on here. Then whoever asked decides: it may be the cause."""
+
+
+WAITING = 2
+"""Requests that an elastic gang takes for each unit of ranks: those beyond the ranks wait in it, where the dealer knows
+them, so that what is urgent overtakes what runs."""
+
+
+def slots(model: ModelSpec) -> int:
+    """Requests that a gang takes at once."""
+    return 1 if model.elastic is None else WAITING * units(model.parallel)
+
+
+@dataclass
+class Journey:
+    """One request on its way through the gang.
+
+    Attributes:
+        request: what is drawn.
+        forwards: of the transformer in one step.
+        arrived: on the monotonic clock, in seconds.
+        encoded: its prompts, or a reference to them; None until they are encoded.
+        progress: where it stands.
+        total_steps: of its scheduler, as far as is known.
+        steps_done: those that its ranks have reported.
+        step_s: seconds of each of them.
+        stood_since: when its last step ended.
+        at: the ranks that it has, or had until its last boundary.
+        part: number of the latest part; 0 before the first.
+        turn: what it waits for: its next ranks.
+        leaving: it was told to pause.
+        fallbacks: times that it went on after it had lost its ranks.
+    """
+
+    request: GenerationRequest
+    forwards: int
+    arrived: float
+    total_steps: int
+    stood_since: float
+    encoded: Any = None
+    progress: bytes = b""
+    kept_steps: int = 0
+    steps_done: int = 0
+    step_s: list[float] = field(default_factory=list)
+    at: Block | None = None
+    part: int = 0
+    turn: "asyncio.Future[Block] | None" = None
+    leaving: bool = False
+    fallbacks: int = 0
+
+    def fall_back(self) -> bool:
+        """Its ranks are lost: go back to what was kept. False: it may not, or nothing was."""
+        if not self.kept_steps or self.fallbacks >= FALLBACKS:
+            return False
+        self.fallbacks += 1
+        del self.step_s[self.kept_steps :]
+        self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
+        return True
+
+
+class Elastic:
+    """All requests of one gang.
+
+    Args:
+        model: as it is deployed, `elastic` included.
+        family: what is known of its pipeline.
+
+    Attributes:
+        changes: times that a request took other ranks.
+        change_s: what that costs, in seconds.
+    """
+
+    def __init__(self, model: ModelSpec, family: PipelineFamily) -> None:
+        assert model.elastic is not None
+        self._unit = model.parallel.tensor_parallel_size
+        self._units = units(model.parallel)
+        most = self._units.bit_length()
+        self._degrees = [2**i for i in range(most) if 2**i >= model.elastic.min_degree]
+        self._family = family
+        self._costs = StepCosts()
+        self.change_s, self.changes = CHANGE_S, 0
+        self._journeys: dict[str, Journey] = {}
+        self._pause: Callable[[str, int], None] = lambda _request, _part: None
+
+    def begin(self, request: GenerationRequest) -> Journey:
+        """A request comes. Its ranks are given by `run`."""
+        now = time.monotonic()
+        forwards = self._family.branches(request.guidance_scale, request.negative_prompt)
+        return Journey(request, forwards, now, request.num_inference_steps, now)
+
+    async def run(
+        self, ranks: RankGroup, journey: Journey, on_spans: OnSpans = lambda spans: None
+    ) -> AsyncGenerator[Report]:
+        """Run a request, or what is left of it, and yield all steps. `on_spans` as in `RankGroup.run`.
+
+        Raises:
+            As `RankGroup.run`.
+        """
+        if journey.encoded is None:
+            journey.encoded = await ranks.encode(journey.request)
+        name = journey.request.request_id
+        self._pause = ranks.pause
+        self._journeys[name] = journey
+        try:
+            finished = False
+            while not finished:
+                journey.turn = asyncio.get_running_loop().create_future()
+                self._deal()
+                block = await journey.turn
+                async with contextlib.aclosing(self._advance(ranks, journey, block, on_spans)) as reports:
+                    async for report in reports:
+                        finished = finished or isinstance(report, Drawn)
+                        yield report
+        finally:
+            del self._journeys[name]
+            self._deal()
+
+    def cancel(self, ranks: RankGroup, request_id: str) -> None:
+        """Stop a request at its next boundary, or at once while it stands still."""
+        ranks.cancel(request_id)
+        journey = self._journeys.get(request_id)
+        if journey and journey.turn and not journey.turn.done():
+            journey.turn.set_exception(RequestCancelled(f"request {request_id} was canceled"))
+
+    @property
+    def busy(self) -> float:
+        """The share of the ranks that compute."""
+        held = sum(each.at.size for each in self._journeys.values() if each.at and not each.turn)
+        return held / self._units
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are requests, with or without ranks."""
+        return bool(self._journeys)
+
+    @property
+    def standing(self) -> list[dict[str, Any]]:
+        """For people: each request with its ranks, none while it stands still, and its steps."""
+        return [
+            {
+                "request_id": name,
+                "ranks": [] if each.turn or not each.at else list(self._ranks_of(each.at)),
+                "step": each.steps_done,
+                "total_steps": each.total_steps,
+            }
+            for name, each in self._journeys.items()
+        ]
+
+    def _ranks_of(self, block: Block) -> range:
+        return range(block.first * self._unit, (block.first + block.size) * self._unit)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds of work left, if all ranks shared it."""
+        works = [self._work(each) for each in self._journeys.values()]
+        return sum(work.left_s(work.degrees[0]) * work.degrees[0] for work in works) / self._units
+
+    async def _advance(
+        self, ranks: RankGroup, journey: Journey, block: Block, on_spans: OnSpans
+    ) -> AsyncGenerator[Report]:
+        """One part of a request, on one block."""
+        began, moved = time.monotonic(), journey.at not in (None, block)
+        journey.part, journey.at, journey.turn, journey.leaving = journey.part + 1, block, None, False
+        part = Part(journey.request.without_data(), journey.part, block.size * self._unit, b"")
+        reports = ranks.advance(part, block.first * self._unit, journey.encoded, journey.progress, on_spans)
+        first = True
+        async with contextlib.aclosing(reports):
+            async for report in reports:
+                if isinstance(report, StepEvent):
+                    if first and moved:
+                        self.changes += 1
+                        spent = max(0.0, time.monotonic() - began - report.seconds)
+                        self.change_s += WEIGHT * (spent - self.change_s)
+                    first = False
+                    self._step(journey, report, block)
+                    yield report
+                elif isinstance(report, Kept):
+                    journey.progress, journey.kept_steps = report.progress, report.steps_done
+                elif isinstance(report, Drawn):
+                    took = replace(report.took, step_seconds=tuple(journey.step_s))
+                    yield replace(report, took=took)
+                else:
+                    yield report
+
+    def _step(self, journey: Journey, event: StepEvent, block: Block) -> None:
+        """A step has ended, and the next has begun."""
+        journey.stood_since = time.monotonic()
+        journey.total_steps, journey.steps_done = event.total_steps, event.step
+        journey.step_s[event.step - 1 :] = [event.seconds]
+        self._costs.observe(journey.request, journey.forwards, block.size, event.seconds)
+        if event.step == event.total_steps:
+            journey.at = Block(block.first, self._degrees[0])  # the first of its ranks decodes, the others are free
+            self._deal()
+        else:
+            self._reconsider(journey)
+
+    def _deal(self) -> None:
+        """Give free ranks to those that wait, and ask those that run for ranks that others should have."""
+        waiting = [each for each in self._journeys.values() if each.turn and not each.turn.done()]
+        if waiting:
+            for name, block in self._dealt(waiting).items():
+                journey = self._journeys[name]
+                assert journey.turn is not None
+                journey.turn.set_result(block)
+                journey.at = block
+        for journey in list(self._journeys.values()):
+            if not journey.turn:
+                self._reconsider(journey)
+
+    def _reconsider(self, journey: Journey) -> None:
+        """Let a request that runs pause after its step, if the dealer would give it other ranks by now."""
+        if journey.leaving or journey.at is None or journey.steps_done + 1 >= journey.total_steps:
+            return
+        waiting = [each for each in self._journeys.values() if each.turn and not each.turn.done()]
+        if self._dealt([*waiting, journey]).get(journey.request.request_id) != journey.at:
+            journey.leaving = True
+            self._pause(journey.request.request_id, journey.part)
+
+    def _dealt(self, waiting: list[Journey]) -> dict[str, Block]:
+        running = [each for each in self._journeys.values() if each not in waiting]
+        return deal(
+            [self._work(each) for each in waiting],
+            [self._work(each) for each in running],
+            self._units,
+            time.monotonic(),
+        )
+
+    def _work(self, journey: Journey) -> Work:
+        request = journey.request
+        due = None if request.deadline_at is None else time.monotonic() + request.deadline_at - time.time()
+        return Work(
+            id=request.request_id,
+            arrived=journey.arrived,
+            steps_left=max(1, journey.total_steps - journey.steps_done),
+            step_s=self._costs.seconds(request, journey.forwards, self._degrees),
+            due=due,
+            at=journey.at,
+            stood_since=journey.stood_since,
+            change_s=self.change_s,
+        )

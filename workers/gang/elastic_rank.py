@@ -1,0 +1,230 @@
+"""ElasticRank: a rank whose requests come in parts, each with as many of its neighbors as the dealer chose.
+
+Called like `workers.gang.rank`, by `workers.gang.rank_actor`. `advance` is called on the ranks of one block at once;
+other blocks run other requests meanwhile. `encode` comes in a thread of its own, on rank 0, and takes its turn between
+two steps.
+
+All state of a request travels as bytes: what was encoded, and where its steps stand. A rank keeps nothing of a request
+between two parts, so any block can go on.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deploy.families.lookup import find_family
+from deploy.spec import LoRA
+from sp_core.degrees import smaller_layout, units
+from workers.errors import OutOfMemory, RequestError, RequestFailed
+from workers.gang.rank import Rank
+from workers.gang.rank_trace import RankTrace
+from workers.gang.warm_up import warm_up_requests
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Preview, StepEvent
+from workers.model.classic_denoising import begin
+from workers.model.denoising import Denoising
+from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
+from workers.observing import RankMetrics
+
+KEEP_STEPS = 5
+"""After so many steps a request's progress leaves its ranks: so many are done again, at most, if they are lost."""
+
+
+class Turnstile:
+    """One thread computes; another may come in between two of its steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._counting = threading.Lock()
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Compute now, or as soon as the other thread passes."""
+        with self._counting:
+            self._waiting += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            with self._counting:
+                self._waiting -= 1
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Compute, and `let_pass` now and then."""
+        with self._lock:
+            yield
+
+    def let_pass(self) -> None:
+        """Let all that wait compute first. Inside only."""
+        while self._waiting:
+            self._lock.release()
+            time.sleep(0.0005)  # a lock is not fair: who waits must be awake to take it
+            self._lock.acquire()
+
+
+class ElasticRank(Rank):
+    """One rank of an elastic gang. Arguments are those of `Rank`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._turnstile = Turnstile()
+        self._by_layout: dict[tuple[str, bool], RankMetrics] = {}
+
+    def encode(self, request: GenerationRequest) -> bytes:
+        """On rank 0: encode the prompts of a request, beside what the ranks compute.
+
+        Raises:
+            RequestError: the request does not suit the model.
+            RequestFailed: its prompts cannot be encoded. No other request is affected.
+        """
+        with self._turnstile.visit():
+            self._use_device()
+            try:
+                denoising = begin(self._loaded, request)
+                denoising.encode()
+                return denoising.encoded()
+            except (RequestError, RequestFailed):
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(advice(self.model, request, free_memory(self._device)), True) from None
+                raise RequestFailed(f"encoding failed: {type(error).__name__}: {error}") from error
+
+    def advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Drawn]:
+        """Take steps of a request, until it is drawn or told to pause. All ranks of the block must call it at once.
+
+        The first rank of the block yields its steps, what it keeps of them, previews if asked for, and at the end
+        either `Kept` or `Drawn`. The others yield nothing, and are free after the last step.
+
+        Raises:
+            As `Rank.generate`.
+        """
+        request = part.request
+        self.trace = RankTrace(request, self.rank, self._node_id)
+        self._use_device()
+        agreed: bool | None = None
+        try:
+            with self._turnstile.inside():
+                yield from self._advance(part)
+        except Exception as error:
+            failed_together = isinstance(error, RequestFailed)
+            if not is_out_of_memory(error.__cause__ if failed_together else error):
+                raise
+            agreed = failed_together or part.ranks == 1
+        finally:
+            self._phase = "idle"
+            self._boundary.forget(request.request_id)
+        if agreed is not None:
+            raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
+
+    def pause(self, request_id: str, part: int) -> None:
+        """Leave this part of a request at the next boundary, together with all of its ranks."""
+        self._boundary.pause(request_id, part)
+
+    def set_loras(self, loras: tuple[LoRA, ...]) -> None:
+        """See `Rank.set_loras`."""
+        self._loaded.mesh.use(self.model.parallel)
+        super().set_loras(loras)
+
+    def renumber(self, replica: str) -> None:
+        """See `Rank.renumber`."""
+        self._by_layout.clear()
+        super().renumber(replica)
+
+    def _advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Drawn]:
+        request, mesh = part.request, self._loaded.mesh
+        self._boundary.begin(part.number)
+        self._take_place(request, part.ranks)
+        leads = mesh.axis("gang").rank == 0
+        began = time.perf_counter()
+        self._phase, self._step, self._total_steps = "denoise", 0, 0
+        self.trace.stage("prepare")
+        denoising = self._run_on_all_ranks(request, lambda: self._resumed(part))
+        self._total_steps = denoising.total_steps
+        prepare_s = time.perf_counter() - began
+        self._previews.begin(request)
+        kept, seconds = denoising.steps_done, []
+        for end, waited in self._denoise(denoising):
+            seconds.append(end.seconds)
+            self._observe_step(denoising, end, waited)
+            if leads:
+                yield StepEvent(end.step, denoising.total_steps, end.seconds)
+            if preview := denoising.preview(end.step):
+                self._previews.offer(preview[0], end.step, preview[1])
+            yield from self._previews.finished()
+            if self._boundary.pauses:
+                denoising.hold()
+            elif leads and end.step - kept >= KEEP_STEPS and not denoising.done:
+                kept = denoising.steps_done
+                yield Kept(kept, denoising.progress(), pauses=False)
+            self._turnstile.let_pass()
+        if not denoising.done:
+            if leads:
+                yield Kept(denoising.steps_done, denoising.progress(), pauses=True)
+            return
+        if not leads:
+            return
+        self._phase = "decode"
+        self.trace.stage("decode")
+        before = time.perf_counter()
+        pictures = self._finish(denoising)
+        decode_s = time.perf_counter() - before
+        self._observe_request(denoising, 0.0, prepare_s, sum(seconds), decode_s)
+        yield from self._previews.finished(wait=True)
+        yield self._encoding.keep(
+            request,
+            pictures,
+            GenerationResult(
+                outputs=(),
+                seeds=request.all_seeds,
+                degrees=mesh.degrees,
+                encode_seconds=prepare_s,
+                step_seconds=tuple(seconds),
+                decode_seconds=decode_s,
+                warnings=denoising.warnings,
+            ),
+        )
+
+    def _resumed(self, part: Part) -> Denoising:
+        """The request where its last ranks have left it."""
+        denoising = begin(self._loaded, part.request, part.encoded)
+        denoising.prepare()
+        if part.progress:
+            denoising.resume(part.progress)
+        return denoising
+
+    def _take_place(self, request: GenerationRequest, ranks: int) -> None:
+        """Be one of the block's ranks from now on."""
+        degrees, mesh = self.model.parallel, self._loaded.mesh
+        family = find_family(Path(self.model.source))
+        guided = family.branches(request.guidance_scale, request.negative_prompt) > 1
+        mesh.use(smaller_layout(degrees, ranks // degrees.tensor_parallel_size, guided))
+        if self._metrics:
+            key = str(mesh.degrees), mesh.axis("gang").rank == 0
+            if key not in self._by_layout:
+                self._by_layout[key] = RankMetrics(self.model.name, self._replica, self.rank, *key)
+            self._metrics = self._by_layout[key]
+
+    def _warm_up(self) -> None:
+        """Run the spec's shapes once at every degree."""
+        unit, mesh = self.model.parallel.tensor_parallel_size, self._loaded.mesh
+        for request in warm_up_requests(self.model):
+            encoded = mesh.broadcast(self.encode(request) if self.rank == 0 else None)
+            for degree in self._degrees():
+                for report in self._advance(Part(request, 1, degree * unit, encoded)):
+                    if isinstance(report, Drawn):
+                        self.answer(request.request_id)
+            mesh.use(self.model.parallel)
+
+    def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
+        self._loaded.mesh.use(self.model.parallel)
+        super()._warm_up_adapters(loras)
+
+    def _degrees(self) -> list[int]:
+        """Units that a request may have, the most first."""
+        most, least = units(self.model.parallel), self.model.elastic.min_degree if self.model.elastic else 1
+        return [2**i for i in reversed(range(most.bit_length())) if 2**i >= least]

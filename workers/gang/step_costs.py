@@ -1,0 +1,72 @@
+"""What a step of a request takes an elastic gang at each degree, learned from its steps.
+
+`workers.gang.elastic` shows it every step, and gives the dealer what it says. Without torch.
+"""
+
+import statistics
+from collections import deque
+
+from workers.gang.cost import SHAPES_KEPT, shape_of
+from workers.messages import GenerationRequest
+
+EFFICIENCY = 0.9
+"""Of twice as many ranks, until they were measured."""
+
+STEPS_KEPT = 5
+"""Of each shape and degree: the median of so many, since a first one may be cold."""
+
+_Key = tuple[tuple[int, int, int], int, int]
+
+
+class StepCosts:
+    """Seconds of a step by shape and degree."""
+
+    def __init__(self) -> None:
+        self._known: dict[_Key, dict[int, deque[float]]] = {}
+
+    def observe(self, request: GenerationRequest, forwards: int, degree: int, seconds: float) -> None:
+        """Learn from one step.
+
+        Args:
+            request: what is drawn.
+            forwards: of the transformer in one step.
+            degree: units that took the step.
+            seconds: what it took.
+        """
+        key = shape_of(request), request.n, forwards
+        known = self._known.pop(key, {})
+        known.setdefault(degree, deque(maxlen=STEPS_KEPT)).append(seconds)
+        self._known[key] = known
+        if len(self._known) > SHAPES_KEPT:
+            del self._known[next(iter(self._known))]
+
+    def seconds(self, request: GenerationRequest, forwards: int, degrees: list[int]) -> dict[int, float]:
+        """What a step takes at each of these degrees.
+
+        What was not measured is guessed: other degrees from the nearest one, other shapes by the work of a step. Before
+        the first step all requests take a second on one unit.
+        """
+        shape = shape_of(request)
+        work = _work((shape, request.n, forwards))
+        if not self._known:
+            return {degree: _scaled(1.0, 1, degree) for degree in degrees}
+        key = (shape, request.n, forwards)
+        if key not in self._known:
+            key = min(self._known, key=lambda each: max(_work(each) / work, work / _work(each)))
+        known, ratio = self._known[key], work / _work(key)
+        found = {}
+        for degree in degrees:
+            nearest = min(known, key=lambda each: max(each / degree, degree / each))
+            found[degree] = ratio * _scaled(statistics.median(known[nearest]), nearest, degree)
+        return found
+
+
+def _work(key: _Key) -> float:
+    (width, height, frames), n, forwards = key
+    return float(width * height * frames * n * forwards)
+
+
+def _scaled(seconds: float, degree: int, to: int) -> float:
+    """The seconds at another degree, both powers of two."""
+    doublings = to.bit_length() - degree.bit_length()
+    return float(seconds * degree / to / EFFICIENCY**doublings)
