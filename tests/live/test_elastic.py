@@ -60,15 +60,16 @@ def test_a_request_that_loses_its_ranks_goes_on_from_what_was_kept(cluster: Loca
     expected = draw(cluster, LONG)
     with ThreadPoolExecutor(1) as threads:
         long = threads.submit(draw, cluster, LONG)
-        before = wait_for(lambda: standing(cluster), lambda found: bool(found) and found[0]["step"] >= 15)
-        statuses = rank_statuses("demo")
+        statuses = wait_for(
+            lambda: rank_statuses("demo"), lambda seen: 20 <= seen[0].step < LONG["num_inference_steps"]
+        )
         os.kill(statuses[1].pid, signal.SIGKILL)
         assert np.abs(long.result() - expected).max() <= 1
     after = rank_statuses("demo")
     assert {status.pid for status in after}.isdisjoint(status.pid for status in statuses)
-    # Each boundary of a request counts: its steps, one more for its preparation in each part.
-    repeated = max(status.progress for status in after) - (LONG["num_inference_steps"] - before[0]["step"])
-    assert repeated <= 2 * KEEP_STEPS, "it has begun anew"
+    # They have passed a boundary after each step, and one before the first.
+    repeated = after[0].progress - 1 - (LONG["num_inference_steps"] - statuses[0].step)
+    assert 0 <= repeated <= KEEP_STEPS
 
 
 def test_who_leaves_ends_a_request_at_its_next_step(cluster: LocalCluster) -> None:

@@ -1,7 +1,11 @@
 """The actors of a gang: one model copy on N devices.
 
-gang.py           Gang, the Serve deployment: its life, one request at a time, what it reports
+gang.py           Gang, the Serve deployment: its life, its requests, what it reports
 setup.py          what a gang knows of its model once Serve has configured it
+turn.py           who has the ranks: one alone, or several requests of an elastic gang
+elastic.py        the requests of an elastic gang, side by side: asks the dealer at every boundary
+dealer.py         which ranks each of them has for its next step; a pure function
+step_costs.py     what a step takes at each degree, learned from those before
 rank_group.py     the ranks of a gang: hands each request to all of them; lost together
 rank_processes.py their processes: made in the placement group, brought together, killed
 answers.py        requests that have left the ranks, whose pictures are still encoded
@@ -11,6 +15,7 @@ process_state.py  what /proc says of a rank's process
 rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
+elastic_rank.py   ElasticRank, whose requests come in parts, on changing blocks of ranks
 rank_trace.py     what a rank did for a traced request
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
