@@ -91,10 +91,10 @@ async def protocols(server: str, grpc_target: str, callers: int) -> AsyncIterato
         return {"model": "demo", "prompt": f"{step_ms} ms", "num_inference_steps": steps, "seed": 7} | more
 
     async def hop(caller: int, step_ms: float, steps: int) -> None:
-        (await clients[caller].post("/hop/", json=body(step_ms, steps))).raise_for_status()
+        sound(await clients[caller].post("/hop/", json=body(step_ms, steps)))
 
     async def rest(caller: int, step_ms: float, steps: int) -> None:
-        (await clients[caller].post(PICTURES, json=body(step_ms, steps))).raise_for_status()
+        sound(await clients[caller].post(PICTURES, json=body(step_ms, steps)))
 
     async def stream(caller: int, step_ms: float, steps: int) -> None:
         async with clients[caller].stream("POST", PICTURES, json=body(step_ms, steps, stream=True)) as answer:
@@ -113,6 +113,11 @@ async def protocols(server: str, grpc_target: str, callers: int) -> AsyncIterato
             await client.aclose()
         for channel in channels:
             await channel.close()
+
+
+def sound(answer: httpx.Response) -> None:
+    """Raise if it is an error, with what the server says."""
+    assert answer.status_code == 200, f"{answer.status_code}: {answer.text[:500]}"
 
 
 async def closed_loop(call: Call, callers: int, requests: int, step_ms: float, steps: int) -> tuple[list[float], float]:
@@ -173,7 +178,7 @@ async def cancellations(server: str, times: int) -> list[float]:
                     if line.startswith(": step 1/"):
                         break
             began = time.perf_counter()
-            (await http.post(PICTURES, json=short)).raise_for_status()
+            sound(await http.post(PICTURES, json=short))
             found.append(1e3 * (time.perf_counter() - began))
     return found
 
