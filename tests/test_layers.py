@@ -22,6 +22,7 @@ ALLOWED = {
     | {"huggingface_hub", "prometheus_client", "psutil", "greenlet", "opentelemetry"},
     "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich", "PIL"}
     | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
+    | {"psutil"}  # the processes of a node that ends
     | {"yaml", "matplotlib"},  # of `spray bench`; the latter where present
 }
 """Packages of others, by layer; the standard library besides."""

@@ -135,6 +135,12 @@ spec:
       securityContext: {{ toYaml $values.securityContext | nindent 8 }}
       {{- /* KubeRay's numbers. A node without a gateway and without a gang's first rank has no proxy, so it is never
              ready: the service, which takes all ready nodes, must not send requests there. */}}
+      {{- if ne $role "head" }}
+      lifecycle:
+        preStop:
+          # Gangs and gateways go on elsewhere, and finish here what they compute.
+          exec: {command: [python, -m, service.rollout.drain, {{ sub (int $values.upgrade.drainSeconds) 30 | quote }}]}
+      {{- end }}
       livenessProbe:
         httpGet: {path: /api/local_raylet_healthz, port: 52365}
         initialDelaySeconds: 30

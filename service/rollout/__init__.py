@@ -8,6 +8,7 @@ environment.py    what Ray reads from the environment; set by entry points, befo
 attach.py         a running Ray cluster, for `spray deploy`
 local_cluster.py  a Ray cluster of our own on this machine, for `spray serve`, the demo and the tests
 cluster_folder.py  the folder of such a cluster, for its user alone
+drain.py          before a node ends, what it serves goes on elsewhere; for Kubernetes
 core_watch.py     notices when the core of such a cluster is gone
 devices.py        what this machine offers
 ports.py          why a port cannot be bound, and who reaches it

@@ -237,6 +237,18 @@ def test_what_goes_on_running_is_probed(name: str) -> None:
         assert named is None or named in ports
 
 
+def test_a_pod_hands_over_before_it_ends() -> None:
+    """All but the head, which serves nothing; in less time than Kubernetes gives it."""
+    for group, template in pod_templates(render(profile("production"))).items():
+        (container,) = template["spec"]["containers"]
+        if group == "head":
+            assert "lifecycle" not in container
+            continue
+        *command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["python", "-m", "service.rollout.drain"]
+        assert int(seconds) == template["spec"]["terminationGracePeriodSeconds"] - 30
+
+
 def test_jobs_and_keys_are_on_the_heads_claim_where_their_actors_are() -> None:
     templates = pod_templates(render(CASES["state on a volume"]))
     mounts = {
