@@ -253,9 +253,11 @@ VARIATIONS: dict[str, Values] = {
             "cors_origins": ["https://app.example.com"],
             "log_format": "json",
             "log_prompts": True,
+            "media_hosts": ["media.example.com"],
         },
         "limits": {"max_body_bytes": 1 << 25},
         "metrics": {"host": "127.0.0.1", "port": 9465},
+        "tracing": {"otlp_endpoint": "http://collector:4318", "sample_ratio": 0.5},
         "storage": {
             "models": "/m",
             "compiled": "/models/c",
