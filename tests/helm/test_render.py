@@ -1,8 +1,10 @@
 """What the chart renders is what Kubernetes takes, of all its versions from 1.29 on, and keeps our own rules."""
 
+import functools
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from kubernetes_validate import utils
 
 from tests.helm.chart import (
     CHART,
@@ -36,6 +39,14 @@ KUBERNETES = dict(zip(CASES, itertools.cycle(VERSIONS), strict=False))
 
 OTHERS = ("gateway.networking.k8s.io",)
 """Groups of kinds that no schema is at hand for."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schemas_are_read_once() -> Iterator[None]:
+    """They are megabytes of JSON, which the package reads again for each object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
+        yield
 
 
 def pods_of(objects: list[Any]) -> list[Any]:
@@ -300,7 +311,6 @@ def test_a_job_fetches_what_comes_from_the_hub() -> None:
     assert other["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
 
 
-@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
 def test_rules_and_dashboards_arrive_as_they_are() -> None:
     objects = render(CASES["monitoring"])
     (rules,) = of_kind(objects, "PrometheusRule")
