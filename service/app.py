@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
+from service.autoscaling import LOOK_BACK_S
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name
 from service.rpc.proxy import SERVICES
@@ -22,9 +23,6 @@ from workers.gang.gang import Gang
 from workers.gang.placement import placement_group
 
 METRICS_INTERVAL_S = 1.0
-LOOK_BACK_S = 20.0
-"""Serve averages the gangs' reports over this time. The policy itself takes the length of their work into account."""
-
 ROUTING_STATS_PERIOD_S = 1.0
 
 SPARE_REQUESTS = 1000

@@ -34,6 +34,10 @@ REQUESTS_AVERAGED = 2.0
 EVERY_S = 1.0
 """Serve asks ten times a second, but reports change only every second."""
 
+LOOK_BACK_S = 20.0
+"""Serve averages the gangs' reports, and what waits, over this time. The policy itself takes the length of their work
+into account."""
+
 RECOVERY_S = 30.0
 """After the first decision: by then the gangs that a lost controller left have reported."""
 

@@ -27,7 +27,10 @@ from service.api.errors import STATUS, UNEXPECTED, find_status
 from service.api.observed import callers_trace, current_call, key_name
 from service.api.rest import rest_app
 from service.deadline import check_deadline
+from service.jobs.backlog import JobBacklog
+from service.jobs.records import Priority
 from service.jobs.runner import Runner
+from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.names import GANG, app_name
 from service.rpc.methods import GrpcMethods
@@ -130,11 +133,12 @@ class Gateway(GrpcMethods):
         self._live = LiveRequests(_short_name())
         self._colleagues = Colleagues(_short_name(), self._answer, shared_turns.start_keeper)
         self.jobs = Jobs()
-        self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room)
+        self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
+        self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room, self._backlog)
         self._keyring = Keyring()
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._poller = Poller(self._greet)
+        self._poller = Poller(self._backlog.share, self._greet)
         self._prefetch = Prefetch()
         self._quarantine = Quarantine()
         self._exporter = Exporter(share_values())
@@ -157,7 +161,8 @@ class Gateway(GrpcMethods):
         self.media_hosts = tuple(user_config.get("media_hosts", ()))  # likewise
         self._log.follow(**user_config.get("log", NO_LOG))  # likewise
         self._tracing.follow(**user_config.get("tracing", OFF))  # likewise
-        several = user_config.get("gateways", 1) > 1
+        self._backlog.gateways = user_config.get("gateways", 1)
+        several = self._backlog.gateways > 1
         shared_turns.share(several)
         self._colleagues.follow(several and ray.is_initialized())
         self.max_body_bytes = user_config["max_body_bytes"]
@@ -243,6 +248,22 @@ class Gateway(GrpcMethods):
             raise ShuttingDown("the server is stopping and takes no new requests")
         with self._allowed(request):
             pass
+
+    async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
+        """Refuse a job that would end too late.
+
+        Raises:
+            ModelNotAllowed: the caller's key is for other models.
+            DeadlineExceeded: it would.
+        """
+        _key_for(request.model)
+        if deadline_s is None:
+            return
+        application = app_name(request.model)
+        ahead = await self.jobs.ask(JobStore.ahead, request.model, priority)
+        _, wait_s = await router_registry.prospect(application, self.caller())
+        wait_s += self._backlog.wait_s(request.model, ahead)
+        check_deadline(time.time() + deadline_s, wait_s, *router_registry.takes(application, request))
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""
@@ -331,13 +352,10 @@ class Gateway(GrpcMethods):
             ModelNotAllowed: the key is for other models.
             RateLimited: it has used what it may.
         """
-        key = _caller.get()
+        key = _key_for(request.model)
         if key is None:
             yield
             return
-        if key.models is not None and request.model not in key.models:
-            allowed = ", ".join(key.models)
-            raise ModelNotAllowed(f"the key {key.name!r} may not ask {request.model!r}; it may: {allowed}")
         with self._keyring.allowance(key).take(key, request.work):
             yield
 
@@ -479,6 +497,18 @@ class Gateway(GrpcMethods):
             if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()
                 answer.cancel()  # type: ignore[no-untyped-call]
+
+
+def _key_for(model: str) -> ApiKey | None:
+    """The caller's key; None: no key is needed.
+
+    Raises:
+        ModelNotAllowed: it is for other models.
+    """
+    key = _caller.get()
+    if key is not None and key.models is not None and model not in key.models:
+        raise ModelNotAllowed(f"the key {key.name!r} may not ask {model!r}; it may: {', '.join(key.models)}")
+    return key
 
 
 async def _with_result(reports: AsyncIterator[Any]) -> AsyncGenerator[Any]:

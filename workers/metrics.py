@@ -89,7 +89,9 @@ REQUEST_SECONDS = Histogram(
 )
 REQUEST_LOSSES = Counter("spray_request_losses", "Times a request lost its gang and ran again.", ["model"])
 IN_FLIGHT = Gauge("spray_requests_in_flight", "Requests that wait or run now.", ["model"], multiprocess_mode="livesum")
-QUEUED = Gauge("spray_requests_queued", "Requests that wait for a gang now.", ["model"], multiprocess_mode="livesum")
+QUEUED = Gauge(
+    "spray_requests_queued", "Requests and jobs that wait for a gang now.", ["model"], multiprocess_mode="livesum"
+)
 GANGS = Gauge(
     "spray_gangs",
     "Gangs by Serve's replica state, as each gateway sees them.",

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from deploy.spec import ModelSpec
 from service.api.origin import reject_foreign_hosts, reject_foreign_pages
+from service.jobs.records import Priority
 from service.jobs.store_actor import Jobs
 from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
@@ -112,6 +113,9 @@ class Backend(Protocol):
 
     def charge(self, request: GenerationRequest) -> None:
         """Raise unless the caller's key may have this request as a job; it counts as used then."""
+
+    async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
+        """Raise unless the caller may have this request as a job that ends in time, as far as is known."""
 
     def models(self) -> dict[str, ModelSpec]:
         """The models of the deployment by name."""

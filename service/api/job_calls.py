@@ -18,6 +18,7 @@ from service.jobs.requests import new_job
 from service.jobs.store import JobStore
 from service.state.quarantine import fingerprint
 from workers.errors import (
+    DeadlineExceeded,
     IdempotencyKeyReused,
     InvalidParameter,
     JobNotFound,
@@ -80,16 +81,22 @@ async def submit(
 
     Raises:
         IdempotencyKeyReused: the key came with another request.
+        DeadlineExceeded: it would end too late, and is new.
         OSError: its outputs could not be kept.
         Exception: what `Backend.charge` raises.
     """
     if key is not None:
         check_key(key)
-    backend.charge(request)
-    await asyncio.to_thread(backend.outputs.prepare)
     known_as = fingerprint(backend.caller(), request)
     request = replace(request, traceparent=callers_trace())
     new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from)
+    try:
+        await backend.check_job(request, priority, deadline_s)
+    except DeadlineExceeded:
+        if key is None or not await backend.jobs.ask(JobStore.known, new):  # what was accepted stays so
+            raise
+    backend.charge(request)
+    await asyncio.to_thread(backend.outputs.prepare)
     try:
         job, fresh = await backend.jobs.ask(JobStore.submit, new)
     except KeyReused as error:

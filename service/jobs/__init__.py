@@ -10,6 +10,7 @@
     requests.py     the request of a job as JSON
     observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway, and publishes their outputs
+    backlog.py      jobs that wait, for the autoscaler, metrics and deadlines
 
 A job is committed before its caller hears of it. Whoever runs it holds a lease and a fence: without a word for the
 length of the lease the job is queued again, and its former runner can change nothing anymore. This file imports

@@ -95,3 +95,11 @@ def counts(connection: sa.Connection) -> dict[str, Counts]:
     )
     rows = connection.execute(query).all()
     return {model: Counts(int(queued), int(both - queued), int(work)) for model, queued, both, work in rows}
+
+
+def ahead(connection: sa.Connection, model: str, order_at: float) -> Counts:
+    """The jobs of a model that wait and come before one of this place."""
+    found = (jobs.c.state == "queued", jobs.c.model == model, jobs.c.order_at <= order_at)
+    query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.work), 0)).where(*found)
+    count, work = connection.execute(query).one()
+    return Counts(queued=int(count), queued_work=int(work))

@@ -213,3 +213,16 @@ class Counts:
     queued: int = 0
     running: int = 0
     queued_work: int = 0
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What one gateway tells of the jobs of one model that wait: its share of them.
+
+    Attributes:
+        jobs: how many.
+        seconds: what they will take on one gang; 0: nobody knows.
+    """
+
+    jobs: float = 0.0
+    seconds: float = 0.0

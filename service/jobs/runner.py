@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
 from service.api.responses import metrics
+from service.jobs.backlog import JobBacklog
 from service.jobs.observed import ObservedJobs
-from service.jobs.records import QUARANTINED, Job, JobError, JobOutput, LeaseLost
+from service.jobs.records import QUARANTINED, Counts, Job, JobError, JobOutput, LeaseLost
 from service.jobs.requests import request_of
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
@@ -73,13 +74,20 @@ class Runner:
         name: of this gateway, for the record.
         generate: runs a request of an owner.
         room: by model, how many jobs may run in the whole deployment now.
+        backlog: is told what waits after each look.
     """
 
     def __init__(
-        self, jobs: Jobs, outputs: OutputStore, name: str, generate: Generate, room: Callable[[], Mapping[str, int]]
+        self,
+        jobs: Jobs,
+        outputs: OutputStore,
+        name: str,
+        generate: Generate,
+        room: Callable[[], Mapping[str, int]],
+        backlog: JobBacklog,
     ) -> None:
         self._jobs, self._outputs, self._name = jobs, outputs, name
-        self._generate, self._room = generate, room
+        self._generate, self._room, self._backlog = generate, room, backlog
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._observed = ObservedJobs()
         self._wake = asyncio.Event()
@@ -138,8 +146,10 @@ class Runner:
         self._observed.tell(counts, self._room())
         room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
         room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
-        for job in await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else ():
+        claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else []
+        for job in claimed:
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
+        await self._backlog.tell(_without(counts, claimed))
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""
@@ -222,6 +232,15 @@ class Runner:
             if isinstance(error, OSError):
                 raise NotWritten(error.strerror or str(error)) from error
             raise
+
+
+def _without(counts: Mapping[str, Counts], claimed: Sequence[Job]) -> dict[str, Counts]:
+    """The counts as they are once these jobs do not wait anymore."""
+    left = dict(counts)
+    for job in claimed:
+        was = left[job.model]
+        left[job.model] = Counts(max(0, was.queued - 1), was.running + 1, max(0, was.queued_work - job.work))
+    return left
 
 
 def _told(error: Exception) -> JobError:

@@ -31,6 +31,7 @@ from service.jobs.records import (
     LeaseLost,
     NewJob,
     Page,
+    Priority,
     State,
 )
 from service.jobs.tables import Row, jobs, to_job, to_row
@@ -85,6 +86,11 @@ class JobStore:
             if found.fingerprint != new.fingerprint:
                 raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
             return found, False
+
+    def known(self, new: NewJob) -> bool:
+        """Whether this job is there, or its idempotency key has brought one."""
+        with self._database.transaction() as (connection, _):
+            return queries.same(connection, new) is not None
 
     def claim(self, room: Mapping[str, int], runner: str, lease_s: float) -> list[Job]:
         """Take jobs to run them; each counts as an attempt from now on.
@@ -284,6 +290,11 @@ class JobStore:
         """By model, what has not ended. Models without such jobs are absent."""
         with self._database.transaction() as (connection, _):
             return queries.counts(connection)
+
+    def ahead(self, model: str, priority: Priority) -> Counts:
+        """What waits for a model and would come before a job of this priority that is submitted now."""
+        with self._database.transaction() as (connection, now):
+            return queries.ahead(connection, model, now + HEAD_START_S[priority])
 
     def sweep(self) -> None:
         """Settle what nobody claims, and forget ended jobs that have expired. Somebody calls it every few seconds."""

@@ -2,13 +2,15 @@
 
 Private, because the public ones fall short: `serve.run` takes one bound application and `serve.status` leaves out the
 configs, while a rollout reads the configs of all applications and applies them together; `ray.init` has no public
-argument for the address and the folder of a node. `tests/service/test_serve_client.py` pins what is used here.
+argument for the address and the folder of a node; nothing public tells the autoscaler of work that waits elsewhere.
+`tests/service/test_serve_client.py` pins what is used here.
 """
 
 import copy
 import logging
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import worker
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, HandleMetricReport, TimeStampedValue
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeDeploySchema, ServeStatus
 
@@ -140,6 +143,32 @@ def _overview(told: Mapping[str, Any]) -> ApplicationStatusOverview:
         for name, each in told["deployments"].items()
     }
     return ApplicationStatusOverview(told["status"], told["message"], told["last_deployed_time_s"], deployments)
+
+
+def report_waiting(source: str, waiting: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Tell Serve's autoscaler of requests that wait outside of Serve's queues; it adds them to those that wait there.
+
+    The last report of a source counts, for ten seconds.
+
+    Args:
+        source: who tells. It is one, whatever process it tells from.
+        waiting: by application, times in seconds since the epoch, and how many requests waited then; over the time
+            that Serve averages, the oldest first.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        return
+    for application, told in waiting.items():
+        report = HandleMetricReport(
+            deployment_id=DeploymentID(GANG, application),
+            handle_id=source,
+            actor_id="",
+            handle_source=DeploymentHandleSource.UNKNOWN,  # else it would count while its actor lives
+            queued_requests=[TimeStampedValue(at, count) for at, count in told],
+            metrics={},
+            timestamp=time.time(),
+        )
+        client._controller.record_autoscaling_metrics_from_handle.remote(report)
 
 
 def listens_at() -> tuple[str, int]:

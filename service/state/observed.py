@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from deploy.spec import ModelSpec
+from service.jobs.records import Queued
 from service.names import app_name
 from service.state.model_states import ModelState, wanted_reason
 from workers.metrics import BACKLOG, GANGS, GANGS_LIMIT, GANGS_WANTED, QUEUED, TARGET_BACKLOG, WantedReason
@@ -14,6 +15,7 @@ GANG_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PEN
 
 REASONS: tuple[WantedReason, ...] = get_args(WantedReason)
 BOUNDS = ("min", "max")
+NO_JOBS: Mapping[str, Queued] = {}
 
 
 class ObservedModels:
@@ -24,7 +26,11 @@ class ObservedModels:
         self._request_s: dict[str, float] = {}  # of a typical request, by model; kept while it is asleep
 
     def tell(
-        self, models: Mapping[str, ModelSpec], states: Mapping[str, ModelState], targets: Mapping[str, int]
+        self,
+        models: Mapping[str, ModelSpec],
+        states: Mapping[str, ModelState],
+        targets: Mapping[str, int],
+        jobs: Mapping[str, Queued] = NO_JOBS,
     ) -> None:
         """Set all gauges.
 
@@ -32,21 +38,22 @@ class ObservedModels:
             models: of the deployment, by name.
             states: theirs.
             targets: how many gangs Serve aims at, by application.
+            jobs: what waits in the store, by model.
         """
         for name in self._told - set(models):
             self._end(name)
         self._told = set(models)
         for name, model in models.items():
             if name in states:
-                self._tell(model, states[name], targets.get(app_name(name)))
+                self._tell(model, states[name], targets.get(app_name(name)), jobs.get(name, Queued()))
 
-    def _tell(self, model: ModelSpec, state: ModelState, target: int | None) -> None:
+    def _tell(self, model: ModelSpec, state: ModelState, target: int | None, jobs: Queued) -> None:
         name, scaling = model.name, model.autoscaling
-        QUEUED.labels(name).set(state.queued)
+        QUEUED.labels(name).set(state.queued + jobs.jobs)
         learned = [gang["request_s"] for gang in state.gangs if gang.get("request_s")]
         if learned:
             self._request_s[name] = sum(learned) / len(learned)
-        BACKLOG.labels(name, "").set(state.queued * self._request_s.get(name, 0.0))
+        BACKLOG.labels(name, "").set(state.queued * self._request_s.get(name, 0.0) + jobs.seconds)
         for gangs in GANG_STATES:
             GANGS.labels(name, gangs.lower()).set(state.replicas.get(gangs, 0))
         for bound, limit in zip(BOUNDS, (scaling.min_replicas, scaling.max_replicas), strict=True):

@@ -13,6 +13,7 @@ import ray
 from ray.serve.schema import ServeStatus
 
 from deploy.spec import ModelSpec
+from service.jobs.records import Queued
 from service.names import app_name
 from service.rollout.serve_client import serve_state
 from service.state import router_registry
@@ -33,11 +34,14 @@ class Poller:
     """Knows the state of each model, a second old; up to `STEADY_S` where nothing was about to change.
 
     Args:
+        jobs: what waits in the store of jobs, for metrics.
         greet: called for each model that Serve knows, before its gangs' reports are looked up.
     """
 
-    def __init__(self, greet: Callable[[str], None] = lambda model: None) -> None:
-        self._greet = greet
+    def __init__(
+        self, jobs: Callable[[], Mapping[str, Queued]], greet: Callable[[str], None] = lambda model: None
+    ) -> None:
+        self._jobs, self._greet = jobs, greet
         self._models: Mapping[str, ModelSpec] = {}
         self._states: dict[str, ModelState] = {}
         self._nodes: list[Node] = []
@@ -100,7 +104,7 @@ class Poller:
             self._logged[name] = state.reason
         if not all(_is_steady(model, self._states[name]) for name, model in self._models.items()):
             self._due = 0.0
-        self._observed.tell(self._models, self._states, self._targets)
+        self._observed.tell(self._models, self._states, self._targets, self._jobs())
         self._states = {name: state for name, state in self._states.items() if name in self._models}
 
 

@@ -20,6 +20,8 @@ from service import gateway
 from service.api.backend import Restarted, Waiting
 from service.api.errors import answer
 from service.gateway import Gateway
+from service.jobs.requests import new_job
+from service.jobs.store import JobStore
 from service.routing import LeastBacklogRouter
 from service.state import quarantine, router_registry, shared_turns
 from service.state.head_store import HeadStore
@@ -715,3 +717,43 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     queue = {"replica": "", "rank": "", "stage": "queue"}
     assert count("request_seconds_count") == 1
     assert count("stage_seconds_sum", **queue) == 0  # computed longer than it took
+
+
+def test_a_job_that_would_be_late_is_refused_with_what_is_ahead_of_it(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 5.0, 1.0, 4.0, 0.5, 2),))
+    gang = {"request_s": 21.0, "costs": known.as_stats()}
+    states = {"late": ModelState("running", replicas={"RUNNING": 2}, gangs=(gang, gang))}
+    monkeypatch.setattr(opened, "states", lambda: states)
+    (file := tmp_path / "keys.yaml").write_text(
+        f"keys:\n- {{name: web, sha256: {digest('k1')}, models: [late]}}\n- {{name: ann, sha256: {digest('k2')}}}\n"
+    )
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        return Prospect(1, 4.0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+
+    async def story() -> None:
+        models = [a_model(name).model_dump(mode="json") for name in ("late", "one")]
+        table = TABLE | {"models": models, "api_keys_file": str(file)}
+        await opened.reconfigure(table | {"jobs": {"folder": str(tmp_path / "jobs"), "url_env": None}})
+        await opened.runner.stop()  # nobody takes what waits
+        request = replace(REQUEST, model="late", guidance_scale=0.0)  # 21 s
+        opened.admit("Bearer k1")
+        await opened._backlog.tell({})
+        await opened.check_job(request, "standard", 4.5)
+        for priority in ("standard", "batch"):
+            await opened.jobs.ask(JobStore.submit, new_job(request, "web", priority))
+        with pytest.raises(DeadlineExceeded, match=r"wait about 14\.5 s; its deadline is in 14\.0 s"):
+            await opened.check_job(request, "standard", 14.02)
+        await opened.check_job(request, "standard", 15)
+        await opened.check_job(request, "interactive", 5)  # it overtakes both
+        with pytest.raises(DeadlineExceeded, match=r"about 25\.0 s"):
+            await opened.check_job(request, "batch", 24)
+        await opened.check_job(request, "batch", None)
+        with pytest.raises(ModelNotAllowed):
+            await opened.check_job(replace(request, model="one"), "batch", None)
+
+    asyncio.run(story())

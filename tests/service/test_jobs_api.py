@@ -130,6 +130,17 @@ def test_the_same_key_is_the_same_job(client: httpx.Client) -> None:
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
 
 
+def test_a_deadline_that_cannot_be_met_is_refused_unless_the_job_is_there(client: httpx.Client) -> None:
+    body, key = BODY | {"prompt": "late"}, ASYNC | {"idempotency-key": "k"}
+    accepted = client.post("/images/generations", json=body, headers=key).json()
+    refused = client.post("/images/generations", json=body | {"deadline_s": 5}, headers=ASYNC)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert "about 9.0 s" in refused.json()["error"]["message"]
+    again = client.post("/images/generations", json=body | {"deadline_s": 5}, headers=key)
+    assert (again.status_code, again.json()["id"]) == (202, accepted["id"])
+    assert [job["id"] for job in client.get("/jobs").json()["data"]] == [accepted["id"]]
+
+
 def test_all_kinds_are_listed_filtered_cancelled_and_deleted(client: httpx.Client) -> None:
     film = client.post("/videos", json={"model": "film", "prompt": "a"}).json()["id"]
     until(client, film, "succeeded")

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from deploy.spec import Autoscaling
 from service.api.observed import key_name
 from service.api.rest import rest_app
+from service.jobs.records import Queued
 from service.names import app_name
 from service.state.model_states import ModelState, wanted_reason
 from service.state.observed import ObservedModels
@@ -83,6 +84,9 @@ def test_gauges_of_a_model_and_its_end() -> None:
     assert gauge("spray_backlog_seconds", model="seen", replica="") == "3.0"  # what a request took is not forgotten
     assert gauge("spray_gangs_wanted", model="seen", reason="load") == "nan"  # not exported
     assert gauge("spray_gangs_wanted", model="seen", reason="maximum") == "4.0"
+    ours.tell({"seen": model}, {"seen": ModelState("asleep", queued=1)}, {}, {"seen": Queued(2.5, 20.0)})
+    assert gauge("spray_requests_queued", model="seen") == "3.5"  # this gateway's share of the jobs in the store, too
+    assert gauge("spray_backlog_seconds", model="seen", replica="") == "23.0"
     ours.tell({}, {}, {})
     for name, labels in (
         ("backlog_seconds", {"replica": ""}),

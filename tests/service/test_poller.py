@@ -47,7 +47,7 @@ def test_serve_is_asked_often_only_while_something_changes(
     monkeypatch.setattr(poller, "model_state", model_state)
 
     async def story() -> None:
-        ours = Poller()
+        ours = Poller(dict)
         ours._models = {"one": a_model("one", autoscaling=Autoscaling(max_replicas=2))}
         for _ in range(5):
             await ours._poll()
@@ -67,7 +67,7 @@ def test_each_model_that_serve_knows_is_greeted(monkeypatch: pytest.MonkeyPatch)
     greeted: list[str] = []
 
     async def story() -> None:
-        ours = Poller(greeted.append)
+        ours = Poller(dict, greeted.append)
         ours._models = {name: a_model(name) for name in ("one", "two")}
         await ours._poll()
 

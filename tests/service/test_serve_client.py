@@ -2,15 +2,18 @@
 
 import ast
 import inspect
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
 from ray.serve._private.client import ServeControllerClient
-from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
-from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve._private.common import DeploymentID, DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve._private.controller import ServeController
+from ray.serve.config import AutoscalingConfig, HTTPOptions, gRPCOptions
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import (
     APIType,
@@ -119,3 +122,27 @@ def test_the_state_of_serve_is_what_it_says_by_its_own_model_of_it(monkeypatch: 
     assert targets == {"model-m": 3}
     monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: None)
     assert serve_client.serve_state() == (ServeStatus(), {})
+
+
+def test_serves_autoscaler_adds_what_waits_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = DeploymentAutoscalingState(DeploymentID("Gang", "film"))
+    scaling._config = AutoscalingConfig(metrics_interval_s=1.0)
+    call = SimpleNamespace(remote=scaling.record_request_metrics_for_handle)
+    controller = SimpleNamespace(record_autoscaling_metrics_from_handle=call)
+    client = SimpleNamespace(_controller=controller)
+    monkeypatch.setattr(serve_client.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: client)
+    now = time.time()
+    for _ in range(2):  # gateways that tell of the same jobs
+        serve_client.report_waiting("jobs", {"film": [(now - 10, 8.0), (now - 5, 2.5)]})
+    serve_client.report_waiting("others", {"film": [(now - 10, 1.0)]})
+    assert scaling.get_autoscaling_context(1).total_queued_requests == pytest.approx(
+        (8.0 * 5 + 2.5 * 5) / 10 + 1.0, rel=0.05
+    )
+    scaling.drop_stale_handle_metrics(set())
+    assert scaling.get_autoscaling_context(1).total_queued_requests > 0
+    later = time.monotonic() + 11
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    scaling.drop_stale_handle_metrics(set())  # of a deployment whose gateways say nothing anymore
+    assert scaling.get_autoscaling_context(1).total_queued_requests == 0
+    assert hasattr(ServeController, "record_autoscaling_metrics_from_handle")

@@ -7,6 +7,8 @@ from typing import Any
 
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
 from service.api.backend import Found, Report, Restarted, Waiting
+from service.jobs.backlog import JobBacklog
+from service.jobs.records import Priority
 from service.jobs.runner import Runner
 from service.jobs.store_actor import Jobs
 from service.state.idempotency import IdempotencyKeys
@@ -14,7 +16,7 @@ from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
-from workers.errors import GangLost, PeerFailed, QueueFull, RequestFailed, ShuttingDown, Unauthorized
+from workers.errors import DeadlineExceeded, GangLost, PeerFailed, QueueFull, RequestFailed, ShuttingDown, Unauthorized
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 SMALL = Defaults(width=64, height=64, num_inference_steps=4, num_frames=5)
@@ -44,7 +46,10 @@ class FakeBackend:
         self.idempotency = IdempotencyKeys("")
         self.live = LiveRequests("local")
         self.jobs = Jobs()
-        self.runner = Runner(self.jobs, self.outputs, "test", lambda owner, request: self.generate(request), self.room)
+        backlog = JobBacklog(dict)
+        self.runner = Runner(
+            self.jobs, self.outputs, "test", lambda owner, request: self.generate(request), self.room, backlog
+        )
         self.key: str | None = None
         self.closed = False
         self.released = asyncio.Event()
@@ -85,6 +90,11 @@ class FakeBackend:
 
     def charge(self, request: GenerationRequest) -> None:
         """Nobody pays."""
+
+    async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
+        """Whatever asks for `late` comes too late with a deadline."""
+        if request.prompt == "late" and deadline_s is not None:
+            raise DeadlineExceeded("the request would be answered in about 9.0 s")
 
     def room(self) -> dict[str, int]:
         """One job of each model."""

@@ -10,6 +10,7 @@ import pytest
 
 from service.api.backend import Report, Restarted, Waiting
 from service.jobs import runner as module
+from service.jobs.backlog import JobBacklog
 from service.jobs.records import Job
 from service.jobs.requests import new_job, request_of
 from service.jobs.runner import Runner
@@ -39,7 +40,8 @@ class World:
         self.asked: list[tuple[str, GenerationRequest]] = []
         self.script = script
         self.room = {"film": 1}
-        self.runner = Runner(self.jobs, self.outputs, "gateway-1", self._generate, lambda: self.room)
+        self.backlog = JobBacklog(dict)
+        self.runner = Runner(self.jobs, self.outputs, "gateway-1", self._generate, lambda: self.room, self.backlog)
 
     async def submit(self, request: GenerationRequest = REQUEST, owner: str = "ann", **given: Any) -> Job:
         job, _ = await self.jobs.ask(JobStore.submit, new_job(request, owner, **given))
@@ -172,7 +174,7 @@ def test_a_gateway_that_stops_gives_its_jobs_back_and_takes_no_more(tmp_path: Pa
         assert (await world.jobs.ask(JobStore.get, late.id, None)).state == "queued"
         assert begun == 2
         world.script = draws
-        another = Runner(world.jobs, world.outputs, "gateway-2", world._generate, lambda: world.room)
+        another = Runner(world.jobs, world.outputs, "gateway-2", world._generate, lambda: world.room, world.backlog)
         another.wake()
         done = [await world.ended(job) for job in (*jobs, late)]
         assert [(job.state, job.attempt, job.runner) for job in done] == [("succeeded", 1, "gateway-2")] * 3

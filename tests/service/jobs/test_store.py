@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 
 from service.jobs import engines
 from service.jobs.engines import open_postgres, open_sqlite
-from service.jobs.records import ID, JobError, KeyReused, LeaseLost, new_id
+from service.jobs.records import HEAD_START_S, ID, Counts, JobError, KeyReused, LeaseLost, new_id
 from service.jobs.store import JobStore
 from service.jobs.tables import metadata
 from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, LEASE_S, Clock, new_job, open_engine, take
@@ -171,6 +171,18 @@ def test_interactive_work_overtakes_and_age_beats_it(store: JobStore, clock: Clo
     assert store.look(late.id, None)[1] == 0
 
 
+def test_batch_does_not_starve_behind_a_stream_of_interactive_work(store: JobStore, clock: Clock) -> None:
+    batch, _ = store.submit(new_job(priority="batch"))
+    began, taken = clock.now, ""
+    while taken != batch.id:
+        store.submit(new_job(priority="interactive"))
+        (held,) = take(store)
+        store.publish(taken := held.id, held.fence, [], {})
+        clock.now += 60  # as long as a job takes
+        assert clock.now - began <= HEAD_START_S["batch"] + 120
+    assert clock.now - began > HEAD_START_S["batch"]
+
+
 def test_a_deadline_ends_what_waits_and_what_is_silent(store: JobStore, clock: Clock) -> None:
     waits, _ = store.submit(new_job(deadline_s=10.0))
     runs, _ = store.submit(new_job(model="draw", deadline_s=10.0))
@@ -259,6 +271,18 @@ def test_counts_are_by_model(store: JobStore) -> None:
     assert (found["draw"].queued, found["draw"].running) == (1, 0)
     store.publish(held.id, held.fence, [FILM], {})
     assert store.counts()["film"].running == 0
+
+
+def test_what_would_come_before_a_new_job(store: JobStore, clock: Clock) -> None:
+    for priority in ("interactive", "standard", "batch", "batch"):
+        store.submit(new_job(priority=priority, work=2**60))
+    store.submit(new_job(model="other"))
+    found = {priority: store.ahead("film", priority) for priority in HEAD_START_S}
+    assert {priority: each.queued for priority, each in found.items()} == {"interactive": 1, "standard": 2, "batch": 4}
+    assert found["batch"].queued_work == 2**62
+    clock.now += 600
+    assert store.ahead("film", "interactive").queued == 4
+    assert store.ahead("nothing", "batch") == Counts()
 
 
 def test_what_has_ended_expires(store: JobStore, clock: Clock) -> None:

@@ -1,0 +1,82 @@
+"""What the autoscaler, the metrics and new jobs with a deadline are told of the jobs that wait in the store."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from service.autoscaling import LOOK_BACK_S
+from service.jobs import backlog as module
+from service.jobs.backlog import POINT_S, SOURCE, JobBacklog
+from service.jobs.records import Counts, Queued
+from service.names import app_name
+from tests.service.jobs.stores import Clock
+from workers.gang.cost import Cost, Costs
+
+SMALL = Cost(10, 10, 1, 1, 2, 0.1, 1.0, 0.1, 1.0, 3)
+LARGE = Cost(20, 20, 1, 1, 2, 0.4, 1.0, 0.4, 1.0, 1)
+"""Both take a second outside their steps, and a millisecond of a step for each pixel."""
+
+GANG = {"request_s": 2.0, "costs": Costs("", (SMALL, LARGE)).as_stats()}
+Told = list[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module.time, "time", lambda: clock.now)
+    return clock
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    reports: Told = []
+    monkeypatch.setattr(module, "report_waiting", lambda *report: reports.append(report))
+    return reports
+
+
+def tell(backlog: JobBacklog, **counts: Counts) -> None:
+    asyncio.run(backlog.tell(counts))
+
+
+def test_before_the_first_request_jobs_count_as_requests(clock: Clock, told: Told) -> None:
+    backlog = JobBacklog(lambda: {"film": ()})
+    tell(backlog, film=Counts(queued=3, running=1, queued_work=9999), removed=Counts(queued=5))
+    assert told == [(SOURCE, {app_name("film"): [(clock.now, 3.0)]})]
+    assert backlog.share() == {"film": Queued(3.0, 0.0), "removed": Queued(5.0, 0.0)}
+
+
+def test_long_jobs_count_for_more(clock: Clock, told: Told) -> None:
+    gangs: dict[str, list[dict[str, Any]]] = {"film": [GANG, GANG]}
+    backlog = JobBacklog(lambda: gangs)
+    waiting = Counts(queued=2, queued_work=10 * 400)  # ten steps of large pictures
+    tell(backlog, film=waiting)
+    ((_, report),) = told
+    assert report[app_name("film")][-1][1] == pytest.approx((4.0 + 2 * 1.0) / 2.0)  # three typical requests
+    backlog.gateways = 3
+    assert backlog.share()["film"].seconds == pytest.approx(2.0)
+    assert backlog.wait_s("film", waiting) == pytest.approx(3.0)  # two gangs share it
+    gangs["film"] = []  # asleep: what a request takes is not forgotten
+    assert backlog.wait_s("film", waiting) == pytest.approx(6.0)
+    assert backlog.wait_s("other", waiting) == 0.0
+
+
+def test_serve_hears_of_the_end_and_then_nothing(clock: Clock, told: Told) -> None:
+    backlog = JobBacklog(lambda: {"film": (), "idle": ()})
+    tell(backlog)
+    assert told == []
+    tell(backlog, film=Counts(queued=1))  # at once: it wakes the model
+    tell(backlog, film=Counts(queued=2))
+    assert [report for _, report in told] == [{app_name("film"): [(clock.now, 1.0)]}]
+    for _ in range(int(LOOK_BACK_S / POINT_S) + 5):
+        clock.now += POINT_S
+        tell(backlog)
+    last = told[-1][1][app_name("film")]
+    assert {count for _, count in last} == {0.0}
+    assert last[-1][0] - last[0][0] == pytest.approx(LOOK_BACK_S)
+    reports = len(told)
+    assert any(count for _, count in told[-2][1][app_name("film")])
+    clock.now += POINT_S
+    tell(backlog)
+    assert len(told) == reports
