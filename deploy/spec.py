@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
 ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z][a-z0-9-]*(:[0-9]{1,5})?")
 """A name, not an address."""
-
+WEBHOOK_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]+")
 STANDARD_PORT = {"http:": ":80", "https": ":443"}
 """Browsers leave it out, by the first letters of the origin."""
 
@@ -384,6 +384,15 @@ class GatewaySpec(_Section):
         description="hosts from which pictures are fetched, over https, where a request names them by URL, such as "
         "images.example.com; absent: none",
     )
+    webhook_hosts: tuple[str, ...] = Field(
+        (),
+        description="hosts that jobs may name in webhook_url to tell of their end, as hooks.example.com; empty: none",
+    )
+    webhook_key_env: str | None = Field(
+        None,
+        description="environment variable of the gateway with the key that signs webhooks, whsec_ and base64; several, "
+        "with spaces between them, all sign",
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="of the line that is logged for each request: key=value, or an object of JSON"
     )
@@ -410,6 +419,20 @@ class GatewaySpec(_Section):
                     "images.example.com"
                 )
         return hosts
+
+    @field_validator("webhook_hosts")
+    @classmethod
+    def _are_hosts_to_call(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not WEBHOOK_HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is no host; name it in lower case, without a scheme, port, path or *")
+        return hosts
+
+    @model_validator(mode="after")
+    def _webhooks_are_signed(self) -> Self:
+        if self.webhook_hosts and self.webhook_key_env is None:
+            raise ValueError("webhook_hosts needs webhook_key_env, the variable with the key that signs webhooks")
+        return self
 
 
 class GatewayLimits(_Section):

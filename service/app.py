@@ -164,6 +164,8 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "outputs": spec.storage.outputs.model_dump(),
             "idempotency": spec.storage.idempotency.model_dump(),
             "jobs": {"folder": spec.storage.jobs, "url_env": spec.storage.jobs_url_env},
+            "webhook_hosts": list(spec.gateway.webhook_hosts),
+            "webhook_key_env": spec.gateway.webhook_key_env,
         },
     }
     return {

@@ -32,6 +32,7 @@ from service.jobs.records import Priority
 from service.jobs.runner import Runner
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
+from service.jobs.webhooks import Webhooks
 from service.names import GANG, app_name
 from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
@@ -133,6 +134,7 @@ class Gateway(GrpcMethods):
         self._live = LiveRequests(_short_name())
         self._colleagues = Colleagues(_short_name(), self._answer, shared_turns.start_keeper)
         self.jobs = Jobs()
+        self.webhooks = Webhooks(self.jobs)
         self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
         self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room, self._backlog)
         self._keyring = Keyring()
@@ -169,6 +171,7 @@ class Gateway(GrpcMethods):
         outputs = user_config.get("outputs", Outputs().model_dump())  # an older version deployed none
         try:
             self.jobs.follow(**user_config.get("jobs", NO_JOBS), keep_s=outputs["ttl_s"])
+            self.webhooks.follow(user_config.get("webhook_hosts", ()), user_config.get("webhook_key_env"))  # likewise
             self._keyring.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
         except SpecError as error:
             if not self._keyring.configured:

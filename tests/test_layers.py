@@ -20,7 +20,18 @@ ALLOWED = {
     | {"grafana_foundation_sdk"},  # writes the dashboards, in deploy/grafana alone; only developers have it
     "workers": {"ray", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "PIL", "av"}
     | {"huggingface_hub", "prometheus_client", "psutil", "greenlet", "opentelemetry"},
-    "service": {"ray", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "typer", "rich", "PIL"}
+    "service": {
+        "ray",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "httpx",
+        "pydantic",
+        "typer",
+        "rich",
+        "PIL",
+        "standardwebhooks",
+    }
     | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
     | {"psutil"}  # the processes of a node that ends
     | {"yaml", "matplotlib"},  # of `spray bench`; the latter where present

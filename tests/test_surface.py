@@ -81,6 +81,7 @@ SPEC_KEYS = frozenset(
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins gateway.media_hosts
     gateway.node_labels gateway.log_format gateway.log_prompts
+    gateway.webhook_hosts gateway.webhook_key_env
     limits limits.max_body_bytes metrics metrics.host metrics.port tracing tracing.otlp_endpoint tracing.sample_ratio
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
     storage.idempotency storage.idempotency.folder storage.idempotency.ttl_s storage.idempotency.max_bytes
@@ -153,7 +154,8 @@ FIELDS = frozenset(
     """.split()
 )
 IMAGE_FIELDS = FIELDS | {
-    "seeds", "output_format", "output_compression", "background", "style", "moderation", "priority", "deadline_s"
+    "seeds", "output_format", "output_compression", "background", "style", "moderation", "priority", "deadline_s",
+    "webhook_url"
 }  # fmt: skip
 EDIT_FIELDS = IMAGE_FIELDS | {
     "image", "images", "mask", "mask_image", "control_image", "strength", "input_fidelity"
@@ -172,6 +174,7 @@ METRICS = {
     "spray_rank_memory_bytes": {"model", "replica", "rank", "kind"},
     "spray_gang_start_seconds": {"model", "phase"},
     "spray_jobs": {"model", "state"},
+    "spray_webhooks": {"outcome"},
     "spray_job_store_seconds": {"operation"},
     "spray_job_store_errors": {"operation"},
     "spray_gang_restarts": {"model", "reason"},
@@ -230,7 +233,7 @@ VIDEO_FLAGS = {
     "prompt", "image", "last_image", "video", "strength", "output",
     "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "detach", "server", "local", "model",
-    "device", *DEGREES,
+    "webhook", "device", *DEGREES,
 }  # fmt: skip
 
 PICTURE_FLAGS = {"n", "mask", "control_image"}

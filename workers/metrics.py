@@ -129,6 +129,7 @@ JOB_STORE_SECONDS = Histogram(
     buckets=STAGE_BUCKETS,
 )
 JOB_STORE_ERRORS = Counter("spray_job_store_errors", "Calls that the store of jobs did not answer.", ["operation"])
+WEBHOOKS = Counter("spray_webhooks", "Attempts to tell a caller of the end of a job.", ["outcome"])
 API_REQUESTS = Counter(
     "spray_api_requests",
     "Calls of the API by route or RPC, status, and the name of the caller's key.",

@@ -13,6 +13,7 @@ from deploy.spec import ModelSpec
 from service.api.origin import reject_foreign_hosts, reject_foreign_pages
 from service.jobs.records import Priority
 from service.jobs.store_actor import Jobs
+from service.jobs.webhooks import Webhooks
 from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
@@ -94,6 +95,7 @@ class Backend(Protocol):
     outputs: OutputStore
     idempotency: IdempotencyKeys
     jobs: Jobs
+    webhooks: Webhooks
     runner: JobRunner
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:

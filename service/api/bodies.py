@@ -38,6 +38,7 @@ def _visible(text: str) -> str:
     return text
 
 
+WEBHOOK = "is called with a POST when the job has ended; its host must be one of the deployment's webhook_hosts"
 OVERTAKES = "interactive jobs overtake others, until those have waited long enough"
 OF_JOBS = "with the header prefer: respond-async alone"
 
@@ -207,6 +208,7 @@ class ImageGenerationBody(GenerationBody):
     deadline_s: float | None = Field(
         None, gt=0, le=MOST_JOB_SECONDS, description=f"{OF_JOBS}: seconds after which the pictures are worth nothing"
     )
+    webhook_url: str | None = Field(None, max_length=2000, description=f"{OF_JOBS}: {WEBHOOK}")
     style: str | None = WITHOUT_EFFECT
     moderation: str | None = WITHOUT_EFFECT
 
@@ -275,6 +277,7 @@ class RemixBody(Body):
     """Body of `POST /v1/videos/{id}/remix`. All else is that of the video which it varies."""
 
     prompt: Prompt = Field(description="what to draw instead; must have a visible character")
+    webhook_url: str | None = Field(None, max_length=2000, description=WEBHOOK)
 
 
 class VideoJobBody(VideoGenerationBody):
@@ -291,6 +294,7 @@ class VideoJobBody(VideoGenerationBody):
         le=MOST_JOB_SECONDS,
         description="seconds after which the video is worth nothing; then the job expires",
     )
+    webhook_url: str | None = Field(None, max_length=2000, description=WEBHOOK)
 
 
 WHERE_PICTURES_GO = (

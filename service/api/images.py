@@ -68,7 +68,7 @@ async def edit_images(
 async def _answer(http: Request, backend: Backend, body: ImageGenerationBody) -> Response:
     if _prefers_job(http):
         return await _accept(http, backend, body)
-    for name in ("priority", "deadline_s"):
+    for name in ("priority", "deadline_s", "webhook_url"):
         if name in body.model_fields_set:
             raise InvalidParameter(
                 name, f"{name} is for jobs; send the header {PREFER}: {RESPOND_ASYNC}, or leave it out"
@@ -89,7 +89,9 @@ async def _accept(http: Request, backend: Backend, body: ImageGenerationBody) ->
             raise InvalidParameter(name, said)
     request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(backend, request, body.priority, body.deadline_s, key)
+    job, fresh = await job_calls.submit(
+        backend, request, body.priority, body.deadline_s, key, webhook_url=body.webhook_url
+    )
     headers = {"location": f"/v1/jobs/{job.id}", "preference-applied": RESPOND_ASYNC, **ignored_header(body.ignored)}
     headers |= {} if fresh else {REPLAYED_HEADER: "true"}
     return JSONResponse(job_object(job), status_code=202, headers=headers)

@@ -65,6 +65,7 @@ async def submit(
     deadline_s: float | None,
     key: str | None,
     remixed_from: str | None = None,
+    webhook_url: str | None = None,
 ) -> tuple[Job, bool]:
     """Accept a job. It is on disk when this returns.
 
@@ -75,11 +76,13 @@ async def submit(
         deadline_s: seconds from now; None: none.
         key: the idempotency key; None: there is none.
         remixed_from: id of the job that it varies; None: it varies none.
+        webhook_url: what is called when it has ended; None: nothing.
 
     Returns:
         The job, and whether it is new; otherwise its key has brought it before.
 
     Raises:
+        InvalidParameter: the URL may not be called.
         IdempotencyKeyReused: the key came with another request.
         DeadlineExceeded: it would end too late, and is new.
         OSError: its outputs could not be kept.
@@ -87,9 +90,11 @@ async def submit(
     """
     if key is not None:
         check_key(key)
+    if webhook_url is not None:
+        backend.webhooks.check(webhook_url)
     known_as = fingerprint(backend.caller(), request)
     request = replace(request, traceparent=callers_trace())
-    new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from)
+    new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from, webhook_url)
     try:
         await backend.check_job(request, priority, deadline_s)
     except DeadlineExceeded:

@@ -54,7 +54,9 @@ async def create_video(
     """Accept a video. It is kept on disk when this answers."""
     request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(backend, request, body.priority, body.deadline_s, key)
+    job, fresh = await job_calls.submit(
+        backend, request, body.priority, body.deadline_s, key, webhook_url=body.webhook_url
+    )
     response.headers.update(POLL | ignored_header(body.ignored) | ({} if fresh else {REPLAYED_HEADER: "true"}))
     return video_object(job)
 
@@ -111,7 +113,7 @@ async def remix_video(
     find_model(backend.models(), before.model)  # it may have been removed since
     request = replace(request_of(before), request_id=request_id(http), deadline_at=None, prompt=body.prompt)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(backend, request, before.priority, None, key, remixed_from=video_id)
+    job, fresh = await job_calls.submit(backend, request, before.priority, None, key, video_id, body.webhook_url)
     response.headers.update(POLL | ({} if fresh else {REPLAYED_HEADER: "true"}))
     return video_object(job)
 

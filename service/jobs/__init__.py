@@ -8,6 +8,8 @@
     transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
     store_actor.py  the store as gateways reach it: one actor that owns the file, or PostgreSQL
     requests.py     the request of a job as JSON
+    outbox.py       webhooks that have to be sent, as rows
+    webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway, and publishes their outputs
     backlog.py      jobs that wait, for the autoscaler, metrics and deadlines

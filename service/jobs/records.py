@@ -96,6 +96,7 @@ class NewJob:
         deadline_s: seconds from now after which it is worth nothing; None: never.
         idempotency_key: the same key of the same owner is the same job; None: each call is a new one.
         fingerprint: of the body that came with the key.
+        webhook_url: what is called when it has ended; None: nothing.
     """
 
     kind: Kind
@@ -108,6 +109,7 @@ class NewJob:
     deadline_s: float | None = None
     idempotency_key: str | None = None
     fingerprint: str = ""
+    webhook_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Job:
 
     Attributes:
         id: unguessable; sorts by time of submission.
-        kind, model, owner, request, work, priority, idempotency_key, fingerprint: as submitted.
+        kind, model, owner, request, work, priority, idempotency_key, fingerprint, webhook_url: as submitted.
         state: where it is.
         created_at, started_at, ended_at: seconds; started_at is that of the last attempt. None: not yet.
         deadline_at: seconds; None: none.
@@ -161,6 +163,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     idempotency_key: str | None = None
     fingerprint: str = ""
+    webhook_url: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -226,3 +229,22 @@ class Queued:
 
     jobs: float = 0.0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A call that tells of the end of a job.
+
+    Attributes:
+        id: of the message; the same in each attempt.
+        job_id: of the job.
+        url: what is called.
+        body: what is sent; the same in each attempt.
+        attempt: how often it was tried, this time included.
+    """
+
+    id: str
+    job_id: str
+    url: str
+    body: str
+    attempt: int

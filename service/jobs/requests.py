@@ -26,6 +26,7 @@ def new_job(
     idempotency_key: str | None = None,
     fingerprint: str = "",
     remixed_from: str | None = None,
+    webhook_url: str | None = None,
 ) -> NewJob:
     """A request as a job of an owner; the arguments are those of `NewJob`, and the id of the job that it varies."""
     fields = dataclasses.asdict(request.without_data())
@@ -43,6 +44,7 @@ def new_job(
         deadline_s=deadline_s,
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
+        webhook_url=webhook_url,
     )
 
 

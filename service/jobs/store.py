@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.jobs import queries
+from service.jobs import outbox, queries
 from service.jobs.database import PATIENCE_S, Database
 from service.jobs.records import (
     CANCELLED,
@@ -22,6 +22,7 @@ from service.jobs.records import (
     MAX_GANG_LOSSES,
     QUARANTINED,
     Counts,
+    Delivery,
     Job,
     JobError,
     JobEvent,
@@ -302,6 +303,26 @@ class JobStore:
             self._database.settle(connection, now, self.keep_s)
             connection.execute(sa.delete(jobs).where(jobs.c.expires_at <= now))
 
+    def due_webhooks(self, most: int, lease_s: float) -> list[Delivery]:
+        """Take webhooks to send them; each counts as an attempt from now on.
+
+        Args:
+            most: at most so many.
+            lease_s: seconds after which somebody else takes them, if nothing was said of them.
+        """
+        with self._database.transaction() as (connection, now):
+            return outbox.due(connection, most, now, lease_s)
+
+    def webhook_sent(self, message_id: str) -> None:
+        """A webhook has arrived; it is forgotten."""
+        with self._database.transaction() as (connection, _):
+            outbox.sent(connection, message_id)
+
+    def webhook_not_sent(self, delivery: Delivery, after_s: float) -> bool:
+        """A webhook has not arrived: it is taken again after so many seconds. False: it is too old, and given up."""
+        with self._database.transaction() as (connection, now):
+            return outbox.not_sent(connection, delivery, now, after_s)
+
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
@@ -341,4 +362,5 @@ def _accepted(new: NewJob, now: float) -> Job:
         deadline_at=None if new.deadline_s is None else now + new.deadline_s,
         idempotency_key=new.idempotency_key,
         fingerprint=new.fingerprint,
+        webhook_url=new.webhook_url,
     )

@@ -51,6 +51,7 @@ jobs = sa.Table(
     sa.Column("warnings", sa.JSON, nullable=False),
     sa.Column("idempotency_key", sa.String),
     sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("webhook_url", sa.String),
     sa.UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     sa.Index("jobs_queue", "state", "model", "order_at", "id"),
     sa.Index("jobs_backlog", "state", "model", "work"),
@@ -69,6 +70,20 @@ events = sa.Table(
     sa.Column("state", sa.String, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("reason", sa.String, nullable=False),
+)
+
+
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("url", sa.String, nullable=False),
+    sa.Column("body", sa.String, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("not_before", sa.Double, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Index("webhooks_due", "not_before"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from service.jobs import outbox
 from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, Job, JobError, State
 from service.jobs.tables import Row, events, jobs, to_job
 
@@ -31,6 +32,8 @@ def change(connection: sa.Connection, row: Row, now: float, reason: str = "", **
         sa.update(jobs).where(jobs.c.id == row["id"]).values(**values).returning(jobs)
     ).mappings()
     note(connection, changed, now, reason)
+    if changed["state"] in ENDED and changed["webhook_url"] is not None:
+        outbox.add(connection, changed, now)
     return to_job(changed)
 
 

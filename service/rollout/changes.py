@@ -102,6 +102,8 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
             "media_hosts": options["user_config"].get("media_hosts", []),
+            "webhook_hosts": options["user_config"].get("webhook_hosts", []),
+            "webhook_key_env": options["user_config"].get("webhook_key_env"),
             "node_labels": options["ray_actor_options"].get("label_selector", {}),
             **_log_before(options["user_config"].get("log")),
         },

@@ -31,7 +31,8 @@ class JobMethods(Backend):
         request_id = enter(self, request, grpc_context)
         asked, priority, deadline_s = await to_job(request, self.models(), request_id)
         key = metadata(grpc_context).get(KEY_HEADER)
-        job, fresh = await job_calls.submit(self, asked, priority, deadline_s, key)
+        url = request.webhook_url or None
+        job, fresh = await job_calls.submit(self, asked, priority, deadline_s, key, webhook_url=url)
         tell(grpc_context, {} if fresh else {REPLAYED_HEADER: "true"})
         return pb.CreateJobResponse(job=job_message(job_calls.Seen(job)))
 

@@ -96,9 +96,8 @@ async def to_job(
         ModelNotFound: the deployment does not have the model.
     """
     _reject_newer(message, "")
-    for name in ("webhook_url", "labels"):
-        if getattr(message, name):
-            raise InvalidParameter(name, f"{name} is not supported yet", "unknown_parameter")
+    if message.labels:
+        raise InvalidParameter("labels", "labels is not supported yet", "unknown_parameter")
     given = message.scheduling.priority
     if given not in PRIORITIES:
         known = ", ".join(map(pb.Priority.Name, PRIORITIES))

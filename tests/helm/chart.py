@@ -254,6 +254,8 @@ VARIATIONS: dict[str, Values] = {
             "log_format": "json",
             "log_prompts": True,
             "media_hosts": ["media.example.com"],
+            "webhook_hosts": ["hooks.example.com"],
+            "webhook_key_env": "HOOKS",
         },
         "limits": {"max_body_bytes": 1 << 25},
         "metrics": {"host": "127.0.0.1", "port": 9465},

@@ -270,6 +270,8 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
                     "cors_origins": ("https://app.example.com",),
                     "media_hosts": ("images.example.com",),
                     "log_format": "json",
+                    "webhook_hosts": ("hooks.example.com",),
+                    "webhook_key_env": "HOOKS",
                 }
             ),
             "limits": GatewayLimits(max_body_bytes=2048),
@@ -309,6 +311,8 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "outputs": {"folder": None, "ttl_s": 60.0},
         "idempotency": {"folder": None, "ttl_s": 70.0, "max_bytes": 4 << 30},
         "jobs": {"folder": None, "url_env": "JOBS_URL"},
+        "webhook_hosts": ["hooks.example.com"],
+        "webhook_key_env": "HOOKS",
     }
 
 

@@ -239,7 +239,7 @@ def test_others_find_nothing(jobs_backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("wrong", "field"),
     [
-        ({"webhook_url": "https://a.example"}, "webhook_url"),
+        ({"webhook_url": "https://a.example"}, "webhook_url"),  # no host is allowed here
         ({"labels": {"a": "b"}}, "labels"),
         ({"scheduling": {"priority": 9}}, "scheduling.priority"),
         ({"scheduling": {"deadline_seconds": 0}}, "scheduling.deadline_seconds"),
@@ -256,6 +256,17 @@ def test_what_a_job_cannot_be_is_refused(jobs_backend: Backend, wrong: dict[str,
         watching = await finished(stub.WatchJob(pb.WatchJobRequest(id=UNKNOWN, options=options)))
         assert watching.details["BadRequest"].field_violations[0].field == "options.preview_every_n_steps"
         assert list((await stub.ListJobs(pb.ListJobsRequest())).jobs) == []
+
+    live(jobs_backend, story)
+
+
+def test_a_webhook_is_that_of_the_job(jobs_backend: Backend) -> None:
+    url = "https://hooks.example.com/a"
+    jobs_backend.webhooks._hosts = frozenset({"hooks.example.com"})
+
+    async def story(stub: Stub) -> None:
+        answer = await stub.CreateJob(pb.CreateJobRequest(params=params(), webhook_url=url))
+        assert (await jobs_backend.jobs.ask(JobStore.get, answer.job.id, None)).webhook_url == url
 
     live(jobs_backend, story)
 

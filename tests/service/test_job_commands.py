@@ -1,5 +1,6 @@
 """`spray jobs`, `job`, `download`, `cancel` and `--detach` against a server of this process."""
 
+import asyncio
 import json
 import threading
 import time
@@ -15,6 +16,7 @@ from service.api.rest import rest_app
 from service.cli import job_client
 from service.cli.main import main
 from service.cli.output import job_table, jobs_table, plain
+from service.jobs.store import JobStore
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
 
@@ -68,6 +70,16 @@ def test_pictures_too(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, out.split()) == (0, [f"{job['id']}.webp", f"{job['id']}-1.webp"])
     assert "seeds: 7, 8" in err
     assert [Path(name).read_bytes() for name in out.split()] == [b"picture 7", b"picture 8"]
+
+
+def test_somebody_may_hear_of_its_end(server: str, backend: FakeBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.webhooks._hosts = frozenset({"hooks.example.com"})
+    flags = ("--model", "one", "--webhook", "https://hooks.example.com/a")
+    job_id = run(capsys, "generate", "a", *flags, "--detach")[1].strip()
+    kept = asyncio.run(backend.jobs.ask(JobStore.get, job_id, None))
+    assert kept.webhook_url == flags[-1]
+    code, _, err = run(capsys, "generate", "a", *flags)
+    assert (code, "--webhook needs --detach" in err) == (2, True)
 
 
 def test_jobs_are_listed_shown_waited_for_and_cancelled(server: str, capsys: pytest.CaptureFixture[str]) -> None:

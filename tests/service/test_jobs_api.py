@@ -111,6 +111,7 @@ def test_without_the_preference_pictures_come_at_once(client: httpx.Client) -> N
         (ASYNC, {"partial_images": 1}),
         ({}, {"priority": "batch"}),
         ({}, {"deadline_s": 10}),
+        ({}, {"webhook_url": "https://hooks.example.com/"}),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -139,6 +140,24 @@ def test_a_deadline_that_cannot_be_met_is_refused_unless_the_job_is_there(client
     again = client.post("/images/generations", json=body | {"deadline_s": 5}, headers=key)
     assert (again.status_code, again.json()["id"]) == (202, accepted["id"])
     assert [job["id"] for job in client.get("/jobs").json()["data"]] == [accepted["id"]]
+
+
+def test_a_job_names_who_hears_of_its_end(client: httpx.Client, jobs_backend: FakeBackend) -> None:
+    url, film = "https://hooks.example.com/a", {"model": "film", "prompt": "a"}
+    off = client.post("/videos", json=film | {"webhook_url": url})
+    assert (off.status_code, off.json()["error"]["param"]) == (400, "webhook_url")
+    jobs_backend.webhooks._hosts = frozenset({"hooks.example.com"})
+    made = [
+        accept(client, webhook_url=url),
+        client.post("/videos", json=film | {"webhook_url": url}).json(),
+        client.post("/videos", json=film).json(),
+    ]
+    made.append(client.post(f"/videos/{made[1]['id']}/remix", json={"prompt": "b", "webhook_url": url}).json())
+    kept = [asyncio.run(jobs_backend.jobs.ask(JobStore.get, job["id"], None)).webhook_url for job in made]
+    assert kept == [url, url, None, url]
+    wrong = client.post("/images/generations", json=BODY | {"webhook_url": "https://other.example/"}, headers=ASYNC)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "webhook_url")
+    assert "hooks.example.com" in wrong.json()["error"]["message"]
 
 
 def test_all_kinds_are_listed_filtered_cancelled_and_deleted(client: httpx.Client) -> None:

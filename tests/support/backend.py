@@ -11,6 +11,7 @@ from service.jobs.backlog import JobBacklog
 from service.jobs.records import Priority
 from service.jobs.runner import Runner
 from service.jobs.store_actor import Jobs
+from service.jobs.webhooks import Webhooks
 from service.state.idempotency import IdempotencyKeys
 from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
@@ -46,6 +47,7 @@ class FakeBackend:
         self.idempotency = IdempotencyKeys("")
         self.live = LiveRequests("local")
         self.jobs = Jobs()
+        self.webhooks = Webhooks(self.jobs)
         backlog = JobBacklog(dict)
         self.runner = Runner(
             self.jobs, self.outputs, "test", lambda owner, request: self.generate(request), self.room, backlog

@@ -131,6 +131,9 @@ def generate(
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it to the server as a job, and print its ID for `spray download`.")
     ] = False,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --detach: where the server tells of the job's end.")
+    ] = None,
     server: Server = None,
     local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
     model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
@@ -156,6 +159,8 @@ def generate(
         raise UsageError(f"{named}: the deployment sets the layout of a server; leave it out, or add --local")
     if detach and (local or previews):
         raise UsageError(f"--detach and --{'local' if local else 'previews'} exclude each other")
+    if webhook and not detach:
+        raise UsageError("--webhook needs --detach: it tells of the end of a job")
     if local and server:
         raise UsageError("--local and --server exclude each other")
     fields = _given(
@@ -173,10 +178,12 @@ def generate(
     if previews and not shown:
         say(NO_PREVIEWS)
     asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora], shown)
-    _check_sendable(asked.fields | _given(model=model) | {f"lora {name}": scale for name, scale in asked.loras})
+    _check_sendable(
+        asked.fields | _given(model=model, webhook=webhook) | {f"lora {name}": scale for name, scale in asked.loras}
+    )
     if detach:
         with _told_of_the_output(asked):
-            _leave(asked, server_url(server), as_json)
+            _leave(asked, server_url(server), as_json, webhook)
         return
     with StepProgress() as progress, _told_of_the_output(asked):
         made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
@@ -313,9 +320,9 @@ def _body(asked: Asked) -> dict[str, Any]:
     return asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
 
 
-def _leave(asked: Asked, server: str, as_json: bool) -> None:
+def _leave(asked: Asked, server: str, as_json: bool, webhook: str | None) -> None:
     """Submit a job, and print its ID."""
-    job = submit_job(server, _body(asked), asked.path)
+    job = submit_job(server, _body(asked) | _given(webhook_url=webhook), asked.path)
     with understood(server, "POST"):
         job_id = str(job["id"])
     print(json.dumps(job, indent=2) if as_json else job_id, flush=True)

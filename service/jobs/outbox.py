@@ -1,0 +1,53 @@
+"""Webhooks that have to be sent, as rows. One is added in the transaction that ends its job, so that none is forgotten.
+
+`service.jobs.transitions` adds them; `service.jobs.webhooks` takes them through `service.jobs.store`. What is sent says
+no more than which job has ended and how: its prompt is not kept longer than the job is.
+"""
+
+import json
+import secrets
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from service.jobs.records import Delivery
+from service.jobs.tables import Row, webhooks
+
+KEEP_S = 24 * 3600.0
+"""After which a webhook is given up."""
+
+
+def add(connection: sa.Connection, job: Row, now: float) -> None:
+    """Let a job that has just ended be told of."""
+    told = {name: job[name] for name in ("id", "kind", "model", "state", "error", "created_at", "ended_at")}
+    at = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    body = json.dumps({"type": f"job.{job['state']}", "timestamp": at, "data": {"object": "job", **told}})
+    row = {"id": f"msg_{secrets.token_hex(16)}", "job_id": job["id"], "url": job["webhook_url"], "body": body}
+    connection.execute(sa.insert(webhooks).values(**row, created_at=now, not_before=now, attempt=0))
+
+
+def due(connection: sa.Connection, most: int, now: float, lease_s: float) -> list[Delivery]:
+    """See `JobStore.due_webhooks`."""
+    query = sa.select(webhooks.c.id).where(webhooks.c.not_before <= now).order_by(webhooks.c.not_before).limit(most)
+    ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+    if not ids:
+        return []
+    change = sa.update(webhooks).where(webhooks.c.id.in_(ids))
+    change = change.values(not_before=now + lease_s, attempt=webhooks.c.attempt + 1)
+    columns = (webhooks.c.id, webhooks.c.job_id, webhooks.c.url, webhooks.c.body, webhooks.c.attempt)
+    return [Delivery(*row) for row in connection.execute(change.returning(*columns))]
+
+
+def sent(connection: sa.Connection, message_id: str) -> None:
+    """See `JobStore.webhook_sent`."""
+    connection.execute(sa.delete(webhooks).where(webhooks.c.id == message_id))
+
+
+def not_sent(connection: sa.Connection, delivery: Delivery, now: float, after_s: float) -> bool:
+    """See `JobStore.webhook_not_sent`."""
+    held = webhooks.c.id == delivery.id, webhooks.c.attempt == delivery.attempt
+    late = connection.execute(sa.delete(webhooks).where(*held, webhooks.c.created_at + KEEP_S <= now + after_s))
+    if late.rowcount:
+        return False
+    connection.execute(sa.update(webhooks).where(*held).values(not_before=now + after_s))
+    return True
