@@ -5,7 +5,7 @@ BIN := $(ROOT).venv/bin
 READY := $(ROOT).venv/ready
 PYTEST := cd $(ROOT) && $(BIN)/python -m pytest
 
-.PHONY: demo install node check test fault soak gpu proto chart image lint bench clean
+.PHONY: demo install node s3 check test fault soak gpu proto chart image lint bench clean
 
 demo: $(READY)
 	cd $(ROOT) && $(BIN)/python -m service.cli.demo
@@ -15,6 +15,10 @@ install: $(READY)
 # OpenAI's client for Node, which a test uses; without it that test is skipped. Needs npm.
 node: $(READY)
 	npm install --no-audit --no-fund --silent --prefix $(ROOT).venv/node openai@6.49.0
+
+# An S3 server for tests, with packages of its own: they ask for an older dateutil. Without it those tests are skipped.
+s3: $(READY)
+	$(BIN)/python -m venv $(ROOT).venv/s3 && $(ROOT).venv/s3/bin/pip install -q 'moto[server]==5.2.5'
 
 # The quick loop: lint, types, the tests that start no processes, and one same-answer case per mechanism.
 check: $(READY) lint

@@ -463,7 +463,21 @@ class Outputs(_Section):
         pattern=r"^/[^\x00]*$",
         description="absolute; shared by all nodes that a gateway may run on; absent: one of each node and cluster",
     )
+    url: str | None = Field(
+        None,
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9._-]+)*$",
+        description="s3://BUCKET/PREFIX, instead of a folder; variables of the gateway, AWS_..., have the credentials",
+    )
     ttl_s: float = Field(3600.0, gt=0, le=31_536_000, description="seconds for which a URL is valid and its file kept")
+    max_bytes: int | None = Field(
+        None, ge=1 << 20, description="bytes of all files, above which nothing more is begun; absent: as the disk has"
+    )
+
+    @model_validator(mode="after")
+    def _are_in_one_place(self) -> Self:
+        if self.folder is not None and self.url is not None:
+            raise ValueError(f"folder is {self.folder} and url is {self.url}; leave one of them out")
+        return self
 
 
 class Idempotency(_Section):

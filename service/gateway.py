@@ -62,6 +62,8 @@ from workers.errors import (
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
+    OutputsFull,
+    OutputsUnavailable,
     QueueFull,
     RequestNotFound,
     ShuttingDown,
@@ -93,6 +95,8 @@ NOT_ADMITTED = (
         JobNotFound,
         JobNotReady,
         JobsUnavailable,
+        OutputsFull,
+        OutputsUnavailable,
     ),
     *(RequestNotFound, GatewaySilent, IdempotencyKeyReused, KeysUnavailable),
 )

@@ -31,6 +31,7 @@ ALLOWED = {
         "rich",
         "PIL",
         "standardwebhooks",
+        "obstore",
     }
     | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
     | {"psutil"}  # the processes of a node that ends

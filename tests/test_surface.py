@@ -84,6 +84,7 @@ SPEC_KEYS = frozenset(
     gateway.webhook_hosts gateway.webhook_key_env
     limits limits.max_body_bytes metrics metrics.host metrics.port tracing tracing.otlp_endpoint tracing.sample_ratio
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s
+    storage.outputs.url storage.outputs.max_bytes
     storage.idempotency storage.idempotency.folder storage.idempotency.ttl_s storage.idempotency.max_bytes
     storage.jobs storage.jobs_url_env
     auth auth.api_keys_env auth.api_keys_file auth.insecure
@@ -226,6 +227,8 @@ ERRORS = {
     "ShuttingDown": (503, "shutting_down", "UNAVAILABLE"),
     "ModelUnavailable": (503, "model_unavailable", "UNAVAILABLE"),
     "JobsUnavailable": (503, "jobs_unavailable", "UNAVAILABLE"),
+    "OutputsFull": (507, "outputs_full", "RESOURCE_EXHAUSTED"),
+    "OutputsUnavailable": (503, "outputs_unavailable", "UNAVAILABLE"),
     "GangLost": (503, "worker_lost", "ABORTED"),
 }
 

@@ -170,6 +170,14 @@ class JobsUnavailable(SprayError):
     """The store of jobs does not answer, or cannot write."""
 
 
+class OutputsFull(TryLater):
+    """There is no room to keep what was asked for."""
+
+
+class OutputsUnavailable(TryLater):
+    """Where finished files are kept does not answer."""
+
+
 class DeadlineExceeded(SprayError):
     """The request has a deadline that has passed, or its turn would come too late."""
 

@@ -31,6 +31,8 @@ from workers.errors import (
     ModelUnavailable,
     OutOfMemory,
     OutputNotFound,
+    OutputsFull,
+    OutputsUnavailable,
     QueueFull,
     RateLimited,
     RequestCancelled,
@@ -103,6 +105,8 @@ STATUS: dict[type[Exception], Status] = {
     OutOfMemory: Status(400, "invalid_request_error", "out_of_memory", "RESOURCE_EXHAUSTED"),
     ModelUnavailable: Status(503, "server_error", "model_unavailable", "UNAVAILABLE", retry=True),
     JobsUnavailable: Status(503, "server_error", "jobs_unavailable", "UNAVAILABLE", retry=True),
+    OutputsFull: Status(507, "server_error", "outputs_full", "RESOURCE_EXHAUSTED", retry=True),
+    OutputsUnavailable: Status(503, "server_error", "outputs_unavailable", "UNAVAILABLE", retry=True),
     GangLost: Status(503, "server_error", "worker_lost", "ABORTED"),  # the gateway has tried again, as often as it may
 }
 

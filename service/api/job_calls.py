@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from service.api.backend import Backend
 from service.api.observed import callers_trace
@@ -17,6 +16,7 @@ from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, Page, Prio
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
 from service.state.quarantine import fingerprint
+from service.state.stored import Stored
 from workers.errors import (
     DeadlineExceeded,
     IdempotencyKeyReused,
@@ -180,7 +180,7 @@ async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> Non
 
 async def file_of(
     backend: Backend, job_id: str, index: int = 0, kind: Kind | None = None
-) -> tuple[Job, JobOutput, Path]:
+) -> tuple[Job, JobOutput, Stored]:
     """One finished file of a job.
 
     Raises:

@@ -6,7 +6,6 @@ Files never change, so their name is their ETag. One range of bytes is answered;
 import asyncio
 import re
 from collections.abc import AsyncGenerator
-from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -14,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from service.api.backend import Served
 from service.api.openapi import BYTES, READING_ERRORS
+from service.state.stored import Stored
 
 router = APIRouter(prefix="/outputs")
 
@@ -52,7 +52,7 @@ async def retrieve_output(
     return send_file(http, file, f'inline; filename="{name}"')
 
 
-def send_file(http: Request, file: Path, disposition: str) -> Response:
+def send_file(http: Request, file: Stored, disposition: str) -> Response:
     """A file, or the range of it that the request asks for.
 
     Args:
@@ -63,7 +63,7 @@ def send_file(http: Request, file: Path, disposition: str) -> Response:
     Raises:
         HTTPException: 416, the file has not the range.
     """
-    size, etag = file.stat().st_size, f'"{file.name}"'
+    size, etag = file.size, f'"{file.name}"'
     headers = {
         "etag": etag,
         "accept-ranges": "bytes",
@@ -78,7 +78,7 @@ def send_file(http: Request, file: Path, disposition: str) -> Response:
     if status == 206:
         headers["content-range"] = f"bytes {first}-{end - 1}/{size}"
     headers["content-length"] = str(end - first)
-    kind = KINDS[file.suffix.removeprefix(".")]
+    kind = KINDS[file.kind]
     if http.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=kind)
     return StreamingResponse(_chunks(file, first, end), status_code=status, headers=headers, media_type=kind)
@@ -106,8 +106,8 @@ def _range(http: Request, etag: str, size: int) -> tuple[int, int]:
     return first, end
 
 
-async def _chunks(file: Path, first: int, end: int) -> AsyncGenerator[bytes]:
-    opened = await asyncio.to_thread(file.open, "rb")
+async def _chunks(file: Stored, first: int, end: int) -> AsyncGenerator[bytes]:
+    opened = await asyncio.to_thread(file.open)
     try:
         await asyncio.to_thread(opened.seek, first)
         while first < end:

@@ -21,12 +21,14 @@ from service.jobs.records import QUARANTINED, Counts, Job, JobError, JobOutput, 
 from service.jobs.requests import request_of
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
-from service.state.outputs import OutputStore
+from service.state.outputs import Link, OutputStore
 from workers.errors import (
     GangLost,
     InvalidParameter,
     JobsUnavailable,
     ModelUnavailable,
+    OutputsFull,
+    OutputsUnavailable,
     QueueFull,
     RateLimited,
     ShuttingDown,
@@ -52,7 +54,13 @@ AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
 AWAY_S = 1.0
-"""Between two tries to publish while the store is away."""
+"""Between two tries to publish while the store is away, or the outputs cannot be written."""
+
+WRITES = 5
+"""Tries to write a file, before its job is drawn again."""
+
+NOT_NOW = (OSError, OutputsFull, OutputsUnavailable)
+"""What may pass."""
 
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown)
 """Of no account for a job: it waits longer."""
@@ -216,7 +224,7 @@ class Runner:
         made: list[JobOutput] = []
         try:
             for content, seed in zip(result.outputs, result.seeds, strict=True):
-                link = await asyncio.to_thread(self._outputs.keep, content, kind)
+                link = await self._keep(job, content, kind)
                 digest = await asyncio.to_thread(hashlib.sha256, content)
                 made.append(JobOutput(link.name, kind, len(content), digest.hexdigest(), seed))
             while True:
@@ -226,12 +234,32 @@ class Runner:
                     return
                 except JobsUnavailable:
                     await asyncio.sleep(AWAY_S)
-        except (LeaseLost, OSError) as error:
+        except (LeaseLost, NotWritten):
             for output in made:
-                await asyncio.to_thread(self._outputs.discard, output.name)
-            if isinstance(error, OSError):
-                raise NotWritten(error.strerror or str(error)) from error
+                with contextlib.suppress(*NOT_NOW):
+                    await asyncio.to_thread(self._outputs.discard, output.name)
             raise
+
+    async def _keep(self, job: Job, content: bytes, kind: str) -> Link:
+        """Write a file. What was drawn is worth some patience.
+
+        Raises:
+            LeaseLost: the job is not this runner's anymore.
+            NotWritten: it cannot be written.
+        """
+        for left in reversed(range(WRITES)):
+            try:
+                return await asyncio.to_thread(self._outputs.keep, content, kind)
+            except NOT_NOW as error:
+                said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+                if not left:
+                    raise NotWritten(said) from error
+                logger.warning("an output of job %s cannot be written, and is tried again: %s", job.id, said)
+            await asyncio.sleep(AWAY_S)
+            steps = request_of(job).num_inference_steps
+            with contextlib.suppress(JobsUnavailable):
+                await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, steps, steps)
+        raise AssertionError
 
 
 def _without(counts: Mapping[str, Counts], claimed: Sequence[Job]) -> dict[str, Counts]:

@@ -27,7 +27,7 @@ from service.jobs import database, engines, outbox, queries, records, store, tab
 from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.observed import begin_at_zero, observing_store
 from service.jobs.store import JobStore
-from service.state.outputs import own_folder
+from service.state.output_folder import own_folder
 from service.state.shared_turns import NAMESPACE
 from workers.errors import JobsUnavailable
 from workers.private_folder import make_private

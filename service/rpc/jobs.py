@@ -91,7 +91,7 @@ class JobMethods(Backend):
         job, output, file = await job_calls.file_of(self, request.job_id, request.index)
         if not 0 <= request.offset <= output.size:
             raise InvalidParameter("offset", f"the file has {output.size} bytes; offset is {request.offset}")
-        opened = await asyncio.to_thread(file.open, "rb")
+        opened = await asyncio.to_thread(file.open)
         with opened:  # from now on nobody can take it away
             yield pb.DownloadOutputResponse(header=output_header(job, output, request.index))
             await asyncio.to_thread(opened.seek, offset := request.offset)

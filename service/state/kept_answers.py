@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import ray
 
-from service.state.outputs import OutputStore, own_folder
+from service.state.output_folder import own_folder
+from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
 from workers import errors
 from workers.errors import Forbidden, OutputNotFound, SprayError
@@ -269,7 +270,7 @@ class KeptAnswers:
     def _remove(self, answer: str) -> None:
         for link in json.loads(answer or '{"links": []}')["links"]:
             with contextlib.suppress(Forbidden, OutputNotFound, OSError):
-                self._files.find(*_named(link)).unlink()
+                self._files.discard(_named(link)[0])
 
     def _use(self) -> None:
         """Open the file at the first call."""

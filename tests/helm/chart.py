@@ -241,7 +241,12 @@ VARIATIONS: dict[str, Values] = {
     },
     "limits and folders": {
         "limits": {"max_body_bytes": 1 << 25},
-        "storage": {"models": "/m", "compiled": "/models/c", "idempotency": {"ttl_s": 60}},
+        "storage": {
+            "models": "/m",
+            "compiled": "/models/c",
+            "idempotency": {"ttl_s": 60},
+            "outputs": {"url": "s3://bucket/prefix"},
+        },
     },
     "every key of the sections": {
         "gateway": {
@@ -263,7 +268,7 @@ VARIATIONS: dict[str, Values] = {
         "storage": {
             "models": "/m",
             "compiled": "/models/c",
-            "outputs": {"folder": "/o", "ttl_s": 60},
+            "outputs": {"folder": "/o", "url": None, "ttl_s": 60, "max_bytes": 1 << 30},
             "idempotency": {"folder": "/i", "ttl_s": 60, "max_bytes": 1 << 20},
             "jobs": "/j",
             "jobs_url_env": None,

@@ -308,7 +308,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "metrics": metrics,
         "tracing": {"otlp_endpoint": "http://collector:4318", "sample_ratio": 1.0},
         "models_folder": None,
-        "outputs": {"folder": None, "ttl_s": 60.0},
+        "outputs": {"folder": None, "url": None, "ttl_s": 60.0, "max_bytes": None},
         "idempotency": {"folder": None, "ttl_s": 70.0, "max_bytes": 4 << 30},
         "jobs": {"folder": None, "url_env": "JOBS_URL"},
         "webhook_hosts": ["hooks.example.com"],

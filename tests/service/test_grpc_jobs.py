@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_a_job_of_pictures_from_its_begin_to_its_end(jobs_backend: Backend) -> N
         await stub.DeleteJob(pb.DeleteJobRequest(id=job.id))
         gone = await finished(stub.GetJob(pb.GetJobRequest(id=job.id)))
         assert (gone.code, gone.details["ErrorInfo"].reason) == (grpc.StatusCode.NOT_FOUND, "job_not_found")
-        assert list(Path(jobs_backend.outputs._open()).glob("*.webp")) == []
+        assert list(Path(os.environ["SPRAY_OUTPUTS_DIR"]).glob("*.webp")) == []
 
     live(jobs_backend, story)
 

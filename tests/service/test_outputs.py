@@ -13,10 +13,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.api.rest import rest_app
-from service.state import outputs
-from service.state.outputs import KEY, OutputStore
+from service.state import output_folder, outputs
+from service.state.outputs import OutputStore
+from service.state.stored import KEY
 from tests.support.backend import FakeBackend
-from workers.errors import Forbidden, OutputNotFound
+from workers.errors import Forbidden, OutputNotFound, OutputsFull
 
 CONTENT = bytes(range(256)) * 9000
 
@@ -119,7 +120,7 @@ def test_the_sweeper_runs_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_ended_clusters_have_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPRAY_OUTPUTS_DIR", raising=False)
-    monkeypatch.setattr(outputs.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(output_folder.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("RAY_RAYLET_PID", "1")
     old = tmp_path / "spray-outputs-1" / OutputStore().keep(b"a", "png").name
     os.utime(old, (1, 1))
@@ -163,7 +164,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(folder: Path, monkeypa
     def full(_: int) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(outputs.os, "fsync", full)
+    monkeypatch.setattr(output_folder.os, "fsync", full)
     before = sorted(folder.iterdir())
     with pytest.raises(OSError, match="no space"):
         store.keep(b"b", "png")
@@ -309,3 +310,48 @@ def test_an_answer_may_hold_urls(client: TestClient) -> None:
     assert all(url.startswith("http://here:8000/v1/outputs/") for url in urls)
     assert [client.get(url).content for url in urls] == [b"picture 7", b"picture 8"]
     assert client.get(urls[0]).headers["content-type"] == "image/webp"
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = OutputStore()
+    store.keep(b"a", "png")
+    before = sorted(folder.iterdir())
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output_folder.os, "fsync", full)
+    with pytest.raises(OutputsFull, match="disk"):
+        store.keep(b"b", "png")
+    assert sorted(folder.iterdir()) == before
+    store.prepare()
+    monkeypatch.setattr(output_folder, "LEAST_FREE_BYTES", 1 << 62)
+    backend = FakeBackend()
+    with TestClient(rest_app(backend)) as client:
+        bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
+        for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):
+            answer = client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (507, "outputs_full")
+            assert answer.headers["retry-after"] == "5"
+        assert client.get("/v1/jobs").json()["data"] == []
+    assert backend.requests == []
+
+
+def test_no_more_is_begun_than_may_be_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        store = OutputStore()
+        store.follow(None, 50, max_bytes=1 << 20)
+        (folder.parent / "outputs").mkdir(exist_ok=True)
+        (folder / "thesis.txt").write_bytes(b"a" * (2 << 20))  # of whoever owns the folder
+        store.prepare()
+        store.keep(b"a" * (1 << 20), "png")
+        store.prepare()
+        store.keep(b"a", "png")
+        with pytest.raises(OutputsFull, match="1048576 bytes"):
+            store.prepare()
+        now = time.time()
+        monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
+        store.sweep()
+        store.prepare()
+
+    asyncio.run(story())

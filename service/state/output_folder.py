@@ -1,0 +1,174 @@
+"""Finished files in a folder that all gateways of a deployment see. For `service.state.outputs`; its calls block.
+
+A file's time of change is when it expires, so whoever sweeps the folder needs to know nothing else.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from service.state.stored import GONE, KEY, KEY_BYTES, NAME, Stored, refuse_above
+from workers.errors import OutputNotFound, OutputsFull
+from workers.private_folder import is_own, make_private
+
+UNFINISHED = ".new"
+OURS = re.compile(rf"{NAME.pattern}({re.escape(UNFINISHED)})?|[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
+"""What a sweep may remove: outputs, those that nobody has finished, and keys that came second."""
+
+UNFINISHED_S = 3600.0
+"""After which a file that nobody has finished is removed."""
+
+LEAST_FREE_BYTES = 32 << 20
+"""With less on the disk, nothing is begun whose output could not be kept."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = "the disk that keeps pictures and videos is full; try again later"
+FOLDER = "spray-outputs-"
+
+
+class Folder:
+    """A folder of outputs.
+
+    Args:
+        folder: `storage.outputs.folder`; None: one of this node and cluster, for this user alone.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._given = folder
+        self._folder = Path(folder or own_folder())
+        self._bytes: int | None = None  # of all outputs, when it was last swept; what was written since is added
+
+    def key(self) -> bytes:
+        """See `Place`."""
+        if self._given:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        else:
+            make_private(self._folder)
+        with _told_if_full():
+            return _shared_key(self._folder)
+
+    @property
+    def there(self) -> bool:
+        """False: whoever cleans temporary files has removed it."""
+        return self._folder.is_dir()
+
+    def check(self, max_bytes: int | None) -> None:
+        """See `Place`."""
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{self._folder} cannot be written; set storage.outputs.folder to one that can")
+        if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
+            raise OutputsFull(DISK_FULL)
+        if max_bytes is not None:
+            self._bytes = self._sum() if self._bytes is None else self._bytes
+            refuse_above(self._bytes, max_bytes)
+
+    def write(self, name: str, content: bytes, expires: int) -> None:
+        """See `Place`."""
+        unfinished = self._folder / f"{name}{UNFINISHED}"
+        with _told_if_full():
+            self._write(unfinished, name, content, expires)
+        if self._bytes is not None:
+            self._bytes += len(content)
+
+    def _write(self, unfinished: Path, name: str, content: bytes, expires: int) -> None:
+        try:
+            with unfinished.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.utime(file.fileno(), (expires, expires))
+                os.fsync(file.fileno())
+            unfinished.rename(self._folder / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        _sync(self._folder)
+
+    def find(self, name: str) -> Stored:
+        """See `Place`."""
+        file = self._folder / name
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
+            raise OutputNotFound(GONE) from None
+        return Stored(name, size, functools.partial(_open, file))
+
+    def remove(self, name: str) -> None:
+        """See `Place`."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def sweep(self, ttl_s: float) -> None:
+        """Also in the folders that ended clusters of this user have left.
+
+        Only files that are named as outputs are removed: a folder may hold other things, and anybody may put a link
+        beside it.
+        """
+        own = [self._folder] if self._given else {self._folder, *filter(is_own, self._folder.parent.glob(f"{FOLDER}*"))}
+        for place in own:
+            for file in filter(lambda file: OURS.fullmatch(file.name), place.glob("*")):
+                late = UNFINISHED_S if file.name.endswith(UNFINISHED) else 0.0
+                with contextlib.suppress(OSError):  # another gateway was faster
+                    if file.lstat().st_mtime + late < time.time():
+                        file.unlink()
+        self._bytes = None
+
+    def _sum(self) -> int:
+        total = 0
+        for file in filter(lambda file: NAME.fullmatch(file.name), self._folder.glob("*")):
+            with contextlib.suppress(OSError):
+                total += file.lstat().st_size
+        return total
+
+
+def own_folder() -> str:
+    """Of this node and cluster, which all its gateways find; `SPRAY_OUTPUTS_DIR` names another."""
+    cluster = os.environ.get("RAY_RAYLET_PID") or os.getpid()
+    return os.environ.get("SPRAY_OUTPUTS_DIR") or f"{tempfile.gettempdir()}/{FOLDER}{cluster}"
+
+
+@contextlib.contextmanager
+def _told_if_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputsFull(DISK_FULL) from error
+        raise
+
+
+def _open(file: Path) -> IO[bytes]:
+    try:
+        return file.open("rb")
+    except FileNotFoundError:
+        raise OutputNotFound(GONE) from None
+
+
+def _shared_key(folder: Path) -> bytes:
+    """The key of a folder; the first process makes it. A link appears whole, and only if there is none."""
+    unfinished = folder / f"{secrets.token_hex(8)}{UNFINISHED}"
+    try:
+        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            (folder / KEY).hardlink_to(unfinished)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return (folder / KEY).read_bytes()
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename durable."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
