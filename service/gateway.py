@@ -73,7 +73,7 @@ from workers.errors import (
 )
 from workers.exporter import Exporter, share_values
 from workers.gang.ray_internals import keep_replica_on_node_ip
-from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, StepEvent
+from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, Profiled, StepEvent
 from workers.observing import GatewayMetrics
 from workers.tracing import HEADER, OFF, Tracing
 
@@ -471,7 +471,7 @@ class Gateway(GrpcMethods):
 
     async def _attended(
         self, model: str, answer: DeploymentResponseGenerator[Any], request_id: str = ""
-    ) -> AsyncGenerator[Begun | StepEvent | Preview | GenerationResult | Waiting]:
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | GenerationResult | Waiting]:
         """A gang's reports, and the request's place whenever the next report takes long.
 
         Serve lets a request wait forever, even if no gang can start; such a request ends here.

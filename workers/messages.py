@@ -4,6 +4,7 @@ gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
 gang -> rank               Part, in an elastic gang, which gets Kept at its end or in between
+rank -> gang -> gateway    Profiled, from each rank, if asked for
 rank -> gang               Drawn, when the ranks are free for the next request; Traced, of a request that is traced
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
@@ -113,6 +114,7 @@ class GenerationRequest:
         strength: of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps that are done.
             None: the family's.
         traceparent: the span that whoever has the request works for, as W3C writes it; empty: it is not traced.
+        profile: whether each rank reports a `Profiled` of its steps.
     """
 
     request_id: str
@@ -142,6 +144,7 @@ class GenerationRequest:
     inputs: tuple[MediaInput, ...] = ()
     strength: float | None = None
     traceparent: str = ""
+    profile: bool = False
 
     def input(self, role: MediaRole) -> MediaInput | None:
         """The first of a role; None: the request has none."""
@@ -241,6 +244,46 @@ class Drawn:
 
     request_id: str
     took: GenerationResult
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What one operator took in all steps of a profile, without what it called.
+
+    Attributes:
+        name: torch's.
+        calls: how often it was called.
+        host_seconds: on the CPU.
+        device_seconds: on the GPU; 0 on a CPU.
+    """
+
+    name: str
+    calls: int
+    host_seconds: float
+    device_seconds: float
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """The steps of one request on one rank, as torch's profiler saw them.
+
+    Attributes:
+        rank: its number.
+        trace: Chrome's trace format, as gzipped JSON.
+        operators: those that took longest, the longest first: on the GPU, where there is one.
+        steps: how many.
+        seconds: of all steps.
+        communication_seconds: of these, in collectives.
+        waiting_seconds: of those, for slower ranks.
+    """
+
+    rank: int
+    trace: bytes = field(repr=False)
+    operators: tuple[Operator, ...]
+    steps: int
+    seconds: float
+    communication_seconds: float
+    waiting_seconds: float
 
 
 @dataclass(frozen=True)

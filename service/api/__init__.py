@@ -10,6 +10,7 @@ job_calls.py   what callers may do with jobs, for both APIs
 job_events.py  a job as server-sent events
 models.py      GET /v1/models
 requests.py    GET /v1/requests: what waits and runs; DELETE ends one
+profiles.py    POST /v1/profiles: the steps of a gang, operator by operator
 cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
 openapi.py     /openapi.json and /docs; page.py makes the page
 backend.py     what the API needs of the gateway, and how routes get at it

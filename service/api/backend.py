@@ -18,7 +18,7 @@ from service.state.idempotency import IdempotencyKeys
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from workers.errors import GangLost
-from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, Profiled, StepEvent
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Waiting:
     wait_s: float = 0.0
 
 
-Report = StepEvent | Preview | GenerationResult | Waiting | Restarted
-"""What a request yields: steps and previews, its place while it waits, each restart, and the result last."""
+Report = StepEvent | Preview | Profiled | GenerationResult | Waiting | Restarted
+"""What a request yields: steps, previews and profiles, its place while it waits, each restart, and the result last."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import ASGIApp
 
-from service.api import cluster, images, jobs, models, openapi, outputs, requests, video_jobs, videos
+from service.api import cluster, images, jobs, models, openapi, outputs, profiles, requests, video_jobs, videos
 from service.api.backend import Backend, require_key, require_own_host
 from service.api.cors import AllowedPages
 from service.api.disconnect import CancelWhenGone
@@ -53,7 +53,7 @@ def rest_app(backend: Backend) -> FastAPI:
     app.add_exception_handler(SprayError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])  # here, so that no new route can forget it
-    for subject in (images, videos, video_jobs, jobs, models, requests, cluster):
+    for subject in (images, videos, video_jobs, jobs, models, requests, profiles, cluster):
         v1.include_router(subject.router)
     app.include_router(v1)
     app.include_router(outputs.router, prefix="/v1", dependencies=[Depends(require_own_host)])  # URLs are signed

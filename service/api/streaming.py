@@ -12,7 +12,7 @@ from service.api.backend import Report, Restarted, Waiting
 from service.api.errors import answer, log
 from service.api.responses import completed_events, partial_event, progress_event
 from workers.errors import GangLost
-from workers.messages import GenerationRequest, GenerationResult, Preview
+from workers.messages import GenerationRequest, GenerationResult, Preview, Profiled
 
 Deliver = Callable[[GenerationRequest, GenerationResult], Awaitable[dict[str, Any]]]
 
@@ -103,6 +103,8 @@ async def _of(report: Report, request: GenerationRequest, include_progress: bool
         return [_event(event) for event in completed_events(request, await deliver(request, report))]
     if isinstance(report, Preview):
         return [_event(partial_event(request, report))]
+    if isinstance(report, Profiled):  # nobody asks for it in a stream
+        return []
     if include_progress:
         return [_event(progress_event(request, report))]
     return [f": step {report.step}/{report.total_steps}\n\n"]

@@ -19,6 +19,7 @@
     spray video "..."     the same for a video
     spray key NAME        make an API key
     spray bench           load a server, and measure it
+    spray profile MODEL   profile some steps of a gang, for Perfetto
     spray verify CLASS    prove that a model class gives the same answer on every layout
     spray plan CLASS      find where the sequence of a model class is split, and prove it
 
@@ -35,7 +36,7 @@ import typer
 
 from deploy.spec import SpecError
 from service.cli.client import ServerError
-from service.cli.commands import bench, deploy, doctor, files, generate, jobs, key, plan, serve, status, verify
+from service.cli.commands import bench, deploy, doctor, files, generate, jobs, key, plan, profile, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
 from workers.errors import SprayError
@@ -52,7 +53,7 @@ app = typer.Typer(
 for command in (
     files.check, serve.serve, files.build, deploy.deploy, status.ps, status.top, status.models, status.requests,
     status.cancel, jobs.jobs, jobs.job, jobs.download, doctor.doctor, files.schema, generate.generate,
-    generate.edit, generate.video, bench.bench, key.key, verify.verify, plan.plan,
+    generate.edit, generate.video, bench.bench, profile.profile, key.key, verify.verify, plan.plan,
 ):  # fmt: skip
     app.command()(command)
 

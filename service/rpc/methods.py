@@ -21,7 +21,7 @@ from service.rpc.jobs import JobMethods
 from service.rpc.requests import chunk_bytes, in_message, stream_warnings, to_generation, to_streamed
 from service.rpc.statuses import Context, admit, metadata, tell
 from workers.errors import GangLost, QueueFull
-from workers.messages import GenerationResult
+from workers.messages import GenerationResult, Profiled
 
 REFUSED_WITHIN_S = 0.5
 """A request that the gateway refuses is refused by then, so one that waits counts as taken on."""
@@ -64,7 +64,7 @@ class GrpcMethods(JobMethods):
                     for event in finished_events(generation, report, size, began, ignored):
                         yield event
                     return
-                else:
+                elif not isinstance(report, Profiled):
                     yield report_event(report, taken)
         raise GangLost("the ranks ended without a result")
 

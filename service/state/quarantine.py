@@ -31,7 +31,7 @@ PERIOD_S = 2.0
 KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
 """Fingerprint, when, and a number of its own."""
 
-NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews", "traceparent")
+NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews", "traceparent", "profile")
 
 NOT_IN_ALL = ("inputs", "strength", "extra_params")
 """What counts only where it is there, so that an older gateway knows the others by the same fingerprint."""

@@ -1,6 +1,7 @@
-"""What an operator sees of a running cluster: whole traces, whatever becomes of the collector."""
+"""What an operator sees of a running cluster: whole traces, whatever becomes of the collector; profiles."""
 
 import base64
+import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from deploy.spec import Tracing
+from service.cli.main import main
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rollout.local_cluster import LocalCluster
@@ -132,3 +134,19 @@ def test_a_collector_that_hangs_costs_nothing_but_spans(cluster: LocalCluster, k
     drawn = {base64.b64decode(answer.json()["data"][0]["b64_json"]) for answer in (before, *answers)}
     assert len(drawn) == 1
     assert [status.pid for status in rank_statuses("demo")] == pids
+
+
+def test_a_profile_of_both_ranks(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPRAY_SERVER", cluster.url)
+    assert main(["profile", "late", "--steps", "2", "--output", str(tmp_path)]) == 0
+    assert "aten::addmm" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [each["rank"] for each in summary["ranks"]] == [0, 1]
+    first, second = summary["ranks"]
+    assert first["waiting_seconds"] > second["waiting_seconds"]  # rank 1 comes late
+    for each in summary["ranks"]:
+        assert each["waiting_seconds"] <= each["communication_seconds"] < each["seconds"]
+        events = json.loads((tmp_path / f"rank-{each['rank']}.json").read_text())["traceEvents"]
+        assert sum("alltoall" in str(event.get("name")) for event in events) >= 2

@@ -95,3 +95,12 @@ def test_a_gpu_times_one_step_of_a_few_and_counts_all(monkeypatch: pytest.Monkey
 
 def test_names_of_collectives() -> None:
     assert OPS == ("all_to_all", "ring", "all_reduce", "broadcast", "gather")
+
+
+def test_a_step_may_be_timed_whatever_its_turn() -> None:
+    traffic = Traffic(steps_per_timed=3)
+    timed = []
+    for asked in (False, True, False, True, False):
+        with traffic.step(timed=asked) as spent:
+            timed.append(spent is not None)
+    assert timed == [False, True, True, True, False]

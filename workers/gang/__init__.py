@@ -16,6 +16,7 @@ rank_actor.py     Rank as a Ray actor
 rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
 elastic_rank.py   ElasticRank, whose requests come in parts, on changing blocks of ranks
+profiling.py      what the steps of a request consist of, by torch's profiler
 rank_trace.py     what a rank did for a traced request
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on

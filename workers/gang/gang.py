@@ -40,7 +40,7 @@ from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
 from workers.gang.stats import GangBacklog, GangLoad, Movement, Progress, progress, step_split
 from workers.gang.turn import Turn
-from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, StepEvent
+from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, Profiled, StepEvent
 from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
 from workers.model.files import fetch
@@ -114,7 +114,7 @@ class Gang:
 
     async def generate(
         self, request: GenerationRequest, caller: str = ""
-    ) -> AsyncIterator[Begun | StepEvent | Preview | Answer]:
+    ) -> AsyncIterator[Begun | StepEvent | Preview | Profiled | Answer]:
         """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows.
 
         So the next request can begin while the pictures of this one are encoded.
@@ -145,7 +145,8 @@ class Gang:
                     async with contextlib.aclosing(ranks.run(told, span.add)) as reports:
                         async for report in reports:
                             if isinstance(report, Drawn):
-                                self._costs.observe(request, self._forwards(request), report.took)
+                                if not request.profile:  # which is slower than others
+                                    self._costs.observe(request, self._forwards(request), report.took)
                             else:
                                 yield report
             finally:
@@ -153,7 +154,7 @@ class Gang:
 
     async def _generate_elastic(
         self, elastic: Elastic, request: GenerationRequest, caller: str, on_spans: OnSpans
-    ) -> AsyncGenerator[Begun | StepEvent | Preview | Answer]:
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """`generate` beside other requests. What has lost its ranks goes on from where it was kept."""
         journey = elastic.begin(request)
         yield Begun()

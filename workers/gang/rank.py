@@ -25,11 +25,12 @@ from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
 from workers.gang.memory_use import memory_use
 from workers.gang.preview_files import PreviewFiles
+from workers.gang.profiling import StepProfile
 from workers.gang.rank_trace import RankTrace
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.self_test import self_test
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, RankStatus, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, Profiled, RankStatus, StepEvent
 from workers.model.classic_denoising import begin
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
@@ -139,7 +140,7 @@ class Rank:
         )
         return replace(self.status(), start=start)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn]:
         """Run one request. Rank 0 yields its steps and previews, if asked to, and then that it is drawn.
 
         The others yield nothing. Rank 0 keeps the pictures until `answer` is called for them.
@@ -238,14 +239,15 @@ class Rank:
                 for _ in self._denoise(self._begin(request)[0]):
                     pass
 
-    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn]:
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn]:
         reports = self.rank == 0
         started = time.perf_counter()
         denoising, encode_seconds = self._begin(request)
         self._previews.begin(request)
         prepared = time.perf_counter()
         seconds: list[float] = []
-        for end, waited in self._denoise(denoising):
+        profile = StepProfile(self.rank, request.profile, self._device)
+        for end, waited in profile.around(self._denoise(denoising)):
             seconds.append(end.seconds)
             self._observe_step(denoising, end, waited)
             if reports and request.report_steps:
@@ -262,6 +264,7 @@ class Rank:
         prepare_seconds = prepared - started - encode_seconds
         self._observe_request(denoising, encode_seconds, prepare_seconds, sum(seconds), decode_seconds)
         yield from self._previews.finished(wait=True)
+        yield from profile.report()
         if reports:
             result = GenerationResult(
                 outputs=(),

@@ -23,6 +23,7 @@ from workers.messages import (
     Kept,
     Part,
     Preview,
+    Profiled,
     RankStatus,
     StepEvent,
     Traced,
@@ -107,7 +108,7 @@ class RankActor:
         """See `Rank.join`."""
         return self._rank.join(host, port)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Drawn | Traced]:
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn | Traced]:
         """See `Rank.generate`. Of a traced request, every rank says at the end what it did."""
         yield from self._traced(self._rank.generate(request))
 

@@ -20,13 +20,24 @@ from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, Requ
 from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, create, kill_all
 from workers.gang.watch import Watch
-from workers.messages import Answer, Drawn, GenerationRequest, Kept, Part, Preview, RankStatus, StepEvent, Traced
+from workers.messages import (
+    Answer,
+    Drawn,
+    GenerationRequest,
+    Kept,
+    Part,
+    Preview,
+    Profiled,
+    RankStatus,
+    StepEvent,
+    Traced,
+)
 from workers.metrics import Loss, StartPhase
 from workers.tracing import Span
 
 logger = logging.getLogger("ray.serve")
 
-Report = StepEvent | Preview | Drawn | Answer
+Report = StepEvent | Preview | Profiled | Drawn | Answer
 OnSpans = Callable[[Iterable[Span]], None]
 
 

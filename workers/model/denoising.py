@@ -239,7 +239,8 @@ class Denoising:
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
         if self._steps_done == 0:
             self._ends = StepEnds(self._mesh.device, self.total_steps)
-        with self._mesh.traffic.step(timed=bool(self.request.traceparent)) as in_collectives:
+        watched = self.request.profile or self.request.traceparent != ""
+        with self._mesh.traffic.step(timed=watched) as in_collectives:
             sample, self.prediction = self._advance(self._steps_done)
         self._steps_done += 1
         if self._previews:

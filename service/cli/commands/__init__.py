@@ -7,6 +7,7 @@ status.py    ps, models: look at a server
 jobs.py      jobs, job, download
 generate.py  generate, video: one request
 bench.py     bench: load a server, and measure it
+profile.py   profile: the steps of a gang, operator by operator
 doctor.py    doctor: look at this machine
 verify.py    verify: prove a model class
 plan.py      plan: find and prove its sequence plan
