@@ -10,9 +10,9 @@ step of `CUDA_STEPS_PER_TIMED` is timed, the same on all ranks. What torch.compi
 parallelism in compiled blocks) is one call for Python: it is neither counted nor timed.
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +22,16 @@ OPS: tuple[Op, ...] = get_args(Op)
 
 CUDA_STEPS_PER_TIMED = 13
 """A prime, so that it is another step of each request: the first one compiles and allocates."""
+
+
+def _untimed() -> None:
+    """What begins a collective that is not timed."""
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class InCollectives:
@@ -53,6 +63,10 @@ class Traffic:
     Args:
         on_cuda: collectives are queued on a GPU.
         steps_per_timed: of so many steps one is timed; None: all on a CPU, `CUDA_STEPS_PER_TIMED` on a GPU.
+
+    Attributes:
+        begin: a collective begins. Give what it returns to `end`. On a CPU it is the clock itself, because a step has
+            hundreds of calls.
     """
 
     def __init__(self, on_cuda: bool = False, steps_per_timed: int | None = None) -> None:
@@ -60,6 +74,7 @@ class Traffic:
         self._steps_per_timed = steps_per_timed or (CUDA_STEPS_PER_TIMED if on_cuda else 1)
         self._steps = 0
         self._timing: InCollectives | None = None
+        self.begin: Callable[[], Any] = _untimed
         self._sent: dict[Op, float] = dict.fromkeys(OPS, 0.0)
         self._broadcasts: list[float] = []
 
@@ -71,17 +86,12 @@ class Traffic:
             timed: this one is in any case.
         """
         self._steps += 1
-        self._timing = InCollectives() if timed or self._steps % self._steps_per_timed == 0 else None
+        if timed or self._steps % self._steps_per_timed == 0:
+            self._timing, self.begin = InCollectives(), _event if self._on_cuda else perf_counter
         try:
             yield self._timing
         finally:
-            self._timing = None
-
-    def begin(self) -> Any:
-        """A collective begins. Give what it returns to `end`."""
-        if self._timing is None:
-            return None
-        return self._event() if self._on_cuda else time.perf_counter()
+            self._timing, self.begin = None, _untimed
 
     def end(self, op: Op, sent: float, begun: Any) -> None:
         """It has ended, or the stream that computes waits for its end.
@@ -92,12 +102,12 @@ class Traffic:
             begun: what `begin` returned.
         """
         self._sent[op] += sent
-        if begun is None or self._timing is None:
+        if begun is None or (timing := self._timing) is None:
             return
         if self._on_cuda:
-            self._timing.add_events(op, begun, self._event())
+            timing.add_events(op, begun, _event())
         else:
-            self._timing.by_clock[op] += time.perf_counter() - begun
+            timing.by_clock[op] += perf_counter() - begun
 
     def broadcast(self, sent: float, seconds: float) -> None:
         """A broadcast of host bytes has ended, by the clock. Those are outside of steps."""
@@ -118,8 +128,3 @@ class Traffic:
         """Forget what was counted until now."""
         self.take_sent()
         self.take_broadcasts()
-
-    def _event(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -44,7 +44,7 @@ def calls_in_a_step(mesh: ParallelMesh, blocks: int) -> int:
     parallelize(model, mesh)
     given = qwen.inputs(height=4, width=4, text=4)
     guided_step(model, (given, given), mesh.axis("cfg"))
-    with mock.patch.object(Traffic, "begin", autospec=True, side_effect=Traffic.begin) as begin, mesh.traffic.step():
+    with mesh.traffic.step(), mock.patch.object(mesh.traffic, "begin", side_effect=mesh.traffic.begin) as begin:
         guided_step(model, (given, given), mesh.axis("cfg"))
     return int(begin.call_count)
 
