@@ -156,7 +156,7 @@ BUILD = Gauge(
 )
 
 Stage = Literal["queue", "encode", "prepare", "denoise", "decode", "encode_media"]
-StartPhase = Literal["fetch", "process", "rendezvous", "load", "self_test", "compile", "warm_up"]
+StartPhase = Literal["place", "fetch", "process", "rendezvous", "load", "self_test", "compile", "warm_up"]
 MemoryKind = Literal["used", "peak", "limit"]
 Loss = Literal["died", "silent", "stuck", "encoding", "out_of_memory", "error"]
 """Why the ranks of a gang are lost: the process of one is dead or stopped; one does not answer; one passes no boundary;

@@ -1,8 +1,10 @@
-"""What an operator sees of a running cluster: whole traces, whatever becomes of the collector; profiles."""
+"""What an operator sees of a running cluster: in a real Prometheus, in traces, in profiles."""
 
 import base64
 import json
+import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,29 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import yaml
 
 from deploy.spec import Tracing
+from service.cli.client import ServerError, read_cluster
 from service.cli.main import main
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rollout.local_cluster import LocalCluster
-from tests.support.deployments import deployment, model, rank_statuses, ready
+from tests.deploy.test_prometheus import FOLDER as RULES
+from tests.support.deployments import deployment, model, rank_statuses, ready, wait_for
+from tests.support.listeners import listeners, process_tree
 from tests.support.otlp import Collector, Received, collector
+from tests.support.prometheus import answers, promtool, scraping
+from tests.support.scraped import (
+    Samples,
+    check_of_the_node,
+    check_requests,
+    check_steps,
+    check_traffic,
+    scrape,
+    until,
+    value,
+)
 
 SPANS = 14
 """Of a request on two ranks."""
@@ -50,6 +67,81 @@ def ask(cluster: LocalCluster, name: str = "demo", trace_id: str = "", **fields:
     answer = httpx.post(url, json=body, headers=headers, timeout=300, trust_env=False)
     assert answer.status_code == 200, answer.text
     return answer
+
+
+def test_a_prometheus_counts_what_callers_were_told(cluster: LocalCluster, tmp_path: Path) -> None:
+    """To the last bit, of both models; and names the rank that is late. The first test: it counts from zero."""
+    told = {name: [ask(cluster, name).json()["metrics"] for _ in range(2)] for name in ("demo", "late")}
+    refused = httpx.post(
+        f"{cluster.url}/v1/images/generations",
+        json={"model": "demo", "prompt": "a", "size": "72x64"},
+        timeout=300,
+        trust_env=False,
+    )
+    assert refused.status_code == 400  # by the ranks: the deployment allows multiples of 8, the model of 16
+    samples: Samples = {}
+
+    def settled() -> bool:
+        samples.update(scrape(cluster.metrics_url))
+        gangs = value(samples, "spray_gangs", model="demo", state="running")
+        wanted = value(samples, "spray_gangs_wanted", model="demo", reason="fixed")
+        return gangs == wanted == 1 and value(samples, "spray_requests_in_flight", model="demo") == 0
+
+    until(settled)
+    assert promtool("check", "metrics", given=httpx.get(cluster.metrics_url, trust_env=False).text) == ""
+    check_steps(samples, told["demo"])
+    check_traffic(samples)
+    check_requests(samples, told["demo"], calls=4)
+    check_of_the_node(samples)
+    with scraping(tmp_path, httpx.URL(cluster.metrics_url).port or 80, RULES / "rules.yml") as url:
+        until(lambda: number(url, "up") == 1)
+        for name, metrics in told.items():
+            here = f'model="{name}"'
+            assert number(url, f"sum(spray_step_seconds_count{{{here}}})") == 2 * 4 * 2  # requests x steps x ranks
+            assert number(url, f"sum(spray_steps_total{{{here}}})") == 2 * 4
+            sums = {"step_seconds_sum": sum(sum(each["step_seconds"]) for each in metrics)}
+            sums["stage_seconds_sum"] = sum(each["decode_seconds"] for each in metrics)
+            for series, seconds in sums.items():
+                stage = ',stage="decode"' if series == "stage_seconds_sum" else ""
+                counted = number(url, f'sum(spray_{series}{{{here},rank="0"{stage}}})')
+                assert counted == pytest.approx(seconds, rel=1e-9)  # within 1 %, and far less
+        until(lambda: bool(answers(url, "spray:backlog_seconds:per_capacity")))  # the rules have run
+        assert not answers(url, 'ALERTS{alertstate="firing"}')
+        ask(cluster, "late")
+        slowest = 'bottomk(1, spray:straggler_seconds:mean{model="late"})'
+        until(lambda: [each["metric"]["rank"] for each in answers(url, slowest)] == ["1"])
+        until(lambda: number(url, 'spray:straggler:share{model="late"}') > 0.2)
+        assert number(url, "sum(spray_gang_restarts_total)") == 0
+        check_the_alert(url, tmp_path)
+
+
+def number(url: str, question: str) -> float:
+    """The one number that a Prometheus answers; 0 if it has none."""
+    found = answers(url, question)
+    return float(found[0]["value"][1]) if found else 0.0
+
+
+def check_the_alert(url: str, folder: Path) -> None:
+    """On what was recorded, were it to go on for half an hour, the alert fires and names the rank."""
+    names = [f"spray_{name}_seconds_{part}" for name in ("step", "straggler") for part in ("sum", "count")]
+    recorded = [each for name in names for each in answers(url, f'{name}{{model="late"}}')]
+    share = number(url, 'max(spray_straggler_seconds_sum{model="late"} / spray_straggler_seconds_count)')
+    share /= number(url, 'max(spray_step_seconds_sum{model="late"} / spray_step_seconds_count)')
+    series = []
+    for each in recorded:
+        labels = {k: v for k, v in each["metric"].items() if k not in ("__name__", "instance", "job")}
+        said = ",".join(f"{label}={json.dumps(text)}" for label, text in labels.items())
+        name, a_minute = each["metric"]["__name__"], float(each["value"][1])
+        series.append({"series": f"{name}{{{said}}}", "values": f"0+{a_minute:.12f}x40"})
+    summary = f"{100 * share:.4g}% of each step of late, gang 0, is a wait for rank 1"
+    annotations = {"summary": summary, "runbook": "deploy/README.md#one-rank-is-slow"}
+    alert = {"exp_labels": {"severity": "warning", "model": "late", "replica": "0"}, "exp_annotations": annotations}
+    case = {"eval_time": "30m", "alertname": "SprayStraggler", "exp_alerts": [alert]}
+    test = {"interval": "1m", "input_series": series, "alert_rule_test": [case]}
+    rules = {"rule_files": [str(RULES / "rules.yml")], "evaluation_interval": "1m", "tests": [test]}
+    (file := folder / "recorded.yml").write_text(yaml.safe_dump(rules))
+    said = promtool("test", "rules", str(file), said=True)
+    assert "SUCCESS" in said, said
 
 
 def check_tree(spans: list[Received]) -> dict[str, Received]:
@@ -150,3 +242,40 @@ def test_a_profile_of_both_ranks(
         assert each["waiting_seconds"] <= each["communication_seconds"] < each["seconds"]
         events = json.loads((tmp_path / f"rank-{each['rank']}.json").read_text())["traceEvents"]
         assert sum("alltoall" in str(event.get("name")) for event in events) >= 2
+
+
+@pytest.mark.fault
+def test_counts_go_on_whoever_dies(cluster: LocalCluster, tmp_path: Path) -> None:
+    """The process that answers Prometheus is killed, then a rank of a gang that rests. No count is lost or doubled."""
+    port = httpx.URL(cluster.metrics_url).port or 80
+    with scraping(tmp_path, port, RULES / "rules.yml") as url:
+        steps = 'sum(spray_step_seconds_count{model="demo"})'
+        until(lambda: number(url, steps) > 0)
+        before = number(url, steps)
+        assert ask(cluster).status_code == 200
+        until(lambda: number(url, steps) == before + 8)
+        holder = next(pid for pid in process_tree(os.getpid()) if any(at == port for _, at in listeners([pid])))
+        os.kill(holder, signal.SIGKILL)
+        until(lambda: value(scrape(cluster.metrics_url), "spray_steps_total", model="demo", replica="0") > 0)
+        until(lambda: number(url, "up") == 1)
+        assert number(url, steps) == before + 8
+        pids = wait_for(lambda: ranks(cluster), lambda now: len(now) == 2)  # the holder may have been anybody
+        restarts = number(url, 'sum(spray_gang_restarts_total{model="demo"})')
+        os.kill(pids[1], signal.SIGKILL)
+        wait_for(lambda: ranks(cluster), lambda now: len(now) == 2 and now != pids)
+        for _ in range(2):
+            assert ask(cluster).status_code == 200
+        until(lambda: number(url, steps) == before + 3 * 8)
+        assert number(url, 'sum(spray_gang_restarts_total{model="demo"})') == restarts + 1
+        assert number(url, "sum(resets(spray_steps_total[10m]))") == 0  # so rates are those of what was done
+
+
+def ranks(cluster: LocalCluster) -> list[int]:
+    """The processes of the ranks of `demo`, if the cluster serves everything and all of them are alive."""
+    try:
+        waiting = httpx.get(f"{cluster.url}/readyz", timeout=30, trust_env=False).json()["waiting_for"]
+        found = next(each for each in read_cluster(cluster.url)["models"] if each["id"] == "demo")
+    except (ServerError, httpx.TransportError, KeyError):  # the gateway is replaced
+        return []
+    pids = [pid for gang in found["gangs"] for pid in gang["now"]["pids"] if not gang["replacing"]]
+    return [] if waiting else [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -1,6 +1,6 @@
 """Values shared by the processes of a node, and what `workers.exporter` relies on inside prometheus_client.
 
-What Prometheus reads from them is in `tests/live/test_metrics.py`.
+What Prometheus reads of them is in `tests/live/test_metrics.py` and `test_looking_inside.py`.
 """
 
 import ast

@@ -35,6 +35,7 @@ from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
 from workers.gang.elastic import Elastic, slots
 from workers.gang.gang_guard import start_guard
+from workers.gang.placement import seconds_to_place
 from workers.gang.rank_group import OnSpans, RankGroup
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
@@ -260,7 +261,8 @@ class Gang:
         )
         self._elastic = Elastic(model, family) if model.elastic else None
         self._ranks = await self._start_ranks()
-        self._started.metrics.started({"fetch": fetched_s})
+        placed_s = await asyncio.to_thread(seconds_to_place)
+        self._started.metrics.started({"place": placed_s, "fetch": fetched_s})
 
     def _adjust(self, model: ModelSpec, metrics_at: dict[str, Any], number: str) -> None:
         """Take over what changed while ranks run. Adapters follow in a turn of their own."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from deploy.memory import format_bytes
 from deploy.spec import ModelSpec
@@ -172,3 +173,10 @@ def _places(node: Node, needed: Mapping[str, float]) -> int:
 
 def _has_labels(model: ModelSpec, node: Node) -> bool:
     return all(node.labels.get(key) == value for key, value in model.placement.node_labels.items())
+
+
+def seconds_to_place() -> float:
+    """How long this process's placement group waited until Ray had reserved all of its bundles; 0 outside of one."""
+    group = get_current_placement_group()
+    told: dict[str, Any] = placement_group_table(group) if group else {}
+    return float(told.get("stats", {}).get("end_to_end_creation_latency_ms", 0.0)) / 1e3
