@@ -28,6 +28,10 @@ TOKEN_FRAMES = 4
 """The video VAEs make one latent frame of this many frames, except for the first frame."""
 
 
+PICTURE_TOKENS = 4096
+"""Of a picture that is edited, beside those of the one that is made: pipelines scale it to a megapixel. One is counted;
+a model that takes several may need more."""
+
 BATCHED_TOKENS = 256
 """Tokens of all latents of a request on a rank up to which `batch_guidance: auto` puts both branches into one forward.
 On a CPU that saves time below it, and none above. A GPU reads weights for longer than it computes with them up to about
@@ -112,11 +116,12 @@ def _phases(model: ModelSpec, folder: Path, request: Request) -> tuple[float, fl
     """Bytes of the forward of one branch, and of the decode; None if a class of the model was not measured."""
     transformer = read_config(folder / "transformer" / "config.json")
     vae = read_config(folder / "vae" / "config.json")
+    beside = PICTURE_TOKENS if "edit" in find_family(folder).tasks else 0
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:
         return None
     return (
-        _width_of(model.torch_dtype) * _forward_bytes(forward, model, transformer, request),
+        _width_of(model.torch_dtype) * _forward_bytes(forward, model, transformer, request, beside),
         _width_of(component_dtype(model, folder, "vae")) * _decode_bytes(decode, model, vae, request),
     )
 
@@ -156,9 +161,11 @@ def _smaller(request: Request, model: ModelSpec) -> Iterator[Request]:
             yield replace(one, width=width, height=height)
 
 
-def _forward_bytes(measured: ForwardBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:
+def _forward_bytes(
+    measured: ForwardBytes, model: ModelSpec, config: Mapping[str, Any], request: Request, beside: int
+) -> float:
     degrees = model.parallel
-    tokens = request.n * _latent_tokens(model, request, measured.text)
+    tokens = request.n * _latent_tokens(model, request, measured.text + beside)
     per_token = measured.alone
     if degrees.ulysses_degree > 1:
         per_token = max(per_token, measured.ulysses)

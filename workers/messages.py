@@ -160,6 +160,12 @@ class GenerationRequest:
         return self.seeds or tuple(self.seed + i for i in range(self.n))
 
     @property
+    def steps_asked(self) -> float:
+        """Steps that it asks for, before the scheduler has its say: with pictures the share of them that is done."""
+        share = self.strength if self.inputs and self.strength is not None else 1.0
+        return max(1.0, self.num_inference_steps * share)
+
+    @property
     def work(self) -> int:
         """Pixels x frames x steps x pictures: what limits and fair shares count."""
         return self.width * self.height * self.num_frames * self.num_inference_steps * self.n

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.activations import Request, activation_bytes
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, families, family_name, find_family
 from deploy.families.pipeline_source import classic_call
+from deploy.spec import ModelSpec
 from tests.support.model_folders import edit, stub_model
 
 SD3 = ["diffusers", "SD3Transformer2DModel"]
@@ -45,7 +47,8 @@ def test_a_family_follows_from_the_call() -> None:
 
 REFUSED = {
     "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
-    "StableDiffusion3Img2ImgPipeline": "its call takes image, and requests bring no pictures",
+    "JoyImageEditPlusPipeline": "its call takes images, which requests do not bring",
+    "ChromaInpaintPipeline": "nobody has proved this pipeline with it",
     "LTX2Pipeline": "it makes sound",
     "PixArtSigmaPipeline": "its call has no callback_on_step_end",
     "NoSuchPipeline": "diffusers has no such pipeline",
@@ -85,3 +88,15 @@ def test_a_transformer_from_elsewhere_is_its_authors_to_prove(tmp_path: Path) ->
         ValueError, match="has the scheduler DDIMScheduler, with which spray cannot run StableDiffusion3"
     ):
         find_family(folder)
+
+
+def test_a_picture_that_is_edited_needs_memory_beside_the_new_one(tmp_path: Path) -> None:
+    needed = []
+    for pipeline in ("FluxImg2ImgPipeline", "FluxKontextPipeline"):
+        folder = folder_of(tmp_path / pipeline, pipeline, ["diffusers", "FluxTransformer2DModel"])
+        edit(folder / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel"})
+        edit(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", "block_out_channels": [8]})
+        model = ModelSpec(name="a", source=str(folder))
+        needed.append(activation_bytes(model, folder, Request(1024, 1024, 1, 1)) or 0)
+    text = 512
+    assert needed[1] / needed[0] == pytest.approx((8192 + text) / (4096 + text))

@@ -655,7 +655,7 @@ def test_a_deadline_is_held_against_what_the_request_itself_takes(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nothing waits, and only against what was measured."""
-    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 5.0, 1.0, 4.0, 0.5, 2),))
+    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 0, 5.0, 1.0, 4.0, 0.5, 2),))
     router = LeastBacklogRouter.__new__(LeastBacklogRouter)  # its own start needs Serve
     router._loop, router._costs = None, [known]
     monkeypatch.setattr(router, "gang_reports", list, raising=False)

@@ -177,7 +177,8 @@ def test_what_a_request_takes_is_what_its_gangs_have_learned() -> None:
     async def tell(router: LeastBacklogRouter) -> None:
         assert router.takes(request("x")) == (0, 0)
         one, two = (
-            Costs("FluxPipeline", (Cost(512, 768, 1, 1, 1, step_s, 1.0, step_s / 2, 0.5, 2),)) for step_s in (3.0, 5.0)
+            Costs("FluxPipeline", (Cost(512, 768, 1, 1, 1, 0, step_s, 1.0, step_s / 2, 0.5, 2),))
+            for step_s in (3.0, 5.0)
         )
         router.update_replicas([replica("one", costs=one), replica("two", costs=two), replica("new", costs=Costs())])
         assert router.takes(request("x")) == ((31 + 51) / 2, 15.5)  # the mean, and the fastest

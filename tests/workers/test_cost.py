@@ -7,7 +7,7 @@ import pytest
 
 from sp_core.degrees import ParallelDegrees
 from workers.gang.cost import SHAPES_KEPT, CostModel, Costs
-from workers.messages import GenerationRequest, GenerationResult
+from workers.messages import GenerationRequest, GenerationResult, MediaInput
 
 SQUARE = GenerationRequest("r", "m", "a cup", 512, 512, 10, seed=1)
 
@@ -146,3 +146,20 @@ def test_the_forwards_of_a_step_are_those_of_the_pipeline() -> None:
 def test_a_scheduler_of_second_order_counts_as_it_is_asked() -> None:
     costs = learned((SQUARE, took(0.5, steps=19)), (SQUARE, took(0.5, steps=19)))
     assert costs.seconds(SQUARE) == costs.least_seconds(SQUARE) == pytest.approx(19 * 0.5 + 1)
+
+
+def test_a_picture_to_begin_with_costs_its_share_of_the_steps_and_its_encoding() -> None:
+    """What is learned of such requests is not taken for what others cost."""
+    cost = CostModel()
+    edit = dataclasses.replace(SQUARE, inputs=(MediaInput("image", b"a"),), strength=0.4)
+    cost.observe(SQUARE, 1, took(0.5))
+    cost.observe(edit, 1, took(0.5, steps=4, outside_s=3.0))
+    unsaid = dataclasses.replace(edit, strength=None)
+    cost.observe(unsaid, 1, took(0.5, steps=6, outside_s=3.0))
+    for known in (cost.costs("FluxPipeline").seconds, lambda request: cost.seconds(request, 1)):
+        assert known(SQUARE) == pytest.approx(10 * 0.5 + 1)
+        assert known(edit) == pytest.approx(4 * 0.5 + 3)
+        assert known(dataclasses.replace(edit, strength=0.8)) == pytest.approx(8 * 0.5 + 3)
+        assert known(unsaid) == pytest.approx(6 * 0.5 + 3)
+    cost.observe(edit, 1, took(0.5, steps=4, outside_s=3.0))
+    assert cost.costs("FluxPipeline").least_seconds(edit) == pytest.approx(4 * 0.5 + 3)

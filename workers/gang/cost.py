@@ -33,6 +33,7 @@ SURE_FROM = 2
 
 @dataclass
 class _Learned:
+    steps_per_asked: float  # of the model's scheduler: one of second order takes nearly twice as many
     work: float
     step_s: float
     outside_s: float
@@ -50,6 +51,7 @@ class Cost(NamedTuple):
         num_frames: 1 for pictures.
         n: pictures or videos of a request.
         forwards: of the transformer in one step.
+        inputs: pictures and clips that they begin with; below 0 if the pipeline decides on their share of the steps.
         step_s: seconds for each step that a request asks for.
         outside_s: seconds outside the steps.
         least_step_s: those of the fastest request.
@@ -62,6 +64,7 @@ class Cost(NamedTuple):
     num_frames: int
     n: int
     forwards: int
+    inputs: int
     step_s: float
     outside_s: float
     least_step_s: float
@@ -102,7 +105,7 @@ class Costs:
         if not self.known or own is None:
             return 0.0
         cost = same or min(self.known, key=lambda cost: max(cost.work / own, own / cost.work))
-        return request.num_inference_steps * cost.step_s * own / cost.work + cost.outside_s
+        return request.steps_asked * cost.step_s * own / cost.work + cost.outside_s
 
     def least_seconds(self, request: GenerationRequest) -> float:
         """What it would take at the very least: as the fastest of its shape, or else of a smaller one; 0: not known."""
@@ -110,7 +113,7 @@ class Costs:
         if own is None:
             return 0.0
         sure = [cost for cost in ([same] if same else self.known) if cost.requests >= SURE_FROM and cost.work <= own]
-        least = (request.num_inference_steps * cost.least_step_s + cost.least_outside_s for cost in sure)
+        least = (request.steps_asked * cost.least_step_s + cost.least_outside_s for cost in sure)
         return max(least, default=0.0)
 
     def _own(self, request: GenerationRequest) -> tuple[float | None, Cost | None]:
@@ -120,8 +123,8 @@ class Costs:
         except ValueError:  # no gang has reported yet, or one of another version
             return None, None
         forwards = family.branches(request.guidance_scale, request.negative_prompt)
-        key = (*shape_of(request), request.n, forwards)
-        return _work(request, forwards), next((cost for cost in self.known if cost[:5] == key), None)
+        key = (*shape_of(request), request.n, forwards, _inputs(request))
+        return _work(request, forwards), next((cost for cost in self.known if cost[: len(key)] == key), None)
 
 
 class CostModel:
@@ -132,8 +135,7 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._learned: dict[tuple[Shape, int, int], _Learned] = {}
-        self._steps_per_asked = 1.0  # of the model's scheduler: one of second order takes nearly twice as many
+        self._learned: dict[tuple[Shape, int, int, int], _Learned] = {}
         self._typical_s = 0.0
         self._requests = 0
 
@@ -149,11 +151,11 @@ class CostModel:
         """
         steps = len(result.step_seconds)
         step_s = statistics.median(result.step_seconds) if steps else 0.0
-        self._steps_per_asked = steps / request.num_inference_steps or 1.0
         outside_s = result.encode_seconds + result.decode_seconds  # not encode_media: the gang is free by then
         key = _key(request, forwards)
         learned = self._learned.pop(key, None)
-        learned = learned or _Learned(_work(request, forwards), step_s, outside_s, step_s, outside_s)
+        learned = learned or _Learned(1.0, _work(request, forwards), step_s, outside_s, step_s, outside_s)
+        learned.steps_per_asked = steps / request.steps_asked or 1.0
         learned.step_s += WEIGHT * (step_s - learned.step_s)
         learned.outside_s += WEIGHT * (outside_s - learned.outside_s)
         learned.least_step_s = min(learned.least_step_s, step_s)
@@ -181,7 +183,7 @@ class CostModel:
         learned = self._learned.get(_key(request, forwards)) or min(
             self._learned.values(), key=lambda known: max(known.work / work, work / known.work)
         )
-        steps = max(0.0, request.num_inference_steps * self._steps_per_asked - steps_done)
+        steps = max(0.0, request.steps_asked * learned.steps_per_asked - steps_done)
         return steps * learned.step_s * work / learned.work + learned.outside_s
 
     @property
@@ -191,17 +193,17 @@ class CostModel:
 
     def costs(self, pipeline: str) -> Costs:
         """What was learned, for those who have no gang yet."""
-        ratio = self._steps_per_asked
         known = []
-        for (shape, n, forwards), each in self._learned.items():
+        for (shape, n, forwards, inputs), each in self._learned.items():
+            ratio = each.steps_per_asked
             usual, least = (each.step_s * ratio, each.outside_s), (each.least_step_s * ratio, each.least_outside_s)
-            known.append(Cost(*shape, n, forwards, *usual, *least, each.requests))
+            known.append(Cost(*shape, n, forwards, inputs, *usual, *least, each.requests))
         return Costs(pipeline, tuple(known))
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes that this gang has run and is warm for, the latest last."""
-        return tuple(dict.fromkeys(shape for shape, _, _ in self._learned))
+        return tuple(dict.fromkeys(shape for shape, *_ in self._learned))
 
 
 def shape_of(request: GenerationRequest) -> Shape:
@@ -213,5 +215,10 @@ def _work(request: GenerationRequest, forwards: int) -> float:
     return float(forwards * request.width * request.height * request.num_frames * request.n)
 
 
-def _key(request: GenerationRequest, forwards: int) -> tuple[Shape, int, int]:
-    return shape_of(request), request.n, forwards
+def _key(request: GenerationRequest, forwards: int) -> tuple[Shape, int, int, int]:
+    return shape_of(request), request.n, forwards, _inputs(request)
+
+
+def _inputs(request: GenerationRequest) -> int:
+    """See `Cost.inputs`."""
+    return len(request.inputs) * (-1 if request.strength is None else 1)
