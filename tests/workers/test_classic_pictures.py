@@ -217,10 +217,18 @@ def made(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bo
         return generate(mesh, folder, request, local)
 
 
-def asked(folder: Path, request: GenerationRequest, told: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+def asked(
+    folder: Path,
+    request: GenerationRequest,
+    told: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    lora: Path | None = None,
+) -> tuple[torch.Tensor, list[Any]]:
     """The latents after the last step of the classic call, and what it makes, each seed asked for alone."""
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
     latents: list[torch.Tensor] = []
     pictures: list[Any] = []
     for seed in request.all_seeds:

@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
 
-TRANSFORMER_GAINS = {"modulation": 4, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
+TRANSFORMER_GAINS = {"modulation": 4, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 2}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
