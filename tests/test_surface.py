@@ -169,6 +169,8 @@ METRICS = {
     "spray_collective_seconds": {"model", "replica", "rank", "op"},
     "spray_collective_bytes": {"model", "replica", "rank", "op"},
     "spray_straggler_seconds": {"model", "replica", "rank"},
+    "spray_rank_idle_seconds": {"model", "replica"},
+    "spray_elastic_changes": {"model", "replica", "kind"},
     "spray_stage_seconds": {"model", "replica", "rank", "stage"},
     "spray_steps": {"model", "replica"},
     "spray_pixels": {"model", "replica"},

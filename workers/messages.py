@@ -21,6 +21,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
 PreviewDecoder = Literal["linear", "vae"]
 MediaRole = Literal["image", "mask", "last_image", "control_image", "video"]
+Priority = Literal["interactive", "standard", "batch"]
 Phase = Literal["starting", "idle", "load", "encode", "denoise", "decode", "encode_media"]
 
 
@@ -104,6 +105,7 @@ class GenerationRequest:
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
         seed_drawn: the seed is not the caller's, so the same body asked again has another.
+        priority: what comes first where an elastic gang must choose; of a job, that of the job.
         deadline_at: when it is worth nothing anymore, in seconds since the epoch; None: never. The gateway sees to it.
         seeds: one for each picture or video; empty: those that follow from `seed`.
         true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
@@ -135,6 +137,7 @@ class GenerationRequest:
     output_compression: int = 100
     report_steps: bool = False
     seed_drawn: bool = False
+    priority: Priority = "interactive"
     deadline_at: float | None = None
     seeds: tuple[int, ...] = ()
     true_cfg: bool = False

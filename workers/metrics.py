@@ -16,6 +16,7 @@ PART_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 """Of parts of a step."""
 
 RANK = ("model", "replica", "rank")
+GANG = ("model", "replica")
 
 STEP_SECONDS = Histogram(
     "spray_step_seconds", "One denoising step on one rank.", [*RANK, "layout", "shape"], buckets=STEP_BUCKETS
@@ -28,6 +29,14 @@ COLLECTIVE_SECONDS = Histogram(
 )
 COLLECTIVE_BYTES = Counter(
     "spray_collective_bytes", "Bytes that a rank has sent to others in its collectives.", [*RANK, "op"]
+)
+RANK_IDLE_SECONDS = Counter(
+    "spray_rank_idle_seconds", "Seconds of ranks of elastic gangs that had no request, summed over ranks.", GANG
+)
+ELASTIC_CHANGES = Counter(
+    "spray_elastic_changes",
+    "Times that a request of an elastic gang took other ranks, or stood still because others needed them.",
+    [*GANG, "kind"],
 )
 STRAGGLER_SECONDS = Histogram(
     "spray_straggler_seconds",

@@ -12,12 +12,14 @@ from workers.metrics import (
     CAPACITY,
     COLLECTIVE_BYTES,
     COLLECTIVE_SECONDS,
+    ELASTIC_CHANGES,
     GANG_RESTARTS,
     GANG_START_SECONDS,
     IN_FLIGHT,
     PIXELS,
     PROGRESS,
     PROMPT_TOKENS,
+    RANK_IDLE_SECONDS,
     RANK_MEMORY,
     REQUEST_LOSSES,
     REQUEST_SECONDS,
@@ -158,6 +160,12 @@ class GangMetrics:
         """Set the seconds of work that it has left, whether it serves, and when it was last seen to move."""
         for gauge, value in zip(self._gauges, (backlog_s, float(serves), moved_at), strict=True):
             gauge.set(value)
+
+    def elastic(self, idle_s: float, changes: "Mapping[str, int]") -> None:
+        """Count, of an elastic gang, the seconds of ranks without work, and changes by kind, since the last call."""
+        RANK_IDLE_SECONDS.labels(self._model, self.replica).inc(idle_s)
+        for kind, count in changes.items():
+            ELASTIC_CHANGES.labels(self._model, self.replica, kind).inc(count)
 
     def end(self) -> None:
         """Nothing is observed under this number anymore."""

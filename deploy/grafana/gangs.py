@@ -52,6 +52,36 @@ GANGS = Board(
                 "Serve's states.",
             ),
         ),
+        "Elastic gangs": (
+            Panel(
+                "Ranks without work",
+                "short",
+                [(f"sum by (model) (rate(spray_rank_idle_seconds_total{{{M}}}[$__rate_interval]))", "{{model}}")],
+                "Ranks of elastic gangs that had no request, on average.",
+            ),
+            Panel(
+                "Changes of ranks",
+                "short",
+                [
+                    (
+                        f"sum by (model, kind) (rate(spray_elastic_changes_total{{{M}}}[$__rate_interval]))",
+                        "{{model}} {{kind}}",
+                    )
+                ],
+                "A second: requests that took other ranks, or stood still because others needed them.",
+            ),
+            Panel(
+                "Steps by layout",
+                "short",
+                [
+                    (
+                        f"sum by (model, layout) (rate(spray_step_seconds_count{{{M}}}[$__rate_interval]))",
+                        "{{model}} {{layout}}",
+                    )
+                ],
+                "A second, summed over ranks: who shares a step with how many.",
+            ),
+        ),
         "Starts and losses": (
             Panel(
                 "Mean start by phase",

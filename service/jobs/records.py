@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from workers.messages import Priority as Priority  # jobs are where most need it
+
 Kind = Literal["image", "video"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
-Priority = Literal["interactive", "standard", "batch"]
 
 ENDED: frozenset[State] = frozenset({"succeeded", "failed", "cancelled", "expired"})
 """States that are never left."""

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from service.jobs.records import Job, NewJob, Priority
-from workers.messages import GenerationRequest, MediaInput
+from service.jobs.records import Job, NewJob
+from workers.messages import GenerationRequest, MediaInput, Priority
 
-NOT_KEPT = ("request_id", "deadline_at", "report_steps")
+NOT_KEPT = ("request_id", "priority", "deadline_at", "report_steps")
 """What each attempt has of its own."""
 
 REMIXED_FROM = "remixed_from"
@@ -57,5 +57,6 @@ def request_of(job: Job) -> GenerationRequest:
     tuples["inputs"] = tuple(
         MediaInput(each["role"], base64.b64decode(each["data"])) for each in kept.get("inputs", ())
     )
-    own = {"request_id": f"{job.id}-{job.fence}", "deadline_at": job.deadline_at, "report_steps": True}
+    own: dict[str, Any] = {"request_id": f"{job.id}-{job.fence}", "priority": job.priority}
+    own |= {"deadline_at": job.deadline_at, "report_steps": True}
     return GenerationRequest(**{**kept, **tuples, **own})

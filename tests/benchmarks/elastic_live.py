@@ -136,7 +136,7 @@ def overhead(url: str) -> None:
         each for each in httpx.get(f"{url}/v1/cluster", timeout=60).json()["models"] if each["name"] == "elastic"
     ]
     (gang,) = found["gangs"]
-    print(f"a change of ranks: {1000 * gang['now']['change_s']:.0f} ms, {gang['now']['changes']} of them so far")
+    print(f"a change of ranks: {1000 * gang['now']['change_s']:.0f} ms, so far {gang['now']['changes']}")
 
 
 def _share(found: list[Asked]) -> float:

@@ -59,6 +59,7 @@ class Observed:
             self._gang.started({"process": 2.0, "rendezvous": 0.5, "load": 20.0, "warm_up": 3.0})
             self._gateway.lost()
         self._gang.now(12.0, True, now)
+        self._gang.elastic(0.5, {"move": 1, "pause": 1})
         state = ModelState("running", replicas={"RUNNING": 1, "STARTING": 2}, queued=9, gangs=({"request_s": 1.5},))
         self._models.tell({self._model.name: self._model}, {self._model.name: state}, {app_name(self._model.name): 3})
         with observing("/v1/images/generations", "200"):

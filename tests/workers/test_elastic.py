@@ -146,9 +146,12 @@ def test_a_second_one_gets_half_of_the_ranks_after_a_step_and_gives_them_back(el
         await ranks.step("a")
         assert ranks.blocks() == {"a": (0, 4)}
         assert ranks.parts["a"][2] == b"2"  # from where it stood
+        assert elastic.changes == {"move": 1, "pause": 0}  # no step with the latest ranks has ended yet
         for _ in range(6):
             await ranks.step("a")
         *steps, drawn = await first
+        assert elastic.take_counts()[1] == {"move": 2, "pause": 0}
+        assert elastic.take_counts()[1] == {"move": 0, "pause": 0}
         assert [step.step for step in steps] == list(range(1, 9))
         assert len(drawn.took.step_seconds) == 8
 
@@ -167,6 +170,7 @@ def test_what_is_urgent_makes_something_stand_still_which_then_can_be_cancelled(
             await ranks.step(name)
         assert "c" in ranks.parts
         (stopped,) = {"a", "b"} - set(ranks.parts)
+        assert elastic.changes["pause"] >= 1
         elastic.cancel(cast("RankGroup", ranks), stopped)
         with pytest.raises(RequestCancelled):
             await tasks["ab".index(stopped)]

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from deploy.families.family import PipelineFamily
 from deploy.spec import ModelSpec
@@ -20,7 +20,7 @@ from workers.errors import RequestCancelled
 from workers.gang.dealer import Block, Work, deal
 from workers.gang.rank_group import OnSpans, RankGroup, Report
 from workers.gang.step_costs import StepCosts
-from workers.messages import Drawn, GenerationRequest, Kept, Part, StepEvent
+from workers.messages import Drawn, GenerationRequest, Kept, Part, Priority, StepEvent
 
 CHANGE_S = 0.05
 """What other ranks cost a request until it was measured: its prompts and progress are read anew."""
@@ -57,6 +57,7 @@ class Journey:
         step_s: seconds of each of them.
         stood_since: when its last step ended.
         at: the ranks that it has, or had until its last boundary.
+        before: those of its latest part.
         part: number of the latest part; 0 before the first.
         turn: what it waits for: its next ranks.
         leaving: it was told to pause.
@@ -74,6 +75,7 @@ class Journey:
     steps_done: int = 0
     step_s: list[float] = field(default_factory=list)
     at: Block | None = None
+    before: Block | None = None
     part: int = 0
     turn: "asyncio.Future[Block] | None" = None
     leaving: bool = False
@@ -97,7 +99,7 @@ class Elastic:
         family: what is known of its pipeline.
 
     Attributes:
-        changes: times that a request took other ranks.
+        changes: times that a request took other ranks (`move`), or stood still because others needed them (`pause`).
         change_s: what that costs, in seconds.
     """
 
@@ -109,7 +111,10 @@ class Elastic:
         self._degrees = [2**i for i in range(most) if 2**i >= model.elastic.min_degree]
         self._family = family
         self._costs = StepCosts()
-        self.change_s, self.changes = CHANGE_S, 0
+        self.change_s = CHANGE_S
+        self.changes = {"move": 0, "pause": 0}
+        self._told = dict(self.changes)
+        self._idle_s, self._counted_at = 0.0, time.monotonic()
         self._journeys: dict[str, Journey] = {}
         self._pause: Callable[[str, int], None] = lambda _request, _part: None
 
@@ -137,6 +142,7 @@ class Elastic:
             while not finished:
                 journey.turn = asyncio.get_running_loop().create_future()
                 self._deal()
+                self.changes["pause"] += journey.part > 0 and not journey.turn.done()
                 block = await journey.turn
                 async with contextlib.aclosing(self._advance(ranks, journey, block, on_spans)) as reports:
                     async for report in reports:
@@ -152,6 +158,20 @@ class Elastic:
         journey = self._journeys.get(request_id)
         if journey and journey.turn and not journey.turn.done():
             journey.turn.set_exception(RequestCancelled(f"request {request_id} was canceled"))
+
+    def take_counts(self) -> tuple[float, dict[str, int]]:
+        """Seconds of ranks without a request, summed over ranks, and changes by kind; both since the last call."""
+        self._count_idle()
+        idle_s, self._idle_s = self._idle_s, 0.0
+        new = {kind: count - self._told[kind] for kind, count in self.changes.items()}
+        self._told = dict(self.changes)
+        return idle_s, new
+
+    def _count_idle(self) -> None:
+        """Before anybody takes ranks or leaves them."""
+        now = time.monotonic()
+        self._idle_s += (1 - self.busy) * self._units * self._unit * (now - self._counted_at)
+        self._counted_at = now
 
     @property
     def busy(self) -> float:
@@ -190,7 +210,8 @@ class Elastic:
         self, ranks: RankGroup, journey: Journey, block: Block, on_spans: OnSpans
     ) -> AsyncGenerator[Report]:
         """One part of a request, on one block."""
-        began, moved = time.monotonic(), journey.at not in (None, block)
+        began, moved = time.monotonic(), journey.before not in (None, block)
+        journey.before = block
         journey.part, journey.at, journey.turn, journey.leaving = journey.part + 1, block, None, False
         part = Part(journey.request.without_data(), journey.part, block.size * self._unit, b"")
         reports = ranks.advance(part, block.first * self._unit, journey.encoded, journey.progress, on_spans)
@@ -199,7 +220,7 @@ class Elastic:
             async for report in reports:
                 if isinstance(report, StepEvent):
                     if first and moved:
-                        self.changes += 1
+                        self.changes["move"] += 1
                         spent = max(0.0, time.monotonic() - began - report.seconds)
                         self.change_s += WEIGHT * (spent - self.change_s)
                     first = False
@@ -215,6 +236,7 @@ class Elastic:
 
     def _step(self, journey: Journey, event: StepEvent, block: Block) -> None:
         """A step has ended, and the next has begun."""
+        self._count_idle()
         journey.stood_since = time.monotonic()
         journey.total_steps, journey.steps_done = event.total_steps, event.step
         journey.step_s[event.step - 1 :] = [event.seconds]
@@ -227,6 +249,7 @@ class Elastic:
 
     def _deal(self) -> None:
         """Give free ranks to those that wait, and ask those that run for ranks that others should have."""
+        self._count_idle()
         waiting = [each for each in self._journeys.values() if each.turn and not each.turn.done()]
         if waiting:
             for name, block in self._dealt(waiting).items():
@@ -265,6 +288,7 @@ class Elastic:
             steps_left=max(1, journey.total_steps - journey.steps_done),
             step_s=self._costs.seconds(request, journey.forwards, self._degrees),
             due=due,
+            priority=get_args(Priority).index(request.priority),
             at=journey.at,
             stood_since=journey.stood_since,
             change_s=self.change_s,

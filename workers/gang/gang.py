@@ -197,6 +197,8 @@ class Gang:
         """Called by Serve for its autoscaler; see `GangLoad`."""
         setup, remaining_s = self._started, self._remaining_s()
         setup.metrics.now(remaining_s, serves=not self._replacing, moved_at=self._moved_at())
+        if self._elastic:
+            setup.metrics.elastic(*self._elastic.take_counts())
         return GangLoad(
             remaining_s=remaining_s,
             request_s=self._costs.mean_request_s or 0.0,
@@ -225,7 +227,7 @@ class Gang:
             "guidance": ranks[0].guidance if ranks else "",
             "request_id": self._running.request_id if self._running else "",
             "requests": self._elastic.standing if self._elastic else [],
-            "changes": self._elastic.changes if self._elastic else 0,
+            "changes": self._elastic.changes if self._elastic else {},
             "change_s": round(self._elastic.change_s, 4) if self._elastic else 0.0,
             **self._progress()._asdict(),
             "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
