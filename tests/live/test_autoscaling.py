@@ -11,13 +11,14 @@ from service.cli.client import read_cluster
 from service.jobs.records import ENDED
 from service.rollout.local_cluster import LocalCluster
 from tests.benchmarks.autoscale import SCALING, WORK, measure, models, plot
+from tests.live.test_faults import hold
 from tests.live.test_metrics import scrape
-from tests.support.deployments import deployment, ready, wait_for
+from tests.support.deployments import deployment, on_rank, rank_statuses, ready, wait_for
 
 FEW = SCALING.model_copy(
     update={"max_replicas": 2, "downscale_delay_s": 3, "downscale_to_zero_delay_s": 6}  # fewer and sooner: quicker
 )
-JOBS = 10
+JOBS = 20
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,15 @@ def test_gangs_come_and_go_with_the_load(cluster: LocalCluster, tmp_path: Path) 
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_gangs_come_and_go_with_jobs_alone(cluster: LocalCluster) -> None:
+def test_gangs_come_and_go_with_jobs_alone(cluster: LocalCluster, tmp_path: Path) -> None:
     """No caller waits: jobs that wait in the store wake the model, bring the second gang, and are counted."""
     client = httpx.Client(base_url=f"{cluster.url}/v1", timeout=300, trust_env=False)
 
     def busy() -> dict[str, Any]:
         return next(each for each in read_cluster(cluster.url)["models"] if each["id"] == "busy")
+
+    def running() -> int:
+        return int(busy()["replicas"].get("RUNNING", 0))
 
     def waiting() -> float:
         return scrape(cluster.metrics_url)["spray_requests_queued", frozenset({("model", "busy")})]
@@ -59,7 +63,13 @@ def test_gangs_come_and_go_with_jobs_alone(cluster: LocalCluster) -> None:
         body = WORK | {"model": "busy", "num_inference_steps": 40}
         assert client.post("/images/generations", json=body, headers={"prefer": "respond-async"}).status_code == 202
     assert wait_for(waiting, lambda count: count > JOBS / 2) <= JOBS
-    wait_for(busy, lambda found: found["replicas"].get("RUNNING", 0) == FEW.max_replicas)
+    wait_for(lambda: len(rank_statuses("busy")), lambda ranks: ranks > 0)
+    (calm := tmp_path / "calm").touch()
+    on_rank("busy", 0, hold, calm)  # else all may be drawn before a second gang could help, and none is started
+    try:
+        wait_for(running, lambda gangs: gangs == FEW.max_replicas)
+    finally:
+        calm.unlink()
     ended = wait_for(ends, lambda found: {state for state, _ in found} <= ENDED)
     assert ended == [("succeeded", None)] * JOBS
     wait_for(busy, lambda found: found["state"] == "asleep")
