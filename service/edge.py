@@ -2,14 +2,15 @@
 
 Serve's proxies call `middlewares` when they start, as `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it. A request
 reaches the gateway when its body is there, so slow senders take none of the gateway's slots. What Serve says by itself,
-such as that a gateway has died, comes in the envelope of all other errors. The gRPC port is `service.rpc.proxy`'s.
+such as that a gateway has died, comes in the envelope of all other errors, and pages that may call the gateway may read
+it. The gRPC port is `service.rpc.proxy`'s.
 """
 
 import asyncio
 import functools
 import json
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import uvicorn.config
@@ -97,20 +98,53 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uv
             self._waiting = None
 
 
+PAGES = 1000
+"""Origins that are remembered; the one that was not asked from for longest is forgotten."""
+
+ALLOW = b"access-control-allow-origin"
+READABLE = b"retry-after, x-request-id, x-should-retry"
+
+
+class Pages:
+    """Which origins the gateway allows, by its last answer to each: what the deployment file names changes at any time.
+
+    A browser asks before a page calls, so that the answer to that comes first.
+    """
+
+    def __init__(self) -> None:
+        self._allowed: dict[bytes, bytes] = {}  # by origin: what the gateway said
+
+    def learn(self, origin: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """The gateway has answered a request from there with these headers."""
+        self._allowed.pop(origin, None)
+        if allowed := dict(headers).get(ALLOW):
+            self._allowed[origin] = allowed  # the last one
+            if len(self._allowed) > PAGES:
+                del self._allowed[next(iter(self._allowed))]
+
+    def headers(self, origin: bytes) -> list[tuple[bytes, bytes]]:
+        """Of an answer that a page from there may read; none if it may not."""
+        if (allowed := self._allowed.get(origin)) is None:
+            return []
+        return [(ALLOW, allowed), (b"access-control-expose-headers", READABLE), (b"vary", b"Origin")]
+
+
 class Edge:
     """Holds a request until its body is there, and puts Serve's own errors into the envelope."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._held = 0
+        self._pages = Pages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Called by the server for each request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = dict(scope.get("headers", ())).get(ID_HEADER.encode(), b"") or uuid.uuid4().hex.encode()
-        refuse = functools.partial(_refuse, send, request_id)
+        headers = dict(scope.get("headers", ()))
+        request_id, origin = headers.get(ID_HEADER.encode()) or uuid.uuid4().hex.encode(), headers.get(b"origin")
+        refuse = functools.partial(_refuse, send, request_id, self._pages.headers(origin) if origin else [])
         messages: list[Message] = []
         try:
             async with asyncio.timeout(BODY_S):
@@ -133,7 +167,8 @@ class Edge:
 
         given = [pair for pair in scope.get("headers", ()) if pair[0] != ID_HEADER.encode()]
         own = [(PASSED_AS.get(name, name), value) for name, value in given]
-        answer = _InEnvelope(send, refuse)
+        learn = functools.partial(self._pages.learn, origin) if origin else lambda headers: None
+        answer = _InEnvelope(send, refuse, learn)
         await self._app({**scope, "headers": [*own, (ID_HEADER.encode(), request_id)]}, replay, answer)
         await answer.end()
 
@@ -154,8 +189,10 @@ class Edge:
 class _InEnvelope:
     """Sends what the gateway answers, and replaces what Serve says without one, which is plain text."""
 
-    def __init__(self, send: Send, refuse: Callable[..., Awaitable[None]]) -> None:
-        self._send, self._refuse = send, refuse
+    def __init__(
+        self, send: Send, refuse: Callable[..., Awaitable[None]], learn: Callable[[list[tuple[bytes, bytes]]], None]
+    ) -> None:
+        self._send, self._refuse, self._learn = send, refuse, learn
         self._replaced = False
         self._begun = False
 
@@ -164,6 +201,8 @@ class _InEnvelope:
         if message["type"] == "http.response.start" and message["status"] >= 400:
             kind = dict(message["headers"]).get(b"content-type", b"")
             self._replaced = not kind.startswith(b"application/json")
+        if message["type"] == "http.response.start" and not self._replaced:
+            self._learn(message["headers"])
         if not self._replaced:
             await self._send(message)
         elif not message.get("more_body", message["type"] == "http.response.start"):
@@ -179,12 +218,19 @@ class _InEnvelope:
 
 
 async def _refuse(
-    send: Send, request_id: bytes, status: int, text: str, kind: str, code: str, headers: dict[str, str]
+    send: Send,
+    request_id: bytes,
+    readable: list[tuple[bytes, bytes]],
+    status: int,
+    text: str,
+    kind: str,
+    code: str,
+    headers: dict[str, str],
 ) -> None:
     """Answer with an error; the connection ends, for the rest of a body may still come."""
     body = json.dumps(envelope(text, kind, None, code)).encode()
     found: dict[str, Any] = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
     raw = [(name.encode(), str(value).encode()) for name, value in (found | headers).items()]
-    raw.append((ID_HEADER.encode(), request_id))
+    raw += [(ID_HEADER.encode(), request_id), *readable]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

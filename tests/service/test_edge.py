@@ -24,6 +24,7 @@ class Gateway:
         self.at_once = 0
         self.most = 0
         self.answer: tuple[int, bytes, bytes] | None = None
+        self.allowed = b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.at_once += 1
@@ -35,7 +36,8 @@ class Gateway:
                 size += len(message.get("body", b""))
                 more = message.get("more_body", False)
             status, kind, text = self.answer or (200, b"text/plain", str(size).encode())
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+            cors = [(edge.ALLOW, self.allowed)] if self.allowed else []
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *cors]})
             await send({"type": "http.response.body", "body": text, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
@@ -303,3 +305,45 @@ def test_a_gateway_that_dies_silently_is_said_in_the_envelope() -> None:
 
 def test_local_clusters_have_an_edge() -> None:
     assert PRIVATE_CLUSTER["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "service.edge:middlewares"
+
+
+def test_a_page_that_may_call_may_read_what_the_proxy_says() -> None:
+    """As its browser asks first, by the gateway's last answer to that origin."""
+    gateway = Gateway()
+    page, other = b"https://app.example.com", b"https://other.example.com"
+
+    def call(origin: bytes) -> bytes:
+        return b"POST /livez HTTP/1.1\r\nhost: a\r\norigin: " + origin + b"\r\ncontent-length: 0\r\n\r\n"
+
+    async def story() -> None:
+        async with proxy(gateway) as port:
+
+            async def allowed(origin: bytes) -> dict[str, str]:
+                gateway.answer = (500, b"text/plain", b"Internal Server Error")  # Serve's own
+                status, headers, _ = await ask(port, call(origin))
+                assert status == 503
+                gateway.answer = None
+                return {name: text for name, text in headers.items() if name.startswith(("access", "vary"))}
+
+            assert await allowed(page) == {}
+            gateway.allowed = page
+            await ask(port, call(page))
+            assert await allowed(page) == {
+                "access-control-allow-origin": page.decode(),
+                "access-control-expose-headers": "retry-after, x-request-id, x-should-retry",
+                "vary": "origin",
+            }
+            assert await allowed(other) == {}
+            gateway.allowed = b""  # the file names it no longer
+            await ask(port, call(page))
+            assert await allowed(page) == {}
+
+    asyncio.run(story())
+
+
+def test_no_number_of_origins_takes_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "PAGES", 3)
+    pages = edge.Pages()
+    for number in (0, 1, 2, 0, 3):
+        pages.learn(b"%d" % number, [(edge.ALLOW, b"*")])
+    assert [number for number in range(4) if pages.headers(b"%d" % number)] == [0, 2, 3]
