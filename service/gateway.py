@@ -417,10 +417,8 @@ class Gateway(GrpcMethods):
             DeadlineExceeded: it would be too late then.
         """
         model = self._models.get(request.model)
-        if model is None:
+        if model is None or (not waiting and request.deadline_at is None and model.max_queued_s is None):
             return
-        if waiting < model.max_queued and request.deadline_at is None and model.max_queued_s is None:
-            return  # whoever has room need not ask, which is a call where there are several gateways
         ahead, wait_s = await router_registry.prospect(app_name(model.name), self.caller())
         if request.deadline_at is not None:
             check_deadline(request.deadline_at, wait_s, *router_registry.takes(app_name(model.name), request))

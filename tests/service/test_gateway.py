@@ -594,33 +594,6 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
     asyncio.run(story())
 
 
-def test_where_there_is_room_nobody_asks_what_waits(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several gateways the question is a call to another process."""
-    roomy = a_model("roomy").model_copy(update={"max_queued": 2})
-    waiting, asked = waiting_for("model-roomy"), []
-
-    async def prospect(application: str, caller: str) -> Prospect:
-        asked.append(len(waiting))
-        return Prospect(1, 1.0)
-
-    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
-    serving(opened, monkeypatch, [Begun(), RESULT])
-
-    async def story() -> None:
-        await opened.reconfigure(TABLE | {"models": [roomy.model_dump(mode="json")]})
-        waiting.enter("another", Place(time.time()))
-        assert await ask(opened, replace(REQUEST, model="roomy")) == [RESULT]
-        assert not asked
-        waiting.enter("a third", Place(time.time()))
-        with pytest.raises(QueueFull):
-            await ask(opened, replace(REQUEST, model="roomy"))
-        assert asked == [3]
-        waiting.leave("another")
-        waiting.leave("a third")
-
-    asyncio.run(story())
-
-
 def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -722,7 +695,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
 def test_a_job_that_would_be_late_is_refused_with_what_is_ahead_of_it(
     opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 5.0, 1.0, 4.0, 0.5, 2),))
+    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 0, 5.0, 1.0, 4.0, 0.5, 2),))
     gang = {"request_s": 21.0, "costs": known.as_stats()}
     states = {"late": ModelState("running", replicas={"RUNNING": 2}, gangs=(gang, gang))}
     monkeypatch.setattr(opened, "states", lambda: states)
