@@ -14,8 +14,8 @@ from service.names import app_name
 from tests.service.jobs.stores import Clock
 from workers.gang.cost import Cost, Costs
 
-SMALL = Cost(10, 10, 1, 1, 2, 0.1, 1.0, 0.1, 1.0, 3)
-LARGE = Cost(20, 20, 1, 1, 2, 0.4, 1.0, 0.4, 1.0, 1)
+SMALL = Cost(10, 10, 1, 1, 2, 0, 0.1, 1.0, 0.1, 1.0, 3)
+LARGE = Cost(20, 20, 1, 1, 2, 0, 0.4, 1.0, 0.4, 1.0, 1)
 """Both take a second outside their steps, and a millisecond of a step for each pixel."""
 
 GANG = {"request_s": 2.0, "costs": Costs("", (SMALL, LARGE)).as_stats()}
