@@ -4,8 +4,8 @@
       - name: web                # in logs and metrics; never the key itself
         sha256: 9f86d081...      # of the key; `spray key web` makes both
         models: [qwen-image]     # absent: all
-        max_concurrent: 8        # requests that wait or run at once, in each gateway; absent: any number
-        max_work_per_minute: 2.0e+9   # pixels x frames x steps x pictures, in each gateway; absent: any amount
+        max_concurrent: 8        # requests that wait or run at once; absent: any number
+        max_work_per_minute: 2.0e+9   # pixels x frames x steps x pictures; absent: any amount
       - name: operator
         sha256: ...
         scope: admin             # sees and cancels the requests of all keys, reads /v1/cluster; absent: generate
@@ -36,8 +36,8 @@ class ApiKey(BaseModel):
         sha256: of the key's UTF-8 bytes, in hexadecimal.
         scope: `admin` sees and cancels the requests of all keys, and reads `/v1/cluster`.
         models: that it may ask; None: all.
-        max_concurrent: requests that may wait or run at once, in each gateway; None: any number.
-        max_work_per_minute: pixels x frames x steps x pictures, in each gateway; None: any amount.
+        max_concurrent: requests that may wait or run at once; None: any number.
+        max_work_per_minute: pixels x frames x steps x pictures; None: any amount.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -38,6 +38,7 @@ from service.rpc.methods import GrpcMethods
 from service.state import router_registry, shared_turns
 from service.state.exchange import Colleagues, Question
 from service.state.idempotency import IdempotencyKeys
+from service.state.key_use import SharedUse
 from service.state.keyring import Keyring
 from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
@@ -141,7 +142,8 @@ class Gateway(GrpcMethods):
         self.webhooks = Webhooks(self.jobs)
         self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
         self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room, self._backlog)
-        self._keyring = Keyring()
+        self._keyring = ring = Keyring()
+        self._key_use = SharedUse(_short_name(), lambda: ring.limited, ring.used, ring.hear, shared_turns.start_keeper)
         self._models: dict[str, ModelSpec] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._poller = Poller(self._backlog.share, self._greet)
@@ -171,6 +173,7 @@ class Gateway(GrpcMethods):
         several = self._backlog.gateways > 1
         shared_turns.share(several)
         self._colleagues.follow(several and ray.is_initialized())
+        self._key_use.follow(several and ray.is_initialized())
         self.max_body_bytes = user_config["max_body_bytes"]
         outputs = user_config.get("outputs", Outputs().model_dump())  # an older version deployed none
         try:

@@ -49,6 +49,7 @@ class Exchange:
     """The keeper's part. All its methods run on one event loop."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.attended_at = 0.0  # when any gateway last called
         self._seats: dict[str, Seat] = {}
         self._numbers = itertools.count()

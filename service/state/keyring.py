@@ -9,11 +9,12 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
+from service.state.key_use import Use
 from workers.errors import QueueFull, RateLimited, RequestQuarantined
 
 logger = logging.getLogger("ray.serve")
@@ -27,13 +28,34 @@ class Allowance:
     """What one key may still do.
 
     Work is a bucket that holds a minute's worth and fills up steadily. A request takes its work at once, and may
-    overdraw a full bucket, so that none is too large for ever.
+    overdraw a full bucket, so that none is too large for ever. All gateways have one bucket together: each knows what
+    its own requests have taken, and what others have said a moment ago.
+
+    Attributes:
+        elsewhere: what requests at other gateways use.
     """
 
     def __init__(self) -> None:
+        self.elsewhere = Use()
         self._running = 0
         self._spent = 0.0
         self._at = time.monotonic()
+        self._per_minute = 0.0
+
+    @property
+    def used(self) -> Use:
+        """What requests of this gateway use."""
+        self._fill_up()
+        return Use(self._running, self._spent)
+
+    def _fill_up(self) -> None:
+        now = time.monotonic()
+        own, theirs = self._spent, self.elsewhere.spent
+        if filled := self._per_minute * (now - self._at) / MINUTE_S:
+            share = own / (own + theirs) if own + theirs else 0.0
+            self._spent = max(0.0, own - filled * share)
+            self.elsewhere = self.elsewhere._replace(spent=max(0.0, theirs - filled * (1 - share)))
+        self._at = now
 
     @contextlib.contextmanager
     def take(self, key: ApiKey, work: float) -> Iterator[None]:
@@ -46,16 +68,17 @@ class Allowance:
         Raises:
             RateLimited: the key has no more.
         """
-        if key.max_concurrent is not None and self._running >= key.max_concurrent:
+        running = self._running + self.elsewhere.running
+        if key.max_concurrent is not None and running >= key.max_concurrent:
             raise RateLimited(
-                f"the key {key.name!r} has {self._running} requests that wait or run, at most {key.max_concurrent} are "
+                f"the key {key.name!r} has {running} requests that wait or run, at most {key.max_concurrent} are "
                 "allowed; wait for one of them"
             )
         if key.max_work_per_minute is not None:
-            now = time.monotonic()
-            self._spent = max(0.0, self._spent - key.max_work_per_minute * (now - self._at) / MINUTE_S)
-            self._at = now
-            over = self._spent + min(work, key.max_work_per_minute) - key.max_work_per_minute
+            self._per_minute = key.max_work_per_minute
+            self._fill_up()
+            spent = self._spent + self.elsewhere.spent
+            over = spent + min(work, key.max_work_per_minute) - key.max_work_per_minute
             if over > 0:
                 raise RateLimited(
                     f"the key {key.name!r} has used its work of this minute, {key.max_work_per_minute:g} pixels x "
@@ -112,6 +135,22 @@ class Keyring:
     def allowance(self, key: ApiKey) -> Allowance:
         """What the key has left."""
         return self._allowances.setdefault(key.name, Allowance())
+
+    @property
+    def limited(self) -> bool:
+        """Whether any key has a limit."""
+        return any(key.max_concurrent or key.max_work_per_minute for key in self._from_file)
+
+    def used(self) -> dict[str, Use]:
+        """What requests of this gateway use, by key."""
+        found = {name: allowance.used for name, allowance in self._allowances.items()}
+        return {name: use for name, use in found.items() if any(use)}
+
+    def hear(self, others: Mapping[str, Use]) -> None:
+        """Take what requests of other gateways use, by key."""
+        for name in {*self._allowances, *others}:
+            allowance = self._allowances.setdefault(name, Allowance())
+            allowance.elsewhere = others.get(name, Use())
 
     async def _follow(self) -> None:
         while True:

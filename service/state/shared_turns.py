@@ -22,8 +22,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from service.state import exchange, turns
+from service.state import exchange, key_use, turns
 from service.state.exchange import FORGOTTEN_S, Exchange, Question
+from service.state.key_use import KeyUses
 from service.state.turns import Prospect, Ticket, Turn, Turns
 from workers.gang import stats
 from workers.gang.stats import GangBacklog
@@ -53,7 +54,7 @@ def share(several: bool) -> None:
     _several = several
 
 
-class Keeper(Exchange):
+class Keeper(Exchange, KeyUses):
     """The actor. All its methods run on one event loop. It passes on the questions of gateways, too."""
 
     def __init__(self) -> None:
@@ -118,7 +119,7 @@ class Keeper(Exchange):
 def start_keeper() -> Any:
     """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
     # Whole modules: to find a class in one, Python parses it, which fails in two threads at once (CPython 3.11).
-    source = "".join(inspect.getsource(module) for module in (turns, exchange, sys.modules[__name__], stats))
+    source = "".join(inspect.getsource(module) for module in (turns, exchange, key_use, sys.modules[__name__], stats))
     made = ray.remote(Keeper).options(
         name=f"turns-{hashlib.sha256(source.encode()).hexdigest()[:12]}",
         namespace=NAMESPACE,

@@ -24,6 +24,7 @@ from service.state import shared_turns
 from service.state.exchange import Colleagues, Question
 from service.state.idempotency import IdempotencyKeys
 from service.state.kept_answers import Claim
+from service.state.key_use import SharedUse, Use
 from service.state.shared_turns import SharedTurns, start_keeper
 from tests.service.test_once import RESULT
 from tests.service.test_turns import idle, settle, ticket
@@ -250,6 +251,33 @@ def test_the_keeper_hears_at_once_of_gangs_that_come_go_or_lose_their_ranks(monk
         assert [[*told] for told in beaten] == [["a", "b"], ["a", "b"], ["a"]]
 
     story("news", tell)
+
+
+def test_the_keeper_tells_each_gateway_what_keys_use_at_the_others() -> None:
+    heard: dict[str, Any] = {}
+
+    async def run() -> None:
+        used = {name: {"web": Use(number, 10.0 * number)} for number, name in enumerate("abc")}
+        gateways = [
+            SharedUse(
+                name,
+                lambda: True,
+                lambda name=name: used[name],
+                functools.partial(heard.__setitem__, name),
+                start_keeper,
+            )  # type: ignore[misc]
+            for name in "abc"
+        ]
+        for gateway in gateways:
+            gateway.follow(True)
+        async with asyncio.timeout(60):
+            while heard != {"a": {"web": (3, 30.0)}, "b": {"web": (2, 20.0)}, "c": {"web": (1, 10.0)}}:
+                await asyncio.sleep(0.05)
+        for gateway in gateways:
+            assert gateway._sharing is not None
+            gateway._sharing.cancel()
+
+    asyncio.run(run())
 
 
 def test_routers_of_several_models_may_start_the_keeper_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
