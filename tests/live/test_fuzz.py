@@ -5,12 +5,9 @@ quick tests send 200 in tests/live/test_serving.py.
 """
 
 import asyncio
-import ctypes
-import gc
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -22,6 +19,7 @@ from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, rank_actors, ready, wait_for
 from tests.support.fuzz import Judged, Memory, fire, memory, serving
 from tests.support.fuzz_requests import MODEL, shots
+from tests.support.trim import give_back
 
 REQUESTS = int(os.environ.get("SPRAY_FUZZ_REQUESTS", "10000"))
 SEED = int(os.environ.get("SPRAY_FUZZ_SEED", "1"))
@@ -83,12 +81,6 @@ def trimmed(processes: dict[tuple[str, int], psutil.Process]) -> Memory:
     actors = [ray.get_actor(a["name"], namespace=a["namespace"]) for a in named] + rank_actors(MODEL)
     ray.get([actor.__ray_call__.remote(give_back) for actor in actors], timeout=120)
     return memory(processes)
-
-
-def give_back(actor: Any) -> None:
-    """In the process of an actor."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def draw(seen: dict[int, Memory], file: Path) -> None:
