@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 
 from deploy.families.classic import classic_family, proved_pipelines
-from deploy.families.lookup import CLASSIC, family_name
+from deploy.families.lookup import CLASSIC, family_name, find_family
+from deploy.spec import WarmupShape
+from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models import lookup as plans
@@ -29,6 +31,8 @@ from tests.workers.test_denoising import ALONE, Generated, begun, check, generat
 from tests.workers.test_picture_inputs import IMAGE, MASK, PHOTO, WHERE, first_reads, painted, png
 from workers.demo_models.writer import write_demo_model
 from workers.errors import InvalidParameter
+from workers.gang.self_test import WrongAnswer, self_test
+from workers.gang.warm_up import warm_up_requests
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.classic_denoising import begin
 from workers.model.loader import load_model
@@ -299,6 +303,36 @@ def test_only_the_first_rank_reads_pictures(
     _, _, request, _ = CASES["inpaint"]
     ((latents, pictures),) = ranks.run(ALONE, made, folder_of("inpaint"), request)
     check(ranks.run(LAYOUTS["ulysses 2"], first_reads, folder_of("inpaint"), request, options), latents, pictures)
+
+
+def starts(mesh: ParallelMesh, folder: Path, local: bool) -> str:
+    """What a gang does before it serves: it tests itself, and warms up."""
+    shape = WarmupShape(width=64, height=64, num_frames=9 if find_family(folder).makes == "video" else 1)
+    spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update={"warmup_shapes": (shape,)})
+    loaded = load_model(spec, mesh)
+    with small_pictures(), attention_kept_local() if local else nullcontext():
+        try:
+            self_test(loaded, lambda request: begun(loaded, request))
+        except WrongAnswer as wrong:
+            return str(wrong)
+        for request in warm_up_requests(spec):
+            denoising = begun(loaded, request)
+            while not denoising.done:
+                denoising.step()
+            denoising.finish()
+    return ""
+
+
+STARTS = ("inpaint", "clip to clip")
+
+
+@pytest.mark.parametrize(
+    "name", [*STARTS, *[pytest.param(n, marks=pytest.mark.soak) for n in CASES if n not in STARTS]]
+)
+def test_a_gang_starts_with_what_its_model_needs(ranks: RankPool, folder_of: Callable[[str], Path], name: str) -> None:
+    assert ranks.run(LAYOUTS["ulysses 2"], starts, folder_of(name), False) == ["", ""]
+    for said in ranks.run(LAYOUTS["ulysses 2"], starts, folder_of(name), True):
+        assert "differs at transformer" in said
 
 
 @pytest.mark.parametrize("name", ["image to video", pytest.param("several", marks=pytest.mark.soak)])

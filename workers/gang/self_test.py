@@ -24,6 +24,7 @@ from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel
+from workers.model.sample_inputs import with_needed_inputs
 
 BAR = 1e-5
 """Largest difference allowed, times max(1, max|reference|). In half precision: besides twice the error of one rank."""
@@ -85,7 +86,7 @@ def small_request(loaded: LoadedModel) -> GenerationRequest:
     multiple = find_adapter(Path(loaded.spec.source)).size_multiple(loaded.pipeline)
     guided = kind.guided_above is not None and loaded.mesh.axis("cfg").size > 1
     scale = loaded.spec.defaults.guidance_scale if kind.guided_above is None else kind.guided_above + 3.0 * guided
-    return GenerationRequest(
+    request = GenerationRequest(
         request_id="self-test",
         model=loaded.spec.name,
         prompt="a cup of coffee on a table",
@@ -98,6 +99,7 @@ def small_request(loaded: LoadedModel) -> GenerationRequest:
         seed=0,
         output_format="mp4" if kind.makes == "video" else "png",
     )
+    return with_needed_inputs(request, kind)
 
 
 def _few_frames(loaded: LoadedModel) -> int:

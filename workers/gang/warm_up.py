@@ -8,6 +8,7 @@ from deploy.activations import Request, why_two_forwards
 from deploy.families.lookup import find_family
 from deploy.spec import ModelSpec
 from workers.messages import GenerationRequest
+from workers.model.sample_inputs import with_needed_inputs
 
 STEPS = 4
 """So many that a model with two transformers gets to the second."""
@@ -46,8 +47,9 @@ def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()
         ]
         size = Request(shape.width, shape.height, shape.num_frames, requests[-1].n)
         if kind.guided_above is None or why_two_forwards(model, Path(model.source), size):
-            yield from requests
+            yield from (with_needed_inputs(request, kind) for request in requests)
             continue
         for request in requests:
-            yield replace(request, guidance_scale=kind.guided_above)
-        yield replace(requests[-1], guidance_scale=kind.guided_above + 1.0, negative_prompt=PROMPTS[-1])
+            yield with_needed_inputs(replace(request, guidance_scale=kind.guided_above), kind)
+        last = with_needed_inputs(requests[-1], kind)
+        yield replace(last, guidance_scale=kind.guided_above + 1.0, negative_prompt=PROMPTS[-1])
