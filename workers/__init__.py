@@ -5,6 +5,7 @@ errors.py     the one tree of errors
 metrics.py    every metric by name; observing.py: what a rank, a gang, a gateway observes; shapes.py: sizes as a label
 exporter.py   shares metrics between the processes of a node, for Prometheus; value_file.py: their files; disk.py: room
 tracing.py    the spans of a request; otlp.py: sends them to a collector
+clip_decoder.py  a clip that a caller has sent -> its frames, in a process of its own
 private_folder.py  folders that belong to one user alone
 gang/         the actors: a gang, its ranks, where they are placed, what they cost
 model/        one model in one rank: files, loading, denoising, adapters, pictures

@@ -22,6 +22,7 @@ streaming.py   server-sent events
 fetching.py    pictures by URL, from hosts that the operator has named
 reading.py     JSON or a form, within limits -> the fields of a body
 pictures.py    pictures that callers send -> plain PNGs, within limits
+clips.py       MP4s that callers send -> animated PNGs, decoded in a process of their own
 picture_fields.py  fields of bodies that are pictures
 bodies.py      the declared bodies of requests
 schemas.py     a body -> GenerationRequest
