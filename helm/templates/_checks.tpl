@@ -29,7 +29,7 @@
 {{- fail (printf "groups.%s.minReplicas is %d, above maxReplicas, %d; change one" .name (int .minReplicas) (int .maxReplicas)) }}
 {{- end }}
 {{- end }}
-{{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size }}
+{{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size .Values.outputs.s3.existingSecret }}
 {{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups "holds" $holds) }}
 {{- range $models }}
 {{- if gt (float64 .all.grace_period_s) (float64 (sub $.Values.upgrade.drainSeconds 30)) }}
@@ -48,11 +48,12 @@
 {{- if and (get $auth "api_keys_file") (not .Values.apiKeys.existingSecret) }}
 {{- fail "auth.api_keys_file is set by the chart; name the Secret that holds the file in apiKeys.existingSecret" }}
 {{- end }}
-{{- if $variable }}
-{{- $known := dict }}
+{{- $known := dict "SPRAY_JOBS_URL" (ne .Values.jobs.existingSecret "") }}
 {{- range concat .Values.nodeDefaults.env (default list .Values.gatewayNodes.env) }}{{ $_ := set $known .name true }}{{ end }}
-{{- if not (hasKey $known $variable) }}
-{{- fail (printf "auth.api_keys_env is %s, which no gateway has; add it to gatewayNodes.env with valueFrom.secretKeyRef" $variable) }}
+{{- $named := dict "auth.api_keys_env" $variable "gateway.webhook_key_env" (get .sections.gateway "webhook_key_env") "storage.jobs_url_env" (get .sections.storage "jobs_url_env") }}
+{{- range $key, $variable := $named }}
+{{- if and $variable (not (get $known $variable)) }}
+{{- fail (printf "%s is %s, which no gateway has; add it to gatewayNodes.env with valueFrom.secretKeyRef" $key $variable) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -73,6 +74,19 @@
 {{- end }}
 {{- if and .Values.jobs.existingSecret (get .Values.storage "jobs") }}
 {{- fail "storage.jobs is set, and jobs.existingSecret names a database; leave one of them out" }}
+{{- end }}
+{{- $outputs := .Values.outputs }}
+{{- if and $outputs.s3.url (or $outputs.existingClaim $outputs.size) }}
+{{- fail (printf "outputs.s3.url is %s, and outputs has a claim; leave one of them out" $outputs.s3.url) }}
+{{- end }}
+{{- if and $outputs.s3.url (not (regexMatch "^s3://[a-z0-9][a-z0-9.-]+(/[A-Za-z0-9._-]+)*$" $outputs.s3.url)) }}
+{{- fail (printf "outputs.s3.url is %s; it is s3://BUCKET or s3://BUCKET/PREFIX" $outputs.s3.url) }}
+{{- end }}
+{{- if and $outputs.s3.url (not (or $outputs.s3.existingSecret .Values.serviceAccount.annotations (not .Values.serviceAccount.create))) }}
+{{- fail "outputs.s3.url is set, and nothing may write there; name the Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in outputs.s3.existingSecret" }}
+{{- end }}
+{{- if and $outputs.s3.existingSecret (not $outputs.s3.url) }}
+{{- fail "outputs.s3.existingSecret is set, and outputs.s3.url is empty; name the bucket" }}
 {{- end }}
 {{- $cache := .Values.cache }}
 {{- if and $cache.prefetch (not (or $cache.existingClaim $cache.size)) }}

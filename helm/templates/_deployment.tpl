@@ -83,6 +83,7 @@ section as a default says what each item of a given list has.
 {{- $_ := set $outputs "folder" "/outputs" }}
 {{- $_ := set $storage "outputs" $outputs }}
 {{- end }}
+{{- with .Values.outputs.s3.url }}{{ $_ := set $storage "outputs" (set (default dict (get $storage "outputs")) "url" .) }}{{ end }}
 {{- if .Values.jobs.existingSecret }}{{ $_ := set $storage "jobs_url_env" "SPRAY_JOBS_URL" }}{{ end }}
 {{- if include "spray.stateClaim" . }}
 {{- if not (get $storage "jobs_url_env") }}{{ $_ := set $storage "jobs" "/var/lib/spray" }}{{ end }}

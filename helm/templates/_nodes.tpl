@@ -132,6 +132,10 @@ spec:
             secretKeyRef: {name: {{ $values.jobs.existingSecret }}, key: {{ $values.jobs.key }}}
         {{- end }}
         {{- with $node.env }}{{ toYaml . | nindent 8 }}{{ end }}
+      {{- if and $values.outputs.s3.existingSecret (eq $role "gateway") }}
+      envFrom:
+        - secretRef: {name: {{ $values.outputs.s3.existingSecret }}}
+      {{- end }}
       securityContext: {{ toYaml $values.securityContext | nindent 8 }}
       {{- /* KubeRay's numbers. A node without a gateway and without a gang's first rank has no proxy, so it is never
              ready: the service, which takes all ready nodes, must not send requests there. */}}

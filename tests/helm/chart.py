@@ -158,6 +158,14 @@ VARIATIONS: dict[str, Values] = {
     "no metrics": {"metrics": {"port": None}, "monitoring": {"podMonitor": {"enabled": True}}},
     "other ports": {"gateway": {"port": 80, "grpc_port": 81}, "metrics": {"port": 82, "host": "127.0.0.1"}},
     "outputs on a volume": {"outputs": {"size": "10Gi"}, "storage": {"outputs": {"ttl_s": 60}}},
+    "outputs in a bucket": {
+        "outputs": {"s3": {"url": "s3://bucket/pictures", "existingSecret": "s3"}},
+        "storage": {"outputs": {"ttl_s": 60}},
+    },
+    "a bucket that the account may write": {
+        "outputs": {"s3": {"url": "s3://bucket"}},
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/spray"}},
+    },
     "claims that exist": {"outputs": {"existingClaim": "files"}, "cache": {"existingClaim": "weights"}},
     "a file of keys": {"auth": {"insecure": False}, "apiKeys": {"existingSecret": "keys"}},
     "keys in the environment": {
@@ -274,7 +282,7 @@ VARIATIONS: dict[str, Values] = {
             "jobs_url_env": None,
         },
         "auth": {"insecure": True, "api_keys_env": "SPRAY_API_KEYS", "api_keys_file": None},
-        "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}]},
+        "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}, {"name": "HOOKS", **SECRET}]},
     },
     "gateways anywhere": {"gateway": {"node_labels": None}, "tests": {"enabled": False}},
 }

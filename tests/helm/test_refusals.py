@@ -53,6 +53,24 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"redis": {"existingSecret": "a", "bundled": {"enabled": True, "image": "redis:latest"}}},
         "redis.bundled.image is latest",
     ),
+    "a bucket and a claim": (
+        {"outputs": {"size": "1Gi", "s3": {"url": "s3://bucket", "existingSecret": "a"}}},
+        "outputs.s3.url is s3://bucket, and outputs has a claim",
+    ),
+    "a bucket of another kind": (
+        {"outputs": {"s3": {"url": "https://bucket", "existingSecret": "a"}}},
+        "outputs.s3.url is https://bucket; it is s3://BUCKET",
+    ),
+    "a bucket that nobody may write": (
+        {"outputs": {"s3": {"url": "s3://bucket"}}},
+        "name the Secret with AWS_ACCESS_KEY_ID",
+    ),
+    "rights in no bucket": ({"outputs": {"s3": {"existingSecret": "a"}}}, "outputs.s3.url is empty"),
+    "webhooks that nobody signs": (
+        {"gateway": {"webhook_hosts": ["a.example"], "webhook_key_env": "HOOKS"}},
+        "gateway.webhook_key_env is HOOKS, which no gateway has",
+    ),
+    "jobs at no address": ({"storage": {"jobs_url_env": "JOBS"}}, "storage.jobs_url_env is JOBS, which no gateway has"),
     "weights ahead without a claim": ({"cache": {"prefetch": True}}, "cache.prefetch is true, but there is no claim"),
     "gateways where their keys are not": (
         {**GPU_GROUPS, "gateway": {"node_labels": None}, "jobs": {"existingSecret": "jobs"}},

@@ -278,6 +278,12 @@ def test_only_gateways_know_where_jobs_are() -> None:
         assert found == ([secret] if group == "gateways" else [])
 
 
+def test_only_gateways_may_write_to_the_bucket() -> None:
+    for group, template in pod_templates(render(CASES["outputs in a bucket"])).items():
+        (container,) = template["spec"]["containers"]
+        assert container.get("envFrom") == ([{"secretRef": {"name": "s3"}}] if group == "gateways" else None)
+
+
 def test_rays_state_is_in_the_redis_that_only_its_pods_reach() -> None:
     objects = render(CASES["a bundled redis"])
     (service,) = of_kind(objects, "Service")

@@ -38,6 +38,10 @@ def deployment(values: Values) -> DeploymentSpec:
     sections["storage"].setdefault("models", "/models/hub")
     if merged["outputs"].get("size") or merged["outputs"].get("existingClaim"):
         sections["storage"]["outputs"] = sections["storage"].get("outputs", {}) | {"folder": "/outputs"}
+    if merged["outputs"]["s3"].get("url"):
+        sections["storage"]["outputs"] = sections["storage"].get("outputs", {}) | {
+            "url": merged["outputs"]["s3"]["url"]
+        }
     if merged["jobs"].get("existingSecret"):
         sections["storage"]["jobs_url_env"] = "SPRAY_JOBS_URL"
     if merged["state"].get("size") or merged["state"].get("existingClaim"):
