@@ -51,7 +51,7 @@ class CentersTokens(QwenImageTransformer2DModel):  # type: ignore[misc]
         )
 
 
-LATE_S = 0.05
+LATE_S = 0.25
 
 
 class LateRank(QwenImageTransformer2DModel):  # type: ignore[misc]
