@@ -1,6 +1,7 @@
 """A process that observes all that spray can: what a busy cluster with one slow rank tells Prometheus.
 
-`python -m tests.support.observed PORT`, with RAY_RAYLET_PID and SPRAY_METRICS_DIR set as in a cluster.
+`python -m tests.support.observed PORT [PAUSE]`, with the mean pause between requests in seconds; RAY_RAYLET_PID and
+SPRAY_METRICS_DIR are set as in a cluster.
 """
 
 import contextlib
@@ -47,8 +48,9 @@ class Observed:
                 metrics.step(STEP_S * random.uniform(0.9, 1.1), "1024x1024")
                 metrics.in_collectives({"all_to_all": TRANSFER_S + waits, "gather": 0.001}, waits)
                 metrics.sent({"all_to_all": 1 << 20, "gather": 1 << 14})
-            for stage in ("encode", "prepare", "denoise", "decode", "encode_media"):
-                metrics.stage(stage, 0.1)  # type: ignore[arg-type]
+            for stage in ("encode", "prepare", "decode", "encode_media"):
+                metrics.stage(stage, 0.05)  # type: ignore[arg-type]
+            metrics.stage("denoise", 4 * STEP_S)
             metrics.broadcast(0.01)
             metrics.drew(1 << 20, 12)
             metrics.memory(used=6e9, peak=7e9, limit=8e9)
@@ -77,11 +79,11 @@ def main() -> None:
     exporter = Exporter(share_values())
     watch_disk("models", Path("/"))
     tell()
-    observed = Observed()
+    observed, pause = Observed(), float((*sys.argv, "0.2")[2])
     exporter.serve_at("127.0.0.1", int(sys.argv[1]))
     while True:
         observed.request(time.time())
-        time.sleep(0.2)
+        time.sleep(pause * random.uniform(0.6, 1.4))
 
 
 if __name__ == "__main__":
