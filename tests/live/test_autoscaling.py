@@ -13,7 +13,7 @@ from service.rollout.local_cluster import LocalCluster
 from tests.benchmarks.autoscale import SCALING, WORK, measure, models, plot
 from tests.live.test_faults import hold
 from tests.live.test_metrics import scrape
-from tests.support.deployments import deployment, on_rank, rank_statuses, ready, wait_for
+from tests.support.deployments import deployment, on_rank, ready, wait_for
 
 FEW = SCALING.model_copy(
     update={"max_replicas": 2, "downscale_delay_s": 3, "downscale_to_zero_delay_s": 6}  # fewer and sooner: quicker
@@ -63,7 +63,7 @@ def test_gangs_come_and_go_with_jobs_alone(cluster: LocalCluster, tmp_path: Path
         body = WORK | {"model": "busy", "num_inference_steps": 40}
         assert client.post("/images/generations", json=body, headers={"prefer": "respond-async"}).status_code == 202
     assert wait_for(waiting, lambda count: count > JOBS / 2) <= JOBS
-    wait_for(lambda: len(rank_statuses("busy")), lambda ranks: ranks > 0)
+    wait_for(running, lambda gangs: gangs > 0)
     (calm := tmp_path / "calm").touch()
     on_rank("busy", 0, hold, calm)  # else all may be drawn before a second gang could help, and none is started
     try:
