@@ -71,7 +71,7 @@ def send_file(http: Request, file: Stored, disposition: str) -> Response:
         "content-disposition": disposition,
         "x-content-type-options": "nosniff",
     }
-    if _has(http, etag):
+    if has(http, etag):
         return Response(status_code=304, headers=headers)
     first, end = _range(http, etag, size)
     status = 200 if (first, end) == (0, size) else 206
@@ -84,7 +84,7 @@ def send_file(http: Request, file: Stored, disposition: str) -> Response:
     return StreamingResponse(_chunks(file, first, end), status_code=status, headers=headers, media_type=kind)
 
 
-def _has(http: Request, etag: str) -> bool:
+def has(http: Request, etag: str) -> bool:
     """Whether the caller has the file: by its tag, which proxies that compress make a weak one, or by `*`, any."""
     tags = [tag.strip().removeprefix("W/") for line in http.headers.getlist("if-none-match") for tag in line.split(",")]
     return etag in tags or tags == ["*"]

@@ -23,6 +23,7 @@ from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
 from service.api.schemas import find_model
+from service.api.stills import Still, send_still
 from service.jobs.requests import request_of
 
 router = APIRouter(prefix="/videos")
@@ -41,7 +42,12 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     429: ERRORS[429],
 }
 
-FILE: dict[int | str, dict[str, Any]] = {200: {"description": "the MP4", "content": {"video/mp4": {"schema": BYTES}}}}
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the MP4, or the picture of it that `variant` asks for",
+        "content": {kind: {"schema": BYTES} for kind in ("video/mp4", "image/webp", "image/jpeg")},
+    }
+}
 
 
 @router.post("", response_model=Video, responses=ERRORS, openapi_extra=takes(VideoJobBody, answered=False))
@@ -85,10 +91,12 @@ async def retrieve_video(response: Response, backend: Served, video_id: str) -> 
 
 @router.get("/{video_id}/content", response_class=Response, responses=QUERY_ERRORS | FILE)
 async def download_video(
-    http: Request, backend: Served, video_id: str, variant: Literal["video"] = "video"
+    http: Request, backend: Served, video_id: str, variant: Literal["video"] | Still = "video"
 ) -> Response:
-    """The MP4, or one range of its bytes."""
+    """The MP4, or one range of its bytes; or a picture of it: its first frame, or a sheet of frames."""
     _, _, file = await job_calls.file_of(backend, video_id, kind="video")
+    if variant != "video":
+        return await send_still(http, file, variant, video_id)
     return send_file(http, file, f'attachment; filename="{video_id}.mp4"')
 
 

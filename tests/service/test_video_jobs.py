@@ -9,10 +9,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from service.api.rest import rest_app
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
+from workers.messages import GenerationRequest
+from workers.model.media import encode
 
 BODY = {"model": "film", "prompt": "a cup", "seed": 7}
 
@@ -75,7 +78,7 @@ def test_content_has_ranges_and_a_name(url: str) -> None:
     assert (part.status_code, part.content) == (206, whole.content[1:3])
     assert whole.headers["content-type"] == "video/mp4"
     assert whole.headers["content-disposition"] == f'attachment; filename="{video["id"]}.mp4"'
-    assert httpx.get(f"{url}/{video['id']}/content?variant=thumbnail").status_code == 400
+    assert httpx.get(f"{url}/{video['id']}/content?variant=poster").status_code == 400
 
 
 def test_a_failure_is_an_answer(url: str) -> None:
@@ -168,3 +171,22 @@ def test_what_is_no_id_does_not_reach_the_database(url: str) -> None:
     missing, wrong = httpx.get(f"{url}/%00"), httpx.get(f"{url}?after=%00")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "after")
+
+
+def test_a_video_has_pictures_of_itself(url: str, backend: FakeBackend, tmp_path: Path) -> None:
+    video = until(f"{url}/{httpx.post(url, json=BODY).json()['id']}", "completed")
+    (file,) = (tmp_path / "outputs").glob("*.mp4")
+    request = GenerationRequest("a", "film", "a", 64, 32, 1, seed=7, num_frames=5, output_format="mp4")
+    file.write_bytes(encode([Image.new("RGB", (64, 32))] * 5, request))
+    for variant, kind, size in (("thumbnail", "webp", (64, 32)), ("spritesheet", "jpeg", (192, 64))):
+        answer = httpx.get(f"{url}/{video['id']}/content", params={"variant": variant})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, f"image/{kind}")
+        assert Image.open(io.BytesIO(answer.content)).size == size
+        named = f'attachment; filename="{video["id"]}-{variant}.{kind}"'
+        assert answer.headers["content-disposition"] == named
+        tag = {"if-none-match": answer.headers["etag"]}
+        assert httpx.get(f"{url}/{video['id']}/content", params={"variant": variant}, headers=tag).status_code == 304
+    waits = httpx.post(url, json=BODY | {"prompt": "never"}).json()["id"]
+    refused = httpx.get(f"{url}/{waits}/content", params={"variant": "thumbnail"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "job_not_ready")
+    assert httpx.post(f"{url}/{waits}/cancel").status_code == 200

@@ -19,6 +19,6 @@ previews.py             previews of the clean latents; latent_colors.py fits the
 picture_shares.py       several pictures, each decoded on one rank
 truncation.py           notices prompts that are longer than what is read
 lora.py                 LoRA files -> what sp_core.lora takes; lora_strength.py how strong they are
-media.py                pictures to PNG, JPEG, WebP; videos to MP4
+media.py                pictures to PNG, JPEG, WebP; videos to MP4; stills.py pictures of a finished video
 diffusers_internals.py  what diffusers keeps private
 """
