@@ -11,9 +11,8 @@ from service.cli.client import read_cluster
 from service.jobs.records import ENDED
 from service.rollout.local_cluster import LocalCluster
 from tests.benchmarks.autoscale import SCALING, WORK, measure, models, plot
-from tests.live.test_faults import hold
 from tests.live.test_metrics import scrape
-from tests.support.deployments import deployment, on_rank, ready, wait_for
+from tests.support.deployments import deployment, on_rank, ready, wait_for, wait_while
 
 FEW = SCALING.model_copy(
     update={"max_replicas": 2, "downscale_delay_s": 3, "downscale_to_zero_delay_s": 6}  # fewer and sooner: quicker
@@ -26,6 +25,11 @@ def cluster(demo_models: dict[str, Path]) -> Iterator[LocalCluster]:
     with LocalCluster(deployment(*models(demo_models["z-image"], FEW))) as cluster:
         ready(cluster)
         yield cluster
+
+
+def hold(actor: Any, calm: Path) -> None:
+    """In the rank's process: let every forward wait while a file is there."""
+    actor._rank._loaded.pipeline.transformer.register_forward_pre_hook(lambda *_: wait_while(calm))
 
 
 def test_gangs_come_and_go_with_the_load(cluster: LocalCluster, tmp_path: Path) -> None:
