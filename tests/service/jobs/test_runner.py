@@ -315,3 +315,30 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_taken_over(tmp_path: Path, monke
         assert world.asked[0][1].seed == request_of(taken).seed
 
     live(tmp_path, draws, story)
+
+
+def test_what_is_claimed_is_not_told_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, int]] = []
+
+    async def tell(backlog: JobBacklog, counts: Any) -> None:
+        if "film" in counts:
+            told.append((counts["film"].queued, counts["film"].running, counts["film"].queued_work))
+
+    monkeypatch.setattr(JobBacklog, "tell", tell)
+    release = asyncio.Event()
+
+    async def waits(request: GenerationRequest) -> AsyncGenerator[Report]:
+        await release.wait()
+        yield RESULT
+
+    async def story(world: World) -> None:
+        for _ in range(3):
+            await world.jobs.ask(JobStore.submit, new_job(REQUEST, "ann"))
+        world.runner.wake()
+        async with asyncio.timeout(20):
+            while not told:
+                await asyncio.sleep(0.01)
+        assert told[0] == (2, 1, 2 * REQUEST.work)  # the third has been claimed in the same look
+        release.set()
+
+    live(tmp_path, waits, story)
