@@ -323,7 +323,7 @@ def starts(mesh: ParallelMesh, folder: Path, local: bool) -> str:
     return ""
 
 
-STARTS = ("inpaint", "clip to clip")
+STARTS = ("inpaint", "first and last")
 
 
 @pytest.mark.parametrize(

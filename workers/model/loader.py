@@ -104,7 +104,8 @@ def load_model(
         OSError: an adapter's file is missing.
     """
     pipeline = _load_pipeline(model, mesh, on_progress)
-    adapters = {name: Adapters(part) for name, part in pipeline.components.items() if name.startswith("transformer")}
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}  # not all have a second
+    adapters = {name: Adapters(part) for name, part in parts.items() if name.startswith("transformer")}
     loaded = LoadedModel(model, mesh, pipeline, adapters).with_loras(model.loras)
     reason = why_not_batched(part for name, part in pipeline.components.items() if name in adapters)
     if model.batch_guidance is True and reason:
