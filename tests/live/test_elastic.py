@@ -69,7 +69,7 @@ def test_a_request_that_loses_its_ranks_goes_on_from_what_was_kept(cluster: Loca
     assert {status.pid for status in after}.isdisjoint(status.pid for status in statuses)
     # They have passed a boundary after each step, and one before the first.
     repeated = after[0].progress - 1 - (LONG["num_inference_steps"] - statuses[0].step)
-    assert 0 <= repeated <= KEEP_STEPS
+    assert repeated <= KEEP_STEPS  # or below zero: a step or two may have passed before the kill
 
 
 def test_who_leaves_ends_a_request_at_its_next_step(cluster: LocalCluster) -> None:
