@@ -88,7 +88,7 @@ class SequenceParallelSplitHook:
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One parameter or output: a tensor, a list of them, or None where this call passes none."""
+        """One parameter or output: a tensor, a list of these, or None where this call passes none."""
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
@@ -113,10 +113,14 @@ class SequenceParallelSplitHook:
             )
         if len(entry) != len(value):
             raise ValueError(f"Expected {len(entry)} elements in {where}, as the plan says; got {len(value)}")
-        shares = [
-            item if item is None or each is None else self._share(f"{key}.{i}", where, item, each, args, kwargs)
-            for i, (item, each) in enumerate(zip(value, entry, strict=True))
-        ]
+        shares = []
+        for i, (item, each) in enumerate(zip(value, entry, strict=True)):
+            if item is None or each is None:
+                shares.append(item)
+            elif isinstance(item, list | tuple):  # such as the rotations of one stream among those of several
+                shares.append(self._split(f"{key}.{i}", item, each, args, kwargs))
+            else:
+                shares.append(self._share(f"{key}.{i}", where, item, each, args, kwargs))
         return _like(value, shares)
 
     def _share(

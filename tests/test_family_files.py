@@ -31,6 +31,7 @@ NOT_FAMILIES = {
     "as_wan",
     "family",
     "lookup",
+    "no_plan",
     "pipeline_adapter",
     "pipeline_source",
     "schedulers",

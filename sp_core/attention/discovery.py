@@ -4,7 +4,7 @@ In: a model and its family. Out: `FoundAttention`, or the reason why some attent
 is changed; `sp_core.attention.diffusers_backend` binds what is found. Called by `sp_core.parallelize`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -25,11 +25,15 @@ class FoundAttention:
         layers: the model's own attention layers, by dotted name.
         streams: the parameter name of the only stream that a processor's attention sees, by the module's name; absent:
             it joins all.
+        keys_in_front: names of modules whose keys begin with tokens that are whole on every rank, and are no queries.
+        masks_queries: names of modules that make a mask of the keys hide the queries as well.
     """
 
     processors: Mapping[str, nn.Module]
     layers: Mapping[str, SequenceParallelAttention]
     streams: Mapping[str, str]
+    keys_in_front: frozenset[str] = frozenset()
+    masks_queries: frozenset[str] = frozenset()
 
     @property
     def local_attention(self) -> Callable[..., torch.Tensor]:
@@ -67,7 +71,17 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
         name: next((stream for pattern, stream in family.own_stream.items() if fnmatch(name, pattern)), "")
         for name in processors
     }
-    return FoundAttention(processors, layers, {name: stream for name, stream in streams.items() if stream})
+    return FoundAttention(
+        processors,
+        layers,
+        {name: stream for name, stream in streams.items() if stream},
+        _matching(processors, family.keys_in_front),
+        _matching(processors, family.masks_queries),
+    )
+
+
+def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
 
 
 def is_bound(processor: object) -> bool:

@@ -7,9 +7,10 @@ graph, and the region is looked up when the graph runs, so new lengths need no n
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
 
 from sp_core import collectives, kernels
 from sp_core.attention.hybrid import sequence_parallel_attention
@@ -43,11 +44,15 @@ class AttentionSite:
         context: the model's.
         name: the module's dotted name, for messages.
         stream: the parameter name of the only stream that it sees; empty: it joins all.
+        keys_in_front: its keys begin with tokens that are whole on every rank, and are no queries.
+        masks_queries: its mask hides queries as well as keys, `(B, 1, L, L)` of this rank's tokens.
     """
 
     context: SequenceContext
     name: str = ""
     stream: str = ""
+    keys_in_front: bool = False
+    masks_queries: bool = False
 
 
 def region_attention(
@@ -77,6 +82,14 @@ def region_attention(
         ValueError: the tokens are not those of the region, or the mask fits neither them nor the whole sequence; on
             all ranks, if it happens at an attention's first call.
     """
+    if site.masks_queries and mask is not None:
+        mask = mask[:, 0].any(dim=1)
+    if site.keys_in_front:
+        front = key.shape[1] - query.shape[1]
+        query = pad(query, (0, 0, 0, 0, front, 0))
+        return region_attention(
+            query, key, value, mask, scale, replace(site, keys_in_front=False, masks_queries=False), front
+        )[:, front:]
     context = site.context
     if torch.compiler.is_compiling():
         return _attention_operator(  # type: ignore[no-any-return]

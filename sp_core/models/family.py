@@ -166,6 +166,9 @@ class ModelFamily:
         local_attention: modules whose tokens are whole on every rank (cross-attention, refiners before the region),
             although their processor would send them across ranks, or could not.
         own_stream: modules whose attention sees one stream only, with the parameter name of that stream.
+        keys_in_front: modules whose keys begin with tokens that are whole on every rank, and are no queries.
+        masks_queries: modules whose mask of keys hides the queries as well, `(B, 1, L, L)` of this rank's tokens.
+            What hidden queries put out must not matter.
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
         refused_processors: class names of processors that would be silently wrong, with the reason.
@@ -173,7 +176,8 @@ class ModelFamily:
         guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
         pipelines: diffusers' pipelines that run through their classic call, each proved by a demo model of the family's
             name in `workers.demo_models.classic`, or beside its adapter. A pipeline with an adapter is not among them.
-        refused: why the whole family cannot be parallelized, although diffusers ships a `_cp_plan`; empty otherwise.
+        refused: why the whole family cannot be parallelized; empty otherwise.
+        refused_pipelines: why some of its pipelines are not served, by class name, where their calls do not show it.
         examples: what the family is proved with, by the name of the variant.
     """
 
@@ -182,12 +186,15 @@ class ModelFamily:
     tp_plan: TensorParallelPlan | Callable[[Config], TensorParallelPlan] = field(default_factory=dict)
     local_attention: tuple[str, ...] = ()
     own_stream: Mapping[str, str] = field(default_factory=dict)
+    keys_in_front: tuple[str, ...] = ()
+    masks_queries: tuple[str, ...] = ()
     captured_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
     replacements: tuple[RealRotation | SharedModulation | FusedGelu, ...] = ()
     guidance_batch: GuidanceBatch | None = None
     pipelines: tuple[str, ...] = ()
     refused: str = ""
+    refused_pipelines: Mapping[str, str] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
 
     def sequence_plan(self, config: Config) -> SequenceParallelModelPlan:

@@ -94,7 +94,7 @@ class Tiny:
         return self.build()
 
     def build(self) -> nn.Module:
-        """The transformer, the same weights at every call. Norm weights and learned pad tokens are random too."""
+        """The transformer, the same weights at every call. Norms and what begins as zeros are random too."""
         torch.manual_seed(0)
         model: nn.Module = getattr(diffusers, self.example.transformer_class)(**self.example.init).eval()
         with torch.no_grad():
@@ -103,6 +103,8 @@ class Tiny:
                     parameter.copy_(torch.rand_like(parameter) + 1)
                 if "pad_token" in name or "image_embedder.pos_embed" in name:
                     nn.init.normal_(parameter)
+                if parameter.ndim > 1 and not parameter.any():
+                    nn.init.normal_(parameter, std=0.1)
                 for part, gain in self.example.gains.items():
                     if part in name:
                         parameter.mul_(gain)

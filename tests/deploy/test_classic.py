@@ -68,7 +68,7 @@ def test_what_is_not_served_says_why(tmp_path: Path, pipeline: str) -> None:
 @pytest.mark.parametrize(
     ("transformer", "said"),
     [
-        (["diffusers", "DiTTransformer2DModel"], "nothing says how its DiTTransformer2DModel is divided among ranks"),
+        (["diffusers", "MotifVideoTransformer3DModel"], "nothing says how its MotifVideoTransformer3DModel is divided"),
         (["diffusers", "LTX2VideoTransformer3DModel"], "its cross-attention across ranks"),
         ([None, None], "it has no transformer"),
     ],

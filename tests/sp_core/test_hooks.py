@@ -228,6 +228,10 @@ def test_lists_of_tensors(ranks: RankPool, kind: type) -> None:
         TWO, split_and_gather, {"x": SequenceParallelCompanion(1)}, None, "", "", (kind([X] * 3),)
     ):
         assert all(t.shape[1] < 5 for t in seen[0])
+    within = {"x": [None, SequenceParallelCompanion(1)]}
+    for seen, _ in ranks.run(TWO, split_and_gather, within, None, "", "", (kind([kind([X]), kind([X, X])]),)):
+        assert type(seen[0]) is type(seen[0][1]) is kind
+        assert seen[0][0][0].shape[1] == 5 and all(t.shape[1] < 5 for t in seen[0][1])
 
 
 def test_what_a_list_may_not_be(ranks: RankPool) -> None:

@@ -1,0 +1,40 @@
+"""Transformers that no sequence plan can divide yet, with the reasons: what whoever deploys one is told."""
+
+from sp_core.models.family import ModelFamily
+
+HI_DREAM = ModelFamily(
+    transformer_classes=("HiDreamImageTransformer2DModel",),
+    refused="each block joins a text of its own behind the image, which a plan cannot keep whole",
+)
+KANDINSKY_5 = ModelFamily(
+    transformer_classes=("Kandinsky5Transformer3DModel",),
+    refused="its rotation rounds queries and keys to bfloat16, so that a last-bit difference becomes one of 4e-3",
+)
+LATTE = ModelFamily(
+    transformer_classes=("LatteTransformer3DModel",),
+    refused="it attends to places and frames in turn, and its forward rearranges the tokens in between",
+)
+LUMINA_NEXT = ModelFamily(
+    transformer_classes=("LuminaNextDiT2DModel",),
+    refused="it scales attention by the number of tokens, and would take this rank's for all",
+)
+MOCHI = ModelFamily(
+    transformer_classes=("MochiTransformer3DModel",),
+    refused="its attention leaves out the hidden tokens of each text: prompts decide how many tokens a rank holds",
+)
+NUCLEUS_MOE = ModelFamily(
+    transformer_classes=("NucleusMoEImageTransformer2DModel",),
+    refused="its experts choose among all tokens, and would choose among this rank's",
+)
+QWEN_IMAGE_2_1 = ModelFamily(
+    transformer_classes=("QwenImage21Transformer2DModel",),
+    refused="it attends to its text causally, in segments of the whole sequence",
+)
+SANA = ModelFamily(
+    transformer_classes=("SanaTransformer2DModel",),
+    refused="its attention is linear, and its convolutions see neighbors that other ranks hold",
+)
+SANA_VIDEO = ModelFamily(
+    transformer_classes=("SanaVideoTransformer3DModel",),
+    refused="its attention is linear, and its convolutions see neighbors that other ranks hold",
+)
