@@ -9,6 +9,7 @@
     api_keys.py   the file of API keys: who may call, for what, and how much
     yaml_text.py  YAML that rejects duplicate keys and remembers lines
     families/     one file per served family: facts that need no torch
+    support.py    which pipelines of diffusers are served, and why the others are not
     model_folder.py  where a model's files are on this machine, and what its configs say
     components.py    does the folder have what its pipeline needs? tokenizer_files.py the vocabularies
     safetensors_headers.py  what weight files say of themselves, and whether they are whole

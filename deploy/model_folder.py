@@ -95,8 +95,12 @@ def component_classes(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: see `read_index`.
     """
-    entries = read_index(folder).items()
-    return {name: str(entry[1]) for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[0]}
+    return {name: str(entry[1]) for name, entry in read_index(folder).items() if is_component(entry) and entry[0]}
+
+
+def is_component(entry: Any) -> bool:
+    """Whether an entry of an index is a component's: library and class, both null for one that the model lacks."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 
 def component_folders(folder: Path) -> dict[str, Path]:

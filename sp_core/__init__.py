@@ -7,6 +7,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     sp_plan.py        SequenceParallelInput / Output: where a model's tensors are split and gathered, as data
     tp_plan.py        Colwise / Rowwise: how its weights are shared, as data
     models/           one file per model family: its plans and its peculiarities
+    SUPPORT.md        which pipelines of diffusers are served; support.json: the same for programs
     parallelize.py    parallelize(model, mesh): makes a model parallel
     handle.py         the way back
     module_paths.py   the modules that a plan's keys name

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from deploy.spec import LoRA
 from service.rollout.environment import use_private_cluster
 from sp_core.verify.rank_pool import RankPool
-from workers.demo_models.writer import FAMILIES, write_demo_model
+from workers.demo_models.writer import write_demo_model
 
 
 def pytest_configure() -> None:
@@ -45,11 +45,21 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_models(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the demo models of all families, written once."""
-    folders = {family: tmp_path_factory.mktemp("models") / family for family in FAMILIES if family != "qwen-image"}
-    for family, folder in folders.items():
-        write_demo_model(folder, family)
-    return {"qwen-image": demo_model, **folders}
+    """Folders of the demo models of all families, each written when it is first asked for."""
+    return DemoModels(tmp_path_factory.mktemp("models"), demo_model)
+
+
+class DemoModels(dict[str, Path]):
+    """By the name of a family."""
+
+    def __init__(self, place: Path, first: Path) -> None:
+        super().__init__({"qwen-image": first})
+        self._place = place
+
+    def __missing__(self, family: str) -> Path:
+        write_demo_model(self._place / family, family)
+        self[family] = self._place / family
+        return self[family]
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ COMMANDS = {
     "deploy": {"file", "set", "address", "prune", "dry_run", "allow_downtime", "allow_pending"},
     "ps": {"server", "json"},
     "top": {"server", "seconds"},
-    "models": {"server", "json"},
+    "models": {"server", "supported", "json"},
     "requests": {"server", "json"},
     "cancel": {"request_id", "server"},
     "jobs": {"limit", "server", "json"},

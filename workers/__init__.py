@@ -10,6 +10,7 @@ private_folder.py  folders that belong to one user alone
 gang/         the actors: a gang, its ranks, where they are placed, what they cost
 model/        one model in one rank: files, loading, denoising, adapters, pictures
 demo_models/  tiny models for the demo and the tests; `python -m workers.demo_models` writes one
+support_matrix.py  proves which pipelines of diffusers are served, and writes it down; pipeline_proof.py: one proof
 
 This file imports nothing, so that `workers.messages` and `workers.gang.gang` load without torch.
 """

@@ -9,14 +9,14 @@ from typing import Any
 
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
-from deploy.families.schedulers import BY_STEPS, FLOW_MATCH
+from deploy.families.schedulers import schedulers_of
 from deploy.spec import Task
 from deploy.tasks import tasks_of
 from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family as find_plan
 
-NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "callback_on_step_end")
-"""Parameters by which a request is told to a pipeline, and by which we stop it after each step."""
+NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
+"""Parameters by which a request is told to a pipeline."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "image": ("image",),
@@ -30,11 +30,11 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 NOT_BROUGHT = frozenset({"images", "control_video", "control_mask", "mask_video", "conditions"})
 """Parameters of pipelines for pictures and clips that requests do not bring."""
 
-VIDEOS = frozenset({"num_frames", "frames", "num_videos_per_prompt"})
+VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prompt"})
 """Parameters of pipelines that make videos."""
 
 BASIC = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-"""Of the components that a pipeline is built of: those that no request can do without."""
+"""Of the parts that a pipeline takes: those that no request can do without."""
 
 
 def classic_family(pipeline: str) -> PipelineFamily:
@@ -59,11 +59,11 @@ def classic_family(pipeline: str) -> PipelineFamily:
         needs=needs,
         takes_several=call.takes_several,
         takes_strength=call.takes_strength,
-        guided_above=call.guided_above if _guided(call) else None,
+        guided_above=_guided_above(call),
         guided_by_negative_prompt=call.scale == "true_cfg_scale",
         batches_branches=call.batches_branches,
-        components=tuple(name for name in BASIC if name in call.components),
-        schedulers=FLOW_MATCH if call.gives_sigmas else FLOW_MATCH | BY_STEPS,
+        components=tuple(name for name in BASIC if name in call.parts),
+        schedulers=schedulers_of(call.schedulers, call.gives_sigmas),
     )
 
 
@@ -87,6 +87,8 @@ def check_proved(pipeline: str, transformer: Any) -> None:
             plan = find_plan([name])
             if plan is None or plan.refused:
                 raise ValueError(plan.refused if plan else f"nothing says how its {name} is divided among ranks")
+            if pipeline in plan.refused_pipelines:
+                raise ValueError(plan.refused_pipelines[pipeline])
             if pipeline not in plan.pipelines:
                 raise ValueError(f"its {name} has a plan, but nobody has proved this pipeline with it")
         case [str(), str()]:
@@ -110,12 +112,16 @@ def _refusal(call: ClassicCall) -> str:
         return f"its call has no {', '.join(missing)}" if missing else f"its call needs {', '.join(others)}"
     if not call.encodes or not call.shows_progress:
         return "its call has no encode_prompt or no progress_bar, where it can be stopped"
+    if "vae" not in call.parts:
+        return "it has no VAE"
     return ""
 
 
-def _guided(call: ClassicCall) -> bool:
-    """Whether a request's scale is that of a second branch; else it is an input of the model."""
-    return "negative_prompt" in call.parameters and call.guided_above is not None
+def _guided_above(call: ClassicCall) -> float | None:
+    """The scale above which there is a second branch; None: a request's scale is an input of the model."""
+    if "negative_prompt" not in call.parameters:
+        return None
+    return 1.0 if "guider" in call.parts else call.guided_above
 
 
 def _begins_with(call: ClassicCall) -> dict[str, str]:

@@ -25,10 +25,12 @@ class ClassicCall:
         scalars: those that take one number, text or switch, each with its type: int, float, str or bool.
         required: those without a default.
         components: what `__init__` must be given.
+        parts: all that it takes.
         guided_above: the guidance scale above which it evaluates a second branch; None: it compares none.
         batches_branches: it puts both branches into one forward.
         changes_attention: it exchanges attention processors.
         encodes: it has a method that encodes prompts.
+        schedulers: classes of schedulers that `__init__` says it takes.
         shows_progress: it opens a progress bar where its loop begins.
         takes_strength: its `strength` is one number: the share of the steps that are done.
         takes_several: its `image` may be several pictures, of which it makes one.
@@ -41,10 +43,12 @@ class ClassicCall:
     scalars: Mapping[str, str]
     required: tuple[str, ...]
     components: tuple[str, ...]
+    parts: tuple[str, ...]
     guided_above: float | None
     batches_branches: bool
     changes_attention: bool
     encodes: bool
+    schedulers: tuple[str, ...]
     shows_progress: bool
     takes_strength: bool
     takes_several: bool
@@ -69,10 +73,12 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         scalars={n: kind for n, kind in map(_scalar, (*call.args[1:], *call.kwonlyargs)) if kind},
         required=names[: len(names) - defaults],
         components=_without_default(methods["__init__"].args),
+        parts=tuple(argument.arg for argument in methods["__init__"].args.args[1:]),
         guided_above=next(_thresholds(methods, scale), None),
         batches_branches=any(_doubles(node) for node in ast.walk(methods["__call__"])),
         changes_attention=any("attn_proc" in getattr(node, "attr", "") for node in ast.walk(methods["__call__"])),
         encodes="encode_prompt" in methods,
+        schedulers=_schedulers(methods["__init__"].args),
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
         takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
@@ -82,15 +88,33 @@ def classic_call(pipeline: str) -> ClassicCall | None:
     )
 
 
+@functools.cache
+def transformer_pipelines() -> Mapping[str, str]:
+    """All pipelines of diffusers that are built of a transformer, each with the class of that, in order of names."""
+    found: dict[str, str] = {}
+    for source in (each for each in _sources() if "transformer:" in each):
+        for kind in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+            made = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+            for argument in (argument for init in made for argument in init.args.args):
+                if argument.arg == "transformer" and argument.annotation and "Pipeline" in kind.name:
+                    found[kind.name] = ast.unparse(argument.annotation).removesuffix(" | None")
+    return dict(sorted(found.items()))
+
+
 def _classes(name: str) -> Iterator[ast.ClassDef]:
     """The definitions of a class of diffusers' pipelines. Only files that have it are parsed."""
-    spec = importlib.util.find_spec("diffusers")  # does not import it
     defines = re.compile(rf"^class {re.escape(name)}\(", re.MULTILINE)
+    for source in _sources():
+        if defines.search(source):
+            yield from (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def _sources() -> Iterator[str]:
+    """The files of diffusers' pipelines."""
+    spec = importlib.util.find_spec("diffusers")  # does not import it
     for place in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(place, "pipelines").rglob("*.py")):
-            source = file.read_text(encoding="utf-8")
-            if defines.search(source):
-                yield from (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+            yield file.read_text(encoding="utf-8")
 
 
 def _without_default(arguments: ast.arguments) -> tuple[str, ...]:
@@ -154,3 +178,8 @@ def _is_name(node: ast.AST, name: str) -> bool:
 
 def _is_attribute(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == name
+
+
+def _schedulers(arguments: ast.arguments) -> tuple[str, ...]:
+    found = next((each.annotation for each in arguments.args if each.arg == "scheduler"), None)
+    return tuple(re.findall(r"\w*Schedulers?\b|SchedulerMixin", ast.unparse(found))) if found else ()

@@ -22,6 +22,41 @@ FLOW_MATCH: Schedulers = {
 BY_STEPS: Schedulers = {"UniPCMultistepScheduler": {"use_dynamic_shifting": False}}
 """Of pipelines that tell their scheduler nothing but the number of steps."""
 
+NAMED = (
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those that a pipeline runs with if its constructor says so."""
+
+OF_NOISE = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those that a pipeline runs with if its constructor says KarrasDiffusionSchedulers, which is diffusers' name for the
+schedulers of Stable Diffusion."""
+
+
+def schedulers_of(classes: tuple[str, ...], gives_sigmas: bool) -> Schedulers:
+    """Those that a pipeline runs with.
+
+    Args:
+        classes: that its constructor names.
+        gives_sigmas: it tells the scheduler the noise of each step.
+    """
+    flows = FLOW_MATCH if gives_sigmas else FLOW_MATCH | BY_STEPS
+    if any(name in FLOW_MATCH for name in classes):
+        return flows
+    names = OF_NOISE if "KarrasDiffusionSchedulers" in classes else [name for name in NAMED if name in classes]
+    return {name: {} for name in names} or flows
+
+
 SEEDED = ("DPMSolverMultistepScheduler", "sde-dpmsolver++")
 """The one solver of stochastic equations whose noise is taken from the request's seed."""
 

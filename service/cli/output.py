@@ -16,6 +16,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from deploy.support import Row
+
 BAR_WIDTH = 20
 
 STATE_STYLES = {"running": "green", "starting": "yellow", "waiting": "yellow", "asleep": "dim", "failed": "red"}
@@ -77,6 +79,16 @@ def models_table(listed: dict[str, Any]) -> Group:
             ", ".join(model["aliases"]) or "-",
         )
     return Group(table)
+
+
+def support_table(rows: Sequence[Row]) -> Group:
+    """The pipelines of diffusers: a row for each, those that are served first."""
+    table = _table("PIPELINE", "STATUS", "TASKS", "LAYOUTS", "REASON")
+    for row in sorted(rows, key=lambda row: row["status"] != "served"):
+        tasks, layouts = (", ".join(row[key]) or "-" for key in ("tasks", "layouts"))
+        _add(table, row["pipeline"], row["status"], tasks, layouts, row["reason"] or "-")
+    count = sum(row["status"] == "served" for row in rows)
+    return Group(table, Text(f"{count} of {len(rows)} pipelines with a transformer are served"))
 
 
 def requests_table(listed: dict[str, Any]) -> Group:

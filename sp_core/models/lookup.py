@@ -15,22 +15,28 @@ from sp_core.models.family import ModelFamily
 
 
 @functools.cache
+def files() -> dict[str, tuple[ModelFamily, ...]]:
+    """What each file declares, by its name."""
+    return _in(models) | _in(planned)
+
+
+@functools.cache
 def families() -> tuple[ModelFamily, ...]:
     """Every `ModelFamily` of this folder, in order of file names, then those of `planned`."""
-    return _in(models) + planned_families()
+    return tuple(family for found in files().values() for family in found)
 
 
 @functools.cache
 def planned_families() -> tuple[ModelFamily, ...]:
-    """Those whose sequence plan was found by `spray plan`."""
-    return _in(planned)
+    """Those of `planned`."""
+    return tuple(family for found in _in(planned).values() for family in found)
 
 
-def _in(package: ModuleType) -> tuple[ModelFamily, ...]:
-    modules = [
-        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
-    ]
-    return tuple(value for module in modules for value in vars(module).values() if isinstance(value, ModelFamily))
+def _in(package: ModuleType) -> dict[str, tuple[ModelFamily, ...]]:
+    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    found = {name: [v for v in vars(module).values() if isinstance(v, ModelFamily)] for name, module in modules.items()}
+    return {name: tuple(declared) for name, declared in found.items() if declared}
 
 
 def find_family(class_names: Iterable[str]) -> ModelFamily | None:

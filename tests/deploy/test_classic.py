@@ -8,7 +8,8 @@ import pytest
 from deploy.activations import Request, activation_bytes
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, families, family_name, find_family
-from deploy.families.pipeline_source import classic_call
+from deploy.families.pipeline_source import classic_call, transformer_pipelines
+from deploy.families.schedulers import FLOW_MATCH
 from deploy.spec import ModelSpec
 from tests.support.model_folders import edit, stub_model
 
@@ -49,8 +50,10 @@ REFUSED = {
     "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
     "JoyImageEditPlusPipeline": "its call takes images, which requests do not bring",
     "ChromaInpaintPipeline": "nobody has proved this pipeline with it",
+    "EasyAnimateControlPipeline": "its call takes control_video, which requests do not bring",
     "LTX2Pipeline": "it makes sound",
-    "PixArtSigmaPipeline": "its call has no callback_on_step_end",
+    "DiTPipeline": "its call has no prompt, height, width",
+    "PRXPixelPipeline": "it has no VAE",
     "NoSuchPipeline": "diffusers has no such pipeline",
     "ChromaPipeline": "nobody has proved this pipeline with it",
 }
@@ -100,3 +103,23 @@ def test_a_picture_that_is_edited_needs_memory_beside_the_new_one(tmp_path: Path
         needed.append(activation_bytes(model, folder, Request(1024, 1024, 1, 1)) or 0)
     text = 512
     assert needed[1] / needed[0] == pytest.approx((8192 + text) / (4096 + text))
+
+
+def test_schedulers_are_those_that_the_constructor_names() -> None:
+    assert set(classic_family("StableDiffusion3Pipeline").schedulers) == set(FLOW_MATCH)
+    assert set(classic_family("PixArtAlphaPipeline").schedulers) == {"DPMSolverMultistepScheduler"}
+    assert set(classic_family("CogVideoXPipeline").schedulers) == {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}
+    assert "EulerAncestralDiscreteScheduler" in classic_family("PixArtSigmaPipeline").schedulers
+    assert set(classic_family("BriaFiboPipeline").schedulers) == set(FLOW_MATCH)
+
+
+def test_a_part_that_guides_has_two_branches() -> None:
+    assert classic_family("HunyuanImagePipeline").guided_above == 1.0
+
+
+def test_all_pipelines_with_a_transformer_are_found() -> None:
+    found = transformer_pipelines()
+    assert found["WanPipeline"] == "WanTransformer3DModel"
+    assert found["FluxControlNetPipeline"] == "FluxTransformer2DModel"
+    assert "StableDiffusionPipeline" not in found
+    assert len(found) > 140

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from deploy.model_folder import component_folders
 from deploy.safetensors_headers import headers_by_file, read_header, read_headers, verify_checksums, verify_weights
+from tests.support.families import tried
 
 TENSORS = {
     "a": torch.zeros(2, 3, dtype=torch.bfloat16),
@@ -162,9 +163,9 @@ def test_every_component_of_a_model_is_verified(tmp_path: Path) -> None:
         verify_weights(tmp_path)
 
 
-def test_demo_models_are_whole(demo_models: dict[str, Path]) -> None:
-    for folder in demo_models.values():
-        verify_weights(folder)
+@pytest.mark.parametrize("family", tried())
+def test_demo_models_are_whole(demo_models: dict[str, Path], family: str) -> None:
+    verify_weights(demo_models[family])
 
 
 def test_checksums(tmp_path: Path) -> None:

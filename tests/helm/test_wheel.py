@@ -105,6 +105,8 @@ def server() -> Iterator[str]:
 
 def test_models_works_elsewhere(spray: Path, server: str, tmp_path: Path) -> None:
     assert json.loads(run(spray, tmp_path, "models", "--json", "--server", server))["data"] == []
+    rows = json.loads(run(spray, tmp_path, "models", "--supported", "--json"))["pipelines"]
+    assert {"served", "refused"} == {row["status"] for row in rows}
 
 
 def test_the_contract_can_be_read_elsewhere(spray: Path, tmp_path: Path) -> None:

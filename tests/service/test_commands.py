@@ -21,6 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.load import load_spec
 from deploy.spec import Auth, GatewaySpec, Metrics
+from deploy.support import supported
 from service.api.responses import model_object
 from service.app import serve_config
 from service.cli import client
@@ -247,6 +248,18 @@ def test_looking_at_a_server(
     assert run(capsys, command, *at) == (0, plain(table(BODIES[path])) + "\n", "")
     code, out, _ = run(capsys, command, *at, "--json")
     assert (code, json.loads(out)) == (0, BODIES[path])
+
+
+def test_what_can_be_served_is_told_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "models", "--supported", "--json")
+    assert (code, json.loads(out)["pipelines"]) == (0, supported())
+    code, out, _ = run(capsys, "models", "--supported")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == len(supported()) + 2
+    assert lines[0].split() == ["PIPELINE", "STATUS", "TASKS", "LAYOUTS", "REASON"]
+    told = {line.split()[0]: line for line in lines[1:-1]}
+    assert "text-to-image  1, u2, r2, t2  -" in told["FluxPipeline"]
+    assert told["LTX2Pipeline"].split()[1] == "refused" and "it makes sound" in told["LTX2Pipeline"]
 
 
 def test_a_request_is_canceled(

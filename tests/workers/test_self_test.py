@@ -20,8 +20,8 @@ from sp_core.verify.alone import alone, in_fp32
 from sp_core.verify.divergence import error, spread
 from sp_core.verify.rank_pool import RankFailed, RankPool
 from tests.support.deployments import model
+from tests.support.families import tried
 from tests.workers.test_denoising import ALONE, begun
-from workers.demo_models.writer import FAMILIES
 from workers.gang import self_test as tested
 from workers.gang.rank import Rank
 from workers.gang.self_test import BAR, WrongAnswer, self_test, small_request
@@ -155,7 +155,7 @@ def kept_local(mesh: ParallelMesh, folder: Path) -> Seen:
         return tries(loaded)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tried())
 def test_attention_that_stays_on_its_rank(ranks: RankPool, demo_models: dict[str, Path], family: str) -> None:
     """The control: what passes does so because tokens of all ranks took part."""
     for seen in ranks.run(ULYSSES, kept_local, demo_models[family]):

@@ -2,6 +2,7 @@
 
     __main__.py    python -m workers.demo_models OUT --family NAME
     writer.py      writes one as a model folder
+    pipelines.py   which of them a pipeline is proved with, and what it is asked for there
     parts.py       what several of them share: gains on weights, the image VAE
     classic/       those of families without an adapter of their own
     vocabulary.py  tokenizers made in memory, without files or network

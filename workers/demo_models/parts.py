@@ -49,3 +49,58 @@ def image_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
+
+
+def umt5_encoder(tokens: int) -> Any:
+    """A `UMT5EncoderModel` of two layers, for a vocabulary of so many tokens."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(vocab_size=tokens, d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
+    return UMT5EncoderModel(config).eval()
+
+
+def qwen_vl_encoder(tokenizer: Any, layers: int = 2) -> Any:
+    """A `Qwen2_5_VLForConditionalGeneration` of a few layers, for `vocabulary.qwen2`."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            vision_start_token_id=token_id("<|vision_start|>"),
+            vision_end_token_id=token_id("<|vision_end|>"),
+            vision_token_id=token_id("<|vision_pad|>"),
+            image_token_id=token_id("<|image_pad|>"),
+            video_token_id=token_id("<|video_pad|>"),
+        )
+    ).eval()
+
+
+def qwen3_encoder(tokens: int) -> Any:
+    """A `Qwen3Model` of two layers, for a vocabulary of so many tokens."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=tokens,
+        max_position_embeddings=2048,
+    )
+    return Qwen3Model(config).eval()

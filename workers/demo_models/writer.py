@@ -3,17 +3,12 @@
 Used by `python -m workers.demo_models` and by the tests.
 """
 
-import importlib
-import pkgutil
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 from deploy.families.lookup import families
-from workers.demo_models import classic
-
-CLASSIC = tuple(found.name for found in pkgutil.iter_modules(classic.__path__))
+from workers.demo_models.pipelines import CLASSIC, demo_of
 
 FAMILIES = tuple(name.replace("_", "-") for name in (*families(), *CLASSIC))
 
@@ -27,18 +22,11 @@ def write_demo_model(out: Path, family: str, pipeline: str | None = None) -> Non
         pipeline: the class of the pipeline, if the family has several; None: the one that begins with text alone.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    demo_pipeline = _module(family.replace("-", "_")).demo_pipeline
     unfinished = Path(tempfile.mkdtemp(dir=out.parent))
     try:
-        demo_pipeline(*([pipeline] if pipeline else [])).save_pretrained(unfinished)
+        demo_of(family.replace("-", "_"), pipeline).save_pretrained(unfinished)
         if out.exists():
             shutil.rmtree(out)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _module(family: str) -> ModuleType:
-    """Only the asked family's file is loaded: each imports its own text encoders and VAE."""
-    room = classic.__name__ if family in CLASSIC else "workers.model.adapters"
-    return importlib.import_module(f"{room}.{family}")

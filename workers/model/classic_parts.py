@@ -13,7 +13,7 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline
 
-from deploy.model_folder import component_classes, read_index
+from deploy.model_folder import component_classes, is_component, read_index
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 """Whose classes an index may name. What else it names would have to be imported, and so run."""
@@ -57,6 +57,7 @@ class ClassicParts:
         Args:
             absent_vae: what tells the VAE's geometry on a rank without it; None: it is there.
         """
-        settings = {n: v for n, v in self._index.items() if n in self._takes and not isinstance(v, list)}
-        parts = {name: None for name in self._takes if isinstance(self._index.get(name), list)} | self._parts
+        told = {name: self._index[name] for name in self._takes if name in self._index}
+        settings = {name: value for name, value in told.items() if not is_component(value)}
+        parts = {name: None for name, value in told.items() if is_component(value)} | self._parts
         return self._kind(**settings, **parts | ({"vae": absent_vae} if absent_vae else {}))

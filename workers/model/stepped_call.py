@@ -10,6 +10,7 @@ graphs. And with a greenlet nothing runs at once, so collectives keep their orde
 
 import contextlib
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +50,9 @@ class SteppedCall:
         if hasattr(pipeline, "vae"):
             pipeline.vae = encoders.reading(pipeline.vae)
         _replace(pipeline, "progress_bar", functools.partial(_loop_begins, self._total))
-        _watch(pipeline.scheduler, self._noise)
-        run = functools.partial(pipeline, **arguments, callback_on_step_end=_step_ended)
+        tells = {"callback_on_step_end": _step_ended} if _tells_steps(pipeline) else {}
+        _watch(pipeline.scheduler, self._noise, stops=not tells)
+        run = functools.partial(pipeline, **arguments, **tells)
         self._call: Any = greenlet(run)  # nothing that it can reach knows this object, so that it ends with it
 
     @property
@@ -133,13 +135,22 @@ def _step_ended(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, An
     return {}
 
 
-def _watch(scheduler: Any, noise: list[Noise]) -> None:
-    """Remember what the scheduler is given in a step."""
+def _tells_steps(pipeline: Any) -> bool:
+    return "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def _watch(scheduler: Any, noise: list[Noise], stops: bool) -> None:
+    """Remember what the scheduler is given in a step; with `stops` the step ends there, for the call does not tell."""
     inner = scheduler.step
+    signature = inspect.signature(inner)
 
     @functools.wraps(inner)  # pipelines look at its parameters
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        noise[:] = [(sample, model_output)]
-        return inner(model_output, timestep, sample, *args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        told = signature.bind_partial(*args, **kwargs).arguments
+        noise[:] = [(told["sample"], told["model_output"])]
+        stepped = inner(*args, **kwargs)
+        if stops:
+            _stop(stepped[0])
+        return stepped
 
     scheduler.step = step

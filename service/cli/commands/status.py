@@ -10,10 +10,11 @@ import typer
 from rich.console import Group
 from rich.live import Live
 
+from deploy import support
 from service.cli.client import cancel_request, read_cluster, read_models, read_requests, server_url, understood
 from service.cli.job_client import cancel_job
 from service.cli.options import AsJson, Server
-from service.cli.output import cluster_table, models_table, requests_table, say, show
+from service.cli.output import cluster_table, models_table, requests_table, say, show, support_table
 from service.cli.top import top_table
 from service.jobs.records import ID
 
@@ -47,8 +48,22 @@ def _top(at: str) -> Group:
         return top_table(cluster)
 
 
-def models(server: Server = None, as_json: AsJson = False) -> None:
+def models(
+    server: Server = None,
+    supported: Annotated[
+        bool,
+        typer.Option("--supported", help="Instead, the pipelines of diffusers that spray serves, and why not others."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what each model of a server can be asked for."""
+    if supported:
+        rows = support.supported()
+        if as_json:
+            print(json.dumps({"pipelines": rows}, indent=2), flush=True)
+        else:
+            show(support_table(rows))
+        return
     _show("/v1/models", read_models, models_table, server, as_json)
 
 

@@ -19,6 +19,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 AURA_FLOW = ModelFamily(
     transformer_classes=("AuraFlowTransformer2DModel",),
+    pipelines=("AuraFlowPipeline",),
     sp_plan={
         "joint_transformer_blocks.0": {
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

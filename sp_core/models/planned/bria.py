@@ -21,6 +21,7 @@ def _fibo_inputs(tokens: Tokens) -> dict[str, Any]:
 
 BRIA_FIBO = ModelFamily(
     transformer_classes=("BriaFiboTransformer2DModel",),
+    pipelines=("BriaFiboPipeline",),
     sp_plan=as_flux.SP_PLAN
     | {
         "": {

@@ -32,6 +32,7 @@ _TINY: dict[str, Any] = {
 
 COG_VIEW_3_PLUS = ModelFamily(
     transformer_classes=("CogView3PlusTransformer2DModel",),
+    pipelines=("CogView3PlusPipeline",),
     sp_plan=_PLAN,
     captured_processors=("CogVideoXAttnProcessor2_0",),
     examples={"cog-view 3": Example("CogView3PlusTransformer2DModel", _TINY, _inputs)},
@@ -39,6 +40,7 @@ COG_VIEW_3_PLUS = ModelFamily(
 
 COG_VIEW_4 = ModelFamily(
     transformer_classes=("CogView4Transformer2DModel",),
+    pipelines=("CogView4Pipeline",),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

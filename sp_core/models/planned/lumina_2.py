@@ -16,6 +16,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 LUMINA_2 = ModelFamily(
     transformer_classes=("Lumina2Transformer2DModel",),
+    pipelines=("Lumina2Pipeline",),
     sp_plan={
         "rope_embedder": {3: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "layers.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},

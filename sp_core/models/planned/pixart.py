@@ -17,6 +17,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 PIXART = ModelFamily(
     transformer_classes=("PixArtTransformer2DModel",),
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     sp_plan={
         "transformer_blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),

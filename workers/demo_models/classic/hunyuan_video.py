@@ -16,6 +16,8 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
 
 TRANSFORMER_GAINS = {"norm1": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 2}
 
+REQUEST = {"num_frames": 5}
+
 
 def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""

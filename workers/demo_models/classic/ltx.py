@@ -18,6 +18,8 @@ TRANSFORMER_GAINS = {
     "proj_out": 2,
 }
 
+REQUEST = {"width": 96, "height": 64}
+
 
 def demo_pipeline(name: str = "LTXPipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""

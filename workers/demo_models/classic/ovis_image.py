@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
-from transformers import Qwen3Config, Qwen3Model
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, qwen3_encoder
 
 CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 
@@ -29,22 +28,11 @@ def demo_pipeline() -> Any:
         axes_dims_rope=(4, 4, 4),
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=2048,
-        )
-    )
+    text_encoder = qwen3_encoder(len(tokenizer))
     return OvisImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     )

@@ -4,6 +4,7 @@
 `deploy.families.pipeline_source`.
 """
 
+import math
 import re
 from typing import Any
 
@@ -19,9 +20,16 @@ COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 """What pipelines call the VAE's reduction of sizes."""
 
+REWRITES = ("use_pe", "enable_prompt_rewrite", "expand_prompts", "prompt_upsampling")
+"""Parameters by which a pipeline has a language model rewrite the prompt. It is told not to: what that writes is drawn
+anew each time, and a request that runs again must make the same."""
+
+GUIDERS = ("guider", "ocr_guider")
+"""What pipelines call the parts that guide; their scale is not a parameter of the call."""
+
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
-    "|num_|steps|length|height|width|size|resolution|strength|max_area|mask_crop"
+    "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop"
 )
 """Names of parameters that fields of their own set in a request, and of those that decide how much is computed."""
 
@@ -43,11 +51,11 @@ class ClassicAdapter(PipelineAdapter):
         assert call is not None, "the family was made from it"
         self._call: ClassicCall = call
         self.count_input = next((name for name in COUNT_INPUTS if name in call.parameters), "")
-        self.extra_kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n)}
+        self.extra_kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n) and n not in REWRITES}
         self.output = "videos" if family.makes == "video" else "images"
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
-        """None: the call guides."""
+        """None that we make: the call guides, or a part of the pipeline."""
         return {}
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
@@ -55,14 +63,21 @@ class ClassicAdapter(PipelineAdapter):
         told: dict[str, Any] = {
             self._call.scale: request.guidance_scale,
             "guidance_scale_2": request.guidance_scale_2,
+            "distilled_guidance_scale": request.guidance_scale,
             "negative_prompt": request.negative_prompt,
             "num_frames": request.num_frames,
             "frames": request.num_frames,
+            "video_length": request.num_frames,
             "frame_rate": request.fps,
             "max_area": request.width * request.height,
         }
         taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
-        return taken | dict(request.extra_params)
+        return taken | {name: False for name in REWRITES if name in self._call.parameters} | dict(request.extra_params)
+
+    def parts(self, pipeline: Any, request: GenerationRequest) -> dict[str, Any]:
+        """The parts of the pipeline that guide, as this request has them: they keep state from step to step."""
+        there = {name: getattr(pipeline, name, None) for name in GUIDERS}
+        return {name: part.new(guidance_scale=request.guidance_scale) for name, part in there.items() if part}
 
     def pictures(self, request: GenerationRequest, here: bool) -> dict[str, Any]:
         """See `PipelineAdapter.pictures`. All ranks read them: pipelines look at them beside their encoders."""
@@ -94,6 +109,8 @@ class ClassicAdapter(PipelineAdapter):
         super().check(pipeline, request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
+        if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:
+            raise InvalidParameter("negative_prompt", "this model has no part that guides; leave it out")
         if request.n > 1 and not self.count_input and not request.inputs:
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
         if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
@@ -114,10 +131,15 @@ class ClassicAdapter(PipelineAdapter):
             )
 
     def size_multiple(self, pipeline: Any) -> int:
-        """See `PipelineAdapter.size_multiple`. Where it is too small, the pipeline's own check refuses the request."""
+        """See `PipelineAdapter.size_multiple`. What the pipeline would round sizes to.
+
+        Where it is too small, the pipeline's own check refuses the request.
+        """
         patch = getattr(pipeline.transformer.config, "patch_size", None)
         side = patch[-1] if isinstance(patch, list | tuple) else patch
-        return _first(pipeline, REDUCTIONS, 8) * (side if isinstance(side, int) else 1)
+        processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
+        rounds = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
+        return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * (side if isinstance(side, int) else 1))
 
     def refuse(self, error: ValueError) -> None:
         """Tell the caller what the pipeline's own check of its inputs has found.

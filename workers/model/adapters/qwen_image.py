@@ -6,14 +6,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
 )
 
 from workers.demo_models import vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, qwen_vl_encoder
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 TRANSFORMER_GAINS = {"_mod.": 3, "norm_": 1.5, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 4}
@@ -58,41 +56,14 @@ def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    text_encoder = _text_encoder(tokenizer)
+    text_encoder = qwen_vl_encoder(tokenizer)
     amplify(transformer, TRANSFORMER_GAINS)
     amplify(vae, {"decoder.conv_out": 3})
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer.eval(),
         **processor,
-    )
-
-
-def _text_encoder(tokenizer: Any) -> Any:
-    token_id = tokenizer.convert_tokens_to_ids
-    text = {
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(tokenizer),
-        "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text,
-            vision_config=vision,
-            vision_start_token_id=token_id("<|vision_start|>"),
-            vision_end_token_id=token_id("<|vision_end|>"),
-            vision_token_id=token_id("<|vision_pad|>"),
-            image_token_id=token_id("<|image_pad|>"),
-            video_token_id=token_id("<|video_pad|>"),
-        )
     )

@@ -82,26 +82,32 @@ def demo_pipeline(name: str = "WanPipeline") -> Any:
     torch.manual_seed(0)
     transformer = _transformer(beside)
     two |= {"transformer_2": _transformer()} if two else {}
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-    )
+    vae = demo_vae()
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     )
     return getattr(diffusers, name)(
         tokenizer=tokenizer,
         text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
+        vae=vae,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=transformer,
         **two,
     )
+
+
+def demo_vae(**options: Any) -> Any:
+    """An `AutoencoderKLWan` that reduces sizes by 8 and frames by 4, with 4 latent channels; options change that."""
+    settings = {
+        "base_dim": 8,
+        "z_dim": LATENT_CHANNELS,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.0] * LATENT_CHANNELS,
+        "latents_std": [1.0] * LATENT_CHANNELS,
+    }
+    return AutoencoderKLWan(**settings | options).eval()
 
 
 def _transformer(beside: int = 0) -> Any:

@@ -1,0 +1,59 @@
+"""Which pipelines of diffusers spray serves, and why it refuses the others: what the proofs have written.
+
+`sp_core/support.json` comes in. Called by `spray models --supported`; `workers.support_matrix` writes the file.
+"""
+
+import importlib.resources
+import json
+from typing import TypedDict
+
+from deploy.families.classic import check_proved
+from deploy.families.lookup import family_of
+
+
+class Row(TypedDict):
+    """One pipeline.
+
+    Attributes:
+        pipeline: its class name.
+        transformer: the class of its transformer.
+        status: `served` if a proof has shown it, else `refused`.
+        reason: why it is refused, as a deployment with it would be told; empty where it is served.
+        tasks: what a request may ask of it.
+        layouts: on which it makes what its classic call makes: one rank, u Ulysses, r ring, t tensor ranks.
+        lora: whether adapters were proved.
+        compile: whether compiled blocks were proved.
+        date: of the proof.
+    """
+
+    pipeline: str
+    transformer: str
+    status: str
+    reason: str
+    tasks: list[str]
+    layouts: list[str]
+    lora: str
+    compile: str
+    date: str
+
+
+def supported() -> list[Row]:
+    """All pipelines of diffusers with a transformer, in order of names."""
+    text = importlib.resources.files("sp_core").joinpath("support.json").read_text(encoding="utf-8")
+    rows: list[Row] = json.loads(text)["pipelines"]
+    return rows
+
+
+def why_refused(pipeline: str, transformer: str) -> str:
+    """What spray says of a pipeline that it does not serve; empty: nothing speaks against it.
+
+    Args:
+        pipeline: its class name.
+        transformer: the class name of its transformer.
+    """
+    try:
+        family_of(pipeline)
+        check_proved(pipeline, ["diffusers", transformer])
+    except ValueError as error:
+        return str(error)
+    return ""

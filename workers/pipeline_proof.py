@@ -1,0 +1,210 @@
+"""Does spray make what a pipeline of diffusers makes? The proof for one pipeline, on its demo model.
+
+A model folder, a request and a pool of ranks come in; a `Proof` goes out, or `Unproved` says what differs. The classic
+call runs on one process and is the reference. Called by `workers.support_matrix` and by the tests.
+"""
+
+import functools
+import inspect
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image, ImageChops
+
+from deploy.families.lookup import family_of
+from deploy.model_folder import is_component, read_index
+from deploy.spec import ModelSpec
+from sp_core.attention.region_attention import attention_kept_local
+from sp_core.degrees import ParallelDegrees
+from sp_core.mesh import ParallelMesh
+from sp_core.verify.divergence import error
+from sp_core.verify.rank_pool import RankFailed, RankPool
+from sp_core.verify.verify import BAR, BLIND
+from workers.gang.self_test import self_test
+from workers.messages import GenerationRequest
+from workers.model.adapters.classic import REWRITES
+from workers.model.classic_denoising import begin
+from workers.model.denoising import Denoising
+from workers.model.loader import LoadedModel, load_model
+from workers.model.picture_inputs import read, read_clip
+
+Made = tuple[torch.Tensor, list[list[Image.Image]]]
+"""The latents after the last step; and, on rank 0, the frames of each video, or the one of each picture."""
+
+ALONE = ParallelDegrees()
+
+LAYOUTS = {"u2": ParallelDegrees(ulysses_degree=2), "r2": ParallelDegrees(ring_degree=2)}
+
+TENSOR = {"t2": ParallelDegrees(tensor_parallel_size=2)}
+"""Tried where there is a tensor plan."""
+
+PIXELS = 1
+"""Steps of 1/255 by which pixels may differ: a last-bit difference may flip a rounding."""
+
+
+class Unproved(Exception):
+    """Something differs, fails, or proves nothing."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown of a pipeline.
+
+    Attributes:
+        layouts: that make the same, by name.
+        latents: the largest difference of latents, in units of max(1, max|reference|).
+        pixels: the largest difference of pixels, in steps of 1/255.
+        blind: how far the latents are with attention kept local.
+    """
+
+    layouts: tuple[str, ...]
+    latents: float
+    pixels: int
+    blind: float
+
+
+def prove(pipeline: str, folder: Path, request: GenerationRequest, pool: RankPool, tensor: bool) -> Proof:
+    """Prove a pipeline on one rank and on all layouts of two.
+
+    Args:
+        pipeline: its class name.
+        folder: a model of it.
+        request: what to make.
+        pool: of two ranks at least.
+        tensor: its transformer has a tensor plan.
+
+    Raises:
+        Unproved: says what differs.
+    """
+    (reference,) = _run(pool, ALONE, "the classic call", classic_answer, pipeline, folder, request)
+    worst = _compare("one rank", _run(pool, ALONE, "one rank", answer, folder, request), reference)
+    layouts = LAYOUTS | (TENSOR if tensor else {})
+    for name, degrees in layouts.items():
+        latents, pixels = _compare(name, _run(pool, degrees, name, answer, folder, request), reference)
+        worst = max(worst[0], latents), max(worst[1], pixels)
+    local, drawn = _run(pool, LAYOUTS["u2"], "attention kept local", answer, folder, request, True)[0]
+    blind = error(local, reference[0])
+    if not blind > BLIND or _apart(drawn, reference[1]) <= PIXELS:
+        raise Unproved(f"with attention kept local the latents differ by {blind:.1e} only, so sameness proves nothing")
+    return Proof(("1", *layouts), *worst, blind)
+
+
+def answer(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Made:
+    """What this rank makes of a request, after the self-test; `local`: with attention to its own tokens only."""
+    spec = ModelSpec(name="demo", source=str(folder), device="cpu", parallel=mesh.degrees)
+    loaded = load_model(spec, mesh)
+    if mesh.degrees.world_size > 1 and not local:
+        self_test(loaded, lambda small: _begun(loaded, small))
+    denoising = _begun(loaded, request)
+    with attention_kept_local() if local else nullcontext():
+        while not denoising.done:
+            denoising.step()
+    denoising.join_pictures()
+    return denoising.latents, [_pixels(made) for made in denoising.finish()]
+
+
+def _begun(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
+    denoising = begin(loaded, request)
+    denoising.encode()
+    denoising.share_encoded()
+    denoising.prepare()
+    return denoising
+
+
+def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: GenerationRequest) -> Made:
+    """What the pipeline's own call makes of a request."""
+    absent = {name: None for name, entry in read_index(folder).items() if is_component(entry) and not entry[0]}
+    classic = getattr(diffusers, pipeline).from_pretrained(folder, local_files_only=True, **absent)
+    classic.set_progress_bar_config(disable=True)
+    if hasattr(classic.vae, "enable_slicing"):
+        classic.vae.enable_slicing()  # pictures one by one, as we do
+    if getattr(classic, "guider", None):
+        classic.guider = classic.guider.new(guidance_scale=request.guidance_scale)
+    parameters = inspect.signature(type(classic).__call__).parameters
+    told = _told(pipeline, request)
+    seen: list[torch.Tensor] = []
+    if "callback_on_step_end" in parameters:
+        told["callback_on_step_end"] = lambda _pipeline, _i, _t, values: _see(seen, values["latents"], {})
+    else:
+        step = classic.scheduler.step
+
+        @functools.wraps(step)  # pipelines look at its parameters
+        def seen_step(*args: Any, **kwargs: Any) -> Any:
+            stepped = step(*args, **kwargs)
+            return _see(seen, stepped[0], stepped)
+
+        classic.scheduler.step = seen_step
+    made = classic(**{name: value for name, value in told.items() if name in parameters and value is not None})[0]
+    return seen[-1], [_pixels(each) for each in made]
+
+
+def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
+    """All names by which calls are told this request."""
+    family = family_of(pipeline)
+    call = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    weighs = "true_cfg_scale" in call and (family.guided_by_negative_prompt or family.guided_above is not None)
+    scale = "true_cfg_scale" if weighs else "guidance_scale"
+    roles = {each.role: read_clip(each) if each.role == "video" else read(each) for each in request.inputs}
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "distilled_guidance_scale": request.guidance_scale,
+        scale: request.guidance_scale,
+        **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
+        **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), request.n),
+        "frame_rate": request.fps,
+        "generator": [torch.Generator().manual_seed(seed) for seed in request.all_seeds],
+        "output_type": "pil",
+        "strength": request.strength,
+        "max_area": request.width * request.height,
+        **dict.fromkeys(REWRITES, False),
+        **{family.begins_with[role]: given for role, given in roles.items()},
+        **request.extra_params,
+    }
+
+
+def _see(seen: list[torch.Tensor], latents: torch.Tensor, then: Any) -> Any:
+    """Keep the latents, and return what the pipeline goes on with."""
+    seen[:] = [latents]
+    return then
+
+
+def _run(pool: RankPool, degrees: ParallelDegrees, what: str, fn: Any, *args: Any) -> list[Made]:
+    try:
+        return pool.run(degrees, fn, *args)
+    except RankFailed as failure:
+        raise Unproved(f"{what} fails: {failure.said}") from failure
+
+
+def _compare(what: str, found: list[Made], reference: Made) -> tuple[float, int]:
+    """How far latents of all ranks and the pixels of the first are from the reference."""
+    latents = max(_difference(latents, reference[0]) for latents, _ in found)
+    pixels = _apart(found[0][1], reference[1])
+    if not latents <= BAR or pixels > PIXELS:
+        raise Unproved(f"{what} differs: latents by {latents:.1e}, pixels by {pixels}/255")
+    return latents, pixels
+
+
+def _difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    return error(latents, reference) if latents.shape == reference.shape else math.inf
+
+
+def _apart(first: list[list[Image.Image]], second: list[list[Image.Image]]) -> int:
+    """The largest difference of pixels; 255 where there are other numbers of frames or other sizes."""
+    if [[each.size for each in frames] for frames in first] != [[each.size for each in frames] for frames in second]:
+        return 255
+    pairs = [pair for frames in zip(first, second, strict=True) for pair in zip(*frames, strict=True)]
+    extremes: list[Any] = [ImageChops.difference(*pair).getextrema() for pair in pairs]  # of each color: least, most
+    return max((most for of_colors in extremes for _, most in of_colors), default=255)
+
+
+def _pixels(made: Any) -> list[Image.Image]:
+    return [frame.convert("RGB") for frame in (made if isinstance(made, list) else [made])]

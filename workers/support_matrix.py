@@ -1,0 +1,134 @@
+"""The command `python -m workers.support_matrix [PIPELINE ...]`: which pipelines of diffusers spray serves.
+
+Each pipeline that has a demo model is proved: what its classic call makes on one process, a gang must make on one rank,
+on Ulysses, ring and, where planned, tensor ranks (`workers.pipeline_proof`). `served` is written of what a proof has
+shown, in this run or, for pipelines that it does not name, in an earlier one. Every other pipeline with a transformer
+is `refused`, with the reason that a deployment of it would be told. Writes `sp_core/support.json` and
+`sp_core/SUPPORT.md`; both belong to the source, and `deploy.support` reads them.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import sp_core
+from deploy.families.lookup import family_of
+from deploy.families.pipeline_source import transformer_pipelines
+from deploy.support import Row, supported, why_refused
+from sp_core.models.lookup import find_family as find_plan
+from sp_core.verify.rank_pool import RankPool
+from workers.demo_models.pipelines import requests_of, served
+from workers.demo_models.writer import write_demo_model
+from workers.pipeline_proof import Proof, Unproved, prove
+
+NOT_TRIED = "not tried"
+
+
+def proved(pipeline: str, transformer: str, pool: RankPool) -> Proof:
+    """The proof of a pipeline that has a demo model; of several requests, that of the last.
+
+    Raises:
+        Unproved: see `prove`.
+    """
+    plan = find_plan([transformer])
+    assert plan is not None, "what has a demo model has a plan"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "demo")
+        write_demo_model(folder, served()[pipeline], pipeline)
+        proofs = [prove(pipeline, folder, each, pool, bool(plan.tensor_plan({}))) for each in requests_of(pipeline)]
+    return proofs[-1]
+
+
+def row(pipeline: str, transformer: str, proof: Proof | None, reason: str = "") -> Row:
+    """What the file says of a pipeline; without a proof it is refused."""
+    return {
+        "pipeline": pipeline,
+        "transformer": transformer,
+        "status": "served" if proof else "refused",
+        "reason": reason,
+        "tasks": list(family_of(pipeline).tasks) if proof else [],
+        "layouts": list(proof.layouts) if proof else [],
+        "lora": NOT_TRIED if proof else "",
+        "compile": NOT_TRIED if proof else "",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat() if proof else "",
+    }
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The same as a page."""
+    rows = list(rows)
+    good, others = ([row for row in rows if (row["status"] == "served") is is_good] for is_good in (True, False))
+    return "\n".join(
+        [
+            "# What spray serves of diffusers",
+            "",
+            f"{len(good)} of {len(rows)} pipelines with a transformer, over "
+            f"{len({row['transformer'] for row in good})} transformer classes.",
+            "",
+            "`python -m workers.support_matrix` writes this page. It proves each row: a gang makes what the pipeline's",
+            "classic call makes on one process, latents within 1e-5 and pixels within 1/255; with attention kept local",
+            "it would not. Layouts: 1 one rank, u2 Ulysses, r2 ring, t2 tensor ranks.",
+            "",
+            "| pipeline | transformer | tasks | layouts | LoRA | compile | proved |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                f"| {row['pipeline']} | {row['transformer']} | {', '.join(row['tasks'])} | "
+                f"{', '.join(row['layouts'])} | {row['lora']} | {row['compile']} | {row['date']} |"
+                for row in good
+            ),
+            "",
+            "## Refused",
+            "",
+            "| pipeline | transformer | reason |",
+            "|---|---|---|",
+            *(f"| {row['pipeline']} | {row['transformer']} | {row['reason']} |" for row in others),
+            "",
+        ]
+    )
+
+
+def write(rows: Iterable[Row]) -> None:
+    """Write both files of the source."""
+    room = Path(sp_core.__path__[0])
+    rows = sorted(rows, key=lambda row: row["pipeline"])
+    lines = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
+    (room / "support.json").write_text(f'{{\n  "pipelines": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    (room / "SUPPORT.md").write_text(markdown(rows), encoding="utf-8")
+
+
+def main() -> int:
+    """Prove and write, with a line for each pipeline that was tried. Exit code 1: a proof has failed."""
+    parser = argparse.ArgumentParser(description="Prove which pipelines of diffusers spray serves, and write it down.")
+    parser.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="prove only these; without any, all")
+    asked = set(parser.parse_args().pipelines)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    known = {each["pipeline"]: each for each in supported()}
+    pool, rows, failed = RankPool(2), [], 0
+    try:
+        for pipeline, transformer in transformer_pipelines().items():
+            if pipeline not in served():
+                rows.append(row(pipeline, transformer, None, why_refused(pipeline, transformer)))
+                continue
+            if asked and pipeline not in asked and pipeline in known:
+                rows.append(known[pipeline])
+                continue
+            try:
+                rows.append(row(pipeline, transformer, proved(pipeline, transformer, pool)))
+                said = "served on " + ", ".join(rows[-1]["layouts"])
+            except Unproved as unproved:
+                said, failed = f"its proof fails: {unproved}", 1
+                rows.append(row(pipeline, transformer, None, said))
+            print(f"{pipeline}: {said}", flush=True)
+    finally:
+        pool.stop()
+    write(rows)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
