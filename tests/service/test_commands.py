@@ -258,7 +258,7 @@ def test_what_can_be_served_is_told_without_a_server(capsys: pytest.CaptureFixtu
     assert code == 0 and len(lines) == len(supported()) + 2
     assert lines[0].split() == ["PIPELINE", "STATUS", "TASKS", "LAYOUTS", "REASON"]
     told = {line.split()[0]: line for line in lines[1:-1]}
-    assert "text-to-image  1, u2, r2, t2  -" in told["FluxPipeline"]
+    assert told["FluxPipeline"].split()[1] == "served" and "1, u2, r2, t2" in told["FluxPipeline"]
     assert told["LTX2Pipeline"].split()[1] == "refused" and "it makes sound" in told["LTX2Pipeline"]
 
 

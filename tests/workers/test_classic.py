@@ -302,10 +302,9 @@ def refuse(error: ValueError) -> None:
 
 def test_a_call_that_tells_no_steps_ends_them_where_its_scheduler_does() -> None:
     (whole,) = Silent()(["ab", "cd"])
-    for encodes in (True, False):
-        call = SteppedCall(Silent(), {"prompts": ["ab", "cd"]}, encodes, refuse)
+    for made in (None, [[97, 98], [99, 100]]):
+        call = SteppedCall(Silent(), {"prompts": ["ab", "cd"]}, SharedEncoders(made, seed=0), refuse)
         call.encode()
-        call.encoded[:] = [[97, 98], [99, 100]]
         call.prepare()
         latents = [call.step() for _ in range(3)]
         assert torch.equal(call.noise[0], latents[1]) and torch.equal(latents[-1], whole)
