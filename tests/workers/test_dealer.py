@@ -127,6 +127,17 @@ def test_interactive_work_comes_before_batch_until_that_has_waited() -> None:
     assert "batch" in deal([batch, *later], [], UNITS, 2 * RISE_S)
 
 
+def test_what_is_late_comes_before_less_urgent_work() -> None:
+    late = work("late", 10, due=1.0)
+    batch = [work(f"{i}", 10, priority=2) for i in range(UNITS)]
+    assert "late" in deal([*batch, late], [], UNITS, 2.0)
+
+
+def test_a_degree_that_does_not_pay_hides_no_larger_one() -> None:
+    odd = work("a", step_s={1: 1.0, 2: 1.1, 4: 0.4, 8: 0.5})
+    assert deal([odd], [], UNITS, 0.0)["a"].size == 4
+
+
 def test_without_deadlines_nobody_starves() -> None:
     """One rank, always a short request to prefer: the long one has its turn after ten times its length."""
     now, long, waited = 0.0, work("long", 20, step_s={1: 1.0}), 0.0

@@ -38,10 +38,13 @@ class Ranks:
     async def encode(self, request: GenerationRequest) -> bytes:
         return b"prompt"
 
-    def pause(self, request_id: str, part: int) -> None:
+    lost = ""
+
+    def pause(self, request_id: str, part: int, ranks: range) -> None:
+        assert ranks == range(self.parts[request_id][1], self.parts[request_id][1] + self.parts[request_id][0].ranks)
         self._pausing.add((request_id, part))
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, ranks: range) -> None:
         self.cancelled.append(request_id)
 
     async def advance(
@@ -205,8 +208,39 @@ def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) 
     drive(story, elastic)
 
 
-def test_nothing_was_kept_of_a_request_that_loses_its_first_step(elastic: Elastic) -> None:
-    assert not elastic.begin(REQUEST).fall_back()
+def test_only_a_request_that_had_the_ranks_may_be_the_cause_of_their_loss(elastic: Elastic) -> None:
+    innocent, suspect = elastic.begin(REQUEST), elastic.begin(REQUEST)
+    suspect.computes = True
+    assert not suspect.fall_back()  # nothing was kept of it
+    assert [innocent.fall_back() for _ in range(3)] == [True] * 3
+
+
+def test_who_waits_is_dealt_no_ranks_that_are_lost(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        ranks.lost = "rank 1 died"
+        waits = begin("a")
+        with pytest.raises(GangLost):
+            await waits
+        assert not ranks.seen and not elastic.has_work
+
+    drive(story, elastic)
+
+
+def test_a_cancellation_between_two_parts_is_not_forgotten(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        first = begin("a", num_inference_steps=8)
+        await settled()
+        second = begin("b", num_inference_steps=8)
+        await settled()
+        elastic.cancel(cast("RankGroup", ranks), "a")  # its ranks have passed their last boundary of this part
+        assert ranks.cancelled == ["a"]
+        await ranks.step("a")
+        with pytest.raises(RequestCancelled):
+            await first
+        assert ranks.blocks() == {"b": (0, 4)}
+        second.cancel()
+
+    drive(story, elastic)
 
 
 async def anext_all(reports: AsyncGenerator[Any]) -> list[Any]:
@@ -227,8 +261,11 @@ def test_costs_are_measured_and_the_rest_is_scaled() -> None:
     assert costs.seconds(REQUEST, 1, [1, 2, 4]) == pytest.approx({1: 1.8, 2: 1.0, 4: 0.5 / 0.9})
     assert costs.seconds(large, 1, [2]) == pytest.approx({2: 2.0})
     assert costs.seconds(REQUEST, 2, [2]) == pytest.approx({2: 2.0})
-    costs.observe(REQUEST, 1, 4, 2.0)  # it does not pay
-    assert costs.seconds(REQUEST, 1, [2, 4]) == {2: 1.0, 4: 2.0}
+    costs.observe(REQUEST, 1, 4, 2.0)
+    assert costs.seconds(REQUEST, 1, [4])[4] == pytest.approx(0.5 / 0.9)  # one slow step proves nothing
+    for _ in range(2):
+        costs.observe(REQUEST, 1, 4, 2.0)
+    assert costs.seconds(REQUEST, 1, [2, 4]) == {2: 1.0, 4: 2.0}  # it does not pay
 
 
 def test_the_ranks_of_a_request_that_decodes_are_free_but_one(elastic: Elastic) -> None:

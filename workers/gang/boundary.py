@@ -14,6 +14,9 @@ from workers.model.out_of_memory import is_device_failure
 
 Result = TypeVar("Result")
 
+REMEMBERED = 1000
+"""Cancellations that a rank keeps. A request that has ended is never asked for again."""
+
 
 class Boundary:
     """One rank's part of it.
@@ -31,13 +34,15 @@ class Boundary:
         self.progress = 0
         self._rank = rank
         self.pauses = False
-        self._cancelled: str | None = None  # a request's id, written by another thread, as is the next
-        self._paused: tuple[str, int] | None = None
+        self._cancelled: dict[str, None] = {}  # requests, in order, by another thread; as is the next
+        self._paused: dict[str, int] = {}  # parts of requests
         self._part = 0
 
     def cancel(self, request_id: str) -> None:
         """Stop this request, and no other, at the next boundary. From any thread."""
-        self._cancelled = request_id
+        self._cancelled[request_id] = None
+        if len(self._cancelled) > REMEMBERED:  # those that had ended before nobody forgets
+            self._cancelled.pop(next(iter(self._cancelled)), None)
 
     def begin(self, part: int) -> None:
         """Part `part` of a request begins, in an elastic gang."""
@@ -45,12 +50,12 @@ class Boundary:
 
     def pause(self, request_id: str, part: int) -> None:
         """Leave this part of a request at the next boundary. From any thread."""
-        self._paused = request_id, part
+        self._paused[request_id] = part
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        if self._cancelled == request_id:
-            self._cancelled = None
+        self._cancelled.pop(request_id, None)
+        self._paused.pop(request_id, None)
 
     def run(self, mesh: ParallelMesh, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:
         """Do what every rank does by itself, without collectives, and return only if it worked on all of them."""
@@ -90,8 +95,8 @@ class Boundary:
         if is_device_failure(failure):
             raise failure
         self.progress += 1
-        stop = request is not None and self._cancelled == request.request_id
-        pause = request is not None and self._paused == (request.request_id, self._part)
+        stop = request is not None and request.request_id in self._cancelled
+        pause = request is not None and self._paused.get(request.request_id) == self._part
         own_ns = round(in_collectives * 1e9)
         failed, cancelled, pauses, least = mesh.agree(failure is not None, stop, pause, -own_ns)  # the least, negative
         self.pauses = bool(pauses)

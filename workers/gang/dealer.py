@@ -136,9 +136,11 @@ def deal(waiting: Sequence[Work], running: Iterable[Work], units: int, now: floa
         hand.give_late(late, more)
     elif late and now - late[0].stood_since > PATIENCE_S:
         hand.give_late(late[:1], share)
-    for work, degree in in_time:
-        hand.give(work, degree)
-    hand.give_late(late, share)
+    for level in sorted({work.rises(now) for work in waiting}):  # what is late comes before less urgent work
+        for work, degree in in_time:
+            if work.rises(now) == level:
+                hand.give(work, degree)
+        hand.give_late([work for work in late if work.rises(now) == level], share)
     hand.double()
     return _place(hand.given, free)
 
@@ -174,19 +176,21 @@ class _Hand:
     def double(self) -> None:
         """Give what is left to those that gain the most seconds a rank, and more than the change costs them."""
         while self._free:
-            gains = [(self._gain(work, degree), work) for work, degree in self.given.items() if degree <= self._free]
-            gain, work = max(gains, key=lambda each: each[0], default=(0.0, None))
+            gains = [(*self._gain(work, degree), work) for work, degree in self.given.items()]
+            gain, more, work = max(gains, key=lambda each: each[0], default=(0.0, 0, None))
             if work is None or gain <= 0:
                 return
-            self._free -= self.given[work]
-            self.given[work] *= 2
+            self._free -= more - self.given[work]
+            self.given[work] = more
 
-    def _gain(self, work: Work, degree: int) -> float:
-        if 2 * degree not in work.degrees:
-            return 0.0
-        keeps = work.at is None or 2 * degree <= work.at.size
-        gain = work.left_s(degree) - work.left_s(2 * degree) - (0.0 if keeps else work.change_s)
-        return gain / degree
+    def _gain(self, work: Work, degree: int) -> tuple[float, int]:
+        """Seconds for each further rank, and the next degree that pays."""
+        more = next((each for each in work.degrees if each > degree), 0)
+        if not more or more - degree > self._free:
+            return 0.0, 0
+        keeps = work.at is None or more <= work.at.size
+        gain = work.left_s(degree) - work.left_s(more) - (0.0 if keeps else work.change_s)
+        return gain / (more - degree), more
 
 
 def _place(given: Mapping[Work, int], free: set[int]) -> dict[str, Block]:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from deploy.families.family import PipelineFamily
 from deploy.spec import ModelSpec
 from sp_core.degrees import units
-from workers.errors import RequestCancelled
+from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block, Work, deal
 from workers.gang.rank_group import OnSpans, RankGroup, Report
 from workers.gang.step_costs import StepCosts
@@ -61,6 +61,8 @@ class Journey:
         part: number of the latest part; 0 before the first.
         turn: what it waits for: its next ranks.
         leaving: it was told to pause.
+        cancelled: it was told to stop.
+        computes: ranks encode its prompts, or take its steps. If they are lost, it may be the cause.
         fallbacks: times that it went on after it had lost its ranks.
     """
 
@@ -79,13 +81,17 @@ class Journey:
     part: int = 0
     turn: "asyncio.Future[Block] | None" = None
     leaving: bool = False
+    cancelled: bool = False
+    computes: bool = False
     fallbacks: int = 0
 
     def fall_back(self) -> bool:
-        """Its ranks are lost: go back to what was kept. False: it may not, or nothing was."""
-        if not self.kept_steps or self.fallbacks >= FALLBACKS:
-            return False
-        self.fallbacks += 1
+        """The ranks are lost: go back to what was kept. False: it may be the cause, and it cannot, or has done so."""
+        if self.computes:
+            if not self.kept_steps or self.fallbacks >= FALLBACKS:
+                return False
+            self.fallbacks += 1
+        self.computes = False
         del self.step_s[self.kept_steps :]
         self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
         return True
@@ -116,7 +122,7 @@ class Elastic:
         self._told = dict(self.changes)
         self._idle_s, self._counted_at = 0.0, time.monotonic()
         self._journeys: dict[str, Journey] = {}
-        self._pause: Callable[[str, int], None] = lambda _request, _part: None
+        self._pause: Callable[[str, int, range], None] = lambda _request, _part, _ranks: None
 
     def begin(self, request: GenerationRequest) -> Journey:
         """A request comes. Its ranks are given by `run`."""
@@ -132,32 +138,44 @@ class Elastic:
         Raises:
             As `RankGroup.run`.
         """
-        if journey.encoded is None:
-            journey.encoded = await ranks.encode(journey.request)
         name = journey.request.request_id
         self._pause = ranks.pause
         self._journeys[name] = journey
         try:
+            if journey.encoded is None:
+                journey.computes = True
+                journey.encoded = await ranks.encode(journey.request)
+                journey.computes = False
             finished = False
             while not finished:
+                if journey.cancelled:
+                    raise RequestCancelled(f"request {name} was canceled")
+                self._count_idle()
                 journey.turn = asyncio.get_running_loop().create_future()
                 self._deal()
                 self.changes["pause"] += journey.part > 0 and not journey.turn.done()
                 block = await journey.turn
+                if ranks.lost:
+                    raise GangLost(ranks.lost)
                 async with contextlib.aclosing(self._advance(ranks, journey, block, on_spans)) as reports:
                     async for report in reports:
                         finished = finished or isinstance(report, Drawn)
                         yield report
         finally:
+            self._count_idle()
             del self._journeys[name]
             self._deal()
 
     def cancel(self, ranks: RankGroup, request_id: str) -> None:
         """Stop a request at its next boundary, or at once while it stands still."""
-        ranks.cancel(request_id)
         journey = self._journeys.get(request_id)
-        if journey and journey.turn and not journey.turn.done():
+        if journey is None:
+            return
+        journey.cancelled = True
+        if journey.turn and not journey.turn.done():
             journey.turn.set_exception(RequestCancelled(f"request {request_id} was canceled"))
+        elif journey.at:
+            ranks.cancel(request_id, self._ranks_of(journey.at))
 
     def take_counts(self) -> tuple[float, dict[str, int]]:
         """Seconds of ranks without a request, summed over ranks, and changes by kind; both since the last call."""
@@ -213,6 +231,7 @@ class Elastic:
         began, moved = time.monotonic(), journey.before not in (None, block)
         journey.before = block
         journey.part, journey.at, journey.turn, journey.leaving = journey.part + 1, block, None, False
+        journey.computes = True
         part = Part(journey.request.without_data(), journey.part, block.size * self._unit, b"")
         reports = ranks.advance(part, block.first * self._unit, journey.encoded, journey.progress, on_spans)
         first = True
@@ -233,13 +252,14 @@ class Elastic:
                     yield replace(report, took=took)
                 else:
                     yield report
+        journey.computes = False
 
     def _step(self, journey: Journey, event: StepEvent, block: Block) -> None:
         """A step has ended, and the next has begun."""
         self._count_idle()
         journey.stood_since = time.monotonic()
         journey.total_steps, journey.steps_done = event.total_steps, event.step
-        journey.step_s[event.step - 1 :] = [event.seconds]
+        journey.step_s += [event.seconds] * (event.step - len(journey.step_s))
         self._costs.observe(journey.request, journey.forwards, block.size, event.seconds)
         if event.step == event.total_steps:
             journey.at = Block(block.first, self._degrees[0])  # the first of its ranks decodes, the others are free
@@ -265,10 +285,11 @@ class Elastic:
         """Let a request that runs pause after its step, if the dealer would give it other ranks by now."""
         if journey.leaving or journey.at is None or journey.steps_done + 1 >= journey.total_steps:
             return
-        waiting = [each for each in self._journeys.values() if each.turn and not each.turn.done()]
+        # With those that leave already, so that no more are told to than must.
+        waiting = [each for each in self._journeys.values() if each.leaving or (each.turn and not each.turn.done())]
         if self._dealt([*waiting, journey]).get(journey.request.request_id) != journey.at:
             journey.leaving = True
-            self._pause(journey.request.request_id, journey.part)
+            self._pause(journey.request.request_id, journey.part, self._ranks_of(journey.at))
 
     def _dealt(self, waiting: list[Journey]) -> dict[str, Block]:
         running = [each for each in self._journeys.values() if each not in waiting]

@@ -132,7 +132,7 @@ class ElasticRank(Rank):
 
     def renumber(self, replica: str) -> None:
         """See `Rank.renumber`."""
-        self._by_layout.clear()
+        self._by_layout = {}
         super().renumber(replica)
 
     def _advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Drawn]:
@@ -163,6 +163,7 @@ class ElasticRank(Rank):
                 yield Kept(kept, denoising.progress(), pauses=False)
             self._turnstile.let_pass()
         if not denoising.done:
+            yield from self._previews.finished(wait=True)
             if leads:
                 yield Kept(denoising.steps_done, denoising.progress(), pauses=True)
             return
@@ -205,9 +206,10 @@ class ElasticRank(Rank):
         mesh.use(smaller_layout(degrees, ranks // degrees.tensor_parallel_size, guided))
         if self._metrics:
             key = str(mesh.degrees), mesh.axis("gang").rank == 0
-            if key not in self._by_layout:
-                self._by_layout[key] = RankMetrics(self.model.name, self._replica, self.rank, *key)
-            self._metrics = self._by_layout[key]
+            known = self._by_layout  # another thread may renumber
+            if key not in known:
+                known[key] = RankMetrics(self.model.name, self._replica, self.rank, *key)
+            self._metrics = known[key]
 
     def _warm_up(self) -> None:
         """Run the spec's shapes once at every degree."""

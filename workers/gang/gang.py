@@ -50,9 +50,9 @@ from workers.tracing import OFF, Tracing
 
 logger = logging.getLogger("ray.serve")
 
-LOSSES_IN_PLACE = 3
-"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. More often than
-the gateway tries one request, so that no single request can end a replica."""
+LOSSES_IN_PLACE = 4
+"""How often in a row, with no request finished in between, lost ranks are replaced on the same devices. As often as
+the gateway tries one request, times the tries of an elastic gang, so that no single request can end a replica."""
 
 
 LOST = "a gang has lost its ranks, new ones start"

@@ -66,6 +66,7 @@ class RankGroup:
         self._ranks = ranks
         self._on_lost = on_lost
         self._lost: str | None = None  # the reason
+        self._encoding = 0  # prompts that rank 0 encodes, or has before it
         self._watch = Watch(ranks, statuses, model.timeouts, self._lose)
         self._watcher: asyncio.Task[None] | None = None
         self._answers = Answers(model.timeouts.phase_s, self._lose)
@@ -154,17 +155,25 @@ class RankGroup:
         Raises:
             As `run`.
         """
-        with self._watch.working():
-            call = asyncio.create_task(_encoded(self._ranks[0], request), context=self._context)
-            reference, error = await asyncio.shield(call)
+        self._encoding += 1
+        try:
+            with self._watch.working():
+                call = asyncio.create_task(_encoded(self._ranks[0], request), context=self._context)
+                limit_s = self._model.timeouts.phase_s * self._encoding  # those before it come first
+                reference, error = await asyncio.wait_for(asyncio.shield(call), limit_s)
+        except TimeoutError:
+            self._lose("stuck", f"rank 0 has not encoded a prompt within {limit_s:g} s")
+            raise GangLost(f"{self._model.name}: {self._lost}") from None
+        finally:
+            self._encoding -= 1
         if error is not None:
             raise self._require_agreed(error)
         return reference
 
-    def pause(self, request_id: str, part: int) -> None:
-        """Let the ranks leave this part of a request at their next boundary."""
-        for rank in self._ranks:
-            rank.pause.remote(request_id, part)
+    def pause(self, request_id: str, part: int, ranks: range) -> None:
+        """Let these ranks leave this part of a request at their next boundary."""
+        for rank in ranks:  # in the ranks' own context: whoever asks is another request
+            self._context.run(self._ranks[rank].pause.remote, request_id, part)
 
     async def _run(
         self, calls: "Sequence[_Call]", request: GenerationRequest, on_spans: OnSpans
@@ -184,6 +193,11 @@ class RankGroup:
         await self._answers.room()
 
     @property
+    def lost(self) -> str:
+        """Why the ranks are lost; empty: they are not."""
+        return self._lost or ""
+
+    @property
     def answering(self) -> bool:
         """Whether pictures of earlier requests are still encoded."""
         return len(self._answers) > 0
@@ -197,10 +211,10 @@ class RankGroup:
         """Wait until they are not."""
         await self._answers.given()
 
-    def cancel(self, request_id: str) -> None:
-        """Let the ranks stop this request at their next boundary; `run` then raises `RequestCancelled`."""
-        for rank in self._ranks:
-            rank.cancel.remote(request_id)
+    def cancel(self, request_id: str, ranks: range | None = None) -> None:
+        """Let the ranks, or these, stop this request at their next boundary; `run` then raises `RequestCancelled`."""
+        for rank in range(len(self._ranks)) if ranks is None else ranks:
+            self._context.run(self._ranks[rank].cancel.remote, request_id)
 
     async def set_loras(self, loras: tuple[LoRA, ...]) -> None:
         """Give all ranks exactly these adapters, between requests. Those that they have are not read again.
@@ -284,7 +298,8 @@ class RankGroup:
         """Stop the ranks at their next boundary, and wait until all of them are there."""
         if self._lost:
             return
-        self.cancel(request.request_id)
+        for rank in run.ranks:
+            rank.cancel.remote(request.request_id)
         with contextlib.suppress(SprayError):
             async for _ in self._collect(run):
                 pass
@@ -315,6 +330,7 @@ class _Run:
         self, calls: Sequence[_Call], context: contextvars.Context, answers: Answers, on_spans: OnSpans
     ) -> None:
         self.reports: asyncio.Queue[Report | Kept | _RankDone] = asyncio.Queue()
+        self.ranks = [call.rank for call in calls]
         self.running = len(calls)
         # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
         self._relays = [

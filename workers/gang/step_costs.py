@@ -15,6 +15,9 @@ EFFICIENCY = 0.9
 STEPS_KEPT = 5
 """Of each shape and degree: the median of so many, since a first one may be cold."""
 
+SURE_FROM = 3
+"""Steps of a degree from which on they alone count."""
+
 _Key = tuple[tuple[int, int, int], int, int]
 
 
@@ -54,11 +57,18 @@ class StepCosts:
         if key not in self._known:
             key = min(self._known, key=lambda each: max(_work(each) / work, work / _work(each)))
         known, ratio = self._known[key], work / _work(key)
-        found = {}
-        for degree in degrees:
-            nearest = min(known, key=lambda each: max(each / degree, degree / each))
-            found[degree] = ratio * _scaled(statistics.median(known[nearest]), nearest, degree)
-        return found
+        return {degree: ratio * _estimate(known, degree) for degree in degrees}
+
+
+def _estimate(known: dict[int, deque[float]], degree: int) -> float:
+    """By what was measured at this degree, or the nearest one. A slow start alone rules no degree out: until there are
+    enough steps of it, it may also be as fast as the nearest other one says."""
+    measured, others = known.get(degree, ()), [each for each in known if each != degree]
+    found = [statistics.median(measured)] if measured else []
+    if others and len(measured) < SURE_FROM:
+        nearest = min(others, key=lambda each: max(each / degree, degree / each))
+        found.append(_scaled(statistics.median(known[nearest]), nearest, degree))
+    return min(found)
 
 
 def _work(key: _Key) -> float:

@@ -98,7 +98,7 @@ class Denoising:
         self._steps_done = 0
         self._held = False
         self.prediction: torch.Tensor  # of the latest step, all branches combined
-        self._ends: StepEnds  # from the first step on
+        self._ends: StepEnds | None = None  # from the first step here
         self._set_up()
         if encoded is not None:
             values, warnings, tokens_read = self._unpacked(encoded)
@@ -208,7 +208,7 @@ class Denoising:
         for generator, state in zip(self._generators, generators, strict=True):
             generator.set_state(state)
         self._loop_state.latents = latents.to(device)
-        self._ends = StepEnds(device, self.total_steps, self._steps_done)
+        self._ends = None
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -237,8 +237,8 @@ class Denoising:
     def step(self) -> None:
         """Do one denoising step, which a GPU only queues; see `steps`. A collective of all ranks."""
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
-        if self._steps_done == 0:
-            self._ends = StepEnds(self._mesh.device, self.total_steps)
+        if self._ends is None:  # not earlier: until now this rank may have waited for others
+            self._ends = StepEnds(self._mesh.device, self.total_steps, self._steps_done)
         watched = self.request.profile or self.request.traceparent != ""
         with self._mesh.traffic.step(timed=watched) as in_collectives:
             sample, self.prediction = self._advance(self._steps_done)
@@ -266,6 +266,7 @@ class Denoising:
                 self.step()
             if step > self._steps_done:
                 return
+            assert self._ends is not None
             yield self._ends.wait(step)
 
     def hold(self) -> None:
