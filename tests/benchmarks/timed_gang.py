@@ -38,7 +38,7 @@ class TimedRanks:
     async def room(self) -> None:
         """There always is."""
 
-    async def run(self, request: GenerationRequest) -> AsyncGenerator[Any]:
+    async def run(self, request: GenerationRequest, _on_spans: Any) -> AsyncGenerator[Any]:
         """Its steps take as many milliseconds as the prompt begins with. Who leaves is noticed when a step ends."""
         step_s = float(request.prompt.split()[0]) / 1000
         steps = []

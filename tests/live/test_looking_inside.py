@@ -124,11 +124,16 @@ def number(url: str, question: str) -> float:
 
 def check_the_alert(url: str, folder: Path) -> None:
     """On what was recorded, were it to go on for half an hour, the alert fires and names the rank."""
-    names = [f"spray_{name}_seconds_{part}" for name in ("step", "straggler") for part in ("sum", "count")]
-    recorded = [each for name in names for each in answers(url, f'{name}{{model="late"}}')]
-    share = number(url, 'max(spray_straggler_seconds_sum{model="late"} / spray_straggler_seconds_count)')
-    share /= number(url, 'max(spray_step_seconds_sum{model="late"} / spray_step_seconds_count)')
-    series = []
+    asked = '{__name__=~"spray_(step|straggler)_seconds_(sum|count)",model="late"}'  # at once: a look may fail
+    until(lambda: len(answers(url, asked)) == 8)
+    recorded = answers(url, asked)
+    assert len(recorded) == 8
+    found = {(each["metric"]["__name__"], each["metric"]["rank"]): float(each["value"][1]) for each in recorded}
+    waits, steps = (
+        max(found[f"spray_{name}_seconds_sum", rank] / found[f"spray_{name}_seconds_count", rank] for rank in "01")
+        for name in ("straggler", "step")
+    )
+    share, series = waits / steps, []
     for each in recorded:
         labels = {k: v for k, v in each["metric"].items() if k not in ("__name__", "instance", "job")}
         said = ",".join(f"{label}={json.dumps(text)}" for label, text in labels.items())
