@@ -408,7 +408,7 @@ def test_a_server_that_is_no_url_is_one_line(capsys: pytest.CaptureFixture[str],
         (["--model", "a\udcff"], "--model: the text"),
         (["--output", "nowhere/x.png"], "--output: there is no folder 'nowhere'; make it first"),
         (["--output", "x.gif"], "--output must end in "),
-        (["--num-frames", "3"], "--num_frames is not for pictures"),
+        (["--num-frames", "3"], "--num-frames is not for pictures"),
     ],
 )
 def test_what_no_server_could_be_asked_is_wrong_usage(

@@ -209,7 +209,7 @@ def test_all_pictures_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch,
 def test_a_job_keeps_its_pictures() -> None:
     kept = json.loads(json.dumps(dict(new_job(REQUEST, "").request)))
     job = Job("job_1", "image", "one", "", kept, 1, "standard", "running", 0.0, fence=2)
-    assert request_of(job) == replace(REQUEST, request_id="job_1-2", report_steps=True)
+    assert request_of(job) == replace(REQUEST, request_id="job_1-2", report_steps=True, priority="standard")
     del kept["inputs"], kept["strength"]  # of an older version
     assert request_of(job).inputs == ()
 

@@ -135,6 +135,7 @@ def test_the_cluster_is_the_backends_own_account(client: TestClient) -> None:
 
 
 PROTECTED = [
+    ("POST", "/v1/profiles"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/one"),
     ("GET", "/v1/cluster"),

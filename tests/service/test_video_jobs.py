@@ -142,7 +142,7 @@ def test_a_form_may_have_fields_only(url: str) -> None:
     }
     assert httpx.post(url, files={name: (None, value) for name, value in fields.items()}).status_code == 200
     answer = httpx.post(url, data=fields, files={"input_reference": io.BytesIO(b"x")})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
 
 
 def test_pages_follow_each_other(url: str) -> None:

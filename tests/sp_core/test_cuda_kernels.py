@@ -179,7 +179,7 @@ def settled_twice(mesh: ParallelMesh) -> tuple[list[str], str, list[str]]:
         with pytest.raises(ValueError) as refused:
             settle_kernel(nn.Identity(), mesh, torch.bfloat16, 128, "torch-cudnn")
         settle_kernel(nn.Identity(), mesh, torch.bfloat16, 64, "torch-cudnn")()  # its heads are others
-        lone: Any = SimpleNamespace(degrees=ParallelDegrees(), device=CUDA, axis=mesh.axis, broadcast=mesh.broadcast)
+        lone: Any = SimpleNamespace(shares_sequence=False, device=CUDA, axis=mesh.axis, broadcast=mesh.broadcast)
         settle_kernel(nn.Identity(), lone, torch.bfloat16, 128, "torch-cudnn")()  # it shares with nobody
         found.append(str(cuda_kernels.chosen(*what)))
         undo[0]()

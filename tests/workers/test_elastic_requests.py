@@ -139,7 +139,7 @@ def worst(
         ("qwen-image", "ulysses 2 x ring 2"),
         ("qwen-image", "ulysses 2 x cfg 2"),
         ("z-image", "ulysses 2 x cfg 2"),
-        ("wan", "tp 2 x ulysses 2"),
+        ("flux", "tp 2 x ulysses 2"),
         ("wan", "ulysses 2"),
     ],
 )

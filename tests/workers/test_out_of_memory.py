@@ -37,7 +37,7 @@ def test_a_device_that_has_failed_is_not_agreed_upon() -> None:
     assert is_device_failure(broken)
     assert not is_device_failure(torch.AcceleratorError("CUDA error: out of memory"))
     told: list[object] = []
-    mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False, 0))
+    mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False, False, 0))
     with pytest.raises(torch.AcceleratorError):
         Boundary(0).cross(mesh, None, broken)  # type: ignore[arg-type]
     assert told == []

@@ -1,11 +1,11 @@
 """Requests that begin with a picture make what diffusers' classic pipelines make, and the same on every layout."""
 
 import asyncio
-import contextvars
 import inspect
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -203,17 +203,17 @@ def test_steps_and_previews_count_what_is_done(demo_model: Path) -> None:
     assert clean(one, one, scheduler, 1) == 1 - scheduler.sigmas[3] != 1 - scheduler.sigmas[0]
 
 
-def test_the_bytes_of_pictures_travel_to_the_first_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_of_pictures_travel_to_the_first_rank_alone() -> None:
     sent: dict[str, GenerationRequest] = {}
 
-    async def relay(rank: Any, request: GenerationRequest, *_: Any) -> None:
-        sent[rank] = request
+    async def made(calls: Any, *_: Any) -> Any:
+        sent.update({call.rank: call.arguments[0] for call in calls})
+        return
+        yield
 
     async def run() -> None:
-        monkeypatch.setattr(rank_group, "_relay", relay)
-        await asyncio.gather(
-            *rank_group._Run(["0", "1", "2"], REQUEST, contextvars.copy_context(), None, print)._relays
-        )  # type: ignore[arg-type]
+        group: Any = SimpleNamespace(_ranks=["0", "1", "2"], _run=made)
+        assert [report async for report in rank_group.RankGroup.run(group, REQUEST)] == []
 
     asyncio.run(run())
     assert sent["0"] == REQUEST
