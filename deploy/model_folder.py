@@ -16,7 +16,7 @@ INDEX = "model_index.json"
 
 BYTE_ORDER_MARK = "\ufeff"
 
-WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
+WITHOUT_WEIGHTS = ("Guid", "Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 """Words in the names of the classes whose files hold settings and vocabularies."""
 
 

@@ -43,7 +43,7 @@ def test_a_device_that_has_failed_is_not_agreed_upon() -> None:
     assert told == []
     with pytest.raises(RequestFailed):
         Boundary(0).cross(mesh, None, ValueError("of the request"))  # type: ignore[arg-type]
-    assert told == [(True, False, 0)]
+    assert told == [(True, False, False, 0)]
 
 
 def test_the_real_allocators_error_means_it() -> None:
