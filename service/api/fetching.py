@@ -6,13 +6,12 @@ within limits of size and time. Called by `service.api.reading`.
 """
 
 import asyncio
-import ipaddress
-import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import httpx
 
+from service.public_address import AddressRefused, public_address
 from workers.errors import InvalidParameter
 
 SECONDS = 20.0
@@ -20,9 +19,6 @@ SECONDS = 20.0
 
 MOST_URLS = 12
 """Of a body."""
-
-MAPPED = tuple(ipaddress.ip_network(each) for each in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16"))
-"""Addresses of version 6 behind which there is one of version 4."""
 
 
 async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str], most_bytes: int) -> object:
@@ -70,7 +66,11 @@ def _url_in(value: object) -> str | None:
 
 async def _fetch(client: httpx.AsyncClient, name: str, url: str, hosts: Sequence[str], most_bytes: int) -> bytes:
     host, port, rest = _parts(name, url, hosts)
-    address = await _address(name, host, port)
+    try:
+        address = await public_address(host, port)
+    except AddressRefused as error:
+        said = "is at an address that is not of the public internet" if error.address else "has no address"
+        raise InvalidParameter(name, f"{host} {said}") from None
     try:
         async with client.stream(
             "GET",
@@ -104,24 +104,3 @@ def _parts(name: str, url: str, hosts: Sequence[str]) -> tuple[str, int, str]:
     if not url.isascii() or not url.isprintable() or " " in url:
         raise InvalidParameter(name, "the URL has characters that must be percent-encoded")
     return host, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-
-
-async def _address(name: str, host: str, port: int) -> str:
-    """The address to connect to. All that the name resolves to must be public: else a host could choose."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        raise InvalidParameter(name, f"{host} has no address") from None
-    addresses = [str(entry[4][0]) for entry in found]
-    if not addresses or not all(_is_public(address) for address in addresses):
-        raise InvalidParameter(name, f"{host} is at an address that is not of the public internet")
-    return addresses[0]
-
-
-def _is_public(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address) and (
-        parsed.ipv4_mapped is not None or any(parsed in network for network in MAPPED)
-    ):
-        return False
-    return parsed.is_global and not parsed.is_multicast

@@ -9,12 +9,10 @@ address that is not public: a host is looked up once, and called at the address 
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import random
 import re
-import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from deploy.spec import SpecError, is_loopback
 from service.jobs.records import Delivery
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
+from service.public_address import AddressRefused, is_public, public_address
 from workers.errors import InvalidParameter, JobsUnavailable
 from workers.metrics import WEBHOOKS
 
@@ -57,10 +56,6 @@ GONE = 410
 """The status by which a receiver says that it wants no more of it."""
 
 Outcome = Literal["delivered", "refused", "unreachable", "given_up"]
-
-
-class NotSent(Exception):
-    """An attempt has failed; why, for the log."""
 
 
 class Webhooks:
@@ -130,7 +125,7 @@ class Webhooks:
                 status = await self._post(delivery)
             outcome = "delivered" if 200 <= status < 300 else "given_up" if status == GONE else "refused"
             said = f"it answers with status {status}"
-        except (httpx.HTTPError, OSError, TimeoutError, NotSent) as error:
+        except (httpx.HTTPError, OSError, TimeoutError, AddressRefused) as error:
             said = str(error) or type(error).__name__
         except ValueError as error:  # its host is not allowed anymore
             outcome, said = "given_up", f"its URL {error}"
@@ -149,11 +144,12 @@ class Webhooks:
 
         Raises:
             ValueError: the URL is not allowed anymore.
-            NotSent: the host has an address that must not be called.
+            AddressRefused: the host has an address that must not be called.
             httpx.HTTPError: the host cannot be reached.
         """
         url = _parsed(delivery.url, self._hosts)
-        address = await _address(url)
+        port = url.port or {"https": 443, "http": 80}[url.scheme]
+        address = await public_address(url.host, port, is_loopback if is_loopback(url.host) else is_public)
         now = int(time.time())
         at = datetime.fromtimestamp(now, UTC)
         signatures = [key.sign(delivery.id, at, delivery.body) for key in self._keys]
@@ -196,34 +192,6 @@ def _parsed(url: str, hosts: frozenset[str]) -> httpx.URL:
     if parsed.userinfo or parsed.fragment:
         raise ValueError("must have no user, password or fragment")
     return parsed
-
-
-async def _address(url: httpx.URL) -> str:
-    """The address at which the host is called.
-
-    Raises:
-        NotSent: it has another one, too, which must not be called: whoever controls the name could choose between them.
-        OSError: it cannot be looked up.
-    """
-    port = url.port or {"https": 443, "http": 80}[url.scheme]
-    found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
-    addresses = [str(each[4][0]) for each in found]
-    allowed = is_loopback if is_loopback(url.host) else is_public
-    for address in addresses:
-        if not allowed(address):
-            raise NotSent(f"the host {url.host!r} has the address {address}, which is not public")
-    if not addresses:
-        raise NotSent(f"the host {url.host!r} has no address")
-    return addresses[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is that of a host on the Internet. Addresses that lead to others are none."""
-    found = ipaddress.ip_address(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        unicast = found in ipaddress.ip_network("2000::/3")
-        return unicast and found.is_global and found.sixtofour is None and found.teredo is None
-    return found.is_global and not found.is_multicast
 
 
 def _read_keys(variable: str) -> tuple[Webhook, ...]:

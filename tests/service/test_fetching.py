@@ -2,8 +2,8 @@
 
 import asyncio
 import datetime
+import functools
 import http.server
-import ipaddress
 import socket
 import ssl
 import threading
@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 from deploy.spec import GatewaySpec
 from service.api import fetching
 from service.api.fetching import with_fetched
+from service.public_address import is_public, public_address
 from tests.support.backend import FakeBackend
 from tests.support.hostile import colored, file
 from workers.errors import InvalidParameter
@@ -91,7 +92,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def at_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are at loopback, and that counts as public."""
     resolve(monkeypatch, "127.0.0.1")
-    monkeypatch.setattr(fetching, "_is_public", lambda address: address == "127.0.0.1")
+    looked_up = functools.partial(public_address, allowed=lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(fetching, "public_address", looked_up)
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
@@ -171,7 +173,7 @@ def test_no_address_of_a_network_of_ones_own_is_asked(monkeypatch: pytest.Monkey
     with pytest.raises(InvalidParameter, match="not of the public internet"):
         fetch({"image": f"https://{HOST}/"}, HOST)
     assert asked == [HOST]
-    assert ipaddress.ip_address(address) and fetching._is_public("93.184.215.14")
+    assert is_public("93.184.215.14")
 
 
 def test_a_name_is_resolved_once(monkeypatch: pytest.MonkeyPatch, port: int, at_loopback: None) -> None:

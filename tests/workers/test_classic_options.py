@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
-from tests.support.deployments import model
+from tests.workers.test_classic import drawn_with
 from tests.workers.test_classic_pictures import CASES, LAYOUTS, alone, asked, folder_of, made, small_pictures
-from tests.workers.test_denoising import ALONE, begun, generate
+from tests.workers.test_denoising import ALONE, generate
 from workers.messages import GenerationRequest
-from workers.model.loader import load_model
 
 __all__ = ["folder_of"]
 
@@ -38,19 +37,6 @@ def test_half_precision_is_that_of_the_classic_pipeline(folder_of: Callable[[str
         latents, _ = generate(mesh, folder, request, dtype="bfloat16", vae_dtype="bfloat16")
     assert error(latents.float(), reference.float()) <= BAR
     assert error(exact, reference.float()) > 100 * BAR
-
-
-def drawn_with(mesh: ParallelMesh, folder: Path, request: GenerationRequest, lora: LoRA) -> list[torch.Tensor]:
-    """The latents of a request with an adapter, and of the same without."""
-    spec = model(folder, **asdict(mesh.degrees)).model_copy(update={"loras": (lora,)})
-    loaded = load_model(spec, mesh)
-    found = []
-    for loras in ((("dye", 1.0),), ()):
-        denoising = begun(loaded, replace(request, loras=loras))
-        while not denoising.done:
-            denoising.step()
-        found.append(denoising.latents)
-    return found
 
 
 LAYERS = {
