@@ -73,6 +73,7 @@ from workers.errors import (
     UnsupportedMediaType,
 )
 from workers.exporter import Exporter, share_values
+from workers.gang.elastic import slots
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, Profiled, StepEvent
 from workers.observing import GatewayMetrics
@@ -350,9 +351,10 @@ class Gateway(GrpcMethods):
                 yield report
 
     def _room(self) -> dict[str, int]:
-        """How many jobs of each model may run: one waits for each that draws, and one wakes a model that sleeps."""
+        """How many jobs of each model may run: as many as its gangs take, and one that waits, or wakes the model."""
         states = {} if self.draining else self.states()
-        return {name: state.replicas.get("RUNNING", 0) + 1 for name, state in states.items()}
+        each = {name: slots(model) for name, model in self._models.items()}
+        return {name: state.replicas.get("RUNNING", 0) * each.get(name, 1) + 1 for name, state in states.items()}
 
     @contextlib.contextmanager
     def _allowed(self, request: GenerationRequest) -> Iterator[None]:

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
 from deploy.api_keys import digest
+from deploy.spec import Elastic
 from service import gateway
 from service.api.backend import Restarted, Waiting
 from service.api.errors import answer
@@ -370,6 +371,9 @@ def test_there_is_room_for_a_job_that_wakes_a_model_and_one_behind_each_gang(ope
     opened._poller._models = {"one": a_model("one"), "two": a_model("two")}
     opened._poller._states = {"one": ModelState("running", "", {"RUNNING": 2}), "two": ModelState("asleep")}
     assert opened._room() == {"one": 3, "two": 1}
+    wide = a_model("one").model_copy(update={"parallel": ParallelDegrees(ulysses_degree=4), "elastic": Elastic()})
+    opened._models = {"one": wide}
+    assert opened._room() == {"one": 17, "two": 1}  # an elastic gang takes eight
 
 
 async def ask(gate: Gateway, request: GenerationRequest, key: str | None = None) -> list[Any]:
