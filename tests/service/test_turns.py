@@ -78,6 +78,25 @@ def test_one_caller_is_served_in_order() -> None:
     story(tell)
 
 
+def test_an_elastic_gang_is_given_as_many_as_it_takes_and_the_one_with_less_work_first() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("one", {"a": idle(slots=2), "b": idle(slots=2)})
+        served = Served(turns)
+        await served.enter(*(replace(ticket(name), seconds=10.0) for name in "uvwxy"))
+        assert served.order == list("uvwx")
+        gangs = [served.turns[name].gang for name in "uvwx"]
+        assert sorted(gangs[:2]) == sorted(gangs[2:]) == ["a", "b"]  # never twice to one while the other has less
+        await served.end("v")
+        assert served.order == list("uvwxy")
+        assert served.turns["y"].gang == served.turns["v"].gang
+        turns.leave("u")
+        assert len(turns._gangs[served.turns["u"].gang].turns) == 1
+        turns.forget("one")
+        assert not turns._gangs
+
+    story(tell)
+
+
 def test_within_a_caller_the_order_is_that_of_admission_however_slow_a_gateway_is() -> None:
     async def tell(turns: Turns) -> None:
         turns.know("", {"a": idle()})
