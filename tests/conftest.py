@@ -23,6 +23,7 @@ from workers.demo_models.writer import write_demo_model
 
 def pytest_configure() -> None:
     """Called by pytest before it imports tests, and so before Ray."""
+    os.environ.pop("SPRAY_OUTPUTS_DIR", None)  # tests share no folder
     use_private_cluster()
 
 

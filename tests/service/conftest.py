@@ -4,6 +4,8 @@ Their imports are inside: pytest reads this file before `tests/conftest.py` has 
 folder is named on its command line, and the API's modules import Ray.
 """
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,17 @@ if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
     from tests.support.backend import FakeBackend
+
+
+@pytest.fixture(autouse=True)
+def outputs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of outputs and jobs: the test's own, or its module's.
+
+    A runner takes whatever job it finds. In a folder that tests share, one ran the job that an earlier test had left.
+    """
+    if "SPRAY_OUTPUTS_DIR" not in os.environ:
+        monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    return Path(os.environ["SPRAY_OUTPUTS_DIR"])
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ OK, UNKNOWN = grpc.StatusCode.OK, f"job_{'0' * 44}"
 
 
 @pytest.fixture
-def jobs_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+def jobs_backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setattr(job_calls, "LOOK_S", 0.02)
     return Backend()
 

@@ -27,7 +27,6 @@ UNKNOWN = f"job_{'0' * 44}"
 
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
     monkeypatch.setattr(job_calls, "LOOK_S", 0.02)
     monkeypatch.setattr(job_client, "AGAIN_S", 0.02)
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,8 +25,7 @@ UNKNOWN = f"job_{'0' * 44}"
 
 
 @pytest.fixture
-def jobs_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+def jobs_backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     monkeypatch.setattr(job_calls, "LOOK_S", 0.02)
     return FakeBackend()
 

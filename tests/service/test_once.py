@@ -142,10 +142,9 @@ def test_two_callers_have_keys_of_their_own(keeper: KeptAnswers) -> None:
 @pytest.mark.parametrize("form", ["b64_json", "url", "file"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_who_asks_meanwhile_joins(
-    keeper: KeptAnswers, form: str, streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeper: KeptAnswers, form: str, streams: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At another gateway, and however the answer is to come."""
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
     monkeypatch.setattr(once, "PATIENCE_S", 0.05)
     if form == "file" and streams:
         return

@@ -23,41 +23,35 @@ CONTENT = bytes(range(256)) * 9000
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
-    return tmp_path / "outputs"
-
-
-@pytest.fixture
-def client(folder: Path) -> TestClient:
+def client(outputs_folder: Path) -> TestClient:
     backend = FakeBackend()
     backend.key = "sesame"  # a signed URL needs none
     return TestClient(rest_app(backend), base_url="http://here:8000")
 
 
 @pytest.fixture
-def url(folder: Path) -> str:
+def url(outputs_folder: Path) -> str:
     return OutputStore().keep(CONTENT, "png").path
 
 
-def test_what_one_gateway_keeps_the_others_find(folder: Path) -> None:
+def test_what_one_gateway_keeps_the_others_find(outputs_folder: Path) -> None:
     link = OutputStore().keep(CONTENT, "webp")
     assert OutputStore().find(link.name, str(link.expires), link.signature).read_bytes() == CONTENT
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / KEY).stat().st_mode) == 0o600
+    assert stat.S_IMODE(outputs_folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((outputs_folder / KEY).stat().st_mode) == 0o600
 
 
-def test_gateways_that_start_together_share_one_key(folder: Path) -> None:
+def test_gateways_that_start_together_share_one_key(outputs_folder: Path) -> None:
     stores = [OutputStore() for _ in range(16)]
     with ThreadPoolExecutor(16) as pool:
         links = list(pool.map(lambda store: store.keep(b"a", "png"), stores))
     for store in stores:
         for link in links:
             assert store.find(link.name, str(link.expires), link.signature).read_bytes() == b"a"
-    assert sorted(file.name for file in folder.iterdir()) == sorted([KEY, *(link.name for link in links)])
+    assert sorted(file.name for file in outputs_folder.iterdir()) == sorted([KEY, *(link.name for link in links)])
 
 
-def test_a_link_cannot_be_made_up(folder: Path) -> None:
+def test_a_link_cannot_be_made_up(outputs_folder: Path) -> None:
     store = OutputStore()
     link, other = store.keep(b"a", "png"), store.keep(b"b", "png")
     expires, signature = str(link.expires), link.signature
@@ -74,13 +68,13 @@ def test_a_link_cannot_be_made_up(folder: Path) -> None:
         with pytest.raises(Forbidden):
             store.find(name, until, signed)
     for name in ("../outputs/key", KEY, "a/../key", f"{link.name}.new"):  # signed by mistake
-        (folder / f"{link.name}.new").touch()
+        (outputs_folder / f"{link.name}.new").touch()
         with pytest.raises(OutputNotFound):
             store.find(name, expires, store._sign(name, link.expires))
     assert store.find(link.name, expires, signature)
 
 
-def test_files_expire_and_are_swept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_expire_and_are_swept(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         store = OutputStore()
         store.follow(None, 50)
@@ -88,27 +82,27 @@ def test_files_expire_and_are_swept(folder: Path, monkeypatch: pytest.MonkeyPatc
         store.follow(None, 500)
         later = store.keep(b"b", "png")
         unfinished = f"{'x' * 32}.png.new"
-        (folder / unfinished).touch()
-        (folder / "thesis.txt").touch()  # of whoever owns the folder
+        (outputs_folder / unfinished).touch()
+        (outputs_folder / "thesis.txt").touch()  # of whoever owns the folder
         now = time.time()
         monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
         with pytest.raises(Forbidden, match="has expired"):
             store.find(link.name, str(link.expires), link.signature)
         store.sweep()
-        assert {file.name for file in folder.iterdir()} == {KEY, later.name, unfinished, "thesis.txt"}
+        assert {file.name for file in outputs_folder.iterdir()} == {KEY, later.name, unfinished, "thesis.txt"}
         assert store.find(later.name, str(later.expires), later.signature)
         monkeypatch.setattr(outputs.time, "time", lambda: now + 4000)
         store.sweep()
-        assert {file.name for file in folder.iterdir()} == {KEY, "thesis.txt"}
+        assert {file.name for file in outputs_folder.iterdir()} == {KEY, "thesis.txt"}
 
     asyncio.run(story())
 
 
-def test_the_sweeper_runs_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweeper_runs_by_itself(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         monkeypatch.setattr(outputs, "PERIOD_S", 0.01)
         store = OutputStore()
-        file = folder / store.keep(b"a", "png").name
+        file = outputs_folder / store.keep(b"a", "png").name
         os.utime(file, (1, 1))
         store.follow(None, 60)
         async with asyncio.timeout(10):
@@ -135,16 +129,16 @@ def test_what_ended_clusters_have_left_is_swept(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "spray-outputs-1" / KEY).exists()
 
 
-def test_a_folder_that_was_removed_comes_back(folder: Path) -> None:
+def test_a_folder_that_was_removed_comes_back(outputs_folder: Path) -> None:
     store = OutputStore()
     store.keep(b"a", "png")
-    shutil.rmtree(folder)
+    shutil.rmtree(outputs_folder)
     store.prepare()
     link = store.keep(b"b", "png")
     assert store.find(link.name, str(link.expires), link.signature).read_bytes() == b"b"
 
 
-def test_a_folder_that_is_given_may_change(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_that_is_given_may_change(tmp_path: Path, outputs_folder: Path) -> None:
     async def story() -> None:
         store = OutputStore()
         store.follow(str(tmp_path / "shared"), 60)
@@ -157,7 +151,7 @@ def test_a_folder_that_is_given_may_change(tmp_path: Path, folder: Path) -> None
     asyncio.run(story())
 
 
-def test_nothing_is_left_of_a_file_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_leaves_nothing(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = OutputStore()
     store.keep(b"a", "png")
 
@@ -165,10 +159,10 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(folder: Path, monkeypa
         raise OSError("no space")
 
     monkeypatch.setattr(output_folder.os, "fsync", full)
-    before = sorted(folder.iterdir())
+    before = sorted(outputs_folder.iterdir())
     with pytest.raises(OSError, match="no space"):
         store.keep(b"b", "png")
-    assert sorted(folder.iterdir()) == before
+    assert sorted(outputs_folder.iterdir()) == before
 
 
 def test_a_url_answers_with_the_file(client: TestClient, url: str) -> None:
@@ -213,7 +207,7 @@ def test_tags_may_come_in_several_headers(client: TestClient, url: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_url_is_of_the_host_that_the_server_has(folder: Path, url: str, method: str) -> None:
+def test_a_url_is_of_the_host_that_the_server_has(outputs_folder: Path, url: str, method: str) -> None:
     """A page whose name was made to point at this machine gets nothing, though it has the URL."""
     backend = FakeBackend()
     backend.local_only = True
@@ -265,7 +259,7 @@ def test_a_range_outside_of_the_file(client: TestClient, url: str, asked: str) -
     assert answer.json()["error"]["code"] == "range_not_satisfiable"
 
 
-def test_wrong_and_old_urls_have_the_envelope(client: TestClient, url: str, folder: Path) -> None:
+def test_wrong_and_old_urls_have_the_envelope(client: TestClient, url: str, outputs_folder: Path) -> None:
     path, _, query = url.partition("?")
     for wrong in (
         path,
@@ -275,7 +269,7 @@ def test_wrong_and_old_urls_have_the_envelope(client: TestClient, url: str, fold
     ):
         answer = client.get(wrong)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
-    for file in folder.glob("*.png"):
+    for file in outputs_folder.glob("*.png"):
         file.unlink()
     answer = client.get(url)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "output_not_found")
@@ -312,10 +306,10 @@ def test_an_answer_may_hold_urls(client: TestClient) -> None:
     assert client.get(urls[0]).headers["content-type"] == "image/webp"
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_nothing_is_left(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = OutputStore()
     store.keep(b"a", "png")
-    before = sorted(folder.iterdir())
+    before = sorted(outputs_folder.iterdir())
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -323,7 +317,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(output_folder.os, "fsync", full)
     with pytest.raises(OutputsFull, match="disk"):
         store.keep(b"b", "png")
-    assert sorted(folder.iterdir()) == before
+    assert sorted(outputs_folder.iterdir()) == before
     store.prepare()
     monkeypatch.setattr(output_folder, "LEAST_FREE_BYTES", 1 << 62)
     backend = FakeBackend()
@@ -337,12 +331,12 @@ def test_a_full_disk_is_said_and_nothing_is_left(folder: Path, monkeypatch: pyte
     assert backend.requests == []
 
 
-def test_no_more_is_begun_than_may_be_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_begun_than_may_be_kept(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         store = OutputStore()
         store.follow(None, 50, max_bytes=1 << 20)
-        (folder.parent / "outputs").mkdir(exist_ok=True)
-        (folder / "thesis.txt").write_bytes(b"a" * (2 << 20))  # of whoever owns the folder
+        (outputs_folder.parent / "outputs").mkdir(exist_ok=True)
+        (outputs_folder / "thesis.txt").write_bytes(b"a" * (2 << 20))  # of whoever owns the folder
         store.prepare()
         store.keep(b"a" * (1 << 20), "png")
         store.prepare()

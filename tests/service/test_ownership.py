@@ -88,7 +88,6 @@ class Drawing(Gateway):
 def gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Gateway]:
     """Two gateways that see no cluster, but each other; not yet configured."""
     monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], [], {}))
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
     keys = [{"name": name, "sha256": digest(name)} for name in ("alice", "bob")]
     keys.append({"name": "operator", "sha256": digest("root"), "scope": "admin"})
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))

@@ -23,12 +23,6 @@ BODY = {"model": "one", "prompt": "a cup", "seed": 7, "num_frames": 5}
 
 
 @pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
-    return FakeBackend()
-
-
-@pytest.fixture
 def url(backend: FakeBackend) -> Iterator[str]:
     with served(rest_app(backend)) as url:
         yield f"{url}/v1/videos"

@@ -21,12 +21,6 @@ BODY = {"model": "film", "prompt": "a cup", "seed": 7}
 
 
 @pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
-    return FakeBackend()
-
-
-@pytest.fixture
 def url(backend: FakeBackend) -> Iterator[str]:
     with served(rest_app(backend)) as url:
         yield f"{url}/v1/videos"
