@@ -232,6 +232,11 @@ class ModelSpec(_Section):
         True,
         description="before a gang of several ranks serves, compare what it computes with what one rank computes",
     )
+    spare_ranks: bool = Field(
+        False,
+        description="beside each rank, keep a process with its libraries imported that takes its place when ranks are "
+        "lost; about 0.4 GB of a node's memory each",
+    )
     loras: tuple[LoRA, ...] = Field((), description="adapters that requests may name")
     plan: Symbol | None = Field(
         None, description="package.module:NAME of a sequence-parallel plan; absent: spray's own for the class"

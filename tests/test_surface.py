@@ -74,7 +74,7 @@ SPEC_KEYS = frozenset(
     models.attention_kernel models.vae_dtype models.placement.network_interface
     models.compile models.cuda_graphs models.warmup_shapes models.warmup_shapes.width models.warmup_shapes.height
     models.warmup_shapes.num_frames models.text_encoder models.vae models.vae_tiling_above
-    models.batch_guidance models.self_test models.elastic models.elastic.min_degree
+    models.batch_guidance models.self_test models.spare_ranks models.elastic models.elastic.min_degree
     models.digest models.loras models.loras.name models.loras.source models.loras.component models.loras.digest
     models.placement models.placement.cpus_per_rank models.placement.strategy models.placement.accelerator_type
     models.placement.node_labels models.placement.memory

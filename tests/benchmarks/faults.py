@@ -32,6 +32,7 @@ from pathlib import Path
 import httpx
 import yaml
 
+from service.cli.client import read_cluster
 from tests.support.processes import hear_signals, marked_processes
 from workers.demo_models.writer import write_demo_model
 
@@ -97,7 +98,7 @@ class Serving:
         demo = {
             "name": "demo", "source": str(model), "device": "cpu", "parallel": {"ulysses_degree": 2},
             "placement": {"cpus_per_rank": 0.1}, "warmup_shapes": [{"width": 64, "height": 64}],
-            "defaults": {"width": 64, "height": 64},
+            "defaults": {"width": 64, "height": 64}, "spare_ranks": True,
         }  # fmt: skip
         file = folder / "demo.yaml"
         file.write_text(yaml.safe_dump({"models": [demo], "metrics": {"port": None}}))
@@ -154,8 +155,14 @@ class Serving:
         return marked_processes(self._mark)
 
     def find(self, process: str) -> int:
-        """The id of a process, once there is one that was not struck; of ranks, that of the second one."""
+        """The id of a process, once there is one that was not struck; of ranks that serve, that of the second one, once
+        there is a spare one beside each."""
         deadline = time.monotonic() + PATIENCE_S
+        while process == "rank" and self.url and time.monotonic() < deadline:
+            now = read_cluster(self.url)["models"][0]["gangs"][0]["now"]
+            if now["spare_ranks"] == len(now["pids"]) > 0:
+                return int(now["pids"][1])
+            time.sleep(0.1)
         while time.monotonic() < deadline:
             living = self.processes()
             self._folders |= set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(living.values())))

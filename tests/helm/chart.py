@@ -132,6 +132,7 @@ EVERY_KEY = {
     "vae_tiling_above": 0,
     "batch_guidance": False,
     "self_test": False,
+    "spare_ranks": True,
     "elastic": None,  # goes with neither cuda_graphs nor vae: rank0
     "loras": [{"name": "ink", "source": "/loras/ink.safetensors"}],
     "plan": "package.module:PLAN",

@@ -40,6 +40,7 @@ REQUEST = {"model": "struck", "prompt": "a cup of coffee", "seed": 7, "num_infer
 @pytest.fixture(scope="module")
 def server(demo_model: Path) -> Iterator[str]:
     struck, bystander = model(demo_model, "struck", ulysses_degree=2), model(demo_model, "bystander")
+    bystander = bystander.model_copy(update={"spare_ranks": True})
     with LocalCluster(deployment(struck, bystander)) as cluster:
         ready(cluster)
         yield cluster.url
@@ -88,9 +89,9 @@ def wait_ended(pids: list[int]) -> None:
     wait_for(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()], lambda alive: not alive)
 
 
-def of_struck(server: str) -> dict[str, Any]:
-    """The struck model in `GET /v1/cluster`."""
-    return next(each for each in read_cluster(server)["models"] if each["id"] == "struck")
+def seen(server: str, name: str = "struck") -> dict[str, Any]:
+    """A model in `GET /v1/cluster`."""
+    return next(each for each in read_cluster(server)["models"] if each["id"] == name)
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "raise"])
@@ -135,6 +136,26 @@ def test_too_little_memory_is_the_requests_fault(server: str) -> None:
     assert generate(server).status_code == 200
 
 
+def test_a_spare_process_takes_the_place_of_a_lost_one(server: str) -> None:
+    """Twice: the next spare one is made beside it."""
+
+    def spare_pids() -> list[int]:
+        named = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("bystander-")]
+        actors = [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in named]
+        statuses = ray.get([actor.status.remote() for actor in actors], timeout=120)
+        return [status.pid for status in statuses if status.rank == -1]
+
+    reference = pixels(generate(server, model="bystander").json()["data"][0]["b64_json"])
+    for _ in range(2):
+        wait_for(lambda: [gang["now"]["spare_ranks"] for gang in seen(server, "bystander")["gangs"]], [1].__eq__)
+        waiting = spare_pids()
+        assert len(waiting) == 1
+        os.kill(rank_statuses("bystander")[0].pid, signal.SIGKILL)
+        answer = generate(server, model="bystander")
+        assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), reference)
+        assert [status.pid for status in rank_statuses("bystander")] == waiting
+
+
 def test_requests_that_wait_are_answered_as_well(server: str, tmp_path: Path) -> None:
     reference = pixels(generate(server).json()["data"][0]["b64_json"])
     (calm := tmp_path / "calm").touch()
@@ -145,7 +166,7 @@ def test_requests_that_wait_are_answered_as_well(server: str, tmp_path: Path) ->
             asked = [callers.submit(generate, server)]
             wait_for(lambda: rank_statuses("struck")[0].progress, lambda progress: progress > before)
             asked += [callers.submit(generate, server) for _ in range(3)]
-            wait_for(lambda: of_struck(server)["queued"], lambda waiting: waiting == 3)  # the queue is full
+            wait_for(lambda: seen(server)["queued"], lambda waiting: waiting == 3)  # the queue is full
         finally:
             calm.unlink()
         answers = [answer.result() for answer in asked]

@@ -76,6 +76,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "placement": (Placement(cpus_per_rank=2), "upgrade", "placement.cpus_per_rank 1.0 -> 2.0"),
     "timeouts": (Timeouts(ping_s=5), "upgrade", "timeouts.ping_s 10.0 -> 5.0"),
     "elastic": (Elastic(), "upgrade", "elastic"),
+    "spare_ranks": (True, "upgrade", "spare_ranks False -> True"),
     "self_test": (False, "adjust", "self_test True -> False"),
     "aliases": (("b",), "adjust", "aliases"),
     "tasks": (("text-to-video",), "adjust", "tasks"),

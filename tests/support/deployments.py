@@ -56,7 +56,8 @@ def rank_actors(name: str) -> list[Any]:
     actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(f"{name}-")]
     ranks = [ray.get_actor(actor["name"], namespace=actor["namespace"]) for actor in actors]
     numbers = [status.rank for status in ray.get([rank.status.remote() for rank in ranks], timeout=120)]
-    return [rank for _, rank in sorted(zip(numbers, ranks, strict=True), key=lambda pair: pair[0])]
+    numbered = sorted(zip(numbers, ranks, strict=True), key=lambda pair: pair[0])
+    return [rank for number, rank in numbered if number >= 0]  # not spare ones
 
 
 def rank_statuses(name: str) -> list[RankStatus]:

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from deploy.spec import ModelSpec, Storage
+from deploy.spec import ModelSpec, Placement, Storage
 from service.rollout.cluster_folder import place
 from sp_core.degrees import ParallelDegrees
+from workers.gang import rank_processes
 from workers.gang.device import CUDA_ENVIRONMENT, Place, _visible_index, by_device, environment
+from workers.gang.placement import bundle
 from workers.gang.rank import Rank
 from workers.gang.rank_actor import RankActor
+from workers.gang.rank_processes import create
 
 
 @pytest.mark.parametrize(
@@ -90,14 +94,35 @@ def gpus() -> Iterator[None]:
 def test_each_rank_is_given_one_gpu_and_sees_all(gpus: None) -> None:
     model = a_model()
     options = {"num_cpus": 0.1, "num_gpus": 1, "runtime_env": {"env_vars": environment(model)}}
-    actors = [RankActor.options(**options).remote(model, Storage(), "0") for _ in range(4)]  # type: ignore[attr-defined]
+    actors = [RankActor.options(**options).remote(model, Storage()) for _ in range(4)]  # type: ignore[attr-defined]
     places = ray.get([actor.place.remote() for actor in actors], timeout=120)
     assert sorted(place.gpu for place in places) == ["0", "1", "2", "3"]
     ordered = [actors[i] for i in by_device(places)]
     assert [place.gpu for place in ray.get([actor.place.remote() for actor in ordered])] == ["0", "1", "2", "3"]
     seen = [actor.__ray_call__.remote(lambda actor: actor._place.cuda_index) for actor in ordered]
     assert ray.get(seen, timeout=120) == [0, 1, 2, 3]
-    statuses = ray.get([actor.take_number.remote(i) for i, actor in enumerate(ordered)])
+    statuses = ray.get([actor.take_number.remote(i, model, "0") for i, actor in enumerate(ordered)])
     assert [status.rank for status in statuses] == [0, 1, 2, 3]
     for actor in actors:
         ray.kill(actor)
+
+
+@pytest.mark.processes
+def test_a_spare_process_has_the_gpu_of_its_rank(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model(spare_ranks=True, placement=Placement(cpus_per_rank=0.1))
+    group = placement_group([bundle(model)] * 2)
+    assert group.wait(60)
+    monkeypatch.setattr(rank_processes, "get_current_placement_group", lambda: group)
+
+    def given(processes: list[Any]) -> list[str]:
+        return [place.gpu for place in ray.get([process.place.remote() for process in processes], timeout=120)]
+
+    ranks = create(model, Storage(), "a-1")
+    own = given(ranks)
+    assert len(set(own)) == 2
+    waiting = create(model, Storage(), "a-1", spare=True)
+    assert given(waiting) == own
+    for rank in ranks:
+        ray.kill(rank)
+    assert given(create(model, Storage(), "a-2", spare=True)) == own  # beside those that are ranks now
+    remove_placement_group(group)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -161,6 +162,7 @@ def inked(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
     """A gang whose ranks have the adapter ink."""
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"), rank=SimpleNamespace(rank=0))
     monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("workers.gang.gang.create", lambda model, storage, name: ["fresh"])
     spec = ModelSpec(name="inked", source="/a", loras=(INK,))
     gang, ranks = Gang(spec.fixed), FakeRanks((INK,))
     metrics = GangMetrics("inked", "0")
@@ -216,7 +218,8 @@ def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
     gang, ranks = inked
     started: list[FakeRanks] = []
 
-    async def start(model: ModelSpec, *_: Any) -> FakeRanks:
+    async def start(model: ModelSpec, processes: list[Any], *_: Any) -> FakeRanks:
+        assert processes == ["fresh"]
         started.append(FakeRanks(model.loras))
         return started[-1]
 
@@ -379,6 +382,7 @@ def test_only_the_first_ranks_of_a_gang_test_themselves(monkeypatch: pytest.Monk
     spec = ModelSpec(name="tested", source="/a")
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
     monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("workers.gang.gang.create", lambda *_: [])
     started: list[bool] = []
 
     async def start(model: ModelSpec, *_: Any) -> Any:
@@ -396,3 +400,33 @@ def test_only_the_first_ranks_of_a_gang_test_themselves(monkeypatch: pytest.Monk
 
     asyncio.run(story())
     assert started == [True, False]
+
+
+def test_lost_ranks_are_replaced_by_spare_processes_if_there_are_any(
+    inked: tuple[Gang, FakeRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, _ = inked
+    gang._setup = replace(gang._started, model=gang._started.model.model_copy(update={"spare_ranks": True}))
+    used: list[list[Any]] = []
+    refilled: list[str] = []
+
+    async def start(model: ModelSpec, processes: list[Any], *_: Any) -> FakeRanks:
+        used.append(processes)
+        return FakeRanks(model.loras)
+
+    async def take() -> list[Any]:
+        return ["spare"] if len(used) == 0 else []
+
+    monkeypatch.setattr("workers.gang.gang.RankGroup.start", start)
+    monkeypatch.setattr(gang._spares, "take", take)
+    monkeypatch.setattr(gang._spares, "refill", lambda model, storage, name: refilled.append(name))
+
+    async def story() -> None:
+        for _ in range(2):
+            gang._on_lost("died")
+            assert gang._replacement is not None
+            await gang._replacement
+        assert used == [["spare"], ["fresh"]]
+        assert refilled == ["inked-r-1", "inked-r-2"]
+
+    asyncio.run(story())

@@ -36,5 +36,5 @@ def test_a_process_that_hangs_before_its_first_word_is_lost(
     monkeypatch.setattr(rank_processes.ray, "kill", killed.append)
     processes = [Process(each) for each in stopped]
     with pytest.raises(GangLost, match=r"has said nothing for 0\.05 s"):
-        asyncio.run(asyncio.wait_for(rank_processes.assemble(processes, model(Path("/nowhere"))), 30))
+        asyncio.run(asyncio.wait_for(rank_processes.assemble(processes, model(Path("/nowhere")), "0"), 30))
     assert killed == processes

@@ -7,6 +7,7 @@ elastic.py        the requests of an elastic gang, side by side: asks the dealer
 dealer.py         which ranks each of them has for its next step; a pure function
 step_costs.py     what a step takes at each degree, learned from those before
 rank_group.py     the ranks of a gang: hands each request to all of them; lost together
+spare_ranks.py    processes that take the places of lost ones
 rank_processes.py their processes: made in the placement group, brought together, killed
 answers.py        requests that have left the ranks, whose pictures are still encoded
 watch.py          looks at the processes and the progress of ranks, and says when one is lost

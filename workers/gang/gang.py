@@ -5,8 +5,8 @@ the weights are on its node, starts its ranks in the replica's own placement gro
 time, or several side by side if it is elastic. Called by `service.gateway`; its load goes to `service.autoscaling` and
 `service.routing`.
 
-When the ranks are lost, new processes take their places on the same devices. That takes seconds and keeps the
-placement. If it fails, or happens again and again, the replica exits, and Serve places a whole new gang.
+When the ranks are lost, new processes or spare ones take their places on the same devices. That takes seconds and
+keeps the placement. If it fails, or happens again and again, the replica exits, and Serve places a whole new gang.
 """
 
 import asyncio
@@ -37,8 +37,10 @@ from workers.gang.elastic import Elastic, slots
 from workers.gang.gang_guard import start_guard
 from workers.gang.placement import seconds_to_place
 from workers.gang.rank_group import OnSpans, RankGroup
+from workers.gang.rank_processes import create
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
+from workers.gang.spare_ranks import SpareRanks
 from workers.gang.stats import GangBacklog, GangLoad, Movement, Progress, progress, step_split
 from workers.gang.turn import Turn
 from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, Profiled, StepEvent
@@ -86,6 +88,7 @@ class Gang:
         self._whole.set()
         self._running: GenerationRequest | None = None  # the latest, of an elastic gang
         self._elastic: Elastic | None = None  # also if the gang is not
+        self._spares = SpareRanks()
         self._costs = CostModel()
         self._movement = Movement()
         self._tracing = Tracing()
@@ -228,6 +231,7 @@ class Gang:
             "request_id": self._running.request_id if self._running else "",
             "requests": self._elastic.standing if self._elastic else [],
             "changes": self._elastic.changes if self._elastic else {},
+            "spare_ranks": self._spares.ready,
             "change_s": round(self._elastic.change_s, 4) if self._elastic else 0.0,
             **self._progress()._asdict(),
             "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
@@ -355,7 +359,10 @@ class Gang:
         model = setup.model.model_copy(
             update={"loras": setup.adapters.start_over(), "self_test": setup.model.self_test and not tested}
         )
-        ranks = await RankGroup.start(model, setup.storage, name, number, self._on_lost)
+        processes = await self._spares.take() or create(model, setup.storage, name)
+        ranks = await RankGroup.start(model, processes, number, self._on_lost)
+        if model.spare_ranks:
+            self._spares.refill(model, setup.storage, name)
         current = self._started  # a `reconfigure` may have come while they started
         current.metrics.started(ranks.phases)
         ranks.serve_metrics(**current.metrics_at)

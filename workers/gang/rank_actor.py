@@ -42,20 +42,20 @@ Report = TypeVar("Report")
 class RankActor:
     """One rank of a gang, in a process of its own. Arguments and methods are those of `workers.gang.rank.Rank`.
 
-    It learns its number only when all processes are there, because that depends on their devices.
+    It learns its number only when all processes are there, because that depends on their devices; a spare one learns
+    it when it is needed.
 
     Args:
-        model: see `Rank`.
+        model: see `Rank`. What `take_number` says of it counts.
         storage: where each node keeps files.
-        replica: see `Rank`.
     """
 
-    def __init__(self, model: ModelSpec, storage: Storage, replica: str) -> None:
+    def __init__(self, model: ModelSpec, storage: Storage) -> None:
         self._exporter = Exporter(share_values())
-        self._model, self._storage, self._replica = model, storage, replica
+        self._model, self._storage = model, storage
         self._place = own_place()
+        self._number, self._replica = -1, ""  # until `take_number`
         self._address = ""  # where other ranks reach this process; from `prepare` on
-        self._number = -1  # until `take_number`
         self._made: Rank | None = None  # until `prepare`, which takes seconds; `status` answers before
 
     @ray.method(concurrency_group="control")
@@ -63,10 +63,14 @@ class RankActor:
         """Where it runs. The first call."""
         return self._place
 
+    def import_libraries(self, elastic: bool) -> None:
+        """Do what takes longest in `prepare`, ahead of it. Of a spare process, the only call until it is needed."""
+        import_rank(elastic)
+
     @ray.method(concurrency_group="control")
-    def take_number(self, rank: int) -> RankStatus:
-        """Be this rank. The second call."""
-        self._number = rank
+    def take_number(self, rank: int, model: ModelSpec, replica: str) -> RankStatus:
+        """Be this rank of a gang of this model; see `Rank`. The second call."""
+        self._number, self._model, self._replica = rank, model, replica
         return self._starting()
 
     def prepare(self) -> None:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Self
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from deploy.spec import LoRA, ModelSpec, Storage
+from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.answers import Answers
-from workers.gang.rank_processes import assemble, create, kill_all
+from workers.gang.rank_processes import assemble, kill_all
 from workers.gang.watch import Watch
 from workers.messages import (
     Answer,
@@ -76,14 +76,13 @@ class RankGroup:
 
     @classmethod
     async def start(
-        cls, model: ModelSpec, storage: Storage, name: str, replica: str, on_lost: Callable[[Loss], None]
+        cls, model: ModelSpec, processes: Sequence[Any], replica: str, on_lost: Callable[[Loss], None]
     ) -> Self:
-        """Start the ranks, let them meet and load, and begin to watch them.
+        """Let processes meet, load the model and be its ranks, and begin to watch them.
 
         Args:
             model: what the ranks load.
-            storage: where each node keeps files.
-            name: prefix of the ranks' actor names, unique in the cluster.
+            processes: one in each bundle, from `workers.gang.rank_processes.create`.
             replica: the gang's number among those of its model, for metrics.
             on_lost: called once with the kind of loss, when the ranks are lost; not if they do not start.
 
@@ -91,10 +90,9 @@ class RankGroup:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        processes = create(model, storage, name, replica)
         limit = model.timeouts.startup_s
         try:
-            ranks, statuses = await asyncio.wait_for(assemble(processes, model), limit)
+            ranks, statuses = await asyncio.wait_for(assemble(processes, model, replica), limit)
         except TimeoutError:
             raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
         except RayTaskError as error:

@@ -28,32 +28,49 @@ FIRST_WORD_S = 60.0
 """A process that has said nothing for so long hangs: its pid is not known yet, so nobody can look at what it does. It
 takes a second on a quiet machine, tens of seconds on a very busy one."""
 
+SPARE_GPU = 0.1
+"""What a spare process holds of its rank's GPU in Ray's books. It does not touch the device."""
 
-def create(model: ModelSpec, storage: Storage, name: str, replica: str) -> list[Any]:
-    """Create one actor in each bundle of this replica's placement group, in the order of the bundles."""
+
+def create(model: ModelSpec, storage: Storage, name: str, spare: bool = False) -> list[Any]:
+    """Create one actor in each bundle of this replica's placement group, in the order of the bundles.
+
+    Args:
+        model: what they will load.
+        storage: where each node keeps files.
+        name: prefix of their names, unique in the cluster.
+        spare: they take the places of the bundles' ranks when those are lost. They hold no CPU cores, and of the same
+            GPU only a share, so that Ray tells them which one it is.
+    """
     group = get_current_placement_group()
     assert group is not None, "a gang runs in the placement group of its Serve replica"
     resources, variables = bundle(model), environment(model)
+    gpus = resources.get("GPU", 0) * ((SPARE_GPU if spare else 1 - SPARE_GPU) if model.spare_ranks else 1)
     return [
         RankActor.options(  # type: ignore[attr-defined]
-            name=f"{name}-bundle{index}",
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
+            name=f"{name}-{'spare' if spare else 'bundle'}{index}",
+            num_cpus=0 if spare else resources["CPU"],
+            num_gpus=gpus,
             runtime_env={"env_vars": variables} if variables else None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        ).remote(model, storage, replica)
+        ).remote(model, storage)
         for index in range(model.parallel.world_size)
     ]
 
 
-async def assemble(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any], list[RankStatus]]:
+async def assemble(processes: Sequence[Any], model: ModelSpec, replica: str) -> tuple[list[Any], list[RankStatus]]:
     """Number the processes and bring them together; if one of them hangs, kill all. Returns them in rank order.
+
+    Args:
+        processes: from `create`.
+        model: what they load.
+        replica: the gang's number among those of its model, for metrics.
 
     Raises:
         GangLost: one was stopped, died or hung. What else a rank raises goes on to the caller.
     """
     try:
-        ranks, statuses = await asyncio.wait_for(_number(processes), FIRST_WORD_S)
+        ranks, statuses = await asyncio.wait_for(_number(processes, model, replica), FIRST_WORD_S)
     except TimeoutError:
         for process in processes:
             ray.kill(process)
@@ -73,11 +90,12 @@ async def assemble(processes: Sequence[Any], model: ModelSpec) -> tuple[list[Any
         watch.cancel()
 
 
-async def _number(processes: Sequence[Any]) -> tuple[list[Any], list[RankStatus]]:
+async def _number(processes: Sequence[Any], model: ModelSpec, replica: str) -> tuple[list[Any], list[RankStatus]]:
     """The processes in rank order, and what each says first."""
     places = await asyncio.gather(*(process.place.remote() for process in processes))
     ranks = [processes[index] for index in by_device(places)]
-    return ranks, list(await asyncio.gather(*(rank.take_number.remote(i) for i, rank in enumerate(ranks))))
+    told = (rank.take_number.remote(number, model, replica) for number, rank in enumerate(ranks))
+    return ranks, list(await asyncio.gather(*told))
 
 
 async def _bring_together(ranks: Sequence[Any]) -> list[RankStatus]:
