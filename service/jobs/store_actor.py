@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -37,6 +38,10 @@ logger = logging.getLogger("ray.serve")
 ANSWER_S = 20.0
 """For one call of the actor. It may have to start first, also again: then it is told once more. What callers tell the
 store may be told twice, and a claim whose answer is lost lapses."""
+
+LOOK_S = 5.0
+"""Between two looks for an actor that another gateway may have started: each asks Ray's control store. That gateway
+runs the first jobs meanwhile."""
 
 PAUSE_S = 0.3
 """Between two tries while the actor starts again."""
@@ -76,6 +81,7 @@ class Jobs:
         self._url_env: str | None = None
         self._keep_s = 3600.0
         self._actor: Any = None
+        self._looked_at = -LOOK_S
         self._own: JobStore | None = None  # PostgreSQL; without a cluster, SQLite too
         begin_at_zero()
 
@@ -124,6 +130,9 @@ class Jobs:
             return True
         if not ray.is_initialized():
             return self._own is not None
+        if time.monotonic() - self._looked_at < LOOK_S:
+            return False
+        self._looked_at = time.monotonic()
         try:
             self._actor = await asyncio.to_thread(ray.get_actor, self._actor_name(), NAMESPACE)
         except (ValueError, RayError):

@@ -66,9 +66,11 @@ def test_nothing_starts_before_the_first_job_unless_there_may_be_old_ones(
 
     async def story() -> None:
         first, second = gateway(None), gateway(None)
-        assert not await first.in_use()
+        assert not await first.in_use() and not await second.in_use()
         await first.ask(JobStore.submit, new_job())
         assert await first.in_use()
+        assert not await second.in_use()  # it has just looked
+        monkeypatch.setattr("service.jobs.store_actor.LOOK_S", 0.0)
         assert await second.in_use()  # hears of it
         assert await gateway(tmp_path / "of last week").in_use()
 
