@@ -132,7 +132,7 @@ class Backend(Protocol):
         """The body of `GET /v1/cluster`."""
 
 
-def get_backend(http: Request) -> Backend:
+async def get_backend(http: Request) -> Backend:
     """The backend that `service.api.rest.rest_app` was given."""
     backend: Backend = http.app.state.backend
     return backend
