@@ -33,8 +33,14 @@ test: $(READY) lint
 fault: $(READY)
 	$(PYTEST) -m fault -s
 
+# The tests, then FAULTS faults at jobs of a live cluster, planned by SEED. With FAULTS= the faults alone; they go on where
+# they were interrupted. ON=postgres keeps the jobs in PostgreSQL.
+FAULTS ?= 100
+SEED ?= 0
+ON ?= sqlite
 soak: $(READY)
-	$(PYTEST) -m soak -s
+	$(if $(filter file,$(origin FAULTS)),$(PYTEST) -m soak -s &&) cd $(ROOT) && $(BIN)/python -m tests.benchmarks.job_faults \
+	  --faults $(FAULTS) --seed $(SEED) --store $(ON)
 
 # On a GPU; FAKE=1 tries it on the CPU. PART=checks|kernels|steps|serve; without, all. ONLY= is the name of a model of
 # steps. RESULTS= is a folder for the tables.

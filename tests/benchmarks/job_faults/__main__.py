@@ -1,0 +1,162 @@
+"""Strike a cluster at work again and again, and see that every accepted job ends once.
+
+    python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...]
+
+Four callers submit jobs all the time, with idempotency keys and retries. In each round every kind of fault comes once,
+in an order that the seed decides. A fault is over when another job has ended, and with it all jobs that it has met;
+the seconds are counted from the fault, or from the end of what holds for a while.
+
+`faults.jsonl` in the folder gets a line for each fault and each run, `jobs.jsonl` one for each job that is accepted or
+ends. A command that was interrupted goes on where it was with the same arguments, and with the jobs that it has left.
+The exit code is 1 if a job was lost, published twice or failed for another reason than too many faults of its own, if a
+picture differs from the one that is drawn at leisure, or if a fault was not noticed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs.store import JobStore
+from service.jobs.store_actor import FILE
+from tests.benchmarks.job_faults.callers import Callers
+from tests.benchmarks.job_faults.cluster import ROOT, Cluster, wait
+from tests.benchmarks.job_faults.disk import Disk, enter_namespace
+from tests.benchmarks.job_faults.ledger import Ledger, read_lines
+from tests.benchmarks.job_faults.report import report
+from tests.benchmarks.job_faults.strikes import STRIKES, NotNoticed, Scene, plan
+from tests.benchmarks.job_faults.verdict import compare_pictures, judge
+from tests.support.postgres import Postgres, running_postgres
+
+CALLERS = 4
+ONLY_SQLITE = ("store", "store stopped")
+ONLY_POSTGRES = ("database",)
+
+
+def main() -> None:
+    """Strike as often as asked for, less what earlier runs have done, and print the report of all runs."""
+    given = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped
+    folder = given.folder or ROOT / ".soak" / f"{given.store}-{given.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    own_disk = enter_namespace()
+    kinds = _kinds(given, own_disk)
+    lines = folder / "faults.jsonl"
+    done = sum("kind" in line for line in read_lines(lines))
+    sound = True
+    if done < given.faults:
+        planned = list(enumerate(plan(given.seed, kinds, given.faults)))[done:]
+        with _postgres(given.store) as postgres:
+            sound = Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, planned)
+    print(report(read_lines(lines)))
+    sys.exit(not sound or any(line.get("trouble") for line in read_lines(lines)))
+
+
+class Run:
+    """One run of the command on its folder.
+
+    Args:
+        folder: of the cluster, with what earlier runs have left.
+        lines: the file of JSON lines.
+        postgres: that keeps jobs; None: SQLite does.
+        own_disk: outputs get a disk of their own.
+        patience_s: for every job, and for what follows a fault.
+    """
+
+    def __init__(self, folder: Path, lines: Path, postgres: Postgres | None, own_disk: bool, patience_s: float) -> None:
+        if postgres is not None:  # it was empty when it was started
+            (folder / "jobs.jsonl").unlink(missing_ok=True)
+        self._patience_s, self._postgres = patience_s, postgres
+        self._lines = lines.open("a")
+        self._cluster = Cluster(folder, two_nodes=True, jobs_url=postgres.url if postgres else None)
+        self._disk = Disk(self._cluster.outputs) if own_disk else None
+        self._ledger = Ledger(folder / "jobs.jsonl")
+        self._callers = Callers(lambda: self._cluster.url, self._ledger, self._cluster.models, patience_s)
+
+    def strike(self, seed: int, planned: list[tuple[int, str]]) -> bool:
+        """Strike by plan, then judge; False: something went wrong."""
+        try:
+            self._cluster.start()
+            self._callers.begin(CALLERS)
+            for number, kind in planned:
+                scene = Scene(
+                    self._cluster, self._callers, random.Random(f"{seed}/{number}"), self._disk, self._postgres
+                )
+                self._write({"fault": number, "kind": kind, "at": time.time()} | self._one(scene, kind))
+            self._callers.end()
+            compared = compare_pictures(self._ledger, self._callers)
+        finally:
+            self._callers.abandon()
+            self._cluster.stop()
+        store = JobStore(
+            open_postgres(self._postgres.url) if self._postgres else open_sqlite(self._cluster.store / FILE), 3600.0
+        )
+        verdict = judge(self._ledger, store, self._callers.refused, compared)
+        store.close()
+        self._write(dataclasses.asdict(verdict))
+        return verdict.sound
+
+    def _one(self, scene: Scene, kind: str) -> dict[str, Any]:
+        """Strike once; what was seen."""
+        self._cluster.check()
+        try:
+            facts = STRIKES[kind](scene)
+        except NotNoticed as error:
+            facts = {"trouble": f"not noticed: {error}"}
+        if scene.probe is None:
+            return facts
+        facts["served_s"] = round(scene.probe.result(), 1)
+        wait(self._patience_s, lambda: not any(job.open for job in scene.met))
+        facts["settled_s"] = round(time.monotonic() - scene.struck_at, 1)
+        if facts["served_s"] > self._patience_s:
+            facts["trouble"] = facts.get("trouble", "") + "nothing was served again"
+        return facts
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        print(json.dumps(line), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Strike a cluster again and again: no accepted job may be lost.")
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--kinds", nargs="+", choices=STRIKES, default=list(STRIKES))
+    parser.add_argument("--patience", type=float, default=5.0, help="minutes within which every job must end")
+    parser.add_argument("--folder", type=Path, help="of what is kept between runs; default: .soak/STORE-SEED")
+    return parser.parse_args()
+
+
+def _kinds(given: argparse.Namespace, own_disk: bool) -> list[str]:
+    """The kinds of faults that there can be here."""
+    without = set(ONLY_POSTGRES if given.store == "sqlite" else ONLY_SQLITE)
+    if not own_disk:
+        without.add("outputs full")
+        print("outputs full is left out: this user may not mount a disk in a namespace", flush=True)
+    kinds = [kind for kind in given.kinds if kind not in without]
+    if not kinds:
+        raise SystemExit(f"none of {', '.join(given.kinds)} can happen here; leave --kinds out")
+    return kinds
+
+
+@contextlib.contextmanager
+def _postgres(store: str) -> Iterator[Postgres | None]:
+    if store == "sqlite":
+        yield None
+        return
+    with running_postgres(durable=True) as server:
+        yield server
+
+
+if __name__ == "__main__":
+    main()
