@@ -142,7 +142,9 @@ class Gateway(GrpcMethods):
         self.jobs = Jobs()
         self.webhooks = Webhooks(self.jobs)
         self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
-        self.runner = Runner(self.jobs, self.outputs, _own_name(), self._run_for, self._room, self._backlog)
+        self.runner = Runner(
+            self.jobs, self.outputs, _own_name(), self._run_for, self._room, self.models, self._backlog
+        )
         self._keyring = ring = Keyring()
         self._key_use = SharedUse(_short_name(), lambda: ring.limited, ring.used, ring.hear, shared_turns.start_keeper)
         self._models: dict[str, ModelSpec] = {}

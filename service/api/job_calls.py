@@ -4,6 +4,7 @@ Every gateway knows every job. A caller sees its own; with the scope `admin`, or
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ async def submit(
 
     Raises:
         InvalidParameter: the URL may not be called.
-        IdempotencyKeyReused: the key came with another request.
+        IdempotencyKeyReused: the key came with another request, or another URL.
         DeadlineExceeded: it would end too late, and is new.
         OSError: its outputs could not be kept.
         Exception: what `Backend.charge` raises.
@@ -92,7 +93,7 @@ async def submit(
         check_key(key)
     if webhook_url is not None:
         backend.webhooks.check(webhook_url)
-    known_as = fingerprint(backend.caller(), request)
+    known_as = _known_as(backend.caller(), request, webhook_url)
     request = replace(request, traceparent=callers_trace())
     new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from, webhook_url)
     try:
@@ -230,6 +231,15 @@ async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> Asyn
             await asyncio.sleep(LOOK_S)
     finally:
         _watchers -= 1
+
+
+def _known_as(caller: str, request: GenerationRequest, webhook_url: str | None) -> str:
+    """By what a key is known to bring the same job again: of two URLs, one would never be called.
+
+    A job without a URL is known as before there were any.
+    """
+    known_as = fingerprint(caller, request)
+    return known_as if webhook_url is None else hashlib.sha256(f"{known_as}\n{webhook_url}".encode()).hexdigest()
 
 
 class Pace:

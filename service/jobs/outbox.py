@@ -6,8 +6,10 @@ no more than which job has ended and how: its prompt is not kept longer than the
 
 import json
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
+import httpx
 import sqlalchemy as sa
 
 from service.jobs.records import Delivery
@@ -23,19 +25,38 @@ def add(connection: sa.Connection, job: Row, now: float) -> None:
     at = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     body = json.dumps({"type": f"job.{job['state']}", "timestamp": at, "data": {"object": "job", **told}})
     row = {"id": f"msg_{secrets.token_hex(16)}", "job_id": job["id"], "url": job["webhook_url"], "body": body}
+    row |= {"host": host_of(job["webhook_url"])}
     connection.execute(sa.insert(webhooks).values(**row, created_at=now, not_before=now, attempt=0))
 
 
-def due(connection: sa.Connection, most: int, now: float, lease_s: float) -> list[Delivery]:
+def host_of(url: str) -> str:
+    """The host of a URL, in lower case, as `gateway.webhook_hosts` has it; empty: the URL is none."""
+    try:
+        return httpx.URL(url).raw_host.decode()
+    except httpx.InvalidURL:
+        return ""
+
+
+def due(connection: sa.Connection, most: int, now: float, lease_s: float, room: Mapping[str, int]) -> list[Delivery]:
     """See `JobStore.due_webhooks`."""
-    query = sa.select(webhooks.c.id).where(webhooks.c.not_before <= now).order_by(webhooks.c.not_before).limit(most)
-    ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+    ids: list[str] = []
+    for host, few in room.items():
+        ids += _due_ids(connection, now, min(few, most - len(ids)), webhooks.c.host == host)
+    ids += _due_ids(connection, now, most - len(ids), webhooks.c.host.not_in(room))
     if not ids:
         return []
     change = sa.update(webhooks).where(webhooks.c.id.in_(ids))
     change = change.values(not_before=now + lease_s, attempt=webhooks.c.attempt + 1)
     columns = (webhooks.c.id, webhooks.c.job_id, webhooks.c.url, webhooks.c.body, webhooks.c.attempt)
     return [Delivery(*row) for row in connection.execute(change.returning(*columns))]
+
+
+def _due_ids(connection: sa.Connection, now: float, most: int, which: sa.ColumnElement[bool]) -> list[str]:
+    """Of some webhooks those that have been due for the longest, locked."""
+    if most <= 0:
+        return []
+    query = sa.select(webhooks.c.id).where(which, webhooks.c.not_before <= now).order_by(webhooks.c.not_before)
+    return list(connection.execute(query.limit(most).with_for_update(skip_locked=True)).scalars())
 
 
 def sent(connection: sa.Connection, message_id: str) -> None:

@@ -33,6 +33,7 @@ ID = re.compile("job_[0-9a-f]{44}")
 QUARANTINED = "request_quarantined"
 DEADLINE = "deadline_exceeded"
 CANCELLED = "cancelled"
+UNSERVED = "model_not_found"
 
 
 class LeaseLost(Exception):

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
@@ -26,6 +26,7 @@ from workers.errors import (
     GangLost,
     InvalidParameter,
     JobsUnavailable,
+    ModelNotFound,
     ModelUnavailable,
     OutputsFull,
     OutputsUnavailable,
@@ -62,8 +63,13 @@ WRITES = 5
 NOT_NOW = (OSError, OutputsFull, OutputsUnavailable)
 """What may pass."""
 
-NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown)
-"""Of no account for a job: it waits longer."""
+UNSERVED_S = 900.0
+"""How long jobs wait for a model that the deployment does not have. Not at once: an operator who has left a model out
+by mistake puts it back within minutes, and wants what was accepted to be drawn then. Not for ever: whoever polls a job,
+or waits for its webhook, has to hear that nobody will draw it."""
+
+NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
+"""Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
 
 
 class NotWritten(Exception):
@@ -82,6 +88,7 @@ class Runner:
         name: of this gateway, for the record.
         generate: runs a request of an owner.
         room: by model, how many jobs may run in the whole deployment now.
+        models: of the deployment; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
     """
 
@@ -92,10 +99,12 @@ class Runner:
         name: str,
         generate: Generate,
         room: Callable[[], Mapping[str, int]],
+        models: Callable[[], Collection[str]],
         backlog: JobBacklog,
     ) -> None:
         self._jobs, self._outputs, self._name = jobs, outputs, name
-        self._generate, self._room, self._backlog = generate, room, backlog
+        self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
+        self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._observed = ObservedJobs()
         self._wake = asyncio.Event()
@@ -147,10 +156,13 @@ class Runner:
                 logger.exception("jobs cannot be claimed")
 
     async def _claim(self) -> None:
-        if time.monotonic() - self._swept_at >= SWEEP_S:
+        sweeps = time.monotonic() - self._swept_at >= SWEEP_S
+        if sweeps:
             self._swept_at = time.monotonic()
             await self._jobs.ask(JobStore.sweep)
         counts = await self._jobs.ask(JobStore.counts)
+        if sweeps:
+            await self._end_unserved(counts)
         self._observed.tell(counts, self._room())
         room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
         room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
@@ -158,6 +170,15 @@ class Runner:
         for job in claimed:
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
         await self._backlog.tell(_without(counts, claimed))
+
+    async def _end_unserved(self, counts: Mapping[str, Counts]) -> None:
+        """End jobs of models that are gone for `UNSERVED_S`."""
+        now, models = time.monotonic(), self._models()
+        gone = [model for model, found in counts.items() if found.queued and model not in models]
+        self._unserved = {model: self._unserved.get(model, now) for model in gone}
+        for model, since in self._unserved.items():
+            if now - since >= UNSERVED_S and (ended := await self._jobs.ask(JobStore.end_unserved, model, UNSERVED_S)):
+                logger.warning("%d jobs have failed: the deployment has no model %r anymore", ended, model)
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""

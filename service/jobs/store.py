@@ -8,6 +8,7 @@ changes, it changes under its fence: a job that was cancelled, deleted or given 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,7 +37,7 @@ from service.jobs.records import (
     State,
 )
 from service.jobs.tables import Row, jobs, to_job, to_row
-from service.jobs.transitions import change, end, note, queue_again
+from service.jobs.transitions import accepted, change, end, end_unserved, note, queue_again
 
 
 class JobStore:
@@ -71,7 +72,7 @@ class JobStore:
         with self._database.transaction() as (connection, now):
             found = queries.same(connection, new)
             if found is None:
-                job = _accepted(new, now)
+                job = accepted(new, now)
                 try:
                     with connection.begin_nested():
                         row = to_row(job, now + HEAD_START_S[new.priority])
@@ -303,15 +304,31 @@ class JobStore:
             self._database.settle(connection, now, self.keep_s)
             connection.execute(sa.delete(jobs).where(jobs.c.expires_at <= now))
 
-    def due_webhooks(self, most: int, lease_s: float) -> list[Delivery]:
+    def end_unserved(self, model: str, after_s: float) -> int:
+        """End jobs that have waited for so long for a model that the caller's deployment does not have.
+
+        Args:
+            model: its name.
+            after_s: seconds for which each of them has waited at least. Nothing ends if a job of the model runs, or
+                was begun since: another cluster has it then.
+
+        Returns:
+            How many have ended. There may be more.
+        """
+        with self._database.transaction() as (connection, now):
+            return end_unserved(connection, model, now, self.keep_s, after_s)
+
+    def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
         """Take webhooks to send them; each counts as an attempt from now on.
 
         Args:
             most: at most so many.
             lease_s: seconds after which somebody else takes them, if nothing was said of them.
+            room: by host, at most so many of its own; hosts that are absent have no such limit. The first ones come
+                first.
         """
         with self._database.transaction() as (connection, now):
-            return outbox.due(connection, most, now, lease_s)
+            return outbox.due(connection, most, now, lease_s, room)
 
     def webhook_sent(self, message_id: str) -> None:
         """A webhook has arrived; it is forgotten."""
@@ -345,22 +362,3 @@ class JobStore:
             if row is None:
                 raise LeaseLost(job_id)
             yield connection, row, now
-
-
-def _accepted(new: NewJob, now: float) -> Job:
-    """The record of a new job."""
-    return Job(
-        id=new.id,
-        kind=new.kind,
-        model=new.model,
-        owner=new.owner,
-        request=new.request,
-        work=new.work,
-        priority=new.priority,
-        state="queued",
-        created_at=now,
-        deadline_at=None if new.deadline_s is None else now + new.deadline_s,
-        idempotency_key=new.idempotency_key,
-        fingerprint=new.fingerprint,
-        webhook_url=new.webhook_url,
-    )

@@ -83,7 +83,9 @@ webhooks = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("not_before", sa.Double, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("host", sa.String, nullable=False, server_default=""),
     sa.Index("webhooks_due", "not_before"),
+    sa.Index("webhooks_of_host", "host", "not_before"),
 )
 
 

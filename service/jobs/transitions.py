@@ -9,11 +9,30 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.jobs import outbox
-from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, Job, JobError, State
+from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, UNSERVED, Job, JobError, NewJob, State
 from service.jobs.tables import Row, events, jobs, to_job
 
 SETTLED_AT_ONCE = 100
 """Jobs that one transaction settles, so that none is long."""
+
+
+def accepted(new: NewJob, now: float) -> Job:
+    """The record of a new job."""
+    return Job(
+        id=new.id,
+        kind=new.kind,
+        model=new.model,
+        owner=new.owner,
+        request=new.request,
+        work=new.work,
+        priority=new.priority,
+        state="queued",
+        created_at=now,
+        deadline_at=None if new.deadline_s is None else now + new.deadline_s,
+        idempotency_key=new.idempotency_key,
+        fingerprint=new.fingerprint,
+        webhook_url=new.webhook_url,
+    )
 
 
 def change(connection: sa.Connection, row: Row, now: float, reason: str = "", **values: Any) -> Job:
@@ -83,3 +102,25 @@ def _settle(connection: sa.Connection, row: Row, now: float, keep_s: float) -> N
         end(connection, row, now, keep_s, "failed", JobError(QUARANTINED, said))
     else:
         queue_again(connection, row, now, "its runner was not heard of anymore")
+
+
+def end_unserved(connection: sa.Connection, model: str, now: float, keep_s: float, after_s: float) -> int:
+    """End jobs that have waited for a model for so many seconds, unless one of its jobs runs or was begun since.
+
+    Where several clusters share the database, one of them may serve a model that the others do not have. As long as
+    jobs of it wait, that cluster begins one after the other.
+
+    Returns:
+        How many. If it is `SETTLED_AT_ONCE`, there may be more.
+    """
+    of_model = jobs.c.model == model
+    begun = sa.or_(jobs.c.state == "running", jobs.c.started_at > now - after_s)
+    if connection.execute(sa.select(jobs.c.id).where(of_model, begun).limit(1)).first() is not None:
+        return 0
+    waits = of_model, jobs.c.state == "queued", jobs.c.created_at <= now - after_s
+    query = sa.select(jobs).where(*waits).limit(SETTLED_AT_ONCE).with_for_update(skip_locked=True)
+    rows = connection.execute(query).mappings().all()
+    said = f"the deployment has no model {model!r} anymore, and had none for {after_s / 60:g} minutes"
+    for row in rows:
+        end(connection, row, now, keep_s, "failed", JobError(UNSERVED, said, "model"))
+    return len(rows)

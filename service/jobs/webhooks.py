@@ -14,6 +14,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
@@ -22,6 +23,7 @@ import httpx
 from standardwebhooks import Webhook
 
 from deploy.spec import SpecError, is_loopback
+from service.jobs.outbox import host_of
 from service.jobs.records import Delivery
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
@@ -49,6 +51,10 @@ ANSWER_S = 20.0
 AT_ONCE = 32
 """Attempts of one gateway at the same time."""
 
+AT_ONCE_PER_HOST = 8
+"""Of these to one host, so that one which is slow leaves room for the others; and so that none is flooded when many
+jobs end together."""
+
 AGAIN_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0, 14_400.0)
 """Before the second attempt, the third, and so on; the last one holds for all others. Each is up to a tenth longer."""
 
@@ -69,7 +75,7 @@ class Webhooks:
         self._jobs = jobs
         self._hosts: frozenset[str] = frozenset()
         self._keys: tuple[Webhook, ...] = ()
-        self._sending: dict[str, asyncio.Task[None]] = {}
+        self._sending: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
         self._following: asyncio.Task[None] | None = None
 
     def follow(self, hosts: Sequence[str], key_env: str | None) -> None:
@@ -110,11 +116,17 @@ class Webhooks:
             await asyncio.sleep(PERIOD_S)
 
     async def _send_due(self) -> None:
-        room = AT_ONCE - len(self._sending)
-        for delivery in await self._jobs.ask(JobStore.due_webhooks, room, LEASE_S) if room else ():
+        most, room = AT_ONCE - len(self._sending), self._room()
+        for delivery in await self._jobs.ask(JobStore.due_webhooks, most, LEASE_S, room) if most else ():
             task = asyncio.get_running_loop().create_task(self._send(delivery))
-            self._sending[delivery.id] = task
+            self._sending[delivery.id] = delivery, task
             task.add_done_callback(lambda _, sent=delivery.id: self._sending.pop(sent, None))  # type: ignore[misc]
+
+    def _room(self) -> dict[str, int]:
+        """By host, how many more may be called now; in another order each time, so that no host is always the last."""
+        busy = Counter(host_of(delivery.url) for delivery, _ in self._sending.values())
+        hosts = random.sample(sorted(self._hosts), len(self._hosts))
+        return {host: max(0, AT_ONCE_PER_HOST - busy[host]) for host in hosts}
 
     async def _send(self, delivery: Delivery) -> None:
         """One attempt. If the store is away afterwards, the lease ends, and the receiver hears once more."""

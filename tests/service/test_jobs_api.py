@@ -129,6 +129,17 @@ def test_the_same_key_is_the_same_job(client: httpx.Client) -> None:
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
 
 
+def test_the_same_key_with_another_webhook_is_another_request(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_backend.webhooks, "check", lambda url: None)
+    body, key = {"model": "one", "prompt": "a"}, ASYNC | {"idempotency-key": "k"}
+    hooks = {"webhook_url": "https://a.example/"}, {"webhook_url": "https://b.example/"}
+    answers = [client.post("/images/generations", json=body | hook, headers=key) for hook in (*hooks, {}, hooks[0])]
+    assert [answer.status_code for answer in answers] == [202, 422, 422, 202]
+    assert answers[0].json()["id"] == answers[-1].json()["id"]
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_unless_the_job_is_there(client: httpx.Client) -> None:
     body, key = BODY | {"prompt": "late"}, ASYNC | {"idempotency-key": "k"}
     accepted = client.post("/images/generations", json=body, headers=key).json()

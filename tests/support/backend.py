@@ -50,7 +50,13 @@ class FakeBackend:
         self.webhooks = Webhooks(self.jobs)
         backlog = JobBacklog(dict)
         self.runner = Runner(
-            self.jobs, self.outputs, "test", lambda owner, request: self.generate(request), self.room, backlog
+            self.jobs,
+            self.outputs,
+            "test",
+            lambda owner, request: self.generate(request),
+            self.room,
+            self.models,
+            backlog,
         )
         self.key: str | None = None
         self.closed = False

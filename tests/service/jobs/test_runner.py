@@ -19,7 +19,7 @@ from service.jobs.store_actor import Jobs
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
-from workers.errors import GangLost, JobsUnavailable, ModelUnavailable, QueueFull, RequestFailed
+from workers.errors import GangLost, JobsUnavailable, ModelNotFound, ModelUnavailable, QueueFull, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 REQUEST = GenerationRequest(
@@ -40,8 +40,14 @@ class World:
         self.asked: list[tuple[str, GenerationRequest]] = []
         self.script = script
         self.room = {"film": 1}
+        self.models = {"film"}
         self.backlog = JobBacklog(dict)
-        self.runner = Runner(self.jobs, self.outputs, "gateway-1", self._generate, lambda: self.room, self.backlog)
+        self.runner = self.another("gateway-1")
+
+    def another(self, name: str) -> Runner:
+        """One of another gateway."""
+        known = (lambda: self.room), (lambda: self.models)
+        return Runner(self.jobs, self.outputs, name, self._generate, *known, self.backlog)
 
     async def submit(self, request: GenerationRequest = REQUEST, owner: str = "ann", **given: Any) -> Job:
         job, _ = await self.jobs.ask(JobStore.submit, new_job(request, owner, **given))
@@ -174,8 +180,7 @@ def test_a_gateway_that_stops_gives_its_jobs_back_and_takes_no_more(tmp_path: Pa
         assert (await world.jobs.ask(JobStore.get, late.id, None)).state == "queued"
         assert begun == 2
         world.script = draws
-        another = Runner(world.jobs, world.outputs, "gateway-2", world._generate, lambda: world.room, world.backlog)
-        another.wake()
+        world.another("gateway-2").wake()
         done = [await world.ended(job) for job in (*jobs, late)]
         assert [(job.state, job.attempt, job.runner) for job in done] == [("succeeded", 1, "gateway-2")] * 3
 
@@ -213,6 +218,7 @@ def failing(*errors: Exception) -> Script:
     ("errors", "state", "code", "attempts"),
     [
         ([QueueFull("full")] * 5, "succeeded", None, 1),
+        ([ModelNotFound("removed")] * 5, "succeeded", None, 1),
         ([ModelUnavailable("asleep")] * 2, "succeeded", None, 3),
         ([ModelUnavailable("asleep")] * 3, "failed", "model_unavailable", 3),
         ([RequestFailed("rank 1: MemoryError")], "failed", "generation_failed", 1),
@@ -313,6 +319,36 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_taken_over(tmp_path: Path, monke
         done = await world.ended(job)
         assert (done.state, done.attempt, done.runner) == ("succeeded", 2, "gateway-1")
         assert world.asked[0][1].seed == request_of(taken).seed
+
+    live(tmp_path, draws, story)
+
+
+def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+    monkeypatch.setattr(module, "UNSERVED_S", 0.4)
+
+    async def story(world: World) -> None:
+        world.models, world.room = set(), {}
+        mistaken = await world.submit()
+        async with asyncio.timeout(20):
+            while not world.runner._unserved:
+                await asyncio.sleep(0.01)
+        world.models, world.room = {"film"}, {"film": 1}  # the operator has put it right
+        world.runner.wake()
+        assert (await world.ended(mistaken)).state == "succeeded"
+        world.models, world.room = set(), {}
+        started = (await world.ended(mistaken)).started_at or 0.0
+        gone = await world.submit()
+        async with asyncio.timeout(30):
+            while not (done := await world.jobs.ask(JobStore.get, gone.id, None)).ended:
+                world.runner.wake()
+                await asyncio.sleep(0.05)
+        assert (done.state, done.error and done.error.code) == ("failed", "model_not_found")
+        assert (done.ended_at or 0.0) - max(done.created_at, started) >= 0.4
+        assert done.error is not None
+        assert "no model 'film' anymore" in done.error.message
 
     live(tmp_path, draws, story)
 

@@ -321,6 +321,26 @@ def test_after_an_outage_leases_count_only_when_runners_could_renew(
     store.close()
 
 
+def test_jobs_of_a_model_that_nobody_has_end_but_not_where_another_cluster_runs_them(
+    store: JobStore, clock: Clock
+) -> None:
+    first, _ = store.submit(new_job())
+    (held,) = take(store)
+    waiting, _ = store.submit(new_job())
+    other, _ = store.submit(new_job("other"))
+    clock.now += 100
+    assert store.end_unserved("film", 60) == 0  # one of them runs
+    store.publish(first.id, held.fence, [FILM], {})
+    assert store.end_unserved("film", 101) == 0  # one was begun not long ago
+    late, _ = store.submit(new_job())
+    assert store.end_unserved("film", 60) == 1
+    ended = store.get(waiting.id, None)
+    assert (ended.state, ended.error and (ended.error.code, ended.error.param)) == (
+        "failed", ("model_not_found", "model"),
+    )  # fmt: skip
+    assert {store.get(job.id, None).state for job in (late, other)} == {"queued"}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_migrations_make_the_tables_that_the_code_uses(
     backend: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -330,7 +350,7 @@ def test_the_migrations_make_the_tables_that_the_code_uses(
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         engines._migrate(connection)  # once more changes nothing
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0002"]
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0003"]
     engine.dispose()
 
 

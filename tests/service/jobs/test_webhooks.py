@@ -168,6 +168,34 @@ def test_one_that_is_gone_hears_no_more(receiver: Receiver, tmp_path: Path) -> N
     assert left(jobs) == 0
 
 
+def test_a_slow_host_gets_some_calls_at_once_and_others_are_called_meanwhile(
+    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE_PER_HOST", 2)
+    for _ in range(4):
+        jobs = end_a_job(tmp_path, receiver.url)
+    end_a_job(tmp_path, receiver.url.replace("127.0.0.1", "localhost"))
+    receiver.answers.clear()
+
+    async def run() -> None:
+        hooks = Webhooks(jobs)
+        hooks.follow(HOSTS, "HOOKS")
+        async with asyncio.timeout(30):
+            while len(receiver.received) < 3:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # twenty looks
+            busy = sorted(headers["host"].split(":")[0] for headers, _ in receiver.received)
+            assert busy == ["127.0.0.1", "127.0.0.1", "localhost"]
+            receiver.answers.set()
+            while left(jobs) or hooks._sending:
+                await asyncio.sleep(0.01)
+        assert hooks._following is not None
+        hooks._following.cancel()
+
+    asyncio.run(run())
+    assert len(receiver.received) == 5
+
+
 def test_a_host_that_is_not_allowed_anymore_is_not_called(receiver: Receiver, tmp_path: Path) -> None:
     jobs, before = end_a_job(tmp_path, receiver.url), outcomes()
     sending(jobs, lambda: outcomes() != before, hosts=("localhost",))
@@ -358,6 +386,23 @@ def test_a_lease_holds_back_others_until_it_ends(store: JobStore, clock: Clock) 
     store.webhook_sent(third.id)
     clock.now += KEEP_S
     assert store.due_webhooks(10, LEASE_S) == []
+
+
+def test_a_host_with_many_calls_leaves_room_for_others(store: JobStore, clock: Clock) -> None:
+    def told_of(host: str, count: int) -> None:
+        for _ in range(count):
+            clock.now += 1
+            job, _ = store.submit(new_job(webhook_url=f"https://{host}/"))
+            store.cancel(job.id, None)
+
+    told_of("SLOW.example.com:8443", 5)
+    told_of("quick.example.com", 1)
+    told_of("removed.example.com", 2)
+    taken = store.due_webhooks(10, LEASE_S, {"slow.example.com": 2, "quick.example.com": 2})
+    hosts = [delivery.url.split("/")[2] for delivery in taken]
+    assert sorted(hosts) == [*["SLOW.example.com:8443"] * 2, "quick.example.com", *["removed.example.com"] * 2]
+    assert store.due_webhooks(10, LEASE_S, {"slow.example.com": 0}) == []
+    assert len(store.due_webhooks(2, LEASE_S, {"slow.example.com": 3})) == 2
 
 
 def test_after_a_day_it_is_given_up(store: JobStore, clock: Clock) -> None:
