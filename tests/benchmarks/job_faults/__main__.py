@@ -33,7 +33,7 @@ from tests.benchmarks.job_faults.disk import Disk, enter_namespace
 from tests.benchmarks.job_faults.ledger import Ledger, read_lines
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.strikes import STRIKES, NotNoticed, Scene, plan
-from tests.benchmarks.job_faults.verdict import compare_pictures, judge
+from tests.benchmarks.job_faults.verdict import Verdict, compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
 CALLERS = 4
@@ -45,19 +45,20 @@ def main() -> None:
     """Strike as often as asked for, less what earlier runs have done, and print the report of all runs."""
     given = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped
-    folder = given.folder or ROOT / ".soak" / f"{given.store}-{given.seed}"
+    folder = given.folder.resolve() if given.folder else ROOT / ".soak" / f"{given.store}-{given.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     own_disk = enter_namespace()
     kinds = _kinds(given, own_disk)
     lines = folder / "faults.jsonl"
-    done = sum("kind" in line for line in read_lines(lines))
-    sound = True
-    if done < given.faults:
-        planned = list(enumerate(plan(given.seed, kinds, given.faults)))[done:]
+    before = read_lines(lines)
+    planned = list(enumerate(plan(given.seed, kinds, given.faults)))[sum("kind" in line for line in before) :]
+    if planned or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
-            sound = Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, planned)
-    print(report(read_lines(lines)))
-    sys.exit(not sound or any(line.get("trouble") for line in read_lines(lines)))
+            Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, planned)
+    after = read_lines(lines)
+    print(report(after))
+    unsound = [line for line in after if "accepted" in line and not Verdict(**line).sound]
+    sys.exit(bool(unsound) or any(line.get("trouble") for line in after))
 
 
 class Run:
@@ -81,8 +82,8 @@ class Run:
         self._ledger = Ledger(folder / "jobs.jsonl")
         self._callers = Callers(lambda: self._cluster.url, self._ledger, self._cluster.models, patience_s)
 
-    def strike(self, seed: int, planned: list[tuple[int, str]]) -> bool:
-        """Strike by plan, then judge; False: something went wrong."""
+    def strike(self, seed: int, planned: list[tuple[int, str]]) -> None:
+        """Strike by plan, then judge."""
         try:
             self._cluster.start()
             self._callers.begin(CALLERS)
@@ -102,7 +103,6 @@ class Run:
         verdict = judge(self._ledger, store, self._callers.refused, compared)
         store.close()
         self._write(dataclasses.asdict(verdict))
-        return verdict.sound
 
     def _one(self, scene: Scene, kind: str) -> dict[str, Any]:
         """Strike once; what was seen."""

@@ -123,11 +123,19 @@ class Callers:
             time.sleep(_pause_s(attempt, answer))
         raise AssertionError
 
-    def take_over(self, job_id: str, key: str, model: str, prompt: str, seed: int) -> None:
-        """Follow a job that somebody else has submitted by `post`."""
-        job = Accepted(job_id, key, model, prompt, seed)
-        self.ledger.write(job)
-        self._steady.append(self._pool.submit(self.follow, job))
+    def once(self, model: str) -> "Future[httpx.Response | None]":
+        """The answer to one submission without any retry. Should it be accepted, its job is followed."""
+        body = {"model": model, "prompt": f"one of {uuid.uuid4().hex}", "seed": 1, "num_inference_steps": self._steps}
+
+        def call() -> httpx.Response | None:
+            answer = self.post(body, key := uuid.uuid4().hex)
+            if answer is not None and answer.status_code == 202:
+                job = Accepted(answer.json()["id"], key, model, str(body["prompt"]), 1)
+                self.ledger.write(job)
+                self.follow(job)
+            return answer
+
+        return self._pool.submit(call)
 
     def post(self, body: dict[str, Any], key: str) -> httpx.Response | None:
         """One call that submits a job, without any retry; None: the connection did not hold."""

@@ -10,7 +10,6 @@ import random
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +28,9 @@ AT_WORK_S = 20.0
 
 BURST = 12
 """Submissions in the middle of which the store is killed."""
+
+STORE_STOPPED_S = (6.0, 36.0)
+"""Shorter and longer than a lease, and than a gateway waits for the store."""
 
 Facts = dict[str, Any]
 
@@ -72,6 +74,17 @@ class Scene:
             job.struck += 1
         return {"met": len(self.met), "met_running": sum(job.state == "running" for job in self.met)}
 
+    def one_of(self, process: str, node: str = "") -> tuple[int, set[int]]:
+        """One process of a kind, and all of them.
+
+        Raises:
+            NotNoticed: there is none.
+        """
+        found = wait(NOTICED_S, lambda: self.cluster.find(process, node))
+        if not found:
+            raise NotNoticed(f"there is no {process} to strike")
+        return self.rng.choice(sorted(found)), found
+
     def recover(self, model: str = NEAR) -> None:
         """The harm is done: submit the job whose end says that the cluster serves again."""
         self.struck_at, self.probe = time.monotonic(), self.callers.probe(model)
@@ -80,11 +93,8 @@ class Scene:
 def kill(scene: Scene, process: str, sign: signal.Signals = signal.SIGKILL) -> Facts:
     """Give one process of a kind a signal; another one must take its place."""
     scene.wait_at_work()
+    pid, before = scene.one_of(process)
     facts = scene.meet()
-    before = scene.cluster.find(process)
-    if not before:
-        raise NotNoticed(f"there is no {process}")
-    pid = scene.rng.choice(sorted(before))
     model = FAR if pid in scene.cluster.processes(FAR) and process in ("rank", "gang") else NEAR
     os.kill(pid, sign)
     scene.recover(model)
@@ -102,12 +112,9 @@ def kill_store(scene: Scene) -> Facts:
         if len(told) >= wanted:
             some.set()
 
-    before = scene.cluster.find("store")
-    if not before:
-        raise NotNoticed("there is no store")
+    pid, before = scene.one_of("store")
     calls = scene.callers.burst(BURST, accepted)
     some.wait(NOTICED_S)
-    (pid,) = before  # a folder of jobs belongs to one process
     facts = scene.meet()
     acknowledged = len(told)
     os.kill(pid, signal.SIGKILL)
@@ -124,22 +131,21 @@ def stop_rank(scene: Scene) -> Facts:
 def stop_store(scene: Scene) -> Facts:
     """Cut gateways and gangs off from the store: for a while, or until every lease has ended."""
     scene.wait_at_work()
+    pid, _ = scene.one_of("store")
     facts = scene.meet()
-    (pid,) = scene.cluster.find("store")
-    hold_s = scene.rng.choice((6.0, 36.0))
+    hold_s = scene.rng.choice(STORE_STOPPED_S)
     os.kill(pid, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        answer = _submit_once(scene)
-        felt_s = time.monotonic() - began
-        time.sleep(max(0.0, hold_s - felt_s))
+        asked = scene.callers.once(NEAR)
+        time.sleep(hold_s)
+        early = asked.result() if asked.done() else None
     finally:
         os.kill(pid, signal.SIGCONT)
     scene.recover()
-    refused = answer is not None and answer.status_code == 503
-    if answer is None or (not refused and felt_s < hold_s - 1):
-        raise NotNoticed(f"a submission was answered with {answer} after {felt_s:.1f} s")
-    return facts | {"pid": pid, "held_s": hold_s, "felt": f"{answer.status_code} after {felt_s:.1f} s"}
+    if early is not None and early.status_code != 503:
+        raise NotNoticed(f"a submission was answered with {early.status_code} meanwhile")
+    felt = "503" if early is not None else f"no answer for {hold_s:g} s"
+    return facts | {"pid": pid, "held_s": hold_s, "felt": felt}
 
 
 def fill_outputs(scene: Scene) -> Facts:
@@ -150,7 +156,7 @@ def fill_outputs(scene: Scene) -> Facts:
     hold_s = scene.rng.uniform(2.0, 5.0)
     scene.disk.fill()
     try:
-        answer = _submit_once(scene)
+        answer = scene.callers.once(NEAR).result()
         time.sleep(hold_s)
     finally:
         scene.disk.free()
@@ -168,7 +174,7 @@ def stop_database(scene: Scene) -> Facts:
     hold_s = scene.rng.uniform(3.0, 10.0)
     scene.postgres.stop()
     try:
-        answer = _submit_once(scene)
+        answer = scene.callers.once(NEAR).result()
         time.sleep(hold_s)
     finally:
         scene.postgres.start()
@@ -183,7 +189,7 @@ def lose_node(scene: Scene) -> Facts:
     scene.wait_at_work()
     facts = scene.meet()
     before = scene.cluster.processes(FAR)
-    (pid,) = scene.cluster.find("raylet", FAR)
+    pid, _ = scene.one_of("raylet", FAR)
     os.kill(pid, signal.SIGKILL)
     scene.recover(FAR)
     by_itself = scene.cluster.end_node(30.0)
@@ -237,12 +243,3 @@ def _replaced(cluster: Cluster, process: str, pid: int, before: set[int]) -> Fac
     if not new:
         raise NotNoticed(f"{process} {pid} is not replaced after {NOTICED_S:g} s")
     return {"pid": pid, "replaced_by": min(new), "replaced_s": round(time.monotonic() - began, 1)}
-
-
-def _submit_once(scene: Scene) -> Any:
-    """The answer to one submission without any retry. Should it be accepted all the same, it must end."""
-    body = {"model": NEAR, "prompt": f"one that is refused, {uuid.uuid4().hex}", "seed": 1}
-    answer = scene.callers.post(body, key := uuid.uuid4().hex)
-    if answer is not None and answer.status_code == 202:
-        scene.callers.take_over(answer.json()["id"], key, **body)
-    return answer
