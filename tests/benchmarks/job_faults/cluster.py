@@ -25,8 +25,6 @@ from tests.support.processes import hear_signals, marked_processes
 from workers.demo_models.writer import write_demo_model
 
 ROOT = Path(__file__).parents[3]
-RAY = Path(sys.executable).parent / "ray"
-LOOPBACK = "127.0.0.1"
 
 TITLES = {
     "store": "ray::StoreActor",
@@ -116,14 +114,9 @@ class Cluster:
 
     def start_node(self) -> None:
         """Start the second node; its processes carry a mark of their own besides."""
-        flags = {
-            "address": self._address, "node-ip-address": LOOPBACK, "num-cpus": 1, "labels": f"zone={FAR}",
-            "object-store-memory": 100_000_000, "dashboard-agent-listen-port": 0, "dashboard-agent-grpc-port": 0,
-            "metrics-export-port": 0,
-        }  # fmt: skip
         with (self.folder / "node.log").open("ab") as log:
             self._node = subprocess.Popen(
-                [RAY, "start", "--block", *(f"--{name}={value}" for name, value in flags.items())],
+                [sys.executable, "-m", "tests.benchmarks.job_faults.node", self._address, f"zone={FAR}"],
                 env=self._environment | {"TEST_MARK": f"{self._mark}-{FAR}"},
                 cwd=ROOT,
                 stdout=log,
@@ -186,6 +179,8 @@ class Cluster:
             if found is not None:
                 return found[1]
             self.check()
+            if self._node is not None and self._node.poll() is not None:
+                raise ClusterFailed(f"the second node has ended: {(self.folder / 'node.log').read_text()[-2000:]}")
             if time.monotonic() > deadline:
                 raise ClusterFailed(f"spray serve did not say {pattern!r} within {START_S:g} s: {self._tail()}")
             time.sleep(0.05)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-INSIDE = "SPRAY_JOB_FAULTS_NAMESPACE"
+INSIDE = "JOB_FAULTS_NAMESPACE"
 SIZE = "256m"
 FILLER = "filler"
 BLOCK = bytes(1 << 20)
