@@ -214,8 +214,8 @@ def _retried(answer: httpx.Response) -> bool:
 
 def _pause_s(attempt: int, answer: httpx.Response | None) -> float:
     """How long OpenAI's client waits before it tries again."""
-    with contextlib.suppress(ValueError, AttributeError):
-        asked = float(answer.headers["retry-after"])  # type: ignore[union-attr]
+    with contextlib.suppress(ValueError):
+        asked = float(answer.headers.get("retry-after", "")) if answer is not None else 0.0
         if 0 < asked <= LONGEST_ASKED_S:
             return asked
     pause: float = min(FIRST_S * 2**attempt, LONGEST_S)
