@@ -21,6 +21,7 @@ from prometheus_client import REGISTRY
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from deploy.spec import GatewaySpec, SpecError
+from service.jobs import engines
 from service.jobs import webhooks as module
 from service.jobs.outbox import KEEP_S
 from service.jobs.records import Delivery
@@ -403,6 +404,26 @@ def test_a_host_with_many_calls_leaves_room_for_others(store: JobStore, clock: C
     assert sorted(hosts) == [*["SLOW.example.com:8443"] * 2, "quick.example.com", *["removed.example.com"] * 2]
     assert store.due_webhooks(10, LEASE_S, {"slow.example.com": 0}) == []
     assert len(store.due_webhooks(2, LEASE_S, {"slow.example.com": 3})) == 2
+
+
+def test_calls_of_an_older_version_get_their_hosts(store: JobStore, clock: Clock) -> None:
+    end(store, clock, "failed")
+    engine = store._database._engine
+    with engine.begin() as connection:
+        for statement in (
+            "DROP INDEX webhooks_of_host", "ALTER TABLE webhooks DROP COLUMN host",
+            "UPDATE alembic_version SET version_num = '0002'",
+        ):  # fmt: skip
+            connection.exec_driver_sql(statement)
+    with engine.begin() as connection:
+        engines._migrate(connection)
+        connection.exec_driver_sql(  # one that the older version adds while it still runs
+            "INSERT INTO webhooks (id, job_id, url, body, created_at, not_before, attempt) "
+            "SELECT 'msg_old', job_id, url, body, created_at, not_before, attempt FROM webhooks"
+        )
+        found = connection.exec_driver_sql("SELECT id, host FROM webhooks").all()
+    assert sorted(host for _, host in found) == ["", "hooks.example.com"]
+    assert [call.id for call in store.due_webhooks(9, LEASE_S, {"hooks.example.com": 0})] == ["msg_old"]
 
 
 def test_after_a_day_it_is_given_up(store: JobStore, clock: Clock) -> None:
