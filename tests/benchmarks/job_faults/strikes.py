@@ -29,6 +29,9 @@ AT_WORK_S = 20.0
 BURST = 12
 """Submissions in the middle of which the store is killed."""
 
+WAITING = 6
+"""Jobs that wait or run when the whole cluster is killed, at least."""
+
 STORE_STOPPED_S = (6.0, 36.0)
 """Shorter and longer than a lease, and than a gateway waits for the store."""
 
@@ -202,7 +205,8 @@ def lose_node(scene: Scene) -> Facts:
 
 def restart(scene: Scene) -> Facts:
     """Kill every process of the cluster, with jobs that wait and run, and start it again."""
-    scene.callers.burst(4)
+    scene.callers.burst(WAITING)
+    wait(AT_WORK_S, lambda: len(scene.callers.ledger.open_jobs()) >= WAITING)
     scene.wait_at_work()
     facts = scene.meet()
     killed = scene.cluster.kill()
