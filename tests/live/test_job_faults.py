@@ -9,7 +9,8 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,24 +23,47 @@ from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.cluster import NEAR, Cluster, wait
 from tests.benchmarks.job_faults.ledger import Accepted, Ledger
 from tests.benchmarks.job_faults.verdict import judge
-from tests.support.postgres import running_postgres
+from tests.support.postgres import Postgres, running_postgres
 
 KILLS = 20
+"""About two minutes of them."""
+
 PATIENCE_S = 240.0
 
-LONG = 100
+LONG = 60
 """Steps of a job that takes seconds."""
+
+JOBS = 6
+"""More than two gateways take at once for one gang."""
+
+
+ON_SQLITE = pytest.param("sqlite", marks=pytest.mark.soak)
+ON_POSTGRES = pytest.param("postgres", marks=pytest.mark.fault)
+
+
+@dataclass
+class Served:
+    """A cluster, and what keeps its jobs.
+
+    Attributes:
+        cluster: that is served.
+        postgres: a server; None: SQLite.
+    """
+
+    cluster: Cluster
+    postgres: Postgres | None
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With jobs in SQLite."""
-    cluster = Cluster(tmp_path_factory.mktemp("jobs"))
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One cluster for all tests on the same store."""
+    with running_postgres() if request.param == "postgres" else nullcontext() as postgres:
+        cluster = Cluster(tmp_path_factory.mktemp("jobs"), jobs_url=postgres.url if postgres else None)
+        try:
+            cluster.start()
+            yield Served(cluster, postgres)
+        finally:
+            cluster.stop()
 
 
 def callers_of(cluster: Cluster, folder: Path, steps: int) -> Callers:
@@ -67,29 +91,53 @@ def kill_store(cluster: Cluster) -> None:
     assert wait(60, lambda: cluster.find("store") - {pid}), "the store is not started again"
 
 
-@pytest.mark.fault
-def test_a_whole_cluster_restarts_with_its_jobs(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("served", [ON_POSTGRES], indirect=True)
+def test_postgres_stops_and_starts(served: Served, tmp_path: Path) -> None:
+    """Submissions are refused meanwhile; what runs goes on, and is published later by the same attempt."""
+    cluster, server = served.cluster, served.postgres
+    assert server is not None
     callers = callers_of(cluster, tmp_path, LONG)
-    callers.burst(4)
+    callers.burst(1)
     running = until_one_runs(callers)
-    until_accepted(callers, 4)
-    queued = [job for job in callers.ledger.open_jobs() if job.state == "queued"]
+    server.stop()
+    stopped_at = time.monotonic()
+    refused = callers.post({"model": NEAR, "prompt": "a cup"}, uuid.uuid4().hex)
+    assert refused is not None
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "jobs_unavailable")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert wait(60, lambda: len(list(cluster.outputs.glob("*.png"))) == 1), "the work does not go on"
+    assert running.open
+    server.start()
+    assert time.monotonic() - stopped_at < LEASE_S
+    callers.end()
+    assert (running.state, running.attempt, running.trouble) == ("succeeded", 1, "")
+
+
+@pytest.mark.parametrize("served", [ON_POSTGRES, ON_SQLITE], indirect=True)
+def test_a_whole_cluster_restarts_with_its_jobs(served: Served, tmp_path: Path) -> None:
+    cluster = served.cluster
+    callers = callers_of(cluster, tmp_path, LONG)
+    callers.burst(JOBS)
+    until_accepted(callers, JOBS)
+    until_one_runs(callers)
+    states = {job.state for job in callers.ledger.open_jobs()}
     before = set(cluster.kill())
-    assert queued, "some wait"
+    assert states == {"queued", "running"}
     cluster.start()
     assert not before & set(cluster.processes())
     callers.end()
     ended = callers.ledger.jobs.values()
-    assert [(job.state, job.trouble) for job in ended] == [("succeeded", "")] * 4
-    assert running.attempt == 2, "it was queued again"
+    assert [(job.state, job.trouble) for job in ended] == [("succeeded", "")] * JOBS
+    assert {job.attempt for job in ended} == {1, 2}, "those that ran were queued again"
     for job in ended:
         picture = callers.draw(job)
         assert picture is not None
         assert hashlib.sha256(picture).hexdigest() == job.sha256
 
 
-@pytest.mark.soak
-def test_what_is_acknowledged_while_the_store_is_killed_ends(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("served", [ON_SQLITE], indirect=True)
+def test_what_is_acknowledged_while_the_store_is_killed_ends(served: Served, tmp_path: Path) -> None:
+    cluster = served.cluster
     callers = callers_of(cluster, tmp_path, steps=1)
     callers.begin(6)  # they submit all the time
     assert wait(60, lambda: cluster.find("store")), "the first job starts the store"
@@ -102,31 +150,3 @@ def test_what_is_acknowledged_while_the_store_is_killed_ends(cluster: Cluster, t
     print(f" {KILLS} kills, {verdict.accepted} accepted: {verdict.states};", end="")
     assert verdict.sound, verdict
     assert verdict.accepted >= 2 * KILLS
-
-
-@pytest.mark.fault
-def test_postgres_stops_and_starts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    """Submissions are refused meanwhile; what runs goes on, and is published later by the same attempt."""
-    with running_postgres() as server:
-        cluster = Cluster(tmp_path_factory.mktemp("postgres"), jobs_url=server.url)
-        try:
-            cluster.start()
-            callers = callers_of(cluster, tmp_path, LONG)
-            callers.burst(1)
-            running = until_one_runs(callers)
-            server.stop()
-            stopped_at = time.monotonic()
-            refused = callers.post({"model": NEAR, "prompt": "a cup"}, uuid.uuid4().hex)
-            assert refused is not None
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "jobs_unavailable")
-            assert int(refused.headers["retry-after"]) >= 1
-            assert wait(60, lambda: len(list(cluster.outputs.glob("*.png"))) == 1), "the work does not go on"
-            assert running.open
-            server.start()
-            assert time.monotonic() - stopped_at < LEASE_S
-            callers.end()
-            assert (running.state, running.attempt, running.trouble) == ("succeeded", 1, "")
-            after = callers_of(cluster, tmp_path, 1).submit()
-            assert after is not None
-        finally:
-            cluster.stop()

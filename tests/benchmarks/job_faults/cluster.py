@@ -43,6 +43,9 @@ NEAR, FAR = "near", "far"
 START_S = 300.0
 """For a start on a busy machine; a quiet one takes about fifteen seconds."""
 
+STARTS = 3
+"""On a busy machine Ray gives up waiting for itself; a supervisor starts it again then, and so does this."""
+
 Found = TypeVar("Found")
 
 
@@ -91,11 +94,21 @@ class Cluster:
         self._file.write_text(yaml.safe_dump(self._deployment(jobs_url is not None)))
 
     def start(self) -> None:
-        """Start it, and wait until all its models answer.
+        """Start it, and wait until all its models answer. What ends meanwhile is started again, `STARTS` times in all.
 
         Raises:
-            ClusterFailed: it does not within `START_S`.
+            ClusterFailed: it ends each time, or is not ready within `START_S`.
         """
+        for left in reversed(range(STARTS)):
+            try:
+                self._start()
+                return
+            except ClusterFailed:
+                if not left:
+                    raise
+                self.kill()
+
+    def _start(self) -> None:
         self._lines = []
         self._serve = subprocess.Popen(
             [sys.executable, "-m", "service.cli.main", "serve", str(self._file), "--port", "0"],
