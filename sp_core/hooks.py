@@ -88,7 +88,7 @@ class SequenceParallelSplitHook:
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One parameter or output: a tensor, a list of these, or None where this call passes none."""
+        """One parameter or output: a tensor, several, in a list or by key, or None where this call passes none."""
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
@@ -100,6 +100,8 @@ class SequenceParallelSplitHook:
             if isinstance(entry, list | tuple):
                 raise ValueError(f"Expected SequenceParallelInput for tensor parameter {where}, the plan has a list")
             return self._share(key, where, value, entry, args, kwargs)
+        if isinstance(value, Mapping) and isinstance(entry, SequenceParallelCompanion):  # by the number of a layer
+            return {n: self._share(f"{key}.{n}", where, item, entry, args, kwargs) for n, item in value.items()}
         if not isinstance(value, list | tuple):
             raise ValueError(
                 f"Unsupported input type for sharding: {where} is {type(value).__name__}, expected a tensor or a list"

@@ -54,8 +54,8 @@ class OptionalSequenceParallelInput(SequenceParallelInput):
 class SequenceParallelCompanion(SequenceParallelInput):
     """As `SequenceParallelInput`, for a `(B, S, D)` tensor that is not a token stream but is split along with one.
 
-    For rotations, positions and residuals. On a list of tensors, of any length, one such entry splits each. A tensor of
-    length 1 stays whole: it holds one value for all tokens.
+    For rotations, positions and residuals. On a list or a dict of tensors, of any length, one such entry splits each. A
+    tensor of length 1 stays whole: it holds one value for all tokens.
 
     Attributes:
         optional: leave a tensor whole that is of another rank than `expected_dims`, or has no such dimension.

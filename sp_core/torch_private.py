@@ -7,6 +7,9 @@ module.
 for one.
 """
 
+import copy
+from collections import OrderedDict
+
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce as _all_reduce
@@ -33,6 +36,17 @@ def traceable_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether somebody else takes part in the module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def without_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """A module of the same parts, in whose own forward nobody else takes part; it is not compiled.
+
+    What takes part in the forwards of its submodules still does.
+    """
+    bare = copy.copy(module)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(bare, hooks, OrderedDict())
+    return bare
 
 
 def version(tensor: torch.Tensor) -> int | None:

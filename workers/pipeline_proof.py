@@ -123,6 +123,7 @@ def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: Gen
     classic.set_progress_bar_config(disable=True)
     if hasattr(classic.vae, "enable_slicing"):
         classic.vae.enable_slicing()  # pictures one by one, as we do
+    draw_by_seed(classic.vae, request.seed)
     if getattr(classic, "guider", None):
         classic.guider = classic.guider.new(guidance_scale=request.guidance_scale)
     parameters = inspect.signature(type(classic).__call__).parameters
@@ -141,6 +142,19 @@ def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: Gen
         classic.scheduler.step = seen_step
     made = classic(**{name: value for name, value in told.items() if name in parameters and value is not None})[0]
     return seen[-1], [_pixels(each) for each in made]
+
+
+def draw_by_seed(vae: Any, seed: int) -> None:
+    """Draw from what a VAE makes of a picture by the request's seed, where the call names no generator, as we do."""
+    encode = vae.encode
+
+    @functools.wraps(encode)
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        encoded = encode(*args, **kwargs)
+        torch.manual_seed(seed)
+        return encoded
+
+    vae.encode = seeded
 
 
 def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
@@ -165,6 +179,7 @@ def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
         "output_type": "pil",
         "strength": request.strength,
         "max_area": request.width * request.height,
+        "_auto_resize": False if family.sized_by_image else None,
         **dict.fromkeys(REWRITES, False),
         **{family.begins_with[role]: given for role, given in roles.items()},
         **request.extra_params,

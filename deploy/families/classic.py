@@ -5,6 +5,7 @@ transformer needs a plan in `sp_core.models`. Called by `deploy.families.lookup`
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deploy.families.family import PipelineFamily
@@ -20,20 +21,23 @@ NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "image": ("image",),
-    "mask": ("mask_image", "mask"),
+    "mask": ("mask_image", "mask", "control_mask"),
     "last_image": ("last_image",),
     "control_image": ("control_image",),
     "video": ("video",),
 }
 """Of what requests begin with: parameters of pipelines that take it."""
 
-NOT_BROUGHT = frozenset({"images", "control_video", "control_mask", "mask_video", "conditions"})
+NOT_BROUGHT = frozenset({"images", "control_video", "mask_video", "conditions"})
 """Parameters of pipelines for pictures and clips that requests do not bring."""
 
 VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prompt"})
 """Parameters of pipelines that make videos."""
 
-BASIC = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+EDIT_INSTRUCTION = '{"edit_instruction": "%s"}'
+"""A prompt of pipelines that take no plain text."""
+
+BASIC = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae", "controlnet")
 """Of the parts that a pipeline takes: those that no request can do without."""
 
 
@@ -50,7 +54,7 @@ def classic_family(pipeline: str) -> PipelineFamily:
         raise ValueError(reason)
     makes_video = bool(VIDEOS & set(call.parameters)) or "video" in call.parameters
     begins_with = _begins_with(call)
-    needs = tuple(role for role, name in begins_with.items() if name not in call.may_lack and role != "last_image")
+    needs = _needs(call, begins_with)
     return PipelineFamily(
         pipeline=pipeline,
         makes="video" if makes_video else "image",
@@ -58,10 +62,12 @@ def classic_family(pipeline: str) -> PipelineFamily:
         begins_with=begins_with,
         needs=needs,
         takes_several=call.takes_several,
+        sized_by_image=call.sized_by_image,
         takes_strength=call.takes_strength,
         guided_above=_guided_above(call),
         guided_by_negative_prompt=call.scale == "true_cfg_scale",
         batches_branches=call.batches_branches,
+        prompt_form=EDIT_INSTRUCTION if call.prompts_are_json else "%s",
         components=tuple(name for name in BASIC if name in call.parts),
         schedulers=schedulers_of(call.schedulers, call.gives_sigmas),
     )
@@ -97,6 +103,21 @@ def check_proved(pipeline: str, transformer: Any) -> None:
             raise ValueError("it has no transformer")
 
 
+def check_controlnet(folder: Path, index: Mapping[str, Any]) -> None:
+    """Reject several ControlNets in one: each would need a picture of its own, and requests bring one.
+
+    Args:
+        folder: of the model.
+        index: its `model_index.json`.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    match index.get("controlnet"):
+        case [str(), str(name)] if "Multi" in name:
+            raise ValueError(f"{folder} has a {name}, but requests bring one control image; name one ControlNet")
+
+
 def _refusal(call: ClassicCall) -> str:
     begins_with = _begins_with(call)
     not_brought = sorted(NOT_BROUGHT & set(call.parameters) - (call.may_lack if begins_with else set()))
@@ -128,6 +149,13 @@ def _begins_with(call: ClassicCall) -> dict[str, str]:
     """The roles of what it takes, each with its parameter."""
     found = {role: next((n for n in names if n in call.parameters), "") for role, names in ROLES.items()}
     return {role: name for role, name in found.items() if name}
+
+
+def _needs(call: ClassicCall, begins_with: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of the roles without which it does not begin: a mask is of an image."""
+    needed = {role for role, name in begins_with.items() if name not in call.may_lack and role != "last_image"}
+    needed |= {"image"} & begins_with.keys() if "mask" in needed else set()
+    return tuple(role for role in begins_with if role in needed)
 
 
 def _tasks(call: ClassicCall, begins_with: Mapping[str, str], needs: tuple[str, ...], makes_video: bool) -> list[Task]:

@@ -73,6 +73,7 @@ class PipelineFamily:
         begins_with: the roles of what it can begin with, each with the name of that input of its pipeline.
         needs: those of the roles without which it does not begin.
         takes_several: it makes one picture of several.
+        sized_by_image: what it makes has the size of its picture, so that this is given the request's size first.
         takes_strength: it can be told which share of the steps to do.
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
@@ -89,6 +90,7 @@ class PipelineFamily:
         refused: keys of `model_index.json` that must not be set, with the reason.
         components: what a request runs through, by the names in `model_index.json`.
         needed_with: a further component, by the key of `model_index.json` that puts it to use.
+        prompt_form: what a prompt looks like, with `%s` for plain text; the gang's own prompts are written so.
         chats: prompts are written into the tokenizer's chat template.
     """
 
@@ -98,6 +100,7 @@ class PipelineFamily:
     begins_with: Mapping[str, str] = field(default_factory=lambda: {"image": "image", "mask": "mask_image"})
     needs: tuple[str, ...] = ()
     takes_several: bool = False
+    sized_by_image: bool = False
     takes_strength: bool = True
     guided_above: float | None = 1.0
     guided_by_negative_prompt: bool = False
@@ -111,6 +114,7 @@ class PipelineFamily:
     refused: Mapping[str, str] = field(default_factory=dict)
     components: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     needed_with: Mapping[str, str] = field(default_factory=dict)
+    prompt_form: str = "%s"
     chats: bool = False
 
     @property

@@ -15,6 +15,9 @@ from typing import Any
 
 SCALARS = ("int", "float", "str", "bool")
 
+LATENT_DIMENSIONS = 4
+"""Of pictures: samples, channels, rows, columns."""
+
 
 @dataclass(frozen=True)
 class ClassicCall:
@@ -34,7 +37,9 @@ class ClassicCall:
         shows_progress: it opens a progress bar where its loop begins.
         takes_strength: its `strength` is one number: the share of the steps that are done.
         takes_several: its `image` may be several pictures, of which it makes one.
+        sized_by_image: what it makes has the size of its `image`, whatever its height and width say.
         may_lack: parameters of which it asks whether they are given, and can do without.
+        prompts_are_json: its check of inputs takes prompts that are JSON with an `edit_instruction`, and no others.
         scale: the parameter that weighs its second branch.
         gives_sigmas: it tells the scheduler the noise of each step; only some schedulers take that.
     """
@@ -52,7 +57,9 @@ class ClassicCall:
     shows_progress: bool
     takes_strength: bool
     takes_several: bool
+    sized_by_image: bool
     may_lack: frozenset[str]
+    prompts_are_json: bool
     scale: str
     gives_sigmas: bool
 
@@ -66,8 +73,9 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         return None
     call, defaults = methods["__call__"].args, len(methods["__call__"].args.defaults)
     names = tuple(argument.arg for argument in call.args[1:])
-    unset = {name for name, default in zip(names[-defaults:], call.defaults, strict=True) if _is_none(default)}
-    scale = "true_cfg_scale" if "true_cfg_scale" in names and "guidance_scale" in unset else "guidance_scale"
+    set_to = dict(zip(names[len(names) - defaults :], call.defaults, strict=True))
+    unset = {name for name, default in set_to.items() if _is_none(default)}
+    scale = "true_cfg_scale" if "true_cfg_scale" in set_to and _guides(set_to) else "guidance_scale"
     return ClassicCall(
         parameters=(*names, *(argument.arg for argument in call.kwonlyargs)),
         scalars={n: kind for n, kind in map(_scalar, (*call.args[1:], *call.kwonlyargs)) if kind},
@@ -82,7 +90,9 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
         takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
+        sized_by_image=any(_takes_size_of_image(node) for node in ast.walk(methods["__call__"])),
         may_lack=frozenset(name for name in unset if _may_lack(methods["__call__"], name)),
+        prompts_are_json=any(_calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)),
         scale=scale,
         gives_sigmas=any(_is_name(node, "sigmas") for node in ast.walk(methods["__call__"])),
     )
@@ -141,11 +151,29 @@ def _thresholds(methods: Mapping[str, ast.FunctionDef], scale: str) -> Iterator[
 
 
 def _doubles(node: ast.AST) -> bool:
-    """Whether this is `torch.cat([latents] * 2)`."""
-    if not isinstance(node, ast.Call) or not _is_attribute(node.func, "cat") or not node.args:
+    """Whether this is `torch.cat([latents] * 2)` or `latents.repeat(2, 1, 1, 1)`."""
+    if not isinstance(node, ast.Call) or not node.args:
         return False
     times = node.args[0]
-    return isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult) and isinstance(times.left, ast.List)
+    if _is_attribute(node.func, "repeat"):
+        return isinstance(times, ast.Constant) and times.value == 2 and len(node.args) == LATENT_DIMENSIONS
+    joins = _is_attribute(node.func, "cat") and isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult)
+    return joins and isinstance(times.left, ast.List)
+
+
+def _takes_size_of_image(node: ast.AST) -> bool:
+    """Whether this is `preprocess(image)`, which keeps the picture's size, or `height = image_height`."""
+    if isinstance(node, ast.Assign):
+        return _is_name(node.targets[0], "height") and _is_name(node.value, "image_height")
+    keeps = isinstance(node, ast.Call) and _is_attribute(node.func, "preprocess") and not node.keywords
+    return keeps and len(node.args) == 1 and _is_name(node.args[0], "image")
+
+
+def _guides(set_to: Mapping[str, ast.expr]) -> bool:
+    """Whether `true_cfg_scale` is what weighs the second branch, by the defaults: else it is there, but off."""
+    value: Any = getattr(set_to["true_cfg_scale"], "value", None)
+    scale = set_to.get("guidance_scale")
+    return (scale is not None and _is_none(scale)) or (isinstance(value, int | float) and value > 1)
 
 
 def _is_none(node: ast.expr) -> bool:
@@ -162,14 +190,29 @@ def _goes_through(node: ast.AST, name: str) -> bool:
 
 
 def _may_lack(call: ast.FunctionDef, name: str) -> bool:
-    """Whether the call asks if a parameter is given, and reads nothing of it where it does not ask."""
-    asks = any(
-        isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.IsNot) and _is_name(node.left, name)
-        for node in ast.walk(call)
-    )
-    always = (node for part in call.body if not isinstance(part, ast.If) for node in ast.walk(part))
+    """Whether the call asks if a parameter is given, and reads nothing of it where it does not ask, or is told no."""
+    asks = any(_asks_for(node, name) for node in ast.walk(call))
+    always = [node for part in call.body if not isinstance(part, ast.If) for node in ast.walk(part)]
     reads = any(isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name) for node in always)
-    return asks and not reads
+    choices = (node for node in ast.walk(call) if isinstance(node, ast.If))
+    asked = (node for node in choices if any(_asks_for(part, name) for part in ast.walk(node.test)))
+    return asks and not reads and not any(_prepares(node, name) for each in asked for node in each.orelse)
+
+
+def _asks_for(node: ast.AST, name: str) -> bool:
+    """Whether this is `name is not None`."""
+    return isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.IsNot) and _is_name(node.left, name)
+
+
+def _prepares(node: ast.stmt, name: str) -> bool:
+    """Whether this is `... = preprocess(name, ...)`."""
+    call = getattr(node, "value", None)
+    is_call = isinstance(call, ast.Call) and _is_attribute(call.func, "preprocess")
+    return is_call and any(_is_name(argument, name) for argument in getattr(call, "args", []))
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and _is_name(node.func, name)
 
 
 def _is_name(node: ast.AST, name: str) -> bool:

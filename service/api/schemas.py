@@ -52,14 +52,16 @@ def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, b
     first = "image"
     if isinstance(body, ImageEditBody):
         found += [("image", each) for each in _either(body, "image", "images") or []]
-        found += [("mask", _either(body, "mask", "mask_image")), ("control_image", body.control_image)]
+        found += [("control_image", body.control_image), ("mask", _either(body, "mask", "mask_image"))]
     elif isinstance(body, VideoGenerationBody):
         first = "input_reference"
         found += [("image", _either(body, first, "image")), ("last_image", body.last_image)]
         found += [("video", body.video)]
     files = tuple((role, data) for role, data in found if data is not None)
     roles = {role for role, _ in files}
-    if (isinstance(body, ImageEditBody) and not roles) or (roles & {"mask", "last_image"} and "image" not in roles):
+    is_edit = isinstance(body, ImageEditBody)
+    begins = roles & ({"image", "control_image"} if is_edit else {"image"})  # a mask may be of the one that controls
+    if not begins and (is_edit or "last_image" in roles):
         raise InvalidParameter(first, f"{first!r} is required", "missing_required_parameter")
     if "video" in roles and len(roles) > 1:
         raise InvalidParameter("video", "a video begins with a picture or with a clip; leave one out")

@@ -54,6 +54,11 @@ FLUX = ModelFamily(
         "FluxKontextPipeline",
         "FluxControlPipeline",
         "FluxControlImg2ImgPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxControlInpaintPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
     ),
     sp_plan={
         "": {

@@ -57,7 +57,16 @@ def _example(inputs: Callable[[Tokens], dict[str, Any]], **init: object) -> Exam
 
 QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
-    pipelines=("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    pipelines=(
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
+    ),
+    refused_pipelines=dict.fromkeys(
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+        "its Qwen2VLProcessor needs torchvision, which spray does not install",
+    ),
     sp_plan={
         "": {"controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
         "pos_embed": {

@@ -35,7 +35,13 @@ _GAINS = {"norm1.linear": 3, "norm1_context.linear": 3}
 
 STABLE_DIFFUSION_3 = ModelFamily(
     transformer_classes=("SD3Transformer2DModel",),
-    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    pipelines=(
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
+    ),
     sp_plan={
         "": {"block_controlnet_hidden_states": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
         "transformer_blocks.0": {

@@ -6,13 +6,20 @@ Peculiarities:
 - The layers get rotations and masks again, hence the `*` entries; they are cheap views.
 - Image and caption are each padded to a multiple of 32 with learned tokens that take part in attention. Only batches of
   unequal length have a mask, which may hide a rank's whole chunk for a row.
+- ControlNet residuals are a dict by the number of the layer behind which they are added, as long as image and caption
+  with their padding. Behind the last layer the sequence is whole again, so that no residual can be added there.
 - 30 heads divide by Ulysses degrees 2, 3, 5 and 6; for 4 and 8 ranks add a ring.
 """
 
 from typing import Any
 
 from sp_core.models.family import Example, GuidanceBatch, ModelFamily, RealRotation, SharedModulation, Tokens
-from sp_core.sp_plan import SequenceParallelInput, SequenceParallelModelPlan, SequenceParallelOutput
+from sp_core.sp_plan import (
+    SequenceParallelCompanion,
+    SequenceParallelInput,
+    SequenceParallelModelPlan,
+    SequenceParallelOutput,
+)
 from sp_core.tp_plan import Colwise, Heads, Rowwise
 
 
@@ -38,6 +45,12 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
     }
 
 
+def _control_inputs(tokens: Tokens) -> dict[str, Any]:
+    """A residual behind the first layer, as long as image and caption with their padding."""
+    length = sum(-(-count // 32) * 32 for count in (tokens.height * tokens.width, 20))
+    return _inputs(tokens) | {"controlnet_block_samples": {0: tokens.normal(tokens.batch, length, 96, seed=10)}}
+
+
 _TINY = {
     "in_channels": 4, "dim": 96, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 6, "n_kv_heads": 6,
     "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [256, 64, 64],
@@ -45,7 +58,19 @@ _TINY = {
 
 Z_IMAGE = ModelFamily(
     transformer_classes=("ZImageTransformer2DModel",),
-    sp_plan=_stack("noise_refiner") | _stack("context_refiner") | _stack("layers"),
+    pipelines=(
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+        "ZImageControlNetPipeline",
+        "ZImageControlNetInpaintPipeline",
+    ),
+    refused_pipelines={"ZImageOmniPipeline": "it encodes pictures in bfloat16, whatever its VAE is loaded in"},
+    sp_plan={
+        "": {"controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
+        **_stack("noise_refiner"),
+        **_stack("context_refiner"),
+        **_stack("layers"),
+    },
     tp_plan={
         "*.attention": Heads(),
         "*.attention.to_[qkv]": Colwise(),
@@ -65,6 +90,13 @@ Z_IMAGE = ModelFamily(
             _inputs,
             own_masks=("per row",),
             no_mask="only batches of captions of unequal length have a mask",
+            no_length={"short": "the model pads image and caption to multiples of 32"},
+        ),
+        "z-image control": Example(
+            "ZImageTransformer2DModel",
+            _TINY,
+            _control_inputs,
+            no_mask="masks are proved without residuals",
             no_length={"short": "the model pads image and caption to multiples of 32"},
         ),
     },

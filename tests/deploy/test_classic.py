@@ -46,6 +46,43 @@ def test_a_family_follows_from_the_call() -> None:
     assert classic_family("ChromaPipeline").batches_branches is False
 
 
+def test_a_mask_is_of_an_image() -> None:
+    assert classic_family("Flux2KleinInpaintPipeline").needs == ("image", "mask")
+    assert classic_family("QwenImageControlNetInpaintPipeline").needs == ("mask", "control_image")
+    assert classic_family("BriaFiboEditPipeline").needs == ()
+
+
+def test_what_is_prepared_where_it_is_not_given_is_needed() -> None:
+    """It asks `if image is not None and ...`, and prepares the image otherwise."""
+    assert classic_family("HunyuanImageRefinerPipeline").needs == ("image",)
+
+
+def test_some_pipelines_take_their_size_from_their_picture() -> None:
+    sized = {
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+        "FluxKontextInpaintPipeline",
+        "Flux2KleinInpaintPipeline",
+    }
+    assert {each for each in proved_pipelines() if classic_family(each).sized_by_image} == sized
+
+
+def test_what_weighs_the_second_branch_is_on_by_default() -> None:
+    scale = {"QwenImageControlNetInpaintPipeline": "true_cfg_scale", "FluxKontextInpaintPipeline": "guidance_scale"}
+    for name, expected in scale.items():
+        call = classic_call(name)
+        assert call is not None and call.scale == expected
+
+
+def test_a_control_image_is_for_one_controlnet(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", "FluxControlNetPipeline", ["diffusers", "FluxTransformer2DModel"])
+    edit(folder / "model_index.json", {"controlnet": ["diffusers", "FluxControlNetModel"]})
+    assert find_family(folder).needed_components({})[-1] == "controlnet"
+    edit(folder / "model_index.json", {"controlnet": ["diffusers", "FluxMultiControlNetModel"]})
+    with pytest.raises(ValueError, match="has a FluxMultiControlNetModel, but requests bring one control image"):
+        find_family(folder)
+
+
 REFUSED = {
     "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
     "JoyImageEditPlusPipeline": "its call takes images, which requests do not bring",

@@ -195,6 +195,8 @@ def test_several_pictures_and_one_to_follow(client: TestClient, backend: FakeBac
     alone = {"prompt": "a", "model": "one", "control_image": url(PICTURE)}
     assert client.post(EDITS, json=alone).status_code == 200
     assert (backend.requests[-1].width, backend.requests[-1].height) == (128, 80)
+    assert client.post(EDITS, json=alone | {"mask": url(MASK)}).status_code == 200  # of the picture that controls
+    assert [each.role for each in backend.requests[-1].inputs] == ["control_image", "mask"]
 
 
 def test_all_pictures_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch, client: TestClient) -> None:

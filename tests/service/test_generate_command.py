@@ -73,6 +73,7 @@ def test_a_picture_to_begin_with(capsys: pytest.CaptureFixture[str], backend: Fa
 def test_pictures_of_a_video_and_several_of_an_edit(capsys: pytest.CaptureFixture[str], backend: FakeBackend) -> None:
     for name in ("a.png", "b.png"):
         Path(name).write_bytes(file(colored(64, 48)))
+    Path("mask.png").write_bytes(file(colored(64, 48, "L")))
     code, _, err = run(capsys, "video", "a", "--model", "one", "--image", "a.png", "--last-image", "b.png")
     assert code == 0, err
     assert [each.role for each in backend.requests[-1].inputs] == ["image", "last_image"]
@@ -80,6 +81,9 @@ def test_pictures_of_a_video_and_several_of_an_edit(capsys: pytest.CaptureFixtur
     code, _, err = run(capsys, "edit", "a", "--model", "one", *flags)
     assert code == 0, err
     assert [each.role for each in backend.requests[-1].inputs] == ["image", "image", "control_image"]
+    code, _, err = run(capsys, "edit", "a", "--model", "one", "--control-image", "a.png", "--mask", "mask.png")
+    assert code == 0, err
+    assert [each.role for each in backend.requests[-1].inputs] == ["control_image", "mask"]
 
 
 @pytest.mark.parametrize(

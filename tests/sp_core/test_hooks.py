@@ -234,6 +234,14 @@ def test_lists_of_tensors(ranks: RankPool, kind: type) -> None:
         assert seen[0][0][0].shape[1] == 5 and all(t.shape[1] < 5 for t in seen[0][1])
 
 
+def test_tensors_by_key(ranks: RankPool) -> None:
+    given = {0: X, 5: X}
+    for seen, _ in ranks.run(TWO, split_and_gather, {"x": SequenceParallelCompanion(1)}, None, "", "", (given,)):
+        assert {key: each.shape[1] < 5 for key, each in seen[0].items()} == {0: True, 5: True}
+    with pytest.raises(RuntimeError, match="Unsupported input type for sharding: x of '0' is dict"):
+        ranks.run(TWO, split_and_gather, {"x": SPLIT}, None, "", "", (given,))
+
+
 def test_what_a_list_may_not_be(ranks: RankPool) -> None:
     for enter, given, says in (
         ({"x": SPLIT}, [X], "Expected list/tuple of SequenceParallelInput for x of '0'"),

@@ -1,6 +1,5 @@
 """Pipelines without an adapter that begin with pictures make what their classic call makes, on every layout."""
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,6 @@ import pytest
 import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from PIL import Image
 
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, family_name, find_family
@@ -26,152 +24,18 @@ from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.support.deployments import model
-from tests.workers.test_adapters import PICTURES, VIDEO, differ
+from tests.workers.picture_cases import CASES, CLIP_IN, CONTROL, FRAMES, LAST, OTHER, animated
+from tests.workers.test_adapters import differ
 from tests.workers.test_denoising import ALONE, Generated, begun, check, generate, pixels
-from tests.workers.test_picture_inputs import IMAGE, MASK, PHOTO, WHERE, first_reads, painted, png
+from tests.workers.test_picture_inputs import IMAGE, PHOTO, WHERE, first_reads, png
 from workers.demo_models.writer import write_demo_model
 from workers.errors import InvalidParameter
 from workers.gang.self_test import WrongAnswer, self_test
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import GenerationRequest, MediaInput
+from workers.messages import GenerationRequest
 from workers.model.classic_denoising import begin
 from workers.model.loader import load_model
-
-
-def animated(frames: list[Image.Image]) -> bytes:
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
-    return buffer.getvalue()
-
-
-OTHER = painted(72, 80).rotate(180)
-LAST, CONTROL = MediaInput("last_image", png(OTHER)), MediaInput("control_image", png(OTHER))
-FRAMES = [PHOTO.rotate(10 * i) for i in range(9)]
-CLIP_IN = MediaInput("video", animated(FRAMES))
-
-PICTURE = replace(PICTURES, inputs=(IMAGE,), strength=0.7)
-"""Three of four steps; two pictures."""
-PAINTED = replace(PICTURE, inputs=(IMAGE, WHERE))
-CLIP = replace(VIDEO, n=1, inputs=(IMAGE,))
-EDIT = replace(PICTURES, inputs=(IMAGE,))
-
-CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
-    "img2img": (
-        "stable-diffusion-3",
-        "StableDiffusion3Img2ImgPipeline",
-        replace(PICTURE, negative_prompt="blurry"),
-        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5, "negative_prompt": "blurry"},
-    ),
-    "inpaint": (
-        "stable-diffusion-3",
-        "StableDiffusion3InpaintPipeline",
-        PAINTED,
-        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
-    ),
-    "chroma img2img": (
-        "chroma",
-        "ChromaImg2ImgPipeline",
-        PICTURE,
-        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5},
-    ),
-    "flux img2img": (
-        "flux",
-        "FluxImg2ImgPipeline",
-        PICTURE,
-        {"image": PHOTO, "strength": 0.7, "guidance_scale": 3.5},
-    ),
-    "flux inpaint": (
-        "flux",
-        "FluxInpaintPipeline",
-        PAINTED,
-        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
-    ),
-    "fill": (
-        "flux",
-        "FluxFillPipeline",
-        replace(PAINTED, strength=None),
-        {"image": PHOTO, "mask_image": MASK, "guidance_scale": 3.5},
-    ),
-    "kontext": (
-        "flux",
-        "FluxKontextPipeline",
-        EDIT,
-        {"image": PHOTO, "guidance_scale": 3.5, "max_area": 80 * 112},
-    ),
-    "control": (
-        "flux",
-        "FluxControlPipeline",
-        replace(PICTURES, inputs=(CONTROL,)),
-        {"control_image": OTHER, "guidance_scale": 3.5},
-    ),
-    "control of a picture": (
-        "flux",
-        "FluxControlImg2ImgPipeline",
-        replace(PICTURE, inputs=(IMAGE, CONTROL)),
-        {"image": PHOTO, "control_image": OTHER, "strength": 0.7, "guidance_scale": 3.5},
-    ),
-    "image to video": (
-        "ltx",
-        "LTXImageToVideoPipeline",
-        replace(CLIP, height=64, n=2),
-        {"image": PHOTO, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
-    ),
-    "a condition": (
-        "ltx",
-        "LTXConditionPipeline",
-        replace(CLIP, height=64),
-        {"image": PHOTO, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
-    ),
-    "wan image to video": (
-        "wan",
-        "WanImageToVideoPipeline",
-        replace(CLIP, negative_prompt="blurry"),
-        {"image": PHOTO, "num_frames": 9, "guidance_scale": 2.0, "negative_prompt": "blurry"},
-    ),
-    "first and last": (
-        "wan",
-        "WanImageToVideoPipeline",
-        replace(CLIP, inputs=(IMAGE, LAST)),
-        {"image": PHOTO, "last_image": OTHER, "num_frames": 9, "guidance_scale": 2.0},
-    ),
-    "clip to clip": (
-        "wan",
-        "WanVideoToVideoPipeline",
-        replace(VIDEO, n=1, inputs=(CLIP_IN,), strength=0.7, num_inference_steps=3),
-        {"video": FRAMES, "strength": 0.7, "guidance_scale": 2.0},
-    ),
-    "a clip as a condition": (
-        "ltx",
-        "LTXConditionPipeline",
-        replace(VIDEO, n=1, height=64, inputs=(CLIP_IN,)),
-        {"video": FRAMES, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
-    ),
-    "qwen img2img": (
-        "qwen-image",
-        "QwenImageImg2ImgPipeline",
-        replace(PICTURE, negative_prompt="blurry"),
-        {"image": PHOTO, "strength": 0.7, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
-    ),
-    "qwen inpaint": (
-        "qwen-image",
-        "QwenImageInpaintPipeline",
-        PAINTED,
-        {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
-    ),
-    "several": (
-        "flux-2",
-        "Flux2KleinPipeline",
-        replace(EDIT, inputs=(IMAGE, MediaInput("image", png(OTHER)))),
-        {"image": [PHOTO, OTHER], "guidance_scale": 3.5},
-    ),
-    "skyreels image to video": (
-        "hunyuan-video",
-        "HunyuanSkyreelsImageToVideoPipeline",
-        replace(CLIP, num_frames=5, guidance_scale=6.0),
-        {"image": PHOTO, "num_frames": 5, "guidance_scale": 6.0},
-    ),
-}
-"""For each a family, a pipeline of it, our request, and what the classic call is told."""
+from workers.pipeline_proof import draw_by_seed
 
 LAYOUTS = {"ulysses 2": ParallelDegrees(ulysses_degree=2), "ring 2": ParallelDegrees(ring_degree=2)}
 
@@ -231,6 +95,7 @@ def asked(
     """The latents after the last step of the classic call, and what it makes, each seed asked for alone."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    draw_by_seed(pipeline.vae, request.seed)
     if lora:
         pipeline.load_lora_weights(lora)
     latents: list[torch.Tensor] = []

@@ -68,6 +68,7 @@ def requests_of(pipeline: str) -> list[GenerationRequest]:
     family = family_of(pipeline)
     usual = VIDEO if family.makes == "video" else PICTURE
     told = getattr(demo_module(served()[pipeline]), "REQUEST", {})
+    usual = replace(usual, prompt=family.prompt_form % usual.prompt)
     text = replace(usual, negative_prompt=None if family.guided_above is None else "blurry", **told)
     roles = family.needs or tuple(family.begins_with)[:1]
     if pipeline in (modular.pipeline for modular in families().values()):

@@ -89,7 +89,7 @@ def small_request(loaded: LoadedModel) -> GenerationRequest:
     request = GenerationRequest(
         request_id="self-test",
         model=loaded.spec.name,
-        prompt="a cup of coffee on a table",
+        prompt=kind.prompt_form % "a cup of coffee on a table",
         negative_prompt="a fox" if guided else None,
         width=SIZE[0] * multiple,
         height=SIZE[1] * multiple,

@@ -33,7 +33,7 @@ def warm_up_requests(model: ModelSpec, loras: tuple[tuple[str, float], ...] = ()
             GenerationRequest(
                 request_id="warm-up",
                 model=model.name,
-                prompt=prompt,
+                prompt=kind.prompt_form % prompt,
                 width=shape.width,
                 height=shape.height,
                 num_frames=shape.num_frames,

@@ -119,7 +119,8 @@ class ClassicDenoising(Denoising):
             pipeline.scheduler = self._scheduler_of(drawn_by)
             for name, part in self._adapter.parts(pipeline, self.request).items():
                 setattr(pipeline, name, part)
-            told = self._inputs() | {self._adapter.count_input: len(drawn_by), "generator": drawn_by}
+            told = self._adapter.unsaid(pipeline) | self._inputs()
+            told |= {self._adapter.count_input: len(drawn_by), "generator": drawn_by}
             arguments = {name: value for name, value in told.items() if name}  # not all can count
             self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
             self._schedulers.append(pipeline.scheduler)

@@ -25,6 +25,7 @@ from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.classic_parts import ClassicParts
 from workers.model.components import check_vocabularies, load_component, read_pipeline
+from workers.model.controlnets import run_whole
 from workers.model.digests import verify_lora
 from workers.model.guidance import why_not_batched
 from workers.model.latent_colors import LatentColors
@@ -141,6 +142,7 @@ def _load_pipeline(
     elif absent_vae:
         pipeline.vae = absent_vae
     pipeline.to(mesh.device)
+    run_whole(pipeline)
     return pipeline
 
 

@@ -169,7 +169,7 @@ def generate(
     )  # fmt: skip
     own = _given(mask=_data_url(mask), last_image=_data_url(last_image))
     own |= _given(strength=None if video else strength)
-    if own and not image:
+    if own and not (image or (mask and control_image)):
         raise UsageError(f"--{next(iter(own)).replace('_', '-')} needs --image, the picture to begin with")
     own |= _given(image=_data_urls(image), control_image=_data_url(control_image))
     own |= _given(video=_data_url(video), strength=strength)

@@ -21,7 +21,7 @@ def _fibo_inputs(tokens: Tokens) -> dict[str, Any]:
 
 BRIA_FIBO = ModelFamily(
     transformer_classes=("BriaFiboTransformer2DModel",),
-    pipelines=("BriaFiboPipeline",),
+    pipelines=("BriaFiboPipeline", "BriaFiboEditPipeline"),
     sp_plan=as_flux.SP_PLAN
     | {
         "": {

@@ -6,7 +6,7 @@ from sp_core.models.planned import as_flux
 CHROMA = ModelFamily(
     transformer_classes=("ChromaTransformer2DModel",),
     sp_plan=as_flux.SP_PLAN,
-    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     examples={
         "chroma": Example(
             "ChromaTransformer2DModel",

@@ -40,7 +40,7 @@ COG_VIEW_3_PLUS = ModelFamily(
 
 COG_VIEW_4 = ModelFamily(
     transformer_classes=("CogView4Transformer2DModel",),
-    pipelines=("CogView4Pipeline",),
+    pipelines=("CogView4Pipeline", "CogView4ControlPipeline"),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

@@ -1,5 +1,6 @@
 """HunyuanDiT: image tokens attend to themselves; text is only attended to and stays whole. Later blocks take what
-earlier ones have put out, which lies on the ranks as the image does. The pipeline makes the rotations.
+earlier ones have put out, which lies on the ranks as the image does, and so does what a ControlNet adds to it. The
+pipeline makes the rotations.
 """
 
 from typing import Any
@@ -21,28 +22,35 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
     }
 
 
+def _control_inputs(tokens: Tokens) -> dict[str, Any]:
+    """A residual for the one skip connection of four blocks."""
+    residual = tokens.normal(tokens.batch, tokens.height * tokens.width, 144, seed=7)
+    return _inputs(tokens) | {"controlnet_block_samples": [residual]}
+
+
+_TINY = {
+    "num_attention_heads": 12, "attention_head_dim": 12, "in_channels": 4, "patch_size": 2, "sample_size": 16,
+    "hidden_size": 144, "num_layers": 4, "mlp_ratio": 2.0, "cross_attention_dim": 16, "cross_attention_dim_t5": 24,
+    "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 6, "use_style_cond_and_image_meta_size": False,
+}  # fmt: skip
+_GAINS = {"attn1.to_out": 4, "attn1.to_v": 3}
+_NO_MASK = "its masks are those of the text, which stays whole"
+
 HUNYUAN_DIT = ModelFamily(
     transformer_classes=("HunyuanDiT2DModel",),
-    pipelines=("HunyuanDiTPipeline",),
+    pipelines=("HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline"),
     sp_plan={
-        "": {"image_rotary_emb": SequenceParallelCompanion(split_dim=0, expected_dims=2)},
+        "": {
+            "image_rotary_emb": SequenceParallelCompanion(split_dim=0, expected_dims=2),
+            "controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3),
+        },
         "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
     },
     local_attention=("*.attn2",),
     captured_processors=("HunyuanAttnProcessor2_0",),
     examples={
-        "hunyuan-dit": Example(
-            "HunyuanDiT2DModel",
-            {
-                "num_attention_heads": 12, "attention_head_dim": 12, "in_channels": 4, "patch_size": 2,
-                "sample_size": 16, "hidden_size": 144, "num_layers": 4, "mlp_ratio": 2.0, "cross_attention_dim": 16,
-                "cross_attention_dim_t5": 24, "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 6,
-                "use_style_cond_and_image_meta_size": False,
-            },
-            _inputs,
-            {"attn1.to_out": 4, "attn1.to_v": 3},
-            no_mask="its masks are those of the text, which stays whole",
-        ),
+        "hunyuan-dit": Example("HunyuanDiT2DModel", _TINY, _inputs, _GAINS, no_mask=_NO_MASK),
+        "hunyuan-dit control": Example("HunyuanDiT2DModel", _TINY, _control_inputs, _GAINS, no_mask=_NO_MASK),
     },
-)  # fmt: skip
+)

@@ -19,7 +19,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 HUNYUAN_IMAGE = ModelFamily(
     transformer_classes=("HunyuanImageTransformer2DModel",),
-    pipelines=("HunyuanImagePipeline",),
+    pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

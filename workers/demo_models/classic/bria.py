@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
-    BriaFiboPipeline,
     BriaFiboTransformer2DModel,
     BriaPipeline,
     BriaTransformer2DModel,
@@ -24,7 +24,7 @@ REQUEST = {"width": 96, "height": 128}
 def demo_pipeline(name: str = "BriaPipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""
     if name != "BriaPipeline":
-        return _fibo()
+        return _fibo(getattr(diffusers, name))
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = BriaTransformer2DModel(
@@ -47,7 +47,7 @@ def demo_pipeline(name: str = "BriaPipeline") -> Any:
     )
 
 
-def _fibo() -> Any:
+def _fibo(kind: Any) -> Any:
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = BriaFiboTransformer2DModel(
@@ -74,7 +74,7 @@ def _fibo() -> Any:
             eos_token_id=1,
         )
     )
-    return BriaFiboPipeline(
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=demo_vae(in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16),
         text_encoder=text_encoder.eval(),

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogView3PlusPipeline,
     CogView3PlusTransformer2DModel,
-    CogView4Pipeline,
     CogView4Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
@@ -38,7 +38,8 @@ def demo_pipeline(name: str = "CogView4Pipeline") -> Any:
         return _cog_view_3()
     characters = vocabulary.t5()  # it ends each prompt with a token, as GLM's begins it: none is empty
     torch.manual_seed(0)
-    transformer = CogView4Transformer2DModel(**SIZES, rope_axes_dim=(64, 64))
+    channels = LATENT_CHANNELS * (2 if "Control" in name else 1)  # the noise, and the picture that controls it
+    transformer = CogView4Transformer2DModel(**SIZES | {"in_channels": channels}, rope_axes_dim=(64, 64))
     amplify(transformer, TRANSFORMER_GAINS)
     text_encoder = GlmModel(
         GlmConfig(
@@ -54,7 +55,7 @@ def demo_pipeline(name: str = "CogView4Pipeline") -> Any:
             eos_token_id=[0],
         )
     )
-    return CogView4Pipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
         vae=image_vae(),
         text_encoder=text_encoder.eval(),

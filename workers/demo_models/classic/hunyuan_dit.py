@@ -1,12 +1,13 @@
-"""The demo model of HunyuanDiT."""
+"""The demo models of HunyuanDiT, without and with a ControlNet."""
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+from diffusers import DDPMScheduler, HunyuanDiT2DModel
 from transformers import BertConfig, BertModel
 
-from workers.demo_models import vocabulary
+from workers.demo_models import controlnets, vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"attn1.to_out": 3, "attn2.to_out": 8, "attn2.to_v": 2}
@@ -15,8 +16,8 @@ REQUEST = {"extra_params": {"use_resolution_binning": False}}
 """Else the pipeline draws in one of the sizes that the real model was trained with, all of them large."""
 
 
-def demo_pipeline() -> Any:
-    """A `HunyuanDiTPipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "HunyuanDiTPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = HunyuanDiT2DModel(
@@ -45,7 +46,8 @@ def demo_pipeline() -> Any:
             num_attention_heads=4,
         )
     )
-    return HunyuanDiTPipeline(
+    controlnet = {"controlnet": controlnets.hunyuan_dit(transformer)} if "Control" in name else {}
+    return getattr(diffusers, name)(
         scheduler=DDPMScheduler(
             beta_start=0.00085,
             beta_end=0.03,
@@ -62,4 +64,5 @@ def demo_pipeline() -> Any:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+        **controlnet,
     )

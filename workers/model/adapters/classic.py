@@ -8,11 +8,14 @@ import math
 import re
 from typing import Any
 
+from PIL import Image
+
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
+from workers.model.controlnets import check_control_mode, control_modes
 from workers.model.picture_inputs import read, read_clip
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -70,9 +73,14 @@ class ClassicAdapter(PipelineAdapter):
             "video_length": request.num_frames,
             "frame_rate": request.fps,
             "max_area": request.width * request.height,
+            "_auto_resize": False if self.family.sized_by_image else None,
         }
         taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
         return taken | {name: False for name in REWRITES if name in self._call.parameters} | dict(request.extra_params)
+
+    def unsaid(self, pipeline: Any) -> dict[str, Any]:
+        """What the call must be told because of the model's parts, where the request does not say."""
+        return {"control_mode": 0} if control_modes(pipeline) else {}
 
     def parts(self, pipeline: Any, request: GenerationRequest) -> dict[str, Any]:
         """The parts of the pipeline that guide, as this request has them: they keep state from step to step."""
@@ -88,8 +96,16 @@ class ClassicAdapter(PipelineAdapter):
                 found[name] = self._clip(given[0], request)
             elif given:
                 several = role == "image" and self.family.takes_several
-                found[name] = [read(each) for each in given] if several else read(given[0])
+                pictures = [self._sized(read(each), role, request) for each in given]
+                found[name] = pictures if several else pictures[0]
         return found
+
+    def _sized(self, picture: Image.Image, role: str, request: GenerationRequest) -> Image.Image:
+        """The picture, in the size that is asked for if the pipeline takes its own from it."""
+        size = request.width, request.height
+        if role != "image" or not self.family.sized_by_image or picture.size == size:
+            return picture
+        return picture.resize(size, Image.Resampling.LANCZOS)
 
     def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
         """As many of its frames as the request has; a call without a number of frames makes as many as it is given."""
@@ -107,6 +123,7 @@ class ClassicAdapter(PipelineAdapter):
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
+        check_control_mode(pipeline, request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
         if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from workers.demo_models import vocabulary
+from workers.demo_models import controlnets, vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
@@ -42,7 +42,7 @@ class FluxAdapter(PipelineAdapter):
 ADAPTER = FluxAdapter
 
 
-CONDITIONED = {"Fill": LATENT_CHANNELS + 64, "Control": LATENT_CHANNELS}
+CONDITIONED = {"Fill": LATENT_CHANNELS + 64, "ControlNet": 0, "Control": LATENT_CHANNELS}
 """Channels that a cell has beside the noise, by what is in the name of a pipeline: a picture, and a mask in pixels."""
 
 
@@ -80,6 +80,7 @@ def demo_pipeline(name: str = "FluxPipeline") -> Any:
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     )
+    beside_it = {"controlnet": controlnets.flux(transformer, "Img2Img" in name)} if "ControlNet" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
@@ -88,4 +89,5 @@ def demo_pipeline(name: str = "FluxPipeline") -> Any:
         text_encoder_2=text_encoder.eval(),
         tokenizer_2=characters,
         transformer=transformer.eval(),
+        **beside_it,
     )

@@ -5,12 +5,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from transformers import (
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-)
 
-from workers.demo_models import vocabulary
+from workers.demo_models import controlnets, vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, qwen_vl_encoder
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
@@ -35,7 +31,6 @@ ADAPTER = QwenImageAdapter
 def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""
     tokenizer = vocabulary.qwen2()
-    processor = {"processor": Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer)} if "Edit" in name else {}
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -59,11 +54,12 @@ def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
     text_encoder = qwen_vl_encoder(tokenizer)
     amplify(transformer, TRANSFORMER_GAINS)
     amplify(vae, {"decoder.conv_out": 3})
+    controlnet = {"controlnet": controlnets.qwen_image(transformer, "Inpaint" in name)} if "Control" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer.eval(),
-        **processor,
+        **controlnet,
     )

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
-from workers.demo_models import vocabulary
+from workers.demo_models import controlnets, vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
 from workers.messages import GenerationRequest
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
@@ -33,8 +34,8 @@ class ZImageAdapter(PipelineAdapter):
 ADAPTER = ZImageAdapter
 
 
-def demo_pipeline() -> Any:
-    """A `ZImagePipeline`, the same weights at every call."""
+def demo_pipeline(name: str = "ZImagePipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
     tokenizer = vocabulary.qwen2(chat_template=CHAT_TEMPLATE)
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
@@ -64,10 +65,12 @@ def demo_pipeline() -> Any:
             max_position_embeddings=2048,
         )
     )
-    return ZImagePipeline(
+    controlnet = {"controlnet": controlnets.z_image(transformer, "Inpaint" in name)} if "Control" in name else {}
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         transformer=transformer.eval(),
+        **controlnet,
     )

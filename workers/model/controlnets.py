@@ -1,0 +1,67 @@
+"""A ControlNet beside the transformer: every rank runs it whole, and its residuals are split on their way in.
+
+The transformer's plan names the parameters that take them. Called by `workers.model.loader` and the adapter of classic
+pipelines.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sp_core.torch_private import without_hooks
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+
+
+def run_whole(pipeline: Any) -> None:
+    """Have the parts that a ControlNet borrows from the parallelized transformer see all tokens while it runs.
+
+    Z-Image's borrows embeddings and refiners: it gets the refiners' layers without the hooks that split, and rotations
+    as diffusers makes them. Others have all parts of their own: nothing is done.
+
+    Args:
+        pipeline: with all of its parts; it need not have a ControlNet.
+    """
+    controlnet, transformer = getattr(pipeline, "controlnet", None), pipeline.transformer
+    if controlnet is None:
+        return
+    for name, stack in list(controlnet.named_children()):
+        if isinstance(stack, nn.ModuleList) and stack is getattr(transformer, name, None):
+            setattr(controlnet, name, nn.ModuleList([without_hooks(layer) for layer in stack]))
+    if hasattr(controlnet, "rope_embedder"):
+        controlnet.rope_embedder = _ComplexRotations(controlnet.rope_embedder)
+
+
+class _ComplexRotations:
+    """Rotations as complex numbers; the transformer's may be pairs of real ones.
+
+    Args:
+        embedder: makes rotations of positions.
+    """
+
+    def __init__(self, embedder: Any) -> None:
+        self._embedder = embedder
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        rotations: torch.Tensor = self._embedder(positions)
+        return rotations if rotations.is_complex() else torch.view_as_complex(rotations)
+
+
+def control_modes(pipeline: Any) -> int:
+    """The kinds of control among which a ControlNet must be told one; 0: it has one kind, or there is none."""
+    controlnet: nn.Module | None = getattr(pipeline, "controlnet", None)
+    return int(getattr(getattr(controlnet, "config", None), "num_mode", None) or 0)
+
+
+def check_control_mode(pipeline: Any, request: GenerationRequest) -> None:
+    """Reject a kind of control that the ControlNet does not have: it would read an embedding that is not there.
+
+    Raises:
+        InvalidParameter: names `extra_params.control_mode`.
+    """
+    mode, kinds = request.extra_params.get("control_mode"), control_modes(pipeline)
+    if mode is None or (isinstance(mode, int) and 0 <= mode < kinds):
+        return
+    allowed = f"must be from 0 to {kinds - 1}" if kinds else "is not for this ControlNet, which has one kind of control"
+    raise InvalidParameter("extra_params.control_mode", f"control_mode {allowed}, got {mode!r}; leave it out")
