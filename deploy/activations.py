@@ -29,8 +29,8 @@ TOKEN_FRAMES = 4
 
 
 PICTURE_TOKENS = 4096
-"""Of a picture that is edited, beside those of the one that is made: pipelines scale it to a megapixel. One is counted;
-a model that takes several may need more."""
+"""Of a picture that is edited, or that gives its size, beside those of the one that is made: pipelines scale it to a
+megapixel. One is counted; a model that takes several may need more."""
 
 BATCHED_TOKENS = 256
 """Tokens of all latents of a request on a rank up to which `batch_guidance: auto` puts both branches into one forward.
@@ -116,7 +116,8 @@ def _phases(model: ModelSpec, folder: Path, request: Request) -> tuple[float, fl
     """Bytes of the forward of one branch, and of the decode; None if a class of the model was not measured."""
     transformer = read_config(folder / "transformer" / "config.json")
     vae = read_config(folder / "vae" / "config.json")
-    beside = PICTURE_TOKENS if "edit" in find_family(folder).tasks else 0
+    family = find_family(folder)
+    beside = PICTURE_TOKENS if "edit" in family.tasks or family.sized_by_image else 0
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:
         return None

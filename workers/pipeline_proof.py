@@ -29,6 +29,7 @@ from workers.gang.self_test import self_test
 from workers.messages import GenerationRequest
 from workers.model.adapters.classic import REWRITES
 from workers.model.classic_denoising import begin
+from workers.model.controlnets import control_modes
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.picture_inputs import read, read_clip
@@ -127,7 +128,7 @@ def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: Gen
     if getattr(classic, "guider", None):
         classic.guider = classic.guider.new(guidance_scale=request.guidance_scale)
     parameters = inspect.signature(type(classic).__call__).parameters
-    told = _told(pipeline, request)
+    told = ({"control_mode": 0} if control_modes(classic) else {}) | _told(pipeline, request)
     seen: list[torch.Tensor] = []
     if "callback_on_step_end" in parameters:
         told["callback_on_step_end"] = lambda _pipeline, _i, _t, values: _see(seen, values["latents"], {})

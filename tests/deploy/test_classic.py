@@ -132,7 +132,7 @@ def test_a_transformer_from_elsewhere_is_its_authors_to_prove(tmp_path: Path) ->
 
 def test_a_picture_that_is_edited_needs_memory_beside_the_new_one(tmp_path: Path) -> None:
     needed = []
-    for pipeline in ("FluxImg2ImgPipeline", "FluxKontextPipeline"):
+    for pipeline in ("FluxImg2ImgPipeline", "FluxKontextPipeline", "FluxKontextInpaintPipeline"):
         folder = folder_of(tmp_path / pipeline, pipeline, ["diffusers", "FluxTransformer2DModel"])
         edit(folder / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel"})
         edit(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", "block_out_channels": [8]})
@@ -140,6 +140,7 @@ def test_a_picture_that_is_edited_needs_memory_beside_the_new_one(tmp_path: Path
         needed.append(activation_bytes(model, folder, Request(1024, 1024, 1, 1)) or 0)
     text = 512
     assert needed[1] / needed[0] == pytest.approx((8192 + text) / (4096 + text))
+    assert needed[2] == needed[1]
 
 
 def test_schedulers_are_those_that_the_constructor_names() -> None:

@@ -189,6 +189,20 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         replace(EDIT, prompt='{"edit_instruction": "a cup of coffee"}', width=96, height=128, negative_prompt="blurry"),
         {"image": PHOTO, "guidance_scale": 3.5, "negative_prompt": "blurry"},
     ),
+    "an instruction for a place": (
+        "bria",
+        "BriaFiboEditPipeline",
+        replace(
+            PAINTED,
+            prompt='{"edit_instruction": "a cup"}',
+            width=96,
+            height=128,
+            n=1,
+            strength=None,
+            negative_prompt="blurry",
+        ),
+        {"image": PHOTO, "mask": MASK, "guidance_scale": 3.5, "negative_prompt": "blurry"},
+    ),
     "cogview control": (
         "cog-view",
         "CogView4ControlPipeline",
