@@ -157,16 +157,18 @@ def _doubles(node: ast.AST) -> bool:
     times = node.args[0]
     if _is_attribute(node.func, "repeat"):
         return isinstance(times, ast.Constant) and times.value == 2 and len(node.args) == LATENT_DIMENSIONS
-    joins = _is_attribute(node.func, "cat") and isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult)
-    return joins and isinstance(times.left, ast.List)
+    if not _is_attribute(node.func, "cat"):
+        return False
+    return isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult) and isinstance(times.left, ast.List)
 
 
 def _takes_size_of_image(node: ast.AST) -> bool:
     """Whether this is `preprocess(image)`, which keeps the picture's size, or `height = image_height`."""
     if isinstance(node, ast.Assign):
         return _is_name(node.targets[0], "height") and _is_name(node.value, "image_height")
-    keeps = isinstance(node, ast.Call) and _is_attribute(node.func, "preprocess") and not node.keywords
-    return keeps and len(node.args) == 1 and _is_name(node.args[0], "image")
+    if not isinstance(node, ast.Call) or not _is_attribute(node.func, "preprocess") or node.keywords:
+        return False
+    return len(node.args) == 1 and _is_name(node.args[0], "image")
 
 
 def _guides(set_to: Mapping[str, ast.expr]) -> bool:

@@ -17,7 +17,13 @@ def flux(transformer: Any, several: bool) -> Any:
         transformer: the demo model's.
         several: it has `MODES` kinds of control, and must be told one.
     """
-    keys = ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+    keys: tuple[str, ...] = (
+        "in_channels",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    )
     keys += ("axes_dims_rope", "guidance_embeds")
     modes = MODES if several else None
     return _made(diffusers.FluxControlNetModel, transformer, keys, num_layers=1, num_single_layers=1, num_mode=modes)
@@ -25,7 +31,7 @@ def flux(transformer: Any, several: bool) -> Any:
 
 def qwen_image(transformer: Any, masked: bool) -> Any:
     """For Qwen-Image; `masked`: it takes a mask beside the picture."""
-    keys = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
+    keys: tuple[str, ...] = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads")
     keys += ("joint_attention_dim", "axes_dims_rope")
     cells = transformer.config.patch_size**2
     beside = cells if masked else 0
@@ -34,14 +40,28 @@ def qwen_image(transformer: Any, masked: bool) -> Any:
 
 def stable_diffusion_3(transformer: Any, masked: bool) -> Any:
     """For Stable Diffusion 3; `masked`: it takes a mask beside the picture."""
-    keys = ("sample_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "qk_norm")
+    keys: tuple[str, ...] = (
+        "sample_size",
+        "in_channels",
+        "out_channels",
+        "attention_head_dim",
+        "num_attention_heads",
+        "qk_norm",
+    )
     keys += ("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size")
     return _made(diffusers.SD3ControlNetModel, transformer, keys, num_layers=2, extra_conditioning_channels=int(masked))
 
 
 def hunyuan_dit(transformer: Any) -> Any:
     """For HunyuanDiT."""
-    keys = ("num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "sample_size", "hidden_size")
+    keys: tuple[str, ...] = (
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "patch_size",
+        "sample_size",
+        "hidden_size",
+    )
     keys += ("mlp_ratio", "cross_attention_dim", "cross_attention_dim_t5", "pooled_projection_dim")
     keys += ("text_len", "text_len_t5", "use_style_cond_and_image_meta_size")
     layers = transformer.config.num_layers
@@ -56,7 +76,7 @@ def z_image(transformer: Any, masked: bool) -> Any:
         masked: it takes a mask and a picture beside the one of control, and refines them together with the noise, as
             the second version does.
     """
-    keys = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
+    keys: tuple[str, ...] = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
     channels = transformer.config.in_channels
     return _made(
         diffusers.ZImageControlNetModel,

@@ -23,9 +23,10 @@ def run_whole(pipeline: Any) -> None:
     Args:
         pipeline: with all of its parts; it need not have a ControlNet.
     """
-    controlnet, transformer = getattr(pipeline, "controlnet", None), pipeline.transformer
+    controlnet: Any = getattr(pipeline, "controlnet", None)
     if controlnet is None:
         return
+    transformer = pipeline.transformer
     for name, stack in list(controlnet.named_children()):
         if isinstance(stack, nn.ModuleList) and stack is getattr(transformer, name, None):
             setattr(controlnet, name, nn.ModuleList([without_hooks(layer) for layer in stack]))
