@@ -4,13 +4,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
 from sp_core.torch_private import has_hooks
 from tests.workers.test_adapters import PICTURES
-from workers.demo_models import controlnets
+from workers.demo_models.parts import controlnet
 from workers.errors import InvalidParameter
 from workers.model.controlnets import check_control_mode, control_modes, run_whole
 
@@ -72,7 +73,8 @@ class Config(dict[str, Any]):
 
 
 def test_a_demo_controlnet_adds_something() -> None:
-    """It begins with layers of zeros, which would hide what happens to its residuals."""
-    config = Config(in_channels=4, dim=12, n_heads=2, n_kv_heads=2, n_refiner_layers=1)
-    made = controlnets.z_image(SimpleNamespace(config=config), masked=True)
+    config = Config(in_channels=4, num_attention_heads=2, attention_head_dim=6, joint_attention_dim=8, num_layers=9)
+    kind = diffusers.QwenImageControlNetModel
+    made = controlnet(kind, SimpleNamespace(config=config), num_layers=1, axes_dims_rope=(2, 2, 2))
     assert all(parameter.any() for parameter in made.parameters())
+    assert (made.config.in_channels, made.config.num_layers) == (4, 1)

@@ -1,8 +1,9 @@
-"""What several demo models share: gains on random weights, a tiny T5 and a tiny image VAE.
+"""What several demo models share: gains on random weights, tiny encoders, a tiny image VAE and tiny ControlNets.
 
 Called by the families in `workers.model.adapters`.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,25 @@ def image_vae(latent_channels: int = LATENT_CHANNELS) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
+
+
+def controlnet(kind: Any, transformer: Any, **init: Any) -> Any:
+    """A ControlNet, the same weights at every call.
+
+    Args:
+        kind: its class.
+        transformer: beside which it stands; settings that both have are the transformer's.
+        init: its other settings, and those that differ.
+    """
+    shared = {
+        name: transformer.config[name] for name in inspect.signature(kind).parameters if name in transformer.config
+    }
+    torch.manual_seed(1)
+    made = kind(**shared | init)
+    for parameter in made.parameters():
+        if not parameter.any():  # it begins with layers of zeros, which would hide what happens to its residuals
+            nn.init.normal_(parameter, std=0.1)
+    return made.eval()
 
 
 def umt5_encoder(tokens: int) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from deploy.families.lookup import CLASSIC, family_name
 from deploy.model_folder import component_classes
-from deploy.safetensors_headers import weights_file
+from deploy.safetensors_headers import headers_by_file, weights_file
 from deploy.spec import ModelSpec
 from workers.model.classic_parts import ClassicParts
 from workers.model.out_of_tree import transformer_class
@@ -21,14 +21,6 @@ from workers.model.weights import build, verified_files
 
 UNUSED = ("lm_head.",)
 """Begins the names of tensors that a text encoder may have too many: they turn its embeddings into words."""
-
-BORROWED = {
-    "ZImageControlNetModel": (
-        "t_embedder.", "all_x_embedder.", "cap_embedder.", "noise_refiner.", "context_refiner.", "x_pad_token",
-        "cap_pad_token",
-    ),
-}  # fmt: skip
-"""Begins the names of tensors that a class may have too many because a whole pipeline was saved: the transformer's."""
 
 REPORTED = {
     "missing": "missing_keys",
@@ -80,8 +72,15 @@ def load_component(pipeline: ModularPipeline | ClassicParts, folder: Path, name:
     if not has_weights:
         return found
     component, report = found
-    _check_report(folder / name, type(component).__name__, report)
+    _check_report(folder / name, type(component).__name__, report, _borrowed(folder, name))
     return component
+
+
+def _borrowed(folder: Path, name: str) -> frozenset[str]:
+    """Tensors that a ControlNet's files may have too many: some borrow parts of the transformer, and are saved so."""
+    if name != "controlnet":
+        return frozenset()
+    return frozenset(tensor for tensors in headers_by_file(folder / "transformer").values() for tensor in tensors)
 
 
 def verify_loadable(model: ModelSpec, folder: Path) -> None:
@@ -135,9 +134,9 @@ def check_vocabularies(folder: Path, components: Mapping[str, Any]) -> None:
             )
 
 
-def _check_report(folder: Path, kind: str, report: Mapping[str, Any]) -> None:
+def _check_report(folder: Path, kind: str, report: Mapping[str, Any], borrowed: frozenset[str]) -> None:
     said = {what: sorted(map(str, report.get(key) or ())) for what, key in REPORTED.items()}
-    said["surplus"] = [name for name in said["surplus"] if not name.startswith((*UNUSED, *BORROWED.get(kind, ())))]
+    said["surplus"] = [name for name in said["surplus"] if not name.startswith(UNUSED) and name not in borrowed]
     wrong = [f"{what} {names[:5]}" for what, names in said.items() if names]
     if wrong:
         raise ValueError(f"{folder} does not hold the weights of {kind}: {', '.join(wrong)}")

@@ -23,13 +23,13 @@ def run_whole(pipeline: Any) -> None:
     Args:
         pipeline: with all of its parts; it need not have a ControlNet.
     """
-    controlnet: Any = getattr(pipeline, "controlnet", None)
-    if controlnet is None:
+    if not hasattr(pipeline, "controlnet"):
         return
-    transformer = pipeline.transformer
+    controlnet = pipeline.controlnet
     for name, stack in list(controlnet.named_children()):
-        if isinstance(stack, nn.ModuleList) and stack is getattr(transformer, name, None):
-            setattr(controlnet, name, nn.ModuleList([without_hooks(layer) for layer in stack]))
+        lent: Any = getattr(pipeline.transformer, name, None)
+        if isinstance(lent, nn.ModuleList) and lent is stack:
+            setattr(controlnet, name, nn.ModuleList([without_hooks(layer) for layer in lent]))
     if hasattr(controlnet, "rope_embedder"):
         controlnet.rope_embedder = _ComplexRotations(controlnet.rope_embedder)
 

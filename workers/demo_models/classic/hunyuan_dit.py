@@ -7,8 +7,8 @@ import torch
 from diffusers import DDPMScheduler, HunyuanDiT2DModel
 from transformers import BertConfig, BertModel
 
-from workers.demo_models import controlnets, vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"attn1.to_out": 3, "attn2.to_out": 8, "attn2.to_v": 2}
 
@@ -46,7 +46,11 @@ def demo_pipeline(name: str = "HunyuanDiTPipeline") -> Any:
             num_attention_heads=4,
         )
     )
-    controlnet = {"controlnet": controlnets.hunyuan_dit(transformer)} if "Control" in name else {}
+    layers = transformer.config.num_layers
+    beside = {}
+    if "Control" in name:
+        kind = diffusers.HunyuanDiT2DControlNetModel
+        beside = {"controlnet": controlnet(kind, transformer, transformer_num_layers=layers)}
     return getattr(diffusers, name)(
         scheduler=DDPMScheduler(
             beta_start=0.00085,
@@ -64,5 +68,5 @@ def demo_pipeline(name: str = "HunyuanDiTPipeline") -> Any:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        **controlnet,
+        **beside,
     )

@@ -7,8 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from workers.demo_models import controlnets, vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, t5_encoder
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, image_vae, t5_encoder
 
 TRANSFORMER_GAINS = {"norm1": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 3}
 
@@ -34,8 +34,7 @@ def demo_pipeline(name: str = "StableDiffusion3Pipeline") -> Any:
     )
     amplify(transformer, TRANSFORMER_GAINS)
     text_encoder_3 = t5_encoder(len(characters))
-    masked = "Inpaint" in name
-    controlnet = {"controlnet": controlnets.stable_diffusion_3(transformer, masked)} if "Control" in name else {}
+    beside = {"controlnet": _controlnet(transformer, "Inpaint" in name)} if "Control" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(channels),
@@ -46,8 +45,14 @@ def demo_pipeline(name: str = "StableDiffusion3Pipeline") -> Any:
         text_encoder_3=text_encoder_3,
         tokenizer_3=characters,
         transformer=transformer.eval(),
-        **controlnet,
+        **beside,
     )
+
+
+def _controlnet(transformer: Any, masked: bool) -> Any:
+    """One of two plain layers; `masked`: it takes a mask beside the picture."""
+    beside = {"extra_conditioning_channels": int(masked), "dual_attention_layers": ()}
+    return controlnet(diffusers.SD3ControlNetModel, transformer, num_layers=2, **beside)
 
 
 def _clip(words: Any) -> Any:

@@ -7,8 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from workers.demo_models import controlnets, vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, image_vae
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
@@ -80,7 +80,7 @@ def demo_pipeline(name: str = "FluxPipeline") -> Any:
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=len(characters), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     )
-    beside_it = {"controlnet": controlnets.flux(transformer, "Img2Img" in name)} if "ControlNet" in name else {}
+    beside_it = {"controlnet": _controlnet(transformer, "Img2Img" in name)} if "ControlNet" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
@@ -91,3 +91,9 @@ def demo_pipeline(name: str = "FluxPipeline") -> Any:
         transformer=transformer.eval(),
         **beside_it,
     )
+
+
+def _controlnet(transformer: Any, several: bool) -> Any:
+    """A small one; `several`: it has three kinds of control, and must be told one."""
+    kinds = 3 if several else None
+    return controlnet(diffusers.FluxControlNetModel, transformer, num_layers=1, num_single_layers=1, num_mode=kinds)

@@ -6,8 +6,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-from workers.demo_models import controlnets, vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, qwen_vl_encoder
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, qwen_vl_encoder
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
 TRANSFORMER_GAINS = {"_mod.": 3, "norm_": 1.5, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 4}
@@ -54,12 +54,18 @@ def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
     text_encoder = qwen_vl_encoder(tokenizer)
     amplify(transformer, TRANSFORMER_GAINS)
     amplify(vae, {"decoder.conv_out": 3})
-    controlnet = {"controlnet": controlnets.qwen_image(transformer, "Inpaint" in name)} if "Control" in name else {}
+    beside = {"controlnet": _controlnet(transformer, "Inpaint" in name)} if "Control" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer.eval(),
-        **controlnet,
+        **beside,
     )
+
+
+def _controlnet(transformer: Any, masked: bool) -> Any:
+    """One of two layers; `masked`: it takes a mask beside the picture, as latents have cells."""
+    cells = transformer.config.patch_size**2 if masked else 0
+    return controlnet(diffusers.QwenImageControlNetModel, transformer, num_layers=2, extra_condition_channels=cells)

@@ -9,8 +9,8 @@ from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
-from workers.demo_models import controlnets, vocabulary
-from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae
+from workers.demo_models import vocabulary
+from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, image_vae
 from workers.messages import GenerationRequest
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 
@@ -65,12 +65,31 @@ def demo_pipeline(name: str = "ZImagePipeline") -> Any:
             max_position_embeddings=2048,
         )
     )
-    controlnet = {"controlnet": controlnets.z_image(transformer, "Inpaint" in name)} if "Control" in name else {}
+    beside = {"controlnet": _controlnet(transformer, "Inpaint" in name)} if "Control" in name else {}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         transformer=transformer.eval(),
-        **controlnet,
+        **beside,
+    )
+
+
+def _controlnet(transformer: Any, masked: bool) -> Any:
+    """One that borrows the transformer's embeddings and refiners.
+
+    Args:
+        transformer: the demo model's.
+        masked: it takes a mask and a picture beside the one of control, and refines them together with the noise, as
+            the second version does.
+    """
+    channels = transformer.config.in_channels
+    return controlnet(
+        diffusers.ZImageControlNetModel,
+        transformer,
+        control_layers_places=[0, 1],
+        control_refiner_layers_places=[0],
+        control_in_dim=2 * channels + 1 if masked else channels,
+        add_control_noise_refiner="control_noise_refiner" if masked else None,
     )
