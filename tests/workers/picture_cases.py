@@ -177,12 +177,6 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         PAINTED,
         {"image": SIZED, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
     ),
-    "chroma inpaint": (
-        "chroma",
-        "ChromaInpaintPipeline",
-        PAINTED,
-        {"image": PHOTO, "mask_image": MASK, "strength": 0.7, "guidance_scale": 3.5},
-    ),
     "an instruction": (
         "bria",
         "BriaFiboEditPipeline",

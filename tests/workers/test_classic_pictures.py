@@ -40,7 +40,8 @@ from workers.pipeline_proof import draw_by_seed
 LAYOUTS = {"ulysses 2": ParallelDegrees(ulysses_degree=2), "ring 2": ParallelDegrees(ring_degree=2)}
 
 QUICK = (
-    "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "several"
+    "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "several",
+    "z-image controlnet",
 )  # fmt: skip
 """One for each way in which a pipeline takes what a request begins with."""
 
@@ -135,7 +136,7 @@ def elsewhere(request: GenerationRequest) -> GenerationRequest:
     return replace(request, inputs=(replace(first, data=data), *others))
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases("z-image img2img"))
 def test_one_rank_is_the_classic_pipeline(folder_of: Callable[[str], Path], name: str) -> None:
     _, _, request, told = CASES[name]
     folder = folder_of(name)

@@ -6,7 +6,10 @@ from sp_core.models.planned import as_flux
 CHROMA = ModelFamily(
     transformer_classes=("ChromaTransformer2DModel",),
     sp_plan=as_flux.SP_PLAN,
-    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    refused_pipelines={
+        "ChromaInpaintPipeline": "its call fails: it reads guidance_embeds, which ChromaTransformer2DModel does not have",
+    },
     examples={
         "chroma": Example(
             "ChromaTransformer2DModel",
