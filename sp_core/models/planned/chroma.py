@@ -8,7 +8,7 @@ CHROMA = ModelFamily(
     sp_plan=as_flux.SP_PLAN,
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
     refused_pipelines={
-        "ChromaInpaintPipeline": "its call fails: it reads guidance_embeds, which ChromaTransformer2DModel does not have",
+        "ChromaInpaintPipeline": "its call fails: it reads guidance_embeds, which its ChromaTransformer2DModel lacks",
     },
     examples={
         "chroma": Example(
