@@ -18,6 +18,9 @@ from workers.model.adapters.wan import demo_vae
 
 TRANSFORMER_GAINS = {"norm1.linear": 3, "norm.linear": 3, "add_v_proj": 5, "to_out": 3, "proj_out": 2}
 
+EMPTY = 128_000
+"""The token that FIBO's pipelines write for an empty prompt."""
+
 REQUEST = {"width": 96, "height": 128}
 
 
@@ -68,7 +71,7 @@ def _fibo(kind: Any) -> Any:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=len(characters),
+            vocab_size=EMPTY + 1,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=1,
