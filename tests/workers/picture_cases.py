@@ -144,8 +144,8 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
     "skyreels image to video": (
         "hunyuan-video",
         "HunyuanSkyreelsImageToVideoPipeline",
-        replace(CLIP, num_frames=5, guidance_scale=6.0),
-        {"image": PHOTO, "num_frames": 5, "guidance_scale": 6.0},
+        replace(CLIP, num_frames=5, guidance_scale=6.0, negative_prompt="blurry"),
+        {"image": PHOTO, "num_frames": 5, "true_cfg_scale": 6.0, "negative_prompt": "blurry"},
     ),
     "z-image img2img": (
         "z-image",
