@@ -4,12 +4,13 @@ A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deploy.components import verify_components
 from deploy.families.lookup import CLASSIC, family_name, find_family
-from deploy.memory import format_bytes, rank_memory, what_fits
+from deploy.memory import RankMemory, format_bytes, memory_by_degree, what_fits
 from deploy.model_folder import model_folder, read_config
 from deploy.safetensors_headers import read_header
 from deploy.spec import DeploymentSpec, ModelSpec, SpecError
@@ -101,17 +102,35 @@ def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, s
         return True, ""
     config = _transformer_config(folder)
     try:
-        needed = rank_memory(model, folder)
-        line = f"{model.name}: largest rank: {needed}"
+        degrees = memory_by_degree(model, folder)
+        needed = max(degrees.values(), key=lambda each: each.total)
+        line = f"{model.name}: largest rank{_of_degree(degrees, needed)}: {needed}"
         if model.device == "cpu":
             return True, line
         line += f" of {format_bytes(memory)}"
         if needed.total <= memory:
-            return True, line
+            return True, line + _per_degree(degrees, memory)
         changes = what_fits(model, folder, memory, num_heads(config), find_family(folder).ffn_dim(config))
     except (ValueError, TypeError) as error:
         return False, f"{model.name}: {error}"
+    line += _per_degree(degrees, memory)
     return False, f"{line}; " + (f"what fits: {'; or '.join(changes)}" if changes else "take GPUs with more memory")
+
+
+def _of_degree(degrees: Mapping[int, RankMemory], needed: RankMemory) -> str:
+    """Which degree of an elastic gang needs most; empty for a gang of one degree."""
+    return "" if len(degrees) < 2 else f", at degree {next(d for d, each in degrees.items() if each is needed)}"
+
+
+def _per_degree(degrees: Mapping[int, RankMemory], memory: int) -> str:
+    """Which degrees of an elastic gang fit, and what each needs; empty for a gang of one degree."""
+    if len(degrees) < 2:
+        return ""
+    said = (
+        f"{degree} {'fits' if needed.total <= memory else 'does not fit'} ({format_bytes(needed.total)})"
+        for degree, needed in sorted(degrees.items())
+    )
+    return f"; degree {', '.join(said)}"
 
 
 def _groups(model: ModelSpec) -> list[str]:

@@ -5,7 +5,7 @@ largest rank is always the first: in every layout it holds the text encoders and
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,8 +15,8 @@ from deploy.activations import activation_bytes, largest_request, why_two_forwar
 from deploy.families.lookup import component_dtype, kept_in_fp32
 from deploy.model_folder import component_folders, read_config
 from deploy.safetensors_headers import read_header, read_headers
-from deploy.spec import ModelSpec
-from sp_core.degrees import ParallelDegrees, check_layout
+from deploy.spec import Elastic, ModelSpec
+from sp_core.degrees import ParallelDegrees, axis_groups, check_layout, smaller_layouts, units
 from sp_core.models.lookup import find_family
 from sp_core.tp_plan import sharded_tensors
 
@@ -29,6 +29,13 @@ ENCODERS_IN_FP32 = {"T5EncoderModel": frozenset({"wo"}), "UMT5EncoderModel": fro
 CUDA_RESERVE = 3 * GIB // 2
 """Bytes that a rank on a GPU needs on top: CUDA's context, NCCL's buffers, gaps between allocations, and what
 `sp_core.shared_modulation` keeps. Assumed, not measured."""
+
+GROUP_BYTES = 96 * 2**20
+"""Bytes of an NCCL communicator on each of its ranks. This and the next follow what others have seen: 544 MB with two
+ranks (issue 964 of NVIDIA/nccl), 3.3 GB with eight that exchange all with all (issue 1685). Ours are not measured."""
+
+PEER_BYTES = 448 * 2**20
+"""Bytes of it for each further rank: Ulysses ranks send to all others of their group."""
 
 UNITS = {"": GIB, "G": GIB, "GIB": GIB, "M": 2**20, "MIB": 2**20, "T": 2**40, "TIB": 2**40}
 UNITS |= {"MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -46,6 +53,7 @@ class RankMemory:
         activations: at the largest request that the limits allow; None if the model's class was not measured.
         request: that request, as text.
         reserve: for CUDA and NCCL.
+        groups: for the communicators that an elastic gang has beside those of its own layout.
         graphs: whether CUDA graphs come on top, which keep memory of their own; nobody has measured how much.
     """
 
@@ -54,11 +62,12 @@ class RankMemory:
     request: str
     reserve: int
     graphs: bool = False
+    groups: int = 0
 
     @property
     def total(self) -> int:
         """The sum, without activations if they are not known."""
-        return self.weights + (self.activations or 0) + self.reserve
+        return self.weights + (self.activations or 0) + self.reserve + self.groups
 
     def __str__(self) -> str:
         activations = (
@@ -67,6 +76,7 @@ class RankMemory:
             else f"{format_bytes(self.activations)} of activations at {self.request}"
         )
         reserve = f" + {format_bytes(self.reserve)} for CUDA" if self.reserve else ""
+        reserve += f" + {format_bytes(self.groups)} for the groups of smaller degrees" if self.groups else ""
         reserve += " + unknown CUDA graphs" if self.graphs else ""
         return f"{format_bytes(self.weights)} of weights + {activations}{reserve} = {format_bytes(self.total)}"
 
@@ -92,7 +102,7 @@ def parse_memory(text: str) -> int:
 
 
 def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
-    """What the largest rank of the model's gangs needs.
+    """What the largest rank of the model's gangs needs; of an elastic gang, at the degree that needs most.
 
     Args:
         model: the model.
@@ -102,14 +112,46 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
         ValueError: a weight file is missing or damaged, or the layout is tensor parallel and the class has no tensor
             plan.
     """
-    request = largest_request(model, folder)
-    return RankMemory(
-        weights=weight_bytes(model, folder),
-        activations=activation_bytes(model, folder, request),
-        request=str(request) + ("" if why_two_forwards(model, folder, request) else ", both branches of guidance"),
-        reserve=CUDA_RESERVE if model.device == "cuda" else 0,
-        graphs=model.cuda_graphs,
+    return max(memory_by_degree(model, folder).values(), key=lambda needed: needed.total)
+
+
+def memory_by_degree(model: ModelSpec, folder: Path) -> dict[int, RankMemory]:
+    """What the largest rank needs at each degree that a request may have, the largest degree first.
+
+    A degree is counted in tensor-parallel groups. The fewer ranks share a request, the more of it each of them holds.
+    A gang that is not elastic has one degree.
+
+    Raises:
+        ValueError: see `rank_memory`.
+    """
+    request, weights = largest_request(model, folder), weight_bytes(model, folder)
+    layouts = (model.parallel, *(smaller_layouts(model.parallel, model.elastic.min_degree) if model.elastic else ()))
+    cuda = model.device == "cuda"
+    found: dict[int, RankMemory] = {}
+    for layout in layouts:
+        here = model.model_copy(update={"parallel": layout})
+        apart = why_two_forwards(here, folder, request)
+        needed = RankMemory(
+            weights=weights,
+            activations=activation_bytes(here, folder, request),
+            request=str(request) + ("" if apart else ", both branches of guidance"),
+            reserve=CUDA_RESERVE if cuda else 0,
+            graphs=model.cuda_graphs,
+            groups=_group_bytes(layouts) if cuda else 0,
+        )
+        degree = layout.world_size // layout.tensor_parallel_size
+        found[degree] = max(found.get(degree, needed), needed, key=lambda each: each.total)
+    return found
+
+
+def _group_bytes(layouts: Sequence[ParallelDegrees]) -> int:
+    """Bytes of the communicators of the first rank that the first of these layouts does not have."""
+    own, *others = (
+        {tuple(ranks) for of_axis in axis_groups(layout).values() for ranks in of_axis if 0 in ranks and len(ranks) > 1}
+        for layout in layouts
     )
+    more = {ranks for groups in others for ranks in groups} - own
+    return sum(GROUP_BYTES + PEER_BYTES * (len(ranks) - 1) for ranks in more)
 
 
 def weight_bytes(model: ModelSpec, folder: Path) -> int:
@@ -177,6 +219,11 @@ def what_fits(model: ModelSpec, folder: Path, memory: int, num_heads: int | None
         needed = rank_memory(model.model_copy(update={"batch_guidance": "auto"}), folder)
         if needed.total <= memory:
             changes.append(f"batch_guidance auto ({format_bytes(needed.total)})")
+    for elastic in _higher_degrees(model):
+        needed = rank_memory(model.model_copy(update={"elastic": elastic}), folder)
+        if needed.total <= memory:
+            changes.append(f"elastic.min_degree {elastic.min_degree} ({format_bytes(needed.total)})")
+            break
     for degrees in _layouts(model, num_heads, ffn_dim):
         needed = rank_memory(model.model_copy(update={"parallel": degrees}), folder)
         if needed.total <= memory:
@@ -208,9 +255,20 @@ def _layouts(model: ModelSpec, num_heads: int | None, ffn_dim: int | None) -> li
                 check_layout(degrees, num_heads, ffn_dim)
             except ValueError:
                 continue
+            if model.elastic and units(degrees) < model.elastic.min_degree:
+                continue
             if degrees != model.parallel and model.parallel.world_size <= degrees.world_size <= MOST_RANKS:
                 layouts.append(degrees)
     return sorted(layouts, key=lambda d: (d.world_size, d.tensor_parallel_size))
+
+
+def _higher_degrees(model: ModelSpec) -> Iterator[Elastic]:
+    """The section with higher degrees than a request has at least, the lowest first."""
+    if model.elastic:
+        degree = 2 * model.elastic.min_degree
+        while degree <= units(model.parallel):
+            yield model.elastic.model_copy(update={"min_degree": degree})
+            degree *= 2
 
 
 def _lower_limits(model: ModelSpec) -> Iterator[dict[str, int]]:

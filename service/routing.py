@@ -39,9 +39,15 @@ class LeastBacklogRouter(RequestRouter):
 
     def takes(self, request: GenerationRequest) -> Takes:
         """What a request would take. Called by the gateway, on its own loop."""
-        usual = [seconds for costs in self._costs if (seconds := costs.seconds(request))]
         least = [seconds for costs in self._costs if (seconds := costs.least_seconds(request))]
-        return Takes(statistics.fmean(usual) if usual else 0.0, min(least, default=0.0))
+        return Takes(self._usual(request)[0], min(least, default=0.0))
+
+    def _usual(self, request: GenerationRequest) -> tuple[float, float]:
+        """Seconds that a request takes, and seconds of a whole gang that it costs; 0: nobody knows."""
+        usual = [told for costs in self._costs if (told := costs.seconds_and_share(request))[0]]
+        if not usual:
+            return 0.0, 0.0
+        return statistics.fmean(s for s, _ in usual), statistics.fmean(s * share for s, share in usual)
 
     async def prospect(self, caller: str) -> Prospect:
         """What a new request of this caller would have to wait for. Called by the gateway, on its own loop."""
@@ -129,7 +135,7 @@ class LeastBacklogRouter(RequestRouter):
             cost=float(request.work),
             place=place.admitted_at if place else created_at,
             shape=shape_of(request),
-            seconds=self.takes(request).seconds,
+            seconds=self._usual(request)[1],
         )
 
     def _on_loop(self, call: Callable[..., None], *args: Any) -> None:

@@ -224,6 +224,7 @@ def eta_seconds(state: "ModelState | None", position: int = 1) -> float | None:
     gangs = [gang for gang in state.gangs if gang.get("request_s")] if state else []
     if state is None or state.state != "running" or not gangs:
         return None
-    typical = sum(gang["request_s"] for gang in gangs) / len(gangs)
-    backlog = sum(gang["backlog_s"] for gang in gangs) + (state.queued + position - 1) * typical
-    return float(round(backlog / len(gangs) + typical, 1))
+    costs_s = sum(gang["request_s"] for gang in gangs) / len(gangs)
+    takes_s = sum(gang.get("takes_s") or gang["request_s"] for gang in gangs) / len(gangs)
+    backlog = sum(gang["backlog_s"] for gang in gangs) + (state.queued + position - 1) * costs_s
+    return float(round(backlog / len(gangs) + takes_s, 1))

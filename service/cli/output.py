@@ -52,7 +52,7 @@ def cluster_table(cluster: dict[str, Any]) -> Group:
     table = _table("MODEL", "STATE", "REPLICAS", "LAYOUT", "QUEUED", "RUNNING")
     reasons = []
     for model in cluster["models"]:
-        gangs = [gang_bar(gang["now"]) for gang in model["gangs"]] or [""]
+        gangs = [line for gang in model["gangs"] for line in gang_lines(gang["now"])] or [""]
         _add(table, model["id"], model["state"], _replicas(model), model["layout"], str(model["queued"]), gangs[0])
         for gang in gangs[1:]:
             _add(table, "", "", "", "", "", gang)
@@ -189,6 +189,21 @@ def _replicas(model: dict[str, Any]) -> str:
     others = ", ".join(f"{n} {state.lower()}" for state, n in model["replicas"].items() if state != "RUNNING")
     bounds = f"{model['min_replicas']}-{model['max_replicas']}"
     return f"{running} ({bounds}{', ' + others if others else ''})"
+
+
+def gang_lines(now: dict[str, Any]) -> list[str]:
+    """What a gang does now: a line for each of the requests of an elastic gang, with its ranks, else one for all."""
+    requests = now.get("requests") or []
+    return [f"{_bar(each['step'], each['total_steps'])} {_ranks(each['ranks'])}" for each in requests] or [
+        gang_bar(now)
+    ]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Those of a request: a block, or none while it stands still."""
+    if not ranks:
+        return "waits"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
 def gang_bar(now: dict[str, Any]) -> str:

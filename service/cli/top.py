@@ -1,11 +1,14 @@
-"""What `spray top` shows: a row per gang with its steps and where their time goes. `GET /v1/cluster` comes in."""
+"""What `spray top` shows: a row per gang with its steps, or who has which of its ranks, and where their time goes.
+
+`GET /v1/cluster` comes in.
+"""
 
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
-from service.cli.output import gang_bar, table
+from service.cli.output import gang_lines, table
 
 SPLIT_WIDTH = 20
 
@@ -16,15 +19,21 @@ PARTS = (("computes", "#"), ("transfers", "="), ("waits", "."))
 
 
 def top_table(cluster: dict[str, Any]) -> Group:
-    """A row per gang; models without gangs have one."""
+    """A row per gang, and per request of an elastic one; models without gangs have one."""
     rows = []
     for model in cluster["models"]:
         first = model["id"], model["state"], _gangs(model), str(model["queued"])
-        gangs = [(f"{gang['backlog_s']:.0f} s", gang_bar(gang["now"]), _split(gang["now"])) for gang in model["gangs"]]
+        gangs = [row for gang in model["gangs"] for row in _rows(gang)]
         for number, of_gang in enumerate(gangs or [("", "", "")]):
             rows.append((*(first if number == 0 else ("",) * len(first)), *of_gang))
     reasons = [Text(f"{model['id']}: {model['reason']}") for model in cluster["models"] if model["reason"]]
     return Group(table(*HEADERS, rows=rows), *reasons)
+
+
+def _rows(gang: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Of a gang; an elastic one has a row for each of its requests."""
+    first, *others = gang_lines(gang["now"])
+    return [(f"{gang['backlog_s']:.0f} s", first, _split(gang["now"])), *(("", line, "") for line in others)]
 
 
 def _gangs(model: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ Gangs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Speed(NamedTuple):
-    """How fast the gangs of a model are, by the requests that they have run.
+    """How fast the gangs of a model are, by the requests that they have run. Seconds are those of a whole gang.
 
     Attributes:
         per_work_s: seconds for a unit of `GenerationRequest.work`.
@@ -134,7 +134,7 @@ def _speed(reports: Iterable[Mapping[str, Any]]) -> Speed | None:
         return None
     work = sum(cost.requests * cost.width * cost.height * cost.num_frames * cost.n for cost in known)
     return Speed(
-        sum(cost.requests * cost.step_s for cost in known) / work,
-        sum(cost.requests * cost.outside_s for cost in known) / ran,
+        sum(cost.requests * cost.step_s * cost.share for cost in known) / work,
+        sum(cost.requests * cost.outside_s * cost.share for cost in known) / ran,
         sum(typical) / len(typical),
     )

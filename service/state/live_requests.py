@@ -116,9 +116,10 @@ class LiveRequests:
         """
         seen = [live for live in self._live.values() if _may_see(key, live)]
         running = {
-            report.get("now", {}).get("request_id"): report
+            name: report
             for model in {live.request.model for live in seen}
             for report in router_registry.lookup(app_name(model))[1]
+            for name in _running(report)
         }
         told = await asyncio.gather(*(self._tell(live, running.get(live.request.request_id)) for live in seen))
         return sorted(told, key=lambda one: one["since"])
@@ -128,9 +129,10 @@ class LiveRequests:
         request, position, eta_s = live.request, None, None
         step, total_steps = live.step, request.num_inference_steps
         if live.running and report is not None:
-            step, total_steps = max(step, report["now"]["step"]), report["now"]["total_steps"] or total_steps
-            if report["backlog_s"]:
-                eta_s = max(0.0, report["backlog_s"] - (time.time() - report["reported_at"]))
+            told, left_s = _running(report)[request.request_id]
+            step, total_steps = max(step, told["step"]), told["total_steps"] or total_steps
+            if left_s:
+                eta_s = max(0.0, left_s - (time.time() - report["reported_at"]))
         if not live.running:
             ahead = await self._standing(request)
             if ahead is not None:
@@ -162,7 +164,16 @@ def _may_see(key: str | None, live: Live) -> bool:
     return key is None or key == live.key
 
 
+def _running(report: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], float | None]]:
+    """What a gang runs, by request: its steps, and the seconds that are left. An elastic gang runs several."""
+    now = report.get("now", {})
+    if now.get("requests"):
+        return {each["request_id"]: (each, each.get("eta_s")) for each in now["requests"]}
+    return {now["request_id"]: (now, report.get("backlog_s"))} if now.get("request_id") else {}
+
+
 def _typical_s(model: str) -> float:
     """What a typical request of a model takes, in seconds; 0: nobody knows."""
-    learned = [each["request_s"] for each in router_registry.lookup(app_name(model))[1] if each.get("request_s")]
+    reports = router_registry.lookup(app_name(model))[1]
+    learned = [takes_s for each in reports if (takes_s := each.get("takes_s") or each.get("request_s"))]
     return sum(learned) / len(learned) if learned else 0.0

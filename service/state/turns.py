@@ -54,7 +54,7 @@ class Ticket:
         place: when it was admitted, in seconds since the epoch, by the clock of its gateway.
         shape: width, height and frames, for gangs that are warm.
         asker: the gateway that waits; what it holds is taken back when it is gone.
-        seconds: what it will take; 0: as much as a typical one.
+        seconds: of a whole gang that it will cost; 0: as much as a typical one.
     """
 
     request_id: str
@@ -262,13 +262,13 @@ class Turns:
         return self._expect([waiter.ticket for waiter in self._waiting.values() if waiter.tag <= tag])
 
     def _expect(self, ahead: Sequence[Ticket]) -> Prospect:
-        """When whoever comes after these waiting requests gets a gang."""
+        """When whoever comes after these waiting requests gets a gang, an elastic one when one of its requests ends."""
         now = time.time()
         if not ahead and self._free(now):
             return Prospect(0, 0.0)
         learned = [holding.report.request_s for holding in self._gangs.values() if holding.report.request_s]
         request_s = sum(learned) / len(learned) if learned else 0.0
-        running_s = sum(holding.remaining_s(now, request_s) for holding in self._gangs.values())
+        running_s = sum(held.remaining_s(now, request_s) / held.report.slots for held in self._gangs.values())
         waiting_s = sum(ticket.seconds or request_s for ticket in ahead)
         return Prospect(len(ahead), (waiting_s + running_s) / max(1, len(self._gangs)))
 

@@ -1,7 +1,7 @@
 """Elastic gangs against fixed degrees: which share of requests is in time.
 
     python -m tests.benchmarks.elastic --simulate [--loads 0.1 0.3 ...] [--hours 8] [--seed 1] [--json FILE]
-    python -m tests.benchmarks.elastic --live [--seconds 60] [--seed 1]
+    python -m tests.benchmarks.elastic --live [--seconds 60] [--seed 1] [--pairs 15]
 
 `--live` is `tests.benchmarks.elastic_live`: real gangs of two ranks on this machine. `--simulate` is one node of 8
 ranks, step by step: pictures of 30 steps of 0.25 s, clips of 40 steps of 8 s, each on one rank; on 2, 4 and 8 ranks
@@ -153,7 +153,8 @@ def elastic(requests: list[Request]) -> Iterator[Done]:
             work = waiting.pop(name)
             change_s = 0.0 if work.at in (None, block) else work.change_s
             ends = now + change_s + work.step_s[block.size]
-            heapq.heappush(running, (ends, next(order), replace(work, at=Block(*block))))
+            began = replace(work, at=Block(*block), stood_since=now + change_s)
+            heapq.heappush(running, (ends, next(order), began))
         # A request that was not dealt in has given its ranks away.
         waiting.update({name: replace(work, at=None) for name, work in waiting.items() if work.at})
 
@@ -225,6 +226,7 @@ def main() -> int:
     what.add_argument("--simulate", action="store_true")
     what.add_argument("--live", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0, help="of traffic for each policy, with --live")
+    parser.add_argument("--pairs", type=int, default=15, help="of requests for the overhead, with --live")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=1)
@@ -233,7 +235,7 @@ def main() -> int:
     if arguments.live:
         from tests.benchmarks import elastic_live  # here: it brings Ray and torch
 
-        elastic_live.measure(arguments.seconds, arguments.seed)
+        elastic_live.measure(arguments.seconds, arguments.seed, arguments.pairs)
         return 0
     rows = []
     print(HEAD)

@@ -29,8 +29,6 @@ LARGE_SHARE = 0.15
 IN_TIME = 3.0
 """A request is in time within so many times what it takes alone on two ranks, and a second."""
 
-PAIRS = 15
-
 
 class Asked(NamedTuple):
     """One request: whether it is large, whether it came in time, and its seconds."""
@@ -77,7 +75,7 @@ def traffic(url: str, name: str, plan: list[tuple[float, bool]], limits: dict[bo
         return list(threads.map(one, range(len(plan)), *zip(*plan, strict=True)))
 
 
-def measure(seconds: float, seed: int) -> None:
+def measure(seconds: float, seed: int, pairs: int) -> None:
     """Print both tables."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "demo"
@@ -91,7 +89,7 @@ def measure(seconds: float, seed: int) -> None:
                 for request in (SMALL, LARGE):
                     ask(cluster.url, name, request, 0)
             compare(cluster.url, seconds, seed)
-            overhead(cluster.url)
+            overhead(cluster.url, pairs)
 
 
 def compare(url: str, seconds: float, seed: int) -> None:
@@ -120,20 +118,22 @@ def compare(url: str, seconds: float, seed: int) -> None:
         print(f"| {name} | {len(found)} | {' | '.join(cells)} | {rate:.2f} |", flush=True)
 
 
-def overhead(url: str) -> None:
+def overhead(url: str, pairs: int) -> None:
     """One caller, nothing changes: an elastic gang of two against a fixed one, in turns. And what a change costs."""
     ratios = []
-    for pair in range(PAIRS):
+    for pair in range(pairs):
         order = ("fixed-2", "elastic") if pair % 2 else ("elastic", "fixed-2")
         took = {name: ask(url, name, LARGE, pair)[1] for name in order}
         ratios.append(took["elastic"] / took["fixed-2"])
     spread = statistics.quantiles(ratios, n=4)
     print(
         f"\nconstant load: elastic / fixed-2 = {statistics.median(ratios):.3f} "
-        f"(quartiles {spread[0]:.3f} and {spread[2]:.3f}, {PAIRS} pairs)"
+        f"(quartiles {spread[0]:.3f} and {spread[2]:.3f}, {pairs} pairs)"
     )
     (found,) = [
-        each for each in httpx.get(f"{url}/v1/cluster", timeout=60).json()["models"] if each["name"] == "elastic"
+        each
+        for each in httpx.get(f"{url}/v1/cluster", timeout=60, trust_env=False).json()["models"]
+        if each["id"] == "elastic"
     ]
     (gang,) = found["gangs"]
     print(f"a change of ranks: {1000 * gang['now']['change_s']:.0f} ms, so far {gang['now']['changes']}")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
@@ -113,6 +114,30 @@ def test_a_canceled_call_of_grpc_has_its_status() -> None:
             (one,) = await until(lambda: backend.live.told(None), bool)
             assert await backend.cancel(one["id"])
             assert (await call.code()).name == "CANCELLED"
+
+    run(story())
+
+
+def test_each_request_of_an_elastic_gang_has_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backlog is that of all; `request_id` names the latest alone."""
+    both = [
+        {"request_id": REQUEST.request_id, "ranks": [0], "step": 3, "total_steps": 5, "eta_s": 7.0},
+        {"request_id": "other", "ranks": [1], "step": 1, "total_steps": 9, "eta_s": 90.0},
+    ]
+    now = {"request_id": "other", "step": 1, "total_steps": 9, "requests": both}
+    report = {"now": now, "backlog_s": 50.0, "reported_at": time.time() + 1e6, "request_s": 2.0}
+    monkeypatch.setattr(router_registry, "lookup", lambda application: (0, [report]))
+
+    async def story() -> None:
+        live = LiveRequests("g")
+        watched = live.watched(REQUEST, "web", steps(1, 2))
+        await anext(watched)
+        live.begun(REQUEST.request_id)
+        (one,) = await live.told(None)
+        assert (one["step"], one["total_steps"]) == (3, 5)
+        assert one["eta_seconds"] == pytest.approx(1e6 + 7.0, abs=2.0)
+        both[0]["eta_s"] = None  # nobody knows what a step takes
+        assert (await live.told(None))[0]["eta_seconds"] is None
 
     run(story())
 

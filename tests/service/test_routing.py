@@ -189,6 +189,18 @@ def test_what_a_request_takes_is_what_its_gangs_have_learned() -> None:
     routed(tell)
 
 
+def test_a_request_waits_for_what_others_cost_not_for_what_they_take() -> None:
+    """On a quarter of an elastic gang."""
+
+    async def tell(router: LeastBacklogRouter) -> None:
+        costs = Costs("FluxPipeline", (Cost(512, 768, 1, 1, 1, 0, 3.0, 1.0, 1.5, 0.5, 2, 0.25),))
+        router.update_replicas([replica("one", costs=costs)])
+        assert router.takes(request("x")) == (31, 15.5)
+        assert router._ticket(request("x"), 0.0).seconds == 31 / 4
+
+    routed(tell)
+
+
 def test_a_lost_gang_gets_nothing_while_others_run() -> None:
     async def tell(router: LeastBacklogRouter) -> None:
         lost, busy, first = replica("lost"), replica("busy", 90.0), pending(request("x"))

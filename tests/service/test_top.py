@@ -7,7 +7,7 @@ import pytest
 
 from service.cli.commands import status
 from service.cli.main import main
-from service.cli.output import plain
+from service.cli.output import cluster_table, plain
 from service.cli.top import top_table
 from service.state.model_states import ModelState, cluster_object
 from tests.service.test_model_states import FREE, MODEL, NODES, gang
@@ -55,6 +55,23 @@ def test_a_row_per_gang_and_the_reasons_below() -> None:
         "                                           1 s        idle",
         "a: a reason",
     ]
+
+
+def test_an_elastic_gang_shows_who_has_which_ranks() -> None:
+    busy = gang(1, 4)
+    busy["now"]["requests"] = [
+        {"request_id": "a", "ranks": [0, 1], "step": 5, "total_steps": 20},
+        {"request_id": "b", "ranks": [3], "step": 0, "total_steps": 4},
+        {"request_id": "c", "ranks": [], "step": 2, "total_steps": 4},
+    ]
+    cluster = cluster_object([(MODEL, ModelState("running", "", {"RUNNING": 1}, 3, (busy,)))], NODES, FREE)
+    first, *others = [line.split("1 s  ")[-1].strip() for line in plain(top_table(cluster)).splitlines()[1:]]
+    assert [first, *others] == [
+        "[#####...............] 5/20 ranks 0-1",
+        "[....................] 0/4 rank 3",
+        "[##########..........] 2/4 waits",
+    ]
+    assert [line in plain(cluster_table(cluster)) for line in (first, *others)] == [True] * 3
 
 
 def test_a_pipe_gets_one_look_and_a_terminal_many(

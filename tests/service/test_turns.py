@@ -402,6 +402,19 @@ def test_what_a_new_request_would_wait_for() -> None:
     story(tell)
 
 
+def test_an_elastic_gang_that_is_full_takes_the_next_when_one_of_its_own_ends() -> None:
+    async def tell(turns: Turns) -> None:
+        turns.know("", {"a": idle(slots=4)})
+        served = Served(turns)
+        await served.enter(*(ticket(name) for name in "wxyz"))
+        turns.know("", {"a": GangBacklog(40.0, time.time() + 1, 10.0, busy=True, slots=4)})
+        assert turns.prospect("") == (0, pytest.approx(10, abs=1))
+        await served.enter(ticket("waits"))
+        assert turns.prospect("") == (1, pytest.approx(20, abs=1))
+
+    story(tell)
+
+
 def test_the_prospect_is_of_what_waits_not_of_so_many() -> None:
     async def tell(turns: Turns) -> None:
         turns.know("", {"a": idle(request_s=10.0)})

@@ -163,3 +163,23 @@ def test_a_picture_to_begin_with_costs_its_share_of_the_steps_and_its_encoding()
         assert known(unsaid) == pytest.approx(6 * 0.5 + 3)
     cost.observe(edit, 1, took(0.5, steps=4, outside_s=3.0))
     assert cost.costs("FluxPipeline").least_seconds(edit) == pytest.approx(4 * 0.5 + 3)
+
+
+def test_beside_others_a_request_takes_longer_than_it_costs() -> None:
+    """On a quarter of an elastic gang. The second counts with the usual weight."""
+    cost = CostModel()
+    cost.observe(SQUARE, 1, took(0.5), share=0.25)
+    assert cost.mean_request_s == pytest.approx(6.0)
+    assert cost.mean_cost_s == pytest.approx(1.5)
+    costs = Costs.from_stats(json.loads(json.dumps(cost.costs("FluxPipeline").as_stats())))
+    assert costs.seconds_and_share(SQUARE) == pytest.approx((6.0, 0.25))
+    cost.observe(SQUARE, 1, took(0.5))
+    assert cost.costs("FluxPipeline").known[0].share == pytest.approx(0.25 + 0.3 * 0.75)
+
+
+def test_the_least_is_what_the_quickest_degree_would_take() -> None:
+    """Whether a deadline can be met is not judged by requests that had few ranks."""
+    cost = CostModel()
+    for _ in range(2):
+        cost.observe(SQUARE, 1, took(0.5), share=0.25, least_step_s=0.2)
+    assert cost.costs("FluxPipeline").least_seconds(SQUARE) == pytest.approx(10 * 0.2 + 1.0)

@@ -16,7 +16,8 @@ from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model
 from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block
-from workers.gang.elastic import Elastic, Journey, slots
+from workers.gang.elastic import Elastic, slots
+from workers.gang.journey import Journey
 from workers.gang.rank_group import RankGroup
 from workers.gang.step_costs import StepCosts
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, StepEvent
@@ -140,8 +141,8 @@ def test_a_second_one_gets_half_of_the_ranks_after_a_step_and_gives_them_back(el
         await ranks.step("a")
         assert sorted(ranks.blocks().values()) == [(0, 2), (2, 2)]
         assert elastic.standing == [
-            {"request_id": "a", "ranks": [0, 1], "step": 1, "total_steps": 8},
-            {"request_id": "b", "ranks": [2, 3], "step": 0, "total_steps": 2},
+            {"request_id": "a", "ranks": [0, 1], "step": 1, "total_steps": 8, "eta_s": pytest.approx(4.3)},
+            {"request_id": "b", "ranks": [2, 3], "step": 0, "total_steps": 2, "eta_s": pytest.approx(1.8)},
         ]
         await ranks.step("b")
         await ranks.step("b")

@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ STEPS = 9
 REQUEST = replace(PICTURES, n=1, num_inference_steps=STEPS, negative_prompt="blurry", request_id="a")
 
 
-def started(folder: Path, ahead: int) -> ElasticRank:
+def started(folder: Path, ahead: int, **options: Any) -> ElasticRank:
     """A rank as `join` leaves it, that queues so many steps."""
     mesh = ParallelMesh.create(TWO, device_type="cpu", timeout_s=60, smaller=smaller_layouts(TWO, 1))
     shapes = (WarmupShape(width=64, height=48),)
-    spec = model(folder, **asdict(TWO)).model_copy(update={"elastic": Elastic(), "warmup_shapes": shapes})
+    spec = model(folder, **asdict(TWO)).model_copy(update={"elastic": Elastic(), "warmup_shapes": shapes, **options})
     rank = ElasticRank(mesh.axis("gang").rank, spec)
     rank._use(load_model(spec, mesh))
     rank._ahead = ahead

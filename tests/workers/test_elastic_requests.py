@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy.spec import Elastic
+from deploy.spec import Elastic, LoRA
 from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts, units
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
@@ -61,6 +61,7 @@ def run(
     requests: dict[str, GenerationRequest],
     rounds: list[Round],
     forgets: bool = False,
+    loras: tuple[LoRA, ...] = (),
 ) -> dict[str, Generated]:
     """What this rank has decoded. Between two rounds, what a request has made travels as bytes.
 
@@ -68,7 +69,8 @@ def run(
         forgets: leave the history of schedulers behind.
     """
     elastic = ParallelMesh.create(degrees, device_type="cpu", timeout_s=60, smaller=smaller_layouts(degrees, 1))
-    loaded = load_model(model(folder, **asdict(degrees)).model_copy(update={"elastic": Elastic()}), elastic)
+    spec = model(folder, **asdict(degrees)).model_copy(update={"elastic": Elastic(), "loras": loras})
+    loaded = load_model(spec, elastic)
     rank, unit, made = mesh.axis("gang").rank, degrees.tensor_parallel_size, {}
     encoded, progress = {}, dict.fromkeys(requests, b"")
     for name, request in requests.items():

@@ -4,7 +4,9 @@ gang.py           Gang, the Serve deployment: its life, its requests, what it re
 setup.py          what a gang knows of its model once Serve has configured it
 turn.py           who has the ranks: one alone, or several requests of an elastic gang
 elastic.py        the requests of an elastic gang, side by side: asks the dealer at every boundary
+journey.py        one of them: what is kept of it outside its ranks
 dealer.py         which ranks each of them has for its next step; a pure function
+forecast.py       when they will be done, by the dealer
 step_costs.py     what a step takes at each degree, learned from those before
 rank_group.py     the ranks of a gang: hands each request to all of them; lost together
 spare_ranks.py    processes that take the places of lost ones

@@ -7,6 +7,7 @@ say what a request would take before it has a gang.
 The work of one step is forwards x tokens, and tokens grow with width x height x num_frames x n. Without torch.
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class _Learned:
     least_step_s: float
     least_outside_s: float
     requests: int = 0
+    share: float = 1.0
 
 
 class Cost(NamedTuple):
@@ -57,6 +59,7 @@ class Cost(NamedTuple):
         least_step_s: those of the fastest request.
         least_outside_s: likewise.
         requests: how many there were.
+        share: of the gang, that they have had while they ran; below 1 in an elastic one.
     """
 
     width: int
@@ -70,6 +73,7 @@ class Cost(NamedTuple):
     least_step_s: float
     least_outside_s: float
     requests: int
+    share: float = 1.0
 
     @property
     def work(self) -> float:
@@ -101,11 +105,15 @@ class Costs:
 
     def seconds(self, request: GenerationRequest) -> float:
         """What a request would take, scaled from the shape that is nearest in work; 0: nothing is known."""
+        return self.seconds_and_share(request)[0]
+
+    def seconds_and_share(self, request: GenerationRequest) -> tuple[float, float]:
+        """Also the share of a gang that it would have meanwhile: times the seconds, it is what the request costs."""
         own, same = self._own(request)
         if not self.known or own is None:
-            return 0.0
+            return 0.0, 1.0
         cost = same or min(self.known, key=lambda cost: max(cost.work / own, own / cost.work))
-        return request.steps_asked * cost.step_s * own / cost.work + cost.outside_s
+        return request.steps_asked * cost.step_s * own / cost.work + cost.outside_s, cost.share
 
     def least_seconds(self, request: GenerationRequest) -> float:
         """What it would take at the very least: as the fastest of its shape, or else of a smaller one; 0: not known."""
@@ -136,10 +144,17 @@ class CostModel:
 
     def __init__(self) -> None:
         self._learned: dict[tuple[Shape, int, int, int], _Learned] = {}
-        self._typical_s = 0.0
+        self._typical_s = self._typical_cost_s = 0.0
         self._requests = 0
 
-    def observe(self, request: GenerationRequest, forwards: int, result: GenerationResult) -> None:
+    def observe(
+        self,
+        request: GenerationRequest,
+        forwards: int,
+        result: GenerationResult,
+        share: float = 1.0,
+        least_step_s: float = math.inf,
+    ) -> None:
         """Learn from a finished request.
 
         The median step counts: the first step of a shape may compile, which the next request does not pay for.
@@ -148,6 +163,8 @@ class CostModel:
             request: what was asked.
             forwards: of the transformer in one step; 2 with guidance, else 1.
             result: what it took.
+            share: of the gang, that it has had on average; see `Cost`.
+            least_step_s: of a step at the degree at which it would have been quickest, if that is known.
         """
         steps = len(result.step_seconds)
         step_s = statistics.median(result.step_seconds) if steps else 0.0
@@ -158,7 +175,8 @@ class CostModel:
         learned.steps_per_asked = steps / request.steps_asked or 1.0
         learned.step_s += WEIGHT * (step_s - learned.step_s)
         learned.outside_s += WEIGHT * (outside_s - learned.outside_s)
-        learned.least_step_s = min(learned.least_step_s, step_s)
+        learned.share += WEIGHT * (share - learned.share) if learned.requests else share - learned.share
+        learned.least_step_s = min(learned.least_step_s, step_s, least_step_s)
         learned.least_outside_s = min(learned.least_outside_s, outside_s)
         learned.requests += 1
         self._learned[key] = learned
@@ -166,7 +184,9 @@ class CostModel:
             del self._learned[next(iter(self._learned))]
         self._requests += 1
         weight = max(WEIGHT_OF_TYPICAL, 1 / self._requests)  # the plain mean at first
-        self._typical_s += weight * (steps * step_s + outside_s - self._typical_s)
+        seconds = steps * step_s + outside_s
+        self._typical_s += weight * (seconds - self._typical_s)
+        self._typical_cost_s += weight * (seconds * share - self._typical_cost_s)
 
     def seconds(self, request: GenerationRequest, forwards: int, steps_done: int = 0) -> float | None:
         """What a request costs, or still costs, in seconds; None before anything was learned.
@@ -191,13 +211,18 @@ class CostModel:
         """Seconds of a typical request, averaged over the last twenty or so; None before the first."""
         return self._typical_s if self._requests else None
 
+    @property
+    def mean_cost_s(self) -> float | None:
+        """Seconds of the whole gang that a typical request costs: fewer than it takes, where others run beside it."""
+        return self._typical_cost_s if self._requests else None
+
     def costs(self, pipeline: str) -> Costs:
         """What was learned, for those who have no gang yet."""
         known = []
         for (shape, n, forwards, inputs), each in self._learned.items():
             ratio = each.steps_per_asked
             usual, least = (each.step_s * ratio, each.outside_s), (each.least_step_s * ratio, each.least_outside_s)
-            known.append(Cost(*shape, n, forwards, inputs, *usual, *least, each.requests))
+            known.append(Cost(*shape, n, forwards, inputs, *usual, *least, each.requests, each.share))
         return Costs(pipeline, tuple(known))
 
     @property

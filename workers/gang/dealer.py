@@ -7,6 +7,8 @@ function of the standard library, called at every boundary by `workers.gang.elas
 Priorities decide, then deadlines, then the least work:
 
 1. Work that can still meet its deadline, the cheapest in rank-seconds first, each at the smallest degree that does it.
+   If others hold ranks that it needs, these are held for it: no request that comes after it begins a step there that
+   would last longer. So several requests make room for one, each at its own boundary.
 2. Work that is late anyway, on few ranks: it may not make others late. It gets more ranks the more of it there is, and
    its order is by what is left and by age, so that nobody waits without bound.
 3. Ranks that are left double a request, as long as one gains by it.
@@ -59,19 +61,19 @@ class Work:
     Attributes:
         id: names it.
         arrived: when it came, in seconds of the clock.
-        steps_left: whole steps, at least 1.
+        steps_left: steps, at least 1 unless it is asked for a time in the middle of one.
         step_s: seconds of a step by degree, for the degrees that it may take; never empty.
         due: when it should be done; None: nobody has said.
         tail_s: seconds after its last step, on one rank.
         priority: the lower, the sooner.
         at: the ranks that it had for its last step; None: it has none.
-        stood_since: when its last step ended; `arrived` before the first.
+        stood_since: when its last step ended, or the first of its ranks' steps began; `arrived` before that.
         change_s: what taking other ranks costs.
     """
 
     id: str
     arrived: float
-    steps_left: int
+    steps_left: float
     step_s: Mapping[int, float]
     due: float | None = None
     tail_s: float = 0.0
@@ -83,6 +85,11 @@ class Work:
     def left_s(self, degree: int) -> float:
         """Seconds until it is done, at this degree."""
         return self.steps_left * self.step_s[degree] + self.tail_s
+
+    @property
+    def unit_s(self) -> float:
+        """Seconds of ranks that are left at the smallest degree."""
+        return self.left_s(self.degrees[0]) * self.degrees[0]
 
     @functools.cached_property
     def degrees(self) -> list[int]:
@@ -125,24 +132,43 @@ def deal(waiting: Sequence[Work], running: Iterable[Work], units: int, now: floa
     needs = {work.id: work.needs(now) for work in waiting}
     in_time = [(work, degree) for work in waiting if (degree := needs[work.id])]
     late = [work for work in waiting if needs[work.id] is None]
-    in_time.sort(key=lambda each: (each[0].rises(now), each[0].order_s(each[1], now)))
-    late.sort(key=lambda work: (work.rises(now), work.left_s(work.degrees[0]) - AGING * (now - work.arrived)))
+    in_time.sort(key=lambda each: order(each[0], now))
+    late.sort(key=lambda work: order(work, now))
 
     share = max(1, units // LATE_SHARE)
-    backlog_s = sum(work.left_s(work.degrees[0]) * work.degrees[0] for work in (*late_running, *late))
+    backlog_s = sum(work.unit_s for work in (*late_running, *late))
     more = min(units, math.ceil(backlog_s / BACKLOG_S))
     hand = _Hand(len(free), sum(work.at.size for work in late_running if work.at))
+    holds = _Holds(units, free, running, now)
     if more > share:
         hand.give_late(late, more)
     elif late and now - late[0].stood_since > PATIENCE_S:
         hand.give_late(late[:1], share)
     for level in sorted({work.rises(now) for work in waiting}):  # what is late comes before less urgent work
         for work, degree in in_time:
-            if work.rises(now) == level:
-                hand.give(work, degree)
+            if work.rises(now) != level or work in hand.given:
+                continue
+            if degree > hand.free or not holds.has_free(degree):
+                held = holds.hold(work, hand.given)
+                hand.free -= len(free.intersection(held.ranks)) if held else 0
+                if held:
+                    continue
+            hand.give(work, degree)
         hand.give_late([work for work in late if work.rises(now) == level], share)
     hand.double()
-    return _place(hand.given, free)
+    placed = _place(hand.given, free - holds.ranks)
+    if any(work.id not in placed or placed[work.id].size < (needs[work.id] or 1) for work in hand.given):
+        return _place(hand.given, free)  # beside what is held there was no block for one that comes first
+    ordered = [*(work for work, _ in in_time), *late]
+    return placed | holds.lend([work for work in ordered if work.id not in placed], free)
+
+
+def order(work: Work, now: float) -> tuple[int, bool, float]:
+    """The place of a request among all, the least first; that of a running one as if it were at a boundary."""
+    degree = work.needs(now)
+    if degree is None:
+        return work.rises(now), True, work.left_s(work.degrees[0]) - AGING * (now - work.arrived)
+    return work.rises(now), False, work.order_s(degree, now)
 
 
 class _Hand:
@@ -151,17 +177,21 @@ class _Hand:
     Args:
         free: how many there are.
         late: ranks that late work has already.
+
+    Attributes:
+        given: how many each has got.
+        free: how many are left.
     """
 
     def __init__(self, free: int, late: int) -> None:
         self.given: dict[Work, int] = {}
-        self._free, self._late = free, late
+        self.free, self._late = free, late
 
     def give(self, work: Work, degree: int) -> None:
         """The ranks for a degree, if so many are free."""
-        if work not in self.given and degree <= self._free:
+        if work not in self.given and degree <= self.free:
             self.given[work] = degree
-            self._free -= degree
+            self.free -= degree
 
     def give_late(self, late: Iterable[Work], most: int) -> None:
         """The smallest degree for each, until late work has `most` ranks; one request may have more."""
@@ -169,28 +199,95 @@ class _Hand:
             degree = work.degrees[0]
             if self._late and self._late + degree > most:
                 return
-            before = self._free
+            before = self.free
             self.give(work, degree)
-            self._late += before - self._free
+            self._late += before - self.free
 
     def double(self) -> None:
         """Give what is left to those that gain the most seconds a rank, and more than the change costs them."""
-        while self._free:
+        while self.free:
             gains = [(*self._gain(work, degree), work) for work, degree in self.given.items()]
             gain, more, work = max(gains, key=lambda each: each[0], default=(0.0, 0, None))
             if work is None or gain <= 0:
                 return
-            self._free -= more - self.given[work]
+            self.free -= more - self.given[work]
             self.given[work] = more
 
     def _gain(self, work: Work, degree: int) -> tuple[float, int]:
         """Seconds for each further rank, and the next degree that pays."""
         more = next((each for each in work.degrees if each > degree), 0)
-        if not more or more - degree > self._free:
+        if not more or more - degree > self.free:
             return 0.0, 0
         keeps = work.at is None or more <= work.at.size
         gain = work.left_s(degree) - work.left_s(more) - (0.0 if keeps else work.change_s)
         return gain / (more - degree), more
+
+
+class _Holds:
+    """Blocks that are held for requests, until those that run there have ended their steps.
+
+    Args:
+        units: ranks of the gang.
+        free: those that nobody has.
+        running: what has the others.
+        now: the clock.
+
+    Attributes:
+        ranks: of all blocks that are held, free and not.
+    """
+
+    def __init__(self, units: int, free: set[int], running: Iterable[Work], now: float) -> None:
+        self.ranks: set[int] = set()
+        self._units, self._free, self._now = units, free, now
+        self._runs = {rank: work for work in running if work.at for rank in work.at.ranks}
+        self._blocks: list[tuple[Block, float]] = []
+
+    def has_free(self, degree: int) -> bool:
+        """Whether some block of this size is free and not held."""
+        return _block(degree, self._free - self.ranks, None) is not None
+
+    def hold(self, work: Work, given: Mapping[Work, int]) -> Block | None:
+        """Hold the block that is free soonest for a request, at the smallest degree at which it then is in time.
+
+        Those that run there must come after it. `given`: what others have got before it, which must fit beside the
+        block. None: there is no such block, or the request has no deadline.
+        """
+        if work.due is None:
+            return None
+        others = _place(given, self._free - self.ranks)
+        taken = self.ranks.union(*(block.ranks for block in others.values()))
+        for degree in work.degrees:
+            blocks = [Block(first, degree) for first in range(0, self._units - degree + 1, degree)]
+            fit = [(self._wait_s(block, work), block) for block in blocks if taken.isdisjoint(block.ranks)]
+            wait_s, block = min(fit, default=(math.inf, Block(0, degree)))
+            if self._now + wait_s + SLACK * work.left_s(degree) <= work.due:
+                self.ranks.update(block.ranks)
+                self._blocks.append((block, wait_s))
+                return block
+        return None
+
+    def lend(self, waiting: Iterable[Work], free: set[int]) -> dict[str, Block]:
+        """Free ranks of held blocks, for a step that ends before the block is free."""
+        lent: dict[str, Block] = {}
+        idle = [(wait_s, free.intersection(block.ranks)) for block, wait_s in self._blocks]
+        for work in waiting:
+            for wait_s, ranks in idle:
+                degree = work.degrees[0]
+                block = _block(degree, ranks, work.at)
+                moves = work.at is not None and work.at != block
+                if block and work.step_s[degree] + (work.change_s if moves else 0.0) <= wait_s:
+                    lent[work.id] = block
+                    ranks -= set(block.ranks)
+                    break
+        return lent
+
+    def _wait_s(self, block: Block, work: Work) -> float:
+        """Seconds until all of a block is free; infinite if one that runs there comes before this request."""
+        there = {self._runs[rank] for rank in block.ranks if rank in self._runs}
+        if any(order(each, self._now) < order(work, self._now) for each in there):
+            return math.inf
+        ends = (each.stood_since + each.step_s[each.at.size] for each in there if each.at)
+        return max(0.0, max(ends, default=self._now) - self._now)
 
 
 def _place(given: Mapping[Work, int], free: set[int]) -> dict[str, Block]:

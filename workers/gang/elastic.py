@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 from deploy.families.family import PipelineFamily
@@ -18,19 +18,20 @@ from deploy.spec import ModelSpec
 from sp_core.degrees import units
 from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block, Work, deal
+from workers.gang.forecast import forecast
+from workers.gang.journey import Journey
 from workers.gang.rank_group import OnSpans, RankGroup, Report
 from workers.gang.step_costs import StepCosts
-from workers.messages import Drawn, GenerationRequest, Kept, Part, Priority, StepEvent
+from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Priority, StepEvent
+
+NO_REQUESTS: dict[str, Any] = {"requests": [], "changes": {}, "change_s": 0.0}
+"""`Elastic.now`, of a gang that is not elastic."""
 
 CHANGE_S = 0.05
 """What other ranks cost a request until it was measured: its prompts and progress are read anew."""
 
 WEIGHT = 0.3
 """Of the latest change in the average."""
-
-FALLBACKS = 1
-"""Times that a request which has lost its ranks goes on here. Then whoever asked decides: it may be the cause."""
-
 
 WAITING = 2
 """Requests that an elastic gang takes for each unit of ranks: those beyond the ranks wait in it, where the dealer knows
@@ -42,61 +43,6 @@ def slots(model: ModelSpec) -> int:
     return 1 if model.elastic is None else WAITING * units(model.parallel)
 
 
-@dataclass
-class Journey:
-    """One request on its way through the gang.
-
-    Attributes:
-        request: what is drawn.
-        forwards: of the transformer in one step.
-        arrived: on the monotonic clock, in seconds.
-        encoded: its prompts, or a reference to them; None until they are encoded.
-        progress: where it stands.
-        total_steps: of its scheduler, as far as is known.
-        steps_done: those that its ranks have reported.
-        step_s: seconds of each of them.
-        stood_since: when its last step ended.
-        at: the ranks that it has, or had until its last boundary.
-        before: those of its latest part.
-        part: number of the latest part; 0 before the first.
-        turn: what it waits for: its next ranks.
-        leaving: it was told to pause.
-        cancelled: it was told to stop.
-        computes: ranks encode its prompts, or take its steps. If they are lost, it may be the cause.
-        fallbacks: times that it went on after it had lost its ranks.
-    """
-
-    request: GenerationRequest
-    forwards: int
-    arrived: float
-    total_steps: int
-    stood_since: float
-    encoded: Any = None
-    progress: bytes = b""
-    kept_steps: int = 0
-    steps_done: int = 0
-    step_s: list[float] = field(default_factory=list)
-    at: Block | None = None
-    before: Block | None = None
-    part: int = 0
-    turn: "asyncio.Future[Block] | None" = None
-    leaving: bool = False
-    cancelled: bool = False
-    computes: bool = False
-    fallbacks: int = 0
-
-    def fall_back(self) -> bool:
-        """The ranks are lost: go back to what was kept. False: it may be the cause, and it cannot, or has done so."""
-        if self.computes:
-            if not self.kept_steps or self.fallbacks >= FALLBACKS:
-                return False
-            self.fallbacks += 1
-        self.computes = False
-        del self.step_s[self.kept_steps :]
-        self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
-        return True
-
-
 class Elastic:
     """All requests of one gang.
 
@@ -105,6 +51,7 @@ class Elastic:
         family: what is known of its pipeline.
 
     Attributes:
+        costs: of steps at each degree.
         changes: times that a request took other ranks (`move`), or stood still because others needed them (`pause`).
         change_s: what that costs, in seconds.
     """
@@ -116,7 +63,7 @@ class Elastic:
         most = self._units.bit_length()
         self._degrees = [2**i for i in range(most) if 2**i >= model.elastic.min_degree]
         self._family = family
-        self._costs = StepCosts()
+        self.costs = StepCosts()
         self.change_s = CHANGE_S
         self.changes = {"move": 0, "pause": 0}
         self._told = dict(self.changes)
@@ -194,8 +141,7 @@ class Elastic:
     @property
     def busy(self) -> float:
         """The share of the ranks that compute."""
-        held = sum(each.at.size for each in self._journeys.values() if each.at and not each.turn)
-        return held / self._units
+        return sum(each.at.size for each in self._journeys.values() if each.at and each.has_ranks) / self._units
 
     @property
     def has_work(self) -> bool:
@@ -203,14 +149,22 @@ class Elastic:
         return bool(self._journeys)
 
     @property
+    def now(self) -> dict[str, Any]:
+        """For people: the requests, and how often they have changed their ranks."""
+        return {"requests": self.standing, "changes": self.changes, "change_s": round(self.change_s, 4)}
+
+    @property
     def standing(self) -> list[dict[str, Any]]:
-        """For people: each request with its ranks, none while it stands still, and its steps."""
+        """For people: each request with its ranks, none while it stands still, its steps, and the seconds until it is
+        done, if nothing else comes."""
+        ends_s = forecast([self._work(each) for each in self._journeys.values()], self._units, time.monotonic())
         return [
             {
                 "request_id": name,
-                "ranks": [] if each.turn or not each.at else list(self._ranks_of(each.at)),
+                "ranks": list(self._ranks_of(each.at)) if each.at and each.has_ranks else [],
                 "step": each.steps_done,
                 "total_steps": each.total_steps,
+                "eta_s": round(ends_s[name], 3) if self.costs.any_known else None,
             }
             for name, each in self._journeys.items()
         ]
@@ -220,16 +174,28 @@ class Elastic:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds of work left, if all ranks shared it."""
+        """Seconds of work left, if all ranks shared it: what requests need on as few ranks as they may have. 0 while no
+        step was measured."""
+        if not self.costs.any_known:
+            return 0.0
         works = [self._work(each) for each in self._journeys.values()]
-        return sum(work.left_s(work.degrees[0]) * work.degrees[0] for work in works) / self._units
+        return sum(work.unit_s for work in works) / self._units
+
+    def learned(self, journey: Journey, took: GenerationResult) -> tuple[float, float]:
+        """Of a request that is done: the share of the gang that it has had, on average over its time, and the seconds
+        of a step at the degree at which it would have been quickest."""
+        outside_s = took.encode_seconds + took.decode_seconds  # on as few ranks as a request may have
+        seconds = sum(journey.step_s) + outside_s
+        unit_s = journey.unit_s + outside_s * self._degrees[0]
+        steps = self.costs.seconds(journey.request, journey.forwards, self._degrees)
+        return unit_s / (self._units * seconds) if seconds else 1.0, min(steps.values())
 
     async def _advance(
         self, ranks: RankGroup, journey: Journey, block: Block, on_spans: OnSpans
     ) -> AsyncGenerator[Report]:
         """One part of a request, on one block."""
         began, moved = time.monotonic(), journey.before not in (None, block)
-        journey.before = block
+        journey.before, journey.stood_since = block, began
         journey.part, journey.at, journey.turn, journey.leaving = journey.part + 1, block, None, False
         journey.computes = True
         part = Part(journey.request.without_data(), journey.part, block.size * self._unit, b"")
@@ -248,6 +214,7 @@ class Elastic:
                 elif isinstance(report, Kept):
                     journey.progress, journey.kept_steps = report.progress, report.steps_done
                 elif isinstance(report, Drawn):
+                    self.costs.observe_tail(journey.request, report.took.decode_seconds)
                     took = replace(report.took, step_seconds=tuple(journey.step_s))
                     yield replace(report, took=took)
                 else:
@@ -260,7 +227,8 @@ class Elastic:
         journey.stood_since = time.monotonic()
         journey.total_steps, journey.steps_done = event.total_steps, event.step
         journey.step_s += [event.seconds] * (event.step - len(journey.step_s))
-        self._costs.observe(journey.request, journey.forwards, block.size, event.seconds)
+        journey.unit_s += event.seconds * block.size
+        self.costs.observe(journey.request, journey.forwards, block.size, event.seconds)
         if event.step == event.total_steps:
             journey.at = Block(block.first, self._degrees[0])  # the first of its ranks decodes, the others are free
             self._deal()
@@ -303,14 +271,18 @@ class Elastic:
     def _work(self, journey: Journey) -> Work:
         request = journey.request
         due = None if request.deadline_at is None else time.monotonic() + request.deadline_at - time.time()
-        return Work(
+        work = Work(
             id=request.request_id,
             arrived=journey.arrived,
             steps_left=max(1, journey.total_steps - journey.steps_done),
-            step_s=self._costs.seconds(request, journey.forwards, self._degrees),
+            step_s=self.costs.seconds(request, journey.forwards, self._degrees),
             due=due,
+            tail_s=self.costs.tail(request),
             priority=get_args(Priority).index(request.priority),
             at=journey.at,
             stood_since=journey.stood_since,
             change_s=self.change_s,
         )
+        if journey.decodes:  # like one more step, on the ranks that it has
+            return replace(work, steps_left=1, step_s={self._degrees[0]: work.tail_s}, tail_s=0.0)
+        return work

@@ -8,16 +8,19 @@ All state of a request travels as bytes: what was encoded, and where its steps s
 between two parts, so any block can go on.
 """
 
+import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploy.families.lookup import find_family
 from deploy.spec import LoRA
-from sp_core.degrees import smaller_layout, units
+from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts
 from workers.errors import OutOfMemory, RequestError, RequestFailed
 from workers.gang.rank import Rank
 from workers.gang.rank_trace import RankTrace
@@ -119,7 +122,8 @@ class ElasticRank(Rank):
             self._phase = "idle"
             self._boundary.forget(request.request_id)
         if agreed is not None:
-            raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
+            here = self.model.model_copy(update={"parallel": self._loaded.mesh.degrees})
+            raise OutOfMemory(advice(here, request, free_memory(self._device)), agreed)
 
     def pause(self, request_id: str, part: int) -> None:
         """Leave this part of a request at the next boundary, together with all of its ranks."""
@@ -200,10 +204,8 @@ class ElasticRank(Rank):
 
     def _take_place(self, request: GenerationRequest, ranks: int) -> None:
         """Be one of the block's ranks from now on."""
-        degrees, mesh = self.model.parallel, self._loaded.mesh
-        family = find_family(Path(self.model.source))
-        guided = family.branches(request.guidance_scale, request.negative_prompt) > 1
-        mesh.use(smaller_layout(degrees, ranks // degrees.tensor_parallel_size, guided))
+        mesh = self._loaded.mesh
+        mesh.use(self._layout(request, ranks // self.model.parallel.tensor_parallel_size))
         if self._metrics:
             key = str(mesh.degrees), mesh.axis("gang").rank == 0
             known = self._by_layout  # another thread may renumber
@@ -211,22 +213,73 @@ class ElasticRank(Rank):
                 known[key] = RankMetrics(self.model.name, self._replica, self.rank, *key)
             self._metrics = known[key]
 
+    def _layout(self, request: GenerationRequest, degree: int) -> ParallelDegrees:
+        """How so many units share this request."""
+        family = find_family(Path(self.model.source))
+        guided = family.branches(request.guidance_scale, request.negative_prompt) > 1
+        return smaller_layout(self.model.parallel, degree, guided)
+
     def _warm_up(self) -> None:
-        """Run the spec's shapes once at every degree."""
-        unit, mesh = self.model.parallel.tensor_parallel_size, self._loaded.mesh
-        for request in warm_up_requests(self.model):
-            encoded = mesh.broadcast(self.encode(request) if self.rank == 0 else None)
-            for degree in self._degrees():
-                for report in self._advance(Part(request, 1, degree * unit, encoded)):
-                    if isinstance(report, Drawn):
-                        self.answer(request.request_id)
-            mesh.use(self.model.parallel)
+        """Run the spec's shapes once in every layout. Colors are learned in the smallest.
+
+        All ranks that ever lead a block draw the same pictures there, so previews do not change their colors when a
+        request takes other ranks.
+        """
+        colors, unit = self._loaded.colors, self.model.parallel.tensor_parallel_size
+        learns = colors.warming
+        for layout, request in self._warm_up_requests():
+            colors.warming = learns and layout.world_size == self._least * unit
+            encoded = self._encoded_on_rank_0(request)
+            for report in self._advance(Part(request, 1, layout.world_size, encoded)):
+                if isinstance(report, Drawn):
+                    self.answer(request.request_id)
+        colors.warming = learns
+        self._loaded.mesh.use(self.model.parallel)
 
     def _warm_up_adapters(self, loras: Iterable[LoRA]) -> None:
+        """Compile what these adapters need in every layout, so that a move compiles nothing; see `Rank`."""
+        names = dict.fromkeys(lora.name for lora in loras) if self.model.compile else {}
+        for name in names:
+            for layout, request in self._warm_up_requests(((name, 1.0),)):
+                encoded = self._encoded_on_rank_0(request)
+                self._take_place(request, layout.world_size)
+                part, failure = Part(request, 1, layout.world_size, encoded), None
+                try:
+                    for _ in self._denoise(self._run_on_all_ranks(request, functools.partial(self._resumed, part))):
+                        pass
+                except (RequestError, RequestFailed) as error:  # one block may fail alone
+                    failure = error
+                self._loaded.mesh.use(self.model.parallel)
+                self._boundary.cross(self._loaded.mesh, request, failure)
         self._loaded.mesh.use(self.model.parallel)
-        super()._warm_up_adapters(loras)
 
-    def _degrees(self) -> list[int]:
-        """Units that a request may have, the most first."""
-        most, least = units(self.model.parallel), self.model.elastic.min_degree if self.model.elastic else 1
-        return [2**i for i in reversed(range(most.bit_length())) if 2**i >= least]
+    def _warm_up_requests(
+        self, loras: tuple[tuple[str, float], ...] = ()
+    ) -> Iterator[tuple[ParallelDegrees, GenerationRequest]]:
+        """What to run in each layout that a request may have, the largest first.
+
+        A layout that divides branches is for guided requests alone, and where it exists, those without guidance have
+        another one of as many ranks.
+        """
+        family, own = find_family(Path(self.model.source)), self.model.parallel
+        for layout in (own, *smaller_layouts(own, self._least)):
+            here = self.model.model_copy(update={"parallel": layout})
+            degree = layout.world_size // layout.tensor_parallel_size
+            for request in warm_up_requests(here, loras):
+                above = family.guided_above
+                others = () if above is None else (above + 1.0, above)
+                choices = (request, *(replace(request, guidance_scale=scale, negative_prompt="") for scale in others))
+                fitting = (each for each in choices if self._layout(each, degree) == layout)
+                yield from ((layout, each) for each in itertools.islice(fitting, 1))
+
+    def _encoded_on_rank_0(self, request: GenerationRequest) -> bytes:
+        """What rank 0 has made of the prompts, on all ranks. They fail together."""
+        mesh = self._loaded.mesh
+        mesh.use(self.model.parallel)
+        encoded = self._run_on_all_ranks(request, lambda: self.encode(request) if self.rank == 0 else b"")
+        return mesh.broadcast(encoded if self.rank == 0 else None)
+
+    @property
+    def _least(self) -> int:
+        """Units that a request has at least."""
+        return self.model.elastic.min_degree if self.model.elastic else 1

@@ -33,7 +33,7 @@ from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
-from workers.gang.elastic import Elastic, slots
+from workers.gang.elastic import NO_REQUESTS, Elastic, slots
 from workers.gang.gang_guard import start_guard
 from workers.gang.placement import seconds_to_place
 from workers.gang.rank_group import OnSpans, RankGroup
@@ -170,7 +170,8 @@ class Gang:
                     async with contextlib.aclosing(elastic.run(ranks, journey, on_spans)) as reports:
                         async for report in reports:
                             if isinstance(report, Drawn):
-                                self._costs.observe(request, self._forwards(request), report.took)
+                                learned = elastic.learned(journey, report.took)
+                                self._costs.observe(request, journey.forwards, report.took, *learned)
                             elif not isinstance(report, StepEvent) or request.report_steps:
                                 yield report
                     return
@@ -204,7 +205,7 @@ class Gang:
             setup.metrics.elastic(*self._elastic.take_counts())
         return GangLoad(
             remaining_s=remaining_s,
-            request_s=self._costs.mean_request_s or 0.0,
+            request_s=self._costs.mean_cost_s or 0.0,
             busy=self._elastic.busy if self._elastic else float(self._running is not None),
             startup_s=self._startup_s(),
             target_s=setup.model.autoscaling.target_backlog_seconds,
@@ -215,12 +216,13 @@ class Gang:
         backlog = GangBacklog(
             backlog_s=self._remaining_s(),
             reported_at=time.time(),
-            request_s=self._costs.mean_request_s or 0.0,
+            request_s=self._costs.mean_cost_s or 0.0,
             shapes=frozenset(self._costs.shapes)
             | {(s.width, s.height, s.num_frames) for s in self._started.model.warmup_shapes},
             replacing=self._replacing,
             busy=self._is_running,
             slots=slots(self._started.model),
+            takes_s=self._costs.mean_request_s or 0.0,
         )
         ranks = self._ranks.statuses if self._ranks and not self._replacing else []
         now = {
@@ -229,10 +231,8 @@ class Gang:
             "kernel": ranks[0].kernel if ranks else "",
             "guidance": ranks[0].guidance if ranks else "",
             "request_id": self._running.request_id if self._running else "",
-            "requests": self._elastic.standing if self._elastic else [],
-            "changes": self._elastic.changes if self._elastic else {},
             "spare_ranks": self._spares.ready,
-            "change_s": round(self._elastic.change_s, 4) if self._elastic else 0.0,
+            **(self._elastic.now if self._elastic else NO_REQUESTS),
             **self._progress()._asdict(),
             "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
             "trouble": LOST if self._replacing else self._started.adapters.trouble,

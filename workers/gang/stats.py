@@ -22,7 +22,7 @@ class GangLoad:
 
     Attributes:
         remaining_s: seconds of work left of the running request; 0 when idle or unknown.
-        request_s: seconds of a typical request; 0 before the first was learned.
+        request_s: seconds of the whole gang that a typical request costs; 0 before the first was learned.
         busy: 1 while a request runs, else 0; of an elastic gang, the share of its ranks at work. Serve averages it over
             its look-back period.
         startup_s: seconds that the gang's ranks took from their start until they served.
@@ -47,11 +47,12 @@ class GangBacklog:
     Attributes:
         backlog_s: seconds of work that the gang had accepted and not finished.
         reported_at: when, in seconds since the epoch; 0: the gang has not reported yet.
-        request_s: seconds of a typical request; 0 before the first was learned.
+        request_s: seconds of the whole gang that a typical request costs; 0 before the first was learned.
         shapes: each (width, height, num_frames) that the gang has run.
         replacing: the gang has lost its ranks, and new ones start.
         busy: a request has the ranks.
         slots: requests that it takes at once.
+        takes_s: seconds that a typical request takes: more than it costs where others run beside it.
     """
 
     backlog_s: float = 0.0
@@ -61,6 +62,7 @@ class GangBacklog:
     replacing: bool = False
     busy: bool = False
     slots: int = 1
+    takes_s: float = 0.0
 
     def as_stats(self) -> dict[str, Any]:
         """What `record_routing_stats` returns; shapes as lists of three numbers."""

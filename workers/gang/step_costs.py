@@ -26,6 +26,30 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._known: dict[_Key, dict[int, deque[float]]] = {}
+        self._tails: dict[tuple[tuple[int, int, int], int], deque[float]] = {}
+
+    @property
+    def any_known(self) -> bool:
+        """Whether some step was measured."""
+        return bool(self._known)
+
+    def observe_tail(self, request: GenerationRequest, seconds: float) -> None:
+        """Learn what a request took after its last step, on one rank."""
+        key = shape_of(request), request.n
+        tail = self._tails.pop(key, deque(maxlen=STEPS_KEPT))
+        self._tails[key] = tail
+        tail.append(seconds)
+        if len(self._tails) > SHAPES_KEPT:
+            del self._tails[next(iter(self._tails))]
+
+    def tail(self, request: GenerationRequest) -> float:
+        """Seconds after the last step of a request, scaled from the nearest shape by its pixels; 0: nobody knows."""
+        if not self._tails:
+            return 0.0
+        work = _work((shape_of(request), request.n, 1))
+        pixels = {(shape, n): _work((shape, n, 1)) for shape, n in self._tails}
+        key = min(pixels, key=lambda each: max(pixels[each] / work, work / pixels[each]))
+        return statistics.median(self._tails[key]) * work / pixels[key]
 
     def observe(self, request: GenerationRequest, forwards: int, degree: int, seconds: float) -> None:
         """Learn from one step.

@@ -68,7 +68,7 @@ class Denoising:
         self._pipeline = copy.copy(pipeline)
         self._guided = self._adapter.guided(request)
         transformers = [part for name, part in pipeline.components.items() if name in loaded.adapters]
-        self._guidance = Guidance(model, request, transformers, self._cfg, self._guided)
+        self._guidance = Guidance(model, request, transformers, mesh, self._guided)
         self._set_guiders(self._adapter.guiders_to_encode(request))
         self._splits_pictures = not self._guided and self._cfg.size > 1
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere

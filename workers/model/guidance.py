@@ -14,7 +14,7 @@ from deploy.activations import Request, why_two_forwards
 from deploy.spec import ModelSpec
 from sp_core.batched_guidance import BatchedGuider, guidance_batch
 from sp_core.cfg_parallel import ParallelGuider
-from sp_core.mesh import MeshAxis
+from sp_core.mesh import ParallelMesh
 from workers.messages import GenerationRequest
 
 
@@ -25,7 +25,7 @@ class Guidance:
         model: what the deployment says; its `source` is a folder of this node.
         request: what to draw.
         transformers: those that denoise.
-        groups: the ranks among which branches can be divided.
+        mesh: the ranks of the request. In an elastic gang they are fewer than the deployment says.
         guided: whether the request has two branches.
     """
 
@@ -34,12 +34,14 @@ class Guidance:
         model: ModelSpec,
         request: GenerationRequest,
         transformers: Iterable[nn.Module],
-        groups: MeshAxis,
+        mesh: ParallelMesh,
         guided: bool,
     ) -> None:
         transformers = list(transformers)
         size = Request(request.width, request.height, request.num_frames, request.n)
-        self._groups, self._guided = groups, guided
+        self._groups, self._guided = mesh.axis("cfg"), guided
+        if model.elastic:
+            model = model.model_copy(update={"parallel": mesh.degrees})
         self._apart = why_two_forwards(model, Path(model.source), size) or why_not_batched(transformers)
         self._batch = guidance_batch(transformers[0])
         self._batched: list[BatchedGuider] = []

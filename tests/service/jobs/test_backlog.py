@@ -80,3 +80,11 @@ def test_serve_hears_of_the_end_and_then_nothing(clock: Clock, told: Told) -> No
     clock.now += POINT_S
     tell(backlog)
     assert len(told) == reports
+
+
+def test_jobs_count_as_what_they_cost_an_elastic_gang(clock: Clock, told: Told) -> None:
+    """Beside others, a job takes four times what it costs."""
+    shares = [cost._replace(share=0.25) for cost in (SMALL, LARGE)]
+    backlog = JobBacklog(lambda: {"film": [{"request_s": 0.5, "costs": Costs("", tuple(shares)).as_stats()}]})
+    tell(backlog, film=Counts(queued=2, queued_work=10 * 400))
+    assert backlog.share()["film"].seconds == pytest.approx((4.0 + 2 * 1.0) / 4)

@@ -1,0 +1,81 @@
+"""Journey: one request on its way through an elastic gang: what is kept of it outside its ranks, and where it stands.
+
+`workers.gang.elastic` writes it; `workers.gang.gang` holds it while lost ranks are replaced.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.gang.dealer import Block
+from workers.messages import GenerationRequest
+
+FALLBACKS = 1
+"""Times that a request which has lost its ranks goes on here. Then whoever asked decides: it may be the cause."""
+
+
+@dataclass
+class Journey:
+    """One request on its way through the gang.
+
+    Attributes:
+        request: what is drawn.
+        forwards: of the transformer in one step.
+        arrived: on the monotonic clock, in seconds.
+        encoded: its prompts, or a reference to them; None until they are encoded.
+        progress: where it stands.
+        total_steps: of its scheduler, as far as is known.
+        steps_done: those that its ranks have reported.
+        step_s: seconds of each of them.
+        stood_since: when its last step ended, or its latest part began.
+        unit_s: seconds of them, each times the units that it had.
+        at: the ranks that it has, or had until its last boundary.
+        before: those of its latest part.
+        part: number of the latest part; 0 before the first.
+        turn: what it waits for: its next ranks.
+        leaving: it was told to pause.
+        cancelled: it was told to stop.
+        computes: ranks encode its prompts, or take its steps. If they are lost, it may be the cause.
+        fallbacks: times that it went on after it had lost its ranks.
+    """
+
+    request: GenerationRequest
+    forwards: int
+    arrived: float
+    total_steps: int
+    stood_since: float
+    encoded: Any = None
+    progress: bytes = b""
+    kept_steps: int = 0
+    steps_done: int = 0
+    step_s: list[float] = field(default_factory=list)
+    unit_s: float = 0.0
+    at: Block | None = None
+    before: Block | None = None
+    part: int = 0
+    turn: "asyncio.Future[Block] | None" = None
+    leaving: bool = False
+    cancelled: bool = False
+    computes: bool = False
+    fallbacks: int = 0
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether some ranks take its steps, or decode it."""
+        return self.at is not None and self.turn is None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all of its steps are done."""
+        return self.has_ranks and self.steps_done == self.total_steps
+
+    def fall_back(self) -> bool:
+        """The ranks are lost: go back to what was kept. False: it may be the cause, and it cannot, or has done so."""
+        if self.computes:
+            if not self.kept_steps or self.fallbacks >= FALLBACKS:
+                return False
+            self.fallbacks += 1
+        self.computes = False
+        del self.step_s[self.kept_steps :]
+        self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
+        return True
