@@ -13,12 +13,18 @@ from tests.deploy.test_memory import a_model, spec_of
 CUDA = {"device": "cuda", "batch_guidance": False}
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of real width, by its configs; its weights are taken for a gigabyte."""
+    monkeypatch.setattr("deploy.memory.weight_bytes", lambda model, folder: 2**30)
+    return a_model(tmp_path)
+
+
 def elastic(spec: ModelSpec, least: int = 1) -> ModelSpec:
     return spec.model_copy(update={"elastic": Elastic(min_degree=least), **CUDA})
 
 
-def test_a_degree_needs_what_a_gang_of_so_many_ranks_needs(tmp_path: Path) -> None:
-    folder = a_model(tmp_path)
+def test_a_degree_needs_what_a_gang_of_so_many_ranks_needs(folder: Path) -> None:
     found = memory_by_degree(elastic(spec_of(folder, ulysses_degree=8)), folder)
     assert list(found) == [8, 4, 2, 1]
     for degree, needed in found.items():
@@ -40,9 +46,8 @@ def test_a_degree_needs_what_a_gang_of_so_many_ranks_needs(tmp_path: Path) -> No
     ],
 )
 def test_groups_that_a_gang_has_beside_its_own(
-    tmp_path: Path, degrees: dict[str, int], least: int, peers: list[int]
+    folder: Path, degrees: dict[str, int], least: int, peers: list[int]
 ) -> None:
-    folder = a_model(tmp_path)
     needed = rank_memory(elastic(spec_of(folder, **degrees), least), folder)
     assert needed.groups == sum(GROUP_BYTES + PEER_BYTES * each for each in peers)
     assert ("for the groups of smaller degrees" in str(needed)) == bool(peers)
@@ -50,8 +55,7 @@ def test_groups_that_a_gang_has_beside_its_own(
     assert rank_memory(on_cpu, folder).groups == 0
 
 
-def test_the_lowest_degree_that_fits_is_proposed(tmp_path: Path) -> None:
-    folder = a_model(tmp_path)
+def test_the_lowest_degree_that_fits_is_proposed(folder: Path) -> None:
     spec = elastic(spec_of(folder, ulysses_degree=8))
     limit = rank_memory(elastic(spec_of(folder, ulysses_degree=8), 4), folder).total
     assert what_fits(spec, folder, limit, None, None)[0].startswith("elastic.min_degree 4 (")

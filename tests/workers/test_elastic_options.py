@@ -23,7 +23,7 @@ from tests.support.deployments import model
 from tests.workers.test_adapters import differ
 from tests.workers.test_denoising import ALONE, generate_with
 from tests.workers.test_elastic_rank import REQUEST, STEPS, TWO, started
-from tests.workers.test_elastic_requests import LAYOUTS, MOVES, REQUESTS, pair, run, sent
+from tests.workers.test_elastic_requests import LAYOUTS, REQUESTS, moves, pair, run, sent
 from workers.errors import RequestCancelled
 from workers.gang.elastic_rank import ElasticRank
 from workers.gang.rank import Rank
@@ -41,7 +41,7 @@ def test_a_request_with_an_adapter_moves_beside_one_without(
     folder, degrees, inked = demo_models["qwen-image"], LAYOUTS[layout], {"loras": (ink,)}
     requests = pair(REQUESTS["qwen-image"])
     requests["a"] = replace(requests["a"], loras=(("ink", 0.8),))
-    found = ranks.run(degrees, run, degrees, folder, requests, MOVES, False, (ink,))
+    found = ranks.run(degrees, run, degrees, folder, requests, moves(degrees), False, (ink,))
     plain = replace(requests["a"], loras=())
     alone = {each: ranks.run(ALONE, generate_with, folder, each, inked)[0] for each in (*requests.values(), plain)}
     assert error(alone[plain][0], alone[requests["a"]][0]) > 100 * BAR
@@ -149,14 +149,14 @@ def drawn_by_compiled(mesh: ParallelMesh, folder: Path, ink: LoRA, layouts: int)
         rank.set_loras((ink,))
     found.append(counters["stats"]["unique_graphs"])
     for request in (REQUEST, replace(REQUEST, prompt="another length of the prompt", loras=(("ink", 0.5),))):
-        moved(rank, mesh, replace(request, num_inference_steps=4))
+        moved(rank, mesh, replace(request, num_inference_steps=5))
         found.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     return found
 
 
 def moved(rank: ElasticRank, mesh: ParallelMesh, request: Any) -> None:
-    """A step on both ranks, one on each alone, the last on both."""
+    """A step on both ranks, one on each alone, another on both; it is not drawn to its end."""
     encoded = mesh.broadcast(rank.encode(request) if rank.rank == 0 else None)
     progress = b""
     for number, (first, size) in enumerate([(0, 2), (0, 1), (1, 1), (0, 2)], 1):

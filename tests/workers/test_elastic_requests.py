@@ -110,6 +110,14 @@ def sent(packed: bytes, source: int) -> bytes:
     return carried.numpy().tobytes()
 
 
+def moves(degrees: ParallelDegrees) -> list[Round]:
+    """`MOVES`; on two units one after the other."""
+    if units(degrees) == 4:
+        return MOVES
+    apart = [(name, block, steps) for each in MOVES for name, (block, steps) in each.items()]
+    return [{name: (Block(min(block.first, 2 - block.size), block.size), steps)} for name, block, steps in apart]
+
+
 def pair(request: GenerationRequest) -> dict[str, GenerationRequest]:
     """The request, and another one beside it."""
     return {"a": request, "b": replace(request, request_id="b", prompt="a fox", seed=11, n=1)}
@@ -149,13 +157,7 @@ def test_two_requests_move_and_pause_side_by_side(
     ranks: RankPool, demo_models: dict[str, Path], family: str, layout: str
 ) -> None:
     folder, requests, degrees = demo_models[family], pair(REQUESTS[family]), LAYOUTS[layout]
-    wide = units(degrees) == 4
-    rounds = [
-        {name: (block if wide else Block(min(block.first, 2 - block.size), block.size), steps)}
-        for each in MOVES
-        for name, (block, steps) in each.items()
-    ]
-    found = ranks.run(degrees, run, degrees, folder, requests, MOVES if wide else rounds)
+    found = ranks.run(degrees, run, degrees, folder, requests, moves(degrees))
     for name, request in requests.items():
         latents, differs = worst(ranks, folder, found, name, request)
         assert latents <= BAR
