@@ -103,7 +103,7 @@ def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, s
     config = _transformer_config(folder)
     try:
         degrees = memory_by_degree(model, folder)
-        needed = max(degrees.values(), key=lambda each: each.total)
+        needed = max(reversed(degrees.values()), key=lambda each: each.total)  # of equals the smallest degree
         line = f"{model.name}: largest rank{_of_degree(degrees, needed)}: {needed}"
         if model.device == "cpu":
             return True, line

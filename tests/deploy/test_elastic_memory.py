@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy.check import check_deployment
+from deploy.families.family import DecodeBytes
 from deploy.memory import GROUP_BYTES, PEER_BYTES, memory_by_degree, rank_memory, what_fits
 from deploy.spec import DeploymentSpec, Elastic, ModelSpec, SpecError
 from tests.deploy.test_memory import a_model, spec_of
@@ -15,8 +16,9 @@ CUDA = {"device": "cuda", "batch_guidance": False}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of real width, by its configs; its weights are taken for a gigabyte."""
+    """A model of real width, by its configs. Its weights are taken for a gigabyte, its decode for nothing."""
     monkeypatch.setattr("deploy.memory.weight_bytes", lambda model, folder: 2**30)
+    monkeypatch.setattr("deploy.activations.decode_bytes", lambda kind: DecodeBytes(96, 0, 0, 0, 0))
     return a_model(tmp_path)
 
 
@@ -61,7 +63,8 @@ def test_the_lowest_degree_that_fits_is_proposed(folder: Path) -> None:
     assert what_fits(spec, folder, limit, None, None)[0].startswith("elastic.min_degree 4 (")
 
 
-def test_the_check_says_which_degrees_fit(demo_model: Path) -> None:
+def test_the_check_says_which_degrees_fit(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.activations.decode_bytes", lambda kind: DecodeBytes(96, 0, 0, 0, 0))
     spec = elastic(spec_of(demo_model, ulysses_degree=4)).model_copy(update={"dtype": "float32"})
     needs = {degree: needed.total for degree, needed in memory_by_degree(spec, demo_model).items()}
     devices = {"cpu": 8.0, "cuda": 4.0}

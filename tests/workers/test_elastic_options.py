@@ -2,6 +2,7 @@
 
 import functools
 import io
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from workers.errors import RequestCancelled
 from workers.gang.elastic_rank import ElasticRank
 from workers.gang.rank import Rank
 from workers.messages import Kept, Part, Preview, PreviewOptions, StepEvent
+from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
 SHAPES = (WarmupShape(width=64, height=48),)
@@ -168,17 +170,39 @@ def moved(rank: ElasticRank, mesh: ParallelMesh, request: Any) -> None:
         progress = sent(left, first)
 
 
+@pytest.mark.soak
 def test_a_move_compiles_nothing(ranks: RankPool, demo_models: dict[str, Path], ink: LoRA) -> None:
     for started_with, adapted, *after in ranks.run(TWO, drawn_by_compiled, demo_models["qwen-image"], ink, 2):
         assert 0 < started_with < adapted
         assert after == [adapted] * 2
 
 
+@pytest.mark.soak
 def test_a_layout_that_was_not_warmed_up_would_compile(
     ranks: RankPool, demo_models: dict[str, Path], ink: LoRA
 ) -> None:
     for _, adapted, plain, inked in ranks.run(TWO, drawn_by_compiled, demo_models["qwen-image"], ink, 1):
         assert adapted < plain < inked
+
+
+def layouts_of_adapters(mesh: ParallelMesh, folder: Path, ink: LoRA) -> list[str]:
+    """Where a rank whose blocks are compiled would compile them for an adapter."""
+    rank, found = started(folder, 0, loras=(ink,)), []
+    rank.model = rank.model.model_copy(update={"compile": True})
+
+    def denoised(denoising: Denoising) -> Iterator[Any]:
+        assert denoising.request.loras == (("ink", 1.0),)
+        found.append(str(rank._loaded.mesh.degrees))
+        yield from ()
+
+    with mock.patch.object(rank, "_denoise", denoised):
+        rank._warm_up_adapters((ink,))
+    return found
+
+
+def test_adapters_are_warmed_up_in_every_layout(ranks: RankPool, demo_models: dict[str, Path], ink: LoRA) -> None:
+    for found in ranks.run(TWO, layouts_of_adapters, demo_models["qwen-image"], ink):
+        assert set(found) == {"ulysses_degree=2", "1 rank"}
 
 
 def guided_and_not(mesh: ParallelMesh, folder: Path) -> list[tuple[str, bool]]:
