@@ -73,8 +73,9 @@ def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxi
     begun = axis.traffic.begin()
     dist.all_gather_single(gathered, padded, group=axis.group)
     axis.traffic.end("gather", (axis.size - 1) * padded.nbytes, begun)
-    shares = [part[:length] for part, length in zip(gathered.split(longest), lengths, strict=True)]
-    return torch.cat(shares).movedim(0, dim)
+    parts = zip(gathered.split(longest), lengths, strict=True)
+    # Contiguous, as what a module puts out: some forwards view it in another shape.
+    return torch.cat([part[:length].movedim(0, dim) for part, length in parts], dim).contiguous()
 
 
 def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]:

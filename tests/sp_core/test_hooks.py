@@ -204,6 +204,7 @@ def test_model_outputs_are_kept(ranks: RankPool) -> None:
     for _, output in ranks.run(TWO, split_and_gather, {"x": SPLIT}, GATHER, "", "model output", (X,)):
         assert isinstance(output, Transformer2DModelOutput)
         assert torch.equal(output.sample, X)
+        assert output.sample.is_contiguous()  # some forwards view it in another shape
     for rank, (seen, _) in enumerate(ranks.run(TWO, split_and_gather, {0: OUT}, None, "model output", "", (X,))):
         assert isinstance(seen[0], Transformer2DModelOutput)
         assert torch.equal(seen[0].sample, X[:, :3] if rank == 0 else X[:, 3:])
