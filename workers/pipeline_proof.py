@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageChops
 
 from deploy.families.lookup import family_of
+from deploy.families.pipeline_source import classic_call
 from deploy.model_folder import is_component, read_index
 from deploy.spec import ModelSpec
 from sp_core.attention.region_attention import attention_kept_local
@@ -31,6 +32,7 @@ from workers.model.adapters.classic import REWRITES
 from workers.model.classic_denoising import begin
 from workers.model.controlnets import control_modes
 from workers.model.denoising import Denoising
+from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel, load_model
 from workers.model.picture_inputs import read, read_clip
 
@@ -106,7 +108,8 @@ def answer(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: 
         while not denoising.done:
             denoising.step()
     denoising.join_pictures()
-    return denoising.latents, [_pixels(made) for made in denoising.finish()]
+    latents = denoising.latents.clone()  # calls may write to them when they go on
+    return latents, [_pixels(made) for made in denoising.finish()]
 
 
 def _begun(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
@@ -125,6 +128,8 @@ def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: Gen
     if hasattr(classic.vae, "enable_slicing"):
         classic.vae.enable_slicing()  # pictures one by one, as we do
     draw_by_seed(classic.vae, request.seed)
+    if fixed_tiles(classic.vae):
+        classic.vae.enable_tiling()
     if getattr(classic, "guider", None):
         classic.guider = classic.guider.new(guidance_scale=request.guidance_scale)
     parameters = inspect.signature(type(classic).__call__).parameters
@@ -165,6 +170,8 @@ def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
     weighs = "true_cfg_scale" in call and (family.guided_by_negative_prompt or family.guided_above is not None)
     scale = "true_cfg_scale" if weighs else "guidance_scale"
     roles = {each.role: read_clip(each) if each.role == "video" else read(each) for each in request.inputs}
+    source = classic_call(pipeline)
+    generators = [torch.Generator().manual_seed(seed) for seed in request.all_seeds]
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -176,7 +183,7 @@ def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
         **dict.fromkeys(("num_frames", "frames", "video_length"), request.num_frames),
         **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), request.n),
         "frame_rate": request.fps,
-        "generator": [torch.Generator().manual_seed(seed) for seed in request.all_seeds],
+        "generator": generators[0] if source and source.one_generator else generators,
         "output_type": "pil",
         "strength": request.strength,
         "max_area": request.width * request.height,
@@ -189,7 +196,7 @@ def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
 
 def _see(seen: list[torch.Tensor], latents: torch.Tensor, then: Any) -> Any:
     """Keep the latents, and return what the pipeline goes on with."""
-    seen[:] = [latents]
+    seen[:] = [latents.clone()]
     return then
 
 

@@ -20,15 +20,15 @@ NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
 """Parameters by which a request is told to a pipeline."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "image": ("image",),
+    "image": ("image", "reference_images"),
     "mask": ("mask_image", "mask", "control_mask"),
     "last_image": ("last_image",),
     "control_image": ("control_image",),
-    "video": ("video",),
+    "video": ("video", "control_video"),
 }
 """Of what requests begin with: parameters of pipelines that take it."""
 
-NOT_BROUGHT = frozenset({"images", "control_video", "mask_video", "conditions"})
+NOT_BROUGHT = frozenset({"images", "mask_video", "conditions"})
 """Parameters of pipelines for pictures and clips that requests do not bring."""
 
 VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prompt"})
@@ -52,8 +52,8 @@ def classic_family(pipeline: str) -> PipelineFamily:
         raise ValueError("diffusers has no such pipeline with a call of its own")
     if reason := _refusal(call):
         raise ValueError(reason)
-    makes_video = bool(VIDEOS & set(call.parameters)) or "video" in call.parameters
     begins_with = _begins_with(call)
+    makes_video = _makes_video(call)
     needs = _needs(call, begins_with)
     return PipelineFamily(
         pipeline=pipeline,
@@ -121,7 +121,8 @@ def check_controlnet(folder: Path, index: Mapping[str, Any]) -> None:
 def _refusal(call: ClassicCall) -> str:
     begins_with = _begins_with(call)
     not_brought = sorted(NOT_BROUGHT & set(call.parameters) - (call.may_lack if begins_with else set()))
-    missing = [name for name in NEEDED if name not in call.parameters]
+    told = {"height", "width"} if begins_with.get("image") in call.required else set()  # by the picture
+    missing = [name for name in NEEDED if name not in (*call.parameters, *told)]
     others = [name for name in call.required if name not in (*NEEDED, *begins_with.values())]
     if not_brought:
         return f"its call takes {', '.join(not_brought)}, which requests do not bring"
@@ -148,7 +149,14 @@ def _guided_above(call: ClassicCall) -> float | None:
 def _begins_with(call: ClassicCall) -> dict[str, str]:
     """The roles of what it takes, each with its parameter."""
     found = {role: next((n for n in names if n in call.parameters), "") for role, names in ROLES.items()}
-    return {role: name for role, name in found.items() if name}
+    brought = {role: name for role, name in found.items() if name}
+    if _makes_video(call):
+        brought.pop("mask", None)  # that is a clip, too, which requests do not bring
+    return brought
+
+
+def _makes_video(call: ClassicCall) -> bool:
+    return bool((VIDEOS | set(ROLES["video"])) & set(call.parameters))
 
 
 def _needs(call: ClassicCall, begins_with: Mapping[str, str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ classic pipelines asks it as well, so that both know the same.
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class ClassicCall:
         prompts_are_json: its check of inputs takes prompts that are JSON with an `edit_instruction`, and no others.
         scale: the parameter that weighs its second branch.
         gives_sigmas: it tells the scheduler the noise of each step; only some schedulers take that.
+        makes_one: it makes one at a time, however many it is asked for.
+        one_generator: it draws by one generator, and not by a list of them.
+        counts_frames: its `num_frames` says how many frames it makes; else a clip that it is given does.
+        fixed_frames: how many it makes, whatever it is told; 0: as it is told.
+        latent_window: it makes frames of so many latents at a time, each in a loop of its own; 0: all in one loop.
     """
 
     parameters: tuple[str, ...]
@@ -62,6 +68,11 @@ class ClassicCall:
     prompts_are_json: bool
     scale: str
     gives_sigmas: bool
+    makes_one: bool
+    one_generator: bool
+    counts_frames: bool
+    fixed_frames: int
+    latent_window: int
 
 
 @functools.cache
@@ -91,10 +102,13 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
         takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
         sized_by_image=any(_takes_size_of_image(node) for node in ast.walk(methods["__call__"])),
-        may_lack=frozenset(name for name in unset if _may_lack(methods["__call__"], name)),
+        may_lack=frozenset(
+            name for name in unset if _may_lack(methods["__call__"], name) or _left_to_a_method(methods, name)
+        ),
         prompts_are_json=any(_calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)),
         scale=scale,
         gives_sigmas=any(_is_name(node, "sigmas") for node in ast.walk(methods["__call__"])),
+        **_of_clips(methods),
     )
 
 
@@ -176,6 +190,74 @@ def _guides(set_to: Mapping[str, ast.expr]) -> bool:
     value: Any = getattr(set_to["true_cfg_scale"], "value", None)
     scale = set_to.get("guidance_scale")
     return (scale is not None and _is_none(scale)) or (isinstance(value, int | float) and value > 1)
+
+
+def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
+    """What it does with clips and frames, as the fields of `ClassicCall`."""
+    call = methods["__call__"]
+    windows = [value for name, value in _defaults(call) if name == "latent_window_size"]
+    one_generator = any(_refuses_generators(node) for method in methods.values() for node in ast.walk(method))
+    return {
+        "makes_one": one_generator or any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body),
+        "one_generator": one_generator,
+        "counts_frames": any(_hands_on(node, "num_frames") for node in ast.walk(call)),
+        "fixed_frames": next((n for n in map(_fixes_frames, ast.walk(call)) if n), 0),
+        "latent_window": next((value for value in windows if isinstance(value, int)), 0),
+    }
+
+
+def _defaults(function: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
+    """The parameters whose defaults are written as constants, each with its own."""
+    arguments = function.args.args[len(function.args.args) - len(function.args.defaults) :]
+    for argument, default in zip(arguments, function.args.defaults, strict=True):
+        if isinstance(default, ast.Constant):
+            yield argument.arg, default.value
+
+
+def _refuses_generators(node: ast.AST) -> bool:
+    """Whether this is `if isinstance(generator, list): raise`."""
+    if not isinstance(node, ast.If) or ast.unparse(node.test) != "isinstance(generator, list)":
+        return False
+    return isinstance(node.body[0], ast.Raise)
+
+
+def _hands_on(node: ast.AST, name: str) -> bool:
+    """Whether this gives a parameter to a method."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    return any(_is_name(value, name) for value in (*node.args, *(each.value for each in node.keywords)))
+
+
+def _fixes_frames(node: ast.AST) -> int:
+    """The number in `num_frames = 5 if ... else num_frames`; 0: this is something else."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.IfExp):
+        return 0
+    number: Any = getattr(node.value.body, "value", None)
+    return number if isinstance(number, int) and _sets(node, "num_frames") else 0
+
+
+def _left_to_a_method(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
+    """Whether the call reads nothing of a parameter, but gives it to a method that has something else to do without."""
+    call = methods["__call__"]
+    as_given = itertools.takewhile(lambda part: not _sets(part, name), call.body)
+    nodes = [node for part in as_given for node in ast.walk(part)]
+    if any(isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name) for node in nodes):
+        return False
+    able = any(_does_without(methods[each], name) for each in methods.keys() - {"__call__", "check_inputs"})
+    return able and any(_hands_on(node, name) for node in ast.walk(call))
+
+
+def _sets(node: ast.stmt, name: str) -> bool:
+    """Whether this gives a name another value."""
+    goals = node.targets if isinstance(node, ast.Assign) else []
+    return any(_is_name(each, name) for goal in goals for each in ast.walk(goal))
+
+
+def _does_without(method: ast.FunctionDef, name: str) -> bool:
+    """Whether a method has an optional parameter, and something else to do where it is not given."""
+    optional = any(found == name and value is None for found, value in _defaults(method))
+    asks = (ast.unparse(n.test) for n in ast.walk(method) if isinstance(n, ast.If) and n.orelse)
+    return optional and any(each.startswith((f"{name} is not None", f"{name} is None")) for each in asks)
 
 
 def _is_none(node: ast.expr) -> bool:

@@ -27,11 +27,13 @@ NAMED = (
     "CogVideoXDPMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "FlowMapEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
 """Those that a pipeline runs with if its constructor says so."""
 
 OF_NOISE = (
+    "CogVideoXDDIMScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",

@@ -87,7 +87,7 @@ REFUSED = {
     "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
     "JoyImageEditPlusPipeline": "its call takes images, which requests do not bring",
     "ChromaInpaintPipeline": "nobody has proved this pipeline with it",
-    "EasyAnimateControlPipeline": "its call takes control_video, which requests do not bring",
+    "WanAnimatePipeline": "its call takes mask_video, which requests do not bring",
     "LTX2Pipeline": "it makes sound",
     "DiTPipeline": "its call has no prompt, height, width",
     "PRXPixelPipeline": "it has no VAE",

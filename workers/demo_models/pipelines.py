@@ -5,6 +5,8 @@ The class name of a pipeline comes in. Of a family's file beside this one, or in
     demo_pipeline()   the tiny model of the family's first pipeline. If it takes a name, it makes others as well; else
                       they are built of the same parts
     REQUEST           fields of the requests that the family needs otherwise, such as its size
+    ROLES             by class name, what a pipeline may begin with besides: one more request of its proof
+    CLIP_FRAMES       of the clips that it begins with, where these must be shorter than what it makes
 
 Used by `workers.demo_models.writer`, `workers.support_matrix` and the tests.
 """
@@ -67,13 +69,17 @@ def requests_of(pipeline: str) -> list[GenerationRequest]:
     """What a pipeline is asked for in its proof: from text alone, and with what else it can begin with."""
     family = family_of(pipeline)
     usual = VIDEO if family.makes == "video" else PICTURE
-    told = getattr(demo_module(served()[pipeline]), "REQUEST", {})
+    demo = demo_module(served()[pipeline])
+    told = getattr(demo, "REQUEST", {})
     usual = replace(usual, prompt=family.prompt_form % usual.prompt)
     text = replace(usual, negative_prompt=None if family.guided_above is None else "blurry", **told)
-    roles = family.needs or tuple(family.begins_with)[:1]
+    needed = family.needs or tuple(family.begins_with)[:1]
     if pipeline in (modular.pipeline for modular in families().values()):
-        roles = ()  # its pictures are those of other pipelines, by `PipelineFamily.with_pictures`
+        needed = ()  # its pictures are those of other pipelines, by `PipelineFamily.with_pictures`
+    more = getattr(demo, "ROLES", {}).get(pipeline, ())
     strength = 0.7 if family.takes_strength else None
-    pictures = replace(text, n=1, num_inference_steps=4, strength=strength)
-    pictures = with_needed_inputs(pictures, replace(family, needs=roles))
-    return ([] if family.needs else [text]) + ([pictures] if roles else [])
+    given = replace(text, n=1, num_inference_steps=4, strength=strength)
+    clip = replace(given, num_frames=getattr(demo, "CLIP_FRAMES", given.num_frames))
+    brought = [roles for roles in (needed, (*needed, *more) if more else ()) if roles]
+    found = (with_needed_inputs(clip, replace(family, needs=roles)) for roles in brought)
+    return ([] if family.needs else [text]) + [replace(given, inputs=each.inputs) for each in found]

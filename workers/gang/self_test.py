@@ -83,7 +83,10 @@ def self_test(loaded: LoadedModel, begin: Callable[[GenerationRequest], Denoisin
 def small_request(loaded: LoadedModel) -> GenerationRequest:
     """A small one. It has both branches of guidance where groups of ranks divide them."""
     kind = find_family(Path(loaded.spec.source))
-    multiple = find_adapter(Path(loaded.spec.source)).size_multiple(loaded.pipeline)
+    adapter = find_adapter(Path(loaded.spec.source))
+    multiple = adapter.size_multiple(loaded.pipeline)
+    frames = _few_frames(loaded) if kind.makes == "video" else 1
+    frames, height, width = adapter.small_size(loaded.pipeline, (frames, SIZE[1] * multiple, SIZE[0] * multiple))
     guided = kind.guided_above is not None and loaded.mesh.axis("cfg").size > 1
     scale = loaded.spec.defaults.guidance_scale if kind.guided_above is None else kind.guided_above + 3.0 * guided
     request = GenerationRequest(
@@ -91,9 +94,9 @@ def small_request(loaded: LoadedModel) -> GenerationRequest:
         model=loaded.spec.name,
         prompt=kind.prompt_form % "a cup of coffee on a table",
         negative_prompt="a fox" if guided else None,
-        width=SIZE[0] * multiple,
-        height=SIZE[1] * multiple,
-        num_frames=_few_frames(loaded) if kind.makes == "video" else 1,
+        width=width,
+        height=height,
+        num_frames=frames,
         num_inference_steps=STEPS,
         guidance_scale=scale,
         seed=0,

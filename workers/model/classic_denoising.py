@@ -3,6 +3,9 @@
 `begin` makes the `Denoising` of a request, for `workers.gang.rank`. What a request is checked for, its scheduler,
 seeds, adapters, tiles and step times are those of `workers.model.denoising`.
 
+A call that makes its frames in windows has a loop for each, which are one here, and decodes after each: rank 0 does so
+alone, and the others ask for latents. It is alone as well with a VAE that knows tiles of one size only.
+
 The rank that decodes goes on after the last step; the others end their call there. Several pictures of a prompt are one
 call. Those that begin with a picture are a call each, which take their steps together: pipelines disagree on what
 several pictures in one call mean, and so each is what its seed alone makes. Rank 0 decodes all pictures, one at a time.
@@ -18,10 +21,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from sp_core.tile_parallel import TilesHandedOver
+from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.messages import GenerationRequest
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
+from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel
 from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
@@ -41,8 +45,14 @@ class ClassicDenoising(Denoising):
     """One request in progress. Arguments and methods are those of `Denoising`."""
 
     def _set_up(self) -> None:
+        assert isinstance(self._adapter, ClassicAdapter)
         self._shares_decoding = False
-        if not self._tiles:
+        self._loops = self._adapter.loops(self._pipeline, self.request)
+        by_tiles = self._tiles or fixed_tiles(self._vae) is not None
+        if self._loops > 1 or fixed_tiles(self._vae):
+            self._decodes = self._mesh.axis("gang").rank == 0
+            self._pipeline.vae = TileParallelVAE(self._vae, None) if by_tiles else self._vae
+        elif not self._tiles:
             self._pipeline.vae = _OneByOne(self._pipeline.vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
@@ -90,7 +100,7 @@ class ClassicDenoising(Denoising):
         total, order = self._calls[0].total, self._schedulers[0].order
         if self.request.inputs and self._adapter.family.takes_strength and total:
             timesteps = timesteps[-(total * order - order + 1) :]  # the last of them, to keep something of the input
-        self._timesteps = timesteps
+        self._timesteps = timesteps * self._loops
 
     def _advance(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._latents = _joined([call.step() for call in self._calls])
@@ -113,15 +123,19 @@ class ClassicDenoising(Denoising):
         assert isinstance(self._adapter, ClassicAdapter)
         self._encoders = SharedEncoders(self._made_by_encoders, self.request.seed)
         encoders, generators = self._encoders, self._generators
-        apart = [[each] for each in generators] if self.request.inputs else [generators]
+        one_by_one = bool(self.request.inputs) or self._adapter.makes_one
+        apart = [[each] for each in generators] if one_by_one else [generators]
         for drawn_by in apart:
             pipeline = copy.copy(self._pipeline)
             pipeline.scheduler = self._scheduler_of(drawn_by)
             for name, part in self._adapter.parts(pipeline, self.request).items():
                 setattr(pipeline, name, part)
-            told = self._adapter.unsaid(pipeline) | self._inputs()
-            told |= {self._adapter.count_input: len(drawn_by), "generator": drawn_by}
-            arguments = {name: value for name, value in told.items() if name}  # not all can count
+            told = self._adapter.unsaid(pipeline) | self._inputs() | {self._adapter.count_input: len(drawn_by)}
+            told["generator"] = drawn_by[0] if self._adapter.one_generator else drawn_by
+            if self._loops > 1 and not self._decodes:
+                told["output_type"] = "latent"
+            untold = {""} if self._adapter.takes_size else {"", "width", "height"}
+            arguments = {name: value for name, value in told.items() if name not in untold}  # not all can count
             self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
             self._schedulers.append(pipeline.scheduler)
             encoders = SharedEncoders(self._encoders.made, self.request.seed)

@@ -1,7 +1,7 @@
 """The encoders of a classic call: they work once, on one rank, and what they have made serves all of them.
 
-A pipeline comes in; its `encode_prompt`, its `encode_image` and its VAE's `encode` are replaced by what keeps their
-answers in order, or answers with those of another rank. What a VAE makes of a picture is a distribution, from which
+A pipeline comes in; its methods `METHODS` and its VAE's `encode` are replaced by what keeps their answers in order, or
+answers with those of another rank. What a VAE makes of a picture is a distribution, from which
 each call draws by a generator of its own: so all ranks draw alike. Called by `workers.model.stepped_call`.
 """
 
@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-METHODS = ("encode_prompt", "encode_image")
+METHODS = ("encode_prompt", "encode_image", "encode_video")
 """Of pipelines: all that they return is made of tensors."""
 
 

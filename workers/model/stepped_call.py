@@ -43,7 +43,7 @@ class SteppedCall:
     ) -> None:
         self._encodes = encoders.here
         self._noise: list[Noise] = []  # one entry, from the first step on
-        self._total: list[int | None] = []  # one entry, from the loop on
+        self._total: list[int | None] = []  # one entry for each loop that has begun
         _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
         for method in METHODS:
             _replace(pipeline, method, encoders)
@@ -126,7 +126,8 @@ def _checked(refuse: Callable[[ValueError], None], method: Callable[..., Any], *
 
 def _loop_begins(told: list[int | None], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     told.append(kwargs.get("total"))
-    _stop()
+    if len(told) == 1:  # a call may have several loops: to the engine they are one
+        _stop()
     return method(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 from workers.model.controlnets import check_control_mode, control_modes
+from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import read, read_clip
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -32,7 +33,7 @@ GUIDERS = ("guider", "ocr_guider")
 
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
-    "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop"
+    "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
 )
 """Names of parameters that fields of their own set in a request, and of those that decide how much is computed."""
 
@@ -55,6 +56,9 @@ class ClassicAdapter(PipelineAdapter):
         self._call: ClassicCall = call
         self.count_input = next((name for name in COUNT_INPUTS if name in call.parameters), "")
         self.extra_kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n) and n not in REWRITES}
+        self.takes_size = {"height", "width"} <= set(call.parameters)
+        self.one_generator = call.one_generator
+        self.makes_one = call.makes_one
         self.output = "videos" if family.makes == "video" else "images"
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
@@ -96,21 +100,24 @@ class ClassicAdapter(PipelineAdapter):
                 found[name] = self._clip(given[0], request)
             elif given:
                 several = role == "image" and self.family.takes_several
-                pictures = [self._sized(read(each), role, request) for each in given]
+                pictures = [read(each) for each in given]
+                if (role == "image" and self.family.sized_by_image) or not (self.takes_size or several):
+                    size = request.width, request.height  # of what is made: the pipeline takes it from the picture
+                    pictures = [each.resize(size, Image.Resampling.LANCZOS) for each in pictures]
                 found[name] = pictures if several else pictures[0]
         return found
 
-    def _sized(self, picture: Image.Image, role: str, request: GenerationRequest) -> Image.Image:
-        """The picture, in the size that is asked for if the pipeline takes its own from it."""
-        size = request.width, request.height
-        if role != "image" or not self.family.sized_by_image or picture.size == size:
-            return picture
-        return picture.resize(size, Image.Resampling.LANCZOS)
+    def loops(self, pipeline: Any, request: GenerationRequest) -> int:
+        """How many times its call does all steps: once, or for each of the windows that it makes the frames in."""
+        if not self._call.latent_window:
+            return 1
+        frames = (self._call.latent_window - 1) * _first(pipeline, FRAME_REDUCTIONS, 1) + 1
+        return max(1, -(-request.num_frames // frames))
 
     def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
-        """As many of its frames as the request has; a call without a number of frames makes as many as it is given."""
+        """As many of its frames as the request has; fewer only where the call makes as many as it is told."""
         frames = read_clip(given)[: request.num_frames]
-        if "num_frames" not in self._call.parameters and len(frames) < request.num_frames:
+        if not self._call.counts_frames and len(frames) < request.num_frames:
             raise InvalidParameter(
                 "num_frames", f"the clip has {len(frames)} frames, num_frames asks for {request.num_frames}"
             )
@@ -119,6 +126,12 @@ class ClassicAdapter(PipelineAdapter):
     def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         self._check_roles(request)
+        config = pipeline.transformer.config
+        looks_at_one = config.get("image_dim") and not config.get("pos_embed_seq_len")
+        if looks_at_one and any(each.role == "last_image" for each in request.inputs):
+            raise InvalidParameter(
+                "last_image", f"{request.model!r} was trained to look at one picture; leave last_image out"
+            )
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
@@ -138,14 +151,25 @@ class ClassicAdapter(PipelineAdapter):
         if self.family.makes == "image":
             super().check_frames(pipeline, request)
             return
+        if self._call.fixed_frames not in (0, request.num_frames):
+            raise InvalidParameter(
+                "num_frames", f"this model makes {self._call.fixed_frames} frames, got num_frames={request.num_frames}"
+            )
         multiple = _first(pipeline, FRAME_REDUCTIONS, 1)
-        if (request.num_frames - 1) % multiple:
+        if (tiles := fixed_tiles(pipeline.vae)) is not None:
+            check_covered(tiles, request)
+        elif (request.num_frames - 1) % multiple:
             below = (request.num_frames - 1) // multiple * multiple + 1
             raise InvalidParameter(
                 "num_frames",
                 f"num_frames must be a multiple of {multiple}, plus 1 (such as {below} or {below + multiple}), "
                 f"got {request.num_frames}",
             )
+
+    def small_size(self, pipeline: Any, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """See `PipelineAdapter.small_size`."""
+        tiles = fixed_tiles(pipeline.vae)
+        return tiles.size if tiles else size
 
     def size_multiple(self, pipeline: Any) -> int:
         """See `PipelineAdapter.size_multiple`. What the pipeline would round sizes to.

@@ -168,6 +168,15 @@ class PipelineAdapter:
         """Classifier-free guidance, off where the classic pipeline evaluates one branch only."""
         return ClassifierFreeGuidance(guidance_scale=scale, enabled=self.guided(request), **options)
 
+    def small_size(self, pipeline: Any, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """A size that the model can make, for its self-test.
+
+        Args:
+            pipeline: the model's.
+            size: frames, height and width that would do.
+        """
+        return size
+
     def size_multiple(self, pipeline: Any) -> int:
         """Pixels of which width and height must be multiples: the VAE's reduction, times the transformer's patch."""
         multiple: int = 2 * pipeline.vae_scale_factor

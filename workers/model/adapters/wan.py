@@ -4,7 +4,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
 from diffusers.guiders import ClassifierFreeGuidance
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -72,15 +77,17 @@ class WanAdapter(PipelineAdapter):
 
 ADAPTER = WanAdapter
 
+ROLES = {"WanVACEPipeline": ("video",), "WanImageToVideoPipeline": ("last_image",)}
+
 
 def demo_pipeline(name: str = "WanPipeline") -> Any:
     """A pipeline of this class, the same weights at every call; of text alone, with two transformers as Wan 2.2."""
     mask = 4  # of the frames that a latent frame is made of
-    beside = mask + LATENT_CHANNELS if "ImageToVideo" in name else 0
+    beside = {"WanImageToVideoPipeline": mask + LATENT_CHANNELS, "LucyEditPipeline": LATENT_CHANNELS}.get(name, 0)
     two = {"transformer_2": None, "boundary_ratio": 0.875} if name == "WanPipeline" else {}
     tokenizer = vocabulary.t5()
     torch.manual_seed(0)
-    transformer = _transformer(beside)
+    transformer = _vace_transformer() if name == "WanVACEPipeline" else _transformer(beside)
     two |= {"transformer_2": _transformer()} if two else {}
     vae = demo_vae()
     text_encoder = UMT5EncoderModel(
@@ -110,17 +117,29 @@ def demo_vae(**options: Any) -> Any:
     return AutoencoderKLWan(**settings | options).eval()
 
 
+TINY = {
+    "num_attention_heads": 12,
+    "attention_head_dim": 12,
+    "out_channels": LATENT_CHANNELS,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 64,
+    "ffn_dim": 192,
+    "num_layers": 2,
+    "rope_max_seq_len": 512,
+}
+
+
 def _transformer(beside: int = 0) -> Any:
-    transformer = WanTransformer3DModel(
-        num_attention_heads=12,
-        attention_head_dim=12,
-        in_channels=LATENT_CHANNELS + beside,
-        out_channels=LATENT_CHANNELS,
-        text_dim=TEXT_WIDTH,
-        freq_dim=64,
-        ffn_dim=192,
-        num_layers=2,
-        rope_max_seq_len=512,
+    transformer = WanTransformer3DModel(in_channels=LATENT_CHANNELS + beside, **TINY)
+    amplify(transformer, TRANSFORMER_GAINS)
+    return transformer.eval()
+
+
+def _vace_transformer() -> Any:
+    """Controlled by a clip, what is drawn anew of it and what is kept, and by the mask between both."""
+    mask = 8 * 8  # of the pixels that a latent is made of
+    transformer = WanVACETransformer3DModel(
+        in_channels=LATENT_CHANNELS, vace_layers=[0, 1], vace_in_channels=2 * LATENT_CHANNELS + mask, **TINY
     )
     amplify(transformer, TRANSFORMER_GAINS)
     return transformer.eval()
