@@ -195,12 +195,13 @@ def _guides(set_to: Mapping[str, ast.expr]) -> bool:
 def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
     """What it does with clips and frames, as the fields of `ClassicCall`."""
     call = methods["__call__"]
+    told = any(argument.arg == "num_frames" for argument in call.args.args)
     windows = [value for name, value in _defaults(call) if name == "latent_window_size"]
     one_generator = any(_refuses_generators(node) for method in methods.values() for node in ast.walk(method))
     return {
         "makes_one": one_generator or any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body),
         "one_generator": one_generator,
-        "counts_frames": any(_hands_on(node, "num_frames") for node in ast.walk(call)),
+        "counts_frames": told and any(_hands_on(node, "num_frames") for node in ast.walk(call)),
         "fixed_frames": next((n for n in map(_fixes_frames, ast.walk(call)) if n), 0),
         "latent_window": next((value for value in windows if isinstance(value, int)), 0),
     }

@@ -71,7 +71,7 @@ def _example(inputs: Callable[[Tokens], dict[str, Any]], **init: object) -> Exam
 
 HUNYUAN_VIDEO = ModelFamily(
     transformer_classes=("HunyuanVideoTransformer3DModel",),
-    pipelines=("HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+    pipelines=("HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
     sp_plan=_plan,
     local_attention=("context_embedder.*",),
     replacements=(FusedGelu(("transformer_blocks.*.ff.net.0", "transformer_blocks.*.ff_context.net.0")),),

@@ -50,6 +50,9 @@ _example = functools.partial(
 LTX = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
     pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+    refused_pipelines={
+        "LTXI2VLongMultiPromptPipeline": "it reads prompts again for each of its windows, when its loop has begun",
+    },
     sp_plan={
         "": {
             "hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

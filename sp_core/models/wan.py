@@ -93,7 +93,7 @@ _GAINS = {"attn1.to_out": 4, "scale_shift_table": 4}
 
 WAN = ModelFamily(
     transformer_classes=("WanTransformer3DModel",),
-    pipelines=("WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    pipelines=("WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
     sp_plan=_ROPE_AND_OUTPUT
     | {
         "": {"timestep": OptionalSequenceParallelInput(split_dim=1, expected_dims=2)},
@@ -117,6 +117,7 @@ WAN = ModelFamily(
 
 WAN_VACE = ModelFamily(
     transformer_classes=("WanVACETransformer3DModel",),
+    pipelines=("WanVACEPipeline",),
     sp_plan=_ROPE_AND_OUTPUT
     | {
         "vace_blocks.0": {

@@ -20,18 +20,21 @@ SYSTEM_WORDS = (
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 
-def qwen2(**options: Any) -> Any:
-    """Byte-level BPE that knows the words of Qwen-Image's system prompt: its pipeline counts on their 34 tokens.
+def qwen2(words: str = SYSTEM_WORDS, special: tuple[str, ...] = (), **options: Any) -> Any:
+    """Byte-level BPE that knows the words of a system prompt: pipelines count on the number of their tokens.
 
     Args:
+        words: each of them is a token; those of Qwen-Image's prompt are 34 together.
+        special: further tokens that prompts are written with.
         options: further arguments of `Qwen2Tokenizer`, for instance `chat_template`.
     """
+    all_special = [*SPECIAL_TOKENS, *VISION_TOKENS, *special]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.train_from_iterator(
-        [SYSTEM_WORDS] * 2,
+        [words] * 2,
         trainers.BpeTrainer(
-            special_tokens=SPECIAL_TOKENS + VISION_TOKENS,
+            special_tokens=all_special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -40,7 +43,7 @@ def qwen2(**options: Any) -> Any:
     return Qwen2Tokenizer(
         vocab=learned["vocab"],
         merges=[tuple(pair) for pair in learned["merges"]],
-        additional_special_tokens=SPECIAL_TOKENS[1:] + VISION_TOKENS,
+        additional_special_tokens=all_special[1:],
         model_max_length=2048,
         padding_side="right",
         **options,

@@ -23,7 +23,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 ALLEGRO = ModelFamily(
     transformer_classes=("AllegroTransformer3DModel",),
-    refused_pipelines={"AllegroPipeline": "its VAE decodes nothing but tiles, and cuts them by itself"},
+    pipelines=("AllegroPipeline",),
     sp_plan={
         "": {"image_rotary_emb": [None, SequenceParallelCompanion(split_dim=1, expected_dims=2)]},
         "transformer_blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},

@@ -19,6 +19,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 ANY_FLOW = ModelFamily(
     transformer_classes=("AnyFlowTransformer3DModel",),
+    pipelines=("AnyFlowPipeline",),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=2, expected_dims=4, split_output=True),

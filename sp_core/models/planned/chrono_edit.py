@@ -5,6 +5,7 @@ from sp_core.models.planned import as_wan
 
 CHRONO_EDIT = ModelFamily(
     transformer_classes=("ChronoEditTransformer3DModel",),
+    pipelines=("ChronoEditPipeline",),
     sp_plan=as_wan.SP_PLAN,
     local_attention=("*.attn2",),
     examples={

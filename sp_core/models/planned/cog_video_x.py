@@ -37,7 +37,12 @@ TINY = {
 
 COG_VIDEO_X = ModelFamily(
     transformer_classes=("CogVideoXTransformer3DModel",),
-    pipelines=("CogVideoXPipeline",),
+    pipelines=(
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+    ),
     sp_plan=SP_PLAN,
     captured_processors=("CogVideoXAttnProcessor2_0",),
     examples={"cog-video-x": Example("CogVideoXTransformer3DModel", TINY, inputs)},

@@ -9,6 +9,7 @@ from sp_core.sp_plan import SequenceParallelOutput
 
 CONSIS_ID = ModelFamily(
     transformer_classes=("ConsisIDTransformer3DModel",),
+    refused_pipelines={"ConsisIDPipeline": "it finds faces with OpenCV and insightface, which spray does not install"},
     sp_plan={name: entry for name, entry in cog_video_x.SP_PLAN.items() if name != "proj_out"}
     | {
         "transformer_blocks.-1": [

@@ -17,6 +17,10 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 EASY_ANIMATE = ModelFamily(
     transformer_classes=("EasyAnimateTransformer3DModel",),
     pipelines=("EasyAnimatePipeline",),
+    refused_pipelines={
+        "EasyAnimateControlPipeline": "its own call fails: it gives encode_prompt a text_encoder_index",
+        "EasyAnimateInpaintPipeline": "it paints where a clip of masks says, which requests do not bring",
+    },
     sp_plan={
         "rope_embedding": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

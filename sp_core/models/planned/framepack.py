@@ -32,6 +32,7 @@ _FREQUENCIES: InputSpec = {"freqs_cis": SequenceParallelCompanion(split_dim=0, e
 
 FRAMEPACK = ModelFamily(
     transformer_classes=("HunyuanVideoFramepackTransformer3DModel",),
+    pipelines=("HunyuanVideoFramepackPipeline",),
     sp_plan={
         "transformer_blocks.0": {
             "hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

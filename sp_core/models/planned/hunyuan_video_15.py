@@ -22,7 +22,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 HUNYUAN_VIDEO_15 = ModelFamily(
     transformer_classes=("HunyuanVideo15Transformer3DModel",),
-    pipelines=("HunyuanVideo15Pipeline",),
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

@@ -6,7 +6,7 @@ from sp_core.models.planned import as_wan
 SKYREELS_V2 = ModelFamily(
     transformer_classes=("SkyReelsV2Transformer3DModel",),
     sp_plan=as_wan.SP_PLAN,
-    pipelines=("SkyReelsV2Pipeline",),
+    pipelines=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
     refused_pipelines=dict.fromkeys(
         (
             "SkyReelsV2DiffusionForcingPipeline",

@@ -1,12 +1,13 @@
-"""The demo model of CogVideoX."""
+"""The demo models of CogVideoX."""
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
-    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
 
@@ -16,14 +17,19 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, t5_e
 TRANSFORMER_GAINS = {"text_proj": 3, "norm1.linear": 3, "to_out": 4, "to_v": 2, "proj_out": 3}
 
 
-def demo_pipeline() -> Any:
-    """A `CogVideoXPipeline`, the same weights at every call."""
+TWICE_AS_WIDE = ("CogVideoXImageToVideoPipeline", "CogVideoXFunControlPipeline")
+"""Their transformers see other latents beside the noise."""
+
+
+def demo_pipeline(name: str = "CogVideoXPipeline") -> Any:
+    """A pipeline of this class, the same weights at every call."""
+    scheduler = CogVideoXDDIMScheduler if "FunControl" in name else CogVideoXDPMScheduler
     characters = vocabulary.t5()
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=12,
         attention_head_dim=16,
-        in_channels=LATENT_CHANNELS,
+        in_channels=LATENT_CHANNELS * (2 if name in TWICE_AS_WIDE else 1),
         out_channels=LATENT_CHANNELS,
         time_embed_dim=64,
         text_embed_dim=TEXT_WIDTH,
@@ -41,8 +47,8 @@ def demo_pipeline() -> Any:
         norm_num_groups=2,
         scaling_factor=1.0,
     )
-    return CogVideoXPipeline(
-        scheduler=CogVideoXDPMScheduler(prediction_type="v_prediction", snr_shift_scale=1.0),
+    return getattr(diffusers, name)(
+        scheduler=scheduler(prediction_type="v_prediction", snr_shift_scale=1.0),
         vae=vae.eval(),
         text_encoder=t5_encoder(len(characters)),
         tokenizer=characters,

@@ -1,4 +1,4 @@
-"""The demo model of HunyuanVideo."""
+"""The demo models of HunyuanVideo."""
 
 from typing import Any
 
@@ -9,7 +9,17 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as from_picture
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
@@ -18,13 +28,20 @@ TRANSFORMER_GAINS = {"norm1": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj"
 
 REQUEST = {"num_frames": 5}
 
+LLAVA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+
+EDGE, PATCH = 336, 14
+"""Pixels of the picture that the text encoder looks at, and of one of its patches: the pipeline counts on 576."""
+
 
 def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""
-    words, tokenizer = vocabulary.clip(), vocabulary.qwen2()
+    looks = name == "HunyuanVideoImageToVideoPipeline"
+    words, tokenizer = vocabulary.clip(), _llava_words() if looks else vocabulary.qwen2()
+    beside = LATENT_CHANNELS if "ImageToVideo" in name else 0  # the picture, and where it is
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=LATENT_CHANNELS * (2 if "ImageToVideo" in name else 1),  # beside the noise, the picture
+        in_channels=LATENT_CHANNELS + beside + int(looks),
         out_channels=LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=1,
@@ -34,6 +51,7 @@ def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
         text_embed_dim=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
         rope_axes_dim=(4, 4, 4),
+        image_condition_type="latent_concat" if looks else None,
     )
     amplify(transformer, TRANSFORMER_GAINS)
     vae = AutoencoderKLHunyuanVideo(
@@ -61,12 +79,38 @@ def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
     )
+    more = {}
+    if looks:
+        more = {"image_processor": CLIPImageProcessor(size={"shortest_edge": EDGE}, crop_size=EDGE)}
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=vae.eval(),
-        text_encoder=LlamaModel(text).eval(),
+        text_encoder=_llava(text, tokenizer) if looks else LlamaModel(text).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModel(pooled).eval(),
         tokenizer_2=words,
         transformer=transformer.eval(),
+        **more,
     )
+
+
+def _llava_words() -> Any:
+    """A tokenizer for the prompt of pipelines that begin with a picture."""
+    return vocabulary.qwen2(str(from_picture.DEFAULT_PROMPT_TEMPLATE["template"]), LLAVA_TOKENS)
+
+
+def _llava(text: LlamaConfig, tokenizer: Any) -> Any:
+    """A `LlavaForConditionalGeneration` that reads by this text encoder."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=EDGE,
+        patch_size=PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    return LlavaForConditionalGeneration(config).eval()
