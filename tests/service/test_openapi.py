@@ -20,7 +20,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import FailureGroup
 
 from service.api.answers import Alive, ErrorResponse, GenerationResponse, ModelList, Ready
-from service.api.bodies import ImageGenerationBody, VideoGenerationBody
+from service.api.bodies import PICTURE_INPUTS, ImageGenerationBody, VideoGenerationBody
 from service.api.openapi import ERRORS
 from service.api.rest import CODES, rest_app
 from tests.support.backend import FakeBackend
@@ -69,6 +69,7 @@ def map_body(context: Any, body: Any) -> Any:
         "num_outputs_per_prompt",
         "seeds",
         "true_cfg_scale",
+        *PICTURE_INPUTS,  # whether text is a picture, no schema says
     ):
         body.pop(name, None)
     for name, most in (("num_inference_steps", 10), ("num_frames", 9), ("n", 1 if is_video else 4), ("seed", 2**40)):
