@@ -47,6 +47,7 @@ def test_borrowed_layers_are_not_split() -> None:
 
 def test_a_pipeline_without_a_controlnet_is_left_alone() -> None:
     run_whole(SimpleNamespace(transformer=nn.Linear(2, 2)))
+    run_whole(SimpleNamespace(transformer=nn.Linear(2, 2), controlnet=None))
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ def run_whole(pipeline: Any) -> None:
     Args:
         pipeline: with all of its parts; it need not have a ControlNet.
     """
-    if not hasattr(pipeline, "controlnet"):
+    controlnet: Any = getattr(pipeline, "controlnet", None)  # a modular pipeline may have a place for one
+    if controlnet is None:
         return
-    controlnet = pipeline.controlnet
     for name, stack in list(controlnet.named_children()):
         lent: Any = getattr(pipeline.transformer, name, None)
         if isinstance(lent, nn.ModuleList) and lent is stack:
