@@ -1,6 +1,7 @@
 """Files of pictures and videos: what is in them, and that the same frames make the same bytes."""
 
 import io
+from dataclasses import replace
 
 import av
 import numpy
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from workers.messages import GenerationRequest
-from workers.model.media import encode
+from workers.model.media import encode, what_differs
 
 FILM = GenerationRequest("a", "film", "a cup of coffee", 64, 64, num_inference_steps=1, seed=1, num_frames=5, fps=8)
 
@@ -44,3 +45,10 @@ def test_a_video_has_the_frames_and_their_rate(frames: list[Image.Image]) -> Non
         assert (
             abs(frame.astype(int) - numpy.asarray(drawn).astype(int)).mean() < 10
         )  # of 255: colors are halved in resolution
+
+
+def test_what_was_made_otherwise_than_asked_for_is_told(frames: list[Image.Image]) -> None:
+    picture = replace(FILM, num_frames=1)
+    assert what_differs(frames, FILM) == what_differs(frames[0], picture) == []
+    assert what_differs(frames[:1], FILM) == ["num_frames: the model made 1, not 5"]
+    assert what_differs(frames[0], replace(picture, height=48)) == ["size: the model made 64x64, not 64x48"]

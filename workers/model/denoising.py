@@ -29,6 +29,7 @@ from workers.model.adapters.lookup import find_adapter
 from workers.model.flow_shift import shifted
 from workers.model.guidance import Guidance
 from workers.model.loader import LoadedModel, encodes_here
+from workers.model.media import what_differs
 from workers.model.picture_shares import decode_shared
 from workers.model.previews import Pixels, Previews, check_predicts_clean, example
 from workers.model.step_ends import StepEnd, StepEnds
@@ -297,6 +298,7 @@ class Denoising:
             PeerTileFailed, PeerFailed: another rank could not decode its tiles, or its pictures.
         """
         made = self._made()
+        self._warnings += what_differs(made[0], self.request) if made else ()
         if made and self._colors.warming and self._adapter.has_previews:
             self._colors.learn(*example(self.latents, made[0], self.request))
         return made

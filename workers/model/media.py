@@ -1,5 +1,7 @@
 """Encodes pictures and videos as files. Called on rank 0 when a request's latents are decoded.
 
+`what_differs` is for `workers.model.denoising`.
+
 `as_png` is for `service.cli.pictures`.
 """
 
@@ -17,6 +19,17 @@ def encode(made: Image.Image | Sequence[Image.Image], request: GenerationRequest
     if isinstance(made, Image.Image):
         return _picture(made, request.output_format, request.output_compression)
     return _video(made, request.fps)
+
+
+def what_differs(made: Image.Image | Sequence[Image.Image], request: GenerationRequest) -> list[str]:
+    """For the caller, where a picture or video is not as it was asked for: some pipelines choose by themselves."""
+    frames = [made] if isinstance(made, Image.Image) else made
+    (width, height), found = frames[0].size, []
+    if (width, height) != (request.width, request.height):
+        found.append(f"size: the model made {width}x{height}, not {request.width}x{request.height}")
+    if len(frames) != request.num_frames:
+        found.append(f"num_frames: the model made {len(frames)}, not {request.num_frames}")
+    return found
 
 
 def as_png(picture: bytes) -> bytes:
