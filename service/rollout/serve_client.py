@@ -24,6 +24,7 @@ from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeDeploySchema, ServeStatus
 
 from service.names import GANG
+from workers.errors import GangLost
 
 CORE = ("gcs_server", "raylet")
 """Ray's names of the processes without which a node does not run."""
@@ -40,16 +41,22 @@ def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_s
         folder: where it keeps its sockets and logs.
         devices: what it offers, by kind: see `local_devices`.
         object_store_bytes: its shared memory.
+
+    Raises:
+        GangLost: Ray does not start.
     """
-    _connect(
-        address="local",
-        num_cpus=int(devices["cpu"]),
-        num_gpus=int(devices["cuda"]),
-        include_dashboard=False,
-        object_store_memory=object_store_bytes,
-        _node_ip_address=address,
-        _temp_dir=str(folder),
-    )
+    try:
+        _connect(
+            address="local",
+            num_cpus=int(devices["cpu"]),
+            num_gpus=int(devices["cuda"]),
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            _node_ip_address=address,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # of no class of its own where a node of Ray is not up within 30 seconds
+        raise GangLost(f"Ray does not start: {error}") from error
 
 
 def connect(address: str, node_ip_address: str | None) -> None:

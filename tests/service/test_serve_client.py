@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -32,6 +33,7 @@ from ray.serve.schema import (
 
 from service.names import GANG
 from service.rollout import serve_client
+from workers.errors import GangLost
 
 SERVICE = Path(__file__).resolve().parents[2] / "service"
 SEAM = SERVICE / "rollout" / "serve_client.py"
@@ -146,3 +148,14 @@ def test_serves_autoscaler_adds_what_waits_elsewhere(monkeypatch: pytest.MonkeyP
     scaling.drop_stale_handle_metrics(set())  # of a deployment whose gateways say nothing anymore
     assert scaling.get_autoscaling_context(1).total_queued_requests == 0
     assert hasattr(ServeController, "record_autoscaling_metrics_from_handle")
+
+
+def test_a_node_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray raises plain exceptions, such as on a machine that is too busy."""
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(serve_client, "_connect", late)
+    with pytest.raises(GangLost, match="Ray does not start: The current node timed out"):
+        serve_client.start_ray("127.0.0.1", tmp_path, {"cpu": 1, "cuda": 0}, 10**8)
