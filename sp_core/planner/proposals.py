@@ -8,7 +8,7 @@ ranks. What a forward does between its modules cannot be seen, so there are seve
 - split and gather around each stack of blocks, where the stacks' streams are joined in between.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -94,10 +94,7 @@ def _at_blocks(
             "", path, entry, f"one number per token, {moving.seen.shape}: what derives from it is split with it"
         )
     streams = order(main[0].streams())
-    for path, moving in root.arguments.items():
-        if "." in path and moving.is_stream and any(moving.seen.shape == s.seen.shape for s in streams.values()):
-            residual = SequenceParallelCompanion(split_dim=1, expected_dims=3)
-            proposal.add("", path.split(".")[0], residual, f"residuals of the blocks, each {moving.seen.shape}")
+    _split_residuals(proposal, root, main[:1])
     _split_streams(proposal, main[0], streams)
     derived = frozenset().union(*(moving.tokens for moving in own.values()))
     for stack in main:
@@ -115,6 +112,15 @@ def _at_blocks(
     _gather(proposal, movement, main, streams)
     tell_attention(proposal, model, movement, main)
     return proposal
+
+
+def _split_residuals(proposal: Proposal, root: MovingCall, stacks: Sequence[Stack]) -> None:
+    """What the model is called with in a list or by layer, and is as long as a stream of these blocks."""
+    shapes = {stream.seen.shape for stack in stacks for stream in stack.streams().values()}
+    for path, moving in root.arguments.items():
+        if "." in path and moving.is_stream and moving.seen.shape in shapes:
+            residual = SequenceParallelCompanion(split_dim=1, expected_dims=3)
+            proposal.add("", path.split(".")[0], residual, f"residuals of the blocks, each {moving.seen.shape}")
 
 
 def _is_whole(movement: Movement, first: Stack, moving: Moving) -> bool:
@@ -172,6 +178,7 @@ def _widest(arguments: Mapping[str, Moving]) -> dict[str, Moving]:
 
 def _around_stacks(model: nn.Module, movement: Movement, stacks: list[Stack], order: Order) -> Proposal:
     proposal = Proposal()
+    _split_residuals(proposal, movement.calls[0], stacks)
     for stack in stacks:
         streams = order(stack.streams())
         _split_streams(proposal, stack, streams)
