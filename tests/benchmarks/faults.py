@@ -159,9 +159,10 @@ class Serving:
         there is a spare one beside each."""
         deadline = time.monotonic() + PATIENCE_S
         while process == "rank" and self.url and time.monotonic() < deadline:
-            now = read_cluster(self.url)["models"][0]["gangs"][0]["now"]
-            if now["spare_ranks"] == len(now["pids"]) > 0:
-                return int(now["pids"][1])
+            for gang in read_cluster(self.url)["models"][0]["gangs"]:
+                pids, spare = gang["now"]["pids"], gang["now"]["spare_ranks"]
+                if spare == len(pids) > 0 and not self.struck & set(pids):
+                    return int(pids[1])
             time.sleep(0.1)
         while time.monotonic() < deadline:
             living = self.processes()
