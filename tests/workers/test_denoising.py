@@ -242,6 +242,19 @@ def test_two_requests_do_not_disturb_each_other(demo_model: Path) -> None:
     assert torch.equal(first.latents, alone)
 
 
+def test_a_picture_of_another_size_comes_with_a_warning(demo_model: Path) -> None:
+    """Some pipelines choose the size by themselves."""
+    mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+    denoising = begun(load_model(model(demo_model), mesh), REQUESTS["even"])
+    while not denoising.done:
+        denoising.step()
+    denoising.finish()
+    assert denoising.warnings == ()
+    denoising.request = replace(denoising.request, width=8)
+    denoising.finish()
+    assert [each.partition(",")[2] for each in denoising.warnings] == [f" not 8x{denoising.request.height}"]
+
+
 def test_a_size_that_the_model_cannot_do_is_the_callers_mistake(demo_model: Path) -> None:
     mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
     loaded = load_model(model(demo_model), mesh)

@@ -235,6 +235,7 @@ def test_adapters_that_were_deployed_before_a_loss_reach_the_new_ranks(
         with pytest.raises(GangLost):
             await running
         assert await settled(gang) == ""
+        assert gang._spares._refilling is None  # nobody has asked for spare ranks
         (new,) = started
         assert (new.asked, new.loras) == ([(CHALK,)], (CHALK,))
 

@@ -4,18 +4,16 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoFramepackPipeline,
     HunyuanVideoFramepackTransformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import CLIPTextModel, LlamaModel
 
 from workers.demo_models import vocabulary
+from workers.demo_models.classic.hunyuan_video import TRANSFORMER_GAINS, pooled_config, text_config, video_vae
 from workers.demo_models.clip_vision import WIDTH, siglip_encoder, siglip_processor
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify
-
-TRANSFORMER_GAINS = {"norm1": 3, "norm.linear": 3, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 2}
 
 REQUEST = {"num_frames": 37}
 """More than one window of 33."""
@@ -43,37 +41,13 @@ def demo_pipeline() -> Any:
         has_clean_x_embedder=True,
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=1.0,
-    )
-    pooled = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    vae = video_vae()
     return HunyuanVideoFramepackPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0, use_dynamic_shifting=True),
         vae=vae.eval(),
-        text_encoder=LlamaModel(text).eval(),
+        text_encoder=LlamaModel(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModel(pooled).eval(),
+        text_encoder_2=CLIPTextModel(pooled_config(words)).eval(),
         tokenizer_2=words,
         image_encoder=siglip_encoder(),
         feature_extractor=siglip_processor(),

@@ -34,6 +34,43 @@ EDGE, PATCH = 336, 14
 """Pixels of the picture that the text encoder looks at, and of one of its patches: the pipeline counts on 576."""
 
 
+def video_vae() -> Any:
+    """A tiny VAE of this family."""
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=1.0,
+    )
+
+
+def pooled_config(words: Any) -> CLIPTextConfig:
+    """Of the second text encoder, with these words."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+
+
+def text_config(tokenizer: Any) -> LlamaConfig:
+    """Of the first text encoder, with these tokens."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""
     looks = name == "HunyuanVideoImageToVideoPipeline"
@@ -54,31 +91,8 @@ def demo_pipeline(name: str = "HunyuanVideoPipeline") -> Any:
         image_condition_type="latent_concat" if looks else None,
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=1.0,
-    )
-    pooled = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    vae = video_vae()
+    pooled, text = pooled_config(words), text_config(tokenizer)
     more = {}
     if looks:
         more = {"image_processor": CLIPImageProcessor(size={"shortest_edge": EDGE}, crop_size=EDGE)}
