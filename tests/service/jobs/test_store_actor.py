@@ -63,6 +63,7 @@ def test_nothing_starts_before_the_first_job_unless_there_may_be_old_ones(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setattr("service.jobs.store_actor.LOOK_S", 600.0)  # an actor may take longer to start than real looks
 
     async def story() -> None:
         first, second = gateway(None), gateway(None)
