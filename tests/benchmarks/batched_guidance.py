@@ -24,7 +24,7 @@ from sp_core.parallelize import parallelize
 from sp_core.shared_modulation import same_timestep
 from sp_core.verify.rank_pool import RankPool
 from tests.benchmarks.replacements import Pair, Times, in_turns, report
-from tests.benchmarks.sp_vs_diffusers import SHAPES, seeded
+from tests.benchmarks.sp_vs_diffusers import SHAPES, guided_branches, seeded
 from tests.support.guided import batched_step, guided_step
 
 
@@ -64,11 +64,7 @@ def measure(mesh: ParallelMesh, name: str, tokens: int, turns: int, compiles: bo
 
 def steps(mesh: ParallelMesh, name: str, tokens: int, compiles: bool) -> Pair:
     """A guided step of two forwards, and of one, by one model."""
-    height = next(each for each in range(int(tokens**0.5), 0, -1) if tokens % each == 0)
-    torch.manual_seed(1)
-    first, second = (SHAPES[name].inputs(height, tokens // height) for _ in range(2))
-    prompt = "cap_feats" if name == "z-image" else "encoder_hidden_states"
-    given = first, first | {prompt: second[prompt]}
+    given = guided_branches(name, tokens)
     model = seeded(SHAPES[name].model)
     parallelize(model, mesh)
     if compiles:

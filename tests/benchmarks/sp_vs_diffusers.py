@@ -1,7 +1,7 @@
 """Sequence parallelism on two CPU ranks: ours against diffusers' own, and against one process.
 
     python -m tests.benchmarks.sp_vs_diffusers [--repeats 21] [--tokens 800 1984] [--models qwen-image wan z-image]
-        [--against ...] [--skip-hooks]
+        [--against ...] [--steps] [--skip-hooks]
 
 Transformers of about 100 million parameters with random weights, in the shape of three families; two gloo ranks with
 one thread each, each on a core of its own. In each turn our mode (Ulysses) is paired with every other: both run one
@@ -16,6 +16,10 @@ after the other, and change places from turn to turn. The table has, for each ot
 
 The first row pairs ours with a second copy of itself. Its ratio must be 1; how far its interval reaches from 1 is what
 the run can tell apart, and the last line says whether that is 2 %. diffusers has no plan for Z-Image; it is given ours.
+
+With `--steps` the unit is a guided step in place of one forward. Ours is that of a serving gang: at a timestep that an
+earlier request had too, so its modulation is kept; both prompts, which are of one length, in one forward up to
+`BATCHED_TOKENS` on a rank. diffusers' pipelines make two forwards.
 At last: what hooks and seam cost where nothing is exchanged.
 """
 
@@ -49,6 +53,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from deploy.activations import BATCHED_TOKENS
 from sp_core.attention.diffusers_backend import bind_attention
 from sp_core.attention.discovery import find_attention
 from sp_core.degrees import ParallelDegrees
@@ -56,7 +61,9 @@ from sp_core.hooks import apply_sequence_parallel
 from sp_core.mesh import ParallelMesh
 from sp_core.models.qwen_image import QWEN_IMAGE
 from sp_core.parallelize import parallelize
+from sp_core.shared_modulation import same_timestep
 from sp_core.verify.rank_pool import RankPool
+from tests.support.guided import batched_step, guided_step
 
 TEXT = 64
 CONTROL, RIVALS = "ours again", ("diffusers, ulysses 2", "diffusers, anything 2")
@@ -65,10 +72,10 @@ RESOLVED = 0.02
 """The difference that a run is meant to tell apart."""
 
 Run = tuple[float, float]
-"""Seconds of one forward on one rank: of the clock, of the processor."""
+"""Seconds of one forward, or step, on one rank: of the clock, of the processor."""
 
 Pair = tuple[Run, Run]
-"""A forward of ours, and one of another mode, next to each other."""
+"""One of ours, and one of another mode, next to each other."""
 
 
 def qwen_image() -> Any:
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[800, 1984])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--against", nargs="+", default=[CONTROL, *RIVALS], choices=OTHERS, metavar="MODE")
+    parser.add_argument("--steps", action="store_true", help="guided steps in place of forwards")
     parser.add_argument("--skip-hooks", action="store_true")
     chosen = parser.parse_args()
     load = os.getloadavg()[0]
@@ -161,9 +169,8 @@ def main() -> None:
     pool = RankPool(size=2)
     for name in chosen.models:
         for tokens in chosen.tokens:
-            ranks = pool.run(
-                ParallelDegrees(ulysses_degree=2), compare, name, tokens, chosen.repeats, list(chosen.against)
-            )
+            arguments = (name, tokens, chosen.repeats, list(chosen.against), chosen.steps)
+            ranks = pool.run(ParallelDegrees(ulysses_degree=2), compare, *arguments)
             print(f"\n{name + f', {tokens} image tokens':<32} ms  ours / it       95 %      middle half  processor")
             report(ranks)
     pool.stop()
@@ -199,12 +206,12 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return medians[50], medians[-51]
 
 
-def compare(ulysses: ParallelMesh, name: str, tokens: int, turns: int, against: list[str]) -> dict[str, list[Pair]]:
-    """On one rank: each mode's forwards, turn by turn, paired with ours."""
+def compare(
+    ulysses: ParallelMesh, name: str, tokens: int, turns: int, against: list[str], steps: bool
+) -> dict[str, list[Pair]]:
+    """On one rank: each mode's forwards or steps, turn by turn, paired with ours."""
     shape = SHAPES[name]
-    height = next(each for each in range(int(tokens**0.5), 0, -1) if tokens % each == 0)
-    torch.manual_seed(1)
-    inputs = shape.inputs(height, tokens // height)
+    branches = guided_branches(name, tokens)
     alone = {"1 thread": 1, "2 threads": 2}
     models = {mode: seeded(shape.model) for mode in ("ours", *against)}
     ring = ParallelMesh.create(ParallelDegrees(ring_degree=2), device_type="cpu", timeout_s=60)
@@ -214,13 +221,26 @@ def compare(ulysses: ParallelMesh, name: str, tokens: int, turns: int, against: 
         elif mode not in alone:
             parallelize(model, ring if mode == "ours, ring 2" else ulysses)
 
+    def forward_or_step(mode: str) -> None:
+        if not steps:
+            models[mode](**branches[0], return_dict=False)
+        elif mode in RIVALS or mode in alone:
+            guided_step(models[mode], branches, ulysses.axis("cfg"))
+        elif tokens // dist.get_world_size() > BATCHED_TOKENS:
+            with same_timestep(0.5):
+                guided_step(models[mode], branches, ulysses.axis("cfg"))
+        else:
+            with same_timestep(0.5):
+                _, why_apart = batched_step(models[mode], branches)
+            assert not why_apart, why_apart
+
     def run(mode: str) -> Run:
         dist.barrier()
         if mode in alone and dist.get_rank():
             return 0.0, 0.0
         with on_cores(alone.get(mode, 1)):
             began = time.process_time()
-            seconds = timed(lambda: models[mode](**inputs, return_dict=False))
+            seconds = timed(lambda: forward_or_step(mode))
             return seconds, time.process_time() - began
 
     pairs: dict[str, list[Pair]] = {mode: [] for mode in against}
@@ -237,6 +257,15 @@ def compare(ulysses: ParallelMesh, name: str, tokens: int, turns: int, against: 
             gc.collect()
     gc.enable()
     return pairs
+
+
+def guided_branches(name: str, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of a model's forward with two prompts of one length."""
+    height = next(each for each in range(int(tokens**0.5), 0, -1) if tokens % each == 0)
+    torch.manual_seed(1)
+    first, second = (SHAPES[name].inputs(height, tokens // height) for _ in range(2))
+    prompt = "cap_feats" if name == "z-image" else "encoder_hidden_states"
+    return first, first | {prompt: second[prompt]}
 
 
 CORES = sorted(os.sched_getaffinity(0))

@@ -172,10 +172,10 @@ def test_auto_takes_no_memory_that_the_limits_did_not_take(tmp_path: Path, monke
 
 def test_auto_is_for_few_tokens_of_a_rank(tmp_path: Path) -> None:
     folder = a_model(tmp_path)
-    assert BATCHED_TOKENS == 256
-    assert why_two_forwards(spec_of(folder), folder, Request(256, 272, 1, 1)) == "a rank has 272 tokens, above 256"
-    assert why_two_forwards(spec_of(folder), folder, Request(256, 256, 1, 2)) == "a rank has 512 tokens, above 256"
-    assert why_two_forwards(spec_of(folder, ulysses_degree=2), folder, Request(256, 256, 1, 2)) == ""
+    assert BATCHED_TOKENS == 512
+    assert why_two_forwards(spec_of(folder), folder, Request(512, 272, 1, 1)) == "a rank has 544 tokens, above 512"
+    assert why_two_forwards(spec_of(folder), folder, Request(256, 256, 1, 3)) == "a rank has 768 tokens, above 512"
+    assert why_two_forwards(spec_of(folder, ulysses_degree=2), folder, Request(512, 512, 1, 1)) == ""
     assert "of its own" in why_two_forwards(spec_of(folder, cfg_parallel_size=2), folder, Request(64, 64, 1, 1))
     unknown = a_model(tmp_path / "unknown", "ATransformerThatNobodyMeasured")
     assert "nobody has measured" in why_two_forwards(spec_of(unknown), unknown, Request(64, 64, 1, 1))
