@@ -72,13 +72,11 @@ def test_two_gateways_take_turns_on_one_gang() -> None:
     async def tell(one: SharedTurns, two: SharedTurns) -> None:
         first = await one.take(ticket("x"))
         second, third = asyncio.create_task(two.take(ticket("y"))), asyncio.create_task(one.take(ticket("z")))
-        await asyncio.sleep(0.5)
+        while await one.standing("z") is None:
+            await asyncio.sleep(0.01)
         assert not second.done() and not third.done()
-        assert [await one.standing(name) for name in "xyz"] == [
-            None,
-            (0, 0.0),
-            (1, 0.0),
-        ]  # nobody knows what one costs
+        standing = [await one.standing(name) for name in "xyz"]
+        assert standing == [None, (0, 0.0), (1, 0.0)]  # nobody knows what one costs
         assert (await two.prospect("another")).ahead == 0
         one.end(first)
         two.end(await second)

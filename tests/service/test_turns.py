@@ -262,7 +262,7 @@ def test_whoever_leaves_waits_no_more_and_holds_nothing() -> None:
         served.tasks["w"].cancel()
         await settle()
         assert "w" not in served.turns
-        await asyncio.wait_for(turns.take(ticket("u")), 1)
+        await asyncio.wait_for(turns.take(ticket("u")), 10)
 
     story(tell)
 
@@ -279,13 +279,13 @@ def test_a_gang_that_says_it_is_idle_is_free() -> None:
         await settle()
         assert not waiting.done()
         turns.know("", {"a": GangBacklog(reported_at=later + 1)})
-        after = await asyncio.wait_for(waiting, 1)
+        after = await asyncio.wait_for(waiting, 10)
         turns.end(turn)  # too late: it is another's
         third = asyncio.create_task(turns.take(ticket("z")))
         await settle()
         assert not third.done()
         turns.end(after)
-        await asyncio.wait_for(third, 1)
+        await asyncio.wait_for(third, 10)
 
     story(tell)
 
@@ -344,7 +344,7 @@ def test_a_gateway_that_is_gone_holds_nothing() -> None:
         alive = asyncio.create_task(turns.take(ticket("z", asker="two")))
         await settle()
         turns.forget("one")
-        assert (await asyncio.wait_for(alive, 1)).gang == "a"
+        assert (await asyncio.wait_for(alive, 10)).gang == "a"
         assert dead.cancelled()
 
     story(tell)
@@ -355,14 +355,14 @@ def test_a_gang_that_nobody_knows_is_gone() -> None:
         for asker in ("one", "two"):
             turns.know(asker, {"a": idle()})
         turns.know("one", {})
-        turn = await asyncio.wait_for(turns.take(ticket("x")), 1)
+        turn = await asyncio.wait_for(turns.take(ticket("x")), 10)
         turns.know("two", {})
         turns.end(turn)
         waiting = asyncio.create_task(turns.take(ticket("y")))
         await settle()
         assert not waiting.done()
         turns.know("two", {"b": idle()})
-        assert (await asyncio.wait_for(waiting, 1)).gang == "b"
+        assert (await asyncio.wait_for(waiting, 10)).gang == "b"
 
     story(tell)
 
