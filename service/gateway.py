@@ -28,6 +28,7 @@ from service.api.observed import callers_trace, current_call, key_name
 from service.api.rest import rest_app
 from service.deadline import check_deadline
 from service.jobs.backlog import JobBacklog
+from service.jobs.lost_runners import LostRunners
 from service.jobs.records import Priority
 from service.jobs.runner import Runner
 from service.jobs.store import JobStore
@@ -142,9 +143,8 @@ class Gateway(GrpcMethods):
         self.jobs = Jobs()
         self.webhooks = Webhooks(self.jobs)
         self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
-        self.runner = Runner(
-            self.jobs, self.outputs, _own_name(), self._run_for, self._room, self.models, self._backlog
-        )
+        known = self._run_for, self._room, self.models, self._backlog, LostRunners(_own_name())
+        self.runner = Runner(self.jobs, self.outputs, _own_name(), *known)
         self._keyring = ring = Keyring()
         self._key_use = SharedUse(_short_name(), lambda: ring.limited, ring.used, ring.hear, shared_turns.start_keeper)
         self._models: dict[str, ModelSpec] = {}

@@ -12,6 +12,7 @@
     webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway, and publishes their outputs
+    lost_runners.py which other gateways that run jobs have died
     backlog.py      jobs that wait, for the autoscaler, metrics and deadlines
 
 A job is committed before its caller hears of it. Whoever runs it holds a lease and a fence: without a word for the

@@ -51,6 +51,12 @@ def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -
     return list(connection.execute(query).mappings())
 
 
+def runners(connection: sa.Connection) -> list[str]:
+    """Who runs jobs."""
+    query = sa.select(jobs.c.runner).where(jobs.c.state == "running").distinct()
+    return list(connection.execute(query).scalars())
+
+
 def page(
     connection: sa.Connection,
     owner: str | None,

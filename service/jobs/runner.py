@@ -16,6 +16,7 @@ from service.api.backend import Report, Restarted
 from service.api.errors import find_status
 from service.api.responses import metrics
 from service.jobs.backlog import JobBacklog
+from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
 from service.jobs.records import QUARANTINED, Counts, Job, JobError, JobOutput, LeaseLost
 from service.jobs.requests import request_of
@@ -49,7 +50,7 @@ PERIOD_S = 1.0
 """Between two looks for jobs that other gateways have taken in."""
 
 SWEEP_S = 5.0
-"""Between two looks for jobs whose runner is silent."""
+"""Between two looks for jobs whose runner is silent or gone."""
 
 AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
@@ -90,6 +91,7 @@ class Runner:
         room: by model, how many jobs may run in the whole deployment now.
         models: of the deployment; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
+        lost: which other runners are gone.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class Runner:
         room: Callable[[], Mapping[str, int]],
         models: Callable[[], Collection[str]],
         backlog: JobBacklog,
+        lost: LostRunners,
     ) -> None:
         self._jobs, self._outputs, self._name = jobs, outputs, name
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
+        self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._observed = ObservedJobs()
@@ -159,6 +163,9 @@ class Runner:
         sweeps = time.monotonic() - self._swept_at >= SWEEP_S
         if sweeps:
             self._swept_at = time.monotonic()
+            for runner in await self._lost.among(await self._jobs.ask(JobStore.runners), self._jobs.is_shared):
+                logger.warning("%s is gone; its jobs are begun anew", runner)
+                await self._jobs.ask(JobStore.end_leases, runner)
             await self._jobs.ask(JobStore.sweep)
         counts = await self._jobs.ask(JobStore.counts)
         if sweeps:

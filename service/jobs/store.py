@@ -298,6 +298,17 @@ class JobStore:
         with self._database.transaction() as (connection, now):
             return queries.ahead(connection, model, now + HEAD_START_S[priority])
 
+    def runners(self) -> list[str]:
+        """Who runs jobs."""
+        with self._database.transaction() as (connection, _):
+            return queries.runners(connection)
+
+    def end_leases(self, runner: str) -> None:
+        """A runner is gone: its jobs are queued again by the next `sweep`."""
+        with self._database.transaction() as (connection, now):
+            of_runner = jobs.c.state == "running", jobs.c.runner == runner
+            connection.execute(sa.update(jobs).where(*of_runner).values(lease_until=now))
+
     def sweep(self) -> None:
         """Settle what nobody claims, and forget ended jobs that have expired. Somebody calls it every few seconds."""
         with self._database.transaction() as (connection, now):

@@ -11,6 +11,7 @@ import pytest
 from service.api.backend import Report, Restarted, Waiting
 from service.jobs import runner as module
 from service.jobs.backlog import JobBacklog
+from service.jobs.lost_runners import LostRunners
 from service.jobs.records import Job
 from service.jobs.requests import new_job, request_of
 from service.jobs.runner import Runner
@@ -41,13 +42,15 @@ class World:
         self.script = script
         self.room = {"film": 1}
         self.models = {"film"}
+        self.gone: set[str] = set()
         self.backlog = JobBacklog(dict)
         self.runner = self.another("gateway-1")
 
     def another(self, name: str) -> Runner:
         """One of another gateway."""
         known = (lambda: self.room), (lambda: self.models)
-        return Runner(self.jobs, self.outputs, name, self._generate, *known, self.backlog)
+        lost = LostRunners(name, lambda runner: runner not in self.gone)
+        return Runner(self.jobs, self.outputs, name, self._generate, *known, self.backlog, lost)
 
     async def submit(self, request: GenerationRequest = REQUEST, owner: str = "ann", **given: Any) -> Job:
         job, _ = await self.jobs.ask(JobStore.submit, new_job(request, owner, **given))
@@ -378,3 +381,45 @@ def test_what_is_claimed_is_not_told_as_waiting(tmp_path: Path, monkeypatch: pyt
         release.set()
 
     live(tmp_path, waits, story)
+
+
+def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+
+    async def hangs(request: GenerationRequest) -> AsyncGenerator[Report]:
+        yield StepEvent(1, 4, 0.1)
+        await asyncio.Event().wait()
+
+    async def story(world: World) -> None:
+        job = await world.submit()
+        await world.until(job, lambda found: found.runner == "gateway-1")
+        assert world.jobs._own is not None
+        world.jobs._own._database._patience_s = 0.0  # the store has just been opened
+        world.script, other = draws, world.another("gateway-2")
+        for _ in range(3):
+            await other._claim()
+        assert (await world.jobs.ask(JobStore.get, job.id, None)).runner == "gateway-1"  # it lives
+        world.gone.add("gateway-1")
+        await other._claim()
+        done = await world.ended(job)
+        assert (done.state, done.runner, done.attempt) == ("succeeded", "gateway-2", 2)
+
+    live(tmp_path, hangs, story)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_is_gone(shared: bool) -> None:
+    """A runner of another cluster was never seen here, alive or not."""
+    alive = {"a", "b"}
+
+    async def story() -> None:
+        lost = LostRunners("own", lambda runner: runner in alive)
+        runners = ["own", "", "a", "b", "elsewhere", "a"]
+        assert await lost.among(runners, shared) == ([] if shared else ["elsewhere"])
+        alive.remove("a")
+        assert set(await lost.among(runners, shared)) == ({"a"} if shared else {"a", "elsewhere"})
+        assert await lost.among(["b"], shared) == []
+
+    asyncio.run(story())

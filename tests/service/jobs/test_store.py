@@ -106,6 +106,19 @@ def test_an_old_attempt_can_change_nothing(store: JobStore, clock: Clock) -> Non
     assert store.publish(job.id, new.fence, [FILM], {}).state == "succeeded"
 
 
+def test_the_leases_of_a_runner_that_is_gone_end_at_once(store: JobStore) -> None:
+    jobs = [store.submit(new_job())[0] for _ in range(3)]
+    (gone,), (stays,) = take(store, runner="gone"), take(store, runner="stays")
+    assert sorted(store.runners()) == ["gone", "stays"]
+    store.end_leases("gone")
+    store.sweep()
+    assert store.runners() == ["stays"]
+    assert [store.get(job.id, None).state for job in jobs] == ["queued", "running", "queued"]
+    with pytest.raises(LeaseLost):
+        store.publish(gone.id, gone.fence, [FILM], {})
+    store.renew(stays.id, stays.fence, LEASE_S, 1, 4)
+
+
 def test_a_lease_holds_until_it_ends(store: JobStore, clock: Clock) -> None:
     store.submit(new_job())
     (held,) = take(store)
