@@ -29,6 +29,7 @@
 {{- fail (printf "groups.%s.minReplicas is %d, above maxReplicas, %d; change one" .name (int .minReplicas) (int .maxReplicas)) }}
 {{- end }}
 {{- end }}
+{{- include "spray.checkHosts" $groups }}
 {{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size .Values.outputs.s3.existingSecret }}
 {{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups "holds" $holds) }}
 {{- range $models }}
@@ -129,6 +130,22 @@
 {{- end }}
 {{- end }}
 
+{{/*
+Nodes that come and go together: KubeRay deletes all as soon as one goes, and the autoscaler lets each go that is idle. Of
+several such sets a gang may have a node each, and would end when the idle rest of either goes. Takes the groups.
+*/}}
+{{- define "spray.checkHosts" -}}
+{{- $gateways := first . }}
+{{- if gt (int $gateways.hosts) 1 }}
+{{- fail (printf "gatewayNodes.hosts is %d, but no gateway needs another node; leave it at 1" (int $gateways.hosts)) }}
+{{- end }}
+{{- range . }}
+{{- if and (gt (int .hosts) 1) (gt (int .maxReplicas) 1) (lt (int .minReplicas) (int .maxReplicas)) }}
+{{- fail (printf "groups.%s: its nodes come and go by %d, and a gang on nodes of two such sets would end when the idle rest of either goes; set maxReplicas to 1, or minReplicas to maxReplicas, %d, or hosts to 1: then nodes come as a gang needs them, and go one by one" .name (int .hosts) (int .maxReplicas)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Whether a gang fits on a node, or for PACK on all nodes that there may be. Takes "model", "ranks", "groups". */}}
 {{- define "spray.checkPlace" -}}
 {{- $model := .model }}
@@ -136,6 +153,7 @@
 {{- $together := eq $placement.strategy "STRICT_PACK" }}
 {{- $largest := 0 }}
 {{- $all := 0 }}
+{{- $homes := list }}
 {{- range .groups }}
 {{- $group := . }}
 {{- $fits := true }}
@@ -146,6 +164,7 @@
 {{- if eq $model.device "cuda" }}{{ $places = min $places (int .gpus) }}{{ end }}
 {{- $largest = max $largest $places }}
 {{- $all = add $all (mul $places (int .hosts) (int .maxReplicas)) }}
+{{- if $places }}{{ $homes = append $homes (dict "name" .name "hosts" .hosts "holds" (mul $places .hosts)) }}{{ end }}
 {{- end }}
 {{- end }}
 {{- $needs := printf "a gang has %d ranks of %s%v CPU cores each" (int .ranks) (ternary "one GPU and " "" (eq $model.device "cuda")) $placement.cpus_per_rank }}
@@ -156,5 +175,16 @@
 {{- end }}
 {{- if and (not $together) (lt (int $all) (int .ranks)) }}
 {{- fail (printf "models.%s: %s, and all nodes that the groups may have hold %d; raise maxReplicas of a group, or use lower degrees" $model.name $needs (int $all)) }}
+{{- end }}
+{{- $ranks := int .ranks }}
+{{- range $homes }}
+{{- if gt (int .hosts) 1 }}
+{{- if mod $ranks .holds }}
+{{- fail (printf "models.%s: a gang has %d ranks, and the %d nodes of group %s, which come and go together, hold %d; a gang that leaves one idle would end with it, so give it %d ranks, or keep it from there by placement.node_labels" $model.name $ranks (int .hosts) .name (int .holds) (int .holds)) }}
+{{- end }}
+{{- if gt (len $homes) 1 }}
+{{- fail (printf "models.%s: its ranks may be on nodes of several groups, and those of %s come and go by %d; a gang with one of them would end with the idle rest, so choose one group by placement.node_labels" $model.name .name (int .hosts)) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -136,7 +136,12 @@ spec:
       envFrom:
         - secretRef: {name: {{ $values.outputs.s3.existingSecret }}}
       {{- end }}
-      securityContext: {{ toYaml $values.securityContext | nindent 8 }}
+      {{- $security := deepCopy $values.securityContext }}
+      {{- with $node.capabilities }}
+      {{- $allowed := deepCopy (default dict $security.capabilities) }}
+      {{- $_ := set $security "capabilities" (set $allowed "add" (concat (default list $allowed.add) .)) }}
+      {{- end }}
+      securityContext: {{ toYaml $security | nindent 8 }}
       {{- /* KubeRay's numbers. A node without a gateway and without a gang's first rank has no proxy, so it is never
              ready: the service, which takes all ready nodes, must not send requests there. */}}
       {{- if ne $role "head" }}
@@ -169,6 +174,7 @@ spec:
           {{- if $node.gpus }}
           {{ $node.gpuResource }}: {{ $node.gpus }}
           {{- end }}
+          {{- with $node.extraResources }}{{ toYaml . | nindent 10 }}{{ end }}
         limits:
           {{- if $node.limitCpus }}
           cpu: {{ $node.cpus }}
@@ -177,6 +183,7 @@ spec:
           {{- if $node.gpus }}
           {{ $node.gpuResource }}: {{ $node.gpus }}
           {{- end }}
+          {{- with $node.extraResources }}{{ toYaml . | nindent 10 }}{{ end }}
       volumeMounts:
         - {name: shm, mountPath: /dev/shm}
         - {name: tmp, mountPath: /tmp}

@@ -213,6 +213,29 @@ VARIATIONS: dict[str, Values] = {
         "gateway": {"replicas": 3},
     },
     "groups with GPUs": GPU_GROUPS,
+    "gangs that span nodes": {
+        "groups": [
+            {
+                "name": "pairs",
+                "gpus": 8,
+                "cpus": 64,
+                "hosts": 2,
+                "minReplicas": 2,
+                "maxReplicas": 2,
+                "extraResources": {"rdma/hca": 8},
+                "capabilities": ["IPC_LOCK"],
+                "env": [{"name": "NCCL_IB_HCA", "value": "mlx5"}],
+            }
+        ],
+        "models": [
+            {
+                "name": "b",
+                "source": "/b",
+                "parallel": {"ulysses_degree": 8, "cfg_parallel_size": 2},
+                "placement": {"strategy": "PACK", "network_interface": "net1"},
+            }
+        ],
+    },
     "every key of a model": {**GPU_GROUPS, "models": [EVERY_KEY, {"name": "b", "source": "/b"}]},
     "an elastic gang": {
         **GPU_GROUPS,

@@ -16,11 +16,8 @@ from service.cli.main import app
 from tests.helm.chart import CHART, IMAGE, Values, pod_templates, profile, render, with_values
 
 TEXT = (CHART / "README.md").read_text()
-COMMANDS = [
-    line.partition("  #")[0]
-    for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.partition("  #")[0] for language, block in BLOCKS if not language for line in block.splitlines()]
 
 
 def named(*start: str) -> list[list[str]]:
@@ -35,8 +32,18 @@ def options(words: list[str], name: str) -> list[str]:
 
 
 def test_from_nothing_takes_five_commands() -> None:
-    first = re.findall(r"^```\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)[0].splitlines()
-    assert len(first) == 5
+    _, first = BLOCKS[0]
+    assert len(first.splitlines()) == 5
+
+
+def test_values_that_are_shown_can_be_rendered() -> None:
+    (shown,) = (yaml.safe_load(block) for language, block in BLOCKS if language == "yaml")
+    wide = {"parallel": {"ulysses_degree": 16}, "placement": {"strategy": "PACK", "accelerator_type": None}}
+    values = profile("multi-node")
+    values["models"][0] |= wide
+    pods = pod_templates(render(with_values(values, shown)))
+    limits = pods[shown["groups"][0]["name"]]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["rdma/hca"] == shown["groups"][0]["extraResources"]["rdma/hca"]
 
 
 @pytest.mark.parametrize("words", [each for each in named("helm", "install") if each[3] == "./helm"], ids=" ".join)

@@ -8,6 +8,13 @@ from tests.helm.chart import GPU_GROUPS, Values, profile, render, with_values
 GPU_MODEL = {"name": "a", "source": "org/model", "parallel": {"ulysses_degree": 4}}
 
 
+HOSTS = {"name": "pairs", "gpus": 8, "cpus": 64, "hosts": 2, "labels": {"nodes": "pairs"}}
+"""Two nodes that come and go together."""
+
+SPANS = {"parallel": {"ulysses_degree": 16}, "placement": {"strategy": "PACK"}}
+"""A gang that fills both."""
+
+
 def models(*changes: Values) -> Values:
     return {**GPU_GROUPS, "models": [with_values(GPU_MODEL, change) for change in changes]}
 
@@ -114,6 +121,27 @@ REFUSED: dict[str, tuple[Values, str]] = {
         models({"placement": {"node_labels": {"zone": "b"}}}),
         'with the labels {"zone":"b"}, all on one node',
     ),
+    "a gang that leaves a node of a set idle": (
+        models({}) | {"groups": [HOSTS]},
+        "models.a: a gang has 4 ranks, and the 2 nodes of group pairs, which come and go together, hold 16",
+    ),
+    "a gang that leaves places of a set idle": (
+        models(with_values(SPANS, {"parallel": {"ulysses_degree": 12}})) | {"groups": [HOSTS]},
+        "models.a: a gang has 12 ranks, and the 2 nodes of group pairs",
+    ),
+    "a gang on CPU on nodes of a set": (
+        {"groups": [HOSTS]},
+        "models.demo: a gang has 2 ranks, and the 2 nodes of group pairs, which come and go together, hold 256",
+    ),
+    "ranks in a set and elsewhere": (
+        models(SPANS) | {"groups": [*GPU_GROUPS["groups"], HOSTS]},
+        "models.a: its ranks may be on nodes of several groups, and those of pairs come and go by 2",
+    ),
+    "sets that come one after the other": (
+        models(SPANS) | {"groups": [HOSTS | {"maxReplicas": 2, "minReplicas": 1}]},
+        "groups.pairs: its nodes come and go by 2, and a gang on nodes of two such sets would end",
+    ),
+    "gateways by twos": ({"gatewayNodes": {"hosts": 2}}, "gatewayNodes.hosts is 2"),
     "more at least than at most": (
         {"groups": [{"name": "a", "minReplicas": 2}]},
         "groups.a.minReplicas is 2, above maxReplicas, 1",
@@ -139,6 +167,19 @@ def test_it_is_refused_with_the_reason(name: str) -> None:
         models({"parallel": {"ulysses_degree": 16}, "placement": {"strategy": "PACK"}}),
         models({"placement": {"accelerator_type": "L40S", "cpus_per_rank": 2}}),
         models({"placement": {"node_labels": {"zone": "a"}}, "grace_period_s": 1830}),
+        models(SPANS) | {"groups": [HOSTS]},
+        models(SPANS) | {"groups": [HOSTS | {"maxReplicas": 2, "minReplicas": 2}]},
+        models(with_values(SPANS, {"parallel": {"ulysses_degree": 32}}))
+        | {"groups": [HOSTS | {"maxReplicas": 2, "minReplicas": 2}]},
+        models(
+            with_values(SPANS, {"placement": {"node_labels": {"nodes": "pairs"}}}),
+            {
+                "name": "b",
+                "device": "cpu",
+                "placement": {"node_labels": {"spray-role": "gateway"}, "cpus_per_rank": 0.5},
+            },
+        )
+        | {"groups": [*GPU_GROUPS["groups"], HOSTS]},
     ],
 )
 def test_what_fits_is_not_refused(values: Values) -> None:

@@ -124,7 +124,8 @@ def test_every_container_is_bounded_and_unprivileged(name: str) -> None:
         assert resources["limits"].items() <= (resources["requests"] | resources["limits"]).items()
         assert re.search(r"^registry.example/spray(:0\.1\.0|@sha256:0{64})$|/redis:7\.4\.1$", container["image"])
         context = container["securityContext"]
-        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["capabilities"]["drop"] == ["ALL"]
+        assert context["capabilities"].get("add", []) in ([], ["IPC_LOCK"])
         assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
     for spec in (template["spec"] for template in pod_templates(objects).values()):
         assert spec["securityContext"]["runAsNonRoot"]
@@ -133,15 +134,6 @@ def test_every_container_is_bounded_and_unprivileged(name: str) -> None:
         assert writable >= {"/tmp", "/home/spray", "/dev/shm"}  # where Ray, torch and the hub write
         mounted = {mount["name"] for each in spec["containers"] for mount in each["volumeMounts"]}
         assert mounted == {volume["name"] for volume in spec["volumes"]}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_pods_end_after_their_longest_request(name: str) -> None:
-    objects = render(CASES[name], KUBERNETES[name])
-    longest = max(model.get("grace_period_s", 900) for model in CASES[name]["models"])
-    assert ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"] >= longest
-    for group, template in pod_templates(objects).items():
-        assert group == "head" or template["spec"]["terminationGracePeriodSeconds"] >= longest + 30
 
 
 @pytest.mark.parametrize("name", CASES)
