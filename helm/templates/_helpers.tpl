@@ -64,6 +64,15 @@ imagePullSecrets:
 {{ include "spray.fullname" . }}-serve-svc
 {{- end }}
 
+{{/* Seconds after which no request goes on that has come in: it may wait for its turn, and then be drawn. */}}
+{{- define "spray.longestRequest" -}}
+{{- $longest := int .Values.upgrade.drainSeconds }}
+{{- range (include "spray.models" . | fromJson).models }}
+{{- $longest = max $longest (int (ceil (addf (float64 .all.grace_period_s) (float64 (default 0 .all.max_queued_s))))) }}
+{{- end }}
+{{- $longest }}
+{{- end }}
+
 {{/* The head's claim; empty if it has none. */}}
 {{- define "spray.stateClaim" -}}
 {{- $state := .Values.state }}

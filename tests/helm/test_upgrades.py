@@ -1,11 +1,26 @@
-"""What an upgrade restarts: a change of models changes serveConfigV2 alone, so no pod and no other model restarts."""
+"""What an upgrade restarts: a change of models changes serveConfigV2 alone, so no pod and no other model restarts.
+
+What restarts ends after its longest request: pods, and the old cluster of two.
+"""
 
 import json
 from typing import Any
 
 import pytest
 
-from tests.helm.chart import Values, pod_templates, profile, ray_service, render, serve_config_of, with_values
+from tests.helm.chart import (
+    Values,
+    cases,
+    of_kind,
+    pod_templates,
+    profile,
+    ray_service,
+    render,
+    serve_config_of,
+    with_values,
+)
+
+CASES = cases()
 
 
 def changed(change: Any) -> Values:
@@ -82,3 +97,30 @@ def test_a_group_that_is_appended_leaves_the_others_as_they_are() -> None:
     before, after = pod_templates(render(profile("production"))), pod_templates(render(values))
     assert {name: after[name] for name in before} == before
     assert list(after) == [*before, "l40s"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pods_end_after_their_longest_request(name: str) -> None:
+    objects = render(CASES[name])
+    longest = max(model.get("grace_period_s", 900) for model in CASES[name]["models"])
+    waited = max(
+        (model.get("max_queued_s", 600) or 0) + model.get("grace_period_s", 900) for model in CASES[name]["models"]
+    )
+    assert ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"] >= waited
+    for group, template in pod_templates(objects).items():
+        assert group == "head" or template["spec"]["terminationGracePeriodSeconds"] >= longest + 30
+
+
+@pytest.mark.parametrize("name", ["an ingress", "routes"])
+def test_nothing_on_the_way_gives_up_before_the_longest_request_ends(name: str) -> None:
+    """It may wait for its turn, and is drawn then."""
+    values = with_values(CASES[name])
+    values["models"][0] |= {"max_queued_s": 1200.5, "grace_period_s": 1800}
+    objects = render(values)
+    assert ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"] == 3001
+    key = "nginx.ingress.kubernetes.io/proxy-read-timeout"
+    told = {each["metadata"]["annotations"][key] for each in of_kind(objects, "Ingress")}
+    told |= {rule["timeouts"]["request"] for each in of_kind(objects, "HTTPRoute") for rule in each["spec"]["rules"]}
+    assert told == ({"3001"} if name == "an ingress" else {"3001s"})
+    variables = [each for pod in of_kind(objects, "Pod") for each in pod["spec"]["containers"][0]["env"]]
+    assert {each["value"] for each in variables if each["name"] == "SPRAY_TIMEOUT"} == {"3001"}
