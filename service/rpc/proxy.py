@@ -28,10 +28,15 @@ MOST_SENT_BYTES = 512 << 20
 PING_S = 10
 """Clients may ask this often whether the server is there while it has nothing to say, as in a long decode."""
 
+CONNECTION_S = 300
+"""After which a client makes a new connection, while calls on the old one go on to their end. Else all its calls would
+go to one node, or to the old of two clusters, for as long as that lives."""
+
 OPTIONS = [
     ("grpc.max_receive_message_length", MOST_RECEIVED_BYTES),
     ("grpc.max_send_message_length", MOST_SENT_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", PING_S * 1000),
+    ("grpc.max_connection_age_ms", CONNECTION_S * 1000),
 ]
 
 

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,28 @@ def test_messages_are_bounded(serve: None) -> None:
     assert grpc_util.DEFAULT_GRPC_SERVER_OPTIONS == OPTIONS
     assert dict(OPTIONS)["grpc.max_receive_message_length"] == MOST_RECEIVED_BYTES
     assert "DEFAULT_GRPC_SERVER_OPTIONS +" in inspect.getsource(grpc_util.gRPCGenericServer.__init__)
+
+
+def test_a_client_makes_a_new_connection_from_time_to_time_and_loses_no_call() -> None:
+    """Each answer tells the connection that it comes by; a call goes on for longer than a connection's age."""
+    age_s = 0.2
+
+    def tell_twice(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        yield context.peer().encode()
+        threading.Event().wait(5 * age_s)
+        yield context.peer().encode()
+
+    options = dict(OPTIONS) | {"grpc.max_connection_age_ms": int(age_s * 1000)}
+    assert set(options) == set(dict(OPTIONS))
+    server = grpc.server(ThreadPoolExecutor(1), options=[*options.items()])
+    handler = grpc.unary_stream_rpc_method_handler(tell_twice)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.A", {"Tell": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        first, again, later, _ = (answer for _ in range(2) for answer in channel.unary_stream("/a.A/Tell")(b""))
+    server.stop(None)
+    assert first == again != later
 
 
 class Ended:
