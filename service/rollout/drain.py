@@ -18,8 +18,8 @@ import psutil  # type: ignore[import-untyped]
 
 logger = logging.getLogger(__name__)
 
-SERVING = ("ray::ServeReplica", "ray::ProxyActor")
-"""How titles of processes begin that serve."""
+SERVING = ("ray::ServeReplica", "ray::ProxyActor", "ray::RankActor")
+"""How titles of processes begin that serve. A gang that spans nodes has ranks where it has no replica."""
 
 PERIOD_S = 0.5
 

@@ -11,7 +11,7 @@ import pytest
 from service.rollout import drain as module
 from service.rollout.drain import drain
 
-SERVES = "exec -a ray::ServeReplica:gateway:Gateway sleep {seconds}"
+SERVES = "ray::ServeReplica:gateway:Gateway"
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def head() -> Iterator[str]:
 @pytest.fixture
 def node(request: pytest.FixtureRequest, head: str) -> Iterator[psutil.Process]:
     """A node's process, with a child that serves for so long."""
-    seconds, address = request.param
-    line = f"bash -c '{SERVES.format(seconds=seconds)}' & bash -c 'exec -a ray::IDLE sleep 60' & wait"
+    seconds, address, *title = request.param
+    line = f"bash -c 'exec -a {(title or [SERVES])[0]} sleep {seconds}' & bash -c 'exec -a ray::IDLE sleep 60' & wait"
     flags = ["--node_id=a", f"--gcs-address={address or head}"]
     process = subprocess.Popen(["bash", "-c", line, *flags], start_new_session=True)
     node = psutil.Process(process.pid)
@@ -43,7 +43,7 @@ def node(request: pytest.FixtureRequest, head: str) -> Iterator[psutil.Process]:
     process.wait()
 
 
-@pytest.mark.parametrize("node", [("0.5", "")], indirect=True)
+@pytest.mark.parametrize("node", [("0.5", ""), ("0.5", "", "ray::RankActor")], indirect=True)
 def test_it_ends_with_what_serves(node: psutil.Process) -> None:
     began = time.monotonic()
     assert drain(node, 60)
@@ -53,7 +53,7 @@ def test_it_ends_with_what_serves(node: psutil.Process) -> None:
 @pytest.mark.parametrize("node", [("60", "")], indirect=True)
 def test_it_ends_in_time(node: psutil.Process, caplog: pytest.LogCaptureFixture) -> None:
     assert not drain(node, 0.3)
-    assert "the node ends with ray::ServeReplica:gateway:Gateway" in caplog.text
+    assert f"the node ends with {SERVES}" in caplog.text
 
 
 @pytest.mark.parametrize("node", [("60", "127.0.0.1:1")], indirect=True)
