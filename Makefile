@@ -59,15 +59,15 @@ proto: $(READY)
 chart: $(READY)
 	cd $(ROOT) && $(BIN)/python -m helm.generate
 
-# The image of every node. IMAGE=REGISTRY/spray:TAG PYTHON_IMAGE=python:3.11-slim@sha256:DIGEST; VARIANT=cpu without CUDA;
-# DOCKER=podman.
+# The image of every node. IMAGE=REGISTRY/spray:TAG PYTHON_IMAGE=python:3.11-slim@sha256:DIGEST; VARIANT=cpu without CUDA,
+# TORCH_INDEX= for a mirror of PyTorch's index; DOCKER=podman.
 DOCKER ?= docker
 VARIANT ?= cuda
 image:
 	@case '$(PYTHON_IMAGE)' in *@sha256:*) ;; *) echo 'PYTHON_IMAGE= must name a Python 3.11 image by its digest: NAME@sha256:...'; exit 2;; esac
 	@case '$(IMAGE)' in *:latest|'') echo 'IMAGE= must be REGISTRY/NAME:TAG, and TAG not latest'; exit 2;; esac
 	cd $(ROOT) && $(DOCKER) build --file deploy/docker/Dockerfile --build-arg PYTHON_IMAGE='$(PYTHON_IMAGE)' \
-	  --build-arg VARIANT='$(VARIANT)' --tag '$(IMAGE)' .
+	  --build-arg VARIANT='$(VARIANT)' $(if $(TORCH_INDEX),--build-arg TORCH_INDEX='$(TORCH_INDEX)') --tag '$(IMAGE)' .
 
 lint: $(READY)
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -105,3 +105,9 @@ def test_what_kuberay_and_compilers_call_is_there() -> None:
     assert "--no-install-recommends" in installed and "rm -rf /var/lib/apt/lists" in installed
     targets = [step.split()[-1] for step in of("COPY") if "--from=build" in step]
     assert targets == ["/usr/local"] * 2  # on the PATH of a login shell
+
+
+def test_a_variant_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    (step,) = [step for step in of("RUN") if "$VARIANT" in step]
+    done = subprocess.run(["sh", "-ec", step], cwd=tmp_path, env={"VARIANT": "cup"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "VARIANT is cup" in done.stderr
