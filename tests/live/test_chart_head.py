@@ -1,18 +1,14 @@
 """The head is lost: with the chart's Redis, gangs and gateways go on, and the head that comes again knows them."""
 
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.rollout.cluster_folder import place
 from tests.helm.chart import Values, of_kind, profile, ray_service, render, with_values
-from tests.support.chart_nodes import HEAD, WORKER, Nodes, wait
-from tests.support.namespaces import joined_namespaces
+from tests.support.chart_nodes import HEAD, WORKER, Nodes, empty_cluster, wait
 from tests.support.programs import needs, needs_iproute
 
 pytestmark = [
@@ -38,7 +34,6 @@ def values(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Values
 @pytest.fixture(scope="module")
 def nodes(values: Values) -> Iterator[Nodes]:
     """What KubeRay adds to the nodes when `gcsFaultToleranceOptions` are set is added here."""
-    folder = Path(tempfile.mkdtemp(prefix="k-", dir=place()))
     objects = render(values)
     assert ray_service(objects)["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]
     (redis,) = of_kind(objects, "StatefulSet")
@@ -46,11 +41,10 @@ def nodes(values: Values) -> Iterator[Nodes]:
     *shell, line = container["command"]
     head = {"RAY_REDIS_ADDRESS": f"{HEAD}:{PORT}", "RAY_external_storage_namespace": "a", "REDIS_PASSWORD": PASSWORD}
     worker = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
-    with joined_namespaces((HEAD, WORKER), routed=True) as enter:
-        started = Nodes(
-            values, enter, folder, {"head": [f"--redis-password={PASSWORD}"]}, {"head": head, "worker": worker}
-        )
-        command = [*started.enter["head"], *shell, f"{line.replace('/data', str(folder))} --port {PORT}"]
+    with empty_cluster(values) as started:
+        started.flags["head"] = [f"--redis-password={PASSWORD}"]
+        started.environments |= {"head": head, "worker": worker}
+        command = [*started.enter["head"], *shell, f"{line.replace('/data', str(started.folder))} --port {PORT}"]
         keeper = subprocess.Popen(command, env=os.environ | {"REDISCLI_AUTH": PASSWORD}, stdout=subprocess.DEVNULL)
         try:
             started.start("head")
@@ -60,11 +54,8 @@ def nodes(values: Values) -> Iterator[Nodes]:
             wait(lambda: started.draws("rest"))
             yield started
         finally:
-            for name in list(started.running):
-                started.kill(name)
             keeper.kill()
             keeper.wait()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_requests_go_on_without_the_head_which_comes_again(nodes: Nodes, values: Values) -> None:

@@ -1,38 +1,43 @@
 """Ray nodes that start as KubeRay starts them: values of the chart come in, a running cluster goes out.
 
 Each node is a network namespace, as a pod is. Ray's start parameters, the environment, the ports and serveConfigV2 are
-those that the chart renders; only folders are temporary. What KubeRay does by the dashboard's API, the test does.
+those that the chart renders; only folders are temporary. What KubeRay does by the dashboard's API, kubelet by probes
+and `helm test` by its pods, the test does.
 """
 
 import contextlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import psutil
 import yaml
 
-from tests.helm.chart import CHART, Values, ray_service, render
+from service.rollout.cluster_folder import place
+from tests.helm.chart import CHART, Values, of_kind, ray_service, render
+from tests.support.namespaces import joined_namespaces
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD, WORKER = "10.78.0.1", "10.78.0.2"
+ADDRESSES = {"head": HEAD, "worker": WORKER}
 PATIENCE_S = 600
 
 ASK = """
 import sys, urllib.error, urllib.request
-method, url, token = sys.argv[1:]
+method, url, token, seconds = sys.argv[1:]
 headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
-body = sys.stdin.buffer.read() or None
+call = urllib.request.Request(url, sys.stdin.buffer.read() or None, headers, method=method)
 try:
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers, method=method), timeout=60) as answer:
+    with urllib.request.urlopen(call, timeout=float(seconds)) as answer:
         print(answer.status, answer.read().decode())
 except urllib.error.HTTPError as error:
     print(error.code, error.read().decode())
@@ -49,29 +54,32 @@ class Nodes:
         values: of the chart.
         enter: what to put before a command to run it on the head, and on the worker.
         folder: for Ray's files and homes.
-        flags: of a node's `ray start`, besides.
+
+    Attributes:
+        flags: of a node's `ray start`, besides, by the node's name.
         environments: of nodes, besides.
     """
 
-    def __init__(
-        self,
-        values: Values,
-        enter: list[str],
-        folder: Path,
-        flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
-        environments: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
-    ) -> None:
-        self.service = ray_service(render(values))["spec"]
+    def __init__(self, values: Values, enter: list[str], folder: Path) -> None:
+        objects = render(values)
+        self.service = ray_service(objects)["spec"]
+        self.tests = {pod["metadata"]["name"].rpartition("-")[2]: pod for pod in of_kind(objects, "Pod")}
         self.enter = {"head": enter[0].split(), "worker": enter[1].split()}
         self.folder = folder
-        self.flags, self.environments = flags, environments
+        self.flags: dict[str, Sequence[str]] = {}
+        self.environments: dict[str, dict[str, str]] = {}
         self.token = secrets.token_hex(32)  # KubeRay makes one where values name none
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.starts: Counter[str] = Counter()
 
-    def environment(self, group: Any) -> dict[str, str]:
+    def group(self, name: str) -> Any:
+        """What the RayCluster says of a node."""
+        cluster = self.service["rayClusterConfig"]
+        return cluster["headGroupSpec"] if name == "head" else cluster["workerGroupSpecs"][0]
+
+    def environment(self, name: str) -> dict[str, str]:
         """What the chart renders, and what KubeRay and the image add."""
-        (container,) = group["template"]["spec"]["containers"]
+        (container,) = self.group(name)["template"]["spec"]["containers"]
         rendered = {variable["name"]: variable["value"] for variable in container["env"]}
         image = {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHART.parent), "OMP_NUM_THREADS": "1"}
         auth = {"RAY_AUTH_MODE": self.service["rayClusterConfig"]["authOptions"]["mode"], "RAY_AUTH_TOKEN": self.token}
@@ -79,8 +87,7 @@ class Nodes:
 
     def start(self, name: str) -> None:
         """Run the line that KubeRay makes of the group."""
-        cluster = self.service["rayClusterConfig"]
-        group = cluster["headGroupSpec"] if name == "head" else cluster["workerGroupSpecs"][0]
+        group = self.group(name)
         params = group["rayStartParams"] | {"dashboard-agent-listen-port": "52365", "metrics-export-port": "8080"}
         if name == "head":
             flags = ["--head", "--block", f"--temp-dir={self.folder / 'r'}"]
@@ -89,7 +96,7 @@ class Nodes:
             flags = ["--block", f"--address={HEAD}:6379", f"--labels={labels}"]
         flags += [*self.flags.get(name, ()), *(f"--{key}={value}" for key, value in params.items())]
         command = [*self.enter[name], RAY, "start", *flags]
-        environment = self.environment(group) | self.environments.get(name, {})
+        environment = self.environment(name) | self.environments.get(name, {})
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT
@@ -108,9 +115,9 @@ class Nodes:
         if name == "head":  # another pod has another disk; Ray's note there would say that this one runs
             (self.folder / "r" / "ray_current_cluster").unlink(missing_ok=True)
 
-    def ask(self, method: str, url: str, token: str = "", body: Any = None) -> tuple[int, Any]:
-        """Status and content of an answer; status 0: nobody answers."""
-        command = [*self.enter["worker"], sys.executable, "-S", "-c", ASK, method, url, token]
+    def ask(self, method: str, url: str, token: str = "", body: Any = None, seconds: float = 60) -> tuple[int, Any]:
+        """Status and content of an answer; status 0: nobody answers in time."""
+        command = [*self.enter["worker"], sys.executable, "-S", "-c", ASK, method, url, token, str(seconds)]
         sent = "" if body is None else json.dumps(body)
         done = subprocess.run(command, input=sent, capture_output=True, text=True, check=True)
         status, _, content = done.stdout.strip().partition(" ")
@@ -133,6 +140,12 @@ class Nodes:
         config = yaml.safe_load(ray_service(render(values))["spec"]["serveConfigV2"])
         wait(lambda: self.serve("PUT", config))
 
+    def all_run(self) -> bool:
+        """Whether KubeRay would call the cluster ready, and send callers there."""
+        told = self.serve("GET")
+        applications = told["applications"] if told else {}
+        return bool(applications) and all(each["status"] == "RUNNING" for each in applications.values())
+
     def replicas(self) -> dict[str, list[tuple[str, str]]]:
         """Actor and address of each running replica, by application."""
         return {
@@ -145,20 +158,50 @@ class Nodes:
             for name, application in self.serve("GET")["applications"].items()
         }
 
-    def draws(self, api: str, address: str = WORKER) -> bool:
-        """Whether the pod of `helm test` would succeed; it fails with an exception of its own."""
-        model = next(
-            each["name"].removeprefix("model-")
-            for each in yaml.safe_load(self.service["serveConfigV2"])["applications"]
-        )
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONPATH": str(CHART.parent)} | {
-            "SPRAY_HTTP": f"{address}:8000", "SPRAY_GRPC": f"{address}:9000", "SPRAY_MODEL": model,
-            "SPRAY_FIELDS": '{"num_inference_steps": 2}', "SPRAY_TIMEOUT": str(PATIENCE_S // 2),
-        }  # fmt: skip
-        script = (CHART / "files" / "tests" / f"{api}.py").read_text()
-        command = [*self.enter["head"], sys.executable, "-c", script]
+    def probe(self, name: str, kind: str) -> bool:
+        """Whether a probe of a node's container succeeds now, tried at the pod's address as kubelet does.
+
+        Args:
+            name: of the node.
+            kind: liveness or readiness.
+        """
+        (container,) = self.group(name)["template"]["spec"]["containers"]
+        probe, ports = container[f"{kind}Probe"], {each["name"]: each["containerPort"] for each in container["ports"]}
+        path, port = probe["httpGet"]["path"], probe["httpGet"]["port"]
+        url = f"http://{ADDRESSES[name]}:{ports.get(port, port)}{path}"
+        return 200 <= self.ask("GET", url, seconds=probe["timeoutSeconds"])[0] < 400
+
+    def draws(self, api: str, address: str = WORKER, model: str = "") -> bool:
+        """Whether the pod of `helm test` succeeds: its command in its environment, the service's name resolved.
+
+        Args:
+            api: rest or grpc.
+            address: of the service.
+            model: another than the one that the pod asks.
+        """
+        (container,) = self.tests[api]["spec"]["containers"]
+        service = self.service["serveService"]["metadata"]["name"]
+        rendered = {each["name"]: each["value"].replace(f"{service}:", f"{address}:") for each in container["env"]}
+        image = {"PATH": f"{Path(RAY).parent}:{os.environ['PATH']}", "HOME": str(self.folder)}
+        told = {"SPRAY_TIMEOUT": str(PATIENCE_S // 2)} | ({"SPRAY_MODEL": model} if model else {})
+        environment = image | {"PYTHONPATH": str(CHART.parent)} | rendered | told
+        command = [*self.enter["head"], *container["command"]]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
         return done.returncode == 0 and "a PNG of" in done.stdout
+
+
+@contextlib.contextmanager
+def empty_cluster(values: Values) -> Iterator[Nodes]:
+    """A network for a head and a worker, of which none runs yet; what is started there is killed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="k-", dir=place()))
+    with joined_namespaces(tuple(ADDRESSES.values()), routed=True) as enter:
+        nodes = Nodes(values, enter, folder)
+        try:
+            yield nodes
+        finally:
+            for name in list(nodes.running):
+                nodes.kill(name)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait(look: Any) -> Any:
