@@ -48,6 +48,7 @@ OF_SP_CORE = {
         "sp_core.planner.movement",
         "sp_core.planner.planner",
         "sp_core.planner.source",
+        "sp_core.torchvision_operators",
         "sp_core.verify.verify",
     },
 }
@@ -144,6 +145,8 @@ def test_loads_without_torch() -> None:
 
 CHANGED_BY_IMPORT = """
 import importlib, os, signal, sys
+from sp_core.torchvision_operators import declare_missing_operators
+declare_missing_operators()
 theirs, ours = (names.split(",") for names in sys.argv[1:])
 for name in theirs:  # what other packages do at import is theirs
     importlib.import_module(name)

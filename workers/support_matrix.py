@@ -15,26 +15,32 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sp_core
 from deploy.families.lookup import family_of
 from deploy.families.pipeline_source import transformer_pipelines
 from deploy.support import Row, supported, why_refused
 from sp_core.models.lookup import find_family as find_plan
+from sp_core.torchvision_operators import declare_missing_operators
 from sp_core.verify.rank_pool import RankPool
 from workers.demo_models.pipelines import requests_of, served
 from workers.demo_models.writer import write_demo_model
-from workers.pipeline_proof import Proof, Unproved, prove
+
+if TYPE_CHECKING:
+    from workers.pipeline_proof import Proof
 
 NOT_TRIED = "not tried"
 
 
-def proved(pipeline: str, transformer: str, pool: RankPool) -> Proof:
+def proved(pipeline: str, transformer: str, pool: RankPool) -> "Proof":
     """The proof of a pipeline that has a demo model; of several requests, that of the last.
 
     Raises:
         Unproved: see `prove`.
     """
+    from workers.pipeline_proof import prove  # here: it imports torchvision, and spawned ranks load this file first
+
     plan = find_plan([transformer])
     assert plan is not None, "what has a demo model has a plan"
     with tempfile.TemporaryDirectory() as place:
@@ -44,7 +50,7 @@ def proved(pipeline: str, transformer: str, pool: RankPool) -> Proof:
     return proofs[-1]
 
 
-def row(pipeline: str, transformer: str, proof: Proof | None, reason: str = "") -> Row:
+def row(pipeline: str, transformer: str, proof: "Proof | None", reason: str = "") -> Row:
     """What the file says of a pipeline; without a proof it is refused."""
     return {
         "pipeline": pipeline,
@@ -107,6 +113,9 @@ def main() -> int:
     parser.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="prove only these; without any, all")
     asked = set(parser.parse_args().pipelines)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    declare_missing_operators()
+    from workers.pipeline_proof import Unproved
+
     known = {each["pipeline"]: each for each in supported()}
     pool, rows, failed = RankPool(2), [], 0
     try:

@@ -39,6 +39,7 @@ from service.cli.client import ServerError
 from service.cli.commands import bench, deploy, doctor, files, generate, jobs, key, plan, profile, serve, status, verify
 from service.cli.options import Terminated, UsageError
 from service.cli.output import say
+from sp_core.torchvision_operators import declare_missing_operators
 from workers.errors import SprayError
 
 app = typer.Typer(
@@ -70,6 +71,7 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
         name: of the program, for its help and its completion.
         arguments: None takes those of this process.
     """
+    declare_missing_operators()
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that they stop what was started, as Ctrl-C does
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)

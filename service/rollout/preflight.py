@@ -19,6 +19,7 @@ from deploy.model_folder import model_folder
 from deploy.spec import DeploymentSpec, ModelSpec
 from service.names import GANG, app_name
 from service.rollout.changes import with_digests_of
+from sp_core.torchvision_operators import declare_missing_operators
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
 from workers.model.digests import settle_loras, verify_lora
 from workers.model.files import fetch, settle_files
@@ -162,6 +163,7 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[ModelSpec, st
         folder: Path = fetch(model, models_folder)
         here = model.model_copy(update={"source": str(folder), "revision": None})
         check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
+        declare_missing_operators()
         # Here, for they load torch: nodes need it, the command does not.
         from workers.model.components import verify_loadable
         from workers.model.lora import check_lora

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.torchvision_operators import declare_missing_operators
 
 TIMEOUT_S = 180.0
 """Of each collective; long, because the ranks may share few cores with other work."""
@@ -116,6 +117,7 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
 
 
 def _serve(rank: int, port: int, connection: Connection, device_type: str) -> None:
+    declare_missing_operators()  # what is received may import anything
     device: torch.device | None = None
     if device_type == "cuda":
         device = torch.device("cuda", rank)

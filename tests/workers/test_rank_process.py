@@ -18,7 +18,7 @@ set_up = workers.gang.rank_process.set_up_rank_process
 workers.gang.rank_process.set_up_rank_process = lambda: (paused.append(not gc.isenabled()), set_up())
 assert workers.gang.rank_process.import_rank().__name__ == "Rank"
 assert paused == [True] and gc.isenabled() and gc.get_freeze_count() > 100_000
-import diffusers.utils.hub_utils, huggingface_hub, transformers
+import diffusers.utils.hub_utils, huggingface_hub, torchvision, transformers
 offline = huggingface_hub.is_offline_mode()
 assert diffusers.utils.hub_utils.HF_HUB_OFFLINE is offline
 assert diffusers.logging.get_verbosity() == transformers.logging.get_verbosity() == diffusers.logging.ERROR

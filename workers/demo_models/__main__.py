@@ -4,10 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
+from sp_core.torchvision_operators import declare_missing_operators
+
 
 def main() -> None:
     """Parse the arguments and write the model."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    declare_missing_operators()
     from workers.demo_models.writer import FAMILIES, write_demo_model  # now: it loads libraries that read the variable
 
     parser = argparse.ArgumentParser(description="Write a tiny demo model in diffusers' folder format.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub.constants
 
+from sp_core.torchvision_operators import declare_missing_operators
+
 if TYPE_CHECKING:
     from workers.gang.rank import Rank
 
@@ -40,6 +42,7 @@ def set_up_rank_process() -> None:
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Whoever fetched the model has loaded huggingface_hub, which reads the variable only at import.
     huggingface_hub.constants.HF_HUB_OFFLINE = offline.upper() in huggingface_hub.constants.ENV_VARS_TRUE_VALUES
+    declare_missing_operators()
 
     import diffusers  # here: both copy hub's answer when they are imported
     import transformers
