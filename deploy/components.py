@@ -14,6 +14,9 @@ from deploy.tokenizer_files import verify_chat_template, verify_tokenizer
 OTHER_INDEX = "modular_model_index.json"
 """diffusers reads it first, and it may name components of other models."""
 
+WITH_TOKENIZER = ("tokenizer", "processor", "text_processor")
+"""Components that have a tokenizer among their files, also where their class prepares pictures as well."""
+
 
 def verify_components(folder: Path) -> None:
     """Reject a model that lacks a component, or has one whose settings or vocabulary cannot be used.
@@ -47,7 +50,7 @@ def _verify_component(folder: Path, name: str) -> None:
     configs = {file.name: read_config(file) for file in sorted(part.glob("*config.json")) if file.name[0] != "."}
     if "Scheduler" in kind:
         _verify_scheduler(part / "scheduler_config.json")
-    elif "Tokenizer" in kind:
+    elif "Tokenizer" in kind or name in WITH_TOKENIZER:
         verify_tokenizer(part, _embedded_tokens(folder / name.replace("tokenizer", "text_encoder")))
         if find_family(folder).chats:
             verify_chat_template(part)

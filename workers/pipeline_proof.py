@@ -35,6 +35,7 @@ from workers.model.denoising import Denoising
 from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel, load_model
 from workers.model.picture_inputs import read, read_clip
+from workers.small_pictures import small_pictures
 
 Made = tuple[torch.Tensor, list[list[Image.Image]]]
 """The latents after the last step; and, on rank 0, the frames of each video, or the one of each picture."""
@@ -101,15 +102,16 @@ def answer(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: 
     """What this rank makes of a request, after the self-test; `local`: with attention to its own tokens only."""
     spec = ModelSpec(name="demo", source=str(folder), device="cpu", parallel=mesh.degrees)
     loaded = load_model(spec, mesh)
-    if mesh.degrees.world_size > 1 and not local:
-        self_test(loaded, lambda small: _begun(loaded, small))
-    denoising = _begun(loaded, request)
-    with attention_kept_local() if local else nullcontext():
-        while not denoising.done:
-            denoising.step()
-    denoising.join_pictures()
-    latents = denoising.latents.clone()  # calls may write to them when they go on
-    return latents, [_pixels(made) for made in denoising.finish()]
+    with small_pictures(folder):
+        if mesh.degrees.world_size > 1 and not local:
+            self_test(loaded, lambda small: _begun(loaded, small))
+        denoising = _begun(loaded, request)
+        with attention_kept_local() if local else nullcontext():
+            while not denoising.done:
+                denoising.step()
+        denoising.join_pictures()
+        latents = denoising.latents.clone()  # calls may write to them when they go on
+        return latents, [_pixels(made) for made in denoising.finish()]
 
 
 def _begun(loaded: LoadedModel, request: GenerationRequest) -> Denoising:
@@ -146,7 +148,8 @@ def classic_answer(mesh: ParallelMesh, pipeline: str, folder: Path, request: Gen
             return _see(seen, stepped[0], stepped)
 
         classic.scheduler.step = seen_step
-    made = classic(**{name: value for name, value in told.items() if name in parameters and value is not None})[0]
+    with small_pictures(folder):
+        made = classic(**{name: value for name, value in told.items() if name in parameters and value is not None})[0]
     return seen[-1], [_pixels(each) for each in made]
 
 

@@ -37,7 +37,7 @@ VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prom
 EDIT_INSTRUCTION = '{"edit_instruction": "%s"}'
 """A prompt of pipelines that take no plain text."""
 
-BASIC = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae", "controlnet")
+BASIC = ("scheduler", "text_encoder", "tokenizer", "processor", "transformer", "vae", "controlnet")
 """Of the parts that a pipeline takes: those that no request can do without."""
 
 
@@ -121,7 +121,8 @@ def check_controlnet(folder: Path, index: Mapping[str, Any]) -> None:
 def _refusal(call: ClassicCall) -> str:
     begins_with = _begins_with(call)
     not_brought = sorted(NOT_BROUGHT & set(call.parameters) - (call.may_lack if begins_with else set()))
-    told = {"height", "width"} if begins_with.get("image") in call.required else set()  # by the picture
+    sized_by_image = call.sized_by_image or begins_with.get("image") in call.required
+    told = {"height", "width"} if sized_by_image else set()
     missing = [name for name in NEEDED if name not in (*call.parameters, *told)]
     others = [name for name in call.required if name not in (*NEEDED, *begins_with.values())]
     if not_brought:

@@ -73,7 +73,7 @@ class PipelineFamily:
         begins_with: the roles of what it can begin with, each with the name of that input of its pipeline.
         needs: those of the roles without which it does not begin.
         takes_several: it makes one picture of several.
-        sized_by_image: what it makes has the size of its picture, so that this is given the request's size first.
+        sized_by_image: what it makes has the size or shape of its picture, so this is given the request's size first.
         takes_strength: it can be told which share of the steps to do.
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.

@@ -38,7 +38,7 @@ class ClassicCall:
         shows_progress: it opens a progress bar where its loop begins.
         takes_strength: its `strength` is one number: the share of the steps that are done.
         takes_several: its `image` may be several pictures, of which it makes one.
-        sized_by_image: what it makes has the size of its `image`, whatever its height and width say.
+        sized_by_image: what it makes has the size or shape of its `image`, whatever its height and width say.
         may_lack: parameters of which it asks whether they are given, and can do without.
         prompts_are_json: its check of inputs takes prompts that are JSON with an `edit_instruction`, and no others.
         scale: the parameter that weighs its second branch.
@@ -101,9 +101,11 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
         takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
-        sized_by_image=any(_takes_size_of_image(node) for node in ast.walk(methods["__call__"])),
+        sized_by_image=any(_takes_size_of_image(node, "height" in names) for node in ast.walk(methods["__call__"])),
         may_lack=frozenset(
-            name for name in unset if _may_lack(methods["__call__"], name) or _left_to_a_method(methods, name)
+            name
+            for name in unset
+            if any(leaves(methods, name) for leaves in (_may_lack, _left_to_a_method, _checked_if_given))
         ),
         prompts_are_json=any(_calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)),
         scale=scale,
@@ -176,10 +178,18 @@ def _doubles(node: ast.AST) -> bool:
     return isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult) and isinstance(times.left, ast.List)
 
 
-def _takes_size_of_image(node: ast.AST) -> bool:
-    """Whether this is `preprocess(image)`, which keeps the picture's size, or `height = image_height`."""
+def _takes_size_of_image(node: ast.AST, is_told: bool) -> bool:
+    """Whether this is `preprocess(image)`, which keeps the picture's size, or `height = image_height` or the like.
+
+    Args:
+        node: a part of the call.
+        is_told: the call has a height. If not, `calculate_dimensions(...)` is what decides.
+    """
     if isinstance(node, ast.Assign):
-        return _is_name(node.targets[0], "height") and _is_name(node.value, "image_height")
+        known = any(_is_name(node.value, name) for name in ("image_height", "calculated_height"))
+        return known and _is_name(node.targets[0], "height")
+    if _calls(node, "calculate_dimensions"):
+        return not is_told
     if not isinstance(node, ast.Call) or not _is_attribute(node.func, "preprocess") or node.keywords:
         return False
     return len(node.args) == 1 and _is_name(node.args[0], "image")
@@ -242,10 +252,23 @@ def _left_to_a_method(methods: Mapping[str, ast.FunctionDef], name: str) -> bool
     call = methods["__call__"]
     as_given = itertools.takewhile(lambda part: not _sets(part, name), call.body)
     nodes = [node for part in as_given for node in ast.walk(part)]
-    if any(isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name) for node in nodes):
+    if any(_reads(node, name) for node in nodes):
         return False
     able = any(_does_without(methods[each], name) for each in methods.keys() - {"__call__", "check_inputs"})
     return able and any(_hands_on(node, name) for node in ast.walk(call))
+
+
+def _checked_if_given(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
+    """Whether the call reads nothing of a parameter, which its check of inputs looks at only where it is given."""
+    call, check = methods["__call__"], methods.get("check_inputs")
+    if check is None or any(_reads(node, name) for node in ast.walk(call)):
+        return False
+    tests = [ast.unparse(node.test) for node in ast.walk(check) if isinstance(node, ast.If)]
+    return f"{name} is not None" in tests and not any(f"{name} is None" in test for test in tests)
+
+
+def _reads(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name)
 
 
 def _sets(node: ast.stmt, name: str) -> bool:
@@ -270,15 +293,18 @@ def _one_number(argument: ast.arg) -> bool:
 
 
 def _goes_through(node: ast.AST, name: str) -> bool:
-    """Whether this is `for each in name:`."""
+    """Whether this is `for each in name:`, or `if isinstance(name, PIL.Image.Image): ...`, which makes a list of it."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node).startswith(f"if isinstance({name}, PIL.Image.Image):\n    {name} = [{name}]")
     return isinstance(node, ast.For) and _is_name(node.iter, name)
 
 
-def _may_lack(call: ast.FunctionDef, name: str) -> bool:
+def _may_lack(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
     """Whether the call asks if a parameter is given, and reads nothing of it where it does not ask, or is told no."""
+    call = methods["__call__"]
     asks = any(_asks_for(node, name) for node in ast.walk(call))
     always = [node for part in call.body if not isinstance(part, ast.If) for node in ast.walk(part)]
-    reads = any(isinstance(node, ast.Attribute | ast.Subscript) and _is_name(node.value, name) for node in always)
+    reads = any(_reads(node, name) for node in always)
     choices = (node for node in ast.walk(call) if isinstance(node, ast.If))
     asked = (node for node in choices if any(_asks_for(part, name) for part in ast.walk(node.test)))
     return asks and not reads and not any(_prepares(node, name) for each in asked for node in each.orelse)

@@ -37,11 +37,8 @@ _TINY = {
 
 FLUX_2 = ModelFamily(
     transformer_classes=("Flux2Transformer2DModel",),
-    pipelines=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
-    refused_pipelines={
-        "Flux2KleinKVPipeline": _CACHED,
-        "Flux2Pipeline": "its PixtralProcessor needs torchvision, which spray does not install",
-    },
+    pipelines=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"),
+    refused_pipelines={"Flux2KleinKVPipeline": _CACHED},
     sp_plan={
         "": {
             "encoder_hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3),

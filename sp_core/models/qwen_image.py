@@ -62,11 +62,13 @@ QWEN_IMAGE = ModelFamily(
         "QwenImageInpaintPipeline",
         "QwenImageControlNetPipeline",
         "QwenImageControlNetInpaintPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageEditInpaintPipeline",
     ),
-    refused_pipelines=dict.fromkeys(
-        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
-        "its Qwen2VLProcessor needs torchvision, which spray does not install",
-    ),
+    refused_pipelines={
+        "QwenImageLayeredPipeline": "it makes several layers of each picture, which answers do not hold"
+    },
     sp_plan={
         "": {"controlnet_block_samples": SequenceParallelCompanion(split_dim=1, expected_dims=3)},
         "pos_embed": {

@@ -135,6 +135,42 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         PAINTED,
         {"image": PHOTO, "mask_image": MASK, "strength": 0.7},
     ),
+    "qwen edit": (
+        "qwen-image",
+        "QwenImageEditPipeline",
+        replace(EDIT, negative_prompt="blurry"),
+        {"image": PHOTO, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "qwen edit of several": (
+        "qwen-image",
+        "QwenImageEditPlusPipeline",
+        replace(EDIT, inputs=(IMAGE, MediaInput("image", png(OTHER))), negative_prompt="blurry"),
+        {"image": [PHOTO, OTHER], "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "qwen edit inpaint": (
+        "qwen-image",
+        "QwenImageEditInpaintPipeline",
+        replace(PAINTED, negative_prompt="blurry"),
+        {"image": SIZED, "mask_image": MASK, "strength": 0.7, "true_cfg_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "flux 2 edit": (
+        "flux-2",
+        "Flux2Pipeline",
+        replace(EDIT, inputs=(IMAGE, MediaInput("image", png(OTHER)))),
+        {"image": [PHOTO, OTHER], "guidance_scale": 3.5},
+    ),
+    "fibo 2 edit": (
+        "bria-fibo-2",
+        "BriaFibo2Pipeline",
+        replace(EDIT, negative_prompt="blurry"),
+        {"image": PHOTO, "guidance_scale": 3.5, "negative_prompt": "blurry"},
+    ),
+    "joy edit": (
+        "joy-image-edit",
+        "JoyImageEditPipeline",
+        replace(EDIT, negative_prompt="blurry"),
+        {"image": PHOTO, "guidance_scale": 3.5, "negative_prompt": "blurry"},
+    ),
     "several": (
         "flux-2",
         "Flux2KleinPipeline",

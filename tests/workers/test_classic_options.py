@@ -17,9 +17,10 @@ from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.workers.test_classic import drawn_with
-from tests.workers.test_classic_pictures import CASES, LAYOUTS, alone, asked, folder_of, made, small_pictures
+from tests.workers.test_classic_pictures import CASES, LAYOUTS, alone, asked, folder_of, made
 from tests.workers.test_denoising import ALONE, generate
 from workers.messages import GenerationRequest
+from workers.small_pictures import small_pictures
 
 __all__ = ["folder_of"]
 
@@ -32,7 +33,7 @@ def test_half_precision_is_that_of_the_classic_pipeline(folder_of: Callable[[str
     request, folder = replace(request, n=1), folder_of(name)
     reference, _ = asked(folder, request, told, torch.bfloat16)
     exact, _ = alone(folder, request)
-    with small_pictures():
+    with small_pictures(folder):
         mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
         latents, _ = generate(mesh, folder, request, dtype="bfloat16", vae_dtype="bfloat16")
     assert error(latents.float(), reference.float()) <= BAR
@@ -80,7 +81,7 @@ def compiled(mesh: ParallelMesh, folder: Path, request: GenerationRequest) -> to
         return graph.forward
 
     torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch, small_pictures():
+    with pytest.MonkeyPatch.context() as patch, small_pictures(folder):
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=kept))
         latents, _ = generate(mesh, folder, request, compile=True)
     torch._dynamo.reset()

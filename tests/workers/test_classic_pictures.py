@@ -1,17 +1,14 @@
 """Pipelines without an adapter that begin with pictures make what their classic call makes, on every layout."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.flux import pipeline_flux_kontext
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, family_name, find_family
@@ -36,12 +33,13 @@ from workers.messages import GenerationRequest
 from workers.model.classic_denoising import begin
 from workers.model.loader import load_model
 from workers.pipeline_proof import draw_by_seed
+from workers.small_pictures import small_pictures
 
 LAYOUTS = {"ulysses 2": ParallelDegrees(ulysses_degree=2), "ring 2": ParallelDegrees(ring_degree=2)}
 
 QUICK = (
     "img2img", "inpaint", "kontext", "control", "image to video", "first and last", "clip to clip", "several",
-    "z-image controlnet",
+    "z-image controlnet", "qwen edit of several",
 )  # fmt: skip
 """One for each way in which a pipeline takes what a request begins with."""
 
@@ -65,24 +63,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return find
 
 
-@contextmanager
-def small_pictures() -> Iterator[None]:
-    """Let pipelines that scale pictures to a megapixel scale them to a hundredth of that."""
-    with (
-        mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 80), (80, 96)]),
-        mock.patch.object(pipeline_qwenimage_edit, "calculate_dimensions", small),
-        mock.patch.object(pipeline_qwenimage_edit_plus, "calculate_dimensions", small),
-    ):
-        yield
-
-
-def small(area: int, ratio: float) -> tuple[int, int]:
-    width = (area / 64 * ratio) ** 0.5
-    return round(width / 32) * 32, round(width / ratio / 32) * 32
-
-
 def made(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool = False) -> Generated:
-    with small_pictures():
+    with small_pictures(folder):
         return generate(mesh, folder, request, local)
 
 
@@ -108,7 +90,7 @@ def asked(
             seen[:] = [values["latents"]]
             return {}
 
-        with small_pictures():
+        with small_pictures(folder):
             found = pipeline(
                 prompt=request.prompt,
                 width=request.width,
@@ -176,7 +158,7 @@ def starts(mesh: ParallelMesh, folder: Path, local: bool) -> str:
     shape = WarmupShape(width=64, height=64, num_frames=9 if find_family(folder).makes == "video" else 1)
     spec = model(folder, ulysses_degree=mesh.degrees.ulysses_degree).model_copy(update={"warmup_shapes": (shape,)})
     loaded = load_model(spec, mesh)
-    with small_pictures(), attention_kept_local() if local else nullcontext():
+    with small_pictures(folder), attention_kept_local() if local else nullcontext():
         try:
             self_test(loaded, lambda request: begun(loaded, request))
         except WrongAnswer as wrong:
@@ -225,6 +207,10 @@ TASKS = {
     "FluxControlPipeline": ("control",),
     "FluxControlImg2ImgPipeline": ("control",),
     "QwenImageEditPlusPipeline": ("edit",),
+    "QwenImageEditInpaintPipeline": ("inpaint",),
+    "LongCatImageEditPipeline": ("edit",),
+    "JoyImageEditPipeline": ("edit",),
+    "BriaFibo2Pipeline": ("text-to-image", "edit", "inpaint"),
     "Flux2Pipeline": ("text-to-image", "edit"),
     "Flux2KleinPipeline": ("text-to-image", "edit"),
     "LTXImageToVideoPipeline": ("image-to-video",),
@@ -245,7 +231,12 @@ def test_what_guides_is_read_from_the_source() -> None:
     assert classic_family("FluxKontextPipeline").guided_above is None
     assert classic_family("ChromaImg2ImgPipeline").guided_above == 1.0
     several = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).takes_several]
-    assert several == ["QwenImageEditPlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline"]
+    assert several == ["QwenImageEditPlusPipeline", "BriaFibo2Pipeline", "Flux2Pipeline", "Flux2KleinPipeline"]
+
+
+def test_which_pipelines_take_the_shape_of_their_picture_is_read_from_the_source() -> None:
+    shaped = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).sized_by_image]
+    assert shaped == ["QwenImageEditInpaintPipeline", "LongCatImageEditPipeline"]
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {

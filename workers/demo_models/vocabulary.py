@@ -17,6 +17,11 @@ SYSTEM_WORDS = (
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:\nuser\n\nassistant\n"
 )
+EDIT_WORDS = (
+    "system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that meets the "
+    "user's requirements while maintaining consistency with the original input where appropriate.\nuser\n\nassistant\n"
+)
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 
@@ -24,7 +29,7 @@ def qwen2(words: str = SYSTEM_WORDS, special: tuple[str, ...] = (), **options: A
     """Byte-level BPE that knows the words of a system prompt: pipelines count on the number of their tokens.
 
     Args:
-        words: each of them is a token; those of Qwen-Image's prompt are 34 together.
+        words: each of them is a token; those of Qwen-Image's prompt are 34 together, those of its edits 64.
         special: further tokens that prompts are written with.
         options: further arguments of `Qwen2Tokenizer`, for instance `chat_template`.
     """

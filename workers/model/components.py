@@ -120,10 +120,11 @@ def check_vocabularies(folder: Path, components: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one knows nothing but special tokens, or more than its text encoder.
     """
-    for name, tokenizer in components.items():
+    for name, component in components.items():
         text_encoder = components.get(name.replace("tokenizer", "text_encoder"))
         if not name.startswith("tokenizer") or text_encoder is None:
             continue
+        tokenizer = getattr(component, "tokenizer", component)  # that of a processor, which prepares pictures as well
         vocabulary, embedded = tokenizer.get_vocab(), len(text_encoder.get_input_embeddings().weight)
         if not set(vocabulary) - set(tokenizer.get_added_vocab()):
             raise ValueError(f"{folder / name} has an empty vocabulary; fetch or copy the tokenizer again")

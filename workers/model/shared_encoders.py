@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-METHODS = ("encode_prompt", "encode_image", "encode_video")
+METHODS = ("encode_prompt", "encode_prompt_multiple_images", "encode_image", "encode_video")
 """Of pipelines: all that they return is made of tensors."""
 
 

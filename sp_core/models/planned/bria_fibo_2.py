@@ -34,7 +34,7 @@ BRIA_FIBO_2 = ModelFamily(
         "layers.-1": SequenceParallelOutput(gather_dim=1, expected_dims=3),
     },
     local_attention=("perceiver.*", "*.cross_attention"),
-    refused_pipelines={"BriaFibo2Pipeline": "its Qwen3VLProcessor needs torchvision, which spray does not install"},
+    pipelines=("BriaFibo2Pipeline",),
     examples={
         "bria-fibo-2": Example(
             "BriaFibo2Transformer2DModel",

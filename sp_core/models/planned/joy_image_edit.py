@@ -27,7 +27,7 @@ JOY_IMAGE_EDIT = ModelFamily(
         "double_blocks.*": {"image_rotary_emb": [SequenceParallelCompanion(split_dim=0, expected_dims=2), None]},
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, stream="hidden_states"),
     },
-    refused_pipelines={"JoyImageEditPipeline": "its Qwen3VLProcessor needs torchvision, which spray does not install"},
+    pipelines=("JoyImageEditPipeline",),
     examples={
         "joy-image-edit": Example(
             "JoyImageEditTransformer3DModel",

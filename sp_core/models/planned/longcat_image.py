@@ -6,7 +6,7 @@ from sp_core.models.planned import as_flux
 LONGCAT_IMAGE = ModelFamily(
     transformer_classes=("LongCatImageTransformer2DModel",),
     sp_plan=as_flux.SP_PLAN,
-    pipelines=("LongCatImagePipeline",),
+    pipelines=("LongCatImagePipeline", "LongCatImageEditPipeline"),
     examples={
         "longcat-image": Example(
             "LongCatImageTransformer2DModel",

@@ -24,7 +24,7 @@ COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 """What pipelines call the VAE's reduction of sizes."""
 
-REWRITES = ("use_pe", "enable_prompt_rewrite", "expand_prompts", "prompt_upsampling")
+REWRITES = ("use_pe", "enable_prompt_rewrite", "expand_prompts", "prompt_upsampling", "caption_upsample_temperature")
 """Parameters by which a pipeline has a language model rewrite the prompt. It is told not to: what that writes is drawn
 anew each time, and a request that runs again must make the same."""
 

@@ -30,7 +30,8 @@ ADAPTER = QwenImageAdapter
 
 def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
     """A pipeline of this class, the same weights at every call."""
-    tokenizer = vocabulary.qwen2()
+    edits = "Edit" in name
+    tokenizer = vocabulary.qwen2(vocabulary.EDIT_WORDS if edits else vocabulary.SYSTEM_WORDS)
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -41,6 +42,7 @@ def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
         num_attention_heads=12,
         joint_attention_dim=TEXT_WIDTH,
         axes_dims_rope=(4, 6, 6),
+        zero_cond_t="Plus" in name,  # as the latest of them
     )
     vae = AutoencoderKLQwenImage(
         base_dim=8,
@@ -55,6 +57,10 @@ def demo_pipeline(name: str = "QwenImagePipeline") -> Any:
     amplify(transformer, TRANSFORMER_GAINS)
     amplify(vae, {"decoder.conv_out": 3})
     beside = {"controlnet": _controlnet(transformer, "Inpaint" in name)} if "Control" in name else {}
+    if edits:
+        from workers.demo_models.vision_language import qwen2_vl_processor  # here: ranks load this file, and few edit
+
+        beside["processor"] = qwen2_vl_processor(tokenizer)
     return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
