@@ -1,6 +1,7 @@
 """What a library reports of a component's files is read: no tensor is made up, and none is left out."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ from sp_core.mesh import ParallelMesh
 from tests.support.deployments import model
 from tests.support.families import IN_THE_SHORT_RUN, tried
 from tests.support.model_folders import edit
-from workers.demo_models.writer import FAMILIES
+from workers.demo_models import vocabulary
+from workers.demo_models.vision_language import PIXTRAL_TOKENS
+from workers.demo_models.writer import FAMILIES, write_demo_model
 from workers.model.components import verify_loadable
 from workers.model.loader import load_model
 
@@ -187,3 +190,25 @@ def test_a_tokenizer_of_two_files(demo_models: dict[str, Path], tmp_path: Path) 
     (file.parent / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in whole["merges"]))
     verify_components(folder)
     verify_loadable(spec(folder), folder)
+
+
+def test_a_processor_in_the_place_of_the_tokenizer(tmp_path: Path) -> None:
+    write_demo_model(tmp_path, "flux-2", "Flux2Pipeline")
+    verify_components(tmp_path)
+    verify_loadable(spec(tmp_path), tmp_path)
+    vocabulary.qwen2(vocabulary.EDIT_WORDS, PIXTRAL_TOKENS).save_pretrained(tmp_path / "tokenizer")
+    said = r"/tokenizer.* has a token \d+, but the text encoder has embeddings for \d+ tokens"
+    assert re.search(said, refused(tmp_path))
+    with pytest.raises(ValueError, match=said):
+        verify_components(tmp_path)
+
+
+def test_a_processor_beside_the_tokenizer(tmp_path: Path) -> None:
+    write_demo_model(tmp_path, "qwen-image", "QwenImageEditPipeline")
+    verify_components(tmp_path)
+    (tmp_path / "processor" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"/processor has no vocabulary"):
+        verify_components(tmp_path)
+    edit(tmp_path / "model_index.json", {"processor": [None, None]})
+    with pytest.raises(ValueError, match=r"has no processor, which the pipeline needs"):
+        verify_components(tmp_path)

@@ -1,7 +1,7 @@
 """Cosmos 1 and 2: video tokens attend to themselves; text is only attended to and stays whole.
 
-Attention goes to diffusers' dispatch without a configuration, and is captured behind it. A padding mask as a further
-channel needs torchvision and is no token's, so it is left out of the example.
+Attention goes to diffusers' dispatch without a configuration, and is captured behind it. A padding mask is a further
+channel of the picture, before there are tokens.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
         "timestep": tokens.full(0.5, tokens.batch),
         "encoder_hidden_states": tokens.normal(tokens.batch, tokens.text, 16, seed=2),
         "fps": 30,
+        "padding_mask": tokens.full(0.5, 1, 1, 2 * tokens.height, 2 * tokens.width),
     }
 
 
@@ -49,7 +50,7 @@ COSMOS = ModelFamily(
             {
                 "in_channels": 4, "out_channels": 4, "num_attention_heads": 12, "attention_head_dim": 16,
                 "num_layers": 2, "mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 4,
-                "max_size": (4, 32, 32), "concat_padding_mask": False,
+                "max_size": (4, 32, 32),
             },
             _inputs,
             {"attn1.to_out": 4, "attn1.to_v": 3},
