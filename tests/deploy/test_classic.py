@@ -63,6 +63,8 @@ def test_some_pipelines_take_their_size_from_their_picture() -> None:
         "ZImageInpaintPipeline",
         "FluxKontextInpaintPipeline",
         "Flux2KleinInpaintPipeline",
+        "QwenImageEditInpaintPipeline",  # the shape of it
+        "LongCatImageEditPipeline",
     }
     assert {each for each in proved_pipelines() if classic_family(each).sized_by_image} == sized
 

@@ -234,11 +234,6 @@ def test_what_guides_is_read_from_the_source() -> None:
     assert several == ["QwenImageEditPlusPipeline", "BriaFibo2Pipeline", "Flux2Pipeline", "Flux2KleinPipeline"]
 
 
-def test_which_pipelines_take_the_shape_of_their_picture_is_read_from_the_source() -> None:
-    shaped = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).sized_by_image]
-    assert shaped == ["QwenImageEditInpaintPipeline", "LongCatImageEditPipeline"]
-
-
 REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "no picture": ("img2img", {"inputs": ()}, "image", "'demo' is not for text-to-image; it is for image-to-image"),
     "a mask too many": ("img2img", {"inputs": (IMAGE, WHERE)}, "mask", "is not for inpaint; it is for image-to-image"),
