@@ -1,10 +1,9 @@
-"""The demo models of LongCat-Image, from text and for edits."""
+"""The demo model of LongCat-Image, of whose parts that of its edits is built as well."""
 
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImagePipeline, LongCatImageTransformer2DModel
 
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import TEXT_WIDTH, amplify, image_vae, qwen_vl_encoder
@@ -16,8 +15,8 @@ CHANNELS = 16
 TRANSFORMER_GAINS = {"context_embedder": 3, "norm1": 3, "norm.linear": 3, "add_v_proj": 5, "to_out": 5, "proj_out": 2}
 
 
-def demo_pipeline(name: str = "LongCatImagePipeline") -> Any:
-    """A pipeline of this class, the same weights at every call."""
+def demo_pipeline() -> Any:
+    """A `LongCatImagePipeline`, the same weights at every call."""
     tokenizer = vocabulary.qwen2()
     torch.manual_seed(0)
     transformer = LongCatImageTransformer2DModel(
@@ -31,12 +30,11 @@ def demo_pipeline(name: str = "LongCatImagePipeline") -> Any:
         axes_dims_rope=[4, 4, 4],
     )
     amplify(transformer, TRANSFORMER_GAINS)
-    return getattr(diffusers, name)(
+    return LongCatImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=image_vae(CHANNELS),
         text_encoder=qwen_vl_encoder(tokenizer),
         tokenizer=tokenizer,
-        # Without a picture it rewrites prompts, which spray does not have it do.
-        text_processor=qwen2_vl_processor(tokenizer) if "Edit" in name else None,
+        text_processor=qwen2_vl_processor(tokenizer),
         transformer=transformer.eval(),
     )
