@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from sp_core import torch_private
 from sp_core.mesh import MeshAxis
 
 
@@ -32,22 +31,35 @@ def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[
         Flat; the messages from rank 0, 1, ... one after another.
     """
     received = packed.new_empty(sum(receive_sizes))
-    begun = axis.traffic.begin()
+    if timing := axis.traffic.timing:
+        timing.begin("all_to_all")
     dist.all_to_all_single(received, packed, receive_sizes, send_sizes, group=axis.group)
-    axis.traffic.end("all_to_all", (packed.numel() - send_sizes[axis.rank]) * packed.element_size(), begun)
+    if timing:
+        timing.end()
+    axis.traffic.sent.all_to_all += (packed.numel() - send_sizes[axis.rank]) * packed.itemsize
     return received
 
 
 def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
-    """The sum of all ranks' tensors. In place, except while torch.compile traces, which wants pure functions."""
-    if axis.size == 1 or axis.group is None:
+    """The sum of all ranks' tensors, in place."""
+    if axis.size == 1:
         return tensor
     if torch.compiler.is_compiling():
-        return torch_private.traceable_sum(tensor, axis.group)
-    begun = axis.traffic.begin()
+        _all_reduce_operator(tensor, axis.number)
+        return tensor
+    if timing := axis.traffic.timing:
+        timing.begin("all_reduce")
     dist.all_reduce(tensor, group=axis.group)
-    axis.traffic.end("all_reduce", 2 * (axis.size - 1) * tensor.nbytes / axis.size, begun)
+    if timing:
+        timing.end()
+    axis.traffic.sent.all_reduce += axis.share_of_sum * tensor.nbytes
     return tensor
+
+
+@torch.library.custom_op("sp_core::all_reduce", mutates_args=("tensor",), tags=torch.Tag.cudagraph_unsafe)
+def _all_reduce_operator(tensor: torch.Tensor, number: int) -> None:
+    """Opaque to torch.compile: a compiled block counts and times its sums as any other does."""
+    all_reduce(tensor, MeshAxis.numbered(number))
 
 
 def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxis) -> torch.Tensor:
@@ -70,9 +82,12 @@ def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxi
     padded[: local.shape[0]] = local
     padded[local.shape[0] :] = 0
     gathered = padded.new_empty((axis.size * longest, *local.shape[1:]))
-    begun = axis.traffic.begin()
+    if timing := axis.traffic.timing:
+        timing.begin("gather")
     dist.all_gather_single(gathered, padded, group=axis.group)
-    axis.traffic.end("gather", (axis.size - 1) * padded.nbytes, begun)
+    if timing:
+        timing.end()
+    axis.traffic.sent.gather += (axis.size - 1) * padded.nbytes
     parts = zip(gathered.split(longest), lengths, strict=True)
     # Contiguous, as what a module puts out: some forwards view it in another shape.
     return torch.cat([part[:length].movedim(0, dim) for part, length in parts], dim).contiguous()
@@ -83,9 +98,12 @@ def all_gather_equal(tensor: torch.Tensor, axis: MeshAxis) -> list[torch.Tensor]
     if axis.size == 1:
         return [tensor]
     gathered = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
-    begun = axis.traffic.begin()
+    if timing := axis.traffic.timing:
+        timing.begin("gather")
     dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
-    axis.traffic.end("gather", (axis.size - 1) * tensor.nbytes, begun)
+    if timing:
+        timing.end()
+    axis.traffic.sent.gather += (axis.size - 1) * tensor.nbytes
     return list(gathered.chunk(axis.size))
 
 
@@ -99,10 +117,11 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
     if axis.size == 1:
         return [tensors]
     shapes = _all_shapes(tensors, axis)
-    begun = axis.traffic.begin()
     if axis.rank:
-        _run_batch([dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors])
-        axis.traffic.end("gather", sum(each.nbytes for each in tensors), begun)
+        _run_batch(
+            [dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors], axis
+        )
+        axis.traffic.sent.gather += sum(each.nbytes for each in tensors)
         return []
     # tensors[0] exists where it is asked for: rank 0 is given work first, so if it has none, nobody has
     others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
@@ -111,16 +130,20 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
             dist.P2POp(dist.irecv, each, group=axis.group, group_peer=rank)
             for rank, received in enumerate(others, 1)
             for each in received
-        ]
+        ],
+        axis,
     )
-    axis.traffic.end("gather", 0, begun)
     return [tensors, *others]
 
 
-def _run_batch(messages: list[dist.P2POp]) -> None:
+def _run_batch(messages: list[dist.P2POp], axis: MeshAxis) -> None:
     """Send or receive. As a batch: NCCL would open a communicator of two for each pair of ranks (pytorch#160342)."""
+    if timing := axis.traffic.timing:
+        timing.begin("gather")
     for work in dist.batch_isend_irecv(messages) if messages else ():
         work.wait()
+    if timing:
+        timing.end()
 
 
 def all_lengths(length: int, axis: MeshAxis) -> list[int]:
@@ -185,12 +208,14 @@ class RingShift:
             ]
         )
         self._traffic = axis.traffic
-        self._traffic.end("ring", self._sent.nbytes, None)
+        self._traffic.sent.ring += self._sent.nbytes
 
     def wait(self) -> torch.Tensor:
         """The previous rank's tensor. The current stream waits for it; the host does not."""
-        begun = self._traffic.begin()
+        if timing := self._traffic.timing:
+            timing.begin("ring")
         for work in self._work:
             work.wait()
-        self._traffic.end("ring", 0, begun)  # what computation did not hide
+        if timing:
+            timing.end()  # what computation did not hide
         return self._received

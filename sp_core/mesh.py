@@ -4,17 +4,23 @@ Made once per rank by `workers.gang.rank`, or by anyone who has initialized `tor
 `MeshAxis`; nothing else in the package touches a process group.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 
 from sp_core.degrees import AXES, AxisName, ParallelDegrees, axis_groups
 from sp_core.traffic import Traffic
+
+_numbers = itertools.count()
+_axes: WeakValueDictionary[int, "MeshAxis"] = WeakValueDictionary()
+"""Weak: an axis dies with its mesh."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class MeshAxis:
         group: the process group, `None` exactly when `size` is 1.
         host_group: the same ranks over gloo, for integers that must not go through the device.
         traffic: counts what this rank sends; the mesh's.
+        share_of_sum: how much of a tensor each rank sends when all sum it, by the best algorithm.
+        number: finds this axis from inside a compiled graph, which takes only plain arguments.
     """
 
     name: AxisName
@@ -36,6 +44,17 @@ class MeshAxis:
     group: dist.ProcessGroup | None
     host_group: dist.ProcessGroup | None
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    share_of_sum: float = field(init=False, compare=False, repr=False)
+    number: int = field(init=False, default_factory=lambda: next(_numbers), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share_of_sum", 2 * (self.size - 1) / self.size)  # it is frozen
+        _axes[self.number] = self
+
+    @classmethod
+    def numbered(cls, number: int) -> "MeshAxis":
+        """The axis of this number."""
+        return _axes[number]
 
 
 class ParallelMesh:

@@ -1,8 +1,7 @@
 """Every private name of torch that sp_core relies on, used here and nowhere else.
 
 Public torch has no log-sum-exp of attention outside `flex_attention`, no product with GELU in it, no copy of many
-tensors at once, no all-reduce that torch.compile can trace, and no way to notice a write into a tensor, or a hook on a
-module.
+tensors at once, and no way to notice a write into a tensor, or a hook on a module.
 `tests/sp_core/test_private_names.py` fails when a release moves one of these, or when another file of sp_core reaches
 for one.
 """
@@ -11,8 +10,6 @@ import copy
 from collections import OrderedDict
 
 import torch
-import torch.distributed as dist
-from torch.distributed._functional_collectives import all_reduce as _all_reduce
 
 flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
@@ -26,11 +23,6 @@ CPU."""
 
 copy_each = torch._foreach_copy_
 """Copies a list of tensors into a list of others, in one kernel on CUDA."""
-
-
-def traceable_sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of all ranks' tensors, as a new tensor, in a graph of torch.compile."""
-    return _all_reduce(tensor, "sum", group)  # type: ignore[no-any-return]
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -5,13 +5,14 @@
 best algorithm sends.
 
 Seconds are those in which computation had to wait: on a CPU by the clock, on a GPU by events in the stream that
-computes. They hold the transfer and the wait for slower peers. An event costs the host microseconds, so on a GPU one
-step of `CUDA_STEPS_PER_TIMED` is timed, the same on all ranks. What torch.compile has traced (the sums of tensor
-parallelism in compiled blocks) is one call for Python: it is neither counted nor timed.
+computes. They hold the transfer and the wait for slower peers. A step has hundreds of calls, so only a sample of the
+steps is timed, the same on all ranks.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -20,41 +21,69 @@ import torch
 Op = Literal["all_to_all", "ring", "all_reduce", "broadcast", "gather"]
 OPS: tuple[Op, ...] = get_args(Op)
 
-CUDA_STEPS_PER_TIMED = 13
-"""A prime, so that it is another step of each request: the first one compiles and allocates."""
+STEPS_PER_TIMED = 13
+"""Of so many steps one is timed."""
 
 
-def _untimed() -> None:
-    """What begins a collective that is not timed."""
+def is_sampled(name: str, step: int) -> bool:
+    """Whether a step of a request of this name is timed, if nobody asks for it.
 
-
-def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    The ranks that take it decide alike, whatever they have done before. It is another step of each request: a first
+    one, which may compile, counts no more than others.
+    """
+    return (zlib.crc32(name.encode()) + step) % STEPS_PER_TIMED == 0
 
 
 class InCollectives:
-    """How long one step was in collectives. A GPU knows it when the step has ended there.
+    """When one step was in collectives. A GPU knows it when the step has ended there.
 
-    Attributes:
-        by_clock: seconds by kind; added to in place, because a step has hundreds of calls.
+    Args:
+        events: of CUDA, which nobody needs anymore; they are recorded anew, and come back. None: by the clock.
     """
 
-    def __init__(self) -> None:
-        self.by_clock = dict.fromkeys(OPS, 0.0)
-        self._by_events: list[tuple[Op, Any, Any]] = []
+    def __init__(self, events: list[Any] | None = None) -> None:
+        self._events = events
+        self._now: Callable[[], Any] = perf_counter if events is None else self._event
+        self._ops: list[Op] = []
+        self._begins: list[Any] = []
+        self._ends: list[Any] = []
+        self._seconds: dict[Op, float] = {}
 
-    def add_events(self, op: Op, begin: Any, end: Any) -> None:
-        """One call, between two events."""
-        self._by_events.append((op, begin, end))
+    def begin(self, op: Op) -> None:
+        """A collective of this kind begins."""
+        self._ops.append(op)
+        self._begins.append(self._now())
+
+    def end(self) -> None:
+        """It has ended, or the stream that computes waits for its end."""
+        self._ends.append(self._now())
 
     def seconds(self) -> dict[Op, float]:
         """By kind of collective. On a GPU call it only after the end of the step was waited for."""
-        for op, begin, end in self._by_events:
-            self.by_clock[op] += begin.elapsed_time(end) / 1e3
-        self._by_events.clear()
-        return {op: seconds for op, seconds in self.by_clock.items() if seconds}
+        for op, begin, end in zip(self._ops, self._begins, self._ends, strict=True):
+            took = end - begin if self._events is None else begin.elapsed_time(end) / 1e3
+            self._seconds[op] = self._seconds.get(op, 0.0) + took
+        if self._events is not None:
+            self._events += self._begins + self._ends
+        self._ops, self._begins, self._ends = [], [], []
+        return dict(self._seconds)
+
+    def _event(self) -> Any:
+        assert self._events is not None
+        event = self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass(slots=True)
+class Sent:
+    """Bytes by kind of collective. Attributes, because adding to one of a dict takes twice as long."""
+
+    all_to_all: float = 0
+    ring: float = 0
+    all_reduce: float = 0
+    broadcast: float = 0
+    gather: float = 0
 
 
 class Traffic:
@@ -62,62 +91,36 @@ class Traffic:
 
     Args:
         on_cuda: collectives are queued on a GPU.
-        steps_per_timed: of so many steps one is timed; None: all on a CPU, `CUDA_STEPS_PER_TIMED` on a GPU.
 
     Attributes:
-        begin: a collective begins. Give what it returns to `end`. On a CPU it is the clock itself, because a step has
-            hundreds of calls.
+        sent: bytes to other ranks, since they were taken. Whoever sends adds to it in place.
+        timing: of the step that runs; None: it is not timed.
     """
 
-    def __init__(self, on_cuda: bool = False, steps_per_timed: int | None = None) -> None:
-        self._on_cuda = on_cuda
-        self._steps_per_timed = steps_per_timed or (CUDA_STEPS_PER_TIMED if on_cuda else 1)
-        self._steps = 0
-        self._timing: InCollectives | None = None
-        self.begin: Callable[[], Any] = _untimed
-        self._sent: dict[Op, float] = dict.fromkeys(OPS, 0.0)
+    def __init__(self, on_cuda: bool = False) -> None:
+        self.sent = Sent()
+        self.timing: InCollectives | None = None
+        self._events: list[Any] | None = [] if on_cuda else None
         self._broadcasts: list[float] = []
 
     @contextmanager
-    def step(self, timed: bool = False) -> Iterator[InCollectives | None]:
-        """One step, in which collectives are timed; None where this one is not. All ranks must begin it alike.
-
-        Args:
-            timed: this one is in any case.
-        """
-        self._steps += 1
-        if timed or self._steps % self._steps_per_timed == 0:
-            self._timing, self.begin = InCollectives(), _event if self._on_cuda else perf_counter
+    def step(self, timed: bool) -> Iterator[InCollectives | None]:
+        """One step, in which collectives are timed, or not. All ranks must begin it alike."""
+        self.timing = InCollectives(self._events) if timed else None
         try:
-            yield self._timing
+            yield self.timing
         finally:
-            self._timing, self.begin = None, _untimed
-
-    def end(self, op: Op, sent: float, begun: Any) -> None:
-        """It has ended, or the stream that computes waits for its end.
-
-        Args:
-            op: its kind.
-            sent: bytes that this rank has sent to others.
-            begun: what `begin` returned.
-        """
-        self._sent[op] += sent
-        if begun is None or (timing := self._timing) is None:
-            return
-        if self._on_cuda:
-            timing.add_events(op, begun, _event())
-        else:
-            timing.by_clock[op] += perf_counter() - begun
+            self.timing = None
 
     def broadcast(self, sent: float, seconds: float) -> None:
         """A broadcast of host bytes has ended, by the clock. Those are outside of steps."""
-        self._sent["broadcast"] += sent
+        self.sent.broadcast += sent
         self._broadcasts.append(seconds)
 
     def take_sent(self) -> dict[Op, float]:
         """Bytes sent since the last call, by kind of collective."""
-        taken, self._sent = self._sent, dict.fromkeys(OPS, 0.0)
-        return {op: size for op, size in taken.items() if size}
+        taken, self.sent = self.sent, Sent()
+        return {op: size for op in OPS if (size := getattr(taken, op))}
 
     def take_broadcasts(self) -> list[float]:
         """Seconds of each broadcast since the last call."""

@@ -95,6 +95,33 @@ def test_bytes_are_those_of_the_formula(ranks: RankPool, name: str, layout: str)
     check(ranks, layout, name, [case for case in CASES if name != "wan" or case != "masked"])
 
 
+def measure_compiled(mesh: ParallelMesh, name: str) -> list[tuple[dict[str, float], set[Op]]]:
+    """What this rank counts of two guided steps with compiled blocks, and the kinds that took time."""
+    torch._dynamo.reset()
+    model, given, found = the_model(name, 12), examples.inputs(name, *CASES["uneven"]), []
+    parallelize(model, mesh)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        mesh.traffic.take_sent()
+        with mesh.traffic.step(timed=True) as spent:
+            guided_step(model, (given, given), mesh.axis("cfg"))
+        counted = {KINDS[op]: size for op, size in mesh.traffic.take_sent().items()}
+        assert spent is not None
+        found.append((counted, {op for op, seconds in spent.seconds().items() if seconds > 0}))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["tp 2", "tp 2 x ulysses 2"])
+@pytest.mark.parametrize("name", ["qwen-image", "wan"])
+def test_bytes_of_compiled_blocks_are_those_of_the_formula(ranks: RankPool, name: str, layout: str) -> None:
+    shape = shape_of(name, "uneven")
+    for rank, found in enumerate(ranks.run(LAYOUTS[layout], measure_compiled, name)):
+        expected = {kind: float(size) for kind, size in predicted(shape, LAYOUTS[layout], rank).items() if size}
+        for counted, timed in found:
+            assert counted == pytest.approx(expected, rel=1e-12)
+            assert {KINDS[op] for op in timed} == set(expected) >= {"sum"}
+
+
 @pytest.mark.parametrize("layout", ["ulysses 3", "ulysses 2 x ring 2"])
 def test_bytes_of_heads_that_the_ranks_do_not_divide(ranks: RankPool, layout: str) -> None:
     check(ranks, layout, "qwen-image", ["uneven", "masked"], 5)

@@ -22,7 +22,7 @@ from sp_core.verify.verify import BAR
 from tests.support import qwen
 from tests.support.programs import needs_compiler
 
-OPERATORS = ("attention", "shard", "gather")
+OPERATORS = ("attention", "shard", "gather", "all_reduce")
 
 PROMPTS = [5, 9, *range(10, 30)]
 """Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
@@ -69,9 +69,14 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
     attend = (own, own * 2, own, None, None, context.number, "", 0)
+    add = (own.clone(), axis.number)
     outcomes = [
         outcome
-        for operator, arguments in ((torch.ops.sp_core.shard, split), (torch.ops.sp_core.attention, attend))
+        for operator, arguments in (
+            (torch.ops.sp_core.shard, split),
+            (torch.ops.sp_core.attention, attend),
+            (torch.ops.sp_core.all_reduce, add),
+        )
         for outcome in torch.library.opcheck(
             operator.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
         ).values()
@@ -81,7 +86,7 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
 
 
 def test_operators_are_what_is_traced(ranks: RankPool) -> None:
-    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 6] * 2
+    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 9] * 2
 
 
 def test_no_operator_of_ours_is_recorded_in_a_cuda_graph() -> None:

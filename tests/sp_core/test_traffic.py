@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from sp_core import collectives, traffic
+from sp_core import collectives
 from sp_core.degrees import ParallelDegrees
-from sp_core.mesh import ParallelMesh
-from sp_core.traffic import OPS, InCollectives, Traffic
+from sp_core.mesh import MeshAxis, ParallelMesh
+from sp_core.traffic import OPS, STEPS_PER_TIMED, Sent, Traffic, is_sampled
 from sp_core.verify.rank_pool import RankPool
 
 LATE_S = 0.3
@@ -21,7 +21,7 @@ def a_step(mesh: ParallelMesh, late: int) -> dict[str, Any]:
     size, mine = axis.size, axis.rank
     mesh.traffic.take_sent()
     collectives.all_reduce(torch.ones(3), axis)  # outside of a step: sent, not timed
-    with mesh.traffic.step() as spent:
+    with mesh.traffic.step(timed=True) as spent:
         if mine == late:
             time.sleep(LATE_S)
         send = [10 * (other + 1) for other in range(size)]
@@ -55,7 +55,7 @@ def test_who_waits_for_a_late_rank_is_in_collectives_longer(ranks: RankPool, siz
 
 def test_one_rank_alone_sends_nothing() -> None:
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
-    with mesh.traffic.step() as spent:
+    with mesh.traffic.step(timed=True) as spent:
         collectives.all_reduce(torch.ones(3), mesh.axis("tp"))
         mesh.broadcast(b"x")
     assert spent is not None and (spent.seconds(), mesh.traffic.take_sent()) == ({}, {})
@@ -64,10 +64,11 @@ def test_one_rank_alone_sends_nothing() -> None:
 class Event:
     """Stands for a CUDA event: `now` is the device's clock."""
 
-    now = 0.0
+    now, made = 0.0, 0
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
+        Event.made += 1
 
     def record(self) -> None:
         self.at = Event.now
@@ -78,29 +79,36 @@ class Event:
 
 def test_a_gpu_times_one_step_of_a_few_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sp_core.traffic.torch.cuda.Event", Event)
-    counts = Traffic(on_cuda=True)
-    timed: list[InCollectives] = []
-    for step in range(2 * traffic.CUDA_STEPS_PER_TIMED):
-        with counts.step() as spent:
-            begun = counts.begin()
-            Event.now += 0.5 + step
-            counts.end("all_to_all", 8, begun)
-        timed += [spent] if spent else []
-    every = traffic.CUDA_STEPS_PER_TIMED
-    assert [each.seconds() for each in timed] == [{"all_to_all": every - 0.5}, {"all_to_all": 2 * every - 0.5}]
-    assert timed[0].seconds() == {"all_to_all": every - 0.5}  # asked twice, counted once
+    exchanges: list[int] = []
+    monkeypatch.setattr("sp_core.collectives.dist.all_to_all_single", lambda *_, group: exchanges.append(1))
+    counts, every = Traffic(on_cuda=True), 3
+    axis, found = MeshAxis("ulysses", 0, 2, None, None, counts), {}
+    for step in range(1, 2 * every + 1):
+        with counts.step(step % every == 0) as spent:
+            if spent:
+                monkeypatch.setattr(Event, "now", 100.0 * step)
+                spent.begin("ring")
+                Event.now += step
+                spent.end()
+            collectives.all_to_all(torch.ones(4), [2, 2], [2, 2], axis)
+        if spent:
+            found[step] = spent.seconds()
+            assert spent.seconds() == found[step]  # asked twice, counted once
+    assert found == {step: {"ring": step, "all_to_all": 0.0} for step in (every, 2 * every)}
+    assert Event.made == 4  # of the first timed step; the second has them again
+    assert len(exchanges) == 2 * every
     assert counts.take_sent() == {"all_to_all": 8 * 2 * every}
     assert counts.take_sent() == {}
 
 
 def test_names_of_collectives() -> None:
-    assert OPS == ("all_to_all", "ring", "all_reduce", "broadcast", "gather")
+    assert OPS == ("all_to_all", "ring", "all_reduce", "broadcast", "gather") == Sent.__match_args__
 
 
-def test_a_step_may_be_timed_whatever_its_turn() -> None:
-    traffic = Traffic(steps_per_timed=3)
-    timed = []
-    for asked in (False, True, False, True, False):
-        with traffic.step(timed=asked) as spent:
-            timed.append(spent is not None)
-    assert timed == [False, True, True, True, False]
+def test_one_step_of_some_is_timed_another_one_of_each_request() -> None:
+    firsts = set()
+    for name in map(str, range(200)):
+        sampled = [step for step in range(4 * STEPS_PER_TIMED) if is_sampled(name, step)]
+        assert sampled == [sampled[0] + STEPS_PER_TIMED * i for i in range(4)]
+        firsts.add(sampled[0])
+    assert firsts == set(range(STEPS_PER_TIMED))

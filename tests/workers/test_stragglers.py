@@ -16,7 +16,9 @@ from workers.messages import GenerationRequest
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
-REQUEST = GenerationRequest("a", "demo", "a fox", width=64, height=96, num_inference_steps=3, seed=3)
+REQUEST = GenerationRequest("a", "demo", "a fox", width=64, height=96, num_inference_steps=3, seed=3, profile=True)
+"""Profiled, so that each of its steps is timed."""
+
 LATE_S = 0.4
 
 

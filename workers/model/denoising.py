@@ -23,6 +23,7 @@ from diffusers.modular_pipelines import BlockState, PipelineState
 from sp_core import collectives
 from sp_core.shared_modulation import same_timestep
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
+from sp_core.traffic import is_sampled
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
@@ -240,8 +241,9 @@ class Denoising:
         self._activate_loras()  # in each step: requests with other adapters may take steps in between
         if self._ends is None:  # not earlier: until now this rank may have waited for others
             self._ends = StepEnds(self._mesh.device, self.total_steps, self._steps_done)
-        watched = self.request.profile or self.request.traceparent != ""
-        with self._mesh.traffic.step(timed=watched) as in_collectives:
+        asked = self.request.profile or self.request.traceparent != ""
+        timed = asked or is_sampled(self.request.request_id, self._steps_done)
+        with self._mesh.traffic.step(timed) as in_collectives:
             sample, self.prediction = self._advance(self._steps_done)
         self._steps_done += 1
         if self._previews:
