@@ -178,6 +178,7 @@ METRICS = {
     "spray_rank_memory_bytes": {"model", "replica", "rank", "kind"},
     "spray_gang_start_seconds": {"model", "phase"},
     "spray_jobs": {"model", "state"},
+    "spray_jobs_ended": {"model", "state"},
     "spray_webhooks": {"outcome"},
     "spray_job_store_seconds": {"operation"},
     "spray_job_store_errors": {"operation"},

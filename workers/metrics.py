@@ -23,12 +23,12 @@ STEP_SECONDS = Histogram(
 )
 COLLECTIVE_SECONDS = Histogram(
     "spray_collective_seconds",
-    "What one step of a rank waited in its collectives of one kind; of broadcast, one call outside of the steps.",
+    "What a sampled step of a rank waited in its collectives of one kind; of broadcast, one call outside of steps.",
     [*RANK, "op"],
     buckets=PART_BUCKETS,
 )
 COLLECTIVE_BYTES = Counter(
-    "spray_collective_bytes", "Bytes that a rank has sent to others in its collectives.", [*RANK, "op"]
+    "spray_collective_bytes", "Bytes that a rank has sent to others in its collectives, of every step.", [*RANK, "op"]
 )
 RANK_IDLE_SECONDS = Counter(
     "spray_rank_idle_seconds", "Seconds of ranks of elastic gangs that had no request, summed over ranks.", GANG
@@ -40,7 +40,7 @@ ELASTIC_CHANGES = Counter(
 )
 STRAGGLER_SECONDS = Histogram(
     "spray_straggler_seconds",
-    "What one step of a rank waited for slower ranks: its time in collectives less the least of all ranks.",
+    "What a sampled step of a rank waited for slower ranks: its time in collectives less the least of all ranks.",
     RANK,
     buckets=PART_BUCKETS,
 )
@@ -128,6 +128,12 @@ TARGET_BACKLOG = Gauge(
 JOBS = Gauge(
     "spray_jobs",
     "Jobs that have not ended, queued or running, as each gateway sees them.",
+    ["model", "state"],
+    multiprocess_mode="livemostrecent",
+)
+JOBS_ENDED = Gauge(
+    "spray_jobs_ended",
+    "Jobs that have ended since their store was made, by how, as each gateway sees them. It only grows.",
     ["model", "state"],
     multiprocess_mode="livemostrecent",
 )

@@ -58,6 +58,17 @@ API = Board(
                 "By model. Queued ones wait for a gang; those that run have a lease.",
             ),
             Panel(
+                "Jobs that end",
+                "short",
+                [
+                    (
+                        'max by (model, state) (increase(spray_jobs_ended{model=~"$model"}[$__rate_interval]))',
+                        "{{model}} {{state}}",
+                    )
+                ],
+                "By how they ended. The count is kept in the store, so no restart interrupts it.",
+            ),
+            Panel(
                 "p95 of the store",
                 "s",
                 [(quantile(0.95, "spray_job_store_seconds", "operation", ""), "{{operation}}")],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import sqlalchemy as sa
 
-from service.jobs.transitions import settle
+from service.jobs.transitions import ENDS, count_ends, settle
 from workers.errors import JobsUnavailable
 
 logger = logging.getLogger("ray.serve")
@@ -53,7 +53,9 @@ class Database:
         """
         try:
             with answering(), self._engine.begin() as connection:
+                connection.info.pop(ENDS, None)  # of a transaction before that was rolled back
                 yield connection, self._now(connection)
+                count_ends(connection)
         except JobsUnavailable:
             self._sound_since = time.monotonic()
             raise

@@ -1,4 +1,4 @@
-"""What a gateway tells Prometheus of jobs: how many wait and run, and how its calls of the store go.
+"""What a gateway tells Prometheus of jobs: how many wait, run and have ended, and how its calls of the store go.
 
 Told by `service.jobs.runner`, at each look for work, and by `service.jobs.store_actor`, at each call.
 """
@@ -7,10 +7,10 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from service.jobs.records import Counts
+from service.jobs.records import ENDED, Counts, State
 from service.jobs.store import JobStore
 from workers.errors import JobsUnavailable
-from workers.metrics import JOB_STORE_ERRORS, JOB_STORE_SECONDS, JOBS
+from workers.metrics import JOB_STORE_ERRORS, JOB_STORE_SECONDS, JOBS, JOBS_ENDED
 from workers.observing import GONE
 
 OPERATIONS = tuple(name for name in vars(JobStore) if not name.startswith("_"))
@@ -21,6 +21,7 @@ class ObservedJobs:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._told_ended: set[str] = set()
 
     def tell(self, counts: Mapping[str, Counts], models: Collection[str]) -> None:
         """Set all gauges.
@@ -35,6 +36,18 @@ class ObservedJobs:
             for state, count in (("queued", found.queued), ("running", found.running)):
                 JOBS.labels(model, state).set(count if model in present else GONE)
         self._told = present
+
+    def tell_ended(self, ended: Mapping[tuple[str, State], int], models: Collection[str]) -> None:
+        """Set the counts of jobs that have ended, which outlive this process in the store.
+
+        Args:
+            ended: by model and state; states without such jobs are absent.
+            models: of the deployment.
+        """
+        for model in self._told_ended | set(models):
+            for state in ENDED:
+                JOBS_ENDED.labels(model, state).set(ended.get((model, state), 0) if model in models else GONE)
+        self._told_ended = set(models)
 
 
 def begin_at_zero() -> None:

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 
 from service.jobs.records import Counts, Job, JobEvent, Kind, NewJob, Page, State
-from service.jobs.tables import Row, events, jobs, to_job
+from service.jobs.tables import Row, ends, events, jobs, to_job
 from workers.errors import JobNotFound
 
 
@@ -101,6 +101,11 @@ def counts(connection: sa.Connection) -> dict[str, Counts]:
     )
     rows = connection.execute(query).all()
     return {model: Counts(int(queued), int(both - queued), int(work)) for model, queued, both, work in rows}
+
+
+def ended(connection: sa.Connection) -> dict[tuple[str, State], int]:
+    """See `JobStore.ended`."""
+    return {(model, state): count for model, state, count in connection.execute(sa.select(ends))}
 
 
 def ahead(connection: sa.Connection, model: str, order_at: float) -> Counts:

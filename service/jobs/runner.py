@@ -170,6 +170,7 @@ class Runner:
         counts = await self._jobs.ask(JobStore.counts)
         if sweeps:
             await self._end_unserved(counts)
+            self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
         self._observed.tell(counts, self._room())
         room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
         room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}

@@ -293,6 +293,11 @@ class JobStore:
         with self._database.transaction() as (connection, _):
             return queries.counts(connection)
 
+    def ended(self) -> dict[tuple[str, State], int]:
+        """By model and state, how many jobs have ended since the store was made, also those that are forgotten."""
+        with self._database.transaction() as (connection, _):
+            return queries.ended(connection)
+
     def ahead(self, model: str, priority: Priority) -> Counts:
         """What waits for a model and would come before a job of this priority that is submitted now."""
         with self._database.transaction() as (connection, now):

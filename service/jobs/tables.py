@@ -88,6 +88,15 @@ webhooks = sa.Table(
     sa.Index("webhooks_of_host", "host", "not_before"),
 )
 
+ends = sa.Table(
+    "job_ends",
+    metadata,
+    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("state", sa.String, primary_key=True),
+    sa.Column("count", sa.BigInteger, nullable=False),
+)
+"""Jobs that have ended since the store was made, also those that are forgotten."""
+
 
 def to_row(job: Job, order_at: float) -> dict[str, Any]:
     """The columns of a job."""

@@ -1,19 +1,28 @@
 """What becomes of a job: one change and its event, and what ends or returns without a word of its runner.
 
-Called by `service.jobs.store` with an open transaction and rows that it has locked.
+Called by `service.jobs.store` with an open transaction and rows that it has locked; `count_ends` by
+`service.jobs.database` at the transaction's end.
 """
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from service.jobs import outbox
 from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, UNSERVED, Job, JobError, NewJob, State
-from service.jobs.tables import Row, events, jobs, to_job
+from service.jobs.tables import Row, ends, events, jobs, to_job
 
 SETTLED_AT_ONCE = 100
 """Jobs that one transaction settles, so that none is long."""
+
+ENDS = "ends of jobs"
+"""What a connection knows of its transaction: how many jobs it has ended, by model and state."""
+
+INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""By database: an insert that may meet a row."""
 
 
 def accepted(new: NewJob, now: float) -> Job:
@@ -47,6 +56,7 @@ def change(connection: sa.Connection, row: Row, now: float, reason: str = "", **
     """
     if values["state"] in ENDED:
         values |= {"ended_at": now, "expires_at": now + values.pop("keep_s"), "lease_until": None}
+        connection.info.setdefault(ENDS, Counter())[row["model"], values["state"]] += 1
     (changed,) = connection.execute(
         sa.update(jobs).where(jobs.c.id == row["id"]).values(**values).returning(jobs)
     ).mappings()
@@ -54,6 +64,15 @@ def change(connection: sa.Connection, row: Row, now: float, reason: str = "", **
     if changed["state"] in ENDED and changed["webhook_url"] is not None:
         outbox.add(connection, changed, now)
     return to_job(changed)
+
+
+def count_ends(connection: sa.Connection) -> None:
+    """Add the jobs that this transaction has ended to those before. Its last statements, in the same order everywhere:
+    so no two transactions wait for each other's counts."""
+    for (model, state), count in sorted(connection.info.pop(ENDS, {}).items()):
+        adds = INSERTS[connection.dialect.name](ends).values(model=model, state=state, count=count)
+        more = {"count": ends.c.count + adds.excluded.count}
+        connection.execute(adds.on_conflict_do_update(index_elements=["model", "state"], set_=more))
 
 
 def note(connection: sa.Connection, row: Row, now: float, reason: str) -> None:

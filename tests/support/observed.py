@@ -69,6 +69,8 @@ class Observed:
         with observing("GenerateImage", "INTERNAL"):
             pass
         self._jobs.tell({self._model.name: Counts(queued=3, running=1)}, [self._model.name])
+        ended = {(self._model.name, "succeeded"): self._requests, (self._model.name, "failed"): self._requests // 4}
+        self._jobs.tell_ended(ended, [self._model.name])  # type: ignore[arg-type]
         with contextlib.suppress(JobsUnavailable), observing_store("counts"):
             if self._requests % 4 == 0:
                 raise JobsUnavailable("the disk is full")

@@ -30,6 +30,19 @@ def test_jobs_by_model_and_state_vanish_with_their_model() -> None:
     assert gone is not None and math.isnan(gone)
 
 
+def test_jobs_that_have_ended_by_model_and_state_vanish_with_their_model() -> None:
+    jobs = ObservedJobs()
+    jobs.tell_ended({("film c", "succeeded"): 7, ("gone", "failed"): 1}, ["film c", "film d"])
+    states = ("succeeded", "failed", "cancelled", "expired")
+    assert [told("spray_jobs_ended", model="film c", state=state) for state in states] == [7, 0, 0, 0]
+    assert [told("spray_jobs_ended", model="film d", state=state) for state in states] == [0] * 4
+    assert told("spray_jobs_ended", model="gone", state="failed") is None  # a model of another deployment
+    jobs.tell_ended({("film c", "succeeded"): 8}, ["film c"])
+    assert told("spray_jobs_ended", model="film c", state="succeeded") == 8
+    gone = told("spray_jobs_ended", model="film d", state="failed")
+    assert gone is not None and math.isnan(gone)
+
+
 def test_calls_of_the_store_are_timed_and_their_errors_counted(tmp_path: Path) -> None:
     jobs = Jobs()
     assert all(told("spray_job_store_errors_total", operation=operation) is not None for operation in OPERATIONS)

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Lives(RuleBasedStateMachine):
         self.clock = Clock()
         self.store = type(self).open(self.clock)
         self.known: dict[str, Known] = {}
+        self.ended: Counter[tuple[str, str]] = Counter()
         self.number = 0
 
     def teardown(self) -> None:
@@ -190,6 +192,7 @@ class Lives(RuleBasedStateMachine):
             states = [job.state for job in self.known.values() if job.model == model]
             counted = (counts[model].queued, counts[model].running) if model in counts else (0, 0)
             assert counted == (states.count("queued"), states.count("running"))
+        assert self.store.ended() == self.ended  # also of those that are deleted or swept
 
     def _compare(self, job: Job, known: Known) -> None:
         assert (job.state, job.fence, job.attempt, job.gang_losses) == (
@@ -219,6 +222,7 @@ class Lives(RuleBasedStateMachine):
 
     def _end(self, known: Known, state: str) -> None:
         known.state, known.expires_at = state, self.clock.now + KEEP_S
+        self.ended[known.model, state] += 1
 
     def _settle(self) -> None:
         now = self.clock.now
@@ -256,7 +260,7 @@ def test_on_postgres(postgres: Any) -> None:
 
     def empty(clock: Clock) -> JobStore:
         with engine.begin() as connection:
-            connection.exec_driver_sql("TRUNCATE jobs CASCADE")
+            connection.exec_driver_sql("TRUNCATE jobs, job_ends CASCADE")
         return JobStore(engine, KEEP_S, clock, patience_s=0.0)
 
     live(empty)

@@ -15,7 +15,8 @@ from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.records import HEAD_START_S, ID, Counts, JobError, KeyReused, LeaseLost, new_id
 from service.jobs.store import JobStore
 from service.jobs.tables import metadata
-from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, LEASE_S, Clock, new_job, open_engine, take
+from service.jobs.transitions import end
+from tests.service.jobs.stores import BACKENDS, BROKEN, FILM, KEEP_S, LEASE_S, Clock, new_job, open_engine, take
 from tests.support.postgres import Postgres
 from workers.errors import JobNotFound, JobsUnavailable
 
@@ -363,8 +364,50 @@ def test_the_migrations_make_the_tables_that_the_code_uses(
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         engines._migrate(connection)  # once more changes nothing
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0003"]
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0004"]
     engine.dispose()
+
+
+def test_ends_of_jobs_are_counted_once_and_outlive_jobs_and_gateways(store: JobStore, clock: Clock) -> None:
+    for _ in range(2):
+        store.submit(new_job())
+        (job,) = take(store)
+        store.publish(job.id, job.fence, [FILM], {})
+        store.publish(job.id, job.fence, [FILM], {})  # told again: the first answer was lost
+    left, _ = store.submit(new_job("draw"))
+    store.cancel(left.id, None)
+    store.cancel(left.id, None)
+    expected = {("film", "succeeded"): 2, ("draw", "cancelled"): 1}
+    assert store.ended() == expected
+    clock.now += 10 * KEEP_S
+    store.sweep()
+    assert store.page(None).jobs == () and store.ended() == expected
+    again = JobStore(store._database._engine, KEEP_S, clock)  # another gateway, or a later one
+    assert again.ended() == expected
+
+
+def test_what_is_rolled_back_has_not_ended(store: JobStore) -> None:
+    store.submit(new_job())
+    (job,) = take(store)
+    with pytest.raises(ValueError), store._held(job.id, job.fence) as (connection, row, now):
+        end(connection, row, now, KEEP_S, "failed", BROKEN)
+        raise ValueError
+    assert store.ended() == {}
+    store.fail(job.id, job.fence, BROKEN)
+    assert store.ended() == {("film", "failed"): 1}
+
+
+def test_jobs_that_had_ended_before_they_were_counted_are_counted(store: JobStore) -> None:
+    store.submit(new_job())
+    (job,) = take(store)
+    store.fail(job.id, job.fence, BROKEN)
+    store.submit(new_job())
+    with store._database._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE job_ends")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0003'")
+    with store._database._engine.begin() as connection:
+        engines._migrate(connection)
+    assert store.ended() == {("film", "failed"): 1}
 
 
 def test_sqlite_writes_through_and_its_file_is_private(tmp_path: Path) -> None:
