@@ -5,7 +5,7 @@ gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
 gang -> rank               Part, in an elastic gang, which gets Kept at its end or in between
 rank -> gang -> gateway    Profiled, from each rank, if asked for
-rank -> gang               Drawn, when the ranks are free for the next request; Traced, of a request that is traced
+rank -> gang               Drawn, when the ranks are free for the next request; Traced, as a traced request goes on
 gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sp_core.degrees import ParallelDegrees
-from workers.tracing import Span
+from workers.tracing import Event
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 OutputFormat = ImageFormat | Literal["mp4"]
@@ -297,13 +297,13 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Traced:
-    """One rank has ended a request that is traced, whatever the end.
+    """What one rank has done of a traced request since it said so last.
 
     Attributes:
-        spans: of the rank, and of what it did.
+        marks: `begin`; a stage, by its name, when it begins; `step`, when one has ended; `end`.
     """
 
-    spans: tuple[Span, ...]
+    marks: tuple[Event, ...]
 
 
 @dataclass(frozen=True)

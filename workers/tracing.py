@@ -11,8 +11,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -154,6 +154,31 @@ class OpenSpan:
         return [own, *self._inner]
 
 
+@contextmanager
+def spanning(
+    parent: Place | None, name: str, attributes: Mapping[str, Value], on_spans: Callable[[Iterable[Span]], None]
+) -> Iterator[OpenSpan]:
+    """What happens inside, as a span; given to `on_spans` at its end, whatever the end.
+
+    Args:
+        parent: what it is a part of; None: it is not traced.
+        name: of the span.
+        attributes: of the span.
+        on_spans: takes it, and all in it.
+    """
+    span = OpenSpan(parent and parent.below(), parent.span_id if parent else "", name, attributes)
+    try:
+        yield span
+    except Exception as error:
+        span.error = f"{type(error).__name__}: {error}"
+        raise
+    except BaseException:
+        span.error = "canceled"
+        raise
+    finally:
+        on_spans(span.end())
+
+
 class Tracing:
     """The traces of one process. Nothing is traced before `follow`."""
 
@@ -188,8 +213,7 @@ class Tracing:
             place = parent.below() if parent else Place(secrets.token_hex(16), secrets.token_hex(8))
         return OpenSpan(place, parent.span_id if parent else "", name, attributes, "server")
 
-    @contextmanager
-    def span(self, traceparent: str, name: str, attributes: Mapping[str, Value]) -> Iterator[OpenSpan]:
+    def span(self, traceparent: str, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[OpenSpan]:
         """What happens inside, as a span of a request that the gateway traces; sent at its end.
 
         Args:
@@ -198,17 +222,7 @@ class Tracing:
             attributes: of the span.
         """
         parent = Place.parse(traceparent) if self._sender is not None else None
-        span = OpenSpan(parent and parent.below(), parent.span_id if parent else "", name, attributes)
-        try:
-            yield span
-        except Exception as error:
-            span.error = f"{type(error).__name__}: {error}"
-            raise
-        except BaseException:
-            span.error = "canceled"
-            raise
-        finally:
-            self.send(span.end())
+        return spanning(parent, name, attributes, self.send)
 
     def send(self, spans: Iterable[Span]) -> None:
         """Send them in the background."""

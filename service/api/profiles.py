@@ -18,7 +18,6 @@ from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_b
 from service.api.openapi import BYTES, ERRORS
 from service.api.origin import deadline, request_id
 from service.api.schemas import find_model, media_of, to_request
-from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, GenerationResult, Profiled
 
 router = APIRouter(prefix="/profiles")
@@ -47,8 +46,6 @@ async def profile(
     """Profile so many steps, of the model's usual size unless the call says otherwise."""
     backend.admit(http.headers.get("authorization"), admin=True)
     spec = find_model(backend.models(), model)
-    if spec.elastic:
-        raise InvalidParameter("model", f"{spec.name} has elastic gangs, whose steps cannot be profiled yet")
     video = num_frames is not None or (spec.tasks is not None and "text-to-image" not in spec.tasks)
     fields = {"model": spec.name, "prompt": PROMPT, "num_inference_steps": steps}
     fields |= {"width": width, "height": height} | ({"num_frames": num_frames} if video else {})

@@ -6,6 +6,7 @@ import io
 import threading
 import weakref
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +18,16 @@ from ray.exceptions import RayActorError
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from tests.support.deployments import model
-from workers.errors import OutOfMemory, RequestFailed
+from workers.errors import GangLost, OutOfMemory, RequestFailed
 from workers.gang import encoding
 from workers.gang.answers import MOST_OPEN, Answers
 from workers.gang.encoding import Encoding
 from workers.gang.rank import Rank
 from workers.gang.rank_group import RankGroup
-from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, StepEvent, Traced
+from workers.messages import Answer, Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent, Traced
 from workers.model.loader import load_model
 from workers.model.media import encode
-from workers.tracing import Place, Span
+from workers.tracing import Event
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=1, report_steps=True)
 SPEC = model(Path("/nowhere"))
@@ -253,25 +254,45 @@ def test_pictures_may_be_kept_and_encoded_by_two_threads() -> None:
 
 
 class TracedRank(FakeRank):
-    """It says at the end what it did."""
+    """It says as it goes what it does; of the request "killed" it does not come to the end."""
 
     async def _generate(self, request: GenerationRequest) -> AsyncIterator[Any]:
-        async for told in super()._generate(request):
-            yield told
-        spans: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        spans.set_result(Traced((Span(Place("1" * 32, "2" * 16), "", "rank 0", 1.0, 2.0),)))
-        yield spans
+        def told(*marks: Event) -> "asyncio.Future[Any]":
+            told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            told.set_result(Traced(marks))
+            return told
+
+        yield told(Event("begin", 1.0), Event("denoise", 2.0), Event("step", 3.0))
+        if request.request_id == "killed":
+            raise RayActorError
+        async for report in super()._generate(request):
+            yield report
+        yield told(Event("end", 4.0))
 
 
-def test_what_a_rank_did_is_told_when_the_caller_has_left() -> None:
+def traced(request_id: str) -> GenerationRequest:
+    return replace(asked(request_id), traceparent=f"00-{'1' * 32}-{'2' * 16}-01")
+
+
+def test_what_a_rank_did_is_told_whatever_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.gang.rank_group.kill_all", lambda *_: None)
+    status = RankStatus(0, 7, "node", "idle", 0, "demo", 1.0, 0)
+
     async def story() -> None:
-        group, told = RankGroup(SPEC, [TracedRank()], [], {}, on_lost=lambda kind: None), []
-        reports = group.run(asked("left"), told.extend)
+        told: list[Any] = []
+        group = RankGroup(SPEC, [TracedRank()], [status], {}, on_lost=lambda kind: None)
+        reports = group.run(traced("left"), told.extend)
         assert isinstance(await anext(reports), StepEvent)
         await reports.aclose()
-        assert [span.name for span in told] == ["rank 0"]
-        reports = group.run(asked("stays"), told.extend)
+        assert [(span.name, span.began_at, span.ended_at) for span in told] == [("rank 0", 1, 4), ("denoise", 2, 4)]
+        reports = group.run(traced("stays"), told.extend)
         assert not [report async for report in reports if isinstance(report, Traced)]
-        assert len(told) == 2
+        assert len(told) == 4 and not any(span.error for span in told)
+        with pytest.raises(GangLost):
+            [report async for report in group.run(traced("killed"), told.extend)]
+        rank, denoise = told[4:]
+        assert rank.error == denoise.error == f"GangLost: {group.lost}"
+        assert [event.at for event in denoise.events] == [3.0]
+        assert {span.parent_id for span in told if span.name == "rank 0"} == {"2" * 16}
 
     asyncio.run(asyncio.wait_for(story(), 120))

@@ -249,6 +249,24 @@ async def anext_all(reports: AsyncGenerator[Any]) -> list[Any]:
         return [report async for report in reports]
 
 
+def test_a_profiled_request_keeps_its_ranks_and_teaches_no_costs(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        profiled = begin("a", num_inference_steps=4, profile=True)
+        await settled()
+        second = begin("b", num_inference_steps=1)
+        await settled()
+        for _ in range(3):
+            await ranks.step("a")
+        assert ranks.blocks() == {"a": (0, 4)} and not elastic.costs.any_known
+        await ranks.step("a")
+        await profiled
+        await ranks.step("b")
+        await second
+        assert elastic.costs.any_known
+
+    drive(story, elastic)
+
+
 def test_how_many_requests_a_gang_takes(spec: ModelSpec) -> None:
     assert slots(spec) == 4
     assert slots(spec.model_copy(update={"elastic": None})) == 1

@@ -1,5 +1,6 @@
 """A rank of an elastic gang: parts of requests on changing blocks, what it keeps of them, its warm-up."""
 
+import gzip
 import io
 import threading
 import time
@@ -19,7 +20,7 @@ from tests.support.deployments import model
 from tests.workers.test_adapters import PICTURES
 from tests.workers.test_denoising import ALONE, generate
 from workers.gang.elastic_rank import KEEP_STEPS, ElasticRank, Turnstile
-from workers.messages import Drawn, Kept, Part, StepEvent
+from workers.messages import Drawn, Kept, Part, Profiled, StepEvent
 from workers.model.loader import load_model
 
 TWO = ParallelDegrees(ulysses_degree=2)
@@ -80,6 +81,23 @@ def test_a_request_is_left_after_a_step_and_ended_by_one_rank(
     assert len(kept) == 1 + (STEPS - 1 - left_at) // KEEP_STEPS
     ((_, (expected,)),) = ranks.run(ALONE, generate, folder, REQUEST)
     assert np.abs(np.asarray(Image.open(io.BytesIO(file)), dtype=np.int16) - expected).max() <= 1
+
+
+def profiled(mesh: ParallelMesh, folder: Path, wanted: bool) -> list[tuple[int, int, bool]]:
+    """Of each profile that a rank reports of a whole request: the rank, its steps, and whether it saw exchanges."""
+    rank, request = started(folder, 0), replace(REQUEST, num_inference_steps=3, profile=wanted)
+    encoded = mesh.broadcast(rank.encode(request) if rank.rank == 0 else None)
+    reports = [report for report in rank.advance(Part(request, 1, 2, encoded)) if isinstance(report, Profiled)]
+    return [
+        (each.rank, each.steps, b"alltoall" in gzip.decompress(each.trace) and each.communication_seconds > 0)
+        for each in reports
+    ]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_each_rank_of_a_block_profiles_its_steps(ranks: RankPool, demo_models: dict[str, Path], wanted: bool) -> None:
+    found = ranks.run(TWO, profiled, demo_models["qwen-image"], wanted)
+    assert found == [[(rank, 3, True)] if wanted else [] for rank in range(2)]
 
 
 def warmed(mesh: ParallelMesh, folder: Path) -> list[tuple[str, int]]:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.support.otlp import collector
+from workers.gang.rank_spans import RankSpans
 from workers.gang.rank_trace import RankTrace
-from workers.messages import GenerationRequest
+from workers.messages import GenerationRequest, RankStatus
 from workers.model.step_ends import StepEnd
 from workers.tracing import Place, Span, Tracing
 
@@ -52,12 +54,13 @@ def test_a_collector_gets_a_trace_as_it_was_recorded() -> None:
         request.inner("queue", request.now() - 0.25)
         with pytest.raises(ValueError, match="why"), tracing.span(request.traceparent, "gang", {}) as gang:
             for rank in range(2):
-                trace = RankTrace(asked(gang.traceparent), rank, "node")
+                trace, spans = RankTrace(asked(gang.traceparent)), RankSpans(gang.traceparent, status(rank))
                 trace.stage("encode")
                 trace.stage("denoise")
                 trace.step(StepEnd(1, 0.5, True, {"all_to_all": 0.125, "gather": 0.125}), 1, 0.0625)
-                for traced in trace.end():
-                    gang.add(traced.spans)
+                for traced in (*trace.told(), *trace.told(), *trace.end()):
+                    spans.add(traced.marks)
+                gang.add(spans.end())
             raise ValueError("why")
         tracing.send(request.end())
         spans = {span.name: span for span in kept.trace(TRACE, 9)}
@@ -92,20 +95,48 @@ def asked(traceparent: str) -> GenerationRequest:
     return GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1, traceparent=traceparent)
 
 
+def status(rank: int) -> RankStatus:
+    return RankStatus(rank, 7, "node", "denoise", 0, "m", 1.0, 0)
+
+
 def test_a_rank_that_fails_says_in_which_stage() -> None:
-    trace = RankTrace(REQUEST, 1)
+    trace, spans = RankTrace(REQUEST), RankSpans(GIVEN, status(1))
+    trace.stage("encode")
     trace.stage("denoise")
-    ((rank, stage),) = [traced.spans for traced in trace.end(RuntimeError("no memory"))]
-    assert (rank.name, rank.error, stage.name, stage.error) == (
-        "rank 1",
-        said := "RuntimeError: no memory",
-        "denoise",
-        said,
-    )
-    untraced = RankTrace(GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1), 1)
+    for traced in trace.end():
+        spans.add(traced.marks)
+    spans.error = said = "RuntimeError: no memory"
+    rank, *stages = spans.end()
+    assert (rank.name, rank.error) == ("rank 1", said)
+    assert [(stage.name, stage.error) for stage in stages] == [("encode", ""), ("denoise", said)]
+
+
+def test_a_rank_that_is_lost_leaves_what_it_has_told() -> None:
+    """It was killed in its third step: two are known. Its spans end now, and say why."""
+    trace, spans = RankTrace(REQUEST), RankSpans(GIVEN, status(1))
+    trace.stage("encode")
+    trace.stage("denoise")
+    for step in (1, 2):
+        trace.step(StepEnd(step, 0.5, True), 4, 0.0)
+        for traced in trace.told():
+            spans.add(traced.marks)
+    trace.stage("decode")  # nobody hears of it
+    before = time.time()
+    rank, encode, denoise = spans.end("the process of rank 1 is stopped or dead")
+    assert rank.error == denoise.error == "GangLost: the process of rank 1 is stopped or dead"
+    assert (encode.name, encode.error, encode.ended_at) == ("encode", "", denoise.began_at)
+    assert [event.attributes["step"] for event in denoise.events] == [1, 2]
+    assert {encode.parent_id, denoise.parent_id} == {rank.place.span_id} and rank.parent_id == PARENT
+    assert before <= rank.ended_at == denoise.ended_at <= time.time()
+    (silent,) = RankSpans(GIVEN, status(0)).end("it was lost before it had begun")
+    assert silent.error and silent.parent_id == PARENT and silent.began_at <= silent.ended_at
+
+
+def test_what_is_not_traced_is_not_marked() -> None:
+    untraced = RankTrace(GenerationRequest("r", "m", "a cup", 64, 64, 4, seed=1))
     untraced.stage("denoise")
     untraced.step(StepEnd(1, 0.5, True), 1, 0.0)
-    assert list(untraced.end()) == []
+    assert [*untraced.told(), *untraced.end()] == []
 
 
 def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:

@@ -9,6 +9,7 @@ dealer.py         which ranks each of them has for its next step; a pure functio
 forecast.py       when they will be done, by the dealer
 step_costs.py     what a step takes at each degree, learned from those before
 rank_group.py     the ranks of a gang: hands each request to all of them; lost together
+rank_run.py       one request on some ranks: what they report, in one queue
 spare_ranks.py    processes that take the places of lost ones
 rank_processes.py their processes: made in the placement group, brought together, killed
 answers.py        requests that have left the ranks, whose pictures are still encoded
@@ -20,7 +21,8 @@ rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
 elastic_rank.py   ElasticRank, whose requests come in parts, on changing blocks of ranks
 profiling.py      what the steps of a request consist of, by torch's profiler
-rank_trace.py     what a rank did for a traced request
+rank_trace.py     what a rank does for a traced request: it marks stages and steps, and tells its gang
+rank_spans.py     the spans that the gang makes of it
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
 encoding.py       the pictures that rank 0 has decoded, until they are files

@@ -20,9 +20,11 @@ from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block, Work, deal
 from workers.gang.forecast import forecast
 from workers.gang.journey import Journey
-from workers.gang.rank_group import OnSpans, RankGroup, Report
+from workers.gang.rank_group import OnSpans, RankGroup
+from workers.gang.rank_run import Report
 from workers.gang.step_costs import StepCosts
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Priority, StepEvent
+from workers.tracing import Place, spanning
 
 NO_REQUESTS: dict[str, Any] = {"requests": [], "changes": {}, "change_s": 0.0}
 """`Elastic.now`, of a gang that is not elastic."""
@@ -91,7 +93,8 @@ class Elastic:
         try:
             if journey.encoded is None:
                 journey.computes = True
-                journey.encoded = await ranks.encode(journey.request)
+                with spanning(Place.parse(journey.request.traceparent), "encode", {"spray.rank": 0}, on_spans):
+                    journey.encoded = await ranks.encode(journey.request)
                 journey.computes = False
             finished = False
             while not finished:
@@ -228,7 +231,8 @@ class Elastic:
         journey.total_steps, journey.steps_done = event.total_steps, event.step
         journey.step_s += [event.seconds] * (event.step - len(journey.step_s))
         journey.unit_s += event.seconds * block.size
-        self.costs.observe(journey.request, journey.forwards, block.size, event.seconds)
+        if not journey.request.profile:  # which is slower than others
+            self.costs.observe(journey.request, journey.forwards, block.size, event.seconds)
         if event.step == event.total_steps:
             journey.at = Block(block.first, self._degrees[0])  # the first of its ranks decodes, the others are free
             self._deal()
@@ -252,6 +256,8 @@ class Elastic:
     def _reconsider(self, journey: Journey) -> None:
         """Let a request that runs pause after its step, if the dealer would give it other ranks by now."""
         if journey.leaving or journey.at is None or journey.steps_done + 1 >= journey.total_steps:
+            return
+        if journey.request.profile:  # of the same ranks from its first step to its last
             return
         # With those that leave already, so that no more are told to than must.
         waiting = [each for each in self._journeys.values() if each.leaving or (each.turn and not each.turn.done())]

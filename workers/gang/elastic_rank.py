@@ -22,10 +22,21 @@ from deploy.families.lookup import find_family
 from deploy.spec import LoRA
 from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts
 from workers.errors import OutOfMemory, RequestError, RequestFailed
+from workers.gang.profiling import StepProfile
 from workers.gang.rank import Rank
 from workers.gang.rank_trace import RankTrace
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Preview, StepEvent
+from workers.messages import (
+    Drawn,
+    GenerationRequest,
+    GenerationResult,
+    Kept,
+    Part,
+    Preview,
+    Profiled,
+    StepEvent,
+    Traced,
+)
 from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
 from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
@@ -86,10 +97,13 @@ class ElasticRank(Rank):
         """
         with self._turnstile.visit():
             self._use_device()
+            began = time.perf_counter()
             try:
                 denoising = begin(self._loaded, request)
                 denoising.encode()
-                return denoising.encoded()
+                encoded = denoising.encoded()
+                self._observe_stages(encode=time.perf_counter() - began)
+                return encoded
             except (RequestError, RequestFailed):
                 raise
             except Exception as error:
@@ -97,17 +111,18 @@ class ElasticRank(Rank):
                     raise OutOfMemory(advice(self.model, request, free_memory(self._device)), True) from None
                 raise RequestFailed(f"encoding failed: {type(error).__name__}: {error}") from error
 
-    def advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Drawn]:
+    def advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Profiled | Drawn | Traced]:
         """Take steps of a request, until it is drawn or told to pause. All ranks of the block must call it at once.
 
         The first rank of the block yields its steps, what it keeps of them, previews if asked for, and at the end
-        either `Kept` or `Drawn`. The others yield nothing, and are free after the last step.
+        either `Kept` or `Drawn`. The others yield nothing, but if the request is profiled or traced, and are free after
+        the last step.
 
         Raises:
             As `Rank.generate`.
         """
         request = part.request
-        self.trace = RankTrace(request, self.rank, self._node_id)
+        self.trace = RankTrace(request)
         self._use_device()
         agreed: bool | None = None
         try:
@@ -139,7 +154,7 @@ class ElasticRank(Rank):
         self._by_layout = {}
         super().renumber(replica)
 
-    def _advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Drawn]:
+    def _advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Profiled | Drawn | Traced]:
         request, mesh = part.request, self._loaded.mesh
         self._boundary.begin(part.number)
         self._take_place(request, part.ranks)
@@ -152,9 +167,11 @@ class ElasticRank(Rank):
         prepare_s = time.perf_counter() - began
         self._previews.begin(request)
         kept, seconds = denoising.steps_done, []
-        for end, waited in self._denoise(denoising):
+        profile = StepProfile(self.rank, request.profile, self._device)
+        for end, waited in profile.around(self._denoise(denoising)):
             seconds.append(end.seconds)
             self._observe_step(denoising, end, waited)
+            yield from self.trace.told()
             if leads:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
@@ -166,6 +183,8 @@ class ElasticRank(Rank):
                 kept = denoising.steps_done
                 yield Kept(kept, denoising.progress(), pauses=False)
             self._turnstile.let_pass()
+        self._observe_stages(prepare=prepare_s, denoise=sum(seconds))
+        yield from profile.report()
         if not denoising.done:
             yield from self._previews.finished(wait=True)
             if leads:
@@ -178,7 +197,8 @@ class ElasticRank(Rank):
         before = time.perf_counter()
         pictures = self._finish(denoising)
         decode_s = time.perf_counter() - before
-        self._observe_request(denoising, 0.0, prepare_s, sum(seconds), decode_s)
+        self._observe_stages(decode=decode_s)
+        self._observe_drawn(denoising)
         yield from self._previews.finished(wait=True)
         yield self._encoding.keep(
             request,

@@ -36,7 +36,7 @@ from workers.gang.cost import CostModel
 from workers.gang.elastic import NO_REQUESTS, Elastic, slots
 from workers.gang.gang_guard import start_guard
 from workers.gang.placement import seconds_to_place
-from workers.gang.rank_group import OnSpans, RankGroup
+from workers.gang.rank_group import RankGroup
 from workers.gang.rank_processes import create
 from workers.gang.ray_internals import keep_replica_on_node_ip
 from workers.gang.setup import Setup
@@ -48,7 +48,7 @@ from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
 from workers.model.files import fetch
 from workers.observing import GangMetrics
-from workers.tracing import OFF, Tracing
+from workers.tracing import OFF, OpenSpan, Tracing
 
 logger = logging.getLogger("ray.serve")
 
@@ -135,7 +135,7 @@ class Gang:
         if self._elastic:
             with self._tracing.span(request.traceparent, "gang", self._described) as span:
                 told = dataclasses.replace(request, traceparent=span.traceparent)
-                parts = self._generate_elastic(self._elastic, told, caller, span.add)
+                parts = self._generate_elastic(self._elastic, told, caller, span)
                 async with contextlib.aclosing(parts):
                     async for said in parts:
                         yield said
@@ -157,7 +157,7 @@ class Gang:
                 watching.cancel()
 
     async def _generate_elastic(
-        self, elastic: Elastic, request: GenerationRequest, caller: str, on_spans: OnSpans
+        self, elastic: Elastic, request: GenerationRequest, caller: str, span: OpenSpan
     ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """`generate` beside other requests. What has lost its ranks goes on from where it was kept."""
         journey = elastic.begin(request)
@@ -167,17 +167,19 @@ class Gang:
                 cancel = functools.partial(elastic.cancel, ranks, request.request_id)
                 watching = asyncio.create_task(cancel_when_gone(caller, cancel))
                 try:
-                    async with contextlib.aclosing(elastic.run(ranks, journey, on_spans)) as reports:
+                    async with contextlib.aclosing(elastic.run(ranks, journey, span.add)) as reports:
                         async for report in reports:
                             if isinstance(report, Drawn):
-                                learned = elastic.learned(journey, report.took)
-                                self._costs.observe(request, journey.forwards, report.took, *learned)
+                                if not request.profile:
+                                    learned = elastic.learned(journey, report.took)
+                                    self._costs.observe(request, journey.forwards, report.took, *learned)
                             elif not isinstance(report, StepEvent) or request.report_steps:
                                 yield report
                     return
-                except GangLost:
+                except GangLost as error:
                     if not journey.fall_back():
                         raise
+                    span.event("lost", {"reason": str(error), "goes_on_after_step": journey.steps_done})
                     logger.warning(
                         "%s: %s goes on after step %d", self._started.model.name, request.request_id, journey.steps_done
                     )

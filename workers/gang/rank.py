@@ -30,7 +30,17 @@ from workers.gang.rank_trace import RankTrace
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.self_test import self_test
 from workers.gang.warm_up import warm_up_requests
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Phase, Preview, Profiled, RankStatus, StepEvent
+from workers.messages import (
+    Drawn,
+    GenerationRequest,
+    GenerationResult,
+    Phase,
+    Preview,
+    Profiled,
+    RankStatus,
+    StepEvent,
+    Traced,
+)
 from workers.model.classic_denoising import begin
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
@@ -80,7 +90,7 @@ class Rank:
         self._boundary = Boundary(rank)
         self._encoding = Encoding()
         self._previews = PreviewFiles()
-        self.trace = RankTrace(None, rank)
+        self.trace = RankTrace(None)
         self._step = self._total_steps = 0  # read by the control thread, as is the next
         self._read = 0.0
         self._latest_step: tuple[float, ...] = ()
@@ -140,17 +150,18 @@ class Rank:
         )
         return replace(self.status(), start=start)
 
-    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn]:
+    def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn | Traced]:
         """Run one request. Rank 0 yields its steps and previews, if asked to, and then that it is drawn.
 
-        The others yield nothing. Rank 0 keeps the pictures until `answer` is called for them.
+        The others yield nothing, but if the request is profiled or traced. Rank 0 keeps the pictures until `answer` is
+        called for them.
 
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
             OutOfMemory: likewise, or inside a step, where other ranks may wait for this one.
         """
-        self.trace = RankTrace(request, self.rank, self._node_id)
+        self.trace = RankTrace(request)
         self._use_device()
         agreed: bool | None = None
         try:
@@ -239,7 +250,7 @@ class Rank:
                 for _ in self._denoise(self._begin(request)[0]):
                     pass
 
-    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn]:
+    def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn | Traced]:
         reports = self.rank == 0
         started = time.perf_counter()
         denoising, encode_seconds = self._begin(request)
@@ -250,6 +261,7 @@ class Rank:
         for end, waited in profile.around(self._denoise(denoising)):
             seconds.append(end.seconds)
             self._observe_step(denoising, end, waited)
+            yield from self.trace.told()
             if reports and request.report_steps:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
@@ -262,7 +274,10 @@ class Rank:
         pictures = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
         prepare_seconds = prepared - started - encode_seconds
-        self._observe_request(denoising, encode_seconds, prepare_seconds, sum(seconds), decode_seconds)
+        self._observe_stages(
+            encode=encode_seconds, prepare=prepare_seconds, denoise=sum(seconds), decode=decode_seconds
+        )
+        self._observe_drawn(denoising)
         yield from self._previews.finished(wait=True)
         yield from profile.report()
         if reports:
@@ -284,15 +299,14 @@ class Rank:
             self._metrics.in_collectives(end.in_collectives, waited)
             self._metrics.traffic(self._loaded.mesh.traffic)
 
-    def _observe_request(
-        self, denoising: Denoising, encode_s: float, prepare_s: float, denoise_s: float, decode_s: float
-    ) -> None:
+    def _observe_stages(self, **seconds: float) -> None:
+        for stage, spent in seconds.items():
+            if self._metrics:
+                self._metrics.stage(stage, spent)  # type: ignore[arg-type]  # their names are those of stages
+
+    def _observe_drawn(self, denoising: Denoising) -> None:
         request = denoising.request
         if self._metrics:
-            self._metrics.stage("encode", encode_s)
-            self._metrics.stage("prepare", prepare_s)
-            self._metrics.stage("denoise", denoise_s)
-            self._metrics.stage("decode", decode_s)
             self._metrics.memory(**memory_use(self._device))
             self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
             self._metrics.traffic(self._loaded.mesh.traffic)

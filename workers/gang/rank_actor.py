@@ -113,20 +113,21 @@ class RankActor:
         return self._rank.join(host, port)
 
     def generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn | Traced]:
-        """See `Rank.generate`. Of a traced request, every rank says at the end what it did."""
+        """See `Rank.generate`."""
         yield from self._traced(self._rank.generate(request))
 
     def advance(
         self, part: Part, encoded: bytes, progress: bytes
-    ) -> Iterator[StepEvent | Preview | Kept | Drawn | Traced]:
+    ) -> Iterator[StepEvent | Preview | Kept | Profiled | Drawn | Traced]:
         """See `ElasticRank.advance`. What is large comes as arguments of its own, which Ray fetches from its store."""
         yield from self._traced(self._elastic.advance(replace(part, encoded=encoded, progress=progress)))
 
     def _traced(self, reports: Iterator[Report]) -> Iterator[Report | Traced]:
+        """Of a traced request, also what the rank did since its last step, whatever the end."""
         try:
             yield from reports
-        except Exception as error:
-            yield from self._rank.trace.end(error)
+        except Exception:
+            yield from self._rank.trace.end()
             raise
         yield from self._rank.trace.end()
 

@@ -10,7 +10,7 @@ import contextvars
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -19,25 +19,14 @@ from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.answers import Answers
 from workers.gang.rank_processes import assemble, kill_all
+from workers.gang.rank_run import Call, RankDone, RankRun, Report
 from workers.gang.watch import Watch
-from workers.messages import (
-    Answer,
-    Drawn,
-    GenerationRequest,
-    Kept,
-    Part,
-    Preview,
-    Profiled,
-    RankStatus,
-    StepEvent,
-    Traced,
-)
+from workers.messages import GenerationRequest, Kept, Part, RankStatus
 from workers.metrics import Loss, StartPhase
 from workers.tracing import Span
 
 logger = logging.getLogger("ray.serve")
 
-Report = StepEvent | Preview | Profiled | Drawn | Answer
 OnSpans = Callable[[Iterable[Span]], None]
 
 
@@ -115,7 +104,7 @@ class RankGroup:
 
         Args:
             request: what to draw.
-            on_spans: called with the spans of each rank, if the request is traced; also when the caller has left.
+            on_spans: called with the spans of each rank, if the request is traced, whatever its end.
 
         Raises:
             RequestError: the request does not suit the model.
@@ -123,8 +112,8 @@ class RankGroup:
             GangLost: the ranks are lost.
         """
         requests = [request, *[request.without_data()] * (len(self._ranks) - 1)]
-        calls = [_Call(rank, "generate", (each,)) for rank, each in zip(self._ranks, requests, strict=True)]
-        async with contextlib.aclosing(self._run(calls, request, on_spans)) as reports:
+        calls = [Call(rank, "generate", (each,)) for rank, each in zip(self._ranks, requests, strict=True)]
+        async with contextlib.aclosing(self._run(calls, 0, request, on_spans)) as reports:
             async for report in reports:
                 assert not isinstance(report, Kept)
                 yield report
@@ -142,8 +131,8 @@ class RankGroup:
             on_spans: as in `run`.
         """
         kept = ray.put(progress)  # once, however many ranks read it
-        calls = [_Call(rank, "advance", (part, encoded, kept)) for rank in self._ranks[first : first + part.ranks]]
-        async with contextlib.aclosing(self._run(calls, part.request, on_spans)) as reports:
+        calls = [Call(rank, "advance", (part, encoded, kept)) for rank in self._ranks[first : first + part.ranks]]
+        async with contextlib.aclosing(self._run(calls, first, part.request, on_spans)) as reports:
             async for report in reports:
                 yield report
 
@@ -174,17 +163,22 @@ class RankGroup:
             self._context.run(self._ranks[rank].pause.remote, request_id, part)
 
     async def _run(
-        self, calls: "Sequence[_Call]", request: GenerationRequest, on_spans: OnSpans
+        self, calls: Sequence[Call], first: int, request: GenerationRequest, on_spans: OnSpans
     ) -> AsyncGenerator[Report | Kept]:
-        """Make these calls, and yield what they report."""
-        run = _Run(calls, self._context, self._answers, on_spans)
+        """Make these calls, of which the first is to rank `first`, and yield what they report."""
+        statuses = self.statuses[first : first + len(calls)]
+        run = RankRun(calls, request.traceparent, statuses, self._context, self._answers)
         with self._watch.working():
             try:
                 async for report in self._collect(run):
                     yield report
             finally:
-                if run.running:  # shielded, in the ranks' own context: the caller's cancellation must not reach them
-                    await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+                try:
+                    if run.running:
+                        # Shielded, in the ranks' own context: the caller's cancellation must not reach them.
+                        await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
+                finally:
+                    on_spans(run.spans(self.lost))
 
     async def room(self) -> None:
         """Wait until another request may begin: few pictures wait to be encoded."""
@@ -251,7 +245,7 @@ class RankGroup:
         if not self._lost and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
 
-    async def _collect(self, run: "_Run") -> AsyncGenerator[Report | Kept]:
+    async def _collect(self, run: RankRun) -> AsyncGenerator[Report | Kept]:
         """Yield what the ranks report, until all of them are done with the request.
 
         It waits for every rank even when one has failed: only then is the gang free for the next request.
@@ -259,7 +253,7 @@ class RankGroup:
         failures: list[SprayError] = []
         while run.running:
             report = await run.reports.get()
-            if not isinstance(report, _RankDone):
+            if not isinstance(report, RankDone):
                 yield report
                 continue
             run.running -= 1
@@ -292,7 +286,7 @@ class RankGroup:
         self._lose(kind, f"{type(error).__name__}: {error}".splitlines()[0])
         raise GangLost(f"{self._model.name}: {self._lost}")
 
-    async def _stop(self, run: "_Run", request: GenerationRequest) -> None:
+    async def _stop(self, run: RankRun, request: GenerationRequest) -> None:
         """Stop the ranks at their next boundary, and wait until all of them are there."""
         if self._lost:
             return
@@ -311,61 +305,6 @@ class RankGroup:
         logger.error("%s: ranks lost: %s", self._model.name, reason)
         kill_all(self._ranks, self.statuses)
         self._on_lost(kind)
-
-
-class _Call(NamedTuple):
-    """What one rank is asked to do."""
-
-    rank: Any
-    method: str
-    arguments: tuple[Any, ...]
-
-
-class _Run:
-    """One request on some ranks: what they report, and how many of them still run."""
-
-    def __init__(
-        self, calls: Sequence[_Call], context: contextvars.Context, answers: Answers, on_spans: OnSpans
-    ) -> None:
-        self.reports: asyncio.Queue[Report | Kept | _RankDone] = asyncio.Queue()
-        self.ranks = [call.rank for call in calls]
-        self.running = len(calls)
-        # Kept, because asyncio holds tasks weakly. In the ranks' context, so that Ray counts no call as the request's.
-        self._relays = [
-            asyncio.create_task(_relay(call, self.reports, answers, on_spans), context=context) for call in calls
-        ]
-
-
-class _RankDone:
-    """How a request ended on one rank: None, or what the rank raised."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
-
-
-async def _relay(
-    call: _Call, reports: "asyncio.Queue[Report | Kept | _RankDone]", answers: Answers, on_spans: OnSpans
-) -> None:
-    """Run a request on one rank, and put what it reports and how it ends into the queue of all its ranks.
-
-    What was drawn is asked for at once, even if the caller has left: else its pictures would stay on the rank.
-    """
-    try:
-        method = getattr(call.rank, call.method)
-        async for reference in method.options(num_returns="streaming").remote(*call.arguments):
-            report = await reference
-            if isinstance(report, Traced):
-                on_spans(report.spans)
-                continue
-            reports.put_nowait(report)
-            if isinstance(report, Drawn):
-                reports.put_nowait(answers.open(call.rank.answer.remote(report.request_id)))
-    except RayTaskError as error:
-        reports.put_nowait(_RankDone(error.cause))
-    except Exception as error:
-        reports.put_nowait(_RankDone(error))
-    else:
-        reports.put_nowait(_RankDone(None))
 
 
 async def _encoded(rank: Any, request: GenerationRequest) -> tuple[Any, Exception | None]:

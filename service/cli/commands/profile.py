@@ -74,9 +74,9 @@ def _table(summary: dict[str, Any]) -> Group:
         ranks.add_row(
             str(each["rank"]), f"{1e3 * seconds / each['steps']:.1f}", f"{spent / seconds:.0%}", f"{waiting:.0%}"
         )
-    first = summary["ranks"][0]["operators"][:SHOWN] if summary["ranks"] else []
-    operators = _headed("OPERATOR ON RANK 0", "CALLS", "HOST MS", "DEVICE MS")
-    for each in first:
+    first = summary["ranks"][0]
+    operators = _headed(f"OPERATOR ON RANK {first['rank']}", "CALLS", "HOST MS", "DEVICE MS")
+    for each in first["operators"][:SHOWN]:
         operators.add_row(
             each["name"], str(each["calls"]), f"{1e3 * each['host_seconds']:.2f}", f"{1e3 * each['device_seconds']:.2f}"
         )
