@@ -10,7 +10,7 @@ steps is timed, the same on all ranks.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -35,44 +35,60 @@ def is_sampled(name: str, step: int) -> bool:
 
 
 class InCollectives:
-    """When one step was in collectives. A GPU knows it when the step has ended there.
+    """How long one step was in collectives, by the clock. It keeps sums alone: a list that grows between the tensors of
+    a step makes their memory slow to get."""
 
-    Args:
-        events: of CUDA, which nobody needs anymore; they are recorded anew, and come back. None: by the clock.
-    """
-
-    def __init__(self, events: list[Any] | None = None) -> None:
-        self._events = events
-        self._now: Callable[[], Any] = perf_counter if events is None else self._event
-        self._ops: list[Op] = []
-        self._begins: list[Any] = []
-        self._ends: list[Any] = []
-        self._seconds: dict[Op, float] = {}
+    def __init__(self) -> None:
+        self._seconds: dict[Op, float] = dict.fromkeys(OPS, 0.0)
+        self._op: Op = "all_to_all"
+        self._begun = 0.0
 
     def begin(self, op: Op) -> None:
         """A collective of this kind begins."""
-        self._ops.append(op)
-        self._begins.append(self._now())
+        self._op, self._begun = op, perf_counter()
 
     def end(self) -> None:
         """It has ended, or the stream that computes waits for its end."""
-        self._ends.append(self._now())
+        self._seconds[self._op] += perf_counter() - self._begun
 
     def seconds(self) -> dict[Op, float]:
         """By kind of collective. On a GPU call it only after the end of the step was waited for."""
-        for op, begin, end in zip(self._ops, self._begins, self._ends, strict=True):
-            took = end - begin if self._events is None else begin.elapsed_time(end) / 1e3
-            self._seconds[op] = self._seconds.get(op, 0.0) + took
-        if self._events is not None:
-            self._events += self._begins + self._ends
-        self._ops, self._begins, self._ends = [], [], []
-        return dict(self._seconds)
+        return {op: seconds for op, seconds in self._seconds.items() if seconds}
 
-    def _event(self) -> Any:
-        assert self._events is not None
+
+class InCollectivesOnCuda(InCollectives):
+    """The same by events in the stream that computes; it is known when the step has ended there.
+
+    Args:
+        events: which nobody needs anymore. They are recorded anew, and come back.
+    """
+
+    def __init__(self, events: list[Any]) -> None:
+        super().__init__()
+        self._events = events
+        self._marks: list[tuple[Op, Any]] = []  # begin and end of each call, in turn
+
+    def begin(self, op: Op) -> None:
+        """See `InCollectives.begin`."""
+        self._op = op
+        self._mark()
+
+    def end(self) -> None:
+        """See `InCollectives.end`."""
+        self._mark()
+
+    def seconds(self) -> dict[Op, float]:
+        """See `InCollectives.seconds`."""
+        for (op, begin), (_, end) in zip(self._marks[::2], self._marks[1::2], strict=True):
+            self._seconds[op] += begin.elapsed_time(end) / 1e3
+        self._events += [event for _, event in self._marks]
+        self._marks = []
+        return super().seconds()
+
+    def _mark(self) -> None:
         event = self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)
         event.record()
-        return event
+        self._marks.append((self._op, event))
 
 
 @dataclass(slots=True)
@@ -100,13 +116,15 @@ class Traffic:
     def __init__(self, on_cuda: bool = False) -> None:
         self.sent = Sent()
         self.timing: InCollectives | None = None
-        self._events: list[Any] | None = [] if on_cuda else None
+        self._on_cuda = on_cuda
+        self._events: list[Any] = []
         self._broadcasts: list[float] = []
 
     @contextmanager
     def step(self, timed: bool) -> Iterator[InCollectives | None]:
         """One step, in which collectives are timed, or not. All ranks must begin it alike."""
-        self.timing = InCollectives(self._events) if timed else None
+        if timed:
+            self.timing = InCollectivesOnCuda(self._events) if self._on_cuda else InCollectives()
         try:
             yield self.timing
         finally:
