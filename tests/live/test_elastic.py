@@ -1,5 +1,6 @@
 """An elastic gang on a real cluster: requests side by side, on changing ranks; one outlives its ranks."""
 
+import json
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from deploy.spec import Elastic
+from service.cli.main import main
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import PATIENCE_S, deployment, model, pixels, rank_statuses, ready, wait_for
 from workers.gang.elastic_rank import KEEP_STEPS
@@ -70,6 +72,31 @@ def test_a_request_that_loses_its_ranks_goes_on_from_what_was_kept(cluster: Loca
     # They have passed a boundary after each step, and one before the first.
     repeated = after[0].progress - 1 - (LONG["num_inference_steps"] - statuses[0].step)
     assert repeated <= KEEP_STEPS  # or below zero: a step or two may have passed before the kill
+
+
+def test_a_profile_is_of_the_ranks_that_serve_it(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_SERVER", cluster.url)
+
+    def profile(folder: str, steps: int) -> dict[str, Any]:
+        assert main(["profile", "demo", "--steps", str(steps), "--output", str(tmp_path / folder)]) == 0
+        summary: dict[str, Any] = json.loads((tmp_path / folder / "summary.json").read_text())
+        for each in summary["ranks"]:
+            assert each["steps"] == steps
+            events = json.loads((tmp_path / folder / f"rank-{each['rank']}.json").read_text())["traceEvents"]
+            exchanges = sum("alltoall" in str(event.get("name")) for event in events)
+            assert exchanges >= 2 * steps if len(summary["ranks"]) > 1 else exchanges == 0
+        return summary
+
+    alone = profile("alone", 3)
+    assert (alone["layout"], [each["rank"] for each in alone["ranks"]]) == ("ulysses_degree=2", [0, 1])
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(draw, cluster, LONG)
+        wait_for(lambda: standing(cluster), bool)
+        beside = profile("beside", 2)
+        long.result()
+    assert beside["layout"] == "1 rank" and len(beside["ranks"]) == 1
 
 
 def test_who_leaves_ends_a_request_at_its_next_step(cluster: LocalCluster) -> None:

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,14 @@ def ask(cluster: LocalCluster, name: str = "demo", trace_id: str = "", **fields:
 
 
 def test_a_prometheus_counts_what_callers_were_told(cluster: LocalCluster, tmp_path: Path) -> None:
-    """To the last bit, of both models; and names the rank that is late. The first test: it counts from zero."""
-    told = {name: [ask(cluster, name).json()["metrics"] for _ in range(2)] for name in ("demo", "late")}
+    """To the last bit, of both models; and names the rank that is late. The first test: it counts from zero.
+
+    The requests are traced, because each of their steps is timed then.
+    """
+    told = {
+        name: [ask(cluster, name, secrets.token_hex(16)).json()["metrics"] for _ in range(2)]
+        for name in ("demo", "late")
+    }
     refused = httpx.post(
         f"{cluster.url}/v1/images/generations",
         json={"model": "demo", "prompt": "a", "size": "72x64"},
@@ -108,7 +115,7 @@ def test_a_prometheus_counts_what_callers_were_told(cluster: LocalCluster, tmp_p
                 assert counted == pytest.approx(seconds, rel=1e-9)  # within 1 %, and far less
         until(lambda: bool(answers(url, "spray:backlog_seconds:per_capacity")))  # the rules have run
         assert not answers(url, 'ALERTS{alertstate="firing"}')
-        ask(cluster, "late")
+        ask(cluster, "late", secrets.token_hex(16))
         slowest = 'bottomk(1, spray:straggler_seconds:mean{model="late"})'
         until(lambda: [each["metric"]["rank"] for each in answers(url, slowest)] == ["1"])
         until(lambda: number(url, 'spray:straggler:share{model="late"}') > 0.2)
@@ -251,6 +258,39 @@ def test_a_profile_of_both_ranks(
 
 
 @pytest.mark.fault
+def test_a_request_that_loses_its_ranks_is_one_whole_trace(cluster: LocalCluster, kept: Collector) -> None:
+    """A rank is killed in the middle of a step. The steps before are known of both; the second attempt is as any."""
+    trace_id = secrets.token_hex(16)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(ask, cluster, "late", trace_id, num_inference_steps=12)
+        before = wait_for(lambda: rank_statuses("late"), lambda seen: all(3 <= each.step < 9 for each in seen))
+        os.kill(before[1].pid, signal.SIGKILL)
+        assert asked.result().status_code == 200
+    spans = kept.trace(trace_id, SPANS + 1 + 1 + 2 + 2 * 3)  # once more queue, gang, ranks, and stages but for decode
+    within = {span.span_id: [each for each in spans if each.parent_id == span.span_id] for span in spans}
+    (whole,) = (span for span in spans if span.parent_id not in within)
+    assert (whole.name, whole.parent_id, whole.failed) == ("request", CALLER, False)
+    assert whole.attributes["spray.attempts"] == 2 and [name for name, *_ in whole.events] == ["lost"]
+    first, second = sorted((span for span in spans if span.name == "gang"), key=lambda span: span.began)
+    assert first.failed and first.said.startswith("GangLost") and not second.failed
+    for attempt, seen in ((first, before), (second, None)):
+        ranks = sorted(within[attempt.span_id], key=lambda span: span.name)
+        assert [rank.name for rank in ranks] == ["rank 0", "rank 1"]
+        for i, rank in enumerate(ranks):
+            stages = {stage.name: stage for stage in within[rank.span_id]}
+            steps = [told["step"] for _, _, told in stages["denoise"].events]
+            assert steps == list(range(1, len(steps) + 1))
+            assert rank.failed == stages["denoise"].failed == attempt.failed
+            if seen is None:
+                assert set(stages) == set(STAGES) and len(steps) == 12
+                continue
+            assert set(stages) == {"encode", "prepare", "denoise"}
+            assert rank.said.startswith("GangLost") and rank.attributes["process.pid"] == before[i].pid
+            assert seen[i].step - 1 <= len(steps) < 12  # the last one may have been on its way
+            assert rank.ended <= attempt.ended
+
+
+@pytest.mark.fault
 def test_counts_go_on_whoever_dies(cluster: LocalCluster, tmp_path: Path) -> None:
     """The process that answers Prometheus is killed, then a rank of a gang that rests. No count is lost or doubled."""
     port = httpx.URL(cluster.metrics_url).port or 80
@@ -275,7 +315,15 @@ def test_counts_go_on_whoever_dies(cluster: LocalCluster, tmp_path: Path) -> Non
             assert ask(cluster).status_code == 200
         until(lambda: number(url, steps) == before + 3 * 8)
         assert number(url, 'sum(spray_gang_restarts_total{model="demo"})') == restarts + 1
-        assert number(url, "sum(resets(spray_steps_total[10m]))") == 0  # so rates are those of what was done
+        for name in (
+            "steps_total",
+            "step_seconds_count",
+            "collective_bytes_total",
+            "stage_seconds_sum",
+            "requests_total",
+        ):
+            assert number(url, f"count(spray_{name})") > 0
+            assert number(url, f"sum(resets(spray_{name}[10m]))") == 0, name  # so rates are those of what was done
 
 
 def ranks(cluster: LocalCluster) -> list[int]:
