@@ -69,7 +69,7 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
     attend = (own, own * 2, own, None, None, context.number, "", 0)
-    add = (own.clone(), axis.number)
+    add = (x.clone(), axis.number)
     outcomes = [
         outcome
         for operator, arguments in (
