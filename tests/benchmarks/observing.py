@@ -109,7 +109,7 @@ def cost_of_a_call(calls: int, rounds: int) -> dict[str, Costs]:
         for _ in range(STEPS_PER_TIMED * calls):
             call()
 
-    nothing = {"all_to_all_single": lambda *_, group: None, "all_reduce": lambda _, group: None}
+    nothing: dict[str, Any] = {"all_to_all_single": lambda *_, group: None, "all_reduce": lambda _, group: None}
     with mock.patch.multiple(dist, **nothing):
         return {
             kind: [(_cpu_us(counted, ours) - _cpu_us(bare, theirs)) / (STEPS_PER_TIMED * calls) for _ in range(rounds)]

@@ -54,13 +54,13 @@ def test_a_collector_gets_a_trace_as_it_was_recorded() -> None:
         request.inner("queue", request.now() - 0.25)
         with pytest.raises(ValueError, match="why"), tracing.span(request.traceparent, "gang", {}) as gang:
             for rank in range(2):
-                trace, spans = RankTrace(asked(gang.traceparent)), RankSpans(gang.traceparent, status(rank))
+                trace, of_rank = RankTrace(asked(gang.traceparent)), RankSpans(gang.traceparent, status(rank))
                 trace.stage("encode")
                 trace.stage("denoise")
                 trace.step(StepEnd(1, 0.5, True, {"all_to_all": 0.125, "gather": 0.125}), 1, 0.0625)
                 for traced in (*trace.told(), *trace.told(), *trace.end()):
-                    spans.add(traced.marks)
-                gang.add(spans.end())
+                    of_rank.add(traced.marks)
+                gang.add(of_rank.end())
             raise ValueError("why")
         tracing.send(request.end())
         spans = {span.name: span for span in kept.trace(TRACE, 9)}
