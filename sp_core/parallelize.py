@@ -143,6 +143,8 @@ def _find_plan(model: nn.Module, family: ModelFamily | None) -> tuple[SequencePa
     if family is not None and family.refused:
         raise ValueError(f"{type(model).__name__} is not supported yet: {family.refused}; pass plan=")
     if family is not None:
+        if reason := family.refuses(_config(model)):
+            raise ValueError(f"{type(model).__name__} is not supported with this config: {reason}; pass plan=")
         return family.sequence_plan(_config(model)), True
     shipped = diffusers_private.context_parallel_plan(model)
     if shipped:

@@ -264,7 +264,7 @@ class Region:
         """What a gather may mean that names this stream, or none."""
         if not self.streams:  # only rotations or masks were split
             return {f"companion {i}": companion for i, companion in enumerate(self.companions)}
-        return {name: split for name, split in self.streams.items() if stream in (None, name.rpartition(".")[2])}
+        return {n: split for n, split in self.streams.items() if stream in (None, n, n.rpartition(".")[2])}
 
     def _stream_of(self, lengths: list[int], candidates: dict[str, Stream]) -> tuple[str, Stream]:
         """The stream that lies on the ranks in these lengths. All ranks decide alike, because all know all lengths."""
@@ -286,7 +286,8 @@ class Region:
         """The split tokens as attention joins them; None if nothing is split.
 
         Args:
-            stream: the parameter name of the only stream that the attention sees; empty: it joins all.
+            stream: the streams that the attention sees, joined by `+`, in its order, each as often as it joins it: by
+                parameter name, or by the name of the split that made it. Empty: it joins all.
             joint: tokens in front of them that every rank holds.
             gathered: as it was before anything was gathered.
 
@@ -298,12 +299,14 @@ class Region:
             split = {n: s for n, s in self.streams.items() if gathered or n not in self._gathered}
             if not split:
                 return None
-            streams = [split[n] for n in sorted(split, key=self._place) if stream in ("", n.rpartition(".")[2])]
+            ordered = sorted(split, key=self._place)
+            joined = [n for each in stream.split("+") for n in ordered if each in ("", n, n.rpartition(".")[2])]
+            streams = [split[n] for n in joined]
             if not streams:
                 raise ValueError(f"attention over the stream {stream!r}, but only {list(split)} are split")
             rank = self._context.mesh.axis("sequence").rank
-            joined = TokenLayout(tuple(streams), rank, self._context.order_known or len(streams) == 1)
-            self._layouts[key] = joined.after(joint)
+            layout = TokenLayout(tuple(streams), rank, self._context.order_known or len(streams) == 1)
+            self._layouts[key] = layout.after(joint)
         return self._layouts[key]
 
     def _place(self, name: str) -> int:

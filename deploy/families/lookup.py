@@ -9,7 +9,7 @@ import pkgutil
 from pathlib import Path
 
 from deploy import families as room
-from deploy.families.classic import check_controlnet, check_proved, classic_family, proved_pipelines
+from deploy.families.classic import check_config, check_controlnet, check_proved, classic_family, proved_pipelines
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
@@ -59,6 +59,7 @@ def find_family(folder: Path) -> PipelineFamily:
             raise ValueError(f"{folder} {reason}")
     check_scheduler(folder, index, family.schedulers)
     check_controlnet(folder, index)
+    check_config(folder, index)
     return family
 
 

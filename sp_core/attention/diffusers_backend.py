@@ -58,7 +58,12 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
     originals = {name: module.processor for name, module in found.processors.items()}
     for name, module in found.processors.items():
         site = AttentionSite(
-            context, name, found.streams.get(name, ""), name in found.keys_in_front, name in found.masks_queries
+            context,
+            name,
+            found.streams.get(name, ""),
+            found.keys_of.get(name, ""),
+            name in found.keys_in_front,
+            name in found.masks_queries,
         )
         module.processor = _bound(module.processor, BoundAttention(site))
     for name, layer in found.layers.items():

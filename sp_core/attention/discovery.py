@@ -5,7 +5,7 @@ is changed; `sp_core.attention.diffusers_backend` binds what is found. Called by
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 import torch
@@ -23,8 +23,8 @@ class FoundAttention:
     Attributes:
         processors: modules with an attention processor of diffusers, by dotted name.
         layers: the model's own attention layers, by dotted name.
-        streams: the parameter name of the only stream that a processor's attention sees, by the module's name; absent:
-            it joins all.
+        streams: the names of the streams that a processor's attention joins, by the module's name; absent: all.
+        keys_of: the name of the stream that its keys are of, where its queries are of another, by the module's name.
         keys_in_front: names of modules whose keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: names of modules that make a mask of the keys hide the queries as well.
     """
@@ -32,6 +32,7 @@ class FoundAttention:
     processors: Mapping[str, nn.Module]
     layers: Mapping[str, SequenceParallelAttention]
     streams: Mapping[str, str]
+    keys_of: Mapping[str, str] = field(default_factory=dict)
     keys_in_front: frozenset[str] = frozenset()
     masks_queries: frozenset[str] = frozenset()
 
@@ -67,17 +68,21 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
             "SequenceParallelAttention, so each rank would attend only to its own tokens"
         )
     _require_free(model, processors, layers)
-    streams = {
-        name: next((stream for pattern, stream in family.own_stream.items() if fnmatch(name, pattern)), "")
-        for name in processors
-    }
+    config = getattr(model, "config", None)
     return FoundAttention(
         processors,
         layers,
-        {name: stream for name, stream in streams.items() if stream},
+        _declared(processors, family.own_streams(config if isinstance(config, Mapping) else {})),
+        _declared(processors, family.keys_of),
         _matching(processors, family.keys_in_front),
         _matching(processors, family.masks_queries),
     )
+
+
+def _declared(names: Iterable[str], by_pattern: Mapping[str, str]) -> dict[str, str]:
+    """What is declared for the first pattern that each name matches, for names that match one."""
+    found = {name: next((said for pattern, said in by_pattern.items() if fnmatch(name, pattern)), "") for name in names}
+    return {name: said for name, said in found.items() if said}
 
 
 def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> frozenset[str]:

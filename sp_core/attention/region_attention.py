@@ -43,7 +43,8 @@ class AttentionSite:
     Attributes:
         context: the model's.
         name: the module's dotted name, for messages.
-        stream: the parameter name of the only stream that it sees; empty: it joins all.
+        stream: the names of the streams that it joins, see `Region.layout`; empty: all.
+        keys_of: the name of the stream that its keys are of, where its queries are of another.
         keys_in_front: its keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: its mask hides queries as well as keys, `(B, 1, L, L)` of this rank's tokens.
     """
@@ -51,6 +52,7 @@ class AttentionSite:
     context: SequenceContext
     name: str = ""
     stream: str = ""
+    keys_of: str = ""
     keys_in_front: bool = False
     masks_queries: bool = False
 
@@ -82,6 +84,8 @@ def region_attention(
         ValueError: the tokens are not those of the region, or the mask fits neither them nor the whole sequence; on
             all ranks, if it happens at an attention's first call.
     """
+    if site.keys_of and not torch.compiler.is_compiling():
+        return _attention_to_another(query, key, value, mask, scale, site)
     if site.masks_queries and mask is not None:
         mask = mask[:, 0].any(dim=1)
     if site.keys_in_front:
@@ -93,7 +97,7 @@ def region_attention(
     context = site.context
     if torch.compiler.is_compiling():
         return _attention_operator(  # type: ignore[no-any-return]
-            query, key, value, mask, scale, context.number, site.stream, joint
+            query, key, value, mask, scale, context.number, site.stream, site.keys_of, joint
         )
     forward = context.running()
     layout: TokenLayout | None = None
@@ -120,6 +124,28 @@ def region_attention(
     if _kept_local:
         return kernels.local_attention(query, key, value, rank_mask.key_mask, scale)
     return sequence_parallel_attention(query, key, value, rank_mask, scale, layout, context.mesh)
+
+
+def _attention_to_another(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    site: AttentionSite,
+) -> torch.Tensor:
+    """Attention to the tokens of another stream, of which this rank has its share, with its share of the mask.
+
+    That stream is a text, much shorter than the queries' stream: its keys are gathered, and no query moves.
+    """
+    forward = site.context.running()
+    if forward is not None and forward.region.layout(site.keys_of) is not None:
+        both = forward.gather(torch.cat((key, value), -1), 1, site.keys_of, closes=False)
+        key, value = both.split([key.shape[-1], value.shape[-1]], -1)
+        if mask is not None:
+            as_bytes = mask.byte() if mask.dtype is torch.bool else mask  # gloo gathers no booleans
+            mask = forward.gather(as_bytes, 3, site.keys_of, closes=False).to(mask.dtype)
+    return site.context.local_attention(query, key, value, mask, scale)
 
 
 def _layout(
@@ -179,9 +205,10 @@ def _attention_operator(
     scale: float | None,
     number: int,
     stream: str,
+    keys_of: str,
     joint: int,
 ) -> torch.Tensor:
-    site = AttentionSite(SequenceContext.numbered(number), stream=stream)
+    site = AttentionSite(SequenceContext.numbered(number), stream=stream, keys_of=keys_of)
     return region_attention(query, key, value, mask, scale, site, joint).contiguous()
 
 
@@ -194,6 +221,7 @@ def _(
     scale: float | None,
     number: int,
     stream: str,
+    keys_of: str,
     joint: int,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)

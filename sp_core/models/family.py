@@ -165,7 +165,9 @@ class ModelFamily:
             `_tp_plan` is right.
         local_attention: modules whose tokens are whole on every rank (cross-attention, refiners before the region),
             although their processor would send them across ranks, or could not.
-        own_stream: modules whose attention sees one stream only, with the parameter name of that stream.
+        own_stream: modules whose attention does not join all streams, with those that it joins: the parameter name of
+            one, or names as `Region.layout` takes them; or a function that makes this from the model's config.
+        keys_of: modules whose queries are of one stream and whose keys are of another, with the name of the latter.
         keys_in_front: modules whose keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: modules whose mask of keys hides the queries as well, `(B, 1, L, L)` of this rank's tokens.
             What hidden queries put out must not matter.
@@ -177,6 +179,9 @@ class ModelFamily:
         pipelines: diffusers' pipelines that run through their classic call, each proved by a demo model of the family's
             name in `workers.demo_models.classic`, or beside its adapter. A pipeline with an adapter is not among them.
         refused: why the whole family cannot be parallelized; empty otherwise.
+        refuses: says why a model with this config cannot be; empty otherwise.
+        rounds: what its forward rounds to half precision, whatever the model is loaded in. There a last-bit difference
+            may become one of 4e-3, so that its proofs are made without that rounding (`sp_core.verify.alone.in_fp32`).
         refused_pipelines: why some of its pipelines are not served, by class name, where their calls do not show it.
         examples: what the family is proved with, by the name of the variant.
     """
@@ -185,7 +190,8 @@ class ModelFamily:
     sp_plan: SequenceParallelModelPlan | Callable[[Config], SequenceParallelModelPlan] = field(default_factory=dict)
     tp_plan: TensorParallelPlan | Callable[[Config], TensorParallelPlan] = field(default_factory=dict)
     local_attention: tuple[str, ...] = ()
-    own_stream: Mapping[str, str] = field(default_factory=dict)
+    own_stream: Mapping[str, str] | Callable[[Config], Mapping[str, str]] = field(default_factory=dict)
+    keys_of: Mapping[str, str] = field(default_factory=dict)
     keys_in_front: tuple[str, ...] = ()
     masks_queries: tuple[str, ...] = ()
     captured_processors: tuple[str, ...] = ()
@@ -194,12 +200,18 @@ class ModelFamily:
     guidance_batch: GuidanceBatch | None = None
     pipelines: tuple[str, ...] = ()
     refused: str = ""
+    refuses: Callable[[Config], str] = lambda config: ""
+    rounds: str = ""
     refused_pipelines: Mapping[str, str] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
 
     def sequence_plan(self, config: Config) -> SequenceParallelModelPlan:
         """The sequence plan of a model with this config."""
         return self.sp_plan(config) if callable(self.sp_plan) else self.sp_plan
+
+    def own_streams(self, config: Config) -> Mapping[str, str]:
+        """`own_stream` of a model with this config."""
+        return self.own_stream(config) if callable(self.own_stream) else self.own_stream
 
     def tensor_plan(self, config: Config) -> TensorParallelPlan:
         """The tensor plan of a model with this config."""

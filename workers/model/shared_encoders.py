@@ -13,7 +13,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-METHODS = ("encode_prompt", "encode_prompt_multiple_images", "encode_image", "encode_video")
+METHODS = (
+    "encode_prompt",
+    "encode_prompt_multiple_images",
+    "encode_image",
+    "encode_video",
+    "generate_prior_tokens",
+    "_prepare_first_frame_conditioning",
+)
 """Of pipelines: all that they return is made of tensors."""
 
 
