@@ -5,7 +5,7 @@
 
 import importlib.resources
 import json
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from deploy.families.classic import check_proved
 from deploy.families.lookup import family_of
@@ -24,6 +24,7 @@ class Row(TypedDict):
         lora: whether adapters were proved.
         compile: whether compiled blocks were proved.
         date: of the proof.
+        note: what the proof had to leave out; absent: nothing.
     """
 
     pipeline: str
@@ -35,6 +36,7 @@ class Row(TypedDict):
     lora: str
     compile: str
     date: str
+    note: NotRequired[str]
 
 
 def supported() -> list[Row]:

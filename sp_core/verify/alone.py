@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from sp_core import collectives
 from sp_core.mesh import MeshAxis, ParallelMesh
+from sp_core.models.lookup import find_family
 from sp_core.tensor_parallel import AcrossHeadsRMSNorm, ColumnParallelLinear, RowParallelLinear
 
 HALF = (torch.bfloat16, torch.float16)
@@ -97,6 +98,12 @@ def _gathered(part: torch.Tensor, dim: int, index: torch.Tensor, tp: MeshAxis) -
     return torch.cat(parts)[order.argsort()].movedim(0, dim)
 
 
+def rounds(model: nn.Module) -> bool:
+    """Whether its forward rounds to half precision, whatever it is loaded in."""
+    family = find_family(kind.__name__ for kind in type(model).__mro__)
+    return family is not None and bool(family.rounds)
+
+
 @contextmanager
 def in_fp32() -> Iterator[None]:
     """Inside, what is computed from half precision is computed in fp32, whatever the code says.
@@ -116,7 +123,7 @@ class _Widened(TorchFunctionMode):
             return _wide(args[0])
         given = [_wide(each) for each in args]
         if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__"):
-            given[0] = args[0]  # is written to
+            given[:1] = args[:1]  # is written to
         return function(*given, **{key: _wide(value) for key, value in (kwargs or {}).items()})
 
 

@@ -21,7 +21,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import ModelFamily
 from sp_core.parallelize import parallelize
+from sp_core.verify.alone import in_fp32, rounds
 from sp_core.verify.divergence import Recording, error, tensors_of
 from sp_core.verify.rank_pool import RankFailed, RankPool
 
@@ -173,7 +174,7 @@ def compare(
     outcome = Outcome()
     model = proof.build().to(mesh.device)
     given = {case: _on(mesh.device, inputs) for case, inputs in proof.inputs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), in_fp32() if rounds(model) else nullcontext():
         plain = {case: tensors_of(model(**inputs)) for case, inputs in given.items()}
         handle = parallelize(model, mesh, family=family)
         try:

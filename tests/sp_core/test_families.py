@@ -18,6 +18,7 @@ from sp_core.parallelize import parallelize
 from sp_core.sp_plan import plan_from_diffusers
 from sp_core.tp_plan import tp_plan_from_diffusers
 from sp_core.verify import examples
+from sp_core.verify.alone import in_fp32, rounds
 from sp_core.verify.divergence import error
 from sp_core.verify.examples import Cell
 from sp_core.verify.rank_pool import RankPool
@@ -28,8 +29,9 @@ from tests.support import qwen
 
 def forward(name: str, cell: Cell) -> list[torch.Tensor]:
     """The model's output, one tensor per sample."""
-    with torch.no_grad():
-        return list(examples.TINY[name].model(**examples.inputs(name, *cell), return_dict=False)[0])
+    model = examples.TINY[name].model
+    with torch.no_grad(), in_fp32() if rounds(model) else nullcontext():
+        return list(model(**examples.inputs(name, *cell), return_dict=False)[0])
 
 
 @functools.cache
@@ -60,7 +62,7 @@ PLANNED = {name for family in planned_families() for name in family.examples}
 
 IN_THE_SHORT_RUN = (
     "bria fibo", "pixart", "hunyuan-image", "cog-video-x", "lumina-2", "ernie-image", "prx", "hunyuan-video-15",
-    "joy-image-edit", "bria-fibo-2", "cosmos", "any-flow",
+    "joy-image-edit", "bria-fibo-2", "cosmos", "any-flow", "motif-video image", "skyreels-v2 forcing",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

@@ -159,8 +159,8 @@ def kept_local(mesh: ParallelMesh, folder: Path) -> Seen:
 def test_attention_that_stays_on_its_rank(ranks: RankPool, demo_models: dict[str, Path], family: str) -> None:
     """The control: what passes does so because tokens of all ranks took part."""
     for seen in ranks.run(ULYSSES, kept_local, demo_models[family]):
-        assert max(seen.errors) > 100 * BAR
-        assert ".att" in seen.said
+        assert max(seen.errors or seen.spreads) > 100 * BAR  # spreads of those that round by themselves
+        assert "att" in seen.said
 
 
 def started(mesh: ParallelMesh, folder: Path, options: dict[str, Any], replaces: bool) -> list[str]:

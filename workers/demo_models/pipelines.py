@@ -5,6 +5,7 @@ The class name of a pipeline comes in. Of a family's file beside this one, or in
     demo_pipeline()   the tiny model of the family's first pipeline. If it takes a name, it makes others as well; else
                       they are built of the same parts
     REQUEST           fields of the requests that the family needs otherwise, such as its size
+    REQUESTS          by class name, further such fields of one pipeline
     ROLES             by class name, what a pipeline may begin with besides: one more request of its proof
     CLIP_FRAMES       of the clips that it begins with, where these must be shorter than what it makes
 
@@ -70,7 +71,7 @@ def requests_of(pipeline: str) -> list[GenerationRequest]:
     family = family_of(pipeline)
     usual = VIDEO if family.makes == "video" else PICTURE
     demo = demo_module(served()[pipeline])
-    told = getattr(demo, "REQUEST", {})
+    told = getattr(demo, "REQUEST", {}) | getattr(demo, "REQUESTS", {}).get(pipeline, {})
     usual = replace(usual, prompt=family.prompt_form % usual.prompt)
     text = replace(usual, negative_prompt=None if family.guided_above is None else "blurry", **told)
     needed = family.needs or tuple(family.begins_with)[:1]

@@ -6,10 +6,6 @@ HI_DREAM = ModelFamily(
     transformer_classes=("HiDreamImageTransformer2DModel",),
     refused="each block joins a text of its own behind the image, which a plan cannot keep whole",
 )
-KANDINSKY_5 = ModelFamily(
-    transformer_classes=("Kandinsky5Transformer3DModel",),
-    refused="its rotation rounds queries and keys to bfloat16, so that a last-bit difference becomes one of 4e-3",
-)
 LATTE = ModelFamily(
     transformer_classes=("LatteTransformer3DModel",),
     refused="it attends to places and frames in turn, and its forward rearranges the tokens in between",
