@@ -42,7 +42,7 @@ class SteppedCall:
         refuse: Callable[[ValueError], None],
     ) -> None:
         self._encodes = encoders.here
-        self._noise: list[Noise] = []  # one entry, from the first step on
+        self._given = _Given()
         self._total: list[int | None] = []  # one entry for each loop that has begun
         _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
         for method in METHODS:
@@ -51,14 +51,18 @@ class SteppedCall:
             pipeline.vae = encoders.reading(pipeline.vae)
         _replace(pipeline, "progress_bar", functools.partial(_loop_begins, self._total))
         tells = {"callback_on_step_end": _step_ended} if _tells_steps(pipeline) else {}
-        _watch(pipeline.scheduler, self._noise, stops=not tells)
+        _watch(pipeline.scheduler, self._given, stops=not tells)
         run = functools.partial(pipeline, **arguments, **tells)
         self._call: Any = greenlet(run)  # nothing that it can reach knows this object, so that it ends with it
 
     @property
     def noise(self) -> Noise:
-        """Of the latest step."""
-        return self._noise[0]
+        """Of the latest step; of several frames side by side where the scheduler steps each on its own."""
+        if len(self._given.noise) == 1:
+            return self._given.noise[0]
+        parts = zip(*self._given.noise, strict=True)
+        sample, prediction = (torch.cat([each.flatten() for each in of_frames]) for of_frames in parts)
+        return sample, prediction
 
     @property
     def total(self) -> int | None:
@@ -77,6 +81,7 @@ class SteppedCall:
 
     def step(self) -> torch.Tensor:
         """Go on to the end of the next step; return the latents then."""
+        self._given.step_begins = True
         latents = self._go_on()
         if self._call.dead:
             raise RuntimeError("the pipeline's loop has fewer steps than its scheduler has timesteps")
@@ -140,18 +145,41 @@ def _tells_steps(pipeline: Any) -> bool:
     return "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
 
 
-def _watch(scheduler: Any, noise: list[Noise], stops: bool) -> None:
-    """Remember what the scheduler is given in a step; with `stops` the step ends there, for the call does not tell."""
-    inner = scheduler.step
-    signature = inspect.signature(inner)
+class _Given:
+    """What the scheduler was given in the latest step.
 
-    @functools.wraps(inner)  # pipelines look at its parameters
-    def step(*args: Any, **kwargs: Any) -> Any:
-        told = signature.bind_partial(*args, **kwargs).arguments
-        noise[:] = [(told["sample"], told["model_output"])]
-        stepped = inner(*args, **kwargs)
-        if stops:
-            _stop(stepped[0])
-        return stepped
+    Attributes:
+        noise: an entry for each time that it was asked.
+        step_begins: what it is given next is of a new step.
+    """
 
-    scheduler.step = step
+    def __init__(self) -> None:
+        self.noise: list[Noise] = []
+        self.step_begins = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Given":
+        return self  # copies of the scheduler, which some calls make for each frame, tell the same place
+
+    def add(self, sample: torch.Tensor, prediction: torch.Tensor) -> None:
+        if self.step_begins:
+            self.noise.clear()
+        self.step_begins = False
+        self.noise.append((sample, prediction))
+
+
+def _watch(scheduler: Any, given: _Given, stops: bool) -> None:
+    """Remember what the scheduler is given in a step; with `stops` the step ends there, for the call does not tell.
+
+    A partial, and no closure: a copy of the scheduler then steps itself, and not the one that it was copied from.
+    """
+    step = functools.partial(_watched, scheduler.step, given, stops)
+    scheduler.step = functools.update_wrapper(step, scheduler.step)  # pipelines look at its parameters
+
+
+def _watched(step: Callable[..., Any], given: _Given, stops: bool, *args: Any, **kwargs: Any) -> Any:
+    told = inspect.signature(step).bind_partial(*args, **kwargs).arguments
+    given.add(told["sample"], told["model_output"])
+    stepped = step(*args, **kwargs)
+    if stops:
+        _stop(stepped[0])
+    return stepped

@@ -2,18 +2,19 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    SkyReelsV2ImageToVideoPipeline,
-    SkyReelsV2Pipeline,
-    SkyReelsV2Transformer3DModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
 
 from workers.demo_models import vocabulary
 from workers.demo_models.clip_vision import WIDTH, image_encoder, image_processor
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, umt5_encoder
 from workers.model.adapters.wan import demo_vae
+
+REQUESTS = {
+    "SkyReelsV2DiffusionForcingPipeline": {"num_frames": 101, "extra_params": {"overlap_history": 17}},  # two windows
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": {"extra_params": {"overlap_history": 5}},
+}
 
 TRANSFORMER_GAINS = {"attn1.to_out": 4, "attn2.to_out": 20, "attn2.to_v": 3, "scale_shift_table": 4, "proj_out": 3}
 
@@ -35,6 +36,7 @@ def demo_pipeline(name: str = "SkyReelsV2Pipeline") -> Any:
         ffn_dim=192,
         num_layers=2,
         rope_max_seq_len=512,
+        inject_sample_info="Forcing" in name,
         **looks,
     )
     amplify(transformer, TRANSFORMER_GAINS)
@@ -45,6 +47,5 @@ def demo_pipeline(name: str = "SkyReelsV2Pipeline") -> Any:
         "tokenizer": characters,
         "transformer": transformer.eval(),
     }
-    if from_picture:
-        return SkyReelsV2ImageToVideoPipeline(image_encoder=image_encoder(), image_processor=image_processor(), **parts)
-    return SkyReelsV2Pipeline(**parts)
+    sees = {"image_encoder": image_encoder(), "image_processor": image_processor()} if from_picture else {}
+    return getattr(diffusers, name)(**parts, **sees)
