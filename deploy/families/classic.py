@@ -11,6 +11,7 @@ from typing import Any
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from deploy.families.schedulers import schedulers_of
+from deploy.model_folder import read_config
 from deploy.spec import Task
 from deploy.tasks import tasks_of
 from sp_core.models.lookup import families as plans
@@ -103,6 +104,23 @@ def check_proved(pipeline: str, transformer: Any) -> None:
             raise ValueError("it has no transformer")
 
 
+def check_config(folder: Path, index: Mapping[str, Any]) -> None:
+    """Reject a transformer whose config makes it one that its plan does not divide.
+
+    Args:
+        folder: of the model; a config that is not there yet is not checked.
+        index: its `model_index.json`.
+
+    Raises:
+        ValueError: says what.
+    """
+    file = folder / "transformer" / "config.json"
+    match index.get("transformer"):
+        case ["diffusers", str(name)] if (plan := find_plan([name])) and file.exists():
+            if reason := plan.refuses(read_config(file)):
+                raise ValueError(f"{file}: {reason}")
+
+
 def check_controlnet(folder: Path, index: Mapping[str, Any]) -> None:
     """Reject several ControlNets in one: each would need a picture of its own, and requests bring one.
 
@@ -153,6 +171,8 @@ def _begins_with(call: ClassicCall) -> dict[str, str]:
     brought = {role: name for role, name in found.items() if name}
     if _makes_video(call):
         brought.pop("mask", None)  # that is a clip, too, which requests do not bring
+    if call.caches_pictures:
+        brought.pop("image", None)  # attention to a cache of this rank's tokens would leave the others' out
     return brought
 
 

@@ -48,6 +48,11 @@ class ClassicCall:
         counts_frames: its `num_frames` says how many frames it makes; else a clip that it is given does.
         fixed_frames: how many it makes, whatever it is told; 0: as it is told.
         latent_window: it makes frames of so many latents at a time, each in a loop of its own; 0: all in one loop.
+        frame_window: it makes so many frames at a time, each in a loop of its own that begins with the last frames of
+            the one before; 0: it does not.
+        least_latents: of frames, without which it makes nothing: it norms the first ones by those behind them.
+        patches: its check of inputs wants sizes of a multiple of so many patches of the transformer.
+        caches_pictures: it keeps what the transformer computes of its pictures in a cache.
     """
 
     parameters: tuple[str, ...]
@@ -73,6 +78,10 @@ class ClassicCall:
     counts_frames: bool
     fixed_frames: int
     latent_window: int
+    frame_window: int
+    least_latents: int
+    patches: int
+    caches_pictures: bool
 
 
 @functools.cache
@@ -110,6 +119,8 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         prompts_are_json=any(_calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)),
         scale=scale,
         gives_sigmas=any(_is_name(node, "sigmas") for node in ast.walk(methods["__call__"])),
+        patches=max((_patches(node) for node in ast.walk(methods.get("check_inputs", methods["__call__"]))), default=1),
+        caches_pictures=any(_is_attribute(node, "set_mode") for node in ast.walk(methods["__call__"])),
         **_of_clips(methods),
     )
 
@@ -155,6 +166,13 @@ def _scalar(argument: ast.arg) -> tuple[str, str]:
     return argument.arg, kinds[0] if len(kinds) == 1 and kinds[0] in SCALARS else ""
 
 
+def _patches(node: ast.AST) -> int:
+    """The number in `height % (... * patch_size * 2)`; 1: this is something else."""
+    is_remainder = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and _is_name(node.left, "height")
+    found = re.search(r"patch_size \* (\d+)", ast.unparse(node)) if is_remainder else None
+    return int(found[1]) if found else 1
+
+
 def _thresholds(methods: Mapping[str, ast.FunctionDef], scale: str) -> Iterator[float]:
     """The numbers of comparisons such as `self._guidance_scale > 1`."""
     for node in (n for name, method in methods.items() if name != "check_inputs" for n in ast.walk(method)):
@@ -167,7 +185,7 @@ def _thresholds(methods: Mapping[str, ast.FunctionDef], scale: str) -> Iterator[
 
 
 def _doubles(node: ast.AST) -> bool:
-    """Whether this is `torch.cat([latents] * 2)` or `latents.repeat(2, 1, 1, 1)`."""
+    """Whether this is `torch.cat([latents] * 2)`, `torch.cat([latents, latents])` or `latents.repeat(2, 1, 1, 1)`."""
     if not isinstance(node, ast.Call) or not node.args:
         return False
     times = node.args[0]
@@ -175,6 +193,8 @@ def _doubles(node: ast.AST) -> bool:
         return isinstance(times, ast.Constant) and times.value == 2 and len(node.args) == LATENT_DIMENSIONS
     if not _is_attribute(node.func, "cat"):
         return False
+    if ast.unparse(times) == "[latents, latents]":
+        return True
     return isinstance(times, ast.BinOp) and isinstance(times.op, ast.Mult) and isinstance(times.left, ast.List)
 
 
@@ -206,15 +226,28 @@ def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
     """What it does with clips and frames, as the fields of `ClassicCall`."""
     call = methods["__call__"]
     told = any(argument.arg == "num_frames" for argument in call.args.args)
-    windows = [value for name, value in _defaults(call) if name == "latent_window_size"]
+    defaults = dict(_defaults(call))
+    windows = [defaults.get("latent_window_size"), defaults.get("base_num_frames")]
+    latents, frames = (value if isinstance(value, int) else 0 for value in windows)
     one_generator = any(_refuses_generators(node) for method in methods.values() for node in ast.walk(method))
+    first = methods.get("normalize_first_frame")
+    told_one = any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body)
+    told_one = told_one or "view(1).repeat(2)" in ast.unparse(call)  # a timestep for each branch of one sample
     return {
-        "makes_one": one_generator or any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body),
+        "makes_one": one_generator or told_one or bool(frames),  # one by one: the transformer may take one only
         "one_generator": one_generator,
         "counts_frames": told and any(_hands_on(node, "num_frames") for node in ast.walk(call)),
         "fixed_frames": next((n for n in map(_fixes_frames, ast.walk(call)) if n), 0),
-        "latent_window": next((value for value in windows if isinstance(value, int)), 0),
+        "latent_window": latents,
+        "frame_window": frames,
+        "least_latents": next((n + 1 for n in map(_first_frames, ast.walk(first)) if n), 1) if first else 1,
     }
+
+
+def _first_frames(node: ast.AST) -> int:
+    """The number in `nFr = 4`; 0: this is something else."""
+    number: Any = getattr(node.value, "value", None) if isinstance(node, ast.Assign) and _sets(node, "nFr") else 0
+    return number if isinstance(number, int) else 0
 
 
 def _defaults(function: ast.FunctionDef) -> Iterator[tuple[str, Any]]:

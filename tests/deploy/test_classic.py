@@ -110,7 +110,7 @@ def test_what_is_not_served_says_why(tmp_path: Path, pipeline: str) -> None:
 @pytest.mark.parametrize(
     ("transformer", "said"),
     [
-        (["diffusers", "MotifVideoTransformer3DModel"], "nothing says how its MotifVideoTransformer3DModel is divided"),
+        (["diffusers", "SanaWMTransformer3DModel"], "nothing says how its SanaWMTransformer3DModel is divided"),
         (["diffusers", "LTX2VideoTransformer3DModel"], "its cross-attention across ranks"),
         ([None, None], "it has no transformer"),
     ],
@@ -119,6 +119,38 @@ def test_a_transformer_needs_a_plan(tmp_path: Path, transformer: object, said: s
     folder = folder_of(tmp_path / "model", "StableDiffusion3Pipeline", transformer)
     with pytest.raises(ValueError, match=said):
         find_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "config", "said"),
+    [
+        ("Kandinsky5T2VPipeline", "Kandinsky5Transformer3DModel", {"attention_type": "nabla"}, "sparse attention"),
+        ("SkyReelsV2Pipeline", "SkyReelsV2Transformer3DModel", {"num_frame_per_block": 5}, "causal by blocks"),
+    ],
+)
+def test_a_config_may_make_a_transformer_another(
+    tmp_path: Path, pipeline: str, transformer: str, config: dict[str, object], said: str
+) -> None:
+    folder = folder_of(tmp_path / "model", pipeline, ["diffusers", transformer])
+    named = find_scheduler(pipeline)
+    edit(folder / "model_index.json", {"scheduler": ["diffusers", named]})
+    edit(folder / "scheduler" / "scheduler_config.json", {"_class_name": named})
+    assert find_family(folder).pipeline == pipeline
+    edit(folder / "transformer" / "config.json", config)
+    with pytest.raises(ValueError, match=said):
+        find_family(folder)
+
+
+def find_scheduler(pipeline: str) -> str:
+    return next(iter(classic_family(pipeline).schedulers))
+
+
+def test_pictures_that_are_kept_in_a_cache_are_not_taken() -> None:
+    assert classic_family("GlmImagePipeline").tasks == ("text-to-image",)
+    call = classic_call("GlmImagePipeline")
+    assert call is not None and call.caches_pictures and call.patches == 2
+    flux = classic_call("FluxPipeline")
+    assert flux is not None and not flux.caches_pictures and flux.patches == 1
 
 
 def test_a_transformer_from_elsewhere_is_its_authors_to_prove(tmp_path: Path) -> None:

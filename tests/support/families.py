@@ -22,7 +22,11 @@ IN_THE_SHORT_RUN = frozenset(families()) | {
     "cog_video_x",  # its scheduler is told of the step before
 }
 
-PROVED_IN_THE_SHORT_RUN = ("ChromaPipeline", "PixArtAlphaPipeline", "HunyuanImagePipeline", "CogVideoXPipeline")
+PROVED_IN_THE_SHORT_RUN = (
+    "ChromaPipeline", "PixArtAlphaPipeline", "HunyuanImagePipeline", "CogVideoXPipeline",
+    "Kandinsky5T2VPipeline",  # its transformer rounds
+    "SkyReelsV2DiffusionForcingPipeline",  # a scheduler for each frame; windows that begin with frames before them
+)  # fmt: skip
 """Besides those that have tests of their own: `tests/workers/test_adapters.py`, `tests/workers/test_classic.py`."""
 
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from deploy.check import check_deployment
+from deploy.families.classic import classic_family
 from deploy.families.lookup import find_family
 from deploy.spec import DeploymentSpec, LoRA, ModelSpec, SpecError
 from sp_core.degrees import ParallelDegrees
@@ -25,8 +26,10 @@ from tests.support.deployments import model
 from tests.workers.test_adapters import PICTURES, VIDEO, alone, ask, differ
 from tests.workers.test_denoising import ALONE, begun, check, generate, generate_with
 from tests.workers.test_steps_ahead import started
+from workers.demo_models.pipelines import demo_of
 from workers.errors import InvalidParameter, RequestCancelled, RequestError
 from workers.messages import Drawn, GenerationRequest, PreviewOptions, StepEvent
+from workers.model.adapters.classic import ClassicAdapter
 from workers.model.classic_denoising import ClassicDenoising, begin
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
@@ -239,6 +242,16 @@ def test_what_a_pipeline_cannot_do_is_the_callers_mistake(demo_models: dict[str,
     with pytest.raises(InvalidParameter, match=said) as refused:
         begin(loaded, replace(PICTURES if family == "stable-diffusion-3" else CLIP, **changes))
     assert refused.value.param == param
+
+
+def test_a_size_that_the_pipeline_would_exchange_is_refused() -> None:
+    pipeline = demo_of("kandinsky_5", "Kandinsky5T2IPipeline")
+    adapter, request = ClassicAdapter(classic_family("Kandinsky5T2IPipeline")), replace(PICTURES, n=1)
+    adapter.check(pipeline, replace(request, width=640, height=1408))
+    with pytest.raises(InvalidParameter, match=r"this model makes 1024x1024, .*; got 640x1024") as refused:
+        adapter.check(pipeline, replace(request, width=640, height=1024))
+    assert refused.value.param == "size"
+    assert adapter.small_size(pipeline, (1, 80, 112)) == (1, 1408, 640)  # for the self-test
 
 
 def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: dict[str, Path]) -> None:

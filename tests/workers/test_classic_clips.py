@@ -1,5 +1,6 @@
 """Pipelines without an adapter that make videos: what their calls do with clips and frames, and windows of frames."""
 
+import copy
 import io
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sp_core.verify.divergence import error
 from sp_core.verify.verify import BAR
 from tests.workers.test_adapters import alone
 from tests.workers.test_classic import Pipeline, refuse
-from workers.demo_models.pipelines import requests_of
+from workers.demo_models.pipelines import demo_of, requests_of
 from workers.demo_models.writer import write_demo_model
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
@@ -79,6 +80,13 @@ def test_a_pipeline_that_makes_so_many_frames_says_so() -> None:
     assert "enable_temporal_reasoning" not in adapter("ChronoEditPipeline").extra_kinds  # it would make others
 
 
+def test_a_pipeline_that_needs_so_many_frames_says_so() -> None:
+    pipeline = SimpleNamespace(vae_scale_factor_temporal=4, vae=SimpleNamespace())
+    adapter("Kandinsky5I2VPipeline").check_frames(pipeline, replace(REQUEST, num_frames=17))
+    with pytest.raises(InvalidParameter, match="num_frames must be at least 17, got 13"):
+        adapter("Kandinsky5I2VPipeline").check_frames(pipeline, replace(REQUEST, num_frames=13))
+
+
 @pytest.mark.parametrize("pipeline", ["LucyEditPipeline", "CogVideoXFunControlPipeline"])
 def test_a_clip_that_says_how_many_frames_there_are_must_have_them(pipeline: str) -> None:
     with pytest.raises(InvalidParameter, match="the clip has 5 frames, num_frames asks for 9"):
@@ -121,6 +129,102 @@ def test_the_loops_of_a_call_are_one() -> None:
     latents = [call.step() for _ in range(6)]
     assert torch.equal(latents[2], whole[:1]) and torch.equal(latents[5], whole[1:])
     assert torch.equal(call.finish()[0], whole)
+
+
+class Counting:
+    """A scheduler that remembers how far it is, as those of several orders do."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor) -> tuple[torch.Tensor]:
+        self.done += 1
+        return (sample - self.done * model_output,)
+
+
+class Frames(Pipeline):
+    """It steps each frame by a scheduler of its own, the second only in the last two of three steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Counting()  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], callback_on_step_end: Any) -> Any:
+        latents = torch.tensor([[float(n)] for n in self.encode_prompt(prompts[0])])
+        own = [copy.deepcopy(self.scheduler) for _ in latents]
+        with self.progress_bar():
+            for t in range(self.steps):
+                for i in range(len(own) if t else 1):
+                    (latents[i],) = own[i].step(0.5 * latents[i], t, latents[i])
+                callback_on_step_end(self, t, t, {"latents": latents.clone()})
+        return (latents,)
+
+
+def test_each_frame_may_have_a_scheduler_of_its_own() -> None:
+    (whole,) = Frames()(["ab"], lambda *_: {})
+    call = SteppedCall(Frames(), {"prompts": ["ab"]}, SharedEncoders(None, seed=0), refuse)
+    call.encode()
+    call.prepare()
+    latents = [call.step()]
+    assert call.noise[1].tolist() == [0.5 * 97]  # the first frame alone
+    latents.append(call.step())
+    assert torch.equal(call.noise[1], 0.5 * latents[0].flatten())
+    latents.append(call.step())
+    assert torch.equal(latents[-1], whole) and torch.equal(call.finish()[0], whole)
+
+
+FORCING = "SkyReelsV2DiffusionForcing{}Pipeline"
+
+
+def forced(frames: int, overlap: int | None = None, frames_of_clip: int = 0) -> GenerationRequest:
+    extra = {} if overlap is None else {"overlap_history": overlap}
+    inputs = (clip(frames_of_clip),) if frames_of_clip else ()
+    return replace(REQUEST, num_frames=frames, extra_params=extra, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("request_", "loops", "told"),
+    [
+        (forced(97), 1, None),
+        (forced(97, 17), 1, None),
+        (forced(101), 2, 17),
+        (forced(257, 37), 4, 37),
+        (forced(9, None, 9), 1, 5),
+        (forced(121, None, 33), 2, 17),
+    ],
+)
+def test_windows_begin_with_the_last_frames_before_them(
+    request_: GenerationRequest, loops: int, told: int | None
+) -> None:
+    found = adapter(FORCING.format("VideoToVideo" if request_.inputs else ""))
+    assert found.loops(SimpleNamespace(vae_scale_factor_temporal=4), request_) == loops
+    assert found.inputs(request_).get("overlap_history", told) == (told or request_.extra_params.get("overlap_history"))
+    assert len(found.pictures(request_, here=True).get("video", [])) == {9: 9, 121: 33}.get(request_.num_frames, 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "said"),
+    [
+        (forced(101, 0), "extra_params.overlap_history", "a multiple of 4, plus 1, up to 93 .*; got 0"),
+        (forced(101, -3), "extra_params.overlap_history", "got -3"),
+        (forced(101, 18), "extra_params.overlap_history", "got 18"),
+        (forced(101, 97), "extra_params.overlap_history", "got 97"),
+        (forced(9, 9, 9), "extra_params.overlap_history", "up to 5 with num_frames=9; got 9"),
+        (forced(1, None, 9), "num_frames", "at least 5, got 1"),
+        (forced(101, 17, 9), "extra_params.overlap_history", "the clip has 9 frames, overlap_history asks for 17"),
+        (replace(REQUEST, extra_params={"ar_step": 5}), "extra_params.ar_step", "leave out 'ar_step'"),
+        (replace(REQUEST, extra_params={"addnoise_condition": 20.0}), "extra_params.addnoise_condition", "leave out"),
+        (replace(REQUEST, extra_params={"causal_block_size": 5}), "extra_params.causal_block_size", "leave out"),
+    ],
+)
+def test_windows_that_cannot_be_made_are_refused(request_: GenerationRequest, param: str, said: str) -> None:
+    name = FORCING.format("VideoToVideo" if request_.inputs else "")
+    pipeline = demo_of("skyreels_v2", name)
+    with pytest.raises(InvalidParameter, match=said) as refused:
+        adapter(name).check(pipeline, request_)
+        adapter(name).pictures(request_, here=True)
+    assert refused.value.param == param
 
 
 ALLEGRO = SimpleNamespace(

@@ -34,8 +34,16 @@ GUIDERS = ("guider", "ocr_guider")
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
     "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
+    "|^fps$|^ar_step$|^addnoise_condition$"
 )
-"""Names of parameters that fields of their own set in a request, and of those that decide how much is computed."""
+"""Names of parameters that fields of their own set in a request, of those that decide how much is computed, and of one
+that has the call draw noise without a seed."""
+
+OVERLAP = "overlap_history"
+"""What calls that make videos in windows of frames name the number of frames with which a window begins."""
+
+USUAL_OVERLAP = 17
+"""As diffusers recommends."""
 
 FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
@@ -76,6 +84,8 @@ class ClassicAdapter(PipelineAdapter):
             "frames": request.num_frames,
             "video_length": request.num_frames,
             "frame_rate": request.fps,
+            "fps": request.fps,
+            OVERLAP: self._overlap(request),
             "max_area": request.width * request.height,
             "_auto_resize": False if self.family.sized_by_image else None,
         }
@@ -109,14 +119,43 @@ class ClassicAdapter(PipelineAdapter):
 
     def loops(self, pipeline: Any, request: GenerationRequest) -> int:
         """How many times its call does all steps: once, or for each of the windows that it makes the frames in."""
+        if self._call.frame_window:
+            return self._windows(pipeline, request)
         if not self._call.latent_window:
             return 1
         frames = (self._call.latent_window - 1) * _first(pipeline, FRAME_REDUCTIONS, 1) + 1
         return max(1, -(-request.num_frames // frames))
 
+    def _windows(self, pipeline: Any, request: GenerationRequest) -> int:
+        """The first window, and as many more as it takes, each of which begins with the last frames before it."""
+        overlap = self._overlap(request)
+        if overlap is None:
+            return 1
+        reduction = _first(pipeline, FRAME_REDUCTIONS, 1)
+        frames, window, kept = (
+            (n - 1) // reduction + 1 for n in (request.num_frames, self._call.frame_window, overlap)
+        )
+        return max(1, -(-(frames - kept) // (window - kept)))
+
+    def _overlap(self, request: GenerationRequest) -> int | None:
+        """The frames with which each window begins; None: all frames are one window, which begins with none."""
+        window, extends = self._call.frame_window, "video" in self.family.needs
+        if not window or (request.num_frames <= window and not extends):
+            return None
+        given = request.extra_params.get(OVERLAP)
+        return int(given) if given is not None else min(USUAL_OVERLAP, (request.num_frames - 2) // 4 * 4 + 1)
+
     def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
-        """As many of its frames as the request has; fewer only where the call makes as many as it is told."""
-        frames = read_clip(given)[: request.num_frames]
+        """As many of its frames as the request has; fewer only where the call makes as many as it is told. All of them
+        where the call goes on from its end."""
+        frames, overlap = read_clip(given), self._overlap(request)
+        if overlap is not None:
+            if len(frames) < overlap:
+                raise InvalidParameter(
+                    f"extra_params.{OVERLAP}", f"the clip has {len(frames)} frames, {OVERLAP} asks for {overlap}"
+                )
+            return frames
+        frames = frames[: request.num_frames]
         if not self._call.counts_frames and len(frames) < request.num_frames:
             raise InvalidParameter(
                 "num_frames", f"the clip has {len(frames)} frames, num_frames asks for {request.num_frames}"
@@ -137,6 +176,8 @@ class ClassicAdapter(PipelineAdapter):
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
         check_control_mode(pipeline, request)
+        self._check_size(pipeline, request)
+        self._check_overlap(request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
         if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:
@@ -145,6 +186,30 @@ class ClassicAdapter(PipelineAdapter):
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
         if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
             raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
+
+    def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
+        """Reject a size that the pipeline would exchange for another."""
+        sizes = getattr(pipeline, "resolutions", [])
+        if sizes and (request.width, request.height) not in sizes:
+            known = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise InvalidParameter(
+                "size", f"this model makes {known}; got {request.width}x{request.height}", "invalid_size"
+            )
+
+    def _check_overlap(self, request: GenerationRequest) -> None:
+        """Reject an overlap that leaves a window nothing to make, or cuts a latent frame."""
+        overlap = self._overlap(request)
+        if overlap is None:
+            return
+        most = min(self._call.frame_window, request.num_frames) - 4
+        if most < 1:
+            raise InvalidParameter("num_frames", f"num_frames must be at least 5, got {request.num_frames}")
+        if not 1 <= overlap <= most or overlap % 4 != 1:
+            raise InvalidParameter(
+                f"extra_params.{OVERLAP}",
+                f"{OVERLAP} must be a multiple of 4, plus 1, up to {most} with num_frames={request.num_frames}; "
+                f"got {overlap}",
+            )
 
     def check_frames(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
@@ -156,6 +221,9 @@ class ClassicAdapter(PipelineAdapter):
                 "num_frames", f"this model makes {self._call.fixed_frames} frames, got num_frames={request.num_frames}"
             )
         multiple = _first(pipeline, FRAME_REDUCTIONS, 1)
+        least = (self._call.least_latents - 1) * multiple + 1
+        if request.num_frames < least:
+            raise InvalidParameter("num_frames", f"num_frames must be at least {least}, got {request.num_frames}")
         if (tiles := fixed_tiles(pipeline.vae)) is not None:
             check_covered(tiles, request)
         elif (request.num_frames - 1) % multiple:
@@ -169,6 +237,9 @@ class ClassicAdapter(PipelineAdapter):
     def small_size(self, pipeline: Any, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """See `PipelineAdapter.small_size`."""
         tiles = fixed_tiles(pipeline.vae)
+        if sizes := getattr(pipeline, "resolutions", []):
+            width, height = min(sizes, key=math.prod)
+            return size[0], height, width
         return tiles.size if tiles else size
 
     def size_multiple(self, pipeline: Any) -> int:
@@ -180,7 +251,8 @@ class ClassicAdapter(PipelineAdapter):
         side = patch[-1] if isinstance(patch, list | tuple) else patch
         processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
         rounds = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
-        return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * (side if isinstance(side, int) else 1))
+        side = side if isinstance(side, int) else 1
+        return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * side * self._call.patches)
 
     def refuse(self, error: ValueError) -> None:
         """Tell the caller what the pipeline's own check of its inputs has found.
