@@ -37,7 +37,7 @@ class ClassicParts:
         self.pretrained_component_names = [name for name in component_classes(folder) if name in self._takes]
         for name in self.pretrained_component_names:
             library, kind = self._index[name]
-            if not name.startswith("transformer") and not hasattr(LIBRARIES.get(library), kind):
+            if not name.startswith("transformer") and _class(library, kind) is None:
                 raise ValueError(
                     f"{folder / name} is a {kind} of {library}; components must be classes of diffusers or transformers"
                 )
@@ -45,7 +45,7 @@ class ClassicParts:
     def get_component_spec(self, name: str) -> Any:
         """Its `type_hint` is the component's class."""
         library, kind = self._index[name]
-        return SimpleNamespace(type_hint=getattr(LIBRARIES[library], kind))
+        return SimpleNamespace(type_hint=_class(library, kind))
 
     def register_components(self, **parts: Any) -> None:
         """Keep these."""
@@ -61,3 +61,12 @@ class ClassicParts:
         settings = {name: value for name, value in told.items() if not is_component(value)}
         parts = {name: None for name, value in told.items() if is_component(value)} | self._parts
         return self._kind(**settings, **parts | ({"vae": absent_vae} if absent_vae else {}))
+
+
+def _class(library: str, kind: str) -> Any:
+    """A class that an index names; None: it is of neither library.
+
+    Where a model of transformers has the name of one of diffusers' pipelines, diffusers writes that for its library.
+    """
+    found = LIBRARIES.get(library) or (transformers if hasattr(diffusers.pipelines, library) else None)
+    return getattr(found, kind, None)

@@ -195,7 +195,7 @@ def _load_transformer(
 
 def is_encoder(component: str) -> bool:
     """Whether a component only makes embeddings of the caller's inputs."""
-    return component.startswith(("text_encoder", "image_encoder"))
+    return component.startswith(("text_encoder", "image_encoder", "vision_language_encoder"))
 
 
 def encodes_here(model: ModelSpec, mesh: ParallelMesh) -> bool:

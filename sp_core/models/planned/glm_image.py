@@ -21,6 +21,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 GLM_IMAGE = ModelFamily(
     transformer_classes=("GlmImageTransformer2DModel",),
+    pipelines=("GlmImagePipeline",),
     sp_plan={
         "rope": {
             0: SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True),

@@ -16,7 +16,7 @@ def _inputs(tokens: Tokens) -> dict[str, Any]:
 
 PRX = ModelFamily(
     transformer_classes=("PRXTransformer2DModel",),
-    refused_pipelines={"PRXPipeline": "where it guides, its call makes one picture and fails if asked for more"},
+    pipelines=("PRXPipeline",),
     sp_plan={
         "pe_embedder": {0: SequenceParallelCompanion(split_dim=2, expected_dims=6, split_output=True)},
         "blocks.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
