@@ -254,6 +254,17 @@ def test_a_size_that_the_pipeline_would_exchange_is_refused() -> None:
     assert adapter.small_size(pipeline, (1, 80, 112)) == (1, 1408, 640)  # for the self-test
 
 
+def test_words_by_which_a_processor_marks_pictures_are_refused() -> None:
+    pipeline, adapter = demo_of("glm_image"), ClassicAdapter(classic_family("GlmImagePipeline"))
+    request = replace(PICTURES, width=96, height=128)
+    adapter.check(pipeline, request)
+    with pytest.raises(ValueError, match="tokens in the text but no images were passed"):  # what it would do
+        pipeline("a <|image|>", height=128, width=96, num_inference_steps=1)
+    with pytest.raises(InvalidParameter, match=r"prompt holds <\|image\|>, a word of the model's own") as refused:
+        adapter.check(pipeline, replace(request, prompt="a <|image|>"))
+    assert refused.value.param == "prompt"
+
+
 def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: dict[str, Path]) -> None:
     loaded = load_model(model(demo_models["ltx"]), mesh())
     with mock.patch.object(type(begin(loaded, CLIP)._adapter), "size_multiple", return_value=8):

@@ -176,6 +176,7 @@ class ClassicAdapter(PipelineAdapter):
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
         check_control_mode(pipeline, request)
+        _check_words(pipeline, request)
         self._check_size(pipeline, request)
         self._check_overlap(request)
         if request.negative_prompt and self.family.guided_above is None:
@@ -270,6 +271,15 @@ class ClassicAdapter(PipelineAdapter):
 
 
 ADAPTER = ClassicAdapter
+
+
+def _check_words(pipeline: Any, request: GenerationRequest) -> None:
+    """Reject prompts that hold words by which a processor marks pictures: it would look for as many pictures."""
+    tokenizer = getattr(getattr(pipeline, "processor", None), "tokenizer", None)
+    marks = tokenizer.get_added_vocab() if tokenizer else ()
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if mark := next((each for each in marks if each in text), None):
+            raise InvalidParameter(name, f"{name} holds {mark}, a word of the model's own; leave it out")
 
 
 def _first(pipeline: Any, names: tuple[str, ...], otherwise: int) -> int:
