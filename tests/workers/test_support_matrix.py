@@ -57,3 +57,5 @@ def test_a_proof_that_shows_nothing_is_none(ranks: RankPool, demo_models: dict[s
         prove("ChromaPipeline", demo_models["bria"] / "nowhere", request, ranks, tensor=False)
     with pytest.raises(Unproved, match=r"t2 fails: .*tensor"):
         prove("ChromaPipeline", demo_models["chroma"], request, ranks, tensor=True)
+    with pytest.raises(Unproved, match=r"last bits make the classic call differ by .*, which explains all or nothing"):
+        prove("ChromaPipeline", demo_models["chroma"], request, ranks, tensor=False, rounds=True)
