@@ -1,19 +1,24 @@
 """What the support matrix says is what its proofs show, and what spray says today of the pipelines that it refuses."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from deploy.families.lookup import families
 from deploy.families.pipeline_source import transformer_pipelines
 from deploy.support import supported, why_refused
+from sp_core.degrees import ParallelDegrees
 from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family
 from sp_core.verify.rank_pool import RankPool
 from tests.support.families import proved
-from workers import support_matrix
+from workers import pipeline_proof, support_matrix
 from workers.demo_models.pipelines import requests_of, served
-from workers.pipeline_proof import Unproved, prove
+from workers.pipeline_proof import Made, Proof, Unproved, answer, prove
 
 ROWS = {row["pipeline"]: row for row in supported()}
 
@@ -57,5 +62,27 @@ def test_a_proof_that_shows_nothing_is_none(ranks: RankPool, demo_models: dict[s
         prove("ChromaPipeline", demo_models["bria"] / "nowhere", request, ranks, tensor=False)
     with pytest.raises(Unproved, match=r"t2 fails: .*tensor"):
         prove("ChromaPipeline", demo_models["chroma"], request, ranks, tensor=True)
-    with pytest.raises(Unproved, match=r"last bits make the classic call differ by .*, which explains all or nothing"):
-        prove("ChromaPipeline", demo_models["chroma"], request, ranks, tensor=False, rounds=True)
+
+
+@pytest.mark.parametrize(
+    ("moved", "differs", "said"),
+    [
+        (1e-9, 0.0, "last bits make the classic call differ by 1.0e-09, which explains all or nothing"),
+        (0.1, 0.0, "which explains all or nothing"),
+        (1e-4, 1.5e-4, ""),
+        (1e-4, 3e-4, "one rank differs: latents by 3.0e-04"),
+    ],
+)
+def test_rounding_explains_what_last_bits_do(
+    monkeypatch: pytest.MonkeyPatch, moved: float, differs: float, said: str
+) -> None:
+    def run(pool: RankPool, degrees: ParallelDegrees, what: str, fn: Any, *args: Any) -> list[Made]:
+        by = differs if fn is answer else moved if len(args) > 4 else 0.0  # with a seed of last bits
+        return [(torch.tensor([by], dtype=torch.float64), [])]
+
+    monkeypatch.setattr(pipeline_proof, "_run", run)
+    proof = Proof(("1",), latents=0.0, pixels=0, blind=0.5)
+    (request, *_), layouts = requests_of("ChromaPipeline"), {"one rank": pipeline_proof.ALONE}
+    with pytest.raises(Unproved, match=said) if said else nullcontext():
+        found = pipeline_proof._proved_as_shipped(proof, "ChromaPipeline", Path(), request, RankPool(1), layouts)
+        assert found == replace(proof, shipped=pytest.approx(differs), explained=pytest.approx(moved))
