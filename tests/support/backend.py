@@ -8,6 +8,7 @@ from typing import Any
 from deploy.spec import Defaults, Limits, LoRA, ModelSpec
 from service.api.backend import Found, Report, Restarted, Waiting
 from service.jobs.backlog import JobBacklog
+from service.jobs.lost_runners import LostRunners
 from service.jobs.records import Priority
 from service.jobs.runner import Runner
 from service.jobs.store_actor import Jobs
@@ -57,6 +58,7 @@ class FakeBackend:
             self.room,
             self.models,
             backlog,
+            LostRunners("test"),
         )
         self.key: str | None = None
         self.closed = False
