@@ -64,11 +64,14 @@ imagePullSecrets:
 {{ include "spray.fullname" . }}-serve-svc
 {{- end }}
 
-{{/* Seconds after which no request goes on that has come in: it may wait for its turn, and then be drawn. */}}
+{{/* Seconds after which no request goes on that has come in: it may wake its model, wait for its turn, and then be drawn. A model
+without max_queued_s has no such bound; then only its grace_period_s counts. */}}
 {{- define "spray.longestRequest" -}}
 {{- $longest := int .Values.upgrade.drainSeconds }}
 {{- range (include "spray.models" . | fromJson).models }}
-{{- $longest = max $longest (int (ceil (addf (float64 .all.grace_period_s) (float64 (default 0 .all.max_queued_s))))) }}
+{{- $wakes := ternary (dig "timeouts" "startup_s" 0 .all) 0 (eq 0 (int (dig "autoscaling" "min_replicas" 1 .all))) }}
+{{- $seconds := addf (float64 .all.grace_period_s) (float64 (default 0 .all.max_queued_s)) (float64 $wakes) }}
+{{- $longest = max $longest (int (ceil $seconds)) }}
 {{- end }}
 {{- $longest }}
 {{- end }}

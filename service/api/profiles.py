@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from service.api.backend import Served
+from service.api.backend import Restarted, Served
 from service.api.bodies import ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.openapi import BYTES, ERRORS
 from service.api.origin import deadline, request_id
@@ -57,7 +57,9 @@ async def profile(
     async with contextlib.aclosing(backend.generate(asked)) as reports:
         async for report in reports:
             if isinstance(report, Profiled):
-                profiles[report.rank] = report  # a restarted request profiles again
+                profiles[report.rank] = report
+            elif isinstance(report, Restarted):  # it is profiled again, perhaps on other ranks
+                profiles.clear()
             elif isinstance(report, GenerationResult):
                 result = report
     return Response(_zip(asked, profiles, result), media_type="application/zip")

@@ -1,14 +1,17 @@
 """Finds runners of jobs that have died, so that their jobs need not wait until the leases end.
 
 Comes in: the names of those who run jobs. Goes out: which of them are gone. A runner has the name of its gateway's
-actor. Other clusters may share a database, and their actors cannot be seen from here: of such a runner only its lease
-tells. Called by `service.jobs.runner`.
+actor. Other clusters may share a store, and their actors cannot be seen from here: of a runner that was never seen
+alive only its lease tells. Called by `service.jobs.runner`.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from workers.gang.caller import is_alive
+
+LOOK_S = 1.0
+"""A look may take longer, while Ray's head is away: its answer is for the next caller."""
 
 
 class LostRunners:
@@ -22,19 +25,24 @@ class LostRunners:
     def __init__(self, own: str, lives: Callable[[str], bool] = is_alive) -> None:
         self._own, self._lives = own, lives
         self._seen: set[str] = set()
+        self._look: asyncio.Task[list[str]] | None = None
 
-    async def among(self, runners: Iterable[str], shared: bool) -> list[str]:
+    async def among(self, runners: Collection[str]) -> list[str]:
         """Those that are gone.
 
         Args:
             runners: the names; an empty one is that of a gateway outside Serve, which nobody can see.
-            shared: other clusters may have runners among them. Then only those count that were seen here alive.
         """
-        found = []
-        for runner in set(runners) - {self._own, ""}:
-            if await asyncio.to_thread(self._lives, runner):
-                self._seen.add(runner)
-            elif runner in self._seen or not shared:
-                found.append(runner)
-        self._seen.intersection_update(runners)
-        return found
+        if self._look is None:
+            self._look = asyncio.create_task(asyncio.to_thread(self._gone, set(runners) - {self._own, ""}))
+        await asyncio.wait([self._look], timeout=LOOK_S)
+        if not self._look.done():
+            return []
+        look, self._look = self._look, None
+        return [runner for runner in look.result() if runner in runners]
+
+    def _gone(self, runners: set[str]) -> list[str]:
+        alive = {runner for runner in runners if self._lives(runner)}
+        gone = sorted(self._seen & runners - alive)
+        self._seen = alive
+        return gone

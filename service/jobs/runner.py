@@ -163,7 +163,7 @@ class Runner:
         sweeps = time.monotonic() - self._swept_at >= SWEEP_S
         if sweeps:
             self._swept_at = time.monotonic()
-            for runner in await self._lost.among(await self._jobs.ask(JobStore.runners), self._jobs.is_shared):
+            for runner in await self._lost.among(await self._jobs.ask(JobStore.runners)):
                 logger.warning("%s is gone; its jobs are begun anew", runner)
                 await self._jobs.ask(JobStore.end_leases, runner)
             await self._jobs.ask(JobStore.sweep)

@@ -105,11 +105,6 @@ class Jobs:
             self._actor = self._own = None
         self._folder, self._url_env, self._keep_s = folder, url_env, keep_s
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether other clusters may have the same jobs."""
-        return self._url_env is not None
-
     async def ask(
         self,
         call: Callable[Concatenate[JobStore, Parameters], Result],

@@ -152,6 +152,11 @@ class GuidanceBatch:
     pads_to: int = 1
 
 
+def _refuse_none(config: Config) -> str:
+    """A function with a name, for families are sent to rank processes."""
+    return ""
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """How one family of transformers is parallelized.
@@ -200,7 +205,7 @@ class ModelFamily:
     guidance_batch: GuidanceBatch | None = None
     pipelines: tuple[str, ...] = ()
     refused: str = ""
-    refuses: Callable[[Config], str] = lambda config: ""
+    refuses: Callable[[Config], str] = _refuse_none
     rounds: str = ""
     refused_pipelines: Mapping[str, str] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)

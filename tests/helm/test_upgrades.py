@@ -106,6 +106,8 @@ def test_pods_end_after_their_longest_request(name: str) -> None:
     waited = max(
         (model.get("max_queued_s", 600) or 0) + model.get("grace_period_s", 900) for model in CASES[name]["models"]
     )
+    asleep = [model for model in CASES[name]["models"] if model.get("autoscaling", {}).get("min_replicas") == 0]
+    waited += max((model.get("timeouts", {}).get("startup_s", 1800) for model in asleep), default=0)
     assert ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"] >= waited
     for group, template in pod_templates(objects).items():
         assert group == "head" or template["spec"]["terminationGracePeriodSeconds"] >= longest + 30

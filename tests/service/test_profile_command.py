@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api.backend import Report
+from service.api.backend import Report, Restarted
 from service.api.rest import rest_app
 from service.cli.main import main
 from tests.support.backend import FakeBackend
@@ -25,6 +25,7 @@ class ProfiledBackend(FakeBackend):
     """Two ranks; a caller without the scope `admin`, if a test says so."""
 
     is_admin = True
+    loses_ranks = False
 
     def admit(self, authorization: str | None, admin: bool = False) -> None:
         if admin and not self.is_admin:
@@ -34,6 +35,8 @@ class ProfiledBackend(FakeBackend):
         for rank in (1, 0):
             trace = gzip.compress(json.dumps({"traceEvents": [{"name": f"of rank {rank}"}]}).encode())
             yield Profiled(rank, trace, OPERATORS, request.num_inference_steps, 2.0, 0.5, 0.125)
+            if rank == 1 and self.loses_ranks:
+                yield Restarted(2, "rank 0 died")
         async for report in super()._generate(request):
             yield report
 
@@ -77,6 +80,13 @@ def test_over_rest(server: str, backend: ProfiledBackend) -> None:
         assert sorted(archive.namelist()) == ["rank-0.json.gz", "rank-1.json.gz", "summary.json"]
         assert json.loads(archive.read("summary.json"))["num_frames"] == 5
     assert (backend.requests[0].output_format, backend.requests[0].num_inference_steps) == ("mp4", 3)
+
+
+def test_what_lost_ranks_have_told_is_left_out(server: str, backend: ProfiledBackend) -> None:
+    backend.loses_ranks = True
+    answer = httpx.post(f"{server}/v1/profiles", params={"model": "one"}, trust_env=False)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert sorted(archive.namelist()) == ["rank-0.json.gz", "summary.json"]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ store = dist.TCPStore("10.77.0.1", 29500, is_master=rank == 0, wait_for_workers=
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=wait))
 total = torch.tensor([float(rank + 1)])
 dist.all_reduce(total)
+dist.destroy_process_group()  # else its threads may outlive the interpreter, which C++ takes for a mistake
 print("total", total.item())
 """
 

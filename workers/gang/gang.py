@@ -177,7 +177,7 @@ class Gang:
                                 yield report
                     return
                 except GangLost as error:
-                    if not journey.fall_back():
+                    if request.profile or not journey.fall_back():  # half a profile is none: it is begun anew
                         raise
                     span.event("lost", {"reason": str(error), "goes_on_after_step": journey.steps_done})
                     logger.warning(

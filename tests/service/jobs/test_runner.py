@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -394,7 +395,7 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
 
     async def story(world: World) -> None:
         job = await world.submit()
-        await world.until(job, lambda found: found.runner == "gateway-1")
+        await world.until(job, lambda found: found.step == 1)
         assert world.jobs._own is not None
         world.jobs._own._database._patience_s = 0.0  # the store has just been opened
         world.script, other = draws, world.another("gateway-2")
@@ -409,17 +410,43 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
     live(tmp_path, hangs, story)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_who_is_gone(shared: bool) -> None:
+def test_who_is_gone() -> None:
     """A runner of another cluster was never seen here, alive or not."""
     alive = {"a", "b"}
 
     async def story() -> None:
         lost = LostRunners("own", lambda runner: runner in alive)
         runners = ["own", "", "a", "b", "elsewhere", "a"]
-        assert await lost.among(runners, shared) == ([] if shared else ["elsewhere"])
+        assert await lost.among(runners) == []
         alive.remove("a")
-        assert set(await lost.among(runners, shared)) == ({"a"} if shared else {"a", "elsewhere"})
-        assert await lost.among(["b"], shared) == []
+        assert await lost.among(runners) == ["a"]
+        assert await lost.among(runners) == []  # its leases have ended
+        assert await lost.among(["b"]) == []
+
+    asyncio.run(story())
+
+
+def test_a_look_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.lost_runners.LOOK_S", 0.01)
+    answers, alive, looks = threading.Event(), {"a"}, []
+
+    def lives(runner: str) -> bool:
+        looks.append(runner)
+        answers.wait()
+        return runner in alive
+
+    async def story() -> None:
+        lost = LostRunners("own", lives)
+        for _ in range(3):
+            assert await lost.among(["a"]) == []
+        assert looks == ["a"]  # one look, however often somebody asks
+        answers.set()
+        while "a" not in lost._seen:
+            await lost.among(["a"])
+        alive.clear()
+        found: list[str] = []
+        while not found:
+            found = await lost.among(["a"])
+        assert found == ["a"]
 
     asyncio.run(story())
