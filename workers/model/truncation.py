@@ -17,7 +17,7 @@ class WatchedTokenizer:
 
     Args:
         name: of the component.
-        tokenizer: the model's.
+        tokenizer: the model's, or a processor, whose first argument is not the text but pictures.
         unread: tokens that the pipeline drops afterwards, of as many as it asks the tokenizer to keep.
         warnings: where to put what the caller should know.
         read: where to put how many tokens each call has made, padding left out.
@@ -34,11 +34,9 @@ class WatchedTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def __call__(
-        self, text: Any, *args: Any, truncation: bool = False, max_length: int | None = None, **options: Any
-    ) -> Any:
+    def __call__(self, text: Any, *, truncation: bool = False, max_length: int | None = None, **options: Any) -> Any:
         """What the tokenizer makes of a text."""
-        made = self._tokenizer(text, *args, truncation=truncation, max_length=max_length, **options)
+        made = self._tokenizer(text=text, truncation=truncation, max_length=max_length, **options)
         if "attention_mask" in made:
             self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))
         if truncation and max_length is not None:
@@ -48,9 +46,8 @@ class WatchedTokenizer:
     def _compare(self, text: Any, kept: int) -> None:
         prompt = PROMPTS[min(self._encoded, len(PROMPTS) - 1)]
         self._encoded += 1
-        whole = max(
-            len(ids) for ids in self._tokenizer([text] if isinstance(text, str) else text, verbose=False).input_ids
-        )
+        texts = [text] if isinstance(text, str) else text
+        whole = max(len(ids) for ids in self._tokenizer(text=texts, verbose=False).input_ids)
         if whole > kept:
             encoder = self._name.replace("tokenizer", "text_encoder")
             self._warnings.append(f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it")
