@@ -68,7 +68,7 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     axis = mesh.axis("sequence")
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
-    attend = (own, own * 2, own, None, None, context.number, "", 0)
+    attend = (own, own * 2, own, None, None, context.number, "", "", 0)
     add = (x.clone(), axis.number)
     outcomes = [
         outcome
