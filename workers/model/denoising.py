@@ -33,6 +33,7 @@ from workers.model.loader import LoadedModel, encodes_here
 from workers.model.media import what_differs
 from workers.model.picture_shares import decode_shared
 from workers.model.previews import Pixels, Previews, check_predicts_clean, example
+from workers.model.shared_encoders import DRAWN
 from workers.model.step_ends import StepEnd, StepEnds
 from workers.model.truncation import WatchedTokenizer
 from workers.model.workflow import Workflow
@@ -76,7 +77,8 @@ class Denoising:
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
         self._shared_scheduler = pipeline.scheduler
         self._pipeline.scheduler = self._scheduler_of(self._generators)
-        alone = model.text_encoder == "rank0" or bool(request.inputs)  # not all ranks have the VAE that reads pictures
+        # Not all ranks have the VAE that reads pictures, and what is drawn without a seed differs between ranks.
+        alone = model.text_encoder == "rank0" or bool(request.inputs) or hasattr(pipeline, DRAWN)
         self._encodes = encoded is None and encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
         self._tokens_read: list[int] = []

@@ -13,15 +13,27 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+DRAWN = "generate_prior_tokens"
+"""The one of `METHODS` whose answer is drawn at random, by no generator of the request: one rank alone may ask it."""
+
 METHODS = (
     "encode_prompt",
     "encode_prompt_multiple_images",
     "encode_image",
     "encode_video",
-    "generate_prior_tokens",
-    "_prepare_first_frame_conditioning",
+    DRAWN,
+    "_get_image_embeds",
 )
 """Of pipelines: all that they return is made of tensors."""
+
+
+class TextEncoderElsewhere:
+    """In the place of a text encoder that another rank has, where a pipeline asks for its part that sees pictures.
+
+    It hands that part to an encoder that is not asked here.
+    """
+
+    vision_tower = None
 
 
 class SharedEncoders:

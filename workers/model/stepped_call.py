@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from workers.model.shared_encoders import METHODS, SharedEncoders
+from workers.model.shared_encoders import METHODS, SharedEncoders, TextEncoderElsewhere
 
 Noise = tuple[torch.Tensor, torch.Tensor]
 """The latents before a step, and what the model has predicted of them: of all branches, combined."""
@@ -47,6 +47,8 @@ class SteppedCall:
         _replace(pipeline, "check_inputs", functools.partial(_checked, refuse))
         for method in METHODS:
             _replace(pipeline, method, encoders)
+        if hasattr(pipeline, "_prepare_first_frame_conditioning") and pipeline.text_encoder is None:
+            pipeline.text_encoder = TextEncoderElsewhere()
         if hasattr(pipeline, "vae"):
             pipeline.vae = encoders.reading(pipeline.vae)
         _replace(pipeline, "progress_bar", functools.partial(_loop_begins, self._total))
@@ -112,7 +114,9 @@ class SteppedCall:
 def _replace(pipeline: Any, name: str, wrapped: Callable[..., Any]) -> None:
     """Call `wrapped(method, ...)` instead of a method. Without a cycle, which would keep a request's tensors alive."""
     method, owner = getattr(type(pipeline), name, None), weakref.ref(pipeline)
-    if method is not None:
+    if isinstance(inspect.getattr_static(type(pipeline), name, None), staticmethod):
+        setattr(pipeline, name, functools.partial(wrapped, method))
+    elif method is not None:
         setattr(pipeline, name, lambda *args, **kwargs: wrapped(functools.partial(method, owner()), *args, **kwargs))
 
 
