@@ -14,8 +14,12 @@ from deploy.tokenizer_files import verify_chat_template, verify_tokenizer
 OTHER_INDEX = "modular_model_index.json"
 """diffusers reads it first, and it may name components of other models."""
 
-WITH_TOKENIZER = ("tokenizer", "processor", "text_processor")
+PROCESSORS = ("processor", "text_processor")
+
+WITH_TOKENIZER = ("tokenizer", *PROCESSORS)
 """Components that have a tokenizer among their files, also where their class prepares pictures as well."""
+
+SEES = "vision_language_encoder"
 
 
 def verify_components(folder: Path) -> None:
@@ -51,13 +55,20 @@ def _verify_component(folder: Path, name: str) -> None:
     if "Scheduler" in kind:
         _verify_scheduler(part / "scheduler_config.json")
     elif "Tokenizer" in kind or name in WITH_TOKENIZER:
-        verify_tokenizer(part, _embedded_tokens(folder / name.replace("tokenizer", "text_encoder")))
+        verify_tokenizer(part, _embedded_tokens(folder / _reader(folder, name)))
         if find_family(folder).chats:
             verify_chat_template(part)
     elif name in component_folders(folder):
         config = configs.get("config.json") or read_config(part / "config.json")
         if not any(config.get(key) for key in ("_class_name", "model_type", "architectures")):
             raise ValueError(f"{part / 'config.json'} does not say what it configures; fetch or copy it again")
+
+
+def _reader(folder: Path, name: str) -> str:
+    """The component that reads the tokens of a tokenizer or processor. GLM-Image's processor works for a second one."""
+    if name in PROCESSORS:
+        return SEES if SEES in component_classes(folder) else "text_encoder"
+    return name.replace("tokenizer", "text_encoder")
 
 
 def _verify_scheduler(file: Path) -> None:

@@ -138,6 +138,21 @@ def test_vocabularies_that_cannot_be_used(tmp_path: Path, change: Callable[[Path
         verify_components(folder)
 
 
+@pytest.mark.parametrize("name", ["processor", "text_processor"])
+def test_the_vocabulary_of_a_processor_is_that_of_the_model_that_reads_it(tmp_path: Path, name: str) -> None:
+    folder = stub_model(tmp_path / "model")
+    (folder / name).mkdir()
+    write(folder / name / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 2}}})
+    write(folder / name / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
+    edit(folder / "model_index.json", {name: ["a_library", "AProcessor"]})
+    with pytest.raises(ValueError, match=rf"{name}/tokenizer\.json has a token 2, but the text encoder has embeddings"):
+        verify_components(folder)
+    (folder / "vision_language_encoder").mkdir()
+    write(folder / "vision_language_encoder" / "config.json", {"model_type": "a", "vocab_size": 3})
+    edit(folder / "model_index.json", {"vision_language_encoder": ["a_library", "AModel"]})
+    verify_components(folder)
+
+
 def test_vocabularies_in_other_files(tmp_path: Path) -> None:
     folder = stub_model(tmp_path / "model", "FluxPipeline")
     words(folder / "tokenizer")
