@@ -55,4 +55,6 @@ def _load_or_declare(library: str | None) -> None:
             torch.ops.load_library(library)
             return
     for name, signature in OPERATORS.items():
+        if hasattr(getattr(torch.ops, PACKAGE), name):  # from an earlier import, which failed
+            continue
         torch.library.define(f"{PACKAGE}::{name}", signature)

@@ -38,6 +38,14 @@ def test_operators_that_cannot_be_loaded_are_declared(broken: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
+def test_a_second_try_finds_them_declared(broken: Path) -> None:
+    place = broken / "torchvision" / "__init__.py"
+    place.write_text("import sys, torch\nif not hasattr(sys, 'tried'): sys.tried = 1; raise ImportError\n" + DESCRIBES)
+    twice = "\ntry: import torchvision\nexcept ImportError: import torchvision"
+    found = imported(broken, f"{DECLARES}{twice}")
+    assert found.returncode == 0, found.stderr
+
+
 def test_without_compiled_operators_they_are_declared(broken: Path) -> None:
     (broken / "torchvision" / "_C.so").unlink()
     found = imported(broken, f"{DECLARES} import torchvision")
