@@ -1,0 +1,78 @@
+"""What prompts of a classic pipeline may not hold: words of the model's own, and more than a broken warning bears.
+
+Called by `workers.model.adapters.classic` when a request is checked.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
+
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest
+
+PROCESSORS = ("processor", "text_processor")
+"""What pipelines call the parts that prepare pictures together with prompts."""
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""A few of these are processors, or know the words of one."""
+
+MARKS = {"JoyImageEditPipeline": ("<image>\n",)}
+"""Words that a pipeline itself exchanges for those by which a processor marks pictures."""
+
+FAILS_ABOVE = "LongCatImageEditPipeline"
+"""A longer prompt than its `tokenizer_max_length` fails in its own warning."""
+
+
+def check_words(name: str, pipeline: Any, request: GenerationRequest) -> None:
+    """Reject prompts that hold words by which a processor marks pictures: it would look for as many pictures.
+
+    Args:
+        name: the pipeline's class.
+        pipeline: one of it.
+        request: its prompts are looked at.
+
+    Raises:
+        InvalidParameter: names the prompt and the word.
+    """
+    marks = {*MARKS.get(name, ()), *_added(pipeline)}
+    for field, text in _prompts(request):
+        if mark := next((each for each in sorted(marks) if each in text), None):
+            word = mark.replace("\n", "\\n")
+            raise InvalidParameter(field, f"{field} holds {word}, a word of the model's own; leave it out")
+
+
+def check_length(name: str, pipeline: Any, request: GenerationRequest) -> None:
+    """Reject prompts that are too long for a pipeline that fails instead of cutting them.
+
+    Args:
+        name: the pipeline's class.
+        pipeline: one of it.
+        request: its prompts are looked at.
+
+    Raises:
+        InvalidParameter: names the prompt and how many tokens it has.
+    """
+    if name != FAILS_ABOVE:
+        return
+    most = pipeline.tokenizer_max_length
+    for field, text in _prompts(request):
+        parts = (part for each, quoted in split_quotation(text) for part in (each if quoted else [each]))
+        count = sum(len(pipeline.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
+        if count > most:
+            raise InvalidParameter(field, f"{field} has {count} tokens, this model reads at most {most}; shorten it")
+
+
+def _prompts(request: GenerationRequest) -> tuple[tuple[str, str], ...]:
+    return ("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")
+
+
+def _added(pipeline: Any) -> Iterator[str]:
+    """The words that were added to the vocabularies of a pipeline's processors."""
+    parts = [getattr(pipeline, name, None) for name in PROCESSORS]
+    named = (getattr(pipeline, name, None) for name in TOKENIZERS)
+    parts += [part for part in named if getattr(part, "image_token", None)]
+    for part in parts:
+        tokenizer = getattr(part, "tokenizer", part)
+        if tokenizer is not None:
+            yield from tokenizer.get_added_vocab()
