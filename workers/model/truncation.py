@@ -12,6 +12,10 @@ PROMPTS = ("prompt", "negative_prompt")
 """In the order in which every pipeline encodes them."""
 
 
+PICTURES = ("images", "videos")
+"""What a processor is given beside the text, which marks their places."""
+
+
 class WatchedTokenizer:
     """A tokenizer that remembers which texts it has cut.
 
@@ -40,14 +44,15 @@ class WatchedTokenizer:
         if "attention_mask" in made:
             self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))
         if truncation and max_length is not None:
-            self._compare(text, max_length - self._unread)
+            pictures = {name: options[name] for name in PICTURES if name in options}
+            self._compare(text, pictures, max_length - self._unread)
         return made
 
-    def _compare(self, text: Any, kept: int) -> None:
+    def _compare(self, text: Any, pictures: dict[str, Any], kept: int) -> None:
         prompt = PROMPTS[min(self._encoded, len(PROMPTS) - 1)]
         self._encoded += 1
         texts = [text] if isinstance(text, str) else text
-        whole = max(len(ids) for ids in self._tokenizer(text=texts, verbose=False).input_ids)
+        whole = max(len(ids) for ids in self._tokenizer(text=texts, verbose=False, **pictures).input_ids)
         if whole > kept:
             encoder = self._name.replace("tokenizer", "text_encoder")
             self._warnings.append(f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it")
