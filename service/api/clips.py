@@ -23,15 +23,21 @@ REFUSED = 3
 ALLOWED = "a clip must be an MP4"
 
 
-def decode_clip(param: str, data: bytes, most_frames: int) -> bytes:
+def decode_clip(param: str, data: bytes, most_frames: int, asked_frames: int | None = None) -> bytes:
     """An animated PNG of its first frames; blocks for as long as that takes.
+
+    Args:
+        param: what the caller calls it.
+        data: the file.
+        most_frames: later ones are not read.
+        asked_frames: as many must be readable, if it has them; None: all that are read.
 
     Raises:
         InvalidParameter: it is no clip that is taken.
     """
     if data[4:8] != b"ftyp":
         raise _invalid(param, f"{ALLOWED}; this file does not begin as one")
-    command = [sys.executable, "-I", DECODER, str(most_frames)]
+    command = [sys.executable, "-I", DECODER, str(most_frames), str(asked_frames or most_frames)]
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

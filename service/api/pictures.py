@@ -44,12 +44,14 @@ _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
 _waiting = 0
 
 
-async def read_pictures(files: Sequence[tuple[MediaRole, bytes]], most_frames: int = 1) -> tuple[MediaInput, ...]:
+async def read_pictures(
+    files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (1, 1)
+) -> tuple[MediaInput, ...]:
     """The inputs of a request, decoded and made alike.
 
     Args:
         files: as the caller sent them, with their roles.
-        most_frames: of a clip, those that are read.
+        frames: of a clip, those that are read at most, and those without which it is refused.
 
     Raises:
         InvalidParameter: one of them is no picture that is taken, or a mask has another size than its image.
@@ -60,7 +62,7 @@ async def read_pictures(files: Sequence[tuple[MediaRole, bytes]], most_frames: i
         raise QueueFull(f"{MOST_WAITING} requests wait for their pictures to be decoded; try again later")
     _waiting += 1
     try:
-        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, files, most_frames)
+        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, files, frames)
         decoding.add_done_callback(_ended)  # not when the caller leaves: a thread goes on
     except BaseException:
         _waiting -= 1
@@ -75,7 +77,7 @@ def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
         decoding.exception()  # of a caller who has left nobody else asks
 
 
-def decode(files: Sequence[tuple[MediaRole, bytes]], most_frames: int = 1) -> tuple[MediaInput, ...]:
+def decode(files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (1, 1)) -> tuple[MediaInput, ...]:
     """The same, in this thread.
 
     Raises:
@@ -85,7 +87,7 @@ def decode(files: Sequence[tuple[MediaRole, bytes]], most_frames: int = 1) -> tu
     left = MOST_PIXELS
     for role, data in files:
         if role == "video":
-            inputs.append(MediaInput(role, decode_clip(role, data, most_frames)))
+            inputs.append(MediaInput(role, decode_clip(role, data, *frames)))
             continue
         picture = _decoded(role, data, left)
         left -= picture.width * picture.height

@@ -166,11 +166,13 @@ def _frames(body: VideoGenerationBody, fps: int) -> int | None:
     return 4 * round((body.seconds * fps - 1) / 4) + 1 if body.seconds * fps > 1 else 1
 
 
-def most_frames(body: GenerationBody, model: ModelSpec) -> int:
-    """How many frames of a clip are read at most."""
+def most_frames(body: GenerationBody, model: ModelSpec) -> tuple[int, int]:
+    """How many frames of a clip are read at most, for some models go on from its end, and how many the video has."""
+    most = model.limits.max_num_frames
     if not isinstance(body, VideoGenerationBody):
-        return 1
-    return _frames(body, body.fps or model.defaults.fps) or model.limits.max_num_frames
+        return 1, 1
+    asked = _frames(body, body.fps or model.defaults.fps) or most
+    return most, min(asked, most)
 
 
 def _frames_of(inputs: tuple[MediaInput, ...]) -> int | None:

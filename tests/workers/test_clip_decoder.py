@@ -16,7 +16,7 @@ from workers import clip_decoder
 from workers.clip_decoder import ClipError, decode
 from workers.errors import InvalidParameter
 from workers.messages import MediaInput
-from workers.model.picture_inputs import read_clip
+from workers.model.picture_inputs import is_cut, read_clip
 
 
 def painted(count: int, width: int = 48, height: int = 32, still: bool = False) -> list[Image.Image]:
@@ -91,6 +91,12 @@ def test_a_clip_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert frames_of(decode(CLIP, 3)) == 3
     with pytest.raises(ClipError, match="the first 4 frames have more than 4608 pixels together"):
         decode(CLIP, 4)
+    assert frames_of(decode(CLIP, 6, asked_frames=3)) == 3
+
+
+@pytest.mark.parametrize(("most", "is_cut_"), [(5, True), (6, False), (7, False)])
+def test_a_clip_of_more_frames_than_are_read_says_so(most: int, is_cut_: bool) -> None:
+    assert is_cut(MediaInput("video", decode_clip("video", CLIP, most, 2))) == is_cut_
 
 
 def test_a_decoder_that_breaks_or_takes_too_long_is_the_clips_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

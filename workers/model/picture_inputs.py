@@ -13,6 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageSequence
 
+from workers.clip_decoder import CUT
 from workers.messages import MediaInput
 
 Pack = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -33,6 +34,12 @@ def read_clip(given: MediaInput) -> list[Image.Image]:
     """The frames of an input."""
     with Image.open(io.BytesIO(given.data), formats=("PNG",)) as clip:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
+
+
+def is_cut(given: MediaInput) -> bool:
+    """Whether the caller's clip has more frames than were read."""
+    with Image.open(io.BytesIO(given.data), formats=("PNG",)) as clip:
+        return CUT in clip.info
 
 
 class EncodePictures:
