@@ -5,12 +5,14 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 
 from deploy.check import check_deployment
@@ -26,13 +28,16 @@ from tests.support.deployments import model
 from tests.workers.test_adapters import PICTURES, VIDEO, alone, ask, differ
 from tests.workers.test_denoising import ALONE, begun, check, generate, generate_with
 from tests.workers.test_steps_ahead import started
+from workers.demo_models import vocabulary
 from workers.demo_models.pipelines import demo_of
+from workers.demo_models.writer import write_demo_model
 from workers.errors import InvalidParameter, RequestCancelled, RequestError
 from workers.messages import Drawn, GenerationRequest, PreviewOptions, StepEvent
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.classic_denoising import ClassicDenoising, begin
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
+from workers.model.prompts import check_length, check_words
 from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
@@ -263,6 +268,54 @@ def test_words_by_which_a_processor_marks_pictures_are_refused() -> None:
     with pytest.raises(InvalidParameter, match=r"prompt holds <\|image\|>, a word of the model's own") as refused:
         adapter.check(pipeline, replace(request, prompt="a <|image|>"))
     assert refused.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "word", "said"),
+    [
+        ("longcat_image", "LongCatImageEditPipeline", "<|image_pad|>", r"<\|image_pad\|>"),
+        ("kandinsky_5", "Kandinsky5T2IPipeline", "<|image_pad|>", r"<\|image_pad\|>"),
+        ("joy_image_edit", "JoyImageEditPipeline", "<image>\n", r"<image>\\n,"),
+    ],
+)
+def test_so_are_those_of_other_processors(family: str, name: str, word: str, said: str) -> None:
+    request, pipeline = replace(PICTURES, prompt=f"a {word}b"), demo_of(family, name)
+    with pytest.raises(InvalidParameter, match=f"prompt holds {said}"):
+        check_words(name, pipeline, request)
+    check_words(name, pipeline, replace(request, prompt="a <image> b"))
+    check_words("QwenImagePipeline", SimpleNamespace(tokenizer=vocabulary.qwen2()), request)  # it sees no pictures
+
+
+def test_a_prompt_that_fails_in_the_pipelines_own_warning_is_refused() -> None:
+    name = "LongCatImageEditPipeline"
+    pipeline = demo_of("longcat_image", name)
+    length = pipeline.tokenizer_max_length
+    fits = "x" * length
+    assert len(pipeline.tokenizer(fits, add_special_tokens=False)["input_ids"]) == length
+    check_length(name, pipeline, replace(PICTURES, prompt=fits))
+    long = replace(PICTURES, prompt=fits + ' "x"')  # what is quoted is read by its letters
+    with pytest.raises(
+        InvalidParameter, match=rf"prompt has {length + 4} tokens, this model reads at most {length}; shorten it"
+    ):
+        check_length(name, pipeline, long)
+    check_length("LongCatImagePipeline", pipeline, long)
+    with pytest.raises(TypeError, match="has no len"):  # once diffusers has mended it, such prompts may be cut
+        pipeline._encode_prompt([long.prompt], Image.new("RGB", (64, 64)))
+
+
+def who_encodes(mesh: ParallelMesh, folder: Path) -> tuple[bool, bool]:
+    spec = ModelSpec(name="a", source=str(folder), device="cpu", parallel=mesh.degrees, text_encoder="replicate")
+    denoising = begin(load_model(spec, mesh), replace(PICTURES, width=96, height=128, n=1))
+    return denoising._encodes, denoising._shares_encoded
+
+
+def test_what_an_encoder_draws_is_drawn_by_one_rank(
+    ranks: RankPool, demo_models: dict[str, Path], tmp_path: Path
+) -> None:
+    write_demo_model(tmp_path / "demo", "glm_image", "GlmImagePipeline")
+    two = LAYOUTS["ulysses 2"]
+    assert ranks.run(two, who_encodes, tmp_path / "demo") == [(True, True), (False, True)]
+    assert ranks.run(two, who_encodes, demo_models["stable-diffusion-3"]) == [(True, False)] * 2
 
 
 def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: dict[str, Path]) -> None:

@@ -20,6 +20,8 @@ from sp_core.verify.divergence import error
 from sp_core.verify.verify import BAR
 from tests.workers.test_adapters import alone
 from tests.workers.test_classic import Pipeline, refuse
+from tests.workers.test_clip_decoder import mp4, painted
+from workers.clip_decoder import decode
 from workers.demo_models.pipelines import demo_of, requests_of
 from workers.demo_models.writer import write_demo_model
 from workers.errors import InvalidParameter
@@ -54,8 +56,8 @@ def test_what_a_call_does_with_frames_is_read_from_its_source() -> None:
     assert call_of("HunyuanVideoFramepackPipeline").latent_window == 9
     assert (call_of("WanPipeline").fixed_frames, call_of("WanPipeline").latent_window) == (0, 0)
     assert call_of("WanVACEPipeline").one_generator and not call_of("CogVideoXPipeline").one_generator
-    one = {each for each in ("WanVACEPipeline", "CogVideoXPipeline", "WanPipeline") if call_of(each).makes_one}
-    assert one == {"WanVACEPipeline", "CogVideoXPipeline"}
+    one = {"WanVACEPipeline", "CogVideoXPipeline", "PRXPipeline"}
+    assert {each for each in (*one, "WanPipeline") if call_of(each).makes_one} == one
     assert call_of("LTXConditionPipeline").counts_frames and not call_of("LucyEditPipeline").counts_frames
 
 
@@ -199,7 +201,7 @@ def test_windows_begin_with_the_last_frames_before_them(
 ) -> None:
     found = adapter(FORCING.format("VideoToVideo" if request_.inputs else ""))
     assert found.loops(SimpleNamespace(vae_scale_factor_temporal=4), request_) == loops
-    assert found.inputs(request_).get("overlap_history", told) == (told or request_.extra_params.get("overlap_history"))
+    assert found.inputs(request_).get("overlap_history") == (told or request_.extra_params.get("overlap_history"))
     assert len(found.pictures(request_, here=True).get("video", [])) == {9: 9, 121: 33}.get(request_.num_frames, 0)
 
 
@@ -225,6 +227,29 @@ def test_windows_that_cannot_be_made_are_refused(request_: GenerationRequest, pa
         adapter(name).check(pipeline, request_)
         adapter(name).pictures(request_, here=True)
     assert refused.value.param == param
+
+
+def test_a_clip_that_is_not_read_to_its_end_cannot_be_gone_on_from() -> None:
+    cut = MediaInput("video", decode(mp4(painted(19, 64, 48)), 17))
+    request = replace(REQUEST, num_frames=21, inputs=(cut,))
+    with pytest.raises(InvalidParameter, match="only the first 17 frames of the clip can be read") as refused:
+        adapter(FORCING.format("VideoToVideo")).pictures(request, here=True)
+    assert refused.value.param == "video"
+    whole = replace(request, inputs=(MediaInput("video", decode(mp4(painted(19, 64, 48)), 19)),))
+    assert len(adapter(FORCING.format("VideoToVideo")).pictures(whole, here=True)["video"]) == 19
+    begun = adapter("WanVideoToVideoPipeline").pictures(replace(request, num_frames=9), here=True)
+    assert len(begun["video"]) == 9  # all that it takes is there
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"), [(101, "last_image goes with at most 97 frames, got num_frames=101"), (97, "")]
+)
+def test_windows_do_not_end_with_a_picture(frames: int, said: str) -> None:
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(config={}))
+    still = MediaInput("image", clip(1).data)
+    request = replace(REQUEST, num_frames=frames, inputs=(still, replace(still, role="last_image")))
+    with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
+        adapter(FORCING.format("ImageToVideo")).check_pictures(pipeline, request)
 
 
 ALLEGRO = SimpleNamespace(

@@ -17,7 +17,8 @@ from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 from workers.model.controlnets import check_control_mode, control_modes
 from workers.model.fixed_tiles import check_covered, fixed_tiles
-from workers.model.picture_inputs import read, read_clip
+from workers.model.picture_inputs import is_cut, read, read_clip
+from workers.model.prompts import check_length, check_words
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
@@ -154,6 +155,12 @@ class ClassicAdapter(PipelineAdapter):
                 raise InvalidParameter(
                     f"extra_params.{OVERLAP}", f"the clip has {len(frames)} frames, {OVERLAP} asks for {overlap}"
                 )
+            if is_cut(given):
+                raise InvalidParameter(
+                    "video",
+                    f"only the first {len(frames)} frames of the clip can be read, and this model goes on from its "
+                    "end; send a shorter clip",
+                )
             return frames
         frames = frames[: request.num_frames]
         if not self._call.counts_frames and len(frames) < request.num_frames:
@@ -165,6 +172,11 @@ class ClassicAdapter(PipelineAdapter):
     def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         self._check_roles(request)
+        window = self._call.frame_window
+        if window and request.num_frames > window and any(each.role == "last_image" for each in request.inputs):
+            raise InvalidParameter(
+                "last_image", f"last_image goes with at most {window} frames, got num_frames={request.num_frames}"
+            )
         config = pipeline.transformer.config
         looks_at_one = config.get("image_dim") and not config.get("pos_embed_seq_len")
         if looks_at_one and any(each.role == "last_image" for each in request.inputs):
@@ -176,7 +188,8 @@ class ClassicAdapter(PipelineAdapter):
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
         check_control_mode(pipeline, request)
-        _check_words(pipeline, request)
+        check_words(self.family.pipeline, pipeline, request)
+        check_length(self.family.pipeline, pipeline, request)
         self._check_size(pipeline, request)
         self._check_overlap(request)
         if request.negative_prompt and self.family.guided_above is None:
@@ -271,15 +284,6 @@ class ClassicAdapter(PipelineAdapter):
 
 
 ADAPTER = ClassicAdapter
-
-
-def _check_words(pipeline: Any, request: GenerationRequest) -> None:
-    """Reject prompts that hold words by which a processor marks pictures: it would look for as many pictures."""
-    tokenizer = getattr(getattr(pipeline, "processor", None), "tokenizer", None)
-    marks = tokenizer.get_added_vocab() if tokenizer else ()
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        if mark := next((each for each in marks if each in text), None):
-            raise InvalidParameter(name, f"{name} holds {mark}, a word of the model's own; leave it out")
 
 
 def _first(pipeline: Any, names: tuple[str, ...], otherwise: int) -> int:
