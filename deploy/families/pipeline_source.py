@@ -50,7 +50,7 @@ class ClassicCall:
         latent_window: it makes frames of so many latents at a time, each in a loop of its own; 0: all in one loop.
         frame_window: it makes so many frames at a time, each in a loop of its own that begins with the last frames of
             the one before; 0: it does not.
-        least_latents: of frames, without which it makes nothing: it norms the first ones by those behind them.
+        least_latents: of frames, without which it makes nothing: it normalizes the first ones by those behind them.
         patches: its check of inputs wants sizes of a multiple of so many patches of the transformer.
         caches_pictures: it keeps what the transformer computes of its pictures in a cache.
     """
