@@ -29,8 +29,7 @@ def _refuses(config: Config) -> str:
 
 KANDINSKY_5 = ModelFamily(
     transformer_classes=("Kandinsky5Transformer3DModel",),
-    pipelines=("Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
-    refused_pipelines={"Kandinsky5I2IPipeline": "its Qwen2VLProcessor needs torchvision, which spray does not install"},
+    pipelines=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline", "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
     refuses=_refuses,
     rounds="its rotation rounds queries and keys to bfloat16",
     sp_plan={

@@ -11,11 +11,13 @@ from transformers import CLIPTextModel
 from workers.demo_models import vocabulary
 from workers.demo_models.classic.hunyuan_video import pooled_config, video_vae
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, image_vae, qwen_vl_encoder
+from workers.demo_models.vision_language import qwen2_vl_processor
 
 TRANSFORMER_GAINS = {"modulation": 2, "self_attention.out_layer": 4, "self_attention.to_value": 3, "cross_attention": 2}
 
 REQUESTS = {
     "Kandinsky5T2IPipeline": {"width": 640, "height": 1408, "n": 1, "num_inference_steps": 2},
+    "Kandinsky5I2IPipeline": {"width": 640, "height": 1408, "n": 1, "num_inference_steps": 2},
     "Kandinsky5T2VPipeline": {"num_frames": 5},
     "Kandinsky5I2VPipeline": {"num_frames": 17},
 }
@@ -50,7 +52,7 @@ def demo_pipeline(name: str = "Kandinsky5T2IPipeline") -> Any:
         num_text_blocks=1,
         num_visual_blocks=2,
         axes_dims=(4, 4, 4),
-        visual_cond=name == "Kandinsky5I2VPipeline",
+        visual_cond="I2" in name,
     )
     for parameter in transformer.parameters():
         if not parameter.any() and parameter.ndim > 1:  # modulation begins as zeros, and shuts off all that it gates
@@ -60,7 +62,7 @@ def demo_pipeline(name: str = "Kandinsky5T2IPipeline") -> Any:
         transformer=transformer.eval(),
         vae=video_vae().eval() if makes_video else image_vae(),
         text_encoder=qwen_vl_encoder(tokenizer),
-        tokenizer=tokenizer,
+        tokenizer=qwen2_vl_processor(tokenizer),
         text_encoder_2=CLIPTextModel(pooled_config(words)).eval(),
         tokenizer_2=words,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
