@@ -283,6 +283,15 @@ def test_several_are_made_one_by_one_where_a_call_makes_one(demo_models: dict[st
     assert error(latents[1:], second) <= BAR
 
 
+def test_each_seed_draws_its_own_first_frame(tmp_path: Path) -> None:
+    name = "MotifVideoImage2VideoPipeline"
+    (request, *_) = requests_of(name)
+    write_demo_model(tmp_path / "demo", "motif_video", name)
+    latents, _ = alone(tmp_path / "demo", replace(request, n=2))
+    second, _ = alone(tmp_path / "demo", replace(request, seed=request.seed + 1))
+    assert len(latents) == 2 and error(latents[1:], second) <= BAR
+
+
 def test_a_call_that_draws_by_one_generator_makes_what_it_makes(tmp_path: Path) -> None:
     (request, *_) = requests_of("WanVACEPipeline")
     write_demo_model(tmp_path / "demo", "wan", "WanVACEPipeline")
