@@ -20,7 +20,7 @@ from tests.support.chart_nodes import PATIENCE_S, WORKER, Nodes, empty_cluster, 
 from tests.support.kube_service import Service
 from tests.support.programs import needs_iproute
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(1500), needs_iproute]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500), needs_iproute]
 
 LONG, SHORT = 2000, 2
 """Steps of the request that the switch must not end, and of those that come all the time."""
