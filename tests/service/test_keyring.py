@@ -1,7 +1,6 @@
 """API keys while a gateway runs: what each may do, and how they change."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,7 @@ def test_so_many_at_once_and_no_more() -> None:
 
 
 def test_work_is_a_bucket_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [time.monotonic()]
+    now = [1000.0]  # whole seconds: of others, sums are rounded
     monkeypatch.setattr("service.state.keyring.time.monotonic", lambda: now[0])
     key, allowance = ApiKey(name="a", sha256=digest("a"), max_work_per_minute=60.0), Allowance()
     with allowance.take(key, 40):
