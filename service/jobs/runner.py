@@ -149,7 +149,8 @@ class Runner:
     async def _follow(self) -> None:
         while not self._stopped:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), PERIOD_S)
+                async with asyncio.timeout(PERIOD_S):  # `wait_for` loses a cancellation that comes as it wakes
+                    await self._wake.wait()
             self._wake.clear()
             try:
                 if not self._stopped and await self._jobs.in_use():

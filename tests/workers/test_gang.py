@@ -330,6 +330,7 @@ def test_a_request_ends_when_its_caller_is_killed(
             raise ValueError(f"no actor {name} in {namespace}")
 
     monkeypatch.setattr("workers.gang.caller.PERIOD_S", 0.01)
+    monkeypatch.setattr("workers.gang.caller.ray.is_initialized", lambda: True)
     monkeypatch.setattr("workers.gang.caller.ray.get_actor", get_actor)
 
     async def story() -> None:

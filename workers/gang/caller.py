@@ -30,7 +30,9 @@ async def cancel_when_gone(caller: str, cancel: Callable[[], None]) -> None:
 
 
 def is_alive(name: str) -> bool:
-    """Whether an actor lives. Its name ends with it."""
+    """Whether an actor lives. Its name ends with it. Where Ray does not run nobody can tell, and Ray is not started."""
+    if not ray.is_initialized():
+        return True
     try:
         ray.get_actor(name, namespace=SERVE_NAMESPACE)
     except ValueError:
