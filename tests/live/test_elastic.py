@@ -90,7 +90,8 @@ def test_a_profile_is_of_the_ranks_that_serve_it(
         return summary
 
     alone = profile("alone", 3)
-    assert (alone["layout"], [each["rank"] for each in alone["ranks"]]) == ("ulysses_degree=2", [0, 1])
+    ranks = {"ulysses_degree=2": [0, 1], "1 rank": [0]}  # the latter where a step on two takes longer on this machine
+    assert [each["rank"] for each in alone["ranks"]] == ranks[alone["layout"]]
     with ThreadPoolExecutor(1) as threads:
         long = threads.submit(draw, cluster, LONG)
         wait_for(lambda: standing(cluster), bool)
@@ -100,8 +101,9 @@ def test_a_profile_is_of_the_ranks_that_serve_it(
 
 
 def test_who_leaves_ends_a_request_at_its_next_step(cluster: LocalCluster) -> None:
+    longer = {"model": "demo", **LONG, "num_inference_steps": 100}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{cluster.url}/v1/images/generations", json={"model": "demo", **LONG}, timeout=1.0, trust_env=False)
+        httpx.post(f"{cluster.url}/v1/images/generations", json=longer, timeout=0.5, trust_env=False)
     began = time.monotonic()
     wait_for(lambda: standing(cluster), lambda found: not found)
     assert time.monotonic() - began < 10
