@@ -382,7 +382,8 @@ class Gang:
                     await self._apply_adapters()
             if adapters.differs:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._adapters_changed.wait(), ADAPTERS_AGAIN_S)
+                    async with asyncio.timeout(ADAPTERS_AGAIN_S):
+                        await self._adapters_changed.wait()
 
     async def _apply_adapters(self) -> None:
         """Call it in a turn."""

@@ -111,7 +111,8 @@ class Watch:
         idle = not self._tasks and all(status.phase == "idle" for status in self.statuses)
         self._woken.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), IDLE_S if idle else PERIOD_S)
+            async with asyncio.timeout(IDLE_S if idle else PERIOD_S):
+                await self._woken.wait()
 
 
 async def watch_start(ranks: Sequence[Any], statuses: Sequence[RankStatus], timeouts: Timeouts) -> None:
