@@ -4,6 +4,7 @@ No code outside these rooms names a family.
 """
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -75,11 +76,16 @@ def words(text: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)]
 
 
-def names_a_family(text: str) -> bool:
-    spoken = " ".join(words(text))
+@functools.cache
+def any_family() -> re.Pattern[str]:
+    """Finds the name of a family, or of a transformer class, among words."""
     stems = {" ".join(words(stem)) for stem in files("plans")}
     classes = {" ".join(words(name)) for family in planned.families() for name in family.transformer_classes}
-    return any(re.search(rf"\b{re.escape(name)}\b", spoken) for name in stems | classes)
+    return re.compile(rf"\b({'|'.join(map(re.escape, stems | classes))})\b")
+
+
+def names_a_family(text: str) -> bool:
+    return any_family().search(" ".join(words(text))) is not None
 
 
 def said(source: str) -> Iterator[tuple[int, str]]:

@@ -111,8 +111,7 @@ def measure_compiled(mesh: ParallelMesh, name: str) -> list[tuple[dict[str, floa
     return found
 
 
-@pytest.mark.parametrize("layout", ["tp 2", "tp 2 x ulysses 2"])
-@pytest.mark.parametrize("name", ["qwen-image", "wan"])
+@pytest.mark.parametrize(("name", "layout"), [("qwen-image", "tp 2"), ("wan", "tp 2 x ulysses 2")])
 def test_bytes_of_compiled_blocks_are_those_of_the_formula(ranks: RankPool, name: str, layout: str) -> None:
     shape = shape_of(name, "uneven")
     for rank, found in enumerate(ranks.run(LAYOUTS[layout], measure_compiled, name)):

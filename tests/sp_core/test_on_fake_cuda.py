@@ -159,12 +159,23 @@ def reported(watched: Watched, known: Mapping[str, int] = NO_WAITS) -> dict[str,
     return {"refused": watched.refused, "faults": dict(faults), "waits": dict(waits - Counter(known))}
 
 
+ON_EVERY_LAYOUT = ("qwen-image", "qwen-image, masked", "wan", "flux")
+
+
+def marks(name: str, layout: str) -> list[pytest.MarkDecorator]:
+    """The quick loop runs one layout of each family, and leaves the others out as if they started ranks.
+
+    Most layouts of most families are left to the soak.
+    """
+    few = name in ON_EVERY_LAYOUT or layout in ("u2", "t2")
+    return [pytest.mark.processes] * (layout != "u2") + [pytest.mark.soak] * (not few)
+
+
 CASES = [
-    pytest.param(name, layout, marks=() if layout == "u2" else pytest.mark.processes)
+    pytest.param(name, layout, marks=marks(name, layout))
     for name, expected in EXPECTED.items()
     for layout in expected.layouts.split(",")
 ]
-"""The quick loop runs one layout of each family, and leaves the others out as if they started ranks."""
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -1,12 +1,15 @@
 """`spray verify`: the models of sp_core's README pass their proof, wrong ones are told where they go wrong."""
 
 import re
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from service.cli.main import main
+from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import Unverifiable, find_proofs, verify
 
 pytestmark = pytest.mark.processes
@@ -60,25 +63,43 @@ class NeedsWidth(Standard):
 '''
 
 
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The README's classes, and wrong ones, as the module `readme_models` in the working directory."""
+    folder = tmp_path_factory.mktemp("readme")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
     (source,) = [block for block in blocks if "class Standard" in block]
-    (tmp_path / "readme_models.py").write_text(source + WRONG)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return tmp_path
+    (folder / "readme_models.py").write_text(source + WRONG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(folder))
+        yield folder
 
 
-def test_the_patterns_of_the_readme(models: Path) -> None:
+@pytest.fixture(scope="module")
+def readers(models: Path) -> Iterator[RankPool]:
+    """Ranks that can import `readme_models`: starting them takes longer than a proof."""
+    pool = RankPool(3)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def one_pool(readers: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs run on `readers`."""
+    monkeypatch.setattr("sp_core.verify.verify.closing_pool", lambda size, device_type: nullcontext(readers))
+
+
+@pytest.mark.usefixtures("one_pool")
+def test_the_patterns_of_the_readme() -> None:
     for name in ("Standard", "WithRope", "Unified", "Intrusive"):
         lines = list(verify(f"readme_models:{name}", worlds=(3,)))
         assert [good for good, _ in lines] == [True] * 3
         assert all("same within" in line for _, line in lines[1:])
 
 
-def test_models_that_go_wrong(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("one_pool")
+def test_models_that_go_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     for name, says in (
         ("MixesTokens", "first at 'pool', whose output (1, 12, 48) differs by"),
         ("ForgetsPositions", "failed: RuntimeError: The size of tensor a (12) must match"),

@@ -48,7 +48,7 @@ def test_the_ranks_have_their_environment(demo_model: Path, tmp_path: Path) -> N
     )
     given = {"plan": "own_plans:PLAN", "env": {"PYTHONPATH": str(tmp_path), "FOR_RANKS": "yes"}}
     before = dict(os.environ), list(sys.path)
-    spec = model(demo_model, ulysses_degree=2)
+    spec = model(demo_model)
     drawn = generate_locally(spec.model_copy(update=given), REQUEST, lambda _: None)
     assert drawn.outputs == generate_locally(spec, REQUEST, lambda _: None).outputs
     assert (dict(os.environ), list(sys.path)) == before

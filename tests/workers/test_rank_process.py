@@ -26,7 +26,7 @@ print(os.environ["HF_HUB_OFFLINE"], offline)
 """
 
 
-@pytest.mark.parametrize(("operator", "said"), [(None, "1 True"), ("0", "0 False"), ("true", "true True")])
+@pytest.mark.parametrize(("operator", "said"), [(None, "1 True"), ("0", "0 False")])
 def test_offline_unless_the_operator_says_otherwise(operator: str | None, said: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     env |= {"HF_HUB_OFFLINE": operator} if operator else {}

@@ -237,10 +237,10 @@ class Lives(RuleBasedStateMachine):
                 known.state = "queued"
 
 
-def live(open_it: Callable[[Clock], JobStore]) -> None:
+def live(open_it: Callable[[Clock], JobStore], lives: int) -> None:
     machine = type("Machine", (Lives,), {"open": staticmethod(open_it)})
     machine.TestCase.settings = settings(
-        max_examples=15,
+        max_examples=lives,
         stateful_step_count=30,
         deadline=None,
         derandomize=True,
@@ -251,7 +251,7 @@ def live(open_it: Callable[[Clock], JobStore]) -> None:
 
 def test_on_sqlite() -> None:
     folder = Path(tempfile.mkdtemp())
-    live(lambda clock: JobStore(open_engine("sqlite", folder, ""), KEEP_S, clock, patience_s=0.0))
+    live(lambda clock: JobStore(open_engine("sqlite", folder, ""), KEEP_S, clock, patience_s=0.0), 15)
     shutil.rmtree(folder)
 
 
@@ -263,4 +263,4 @@ def test_on_postgres(postgres: Any) -> None:
             connection.exec_driver_sql("TRUNCATE jobs, job_ends CASCADE")
         return JobStore(engine, KEEP_S, clock, patience_s=0.0)
 
-    live(empty)
+    live(empty, 6)
