@@ -1,6 +1,6 @@
-"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather, and once the lengths),
-`attention.ulysses` (exchange), `attention.ring` (shift), `attention.region_attention` (does it fit on all ranks?),
-`tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
+"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather; once the lengths, and
+does it fit on all ranks?), `attention.ulysses` and `grid_convolution` (exchange), `attention.ring` (shift),
+`attention.linear` and `tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
 
 Lengths may differ from rank to rank. Callers must know all of them, because a collective whose sizes disagree hangs or
 corrupts instead of failing. On an axis of size 1, which has no group, nothing is sent.

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from sp_core import kernels
+from sp_core import grid_convolution, kernels
 from sp_core.handle import Handle
 from sp_core.mesh import ParallelMesh
 from sp_core.module_paths import resolve_modules
@@ -29,13 +28,15 @@ from sp_core.sp_plan import (
     OptionalSequenceParallelInput,
     OutputSpec,
     SequenceParallelCompanion,
+    SequenceParallelConvolution,
+    SequenceParallelGrid,
     SequenceParallelLeadingCount,
     SequenceParallelModelPlan,
     SequenceParallelOutput,
     SequenceParallelPartialInput,
     validate_sp_plan,
 )
-from sp_core.sp_sharding import gather, leading, shard
+from sp_core.sp_sharding import gather, leading, on_line, shard
 
 
 class SequenceParallelSplitHook:
@@ -56,6 +57,7 @@ class SequenceParallelSplitHook:
         self.context = context
         self.outputs = {key: entry for key, entry in spec.items() if isinstance(key, int)}
         self.inputs = {key: entry for key, entry in spec.items() if isinstance(key, str)}
+        self.grid = [key for key, entry in self.inputs.items() if isinstance(entry, SequenceParallelGrid)]
         self.positions = {p: i for i, p in enumerate(inspect.signature(module.forward).parameters)}
         for key in [*self.inputs, *_text_sources(spec)]:
             if key not in self.positions:
@@ -92,9 +94,11 @@ class SequenceParallelSplitHook:
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
-        if isinstance(entry, SequenceParallelLeadingCount):
+        if isinstance(entry, SequenceParallelLeadingCount | SequenceParallelGrid):
             if not isinstance(value, int):
                 raise ValueError(f"{where} is {type(value).__name__}, but the plan says that it counts tokens")
+            if isinstance(entry, SequenceParallelGrid):
+                return on_line(self.context, key, value, last=key == self.grid[-1])
             return leading(self.context, value, entry.stream)
         if isinstance(value, torch.Tensor):
             if isinstance(entry, list | tuple):
@@ -228,31 +232,34 @@ def context_of_plan(
 
 def install_hooks(model: nn.Module, plan: SequenceParallelModelPlan, context: SequenceContext) -> Handle:
     """See `apply_sequence_parallel`."""
-    installed: list[RemovableHandle] = []
+    undo: list[Callable[[], None]] = []
     try:
-        installed.append(model.register_forward_pre_hook(lambda *_: context.begin()))
+        undo.append(model.register_forward_pre_hook(lambda *_: context.begin()).remove)
         for name, entry in plan.items():
             for module in resolve_modules(model, name):
-                installed += _hook(name, module, entry, context)
-        installed.append(model.register_forward_hook(lambda *_: context.end(), always_call=True))
+                undo += _hook(name, module, entry, context)
+        undo.append(model.register_forward_hook(lambda *_: context.end(), always_call=True).remove)
     except Exception:
-        for hook in installed:
-            hook.remove()
+        for remove in undo:
+            remove()
         raise
-    return Handle([context.abandon, *(hook.remove for hook in installed)], context)
+    return Handle([context.abandon, *undo], context)
 
 
 def _hook(
-    name: str, module: nn.Module, entry: InputSpec | OutputSpec, context: SequenceContext
-) -> list[RemovableHandle]:
+    name: str, module: nn.Module, entry: InputSpec | OutputSpec | SequenceParallelConvolution, context: SequenceContext
+) -> list[Callable[[], None]]:
+    """Install what one entry says; the functions that remove it again."""
+    if isinstance(entry, SequenceParallelConvolution):
+        return [grid_convolution.bind(name, module, entry, context)]
     if not isinstance(entry, dict):
-        return [module.register_forward_hook(SequenceParallelGatherHook(name, entry, context).after)]
+        return [module.register_forward_hook(SequenceParallelGatherHook(name, entry, context).after).remove]
     split = SequenceParallelSplitHook(name, module, entry, context)
     hooks = []
     if split.inputs:
-        hooks.append(module.register_forward_pre_hook(split.before, with_kwargs=True))
+        hooks.append(module.register_forward_pre_hook(split.before, with_kwargs=True).remove)
     if split.outputs:
-        hooks.append(module.register_forward_hook(split.after, with_kwargs=True))
+        hooks.append(module.register_forward_hook(split.after, with_kwargs=True).remove)
     return hooks
 
 

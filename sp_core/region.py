@@ -97,6 +97,26 @@ class SequenceContext:
         """
         return what in self._settled.get(self.mesh.degrees, {})
 
+    def agree(self, who: str, what: Hashable, misfit: ValueError | None) -> None:
+        """Raise if something does not fit the plan. Comes before its first exchange.
+
+        Until it has fitted once, all ranks learn whether it fits on each of them: a wrong plan may fit on some by
+        chance, and these would wait for the others in an exchange that never comes. Later calls exchange nothing.
+
+        Args:
+            who: it, for messages.
+            what: it, alike on all ranks.
+            misfit: why it does not fit on this rank; None: it does.
+        """
+        if not self.is_settled(what):
+            somewhere = collectives.on_any_rank(misfit is not None, self.mesh.axis("sequence"))
+            if somewhere and misfit is None:
+                raise ValueError(f"{who} does not fit the plan on another rank; see there")
+            if misfit is None:
+                self.settle(what)
+        if misfit is not None:
+            raise misfit
+
     def settle(self, what: Hashable) -> None:
         """The ranks agree on this; the oldest agreements are forgotten, on all ranks alike."""
         settled = self._settled.setdefault(self.mesh.degrees, {})
@@ -158,12 +178,14 @@ class Region:
     Attributes:
         streams: by the name of the split that made them, those that have been gathered included.
         companions: in the order in which they were split.
+        grid: the sizes of the grid of which the tokens are, by parameter name, the outermost first.
     """
 
     def __init__(self, context: SequenceContext) -> None:
         self._context = context
         self.streams: dict[str, Stream] = {}
         self.companions: list[Stream] = []
+        self.grid: dict[str, int] = {}
         self._gathered: set[str] = set()
         self._layouts: dict[tuple[str, int, bool], TokenLayout] = {}
 

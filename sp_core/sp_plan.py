@@ -94,6 +94,29 @@ class SequenceParallelLeadingCount:
 
 
 @dataclass(frozen=True)
+class SequenceParallelGrid:
+    """A forward parameter that is a size of the grid of which the stream's tokens are: its frames, rows or columns.
+
+    A share of the tokens is no grid. The module is given it as one line: 1 for each size but the last, which becomes -1
+    (all tokens that are there). Name all sizes, the outermost first; convolutions inside have an entry of their own.
+    """
+
+
+@dataclass(frozen=True)
+class SequenceParallelConvolution:
+    """A convolution over the grid, of tokens that come as one line, `(B, C, 1, L)`: it sees those of other ranks too.
+
+    For an `nn.Conv2d` of odd kernel that keeps the size of the grid.
+
+    Attributes:
+        rows: the parameter with a `SequenceParallelGrid` along which the first dimension of its kernel lies. The second
+            lies along all sizes after that one, as one. Along those before it the kernel does not reach.
+    """
+
+    rows: str
+
+
+@dataclass(frozen=True)
 class SequenceParallelOutput:
     """Gather a module's output from the sequence ranks.
 
@@ -110,9 +133,10 @@ class SequenceParallelOutput:
 
 
 AnyInput = SequenceParallelInput | SequenceParallelPartialInput
-InputSpec = dict[str | int, AnyInput | SequenceParallelLeadingCount | list[AnyInput | None]]
+NumberInput = SequenceParallelLeadingCount | SequenceParallelGrid
+InputSpec = dict[str | int, AnyInput | NumberInput | list[AnyInput | None]]
 OutputSpec = SequenceParallelOutput | list[SequenceParallelOutput | None]
-SequenceParallelModelPlan = dict[str, InputSpec | OutputSpec]
+SequenceParallelModelPlan = dict[str, InputSpec | OutputSpec | SequenceParallelConvolution]
 
 
 def validate_sp_plan(plan: object) -> SequenceParallelModelPlan:
@@ -131,7 +155,7 @@ def validate_sp_plan(plan: object) -> SequenceParallelModelPlan:
             raise ValueError(f"_sp_plan keys must be strings (module names), got {name!r}")
         if isinstance(entry, dict):
             _validate_inputs(name, entry)
-        else:
+        elif not isinstance(entry, SequenceParallelConvolution):
             _validate_output(name, entry)
     return plan
 
@@ -145,7 +169,7 @@ def _validate_inputs(name: str, entry: Mapping[object, object]) -> None:
                 f"Integer keys (output indices) must map to a SequenceParallelInput, "
                 f"{name!r}[{key}] is {type(value).__name__}"
             )
-        if isinstance(key, str) and isinstance(value, SequenceParallelLeadingCount):
+        if isinstance(key, str) and isinstance(value, NumberInput):
             continue
         entries = list(value) if isinstance(value, list | tuple) else [value]
         wrong = [e for e in entries if not isinstance(e, AnyInput) and not (e is None and any(entries))]
@@ -183,8 +207,8 @@ def _validate_output(name: str, entry: object) -> None:
         got = type(entry).__name__
     if not isinstance(entry, SequenceParallelOutput):
         raise ValueError(
-            f"Unsupported plan type: _sp_plan values must be dict (input spec) or SequenceParallelOutput (or a list "
-            f"of it and None); {name!r} has {got}"
+            f"Unsupported plan type: _sp_plan values must be dict (input spec), SequenceParallelConvolution or "
+            f"SequenceParallelOutput (or a list of it and None); {name!r} has {got}"
         )
 
 

@@ -94,6 +94,24 @@ def leading(context: SequenceContext, count: int, stream: str) -> int:
     return running_forward(context).region.leading(count, stream)
 
 
+def on_line(context: SequenceContext, name: str, size: int, *, last: bool) -> int:
+    """Note a size of the grid, and what stands in its place where this rank's tokens are one line.
+
+    Args:
+        context: the model's.
+        name: the parameter.
+        size: of the grid.
+        last: it is the innermost size.
+
+    Raises:
+        RuntimeError: torch.compile traces, and convolutions need the size when the graph runs.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("the size of a grid cannot be noted while torch.compile traces; do not compile this block")
+    running_forward(context).region.grid[name] = size
+    return -1 if last else 1
+
+
 def running_forward(context: SequenceContext) -> RunningForward:
     """The running forward of a model.
 

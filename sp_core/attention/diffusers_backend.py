@@ -2,8 +2,8 @@
 
 In: what `sp_core.attention.discovery` found, and the model's context. A processor that goes through diffusers' table of
 backends gets a `BoundAttention` as its configuration (`sp_core.diffusers_private` has the table); one that calls
-torch's attention itself is wrapped, if its family says that all its attention is over the region's tokens; our own
-layer gets its site. Called by `sp_core.parallelize`.
+torch's attention itself is wrapped, if its family says that all its attention is over the region's tokens; one of
+linear attention is replaced by ours; our own layer gets its site. Called by `sp_core.parallelize`.
 """
 
 import copy
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from sp_core import diffusers_private
 from sp_core.attention.discovery import FoundAttention
+from sp_core.attention.linear import LinearProcessor
 from sp_core.attention.region_attention import AttentionSite, region_attention
 from sp_core.region import SequenceContext
 
@@ -65,7 +66,9 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
             name in found.keys_in_front,
             name in found.masks_queries,
         )
-        module.processor = _bound(module.processor, BoundAttention(site))
+        is_linear = name in found.linear
+        processor: Any = LinearProcessor(site) if is_linear else _bound(module.processor, BoundAttention(site))
+        module.processor = processor
     for name, layer in found.layers.items():
         layer.site = AttentionSite(context, name)
     bound = {name: module.processor for name, module in found.processors.items()}

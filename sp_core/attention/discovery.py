@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sp_core import diffusers_private, kernels
+from sp_core.attention import linear
 from sp_core.attention.layer import SequenceParallelAttention
 from sp_core.models.family import ModelFamily
 
@@ -27,6 +28,7 @@ class FoundAttention:
         keys_of: the name of the stream that its keys are of, where its queries are of another, by the module's name.
         keys_in_front: names of modules whose keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: names of modules that make a mask of the keys hide the queries as well.
+        linear: names of modules whose attention is linear.
     """
 
     processors: Mapping[str, nn.Module]
@@ -35,6 +37,7 @@ class FoundAttention:
     keys_of: Mapping[str, str] = field(default_factory=dict)
     keys_in_front: frozenset[str] = frozenset()
     masks_queries: frozenset[str] = frozenset()
+    linear: frozenset[str] = frozenset()
 
     @property
     def local_attention(self) -> Callable[..., torch.Tensor]:
@@ -76,6 +79,7 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
         _declared(processors, family.keys_of),
         _matching(processors, family.keys_in_front),
         _matching(processors, family.masks_queries),
+        _linear(model, processors, family),
     )
 
 
@@ -87,6 +91,21 @@ def _declared(names: Iterable[str], by_pattern: Mapping[str, str]) -> dict[str, 
 
 def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def _linear(model: nn.Module, processors: Mapping[str, nn.Module], family: ModelFamily) -> frozenset[str]:
+    """The modules with a processor of linear attention.
+
+    Raises:
+        ValueError: the family names a kind of linear attention that is not known.
+    """
+    if unknown := set(family.linear_processors) - set(linear.KNOWN):
+        raise ValueError(
+            f"linear_processors of {type(model).__name__} has {', '.join(sorted(unknown))}; allowed: "
+            f"{', '.join(linear.KNOWN)}, which sp_core.attention.linear can compute"
+        )
+    kinds = {name: type(module.processor).__name__ for name, module in processors.items()}
+    return frozenset(name for name, kind in kinds.items() if kind in family.linear_processors)
 
 
 def is_bound(processor: object) -> bool:
@@ -102,7 +121,7 @@ def _require_reachable(model: nn.Module, processors: Mapping[str, nn.Module], fa
         if kind in family.refused_processors:
             why = family.refused_processors[kind]
             raise ValueError(f"{type(model).__name__} cannot be parallelized with {kind} ({name}): {why}")
-        is_captured = kind in family.captured_processors or is_bound(module.processor)
+        is_captured = kind in (*family.captured_processors, *family.linear_processors) or is_bound(module.processor)
         if not (is_captured or diffusers_private.goes_through_table(module.processor)):
             unreachable.append(f"{name} ({kind})")
     if unreachable:

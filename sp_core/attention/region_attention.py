@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from sp_core import collectives, kernels
+from sp_core import kernels
 from sp_core.attention.hybrid import sequence_parallel_attention
 from sp_core.attention.masks import RankMask, mask_for_ranks
 from sp_core.region import Region, SequenceContext
@@ -34,6 +34,11 @@ def attention_kept_local() -> Iterator[None]:
         yield
     finally:
         _kept_local = before
+
+
+def is_kept_local() -> bool:
+    """Whether `attention_kept_local` holds."""
+    return _kept_local
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,13 @@ def region_attention(
     misfit: ValueError | None = None
     try:
         if forward is not None:
-            layout = _layout(forward.region, query, key, value, site, joint)
+            layout = layout_of(forward.region, query, key, value, site, joint)
         if layout is not None:
             trimmed = layout.trimmed() if mask is None and layout.has_padding else None
             rank_mask = RankMask() if trimmed else mask_for_ranks(site.name, mask, layout, query)
     except ValueError as error:
         misfit = error
-    _agree(misfit, site, joint)  # before the first exchange: a rank that raises alone leaves the others waiting
+    context.agree(f"attention {site.name!r}", f"{site.name}/{site.stream}/{joint > 0}", misfit)
     if forward is None or layout is None:
         return context.local_attention(query, key, value, mask, scale)
     forward.record_attention()
@@ -148,10 +153,14 @@ def _attention_to_another(
     return site.context.local_attention(query, key, value, mask, scale)
 
 
-def _layout(
-    region: Region, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: AttentionSite, joint: int
+def layout_of(
+    region: Region, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: AttentionSite, joint: int = 0
 ) -> TokenLayout | None:
-    """The tokens of an attention across ranks; None for one that is local."""
+    """The tokens of an attention across ranks; None for one that is local.
+
+    Raises:
+        ValueError: the tokens are not those of the region.
+    """
     layout = region.layout(site.stream, joint)
     if site.context.mesh.axis("sequence").size == 1:
         return None
@@ -177,23 +186,6 @@ def _layout(
             f"{tuple(value.shape)}; keys and values must be alike, and their heads divide the queries'"
         )
     return layout
-
-
-def _agree(misfit: ValueError | None, site: AttentionSite, joint: int) -> None:
-    """Raise if the attention does not fit.
-
-    Until it has fitted once, all ranks learn whether it fits on each of them: a wrong plan may fit on some by chance,
-    and these would wait for the others in an exchange that never comes. Later calls exchange nothing.
-    """
-    attention = f"{site.name}/{site.stream}/{joint > 0}"
-    if not site.context.is_settled(attention):
-        somewhere = collectives.on_any_rank(misfit is not None, site.context.mesh.axis("sequence"))
-        if somewhere and misfit is None:
-            raise ValueError(f"attention {site.name!r} does not fit the plan on another rank; see there")
-        if misfit is None:
-            site.context.settle(attention)
-    if misfit is not None:
-        raise misfit
 
 
 @torch.library.custom_op("sp_core::attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)

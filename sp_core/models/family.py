@@ -178,6 +178,8 @@ class ModelFamily:
             What hidden queries put out must not matter.
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
+        linear_processors: class names of processors whose attention is linear, over the region's own tokens: see
+            `sp_core.attention.linear`.
         refused_processors: class names of processors that would be silently wrong, with the reason.
         replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
         guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
@@ -200,6 +202,7 @@ class ModelFamily:
     keys_in_front: tuple[str, ...] = ()
     masks_queries: tuple[str, ...] = ()
     captured_processors: tuple[str, ...] = ()
+    linear_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)
     replacements: tuple[RealRotation | SharedModulation | FusedGelu, ...] = ()
     guidance_batch: GuidanceBatch | None = None

@@ -7,6 +7,8 @@ import pytest
 from sp_core.module_paths import resolve_modules
 from sp_core.sp_plan import (
     SequenceParallelCompanion,
+    SequenceParallelConvolution,
+    SequenceParallelGrid,
     SequenceParallelInput,
     SequenceParallelLeadingCount,
     SequenceParallelOutput,
@@ -31,12 +33,13 @@ from tests.support.toys import SPLIT, Toy
         ({"a": {"x": [SPLIT, 1]}}, "Input spec values must be"),
         ({"a": {0: [SPLIT]}}, r"Integer keys \(output indices\) must map to"),
         ({"a": {0: SequenceParallelLeadingCount("x")}}, r"Integer keys \(output indices\) must map to"),
+        ({"a": {0: SequenceParallelGrid()}}, r"Integer keys \(output indices\) must map to"),
         ({"a": {0: SequenceParallelPartialInput(1, 3)}}, "require split_output=True"),
-        ({"a": 1}, r"_sp_plan values must be dict \(input spec\) or SequenceParallelOutput"),
+        ({"a": 1}, r"_sp_plan values must be dict \(input spec\), SequenceParallelConvolution or "),
         ({"a": [None]}, "Expected SequenceParallelOutput elements"),
         ({"a": [SequenceParallelOutput(1), SPLIT]}, "Expected SequenceParallelOutput elements"),
         ({"a": 1}, "Unsupported plan type"),
-        ({"a": []}, r"_sp_plan values must be dict \(input spec\) or SequenceParallelOutput"),
+        ({"a": []}, r"_sp_plan values must be dict \(input spec\), SequenceParallelConvolution or "),
     ],
 )
 def test_malformed_plans(plan: Any, says: str) -> None:
@@ -50,6 +53,8 @@ def test_well_formed_plans() -> None:
         "a": {"x": SequenceParallelPartialInput(1, "text"), "y": SequenceParallelCompanion(1)},
         "b": {0: SequenceParallelInput(1, split_output=True)},
         "c": [SequenceParallelOutput(1), None],
+        "d": {"rows": SequenceParallelGrid(), "columns": SequenceParallelGrid()},
+        "d.conv": SequenceParallelConvolution("rows"),
     }
     assert validate_sp_plan(plan) is plan
     assert validate_sp_plan({}) == {}

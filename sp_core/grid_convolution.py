@@ -1,0 +1,207 @@
+"""A convolution over a grid of tokens that lie on many ranks.
+
+A plan gives a module its share of the tokens as one line, by `SequenceParallelGrid`; this is what its
+`SequenceParallelConvolution` does. Each rank needs the tokens that its kernel reaches on both sides of its own: for
+3 x 3, one row and one token. Who holds them follows from the recorded lengths, so one exchange brings them, from as
+many ranks as hold some: a share may be smaller than what the kernel reaches.
+
+`(B, C, 1, L)` of this rank's tokens come in, as many go out, of this rank's again. Bound by `sp_core.hooks`.
+
+Shapes: a grid is P planes of N rows of W columns; plane after plane, row after row, its tokens are one line.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, pad
+
+from sp_core import collectives
+from sp_core.mesh import MeshAxis
+from sp_core.region import Region, SequenceContext
+from sp_core.sp_plan import SequenceParallelConvolution
+from sp_core.sp_sharding import running_forward
+from sp_core.token_layout import Stream
+
+
+def bind(
+    name: str, module: nn.Module, entry: SequenceParallelConvolution, context: SequenceContext
+) -> Callable[[], None]:
+    """Let a convolution see the tokens of other ranks.
+
+    Args:
+        name: the module's plan key, for messages.
+        module: its weights may come later.
+        entry: along which sizes of the grid its kernel lies.
+        context: the model's.
+
+    Returns:
+        The function that undoes it.
+
+    Raises:
+        ValueError: the module is no convolution that keeps the size of a grid.
+    """
+    if not isinstance(module, nn.Conv2d) or not _keeps_size(module):
+        raise ValueError(
+            f"{name!r} is {module}, but SequenceParallelConvolution is for a Conv2d of odd kernel, stride 1, dilation "
+            "1 and zeros of half its kernel around it"
+        )
+    module.forward = partial(_convolve, name, module, entry.rows, context)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        del module.forward
+
+    return undo
+
+
+def _keeps_size(module: nn.Conv2d) -> bool:
+    return (
+        all(size % 2 for size in module.kernel_size)
+        and module.padding == tuple(size // 2 for size in module.kernel_size)
+        and module.stride == module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+    )
+
+
+def _convolve(name: str, module: nn.Conv2d, rows: str, context: SequenceContext, line: torch.Tensor) -> torch.Tensor:
+    """`(B, C, 1, L)` to `(B, C', 1, L)`; padding becomes 0."""
+    axis = context.mesh.axis("sequence")
+    stream, grid, misfit = Stream(0, axis.size), (1, 1, 1), None
+    try:
+        stream, grid = _where(name, running_forward(context).region, rows, line, axis)
+    except ValueError as error:
+        misfit = error
+    context.agree(f"convolution {name!r}", f"{name}/convolution", misfit)
+    held, count = line.shape[-1], stream.real[axis.rank]
+    planes, height, width = grid
+    up, left = (size // 2 for size in module.kernel_size)
+    reach = min(up, height - 1) * width + left  # beyond the last row of a plane everything is 0
+    first = sum(stream.real[: axis.rank])
+    tokens = with_neighbors(line[:, :, 0, :count], stream.real, reach, axis)
+    tokens = pad(tokens, (up * width + left - reach,) * 2)
+    if not count:  # all of them are padding
+        return line.new_zeros(line.shape[0], module.out_channels, 1, held)
+    if left or planes > 1:
+        convolved = _row_by_row(module, tokens, grid, first, count)
+    else:
+        convolved = _column_by_column(module, tokens, width, count)
+    return pad(convolved, (0, held - count)).unsqueeze(2)
+
+
+def _where(
+    name: str, region: Region, rows: str, line: torch.Tensor, axis: MeshAxis
+) -> tuple[Stream, tuple[int, int, int]]:
+    """How the tokens lie on the ranks, and the planes, rows and columns of the grid."""
+    layout, sizes = region.layout(), list(region.grid.values())
+    if layout is None or rows not in region.grid:
+        raise ValueError(
+            f"convolution {name!r} lies along {rows!r}, but no tokens are split or the plan has no "
+            f"SequenceParallelGrid of that name there; it has {list(region.grid)}"
+        )
+    at = list(region.grid).index(rows)
+    grid = prod(sizes[:at]), sizes[at], prod(sizes[at + 1 :])
+    (stream, *others) = layout.streams
+    if others or stream.replicated or stream.length != prod(grid):
+        raise ValueError(
+            f"convolution {name!r} is over a grid of {' x '.join(map(str, sizes))} tokens, but the streams "
+            f"{region.streams} are split; it must be one of as many tokens"
+        )
+    if line.shape[2:] != (1, stream.shares[axis.rank]):
+        raise ValueError(
+            f"convolution {name!r} is given {tuple(line.shape)} on sequence rank {axis.rank}, not one line of the "
+            f"{stream.shares[axis.rank]} tokens there"
+        )
+    return stream, grid
+
+
+def with_neighbors(tokens: torch.Tensor, lengths: list[int], reach: int, axis: MeshAxis) -> torch.Tensor:
+    """This rank's tokens between those of other ranks. A collective of the axis.
+
+    Args:
+        tokens: `(B, C, lengths[rank])`.
+        lengths: tokens of each rank, which follow one another.
+        reach: how many tokens are wanted on each side.
+        axis: the ranks.
+
+    Returns:
+        `(B, C, reach + lengths[rank] + reach)`, 0 where the line has begun or ended; without neighbors for a rank that
+        has no tokens.
+    """
+    starts = [sum(lengths[:rank]) for rank in range(axis.size)]
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+
+    def wanted(of: int, by: int) -> tuple[int, int]:
+        """Which of one rank's tokens another one wants, counted from the former's first."""
+        if of == by or not lengths[by]:
+            return 0, 0
+        if of < by:
+            return max(0, min(lengths[of], starts[by] - reach - starts[of])), lengths[of]
+        return 0, max(0, min(lengths[of], ends[by] + reach - starts[of]))
+
+    everyone, rank = range(axis.size), axis.rank
+    parts = {rank: tokens}
+    if axis.size > 1:
+        sent = [tokens[..., slice(*wanted(rank, other))] for other in everyone]
+        counts = [end - begin for begin, end in (wanted(other, rank) for other in everyone)]
+        per_token = tokens.shape[0] * tokens.shape[1]
+        received = collectives.all_to_all(
+            torch.cat([part.reshape(-1) for part in sent]),
+            [part.numel() for part in sent],
+            [count * per_token for count in counts],
+            axis,
+        )
+        arrived = received.split([count * per_token for count in counts])
+        parts |= {
+            other: part.view(*tokens.shape[:2], counts[other])
+            for other, part in enumerate(arrived)
+            if other != rank and counts[other]
+        }
+    if not lengths[rank]:
+        return tokens
+    joined = torch.cat([parts[other] for other in sorted(parts)], dim=-1)
+    return pad(joined, (max(0, reach - starts[rank]), max(0, ends[rank] + reach - ends[-1])))
+
+
+def _column_by_column(module: nn.Conv2d, tokens: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """A kernel of one column on one plane, on tokens with their neighbors: `(B, C', count)`."""
+    shifted = [tokens[..., row * width : row * width + count] for row in range(module.kernel_size[0])]
+    return conv2d(torch.stack(shifted, dim=2), module.weight, module.bias, groups=module.groups).squeeze(2)
+
+
+def _row_by_row(
+    module: nn.Conv2d, tokens: torch.Tensor, grid: tuple[int, int, int], first: int, count: int
+) -> torch.Tensor:
+    """Any kernel, on tokens with their neighbors: `(B, C', count)`.
+
+    Args:
+        module: the convolution.
+        tokens: `(B, C, reach + count + reach)`.
+        grid: planes, rows and columns.
+        first: the place of this rank's first token in the whole line.
+        count: its tokens.
+    """
+    _, height, width = grid
+    up, left = (size // 2 for size in module.kernel_size)
+    top, bottom = first // width, (first + count - 1) // width + 1  # rows, counted through all planes
+    begin = first - up * width - left  # of the tokens that are here
+    before, after = begin - (top - up) * width, (bottom + up) * width - (begin + tokens.shape[-1])
+    rows = pad(tokens, (before, after)).unflatten(-1, (-1, width))  # whole rows: those tokens do not matter, or are 0
+
+    def by_plane(start: int, stop: int) -> list[tuple[int, int]]:
+        """These rows, cut where a plane ends."""
+        planes = range(start // height, (stop - 1) // height + 1)
+        return [(max(start, plane * height), min(stop, (plane + 1) * height)) for plane in planes]
+
+    pieces = [rows[:, :, start - top + up : stop - top + up] for start, stop in by_plane(top - up, bottom + up)]
+    apart = [pad(piece, (0, 0, 0, up)) for piece in pieces[:-1]]  # no kernel reaches from one plane into the next
+    padded = torch.cat((*apart, pieces[-1]), dim=2)
+    convolved = conv2d(padded, module.weight, module.bias, padding=(0, left), groups=module.groups)
+    here = []
+    for start, stop in by_plane(top, bottom):
+        crossed = start // height - (top - up) // height
+        at = start - top + crossed * up
+        here.append(convolved[:, :, at : at + stop - start])
+    offset = first - top * width
+    return torch.cat(here, dim=2).flatten(2)[..., offset : offset + count]
