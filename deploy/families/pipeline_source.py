@@ -16,6 +16,9 @@ from typing import Any
 
 SCALARS = ("int", "float", "str", "bool")
 
+OF_TWO_STEPS = ("SCMScheduler",)
+"""Of pipelines that say where the second of two steps begins, whatever their constructor says: no other takes that."""
+
 LATENT_DIMENSIONS = 4
 """Of pictures: samples, channels, rows, columns."""
 
@@ -51,6 +54,7 @@ class ClassicCall:
         frame_window: it makes so many frames at a time, each in a loop of its own that begins with the last frames of
             the one before; 0: it does not.
         least_latents: of frames, without which it makes nothing: it normalizes the first ones by those behind them.
+        pixels: its check of inputs wants sizes of a multiple of so many pixels.
         patches: its check of inputs wants sizes of a multiple of so many patches of the transformer.
         caches_pictures: it keeps what the transformer computes of its pictures in a cache.
     """
@@ -80,6 +84,7 @@ class ClassicCall:
     latent_window: int
     frame_window: int
     least_latents: int
+    pixels: int
     patches: int
     caches_pictures: bool
 
@@ -106,7 +111,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         batches_branches=any(_doubles(node) for node in ast.walk(methods["__call__"])),
         changes_attention=any("attn_proc" in getattr(node, "attr", "") for node in ast.walk(methods["__call__"])),
         encodes="encode_prompt" in methods,
-        schedulers=_schedulers(methods["__init__"].args),
+        schedulers=OF_TWO_STEPS if "intermediate_timesteps" in names else _schedulers(methods["__init__"].args),
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
         takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
@@ -119,6 +124,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         prompts_are_json=any(_calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)),
         scale=scale,
         gives_sigmas=any(_is_name(node, "sigmas") for node in ast.walk(methods["__call__"])),
+        pixels=max((_pixels(node) for node in ast.walk(methods.get("check_inputs", methods["__call__"]))), default=1),
         patches=max((_patches(node) for node in ast.walk(methods.get("check_inputs", methods["__call__"]))), default=1),
         caches_pictures=any(_is_attribute(node, "set_mode") for node in ast.walk(methods["__call__"])),
         **_of_clips(methods),
@@ -164,6 +170,13 @@ def _scalar(argument: ast.arg) -> tuple[str, str]:
     parts = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
     kinds = [part for part in parts if part != "None" and not part.startswith("list[")]
     return argument.arg, kinds[0] if len(kinds) == 1 and kinds[0] in SCALARS else ""
+
+
+def _pixels(node: ast.AST) -> int:
+    """The number in `height % 32`; 1: this is something else."""
+    is_remainder = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and _is_name(node.left, "height")
+    value = getattr(node.right, "value", 1) if isinstance(node, ast.BinOp) and is_remainder else 1
+    return value if isinstance(value, int) else 1
 
 
 def _patches(node: ast.AST) -> int:

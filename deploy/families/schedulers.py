@@ -28,6 +28,7 @@ NAMED = (
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "FlowMapEulerDiscreteScheduler",
+    "SCMScheduler",
     "UniPCMultistepScheduler",
 )
 """Those that a pipeline runs with if its constructor says so."""

@@ -63,6 +63,7 @@ PLANNED = {name for family in planned_families() for name in family.examples}
 IN_THE_SHORT_RUN = (
     "bria fibo", "pixart", "hunyuan-image", "cog-video-x", "lumina-2", "ernie-image", "prx", "hunyuan-video-15",
     "joy-image-edit", "bria-fibo-2", "cosmos", "any-flow", "motif-video image", "skyreels-v2 forcing",
+    "sana-video per token",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

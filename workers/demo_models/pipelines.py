@@ -79,7 +79,7 @@ def requests_of(pipeline: str) -> list[GenerationRequest]:
         needed = ()  # its pictures are those of other pipelines, by `PipelineFamily.with_pictures`
     more = getattr(demo, "ROLES", {}).get(pipeline, ())
     strength = 0.7 if family.takes_strength else None
-    given = replace(text, n=1, num_inference_steps=4, strength=strength)
+    given = replace(text, n=1, num_inference_steps=told.get("num_inference_steps", 4), strength=strength)
     clip = replace(given, num_frames=getattr(demo, "CLIP_FRAMES", given.num_frames))
     brought = [roles for roles in (needed, (*needed, *more) if more else ()) if roles]
     found = (with_needed_inputs(clip, replace(family, needs=roles)) for roles in brought)

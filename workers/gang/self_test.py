@@ -32,6 +32,9 @@ BAR = 1e-5
 SIZE = (9, 7)
 """Of the picture, in tokens: a number of them that few numbers of ranks divide."""
 
+BINNING = "use_resolution_binning"
+"""What makes some pipelines draw in one of the sizes that they were trained with instead, all of them large."""
+
 NOWHERE = -(2**62)
 """Said to other ranks where nothing differs."""
 
@@ -102,6 +105,7 @@ def small_request(loaded: LoadedModel) -> GenerationRequest:
         guidance_scale=scale,
         seed=0,
         output_format="mp4" if kind.makes == "video" else "png",
+        extra_params={BINNING: False} if BINNING in adapter.extra_kinds else {},
     )
     return with_needed_inputs(request, kind)
 

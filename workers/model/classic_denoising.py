@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SCMScheduler
 
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.messages import GenerationRequest
@@ -97,6 +97,8 @@ class ClassicDenoising(Denoising):
         for call in self._calls:
             call.prepare()
         timesteps = self._schedulers[0].timesteps.tolist()
+        if isinstance(self._schedulers[0], SCMScheduler):
+            timesteps = timesteps[:-1]  # which says where the last step ends
         total, order = self._calls[0].total, self._schedulers[0].order
         if self.request.inputs and self._adapter.family.takes_strength and total:
             timesteps = timesteps[-(total * order - order + 1) :]  # the last of them, to keep something of the input

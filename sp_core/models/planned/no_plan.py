@@ -26,11 +26,3 @@ QWEN_IMAGE_2_1 = ModelFamily(
     transformer_classes=("QwenImage21Transformer2DModel",),
     refused="it attends to its text causally, in segments of the whole sequence",
 )
-SANA = ModelFamily(
-    transformer_classes=("SanaTransformer2DModel",),
-    refused="its attention is linear, and its convolutions see neighbors that other ranks hold",
-)
-SANA_VIDEO = ModelFamily(
-    transformer_classes=("SanaVideoTransformer3DModel",),
-    refused="its attention is linear, and its convolutions see neighbors that other ranks hold",
-)

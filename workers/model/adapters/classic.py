@@ -46,6 +46,10 @@ OVERLAP = "overlap_history"
 USUAL_OVERLAP = 17
 """As diffusers recommends."""
 
+BETWEEN, TWO_STEPS = "intermediate_timesteps", 2
+"""The parameter by which Sana Sprint is told where the second of two steps begins. With any other number of steps it
+must be told none, and spaces them evenly."""
+
 FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
 
@@ -91,6 +95,8 @@ class ClassicAdapter(PipelineAdapter):
             "_auto_resize": False if self.family.sized_by_image else None,
         }
         taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
+        if request.num_inference_steps != TWO_STEPS and BETWEEN in self._call.parameters:
+            taken[BETWEEN] = None
         return taken | {name: False for name in REWRITES if name in self._call.parameters} | dict(request.extra_params)
 
     def unsaid(self, pipeline: Any) -> dict[str, Any]:
@@ -266,7 +272,7 @@ class ClassicAdapter(PipelineAdapter):
         processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
         rounds = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
         side = side if isinstance(side, int) else 1
-        return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * side * self._call.patches)
+        return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * side * self._call.patches, self._call.pixels)
 
     def refuse(self, error: ValueError) -> None:
         """Tell the caller what the pipeline's own check of its inputs has found.
