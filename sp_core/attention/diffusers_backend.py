@@ -24,10 +24,16 @@ from sp_core.region import SequenceContext
 
 
 class BoundAttention(diffusers_private.AttentionConfig):
-    """Attention of one module, across the sequence ranks inside a region and local outside one."""
+    """Attention of one module, across the sequence ranks inside a region and local outside one.
 
-    def __init__(self, site: AttentionSite) -> None:
+    Attributes:
+        site: which attention this is.
+        length_base: the parameter of its processor's call that says how it scales by the number of tokens.
+    """
+
+    def __init__(self, site: AttentionSite, length_base: str = "") -> None:
         self.site = site
+        self.length_base = length_base
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """`(B, L, H, D)` for this rank's queries; options as diffusers' backends take them.
@@ -40,7 +46,15 @@ class BoundAttention(diffusers_private.AttentionConfig):
                 f"attention {self.site.name!r} asks for is_causal or dropout, which sequence parallelism does not "
                 "support"
             )
-        return region_attention(query, key, value, options.get("attn_mask"), options.get("scale"), self.site)
+        return region_attention(
+            query,
+            key,
+            value,
+            options.get("attn_mask"),
+            options.get("scale"),
+            self.site,
+            length_base=options.get("length_base") or 0.0,
+        )
 
 
 def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceContext) -> Callable[[], None]:
@@ -67,7 +81,8 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
             name in found.masks_queries,
         )
         is_linear = name in found.linear
-        processor: Any = LinearProcessor(site) if is_linear else _bound(module.processor, BoundAttention(site))
+        across = BoundAttention(site, found.scales_by_length.get(name, ""))
+        processor: Any = LinearProcessor(site) if is_linear else _bound(module.processor, across)
         module.processor = processor
     for name, layer in found.layers.items():
         layer.site = AttentionSite(context, name)
@@ -107,7 +122,10 @@ def captured(kind: type) -> type:
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Capture(self.sequence_parallel):
+        attend = self.sequence_parallel
+        if attend.length_base:  # taken from the processor: it would count this rank's tokens only
+            attend = functools.partial(attend, length_base=kwargs.pop(attend.length_base, None))
+        with _Capture(attend):
             return kind.__call__(self, *args, **kwargs)
 
     return type(f"Captured{kind.__name__}", (kind,), {"__call__": call, "sequence_parallel": None})
@@ -116,7 +134,7 @@ def captured(kind: type) -> type:
 class _Capture(TorchFunctionMode):
     """While it is active, torch's attention, `(B, H, L, D)`, is ours."""
 
-    def __init__(self, attention: BoundAttention) -> None:
+    def __init__(self, attention: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         self.attention = attention
 

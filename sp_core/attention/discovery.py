@@ -29,6 +29,8 @@ class FoundAttention:
         keys_in_front: names of modules whose keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: names of modules that make a mask of the keys hide the queries as well.
         linear: names of modules whose attention is linear.
+        scales_by_length: the parameter of its processor that is the base of a logarithm of the number of all tokens, by
+            the module's name.
     """
 
     processors: Mapping[str, nn.Module]
@@ -38,6 +40,7 @@ class FoundAttention:
     keys_in_front: frozenset[str] = frozenset()
     masks_queries: frozenset[str] = frozenset()
     linear: frozenset[str] = frozenset()
+    scales_by_length: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def local_attention(self) -> Callable[..., torch.Tensor]:
@@ -80,6 +83,7 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
         _matching(processors, family.keys_in_front),
         _matching(processors, family.masks_queries),
         _linear(model, processors, family),
+        _declared(processors, family.scales_by_length),
     )
 
 

@@ -38,7 +38,8 @@ def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, qu
 
     Args:
         name: the attention, for messages.
-        mask: boolean (True takes part) or additive; `(B, L)`, `(B, S)`, `(B, 1, 1, L)` or `(B, H or 1, S or 1, S)`.
+        mask: boolean (True takes part) or additive; `(B, L)`, `(B, S)`, `(B, 1, 1, L)`, also
+            expanded to heads and queries, or `(B, H or 1, S or 1, S)`.
         layout: the tokens.
         query: for its dtype and device.
 
@@ -58,9 +59,10 @@ def _for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, query:
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise ValueError(f"a mask must be boolean or floating (additive), got {mask.dtype}; convert it with .bool()")
     local, total = layout.local, layout.total
-    given, mask = mask.shape, _additive(mask, query.dtype)
-    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-        mask = mask[:, 0, 0]
+    given = mask.shape
+    if mask.ndim == 4 and all(mask.shape[dim] == 1 or mask.stride(dim) == 0 for dim in (1, 2)):
+        mask = mask[:, 0, 0]  # one row, maybe expanded to heads and queries
+    mask = _additive(mask, query.dtype)
     if mask.shape[0] not in (1, query.shape[0]):
         raise ValueError(f"attention {name!r} has a mask of shape {tuple(given)} for a batch of {query.shape[0]}")
     if mask.ndim == 2 and mask.shape[1] == local:

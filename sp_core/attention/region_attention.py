@@ -5,6 +5,7 @@ with `SequenceParallelAttention` (`layer`). Under `torch.compile` it is one opaq
 graph, and the region is looked up when the graph runs, so new lengths need no new graph.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ def region_attention(
     scale: float | None,
     site: AttentionSite,
     joint: int = 0,
+    length_base: float = 0.0,
 ) -> torch.Tensor:
     """Attention of this rank's queries.
 
@@ -81,6 +83,7 @@ def region_attention(
         scale: of the scores; None is 1/sqrt(D).
         site: which attention this is.
         joint: tokens in front that are whole on every rank, besides those of the region.
+        length_base: of a logarithm of the number of all tokens, by whose root the scale is multiplied; 0: it is not.
 
     Returns:
         `(B, L, H, D)`.
@@ -97,12 +100,12 @@ def region_attention(
         front = key.shape[1] - query.shape[1]
         query = pad(query, (0, 0, 0, 0, front, 0))
         return region_attention(
-            query, key, value, mask, scale, replace(site, keys_in_front=False, masks_queries=False), front
+            query, key, value, mask, scale, replace(site, keys_in_front=False, masks_queries=False), front, length_base
         )[:, front:]
     context = site.context
     if torch.compiler.is_compiling():
         return _attention_operator(  # type: ignore[no-any-return]
-            query, key, value, mask, scale, context.number, site.stream, site.keys_of, joint
+            query, key, value, mask, scale, context.number, site.stream, site.keys_of, joint, length_base
         )
     forward = context.running()
     layout: TokenLayout | None = None
@@ -118,6 +121,9 @@ def region_attention(
     except ValueError as error:
         misfit = error
     context.agree(f"attention {site.name!r}", f"{site.name}/{site.stream}/{joint > 0}", misfit)
+    if length_base:
+        tokens = query.shape[1] if layout is None else layout.total
+        scale = (query.shape[-1] ** -0.5 if scale is None else scale) * math.sqrt(math.log(tokens, length_base))
     if forward is None or layout is None:
         return context.local_attention(query, key, value, mask, scale)
     forward.record_attention()
@@ -199,9 +205,10 @@ def _attention_operator(
     stream: str,
     keys_of: str,
     joint: int,
+    length_base: float,
 ) -> torch.Tensor:
     site = AttentionSite(SequenceContext.numbered(number), stream=stream, keys_of=keys_of)
-    return region_attention(query, key, value, mask, scale, site, joint).contiguous()
+    return region_attention(query, key, value, mask, scale, site, joint, length_base).contiguous()
 
 
 @_attention_operator.register_fake
@@ -215,5 +222,6 @@ def _(
     stream: str,
     keys_of: str,
     joint: int,
+    length_base: float,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)

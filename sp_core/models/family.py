@@ -176,6 +176,8 @@ class ModelFamily:
         keys_in_front: modules whose keys begin with tokens that are whole on every rank, and are no queries.
         masks_queries: modules whose mask of keys hides the queries as well, `(B, 1, L, L)` of this rank's tokens.
             What hidden queries put out must not matter.
+        scales_by_length: modules whose attention scales its scores by the logarithm of the number of all tokens, with
+            the parameter of their processors' call that is its base.
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
         linear_processors: class names of processors whose attention is linear, over the region's own tokens: see
@@ -201,6 +203,7 @@ class ModelFamily:
     keys_of: Mapping[str, str] = field(default_factory=dict)
     keys_in_front: tuple[str, ...] = ()
     masks_queries: tuple[str, ...] = ()
+    scales_by_length: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     linear_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)

@@ -75,7 +75,7 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     axis = mesh.axis("sequence")
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
     own = x[:, : 4 - axis.rank].clone()
-    attend = (own, own * 2, own, None, None, context.number, "", "", 0)
+    attend = (own, own * 2, own, None, None, context.number, "", "", 0, 0.0)
     add = (x.clone(), axis.number)
     outcomes = [
         outcome
@@ -125,6 +125,10 @@ def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pool.stop()
 
 
+BLOCKS = {"sd3.5": "transformer_blocks", "lumina-next proportional": "layers"}
+"""Of models whose blocks diffusers does not name."""
+
+
 def compiled_family(mesh: ParallelMesh, name: str) -> float:
     torch._dynamo.reset()
     model = copy.deepcopy(examples.TINY[name].model)
@@ -133,9 +137,9 @@ def compiled_family(mesh: ParallelMesh, name: str) -> float:
         inputs = [examples.inputs(name, *cell) for cell in examples.cells(name) if cell[2] == 1][:3]
         references = [model(**each, return_dict=False)[0] for each in inputs]
         parallelize(model, mesh)
-        for block in model.transformer_blocks if name == "sd3.5" else []:  # diffusers does not name its blocks
+        for block in getattr(model, BLOCKS[name]) if name in BLOCKS else []:
             block.compile(fullgraph=True, backend="aot_eager")
-        if name != "sd3.5":
+        if name not in BLOCKS:
             model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         for each, reference in zip(inputs, references, strict=True):
             output = model(**each, return_dict=False)[0]
@@ -143,14 +147,14 @@ def compiled_family(mesh: ParallelMesh, name: str) -> float:
     return worst
 
 
+LATER = ("flux-2", "flux control", "hunyuan-video", "ltx", "lumina-next proportional", "z-image")
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *["wan per token", "sd3.5"],
-        *(
-            pytest.param(name, marks=pytest.mark.soak)
-            for name in ("flux-2", "flux control", "hunyuan-video", "ltx", "z-image")
-        ),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in LATER),
     ],
 )
 def test_blocks_of_other_families_compile(ranks: RankPool, name: str) -> None:

@@ -64,6 +64,7 @@ IN_THE_SHORT_RUN = (
     "bria fibo", "pixart", "hunyuan-image", "cog-video-x", "lumina-2", "ernie-image", "prx", "hunyuan-video-15",
     "joy-image-edit", "bria-fibo-2", "cosmos", "any-flow", "motif-video image", "skyreels-v2 forcing",
     "sana-video per token",
+    "lumina-next proportional",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

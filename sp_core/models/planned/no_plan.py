@@ -10,10 +10,6 @@ LATTE = ModelFamily(
     transformer_classes=("LatteTransformer3DModel",),
     refused="it attends to places and frames in turn, and its forward rearranges the tokens in between",
 )
-LUMINA_NEXT = ModelFamily(
-    transformer_classes=("LuminaNextDiT2DModel",),
-    refused="it scales attention by the number of tokens, and would take this rank's for all",
-)
 MOCHI = ModelFamily(
     transformer_classes=("MochiTransformer3DModel",),
     refused="its attention leaves out the hidden tokens of each text: prompts decide how many tokens a rank holds",
