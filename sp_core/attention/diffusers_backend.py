@@ -8,12 +8,13 @@ linear attention is replaced by ours; our own layer gets its site. Called by `sp
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from sp_core import diffusers_private
@@ -29,11 +30,13 @@ class BoundAttention(diffusers_private.AttentionConfig):
     Attributes:
         site: which attention this is.
         length_base: the parameter of its processor's call that says how it scales by the number of tokens.
+        drops_hidden: its processor drops tokens that a mask hides.
     """
 
-    def __init__(self, site: AttentionSite, length_base: str = "") -> None:
+    def __init__(self, site: AttentionSite, length_base: str = "", drops_hidden: bool = False) -> None:
         self.site = site
         self.length_base = length_base
+        self.drops_hidden = drops_hidden
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """`(B, L, H, D)` for this rank's queries; options as diffusers' backends take them.
@@ -80,14 +83,16 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
             name in found.keys_in_front,
             name in found.masks_queries,
         )
+        across = BoundAttention(site, found.scales_by_length.get(name, ""), name in found.drops_hidden)
         is_linear = name in found.linear
-        across = BoundAttention(site, found.scales_by_length.get(name, ""))
         processor: Any = LinearProcessor(site) if is_linear else _bound(module.processor, across)
         module.processor = processor
     for name, layer in found.layers.items():
         layer.site = AttentionSite(context, name)
     bound = {name: module.processor for name, module in found.processors.items()}
     hooks = [model.register_forward_pre_hook(lambda *_: _require_bound(model, found.processors, bound))]
+    for mask in set(found.drops_hidden.values()):
+        hooks.append(model.register_forward_pre_hook(functools.partial(_require_at_end, mask), with_kwargs=True))
     if found.processors or found.layers:  # in front of the hook that ends the forward
         hooks.append(model.register_forward_hook(lambda *_: _require_attended(context), prepend=True))
 
@@ -125,7 +130,7 @@ def captured(kind: type) -> type:
         attend = self.sequence_parallel
         if attend.length_base:  # taken from the processor: it would count this rank's tokens only
             attend = functools.partial(attend, length_base=kwargs.pop(attend.length_base, None))
-        with _Capture(attend):
+        with _CaptureHidden(attend) if attend.drops_hidden else _Capture(attend):
             return kind.__call__(self, *args, **kwargs)
 
     return type(f"Captured{kind.__name__}", (kind,), {"__call__": call, "sequence_parallel": None})
@@ -157,6 +162,36 @@ class _Capture(TorchFunctionMode):
         options |= dict(zip(("dropout_p", "is_causal"), args, strict=False))
         tokens_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return self.attention(*tokens_first, attn_mask=attn_mask, **options).transpose(1, 2)
+
+
+class _CaptureHidden(_Capture):
+    """The same, where a processor would leave out hidden tokens, so that prompts decided how many tokens a rank holds.
+
+    No token is left out: the mask of the sample, `(tokens,)`, that the processor looks at hides them as keys instead.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nonzero:
+            self.shown = args[0].bool()
+            return torch.arange(self.shown.shape[0], device=self.shown.device)[:, None]
+        if function is scaled_dot_product_attention:
+            before = args[1].shape[2] - self.shown.shape[0]
+            mask = pad(self.shown, (before, 0), value=True)[None, None, None]
+            return self._attend(*args[:3], mask, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _require_at_end(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where the input of this name, a mask `(B, S)`, hides tokens in front of others. All ranks have all of it.
+
+    A processor that drops tokens packs what it computes of the others, in front of what was hidden.
+    """
+    shown = inspect.signature(model.forward).bind(*args, **kwargs).arguments[name].bool()
+    if (shown[:, 1:] & ~shown[:, :-1]).any():
+        raise ValueError(f"{name} hides tokens in front of others; pad at the end, so that it hides only the last ones")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -31,6 +31,7 @@ class FoundAttention:
         linear: names of modules whose attention is linear.
         scales_by_length: the parameter of its processor that is the base of a logarithm of the number of all tokens, by
             the module's name.
+        drops_hidden: the model's input that has the mask by which its processor drops tokens, by the module's name.
     """
 
     processors: Mapping[str, nn.Module]
@@ -41,6 +42,7 @@ class FoundAttention:
     masks_queries: frozenset[str] = frozenset()
     linear: frozenset[str] = frozenset()
     scales_by_length: Mapping[str, str] = field(default_factory=dict)
+    drops_hidden: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def local_attention(self) -> Callable[..., torch.Tensor]:
@@ -84,6 +86,7 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
         _matching(processors, family.masks_queries),
         _linear(model, processors, family),
         _declared(processors, family.scales_by_length),
+        _declared(processors, family.drops_hidden),
     )
 
 

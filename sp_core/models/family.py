@@ -178,6 +178,8 @@ class ModelFamily:
             What hidden queries put out must not matter.
         scales_by_length: modules whose attention scales its scores by the logarithm of the number of all tokens, with
             the parameter of their processors' call that is its base.
+        drops_hidden: modules whose processors take, by `torch.nonzero`, only the tokens that a mask shows of the last
+            stream that they join, with the model's input that has all of the mask. Hidden tokens must be at its end.
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
         linear_processors: class names of processors whose attention is linear, over the region's own tokens: see
@@ -204,6 +206,7 @@ class ModelFamily:
     keys_in_front: tuple[str, ...] = ()
     masks_queries: tuple[str, ...] = ()
     scales_by_length: Mapping[str, str] = field(default_factory=dict)
+    drops_hidden: Mapping[str, str] = field(default_factory=dict)
     captured_processors: tuple[str, ...] = ()
     linear_processors: tuple[str, ...] = ()
     refused_processors: Mapping[str, str] = field(default_factory=dict)

@@ -65,6 +65,7 @@ IN_THE_SHORT_RUN = (
     "joy-image-edit", "bria-fibo-2", "cosmos", "any-flow", "motif-video image", "skyreels-v2 forcing",
     "sana-video per token",
     "lumina-next proportional",
+    "mochi",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

@@ -10,10 +10,6 @@ LATTE = ModelFamily(
     transformer_classes=("LatteTransformer3DModel",),
     refused="it attends to places and frames in turn, and its forward rearranges the tokens in between",
 )
-MOCHI = ModelFamily(
-    transformer_classes=("MochiTransformer3DModel",),
-    refused="its attention leaves out the hidden tokens of each text: prompts decide how many tokens a rank holds",
-)
 NUCLEUS_MOE = ModelFamily(
     transformer_classes=("NucleusMoEImageTransformer2DModel",),
     refused="its experts choose among all tokens, and would choose among this rank's",
