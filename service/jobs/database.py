@@ -19,6 +19,20 @@ UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalEr
 """The server is away or stopping, the disk is full, or no connection came free."""
 
 
+CLAIMING = 7_207_735_117
+"""The lock in PostgreSQL by which one gateway at a time claims jobs; any number that others do not use."""
+
+CLAIMING_S = 10
+"""Seconds for which a gateway that stops in the middle of a claim holds up others; PostgreSQL then ends its session."""
+
+
+def one_claims(connection: sa.Connection) -> None:
+    """Wait until no other transaction claims jobs: what it takes is not seen before it ends. SQLite has one writer."""
+    if connection.dialect.name == "postgresql":
+        limit = sa.func.set_config("idle_in_transaction_session_timeout", f"{CLAIMING_S}s", True)  # this transaction's
+        connection.execute(sa.select(limit, sa.func.pg_advisory_xact_lock(CLAIMING)))
+
+
 @contextlib.contextmanager
 def answering() -> Iterator[None]:
     """Let what a database that is away raises be `JobsUnavailable`; its own words stay in the log."""

@@ -51,6 +51,12 @@ def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -
     return list(connection.execute(query).mappings())
 
 
+def running(connection: sa.Connection, model: str) -> int:
+    """How many jobs of a model run, in whatever gateway."""
+    query = sa.select(sa.func.count()).where(jobs.c.state == "running", jobs.c.model == model)
+    return int(connection.execute(query).scalar_one())
+
+
 def runners(connection: sa.Connection) -> list[str]:
     """Who runs jobs."""
     query = sa.select(jobs.c.runner).where(jobs.c.state == "running").distinct()

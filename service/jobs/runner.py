@@ -173,8 +173,8 @@ class Runner:
             await self._end_unserved(counts)
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
         self._observed.tell(counts, self._room())
-        room = {model: most - counts[model].running for model, most in self._room().items() if model in counts}
-        room = {model: most for model, most in room.items() if most > 0 and counts[model].queued}
+        waiting = {model: most for model, most in self._room().items() if model in counts and counts[model].queued}
+        room = {model: most for model, most in waiting.items() if most > counts[model].running}
         claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else []
         for job in claimed:
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))

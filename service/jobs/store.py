@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.jobs import outbox, queries
-from service.jobs.database import PATIENCE_S, Database
+from service.jobs.database import PATIENCE_S, Database, one_claims
 from service.jobs.records import (
     CANCELLED,
     DEADLINE,
@@ -98,15 +98,18 @@ class JobStore:
         """Take jobs to run them; each counts as an attempt from now on.
 
         Args:
-            room: by model, how many at most.
+            room: by model, how many may run at once, whoever runs them; of two gateways that claim at the same moment
+                the second one counts what the first one took.
             runner: who takes them.
             lease_s: seconds after which they are queued again if `renew` is not called.
         """
         taken = []
         with self._database.transaction() as (connection, now):
+            one_claims(connection)
             self._database.settle(connection, now, self.keep_s)
             for model in sorted(room):
-                for row in queries.next_in_line(connection, model, room[model], now):
+                free = room[model] - queries.running(connection, model)
+                for row in queries.next_in_line(connection, model, free, now):
                     values = {"fence": row["fence"] + 1, "attempt": row["attempt"] + 1, "runner": runner}
                     values |= {"lease_until": now + lease_s, "started_at": now, "step": 0, "total_steps": 0}
                     taken.append(change(connection, row, now, state="running", **values))

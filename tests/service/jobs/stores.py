@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.jobs.engines import open_postgres, open_sqlite
-from service.jobs.records import Job, JobError, JobOutput, NewJob
+from service.jobs.records import Counts, Job, JobError, JobOutput, NewJob
 from service.jobs.store import JobStore
 
 BACKENDS = ("sqlite", "postgres")
@@ -54,5 +54,6 @@ def open_store(backend: str, folder: Path, url: str, clock: Clock) -> Iterator[J
 
 
 def take(store: JobStore, most: int = 1, model: str = "film", runner: str = "r") -> list[Job]:
-    """Claim jobs of one model."""
-    return store.claim({model: most}, runner, LEASE_S)
+    """Claim so many jobs of one model, besides those that run."""
+    running = store.counts().get(model, Counts()).running
+    return store.claim({model: running + most}, runner, LEASE_S)

@@ -8,10 +8,13 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from service.jobs import database
 from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.store import JobStore
 from tests.service.jobs.stores import BACKENDS, LEASE_S, new_job, open_engine
+from tests.support.postgres import Postgres
 
 KILLS = 20
 ROUNDS = 30
@@ -24,13 +27,13 @@ def opened(where: str) -> JobStore:
 
 
 def claim_all(where: str, together: Barrier, told: Connection) -> None:
-    """Claim two at a time, always at the same moment as the other process; tell the ids."""
+    """Claim, always at the same moment as the other process, with room for two more in each round; tell the ids."""
     store = opened(where)
-    ids: list[str] = []
-    for _ in range(ROUNDS):
+    rounds: list[list[str]] = []
+    for number in range(ROUNDS):
         together.wait(60)
-        ids += [job.id for job in store.claim({"film": 2}, "r", LEASE_S)]
-    told.send(ids)
+        rounds.append([job.id for job in store.claim({"film": 2 * (number + 1)}, "r", LEASE_S)])
+    told.send(rounds)
 
 
 def submit_for_ever(where: str, told: Connection) -> None:
@@ -50,7 +53,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(engine.url.database) if request.param == "sqlite" else name
 
 
-def test_two_processes_claim_no_job_twice(where: str) -> None:
+def test_two_processes_claim_no_job_twice_and_no_more_than_there_is_room_for(where: str) -> None:
     store = opened(where)
     ids = {store.submit(new_job())[0].id for _ in range(3 * ROUNDS)}
     together, pipes = FORK.Barrier(2), [FORK.Pipe(duplex=False) for _ in range(2)]
@@ -59,9 +62,28 @@ def test_two_processes_claim_no_job_twice(where: str) -> None:
         process.start()
     for process in processes:
         process.join(60)
-    claimed = [ours.recv() for ours, _ in pipes]
-    assert all(claimed)
-    assert sorted(itertools.chain(*claimed)) == sorted(ids)
+    rounds = [[*one, *other] for one, other in zip(*(ours.recv() for ours, _ in pipes), strict=True)]
+    ran = list(itertools.accumulate(len(taken) for taken in rounds))
+    assert ran == [2 * (number + 1) for number in range(ROUNDS)], "more than there was room for, or fewer"
+    claimed = list(itertools.chain(*rounds))
+    assert len(set(claimed)) == len(claimed) and set(claimed) <= ids
+    store.close()
+
+
+def test_a_gateway_that_stops_in_the_middle_of_a_claim_does_not_hold_up_the_others(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CLAIMING_S", 1)
+    engine = open_engine("postgres", tmp_path, postgres.url)
+    store = JobStore(engine, 60.0)
+    job, _ = store.submit(new_job())
+    stopped = engine.connect()
+    stopped.begin()
+    database.one_claims(stopped)
+    assert [taken.id for taken in store.claim({"film": 1}, "r", LEASE_S)] == [job.id]
+    with pytest.raises(sa.exc.InternalError, match="idle-in-transaction"):
+        stopped.execute(sa.select(1))
+    stopped.close()
     store.close()
 
 

@@ -85,11 +85,13 @@ class Lives(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
 
-    @rule(target=held, room=st.dictionaries(st.sampled_from(MODELS), st.integers(0, 3)))
+    @rule(target=held, room=st.dictionaries(st.sampled_from(MODELS), st.integers(0, 6)))
     def claim(self, room: dict[str, int]) -> Any:
         taken = self.store.claim(room, "r", LEASE_S)
         self._settle()
-        for model, most in room.items():
+        for model, allowed in room.items():
+            running = sum(job.model == model and job.state == "running" for job in self.known.values())
+            most = max(0, allowed - running)
             ready = [job for job in self.known.values() if job.model == model and job.state == "queued"]
             ready = sorted((job for job in ready if job.not_before <= self.clock.now), key=lambda job: job.order)
             assert [job.id for job in taken if job.model == model] == [job.order[1] for job in ready[:most]]
