@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -323,6 +324,79 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_taken_over(tmp_path: Path, monke
         done = await world.ended(job)
         assert (done.state, done.attempt, done.runner) == ("succeeded", 2, "gateway-1")
         assert world.asked[0][1].seed == request_of(taken).seed
+
+    live(tmp_path, draws, story)
+
+
+class Cut:
+    """The store as a gateway reaches it whose connection can be cut."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs, self.cut, self.refused = jobs, False, list[Any]()
+
+    async def in_use(self) -> bool:
+        return await self.jobs.in_use()
+
+    async def ask(self, call: Any, *args: Any) -> Any:
+        if self.cut:
+            self.refused.append(call)
+            raise JobsUnavailable("cut off")
+        return await self.jobs.ask(call, *args)
+
+
+@pytest.mark.parametrize("first", ["before the other", "after the other"])
+def test_who_is_cut_off_from_the_store_past_its_lease_adds_no_second_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+    monkeypatch.setattr(module, "LEASE_S", 0.3)
+    begun, go = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
+
+    async def story(world: World) -> None:
+        async def attempts(request: GenerationRequest) -> AsyncGenerator[Report]:
+            number = len(world.asked) - 1
+            begun[number].set()
+            await go[number].wait()
+            yield StepEvent(1, 4, 0.1)
+            yield dataclasses.replace(RESULT, outputs=(b"%d" % number,))
+
+        async def published() -> None:  # or nobody's anymore
+            while JobStore.publish not in link.refused:
+                await asyncio.sleep(0.01)
+            assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 1 + (first == "after the other")
+            link.cut = False
+            while world.runner._running:
+                await asyncio.sleep(0.01)
+
+        link, world.script = Cut(world.jobs), attempts
+        gateway: Any = world.runner
+        gateway._jobs = link
+        job = await world.submit()
+        await asyncio.wait_for(begun[0].wait(), 10)
+        assert world.jobs._own is not None
+        world.jobs._own._database._patience_s = 0.0  # the store has just been opened
+        link.cut = True
+        monkeypatch.setattr(module, "LEASE_S", 60.0)
+        other = world.another("gateway-2")
+        while not begun[1].is_set():
+            await other._claim()
+            await asyncio.sleep(0.02)
+        if first == "before the other":
+            go[0].set()
+            await published()
+            held = await world.jobs.ask(JobStore.get, job.id, None)
+            assert (held.state, held.runner, held.attempt) == ("running", "gateway-2", 2)
+        go[1].set()
+        await world.ended(job)
+        if first == "after the other":
+            go[0].set()
+            await published()
+        done = await world.jobs.ask(JobStore.get, job.id, None)
+        assert (done.state, done.runner, done.attempt) == ("succeeded", "gateway-2", 2)
+        (output,), (file,) = done.outputs, (tmp_path / "outputs").glob("*.mp4")
+        assert (file.name, file.read_bytes()) == (output.name, b"1")
+        told = [event.state for event in await world.jobs.ask(JobStore.events, job.id)]
+        assert told == ["queued", "running", "queued", "running", "succeeded"]
 
     live(tmp_path, draws, story)
 
