@@ -13,7 +13,7 @@ from typing import Any
 
 from deploy.activations import activation_bytes, largest_request, why_two_forwards
 from deploy.families.lookup import component_dtype, kept_in_fp32
-from deploy.model_folder import component_folders, read_config
+from deploy.model_folder import component_folders, is_transformer, read_config
 from deploy.safetensors_headers import read_header, read_headers
 from deploy.spec import Elastic, ModelSpec
 from sp_core.degrees import ParallelDegrees, axis_groups, check_layout, smaller_layouts, units
@@ -172,7 +172,7 @@ def weight_bytes(model: ModelSpec, folder: Path) -> int:
 def _component_bytes(model: ModelSpec, name: str, folder: Path, dtype: str) -> int:
     config = read_config(folder / "config.json")
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or [""])))
-    size = model.parallel.tensor_parallel_size if name.startswith("transformer") else 1
+    size = model.parallel.tensor_parallel_size if is_transformer(name) else 1
     sharded = _sharded_tensors(folder, kind, config) if size > 1 else []
     in_fp32 = _stays_in_fp32(kind, dtype)
     total = 0

@@ -103,6 +103,11 @@ def is_component(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 
+def is_transformer(name: str) -> bool:
+    """Whether a component is one that denoises, and so is divided among ranks, by its name in `model_index.json`."""
+    return name.removeprefix("unconditional_").startswith("transformer")
+
+
 def component_folders(folder: Path) -> dict[str, Path]:
     """The folders of the components that have weights, by name: all but schedulers, tokenizers and processors.
 

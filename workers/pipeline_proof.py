@@ -34,7 +34,7 @@ from sp_core.verify.rank_pool import RankFailed, RankPool
 from sp_core.verify.verify import BAR, BLIND
 from workers.gang.self_test import self_test
 from workers.messages import GenerationRequest
-from workers.model.adapters.classic import REWRITES
+from workers.model.adapters.classic import REWRITES, SCHEDULES
 from workers.model.classic_denoising import begin
 from workers.model.controlnets import control_modes
 from workers.model.denoising import Denoising
@@ -244,7 +244,8 @@ def _classic_answer(pipeline: str, folder: Path, request: GenerationRequest, las
 
         classic.scheduler.step = seen_step
     with small_pictures(folder):
-        made = classic(**{name: value for name, value in told.items() if name in parameters and value is not None})[0]
+        said = {name: value for name, value in told.items() if value is not None} | dict.fromkeys(SCHEDULES)
+        made = classic(**{name: value for name, value in said.items() if name in parameters})[0]
     return seen[-1], [_pixels(each) for each in made]
 
 

@@ -38,7 +38,16 @@ VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prom
 EDIT_INSTRUCTION = '{"edit_instruction": "%s"}'
 """A prompt of pipelines that take no plain text."""
 
-BASIC = ("scheduler", "text_encoder", "tokenizer", "processor", "transformer", "vae", "controlnet")
+BASIC = (
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "processor",
+    "transformer",
+    "unconditional_transformer",
+    "vae",
+    "controlnet",
+)
 """Of the parts that a pipeline takes: those that no request can do without."""
 
 

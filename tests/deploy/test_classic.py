@@ -10,6 +10,7 @@ from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, families, family_name, find_family
 from deploy.families.pipeline_source import classic_call, transformer_pipelines
 from deploy.families.schedulers import FLOW_MATCH
+from deploy.model_folder import is_transformer
 from deploy.spec import ModelSpec
 from tests.support.model_folders import edit, stub_model
 
@@ -83,6 +84,12 @@ def test_a_control_image_is_for_one_controlnet(tmp_path: Path) -> None:
     edit(folder / "model_index.json", {"controlnet": ["diffusers", "FluxMultiControlNetModel"]})
     with pytest.raises(ValueError, match="has a FluxMultiControlNetModel, but requests bring one control image"):
         find_family(folder)
+
+
+def test_a_second_transformer_is_needed() -> None:
+    assert "unconditional_transformer" in classic_family("Ideogram4Pipeline").needed_components({})
+    names = ("transformer", "transformer_2", "unconditional_transformer", "text_encoder", "vae")
+    assert [is_transformer(name) for name in names] == [True, True, True, False, False]
 
 
 REFUSED = {

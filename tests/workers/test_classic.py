@@ -1,6 +1,7 @@
 """Pipelines without an adapter: stepped, their classic call makes what it makes on one process, on every layout."""
 
 import gc
+import inspect
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -37,7 +38,7 @@ from workers.model.adapters.classic import ClassicAdapter
 from workers.model.classic_denoising import ClassicDenoising, begin
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
-from workers.model.prompts import check_length, check_words
+from workers.model.prompts import IDEOGRAM_TOKENS, check_length, check_words
 from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
@@ -301,6 +302,49 @@ def test_a_prompt_that_fails_in_the_pipelines_own_warning_is_refused() -> None:
     check_length("LongCatImagePipeline", pipeline, long)
     with pytest.raises(TypeError, match="has no len"):  # once diffusers has mended it, such prompts may be cut
         pipeline._encode_prompt([long.prompt], Image.new("RGB", (64, 64)))
+
+
+def test_a_prompt_that_ideogram_does_not_read_is_refused() -> None:
+    name, pipeline = "Ideogram4Pipeline", demo_of("ideogram_4")
+    assert inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default == IDEOGRAM_TOKENS
+
+    def read(letters: int) -> Any:
+        return pipeline.encode_prompt("x" * letters, 1, 1, IDEOGRAM_TOKENS, torch.device("cpu"))
+
+    of_chat = int((read(1)[3] == 3).sum()) - 1  # tokens that have the role of text
+    fits = IDEOGRAM_TOKENS - of_chat
+    check_length(name, pipeline, replace(PICTURES, prompt="x" * fits))
+    assert int((read(fits)[3] == 3).sum()) == IDEOGRAM_TOKENS
+    with pytest.raises(InvalidParameter, match=rf"prompt has {IDEOGRAM_TOKENS + 1} tokens, .* {IDEOGRAM_TOKENS}; "):
+        check_length(name, pipeline, replace(PICTURES, prompt="x" * (fits + 1)))
+    with pytest.raises(ValueError, match="exceeds max_sequence_length"):  # what it would do
+        read(fits + 1)
+
+
+def tokens_of(mesh: ParallelMesh, folder: Path) -> dict[str, int]:
+    """How many tokens this rank gives the first block of each transformer."""
+    loaded = load_model(ModelSpec(name="a", source=str(folder), device="cpu", parallel=mesh.degrees), mesh)
+    seen: dict[str, int] = {}
+    for name in loaded.adapters:
+        attention = getattr(loaded.pipeline, name).layers[0].attention
+        attention.to_q.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0].shape[1]}))
+    begun(loaded, replace(PICTURES, width=80, height=112, n=1)).step()
+    return seen
+
+
+def test_ranks_divide_the_transformer_of_the_branch_without_a_prompt(ranks: RankPool, tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "demo", "ideogram_4")
+    shares = ranks.run(LAYOUTS["ulysses 2"], tokens_of, tmp_path / "demo")
+    image = 35
+    whole = {"transformer": IDEOGRAM_TOKENS + image, "unconditional_transformer": image}
+    assert {name: sum(each[name] for each in shares) for name in whole} == whole
+    assert all(abs(shares[0][name] - shares[1][name]) <= 1 for name in whole)
+
+
+def test_a_scale_takes_the_place_of_a_schedule() -> None:
+    told = ClassicAdapter(classic_family("Ideogram4Pipeline")).inputs(PICTURES)
+    assert told["guidance_schedule"] is None and told["guidance_scale"] == PICTURES.guidance_scale
+    assert "guidance_schedule" not in ClassicAdapter(classic_family("StableDiffusion3Pipeline")).inputs(PICTURES)
 
 
 def who_encodes(mesh: ParallelMesh, folder: Path) -> tuple[bool, bool]:

@@ -13,7 +13,7 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline
 
-from deploy.model_folder import component_classes, is_component, read_index
+from deploy.model_folder import component_classes, is_component, is_transformer, read_index
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 """Whose classes an index may name. What else it names would have to be imported, and so run."""
@@ -37,7 +37,7 @@ class ClassicParts:
         self.pretrained_component_names = [name for name in component_classes(folder) if name in self._takes]
         for name in self.pretrained_component_names:
             library, kind = self._index[name]
-            if not name.startswith("transformer") and _class(library, kind) is None:
+            if not is_transformer(name) and _class(library, kind) is None:
                 raise ValueError(
                     f"{folder / name} is a {kind} of {library}; components must be classes of diffusers or transformers"
                 )

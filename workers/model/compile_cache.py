@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import sp_core
-from deploy.model_folder import component_classes
+from deploy.model_folder import component_classes, is_transformer
 from deploy.spec import ModelSpec
 from workers.model.digests import file_digest
 from workers.private_folder import make_private, open_own
@@ -77,7 +77,7 @@ def what_decides(model: ModelSpec, device: str) -> dict[str, Any]:
         OSError: a file cannot be read.
     """
     folder = Path(model.source)
-    names = [name for name in sorted(component_classes(folder)) if name.startswith("transformer")]
+    names = [name for name in sorted(component_classes(folder)) if is_transformer(name)]
     ours = hashlib.sha256()  # the compiler sees our operators from outside, and would miss a change in one
     for file in sorted(Path(sp_core.__path__[0]).rglob("*.py")):
         ours.update(file.read_bytes())

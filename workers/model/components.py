@@ -12,7 +12,7 @@ from diffusers import ModelMixin, ModularPipeline
 from transformers import PreTrainedModel
 
 from deploy.families.lookup import CLASSIC, family_name
-from deploy.model_folder import component_classes
+from deploy.model_folder import component_classes, is_transformer
 from deploy.safetensors_headers import headers_by_file, weights_file
 from deploy.spec import ModelSpec
 from workers.model.classic_parts import ClassicParts
@@ -100,7 +100,7 @@ def verify_loadable(model: ModelSpec, folder: Path) -> None:
         if name not in pipeline.pretrained_component_names:
             continue  # such as Flux's image encoder, for which the pipeline has no use
         try:
-            if name.startswith("transformer"):
+            if is_transformer(name):
                 verified_files(build(folder / name, kind), folder / name)
             else:
                 parts[name] = load_component(pipeline, folder, name, device_map="meta")

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from safetensors import safe_open
 
 from deploy.families.lookup import component_dtype, find_family
-from deploy.model_folder import component_classes
+from deploy.model_folder import component_classes, is_transformer
 from deploy.safetensors_headers import headers_by_file
 from deploy.spec import LoRA, ModelSpec
 from sp_core.lora import Adapters, AdapterShare
@@ -106,7 +106,7 @@ def load_model(
     """
     pipeline = _load_pipeline(model, mesh, on_progress)
     parts = {name: part for name, part in pipeline.components.items() if part is not None}  # not all have a second
-    adapters = {name: Adapters(part) for name, part in parts.items() if name.startswith("transformer")}
+    adapters = {name: Adapters(part) for name, part in parts.items() if is_transformer(name)}
     loaded = LoadedModel(model, mesh, pipeline, adapters).with_loras(model.loras)
     reason = why_not_batched(part for name, part in pipeline.components.items() if name in adapters)
     if model.batch_guidance is True and reason:
@@ -123,7 +123,7 @@ def _load_pipeline(
     transformer_class(model)  # imports it: the pipeline's index may name it, and then diffusers looks it up
     pipeline = read_pipeline(folder)
     present = component_classes(folder)
-    transformers = sorted(name for name in present if name.startswith("transformer"))
+    transformers = sorted(name for name in present if is_transformer(name))
     for name, progress in _shares_of_progress(folder, present, transformers, on_progress).items():
         transformer = _load_transformer(model, name, mesh, adapter.rounds_timestep, progress)
         pipeline.register_components(**{name: transformer})

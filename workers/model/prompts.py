@@ -20,8 +20,11 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 MARKS = {"JoyImageEditPipeline": ("<image>\n",)}
 """Words that a pipeline itself exchanges for those by which a processor marks pictures."""
 
-FAILS_ABOVE = "LongCatImageEditPipeline"
-"""A longer prompt than its `tokenizer_max_length` fails in its own warning."""
+FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
+"""They fail where a prompt is too long: the first in its own warning, the second says so when it encodes."""
+
+IDEOGRAM_TOKENS = 2048
+"""What its call reads at most, by its default, with the words of the chat around the prompt."""
 
 
 def check_words(name: str, pipeline: Any, request: GenerationRequest) -> None:
@@ -53,14 +56,26 @@ def check_length(name: str, pipeline: Any, request: GenerationRequest) -> None:
     Raises:
         InvalidParameter: names the prompt and how many tokens it has.
     """
-    if name != FAILS_ABOVE:
+    if name not in FAILS_ABOVE:
         return
-    most = pipeline.tokenizer_max_length
+    chats = name == "Ideogram4Pipeline"
+    most = IDEOGRAM_TOKENS if chats else pipeline.tokenizer_max_length
     for field, text in _prompts(request):
-        parts = (part for each, quoted in split_quotation(text) for part in (each if quoted else [each]))
+        parts = _chat(pipeline.tokenizer, text) if chats else _unquoted(text)
         count = sum(len(pipeline.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
         if count > most:
             raise InvalidParameter(field, f"{field} has {count} tokens, this model reads at most {most}; shorten it")
+
+
+def _unquoted(text: str) -> Iterator[str]:
+    """The parts in which LongCat reads a prompt: quoted text by its characters."""
+    return (part for each, quoted in split_quotation(text) for part in (each if quoted else [each]))
+
+
+def _chat(tokenizer: Any, text: str) -> list[str]:
+    """A prompt as Ideogram reads it."""
+    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    return [tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)]
 
 
 def _prompts(request: GenerationRequest) -> tuple[tuple[str, str], ...]:

@@ -31,7 +31,7 @@ IDEOGRAM_4 = ModelFamily(
         "layers.0": {"hidden_states": SequenceParallelInput(split_dim=1, expected_dims=3)},
         "final_layer": SequenceParallelOutput(gather_dim=1, expected_dims=3),
     },
-    refused_pipelines={"Ideogram4Pipeline": "it has a second transformer for the branch without a prompt"},
+    pipelines=("Ideogram4Pipeline",),
     examples={
         "ideogram-4": Example(
             "Ideogram4Transformer2DModel",

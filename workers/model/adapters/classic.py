@@ -25,9 +25,19 @@ COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 """What pipelines call the VAE's reduction of sizes."""
 
-REWRITES = ("use_pe", "enable_prompt_rewrite", "expand_prompts", "prompt_upsampling", "caption_upsample_temperature")
+REWRITES = (
+    "use_pe",
+    "enable_prompt_rewrite",
+    "expand_prompts",
+    "prompt_upsampling",
+    "prompt_upsampling_temperature",
+    "caption_upsample_temperature",
+)
 """Parameters by which a pipeline has a language model rewrite the prompt. It is told not to: what that writes is drawn
 anew each time, and a request that runs again must make the same."""
+
+SCHEDULES = ("guidance_schedule",)
+"""Parameters that hold a scale for each step, and have a default. It is told none: a request has one scale for all."""
 
 GUIDERS = ("guider", "ocr_guider")
 """What pipelines call the parts that guide; their scale is not a parameter of the call."""
@@ -97,7 +107,9 @@ class ClassicAdapter(PipelineAdapter):
         taken = {name: value for name, value in told.items() if name in self._call.parameters and value is not None}
         if request.num_inference_steps != TWO_STEPS and BETWEEN in self._call.parameters:
             taken[BETWEEN] = None
-        return taken | {name: False for name in REWRITES if name in self._call.parameters} | dict(request.extra_params)
+        unused = dict.fromkeys(REWRITES, False) | dict.fromkeys(SCHEDULES)
+        taken |= {name: value for name, value in unused.items() if name in self._call.parameters}
+        return taken | dict(request.extra_params)
 
     def unsaid(self, pipeline: Any) -> dict[str, Any]:
         """What the call must be told because of the model's parts, where the request does not say."""
