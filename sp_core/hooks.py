@@ -36,7 +36,7 @@ from sp_core.sp_plan import (
     SequenceParallelPartialInput,
     validate_sp_plan,
 )
-from sp_core.sp_sharding import gather, leading, on_line, shard
+from sp_core.sp_sharding import gather, leading, on_line, shard, tokens_of_region
 
 
 class SequenceParallelSplitHook:
@@ -138,6 +138,10 @@ class SequenceParallelSplitHook:
         # (B, S, D): masks and rotations have another shape or type; for what looks alike the plan says companion
         is_stream = value.ndim == 3 and value.is_floating_point() and not isinstance(entry, SequenceParallelCompanion)
         name = f"{self.name}.{key}" if is_stream else None
+        if getattr(entry, "per_sample", False):
+            dim = entry.split_dim % value.ndim
+            samples = value.unflatten(dim, (-1, tokens_of_region(self.context)))
+            return shard(self.context, samples, dim + 1, stream=None).flatten(dim, dim + 1)
         if isinstance(entry, SequenceParallelPartialInput):
             text = self._text_length(entry.text_len_source, args, kwargs)
             return shard(self.context, value, entry.split_dim, stream=name, replicated=text)

@@ -59,9 +59,11 @@ class SequenceParallelCompanion(SequenceParallelInput):
 
     Attributes:
         optional: leave a tensor whole that is of another rank than `expected_dims`, or has no such dimension.
+        per_sample: the dimension holds the tokens of one sample after those of another.
     """
 
     optional: bool = False
+    per_sample: bool = False
 
 
 @dataclass(frozen=True)

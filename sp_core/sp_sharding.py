@@ -112,6 +112,23 @@ def on_line(context: SequenceContext, name: str, size: int, *, last: bool) -> in
     return -1 if last else 1
 
 
+def tokens_of_region(context: SequenceContext) -> int:
+    """How many tokens all streams of the region have on all ranks.
+
+    Raises:
+        RuntimeError: torch.compile traces, and lengths are not known yet.
+        ValueError: no stream is split.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the tokens of samples cannot be split while torch.compile traces; do not compile this block"
+        )
+    layout = running_forward(context).region.layout()
+    if layout is None:
+        raise ValueError("the plan splits what goes along with the tokens of each sample, but no stream is split here")
+    return layout.total
+
+
 def running_forward(context: SequenceContext) -> RunningForward:
     """The running forward of a model.
 

@@ -30,7 +30,14 @@ from workers import errors, metrics
 PLAN_API = {
     "SequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
     "OptionalSequenceParallelInput": ["split_dim", "expected_dims", "split_output", "auto_pad"],
-    "SequenceParallelCompanion": ["split_dim", "expected_dims", "split_output", "auto_pad", "optional"],
+    "SequenceParallelCompanion": [
+        "split_dim",
+        "expected_dims",
+        "split_output",
+        "auto_pad",
+        "optional",
+        "per_sample",
+    ],
     "SequenceParallelPartialInput": ["split_dim", "text_len_source", "expected_dims", "split_output"],
     "SequenceParallelLeadingCount": ["stream"],
     "SequenceParallelGrid": [],

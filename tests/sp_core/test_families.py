@@ -66,6 +66,7 @@ IN_THE_SHORT_RUN = (
     "sana-video per token",
     "lumina-next proportional",
     "mochi",
+    "latte",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

@@ -82,6 +82,15 @@ def test_a_pipeline_that_makes_so_many_frames_says_so() -> None:
     assert "enable_temporal_reasoning" not in adapter("ChronoEditPipeline").extra_kinds  # it would make others
 
 
+def test_a_transformer_with_positions_for_so_many_frames_makes_these() -> None:
+    transformer = SimpleNamespace(config=SimpleNamespace(video_length=16))
+    pipeline = SimpleNamespace(transformer=transformer, vae=SimpleNamespace())
+    adapter("LattePipeline").check_frames(pipeline, replace(REQUEST, num_frames=16))
+    with pytest.raises(InvalidParameter, match="this model makes 16 frames, got num_frames=9"):
+        adapter("LattePipeline").check_frames(pipeline, REQUEST)
+    assert adapter("LattePipeline").small_size(pipeline, (5, 32, 48)) == (16, 32, 48)
+
+
 def test_a_pipeline_that_needs_so_many_frames_says_so() -> None:
     pipeline = SimpleNamespace(vae_scale_factor_temporal=4, vae=SimpleNamespace())
     adapter("Kandinsky5I2VPipeline").check_frames(pipeline, replace(REQUEST, num_frames=17))

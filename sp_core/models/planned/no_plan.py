@@ -6,10 +6,6 @@ HI_DREAM = ModelFamily(
     transformer_classes=("HiDreamImageTransformer2DModel",),
     refused="each block joins a text of its own behind the image, which a plan cannot keep whole",
 )
-LATTE = ModelFamily(
-    transformer_classes=("LatteTransformer3DModel",),
-    refused="it attends to places and frames in turn, and its forward rearranges the tokens in between",
-)
 NUCLEUS_MOE = ModelFamily(
     transformer_classes=("NucleusMoEImageTransformer2DModel",),
     refused="its experts choose among all tokens, and would choose among this rank's",

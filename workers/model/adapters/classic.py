@@ -248,9 +248,10 @@ class ClassicAdapter(PipelineAdapter):
         if self.family.makes == "image":
             super().check_frames(pipeline, request)
             return
-        if self._call.fixed_frames not in (0, request.num_frames):
+        fixed = self._fixed_frames(pipeline)
+        if fixed not in (0, request.num_frames):
             raise InvalidParameter(
-                "num_frames", f"this model makes {self._call.fixed_frames} frames, got num_frames={request.num_frames}"
+                "num_frames", f"this model makes {fixed} frames, got num_frames={request.num_frames}"
             )
         multiple = _first(pipeline, FRAME_REDUCTIONS, 1)
         least = (self._call.least_latents - 1) * multiple + 1
@@ -272,7 +273,13 @@ class ClassicAdapter(PipelineAdapter):
         if sizes := getattr(pipeline, "resolutions", []):
             width, height = min(sizes, key=math.prod)
             return size[0], height, width
-        return tiles.size if tiles else size
+        frames = self._fixed_frames(pipeline) or size[0]
+        return tiles.size if tiles else (frames, *size[1:])
+
+    def _fixed_frames(self, pipeline: Any) -> int:
+        """How many it makes: by its call, or because its transformer has positions for so many; 0: as it is told."""
+        config = getattr(getattr(pipeline, "transformer", None), "config", None)
+        return self._call.fixed_frames or getattr(config, "video_length", 0)
 
     def size_multiple(self, pipeline: Any) -> int:
         """See `PipelineAdapter.size_multiple`. What the pipeline would round sizes to.
