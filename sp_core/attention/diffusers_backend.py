@@ -128,9 +128,10 @@ def captured(kind: type) -> type:
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attend = self.sequence_parallel
+        capture = _CaptureHidden if attend.drops_hidden else _Capture
         if attend.length_base:  # taken from the processor: it would count this rank's tokens only
             attend = functools.partial(attend, length_base=kwargs.pop(attend.length_base, None))
-        with _CaptureHidden(attend) if attend.drops_hidden else _Capture(attend):
+        with capture(attend):
             return kind.__call__(self, *args, **kwargs)
 
     return type(f"Captured{kind.__name__}", (kind,), {"__call__": call, "sequence_parallel": None})
