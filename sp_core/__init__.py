@@ -20,6 +20,7 @@ Reading order, from intent to arithmetic (README.md is for whoever adds a model)
     shared_modulation.py  another: modulation computed once a step
     fused_gelu.py     another: GELU inside the product before it, on CUDA
     attention/        attention across ranks, and how a model's attention gets there
+    compiled_blocks.py    which parts of a model are compiled
     grid_convolution.py   convolutions over tokens, with the tokens of neighbors
     tensor_parallel.py  the tensor plan at work: parts of layers, summed over the ranks
     lora.py           LoRA adapters beside the linear layers, shared like them, switched without merging

@@ -115,6 +115,11 @@ def tensor_parallel_plan(model: nn.Module) -> Mapping[str, Any] | None:
     return plan or None
 
 
+def names_of_blocks(model: nn.Module) -> tuple[str, ...]:
+    """The classes of the blocks that diffusers would compile; empty: it names none for the model's class."""
+    return tuple(getattr(model, "_repeated_blocks", None) or ())
+
+
 def packed_columns(layer: nn.Module) -> tuple[int, ...]:
     """Proportions of the parts that are fused in a linear layer's output features; empty: it is one part."""
     return tuple(getattr(layer, "_tp_packed_col_blocks", ()))

@@ -5,14 +5,16 @@ A plan gives a module its share of the tokens as one line, by `SequenceParallelG
 3 x 3, one row and one token. Who holds them follows from the recorded lengths, so one exchange brings them, from as
 many ranks as hold some: a share may be smaller than what the kernel reaches.
 
-`(B, C, 1, L)` of this rank's tokens come in, as many go out, of this rank's again. Bound by `sp_core.hooks`.
+`(B, C, 1, L)` of this rank's tokens come in, as many go out, of this rank's again. Bound by `sp_core.hooks`. Under
+`torch.compile` it is one opaque operator, and the region is looked up when the graph runs.
 
 Shapes: a grid is P planes of N rows of W columns; plane after plane, row after row, its tokens are one line.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,17 +45,54 @@ def bind(
     Raises:
         ValueError: the module is no convolution that keeps the size of a grid.
     """
-    if not isinstance(module, nn.Conv2d) or not _keeps_size(module):
+    if type(module) is not nn.Conv2d or not _keeps_size(module):
         raise ValueError(
             f"{name!r} is {module}, but SequenceParallelConvolution is for a Conv2d of odd kernel, stride 1, dilation "
             "1 and zeros of half its kernel around it"
         )
-    module.forward = partial(_convolve, name, module, entry.rows, context)  # type: ignore[method-assign]
+    bound: Any = module
+    bound.__class__ = GridConvolution
+    bound.site = ConvolutionSite(context, name, entry.rows)
 
     def undo() -> None:
-        del module.forward
+        del bound.site
+        bound.__class__ = nn.Conv2d
 
     return undo
+
+
+@dataclass(frozen=True)
+class ConvolutionSite:
+    """One convolution of a parallelized model.
+
+    Attributes:
+        context: the model's.
+        name: the module's plan key, for messages.
+        rows: the size of the grid along which the first dimension of its kernel lies.
+    """
+
+    context: SequenceContext
+    name: str
+    rows: str
+
+
+class GridConvolution(nn.Conv2d):
+    """What a convolution is while it is bound. A class, so that compiled blocks share their graph.
+
+    Attributes:
+        site: which one this is.
+    """
+
+    site: ConvolutionSite
+
+    def forward(self, line: torch.Tensor) -> torch.Tensor:
+        """`(B, C, 1, L)` to `(B, C', 1, L)`; padding becomes 0."""
+        site = self.site
+        if not torch.compiler.is_compiling():
+            return _convolved(site.name, self.weight, self.bias, site.rows, site.context, line)
+        return _convolution_operator(  # type: ignore[no-any-return]
+            line, self.weight, self.bias, site.name, site.rows, site.context.number
+        )
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
@@ -65,8 +104,14 @@ def _keeps_size(module: nn.Conv2d) -> bool:
     )
 
 
-def _convolve(name: str, module: nn.Conv2d, rows: str, context: SequenceContext, line: torch.Tensor) -> torch.Tensor:
-    """`(B, C, 1, L)` to `(B, C', 1, L)`; padding becomes 0."""
+def _convolved(
+    name: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: str,
+    context: SequenceContext,
+    line: torch.Tensor,
+) -> torch.Tensor:
     axis = context.mesh.axis("sequence")
     stream, grid, misfit = Stream(0, axis.size), (1, 1, 1), None
     try:
@@ -76,18 +121,42 @@ def _convolve(name: str, module: nn.Conv2d, rows: str, context: SequenceContext,
     context.agree(f"convolution {name!r}", f"{name}/convolution", misfit)
     held, count = line.shape[-1], stream.real[axis.rank]
     planes, height, width = grid
-    up, left = (size // 2 for size in module.kernel_size)
+    up, left = (size // 2 for size in weight.shape[2:])
     reach = min(up, height - 1) * width + left  # beyond the last row of a plane everything is 0
     first = sum(stream.real[: axis.rank])
     tokens = with_neighbors(line[:, :, 0, :count], stream.real, reach, axis)
     tokens = pad(tokens, (up * width + left - reach,) * 2)
     if not count:  # all of them are padding
-        return line.new_zeros(line.shape[0], module.out_channels, 1, held)
+        return line.new_zeros(line.shape[0], len(weight), 1, held)
     if left or planes > 1:
-        convolved = _row_by_row(module, tokens, grid, first, count)
+        convolved = _row_by_row(weight, bias, tokens, grid, first, count)
     else:
-        convolved = _column_by_column(module, tokens, width, count)
+        convolved = _column_by_column(weight, bias, tokens, width, count)
     return pad(convolved, (0, held - count)).unsqueeze(2)
+
+
+@torch.library.custom_op("sp_core::convolution", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _convolution_operator(
+    line: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    name: str,
+    rows: str,
+    number: int,
+) -> torch.Tensor:
+    return _convolved(name, weight, bias, rows, SequenceContext.numbered(number), line).contiguous()
+
+
+@_convolution_operator.register_fake
+def _(
+    line: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    name: str,
+    rows: str,
+    number: int,
+) -> torch.Tensor:
+    return line.new_empty(line.shape[0], weight.shape[0], 1, line.shape[-1])
 
 
 def _where(
@@ -164,26 +233,39 @@ def with_neighbors(tokens: torch.Tensor, lengths: list[int], reach: int, axis: M
     return pad(joined, (max(0, reach - starts[rank]), max(0, ends[rank] + reach - ends[-1])))
 
 
-def _column_by_column(module: nn.Conv2d, tokens: torch.Tensor, width: int, count: int) -> torch.Tensor:
+def _column_by_column(
+    weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor, width: int, count: int
+) -> torch.Tensor:
     """A kernel of one column on one plane, on tokens with their neighbors: `(B, C', count)`."""
-    shifted = [tokens[..., row * width : row * width + count] for row in range(module.kernel_size[0])]
-    return conv2d(torch.stack(shifted, dim=2), module.weight, module.bias, groups=module.groups).squeeze(2)
+    shifted = [tokens[..., row * width : row * width + count] for row in range(weight.shape[2])]
+    return conv2d(torch.stack(shifted, dim=2), weight, bias, groups=_groups(weight, tokens)).squeeze(2)
+
+
+def _groups(weight: torch.Tensor, tokens: torch.Tensor) -> int:
+    """Of the convolution: each sees a part of the features."""
+    return tokens.shape[1] // weight.shape[1]
 
 
 def _row_by_row(
-    module: nn.Conv2d, tokens: torch.Tensor, grid: tuple[int, int, int], first: int, count: int
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    grid: tuple[int, int, int],
+    first: int,
+    count: int,
 ) -> torch.Tensor:
     """Any kernel, on tokens with their neighbors: `(B, C', count)`.
 
     Args:
-        module: the convolution.
+        weight: of the convolution.
+        bias: the same.
         tokens: `(B, C, reach + count + reach)`.
         grid: planes, rows and columns.
         first: the place of this rank's first token in the whole line.
         count: its tokens.
     """
     _, height, width = grid
-    up, left = (size // 2 for size in module.kernel_size)
+    up, left = (size // 2 for size in weight.shape[2:])
     top, bottom = first // width, (first + count - 1) // width + 1  # rows, counted through all planes
     begin = first - up * width - left  # of the tokens that are here
     before, after = begin - (top - up) * width, (bottom + up) * width - (begin + tokens.shape[-1])
@@ -197,7 +279,7 @@ def _row_by_row(
     pieces = [rows[:, :, start - top + up : stop - top + up] for start, stop in by_plane(top - up, bottom + up)]
     apart = [pad(piece, (0, 0, 0, up)) for piece in pieces[:-1]]  # no kernel reaches from one plane into the next
     padded = torch.cat((*apart, pieces[-1]), dim=2)
-    convolved = conv2d(padded, module.weight, module.bias, padding=(0, left), groups=module.groups)
+    convolved = conv2d(padded, weight, bias, padding=(0, left), groups=_groups(weight, tokens))
     here = []
     for start, stop in by_plane(top, bottom):
         crossed = start // height - (top - up) // height

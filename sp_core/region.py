@@ -47,6 +47,7 @@ class SequenceContext:
         order_known: whether `places` is really the order in which attention joins the streams.
         local_attention: attention outside a region: `(query, key, value, mask, scale)` to output.
         number: finds this context from inside a compiled graph, which takes only plain arguments.
+        noted: nothing; what a compiled graph says that it changes when it notes the size of a grid.
     """
 
     mesh: ParallelMesh
@@ -55,6 +56,7 @@ class SequenceContext:
     order_known: bool = True
     local_attention: Callable[..., torch.Tensor] = kernels.local_attention
     number: int = field(default_factory=lambda: next(_numbers))
+    noted: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _settled: dict[ParallelDegrees, dict[Hashable, None]] = field(default_factory=dict)  # by layout, in order
 
     def __post_init__(self) -> None:

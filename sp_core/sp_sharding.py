@@ -102,13 +102,11 @@ def on_line(context: SequenceContext, name: str, size: int, *, last: bool) -> in
         name: the parameter.
         size: of the grid.
         last: it is the innermost size.
-
-    Raises:
-        RuntimeError: torch.compile traces, and convolutions need the size when the graph runs.
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError("the size of a grid cannot be noted while torch.compile traces; do not compile this block")
-    running_forward(context).region.grid[name] = size
+        _grid_operator(context.noted, name, size, context.number)
+    else:
+        running_forward(context).region.grid[name] = size
     return -1 if last else 1
 
 
@@ -184,3 +182,14 @@ def _(tensor: torch.Tensor, dim: int, number: int, stream: str | None, closes: b
     shape: list[Any] = list(tensor.shape)
     shape[dim] = torch.library.get_ctx().new_dynamic_size()
     return tensor.new_empty(shape)
+
+
+@torch.library.custom_op("sp_core::grid", mutates_args=("noted",), tags=torch.Tag.cudagraph_unsafe)
+def _grid_operator(noted: torch.Tensor, name: str, size: int, number: int) -> None:
+    """A compiled graph keeps an operator without a result only if it says that it changes something: `noted`."""
+    running_forward(SequenceContext.numbered(number)).region.grid[name] = size
+
+
+@_grid_operator.register_fake
+def _(noted: torch.Tensor, name: str, size: int, number: int) -> None:
+    pass

@@ -2,7 +2,7 @@
 
 Without softmax, attention is `q (k^T v)`: each rank sums `k^T v` and `k` over its own tokens, one all-reduce joins the
 sums, `(B, H, D + 1, D)`, and each rank asks them with its own queries. Ulysses and ring ranks do the same here. The
-answer is that of one process, but for the order of a sum.
+answer is that of one process, but for the order of a sum. Under `torch.compile` it is one opaque operator.
 
 `LinearProcessor` stands in for diffusers' processors of that kind, which sum over the tokens that they see.
 `sp_core.attention.diffusers_backend` puts it into the modules that a family names by `linear_processors`.
@@ -15,6 +15,7 @@ from torch.nn.functional import relu
 
 from sp_core import collectives
 from sp_core.attention.region_attention import AttentionSite, is_kept_local, layout_of
+from sp_core.region import SequenceContext
 from sp_core.token_layout import TokenLayout
 
 EPS = 1e-15
@@ -93,6 +94,11 @@ def linear_attention(
     Raises:
         ValueError: the tokens are not those of the region; on all ranks, if it happens at an attention's first call.
     """
+    if torch.compiler.is_compiling():
+        cosine, sine = (None, None) if rotation is None else rotation
+        return _linear_operator(  # type: ignore[no-any-return]
+            query, key, value, cosine, sine, site.context.number, site.stream
+        )
     forward = site.context.running()
     layout: TokenLayout | None = None
     real: torch.Tensor | None = None
@@ -117,6 +123,34 @@ def linear_attention(
     products, weights = sums[:, :, :-1], sums[:, :, -1:]
     attended = turned_query.float().transpose(1, 2) @ products.transpose(2, 3)  # (B, H, L, D)
     return (attended / (query.float().transpose(1, 2) @ weights.transpose(2, 3) + EPS)).transpose(1, 2)
+
+
+@torch.library.custom_op("sp_core::linear_attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _linear_operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
+    number: int,
+    stream: str,
+) -> torch.Tensor:
+    rotation = None if cosine is None or sine is None else (cosine, sine)
+    site = AttentionSite(SequenceContext.numbered(number), stream=stream)
+    return linear_attention(query, key, value, rotation, site).contiguous()
+
+
+@_linear_operator.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
+    number: int,
+    stream: str,
+) -> torch.Tensor:
+    return query.new_empty(query.shape, dtype=torch.float32)
 
 
 def _rotated(tensor: torch.Tensor, rotation: Rotation) -> torch.Tensor:

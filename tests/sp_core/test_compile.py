@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sp_core.attention.layer import SequenceParallelAttention
+from sp_core.compiled_blocks import compile_blocks
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
@@ -22,7 +23,7 @@ from sp_core.verify.verify import BAR
 from tests.support import qwen
 from tests.support.programs import needs_compiler
 
-OPERATORS = ("attention", "shard", "gather", "all_reduce")
+OPERATORS = ("attention", "linear_attention", "convolution", "grid", "shard", "gather", "all_reduce")
 
 PROMPTS = [5, 9, *range(10, 30)]
 """Prompt lengths: two to warm up (with a second length, torch makes it a symbol), and 20 that nobody has seen."""
@@ -74,7 +75,12 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
     x = torch.rand(1, 7, 3, 4)
     axis = mesh.axis("sequence")
     split = (x.flatten(2), 1, context.number, "x", False, 0, axis.rank, axis.size)
+    context.running().region.split(x.flatten(2), 1, "x")  # type: ignore[union-attr]
+    context.running().region.grid["rows"] = 7  # type: ignore[union-attr]
     own = x[:, : 4 - axis.rank].clone()
+    line = own[..., 0].transpose(1, 2).unsqueeze(2).contiguous()
+    weight, bias = torch.rand(5, 3, 3, 1), torch.rand(5)
+    convolve = (line, weight, bias, "c", "rows", context.number)
     attend = (own, own * 2, own, None, None, context.number, "", "", 0, 0.0)
     add = (x.clone(), axis.number)
     outcomes = [
@@ -82,6 +88,8 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
         for operator, arguments in (
             (torch.ops.sp_core.shard, split),
             (torch.ops.sp_core.attention, attend),
+            (torch.ops.sp_core.linear_attention, (own, own, own, None, None, context.number, "")),
+            (torch.ops.sp_core.convolution, convolve),
             (torch.ops.sp_core.all_reduce, add),
         )
         for outcome in torch.library.opcheck(
@@ -93,7 +101,7 @@ def check_operators(mesh: ParallelMesh) -> list[str]:
 
 
 def test_operators_are_what_is_traced(ranks: RankPool) -> None:
-    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 9] * 2
+    assert ranks.run(ParallelDegrees(ulysses_degree=2), check_operators) == [["SUCCESS"] * 15] * 2
 
 
 def test_no_operator_of_ours_is_recorded_in_a_cuda_graph() -> None:
@@ -125,10 +133,6 @@ def test_compiled_to_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pool.stop()
 
 
-BLOCKS = {"sd3.5": "transformer_blocks", "lumina-next proportional": "layers"}
-"""Of models whose blocks diffusers does not name."""
-
-
 def compiled_family(mesh: ParallelMesh, name: str) -> float:
     torch._dynamo.reset()
     model = copy.deepcopy(examples.TINY[name].model)
@@ -137,28 +141,45 @@ def compiled_family(mesh: ParallelMesh, name: str) -> float:
         inputs = [examples.inputs(name, *cell) for cell in examples.cells(name) if cell[2] == 1][:3]
         references = [model(**each, return_dict=False)[0] for each in inputs]
         parallelize(model, mesh)
-        for block in getattr(model, BLOCKS[name]) if name in BLOCKS else []:
-            block.compile(fullgraph=True, backend="aot_eager")
-        if name not in BLOCKS:
-            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        compile_blocks(model, backend="aot_eager")
         for each, reference in zip(inputs, references, strict=True):
             output = model(**each, return_dict=False)[0]
             worst = max(worst, *(error(a, b) for a, b in zip(list(output), list(reference), strict=True)))
     return worst
 
 
-LATER = ("flux-2", "flux control", "hunyuan-video", "ltx", "lumina-next proportional", "z-image")
+LATER = ("sana", "flux-2", "flux control", "hunyuan-video", "ltx", "lumina-next proportional", "z-image")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *["wan per token", "sd3.5"],
+        *["wan per token", "sd3.5", "sana-video per token"],
         *(pytest.param(name, marks=pytest.mark.soak) for name in LATER),
     ],
 )
 def test_blocks_of_other_families_compile(ranks: RankPool, name: str) -> None:
     assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_family, name)) <= BAR
+
+
+def graphs_of_grids(mesh: ParallelMesh) -> list[int]:
+    torch._dynamo.reset()
+    counters.clear()
+    model, graphs = copy.deepcopy(examples.TINY["sana"].model), []
+    parallelize(model, mesh)
+    compile_blocks(model, backend="aot_eager")
+    with torch.no_grad():
+        for height, width, text in ((3, 4, 5), (4, 6, 6), (5, 8, 7), (6, 5, 8)):
+            model(torch.ones(1, 4, height, width), torch.ones(1, text, 16), torch.ones(1))
+            graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+@pytest.mark.soak
+def test_new_sizes_of_a_grid_need_no_new_graph(ranks: RankPool) -> None:
+    for graphs in ranks.run(ParallelDegrees(ulysses_degree=2), graphs_of_grids):
+        assert graphs[0] > 0
+        assert graphs[1:] == [graphs[1]] * 3
 
 
 class Block(nn.Module):

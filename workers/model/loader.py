@@ -19,6 +19,7 @@ from deploy.families.lookup import component_dtype, find_family
 from deploy.model_folder import component_classes, is_transformer
 from deploy.safetensors_headers import headers_by_file
 from deploy.spec import LoRA, ModelSpec
+from sp_core.compiled_blocks import compile_blocks
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
 from workers.model.adapters.lookup import find_adapter
@@ -186,7 +187,7 @@ def _load_transformer(
         keep_timestep_exact(transformer, dtype)
     if model.compile:
         torch.compiler.config.recompile_limit = RECOMPILE_LIMIT
-        transformer.compile_repeated_blocks(fullgraph=True, **({"options": GRAPHS} if model.cuda_graphs else {}))
+        compile_blocks(transformer, **({"options": GRAPHS} if model.cuda_graphs else {}))
     if model.cuda_graphs:  # tells where one forward ends and what it has returned may be overwritten
         transformer.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     loaded: torch.nn.Module = transformer

@@ -1,0 +1,34 @@
+"""Which parts of a transformer are compiled: its blocks, each a graph that all blocks of a kind share.
+
+A model comes in, parallelized or not; its blocks compile at their first forward. Called by `workers.model.loader`.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from sp_core import diffusers_private
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile the blocks that diffusers names for the model's class, or else those in the model's own lists.
+
+    Args:
+        model: the transformer.
+        options: of `torch.compile`; graphs are full.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    names = diffusers_private.names_of_blocks(model)
+    if names:
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
+    else:
+        blocks = [block for part in model.children() if isinstance(part, nn.ModuleList) for block in part]
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks to compile: neither its _repeated_blocks "
+            f"({', '.join(names) or 'none'}) nor an nn.ModuleList of its own; leave compile out"
+        )
+    for block in blocks:
+        block.compile(fullgraph=True, **options)
