@@ -284,7 +284,9 @@ def _told(pipeline: str, request: GenerationRequest) -> dict[str, Any]:
     call = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
     weighs = "true_cfg_scale" in call and (family.guided_by_negative_prompt or family.guided_above is not None)
     scale = "true_cfg_scale" if weighs else "guidance_scale"
-    roles = {each.role: read_clip(each) if each.role == "video" else read(each) for each in request.inputs}
+    roles: dict[str, Any] = {e.role: read_clip(e) if e.role == "video" else read(e) for e in request.inputs}
+    if "image" in roles and family.takes_several:
+        roles["image"] = [read(each) for each in request.inputs if each.role == "image"]
     source = classic_call(pipeline)
     generators = [torch.Generator().manual_seed(seed) for seed in request.all_seeds]
     return {

@@ -21,7 +21,7 @@ NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
 """Parameters by which a request is told to a pipeline."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "image": ("image", "reference_images"),
+    "image": ("image", "reference_images", "images"),
     "mask": ("mask_image", "mask", "control_mask"),
     "last_image": ("last_image",),
     "control_image": ("control_image",),
@@ -29,7 +29,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """Of what requests begin with: parameters of pipelines that take it."""
 
-NOT_BROUGHT = frozenset({"images", "mask_video", "conditions"})
+NOT_BROUGHT = frozenset({"mask_video", "conditions"})
 """Parameters of pipelines for pictures and clips that requests do not bring."""
 
 VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prompt"})

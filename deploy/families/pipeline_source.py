@@ -40,7 +40,7 @@ class ClassicCall:
         schedulers: classes of schedulers that `__init__` says it takes.
         shows_progress: it opens a progress bar where its loop begins.
         takes_strength: its `strength` is one number: the share of the steps that are done.
-        takes_several: its `image` may be several pictures, of which it makes one.
+        takes_several: its `image` may be several pictures, or its `images` are, of which it makes one.
         sized_by_image: what it makes has the size or shape of its `image`, whatever its height and width say.
         may_lack: parameters of which it asks whether they are given, and can do without.
         prompts_are_json: its check of inputs takes prompts that are JSON with an `edit_instruction`, and no others.
@@ -110,11 +110,13 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         guided_above=next(_thresholds(methods, scale), None),
         batches_branches=any(_doubles(node) for node in ast.walk(methods["__call__"])),
         changes_attention=any("attn_proc" in getattr(node, "attr", "") for node in ast.walk(methods["__call__"])),
-        encodes="encode_prompt" in methods,
+        encodes=any(name.startswith("encode_prompt") for name in methods),
         schedulers=OF_TWO_STEPS if "intermediate_timesteps" in names else _schedulers(methods["__init__"].args),
         shows_progress=any(_is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and _one_number(a) for a in call.args),
-        takes_several=any(_goes_through(node, "image") for node in ast.walk(methods["__call__"])),
+        takes_several=any(
+            _goes_through(node, name) for name in ("image", "images") for node in ast.walk(methods["__call__"])
+        ),
         sized_by_image=any(_takes_size_of_image(node, "height" in names) for node in ast.walk(methods["__call__"])),
         may_lack=frozenset(
             name

@@ -94,7 +94,6 @@ def test_a_second_transformer_is_needed() -> None:
 
 REFUSED = {
     "StableDiffusion3PAGPipeline": "its call exchanges attention processors",
-    "JoyImageEditPlusPipeline": "its call takes images, which requests do not bring",
     "ChromaInpaintPipeline": "nobody has proved this pipeline with it",
     "WanAnimatePipeline": "its call takes mask_video, which requests do not bring",
     "LTX2Pipeline": "it makes sound",

@@ -67,6 +67,7 @@ IN_THE_SHORT_RUN = (
     "lumina-next proportional",
     "mochi",
     "latte",
+    "joy-image-edit-plus",
 )  # fmt: skip
 """Of these on fewer layouts: one for each way in which a plan divides them."""
 

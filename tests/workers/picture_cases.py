@@ -171,6 +171,12 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
         replace(EDIT, negative_prompt="blurry"),
         {"image": PHOTO, "guidance_scale": 3.5, "negative_prompt": "blurry"},
     ),
+    "joy edit of several": (
+        "joy-image-edit-plus",
+        "JoyImageEditPlusPipeline",
+        replace(EDIT, inputs=(IMAGE, MediaInput("image", png(OTHER))), negative_prompt="blurry"),
+        {"images": [PHOTO, OTHER], "guidance_scale": 3.5, "negative_prompt": "blurry"},
+    ),
     "several": (
         "flux-2",
         "Flux2KleinPipeline",

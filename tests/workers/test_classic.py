@@ -277,6 +277,7 @@ def test_words_by_which_a_processor_marks_pictures_are_refused() -> None:
         ("longcat_image", "LongCatImageEditPipeline", "<|image_pad|>", r"<\|image_pad\|>"),
         ("kandinsky_5", "Kandinsky5T2IPipeline", "<|image_pad|>", r"<\|image_pad\|>"),
         ("joy_image_edit", "JoyImageEditPipeline", "<image>\n", r"<image>\\n,"),
+        ("joy_image_edit_plus", "JoyImageEditPlusPipeline", "<image>\n", r"<image>\\n,"),
     ],
 )
 def test_so_are_those_of_other_processors(family: str, name: str, word: str, said: str) -> None:

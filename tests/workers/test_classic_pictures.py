@@ -87,7 +87,7 @@ def asked(
         seen: list[torch.Tensor] = []
 
         def see(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any], seen: Any = seen) -> dict[str, Any]:
-            seen[:] = [values["latents"]]
+            seen[:] = [values["latents"].clone()]  # some calls write to them when they go on
             return {}
 
         with small_pictures(folder):
@@ -210,6 +210,7 @@ TASKS = {
     "QwenImageEditInpaintPipeline": ("inpaint",),
     "LongCatImageEditPipeline": ("edit",),
     "JoyImageEditPipeline": ("edit",),
+    "JoyImageEditPlusPipeline": ("text-to-image", "edit"),
     "BriaFibo2Pipeline": ("text-to-image", "edit", "inpaint"),
     "Flux2Pipeline": ("text-to-image", "edit"),
     "Flux2KleinPipeline": ("text-to-image", "edit"),
@@ -231,7 +232,11 @@ def test_what_guides_is_read_from_the_source() -> None:
     assert classic_family("FluxKontextPipeline").guided_above is None
     assert classic_family("ChromaImg2ImgPipeline").guided_above == 1.0
     several = [each for each in (*TASKS, "QwenImageEditPipeline") if classic_family(each).takes_several]
-    assert several == ["QwenImageEditPlusPipeline", "BriaFibo2Pipeline", "Flux2Pipeline", "Flux2KleinPipeline"]
+    assert several == [
+        "QwenImageEditPlusPipeline", "JoyImageEditPlusPipeline", "BriaFibo2Pipeline", "Flux2Pipeline",
+        "Flux2KleinPipeline",
+    ]  # fmt: skip
+    assert classic_family("JoyImageEditPlusPipeline").begins_with == {"image": "images"}
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {

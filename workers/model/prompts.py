@@ -17,7 +17,7 @@ PROCESSORS = ("processor", "text_processor")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """A few of these are processors, or know the words of one."""
 
-MARKS = {"JoyImageEditPipeline": ("<image>\n",)}
+MARKS = dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), ("<image>\n",))
 """Words that a pipeline itself exchanges for those by which a processor marks pictures."""
 
 FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
