@@ -115,8 +115,10 @@ def why_two_forwards(model: ModelSpec, folder: Path, request: Request) -> str:
 def _phases(model: ModelSpec, folder: Path, request: Request) -> tuple[float, float] | None:
     """Bytes of the forward of one branch, and of the decode; None if a class of the model was not measured."""
     transformer = read_config(folder / "transformer" / "config.json")
-    vae = read_config(folder / "vae" / "config.json")
     family = find_family(folder)
+    if "vae" not in family.components:
+        return None  # what it denoises are the pixels
+    vae = read_config(folder / "vae" / "config.json")
     beside = PICTURE_TOKENS if "edit" in family.tasks or family.sized_by_image else 0
     forward, decode = forward_bytes(str(transformer.get("_class_name"))), decode_bytes(str(vae.get("_class_name")))
     if forward is None or decode is None:

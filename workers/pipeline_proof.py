@@ -220,11 +220,12 @@ def _classic_answer(pipeline: str, folder: Path, request: GenerationRequest, las
     absent = {name: None for name, entry in read_index(folder).items() if is_component(entry) and not entry[0]}
     classic = getattr(diffusers, pipeline).from_pretrained(folder, local_files_only=True, **absent)
     classic.set_progress_bar_config(disable=True)
-    if hasattr(classic.vae, "enable_slicing"):
-        classic.vae.enable_slicing()  # pictures one by one, as we do
-    draw_by_seed(classic.vae, request.seed)
-    if fixed_tiles(classic.vae):
-        classic.vae.enable_tiling()
+    if vae := getattr(classic, "vae", None):
+        if hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # pictures one by one, as we do
+        draw_by_seed(vae, request.seed)
+        if fixed_tiles(vae):
+            vae.enable_tiling()
     if last_bits is not None:
         _move_last_bits(classic.transformer, last_bits)
     if getattr(classic, "guider", None):

@@ -162,8 +162,6 @@ def _refusal(call: ClassicCall) -> str:
         return f"its call has no {', '.join(missing)}" if missing else f"its call needs {', '.join(others)}"
     if not call.encodes or not call.shows_progress:
         return "its call has no encode_prompt or no progress_bar, where it can be stopped"
-    if "vae" not in call.parts:
-        return "it has no VAE"
     return ""
 
 

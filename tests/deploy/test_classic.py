@@ -1,6 +1,7 @@
 """What can be said of a pipeline without a file of its own is read from its source, and what is refused says why."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,6 @@ REFUSED = {
     "WanAnimatePipeline": "its call takes mask_video, which requests do not bring",
     "LTX2Pipeline": "it makes sound",
     "DiTPipeline": "its call has no prompt, height, width",
-    "PRXPixelPipeline": "it has no VAE",
     "NoSuchPipeline": "diffusers has no such pipeline",
     "ChromaPipeline": "nobody has proved this pipeline with it",
 }
@@ -181,6 +181,16 @@ def test_a_picture_that_is_edited_needs_memory_beside_the_new_one(tmp_path: Path
     text = 512
     assert needed[1] / needed[0] == pytest.approx((8192 + text) / (4096 + text))
     assert needed[2] == needed[1]
+
+
+def test_what_denoises_pixels_needs_no_vae(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", "PRXPixelPipeline", ["diffusers", "PRXTransformer2DModel"])
+    named = find_scheduler("PRXPixelPipeline")
+    edit(folder / "model_index.json", {"scheduler": ["diffusers", named]})
+    edit(folder / "scheduler" / "scheduler_config.json", {"_class_name": named})
+    shutil.rmtree(folder / "vae")
+    assert "vae" not in find_family(folder).components
+    assert activation_bytes(ModelSpec(name="a", source=str(folder)), folder, Request(1024, 1024, 1, 1)) is None
 
 
 def test_schedulers_are_those_that_the_constructor_names() -> None:

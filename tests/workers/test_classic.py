@@ -101,6 +101,18 @@ def test_one_rank_is_the_classic_pipeline(demo_models: dict[str, Path], name: st
     assert differ(made, expected) <= 1
 
 
+def test_ranks_share_what_has_no_vae(ranks: RankPool, tmp_path: Path) -> None:
+    """The first rank makes pictures of pixels; that it alone has the VAE means nothing then."""
+    write_demo_model(tmp_path / "pixels", "prx", "PRXPixelPipeline")
+    as_asked = {"use_resolution_binning": False}
+    request = replace(PICTURES, width=128, height=192, num_inference_steps=2, extra_params=as_asked)
+    assert request.n == 2
+    ((latents, made),) = ranks.run(ALONE, generate, tmp_path / "pixels", request)
+    assert latents.shape == (2, 3, 192, 128) and len(made) == 2
+    found = ranks.run(LAYOUTS["ulysses 2"], generate_with, tmp_path / "pixels", request, {"vae": "rank0"})
+    check(found, latents, made)
+
+
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_every_layout_makes_the_same(ranks: RankPool, demo_models: dict[str, Path], name: str, layout: str) -> None:
     family, request, _ = REQUESTS[name]

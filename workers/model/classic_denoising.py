@@ -4,7 +4,8 @@
 seeds, adapters, tiles and step times are those of `workers.model.denoising`.
 
 A call that makes its frames in windows has a loop for each, which are one here, and decodes after each: rank 0 does so
-alone, and the others ask for latents. It is alone as well with a VAE that knows tiles of one size only.
+alone, and the others ask for latents. It is alone as well with a VAE that knows tiles of one size only. A pipeline
+without a VAE denoises pixels, which rank 0 has only to make a picture of.
 
 The rank that decodes goes on after the last step; the others end their call there. Several pictures of a prompt are one
 call. Those that begin with a picture are a call each, which take their steps together: pipelines disagree on what
@@ -52,8 +53,8 @@ class ClassicDenoising(Denoising):
         if self._loops > 1 or fixed_tiles(self._vae):
             self._decodes = self._mesh.axis("gang").rank == 0
             self._pipeline.vae = TileParallelVAE(self._vae, None) if by_tiles else self._vae
-        elif not self._tiles:
-            self._pipeline.vae = _OneByOne(self._pipeline.vae)
+        elif self._vae is not None and not self._tiles:
+            self._pipeline.vae = _OneByOne(self._vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
         self._made_by_encoders: list[Any] | None = None  # elsewhere, if they work elsewhere

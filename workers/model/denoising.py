@@ -61,7 +61,8 @@ class Denoising:
 
     def __init__(self, loaded: LoadedModel, request: GenerationRequest, encoded: bytes | None = None) -> None:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
-        self._vae, self._colors = pipeline.vae, loaded.colors
+        self._vae = getattr(pipeline, "vae", None)  # none where what is denoised are the pixels
+        self._colors = loaded.colors
         self.request = request
         self._loras = loaded.adapters
         self._check_loras()
@@ -88,7 +89,7 @@ class Denoising:
         size = request.width * request.height * request.num_frames
         # Ranks of an elastic gang do not wait for the last of a request's ranks to decode: they have others to do.
         together = model.vae == "all" and mesh.degrees.world_size > 1 and model.elastic is None
-        self._tiles = size > model.vae_tiling_above and hasattr(pipeline.vae, "use_tiling")
+        self._tiles = size > model.vae_tiling_above and hasattr(self._vae, "use_tiling")
         self._shares_decoding = together and request.n > 1 and not self._tiles
         self._previews: Previews | None = None
         if request.previews:

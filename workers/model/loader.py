@@ -150,7 +150,8 @@ def _load_pipeline(
 def _absent_here(model: ModelSpec, mesh: ParallelMesh, present: Iterable[str]) -> set[str]:
     """The components that this rank does without, because others encode or decode."""
     absent = set() if encodes_here(model, mesh) else {name for name in present if is_encoder(name)}
-    return absent | ({"vae"} if model.vae == "rank0" and mesh.axis("gang").rank != 0 else set())
+    decodes_elsewhere = model.vae == "rank0" and mesh.axis("gang").rank != 0
+    return absent | ({"vae"}.intersection(present) if decodes_elsewhere else set())
 
 
 def _shares_of_progress(

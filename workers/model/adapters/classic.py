@@ -269,7 +269,7 @@ class ClassicAdapter(PipelineAdapter):
 
     def small_size(self, pipeline: Any, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """See `PipelineAdapter.small_size`."""
-        tiles = fixed_tiles(pipeline.vae)
+        tiles = fixed_tiles(getattr(pipeline, "vae", None))
         if sizes := getattr(pipeline, "resolutions", []):
             width, height = min(sizes, key=math.prod)
             return size[0], height, width
