@@ -3,12 +3,14 @@
 A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per problem.
 """
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deploy.components import verify_components
+from deploy.families.family import PipelineFamily
 from deploy.families.lookup import CLASSIC, family_name, find_family
 from deploy.memory import RankMemory, format_bytes, memory_by_degree, what_fits
 from deploy.model_folder import model_folder, read_config
@@ -145,6 +147,15 @@ def _groups(model: ModelSpec) -> list[str]:
     ]
 
 
+def _check_packages(family: PipelineFamily) -> None:
+    for package in family.packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"the license of {family.pipeline} asks for the package {package}, which checks prompts and pictures "
+                f"and is not installed here; on each node: pip install {package}"
+            )
+
+
 def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
     if model.revision and not model.from_hub:
         return [f"{model.name}: revision belongs to a hub id, but source is the folder {model.source}; remove one"]
@@ -161,6 +172,7 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
         verify_components(folder)
         family = find_family(folder)
         config = _transformer_config(folder)
+        _check_packages(family)
     except ValueError as error:
         return adapters + [f"{model.name}: {line}" for line in str(error).splitlines()]
     try:

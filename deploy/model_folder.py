@@ -16,6 +16,9 @@ INDEX = "model_index.json"
 
 BYTE_ORDER_MARK = "\ufeff"
 
+GUARDRAIL = "cosmos_guardrail"
+"""The package whose checker of prompts and pictures the license of Cosmos asks for."""
+
 WITHOUT_WEIGHTS = ("Guid", "Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 """Words in the names of the classes whose files hold settings and vocabularies."""
 
@@ -92,10 +95,13 @@ def read_index(folder: Path) -> dict[str, Any]:
 def component_classes(folder: Path) -> dict[str, str]:
     """The components of a model, each with its class; the index names those that it lacks as [null, null].
 
+    A guardrail is none: it has no files in the folder, and its package makes it.
+
     Raises:
         ValueError: see `read_index`.
     """
-    return {name: str(entry[1]) for name, entry in read_index(folder).items() if is_component(entry) and entry[0]}
+    entries = read_index(folder).items()
+    return {name: str(entry[1]) for name, entry in entries if is_component(entry) and entry[0] not in (None, GUARDRAIL)}
 
 
 def is_component(entry: Any) -> bool:

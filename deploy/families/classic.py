@@ -79,6 +79,7 @@ def classic_family(pipeline: str) -> PipelineFamily:
         batches_branches=call.batches_branches,
         prompt_form=EDIT_INSTRUCTION if call.prompts_are_json else "%s",
         components=tuple(name for name in BASIC if name in call.parts),
+        packages=call.packages,
         schedulers=schedulers_of(call.schedulers, call.gives_sigmas),
     )
 

@@ -92,6 +92,7 @@ class PipelineFamily:
         needed_with: a further component, by the key of `model_index.json` that puts it to use.
         prompt_form: what a prompt looks like, with `%s` for plain text; the gang's own prompts are written so.
         chats: prompts are written into the tokenizer's chat template.
+        packages: without which its license lets nobody run it.
     """
 
     pipeline: str
@@ -116,6 +117,7 @@ class PipelineFamily:
     needed_with: Mapping[str, str] = field(default_factory=dict)
     prompt_form: str = "%s"
     chats: bool = False
+    packages: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[Task, ...]:

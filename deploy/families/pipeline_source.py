@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.model_folder import GUARDRAIL
+
 SCALARS = ("int", "float", "str", "bool")
 
 OF_TWO_STEPS = ("SCMScheduler",)
@@ -57,6 +59,7 @@ class ClassicCall:
         pixels: its check of inputs wants sizes of a multiple of so many pixels.
         patches: its check of inputs wants sizes of a multiple of so many patches of the transformer.
         caches_pictures: it keeps what the transformer computes of its pictures in a cache.
+        packages: without which its license lets nobody run it.
     """
 
     parameters: tuple[str, ...]
@@ -87,6 +90,7 @@ class ClassicCall:
     pixels: int
     patches: int
     caches_pictures: bool
+    packages: tuple[str, ...]
 
 
 @functools.cache
@@ -129,6 +133,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         pixels=max((_pixels(node) for node in ast.walk(methods.get("check_inputs", methods["__call__"]))), default=1),
         patches=max((_patches(node) for node in ast.walk(methods.get("check_inputs", methods["__call__"]))), default=1),
         caches_pictures=any(_is_attribute(node, "set_mode") for node in ast.walk(methods["__call__"])),
+        packages=(GUARDRAIL,) if "CosmosSafetyChecker" in ast.unparse(methods["__init__"].args) else (),
         **_of_clips(methods),
     )
 

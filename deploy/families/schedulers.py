@@ -27,6 +27,7 @@ NAMED = (
     "CogVideoXDPMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "FlowMapEulerDiscreteScheduler",
     "SCMScheduler",
     "UniPCMultistepScheduler",

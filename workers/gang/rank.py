@@ -384,7 +384,7 @@ class Rank:
     def _finish(self, denoising: Denoising) -> list[Any]:
         try:
             return denoising.finish()
-        except (PeerFailed, HandOverFailed):
+        except (PeerFailed, HandOverFailed, RequestError):  # the last: what was made may be refused
             raise
         except PeerTileFailed as error:
             raise PeerFailed(f"rank {self.rank} stopped because another rank failed") from error

@@ -25,14 +25,17 @@ class ClassicParts:
     Args:
         folder: of the model.
 
+    Attributes:
+        kind: the class of the pipeline.
+
     Raises:
         ValueError: a component is of a class that is neither of diffusers nor of transformers.
     """
 
     def __init__(self, folder: Path) -> None:
         self._index = read_index(folder)
-        self._kind: type[DiffusionPipeline] = getattr(diffusers, self._index["_class_name"])
-        self._takes = list(inspect.signature(self._kind.__init__).parameters)[1:]
+        self.kind: type[DiffusionPipeline] = getattr(diffusers, self._index["_class_name"])
+        self._takes = list(inspect.signature(self.kind.__init__).parameters)[1:]
         self._parts: dict[str, Any] = {}
         self.pretrained_component_names = [name for name in component_classes(folder) if name in self._takes]
         for name in self.pretrained_component_names:
@@ -60,7 +63,7 @@ class ClassicParts:
         told = {name: self._index[name] for name in self._takes if name in self._index}
         settings = {name: value for name, value in told.items() if not is_component(value)}
         parts = {name: None for name, value in told.items() if is_component(value)} | self._parts
-        return self._kind(**settings, **parts | ({"vae": absent_vae} if absent_vae else {}))
+        return self.kind(**settings, **parts | ({"vae": absent_vae} if absent_vae else {}))
 
 
 def _class(library: str, kind: str) -> Any:

@@ -28,6 +28,7 @@ from workers.model.classic_parts import ClassicParts
 from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.controlnets import run_whole
 from workers.model.digests import verify_lora
+from workers.model.guardrail import CheckedElsewhere, make_guardrail
 from workers.model.guidance import why_not_batched
 from workers.model.latent_colors import LatentColors
 from workers.model.lora import fit, read_lora
@@ -138,11 +139,16 @@ def _load_pipeline(
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
     absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae")) if "vae" in absent else None
+    guardrail = None
     if isinstance(pipeline, ClassicParts):
+        guardrail = make_guardrail(pipeline.kind, checks_here=mesh.axis("gang").rank == 0)
+        pipeline.register_components(**({"safety_checker": CheckedElsewhere()} if guardrail else {}))
         pipeline = pipeline.assembled(absent_vae)
     elif absent_vae:
         pipeline.vae = absent_vae
     pipeline.to(mesh.device)
+    if guardrail:  # not earlier: calls move it to the device for as long as it checks
+        pipeline.safety_checker = guardrail
     run_whole(pipeline)
     return pipeline
 
