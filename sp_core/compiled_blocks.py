@@ -13,6 +13,8 @@ from sp_core import diffusers_private
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile the blocks that diffusers names for the model's class, or else those in the model's own lists.
 
+    Of a parallelized model, blocks whose split must know the lengths of all ranks stay as they are: graphs do not.
+
     Args:
         model: the transformer.
         options: of `torch.compile`; graphs are full.
@@ -31,4 +33,11 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
             f"({', '.join(names) or 'none'}) nor an nn.ModuleList of its own; leave compile out"
         )
     for block in blocks:
+        if _needs_lengths(block):
+            continue
         block.compile(fullgraph=True, **options)
+
+
+def _needs_lengths(block: nn.Module) -> bool:
+    hooks = (*block._forward_pre_hooks.values(), *block._forward_hooks.values())
+    return any(getattr(getattr(hook, "__self__", None), "needs_lengths", False) for hook in hooks)

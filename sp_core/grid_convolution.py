@@ -91,7 +91,7 @@ class GridConvolution(nn.Conv2d):
         if not torch.compiler.is_compiling():
             return _convolved(site.name, self.weight, self.bias, site.rows, site.context, line)
         return _convolution_operator(  # type: ignore[no-any-return]
-            line, self.weight, self.bias, site.name, site.rows, site.context.number
+            line, self.weight, self.bias, site.name, site.rows, site.context.number, site.context.noted
         )
 
 
@@ -143,7 +143,9 @@ def _convolution_operator(
     name: str,
     rows: str,
     number: int,
+    noted: torch.Tensor,
 ) -> torch.Tensor:
+    """`noted` is what the operators of the grid change: graphs of CUDA would move them behind this one otherwise."""
     return _convolved(name, weight, bias, rows, SequenceContext.numbered(number), line).contiguous()
 
 
@@ -155,6 +157,7 @@ def _(
     name: str,
     rows: str,
     number: int,
+    noted: torch.Tensor,
 ) -> torch.Tensor:
     return line.new_empty(line.shape[0], weight.shape[0], 1, line.shape[-1])
 

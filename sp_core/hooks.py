@@ -57,6 +57,10 @@ class SequenceParallelSplitHook:
         self.context = context
         self.outputs = {key: entry for key, entry in spec.items() if isinstance(key, int)}
         self.inputs = {key: entry for key, entry in spec.items() if isinstance(key, str)}
+        entries = (each for entry in spec.values() for each in (entry if isinstance(entry, list) else [entry]))
+        self.needs_lengths = any(
+            isinstance(entry, SequenceParallelLeadingCount) or getattr(entry, "per_sample", False) for entry in entries
+        )
         self.grid = [key for key, entry in self.inputs.items() if isinstance(entry, SequenceParallelGrid)]
         self.positions = {p: i for i, p in enumerate(inspect.signature(module.forward).parameters)}
         for key in [*self.inputs, *_text_sources(spec)]:

@@ -147,6 +147,8 @@ class _Capture(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is torch.Tensor.unflatten:  # the compiler cannot follow the method here
+            return torch.unflatten(*args, **(kwargs or {}))
         if function is not scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         return self._attend(*args, **(kwargs or {}))
@@ -181,7 +183,7 @@ class _CaptureHidden(_Capture):
             before = args[1].shape[2] - self.shown.shape[0]
             mask = pad(self.shown, (before, 0), value=True)[None, None, None]
             return self._attend(*args[:3], mask, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

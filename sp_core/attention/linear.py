@@ -2,7 +2,8 @@
 
 Without softmax, attention is `q (k^T v)`: each rank sums `k^T v` and `k` over its own tokens, one all-reduce joins the
 sums, `(B, H, D + 1, D)`, and each rank asks them with its own queries. Ulysses and ring ranks do the same here. The
-answer is that of one process, but for the order of a sum. Under `torch.compile` it is one opaque operator.
+answer is that of one process, but for the order of a sum; in half precision the weights' sum of SANA-Video is
+in fp32, where diffusers takes the model's dtype. Under `torch.compile` it is one opaque operator.
 
 `LinearProcessor` stands in for diffusers' processors of that kind, which sum over the tokens that they see.
 `sp_core.attention.diffusers_backend` puts it into the modules that a family names by `linear_processors`.

@@ -148,7 +148,17 @@ def compiled_family(mesh: ParallelMesh, name: str) -> float:
     return worst
 
 
-LATER = ("sana", "flux-2", "flux control", "hunyuan-video", "ltx", "lumina-next proportional", "z-image")
+LATER = (
+    "sana",
+    "flux-2",
+    "flux control",
+    "hunyuan-video",
+    "ltx",
+    "latte",
+    "lumina-next proportional",
+    "mochi",
+    "z-image",
+)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +183,24 @@ def graphs_of_grids(mesh: ParallelMesh) -> list[int]:
             model(torch.ones(1, 4, height, width), torch.ones(1, text, 16), torch.ones(1))
             graphs.append(counters["stats"]["unique_graphs"])
     return graphs
+
+
+def with_cuda_graphs(mesh: ParallelMesh) -> float:
+    """On CPU: there are no graphs then, but operators are put into the order that these want."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(examples.TINY["sana"].model)
+    inputs = examples.inputs("sana", "uneven", "none", 1)
+    with torch.no_grad():
+        reference = model(**inputs, return_dict=False)[0]
+        parallelize(model, mesh)
+        compile_blocks(model, options={"triton.cudagraphs": True})
+        return error(model(**inputs, return_dict=False)[0], reference)
+
+
+@needs_compiler
+@pytest.mark.soak
+def test_convolutions_know_their_grid_in_cuda_graphs(ranks: RankPool) -> None:
+    assert max(ranks.run(ParallelDegrees(ulysses_degree=2), with_cuda_graphs)) <= BAR
 
 
 @pytest.mark.soak

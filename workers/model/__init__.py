@@ -17,6 +17,7 @@ guidance.py             whether its branches share a forward, take one each, or 
 step_ends.py            when steps end on the device, and whether their latents are finite
 previews.py             previews of the clean latents; latent_colors.py fits their colors to the VAE
 picture_shares.py       several pictures, each decoded on one rank
+positions.py            sizes for which a transformer has no positions
 prompts.py              what prompts of a classic pipeline may not hold
 truncation.py           notices prompts that are longer than what is read
 lora.py                 LoRA files -> what sp_core.lora takes; lora_strength.py how strong they are

@@ -18,6 +18,7 @@ from workers.model.adapters.pipeline_adapter import PipelineAdapter
 from workers.model.controlnets import check_control_mode, control_modes
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
+from workers.model.positions import check_positions
 from workers.model.prompts import check_length, check_words
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -45,10 +46,16 @@ GUIDERS = ("guider", "ocr_guider")
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
     "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
-    "|^fps$|^ar_step$|^addnoise_condition$"
+    "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$"
 )
-"""Names of parameters that fields of their own set in a request, of those that decide how much is computed, and of one
-that has the call draw noise without a seed."""
+"""Names of parameters that fields of their own set in a request, of those that decide how much is computed, of one that
+has the call draw noise without a seed, and of two that make the timesteps, where wrong ones fail in a step."""
+
+MOST_OBLONG = 16
+"""The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
+
+LEAST_STEPS = {"MochiPipeline": 2}
+"""Of pipelines whose schedule of fewer steps cannot be computed."""
 
 OVERLAP = "overlap_history"
 """What calls that make videos in windows of frames name the number of frames with which a window begins."""
@@ -190,6 +197,16 @@ class ClassicAdapter(PipelineAdapter):
     def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         self._check_roles(request)
+        if self.family.begins_with.get("image") == "images":
+            for each in request.inputs:
+                shorter, longer = sorted(read(each).size)
+                if longer > MOST_OBLONG * shorter:
+                    raise InvalidParameter(
+                        "image",
+                        f"a picture has edges of {longer} and {shorter} pixels, at most {MOST_OBLONG} to 1 is allowed; "
+                        "crop it",
+                        "invalid_picture",
+                    )
         window = self._call.frame_window
         if window and request.num_frames > window and any(each.role == "last_image" for each in request.inputs):
             raise InvalidParameter(
@@ -209,7 +226,9 @@ class ClassicAdapter(PipelineAdapter):
         check_words(self.family.pipeline, pipeline, request)
         check_length(self.family.pipeline, pipeline, request)
         self._check_size(pipeline, request)
+        check_positions(pipeline, request, _first(pipeline, REDUCTIONS, 8), _first(pipeline, FRAME_REDUCTIONS, 1))
         self._check_overlap(request)
+        self._check_steps(request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
         if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:
@@ -218,6 +237,13 @@ class ClassicAdapter(PipelineAdapter):
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
         if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
             raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
+
+    def _check_steps(self, request: GenerationRequest) -> None:
+        least = LEAST_STEPS.get(self.family.pipeline, 1)
+        if request.num_inference_steps < least:
+            raise InvalidParameter(
+                "num_inference_steps", f"this model takes at least {least} steps, got {request.num_inference_steps}"
+            )
 
     def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a size that the pipeline would exchange for another."""

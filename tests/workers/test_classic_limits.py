@@ -1,0 +1,57 @@
+"""What classic pipelines cannot make is refused before a step, where it would cost the gang."""
+
+import io
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from deploy.families.classic import classic_family
+from workers.errors import InvalidParameter
+from workers.messages import GenerationRequest, MediaInput
+from workers.model.adapters.classic import ClassicAdapter
+from workers.model.positions import check_positions
+
+REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=3)
+
+
+def adapter(pipeline: str) -> ClassicAdapter:
+    return ClassicAdapter(classic_family(pipeline))
+
+
+@pytest.mark.parametrize("learned", ["learnable", None])
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "said"),
+    [(256, 256, 9, ""), (272, 256, 9, "width"), (256, 272, 9, "height"), (256, 256, 129, "num_frames")],
+)
+def test_positions_end_somewhere(learned: str | None, width: int, height: int, frames: int, said: str) -> None:
+    """16 tokens of 2 x 2 latents of 8 x 8 pixels in a row; computed ones reach as far in all three directions."""
+    config = {"max_size": (2, 32, 32), "patch_size": (1, 2, 2), "extra_pos_embed_type": learned}
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(config=config))
+    request = replace(REQUEST, width=width, height=height, num_frames=frames)
+    most = 256 if said != "num_frames" else 9 if learned else 121
+    with pytest.raises(InvalidParameter, match=f"{said} must be at most {most}, got") if said else nullcontext():
+        check_positions(pipeline, request, 8, 8)
+    check_positions(SimpleNamespace(transformer=SimpleNamespace(config={})), request, 8, 8)
+
+
+def test_a_picture_that_is_scaled_to_cover_a_shape_is_not_a_line() -> None:
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(config={}))
+    for size, said in (((64, 4), ""), ((4, 65), "edges of 65 and 4 pixels, at most 16 to 1")):
+        Image.new("RGB", size).save(buffer := io.BytesIO(), "png")
+        request = replace(REQUEST, inputs=(MediaInput("image", buffer.getvalue()),))
+        with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
+            adapter("JoyImageEditPlusPipeline").check_pictures(pipeline, request)
+
+
+def test_a_schedule_of_two_halves_has_two_steps() -> None:
+    with pytest.raises(InvalidParameter, match="at least 2 steps, got 1"):
+        adapter("MochiPipeline")._check_steps(replace(REQUEST, num_inference_steps=1))
+    adapter("MochiPipeline")._check_steps(REQUEST)
+    adapter("LattePipeline")._check_steps(replace(REQUEST, num_inference_steps=1))
+
+
+def test_callers_do_not_make_the_timesteps() -> None:
+    assert not {"mu", "std"} & set(adapter("Ideogram4Pipeline").extra_kinds)
