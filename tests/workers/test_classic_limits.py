@@ -4,17 +4,20 @@ import io
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from deploy.families.classic import classic_family
+from workers.demo_models.pipelines import demo_module, served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.positions import check_positions
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=3)
+VIDEO: dict[str, Any] = {"num_frames": 7, "output_format": "mp4"}
 
 
 def adapter(pipeline: str) -> ClassicAdapter:
@@ -46,11 +49,21 @@ def test_a_picture_that_is_scaled_to_cover_a_shape_is_not_a_line() -> None:
             adapter("JoyImageEditPlusPipeline").check_pictures(pipeline, request)
 
 
-def test_a_schedule_of_two_halves_has_two_steps() -> None:
-    with pytest.raises(InvalidParameter, match="at least 2 steps, got 1"):
-        adapter("MochiPipeline")._check_steps(replace(REQUEST, num_inference_steps=1))
-    adapter("MochiPipeline")._check_steps(REQUEST)
-    adapter("LattePipeline")._check_steps(replace(REQUEST, num_inference_steps=1))
+@pytest.mark.parametrize(
+    ("pipeline", "changes", "said"),
+    [
+        ("Cosmos2TextToImagePipeline", {"width": 1024}, "width must be at most"),
+        ("Cosmos2TextToImagePipeline", {}, ""),
+        ("MochiPipeline", VIDEO | {"num_inference_steps": 1}, "at least 2 steps, got 1"),
+        ("MochiPipeline", VIDEO, ""),
+        ("LattePipeline", VIDEO | {"num_frames": 4, "num_inference_steps": 1}, ""),
+    ],
+)
+def test_what_would_fail_in_a_step_is_refused(pipeline: str, changes: dict[str, Any], said: str) -> None:
+    demo = demo_module(served()[pipeline])
+    model = demo.demo_pipeline(pipeline) if pipeline.startswith("Cosmos") else demo.demo_pipeline()
+    with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
+        adapter(pipeline).check(model, replace(REQUEST, **changes))
 
 
 def test_callers_do_not_make_the_timesteps() -> None:
