@@ -145,7 +145,7 @@ def _convolution_operator(
     number: int,
     noted: torch.Tensor,
 ) -> torch.Tensor:
-    """`noted` is what the operators of the grid change: graphs of CUDA would move them behind this one otherwise."""
+    """`noted` is what the operators of the grid change: else nothing keeps them in front of this one."""
     return _convolved(name, weight, bias, rows, SequenceContext.numbered(number), line).contiguous()
 
 

@@ -186,7 +186,7 @@ def graphs_of_grids(mesh: ParallelMesh) -> list[int]:
 
 
 def with_cuda_graphs(mesh: ParallelMesh) -> float:
-    """On CPU: there are no graphs then, but operators are put into the order that these want."""
+    """With the option for graphs of CUDA; on CPU none are made."""
     torch._dynamo.reset()
     model = copy.deepcopy(examples.TINY["sana"].model)
     inputs = examples.inputs("sana", "uneven", "none", 1)
@@ -199,7 +199,7 @@ def with_cuda_graphs(mesh: ParallelMesh) -> float:
 
 @needs_compiler
 @pytest.mark.soak
-def test_convolutions_know_their_grid_in_cuda_graphs(ranks: RankPool) -> None:
+def test_convolutions_compile_with_the_option_for_cuda_graphs(ranks: RankPool) -> None:
     assert max(ranks.run(ParallelDegrees(ulysses_degree=2), with_cuda_graphs)) <= BAR
 
 
