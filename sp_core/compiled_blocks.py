@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sp_core import diffusers_private
+from sp_core import diffusers_private, torch_private
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
@@ -39,5 +39,5 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 
 def _needs_lengths(block: nn.Module) -> bool:
-    hooks = (*block._forward_pre_hooks.values(), *block._forward_hooks.values())
-    return any(getattr(getattr(hook, "__self__", None), "needs_lengths", False) for hook in hooks)
+    owners = (getattr(hook, "__self__", None) for hook in torch_private.hooks(block))
+    return any(getattr(owner, "needs_lengths", False) for owner in owners)

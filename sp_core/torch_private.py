@@ -8,6 +8,8 @@ for one.
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,7 +29,12 @@ copy_each = torch._foreach_copy_
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether somebody else takes part in the module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(hooks(module))
+
+
+def hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    """Those that see the module's inputs, then those that see its outputs."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def without_hooks(module: torch.nn.Module) -> torch.nn.Module:
@@ -36,8 +43,8 @@ def without_hooks(module: torch.nn.Module) -> torch.nn.Module:
     What takes part in the forwards of its submodules still does.
     """
     bare = copy.copy(module)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        setattr(bare, hooks, OrderedDict())
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(bare, kind, OrderedDict())
     return bare
 
 
