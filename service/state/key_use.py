@@ -2,7 +2,7 @@
 
 A request is not held up for it: each gateway tells the keeper of `service.state.shared_turns` once a second what its
 own requests use, and hears the sum of the others. So a key may exceed a limit by what other gateways accept within a
-second. Without a keeper each gateway counts for itself. For `service.gateway`; the numbers are those of
+second. Without a keeper each gateway counts for itself. For `service.access`; the numbers are those of
 `service.state.keyring`.
 """
 

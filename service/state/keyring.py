@@ -1,4 +1,4 @@
-"""Keyring: the API keys of a gateway, and what each has left of its allowance. For `service.gateway`.
+"""Keyring: the API keys of a gateway, and what each has left of its allowance. For `service.access`.
 
 Keys come from a variable of the environment, from a file, or from both. The file is read again when it changes, so that
 keys are added and withdrawn without a restart; while it cannot be read, the former keys remain valid.

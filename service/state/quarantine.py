@@ -1,4 +1,4 @@
-"""Quarantine: remembers which requests have cost gangs, so that none costs more than `LOSSES`. For `service.gateway`.
+"""Quarantine: remembers which requests have cost gangs, so that none costs more than `LOSSES`. For `service.dispatch`.
 
 A request is known by its caller and its body, since a client that asks again sends the same. Each loss is a key in the
 key-value store of Ray's head, which all gateways of the cluster read every two seconds, also after a restart.

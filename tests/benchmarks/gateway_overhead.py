@@ -38,6 +38,7 @@ from service.api.rest import rest_app
 from service.app import serve_config
 from service.gateway import Gateway
 from sp_core.degrees import ParallelDegrees
+from workers.demo_models.writer import write_demo_model
 from workers.messages import GenerationRequest, GenerationResult
 
 SIZES = (1, 10, 50)
@@ -49,7 +50,11 @@ ROOMY = {"cpu": 1e6, "cuda": 1e6}
 class Alone(Gateway):
     """A gateway without a cluster: every gang has its picture at once."""
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Any]:
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(instance_id)
+        self._dispatcher.run = self._draw  # type: ignore[method-assign]
+
+    async def _draw(self, request: GenerationRequest, *_: Any) -> AsyncGenerator[Any]:
         yield GenerationResult((PICTURE,), (request.seed,), ParallelDegrees(), 0.0, (0.0,), 0.0)
 
 
@@ -63,6 +68,7 @@ def main() -> None:
         "service.state.poller._read", lambda: (ServeStatus(), [], [], {})
     )  # looking would start Ray
     with tempfile.TemporaryDirectory() as folder, sees_no_cluster:
+        write_demo_model(Path(folder) / "demo", "qwen_image")
         files = {size: write(Path(folder), size) for size in SIZES}
         configs = {str(size): serve_config(load_spec(file)) for size, file in files.items()}
         configs[AGAIN] = configs["1"]
@@ -75,11 +81,8 @@ def write(folder: Path, size: int) -> Path:
     """A deployment file with so many models, each with a folder of its own."""
     models = []
     for i in range(size):
-        transformer = folder / f"{size}-{i}" / "transformer"
-        transformer.mkdir(parents=True)
-        (transformer.parent / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
-        (transformer / "config.json").write_text('{"num_attention_heads": 24}')
-        model = {"name": f"model-{i}", "source": str(transformer.parent), "aliases": [f"alias-{i}"]}
+        (source := folder / f"{size}-{i}").symlink_to(folder / "demo")
+        model = {"name": f"model-{i}", "source": str(source), "aliases": [f"alias-{i}"]}
         models.append(model | {"parallel": {"ulysses_degree": 2}, "tasks": ["text-to-image"]})
     file = folder / f"{size}.yaml"
     file.write_text(yaml.safe_dump({"models": models}))
@@ -92,7 +95,7 @@ async def of_requests(configs: dict[str, dict[str, Any]], turns: int, requests: 
     for table, config in configs.items():
         gateway = await opened(config)
         last = len(gateway.models()) - 1
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(rest_app(gateway)), base_url="http://gateway")
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(rest_app(gateway)), base_url="http://127.0.0.1")
         for asked, name in (("by name", f"model-{last}"), ("by alias", f"alias-{last}")):
             body = json.dumps({"model": name, "prompt": "a cup of coffee", "size": "1024x1024", "seed": 7})
             calls[asked, table] = lambda client=client, body=body: client.post("/v1/images/generations", content=body)

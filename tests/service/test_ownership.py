@@ -73,10 +73,14 @@ RPCS = {"GenerateImage", "GenerateStream", "ListModels", "CreateJob"}
 class Drawing(Gateway):
     """A gateway whose requests take one step, and then as long as a test wants."""
 
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(instance_id)
+        self._dispatcher.run = self._draw  # type: ignore[method-assign]
+
     def cluster(self) -> dict[str, Any]:
         return {"object": "cluster"}
 
-    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
+    async def _draw(self, request: GenerationRequest, *_: Any) -> AsyncGenerator[Report]:
         yield StepEvent(1, 50, 0.1)
         while request.prompt == "slow":
             await asyncio.sleep(0.01)

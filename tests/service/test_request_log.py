@@ -102,7 +102,7 @@ def test_a_gateway_writes_one_line_for_each_end(
 ) -> None:
     monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], [], {}))
 
-    async def run(_request: GenerationRequest) -> AsyncGenerator[Any]:
+    async def run(*_: Any) -> AsyncGenerator[Any]:
         for report in reports:
             if isinstance(report, Exception):
                 raise report
@@ -111,7 +111,7 @@ def test_a_gateway_writes_one_line_for_each_end(
     async def story() -> None:
         gate = Gateway("test")
         await gate.reconfigure(TABLE | {"log": {"log_format": "json", "prompts": False}})
-        monkeypatch.setattr(gate, "_generate", run)
+        monkeypatch.setattr(gate._dispatcher, "run", run)
         with contextlib.suppress(GangLost):
             async for _ in gate.generate(REQUEST):
                 pass
@@ -134,7 +134,7 @@ def test_the_line_and_the_answer_name_the_trace(
     monkeypatch.setattr("service.state.poller._read", lambda: (ServeStatus(), [], [], {}))
     asked: list[GenerationRequest] = []
 
-    async def run(request: GenerationRequest) -> AsyncGenerator[Any]:
+    async def run(request: GenerationRequest, *_: Any) -> AsyncGenerator[Any]:
         asked.append(request)
         yield RESULT
 
@@ -142,7 +142,7 @@ def test_the_line_and_the_answer_name_the_trace(
         gate = Gateway("test")
         traced = {"otlp_endpoint": "http://127.0.0.1:1", "sample_ratio": 1.0}  # where nobody answers
         await gate.reconfigure(TABLE | {"log": {"log_format": "json", "prompts": False}, "tracing": traced})
-        monkeypatch.setattr(gate, "_generate", run)
+        monkeypatch.setattr(gate._dispatcher, "run", run)
         with observing("route", "200", f"00-{TRACE}-{PARENT}-{sampled}") as call:
             async for _ in gate.generate(REQUEST):
                 pass

@@ -1,0 +1,437 @@
+"""Requests on their way to gangs, without Serve: what they hear as they wait, what is refused, what a lost gang costs."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import OwnerDiedError, RayActorError
+
+from service import dispatch
+from service.api.backend import Restarted, Waiting
+from service.api.errors import answer
+from service.gateway import Gateway
+from service.routing import LeastBacklogRouter
+from service.state import quarantine, router_registry
+from service.state.head_store import HeadStore
+from service.state.model_states import ModelState
+from service.state.quarantine import Quarantine
+from service.state.turns import Prospect
+from service.state.waiting import Place, waiting_for
+from tests.service.test_gateway import REQUEST, RESULT, TABLE, ask, opened, serving
+from tests.support.backend import a_model
+from workers import messages
+from workers.errors import (
+    DeadlineExceeded,
+    GangLost,
+    ModelNotFound,
+    ModelUnavailable,
+    OutOfMemory,
+    QueueFull,
+    RequestFailed,
+    RequestQuarantined,
+)
+from workers.gang.cost import Cost, Costs
+from workers.messages import Begun, GenerationRequest, GenerationResult, StepEvent
+
+__all__ = ["opened"]
+
+
+class Answer:
+    """A gang's answer that never comes."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    async def __anext__(self) -> Any:
+        await asyncio.Event().wait()
+
+    def __aiter__(self) -> Any:
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.mark.parametrize(
+    ("state", "raised"),
+    [
+        (
+            ModelState("failed", "rank 0: no memory"),
+            pytest.raises(ModelUnavailable, match="cannot be started: rank 0: no memory"),
+        ),
+        (None, pytest.raises(ModelNotFound, match="'one' was removed")),
+    ],
+)
+def test_a_request_that_waits_for_nothing_ends(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, state: ModelState | None, raised: Any
+) -> None:
+    found = {"one": ModelState("starting", queued=2)}
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(dispatch, "_applications", list)
+    monkeypatch.setattr(opened, "states", lambda: found)
+    answer = Answer()
+
+    async def story() -> None:
+        reports = opened._dispatcher._attended("one", answer)  # type: ignore[arg-type]
+        assert await anext(reports) == Waiting(found["one"])
+        if state is None:
+            del found["one"]
+        else:
+            found["one"] = state
+        with raised:
+            await anext(reports)
+
+    asyncio.run(story())
+    assert answer.cancelled
+
+
+def test_a_request_that_waits_hears_its_place(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [Prospect(2, 7.5), None]
+
+    async def standing(application: str, request_id: str) -> Prospect | None:
+        assert (application, request_id) == ("model-one", "a")
+        return places.pop(0)
+
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    monkeypatch.setattr("service.state.router_registry.standing", standing)
+    monkeypatch.setattr(opened, "states", lambda: {"one": ModelState("running", queued=4)})
+
+    async def story() -> None:
+        async with contextlib.aclosing(opened._dispatcher._attended("one", Answer(), "a")) as reports:  # type: ignore[arg-type]
+            assert await anext(reports) == Waiting(ModelState("running", queued=4), 3, 7.5)
+            assert await anext(reports) == Waiting(ModelState("running", queued=4))  # it has its gang, and computes
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_caller_who_leaves_with_a_report_in_hand_frees_the_gang(opened: Gateway, turns: int) -> None:
+    class Steps(Answer):
+        async def __anext__(self) -> Any:
+            return StepEvent(1, 4, 0.1)
+
+    answer = Steps()
+
+    async def story() -> None:
+        reports = opened._dispatcher._attended("one", answer)  # type: ignore[arg-type]
+        await anext(reports)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await reports.aclose()
+
+    asyncio.run(story())
+    assert answer.cancelled
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_caller_who_is_cancelled_around_a_report_frees_the_gang(opened: Gateway, turns: int) -> None:
+    arrived = asyncio.Event()
+
+    class Late(Answer):
+        async def __anext__(self) -> Any:
+            await arrived.wait()
+            return StepEvent(1, 4, 0.1)
+
+    answer = Late()
+
+    async def call() -> None:
+        async with contextlib.aclosing(opened._dispatcher._attended("one", answer)) as reports:  # type: ignore[arg-type]
+            async for _ in reports:
+                await asyncio.Event().wait()
+
+    async def story() -> None:
+        calling = asyncio.ensure_future(call())
+        await asyncio.sleep(0.01)
+        arrived.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+    asyncio.run(story())
+    assert answer.cancelled
+
+
+LOST = [Begun(), GangLost("ranks")]
+
+
+def test_a_request_costs_at_most_two_gangs_however_often_it_is_asked(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = serving(opened, monkeypatch, LOST, LOST, [Begun(), RESULT], [Begun(), RESULT])
+    drawn = replace(REQUEST, seed_drawn=True)
+
+    async def story() -> None:
+        with pytest.raises(GangLost, match="lost its ranks 2 times"):
+            await ask(opened, drawn)
+        for again in (drawn, replace(drawn, request_id="b", seed=2), replace(drawn, report_steps=True)):
+            with pytest.raises(RequestQuarantined):
+                await ask(opened, again)
+        assert len(sent) == 2
+        assert await ask(opened, replace(drawn, prompt="another")) == [RESULT]
+        now = time.time()
+        monkeypatch.setattr(quarantine, "time", SimpleNamespace(time=lambda: now + quarantine.KEPT_S))
+        assert await ask(opened, drawn) == [RESULT]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_too_large_a_request_goes_to_no_other_gang_and_costs_two_at_most(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, agreed: bool
+) -> None:
+    sent = serving(opened, monkeypatch, *[[Begun(), OutOfMemory("too large", agreed)]] * 3)
+
+    async def story() -> None:
+        for count in (1, 2):
+            with pytest.raises(OutOfMemory, match="too large"):
+                await ask(opened, REQUEST)
+            assert len(sent) == count
+        with pytest.raises(OutOfMemory if agreed else RequestQuarantined):  # agreed: it has cost nothing
+            await ask(opened, REQUEST)
+
+    asyncio.run(story())
+
+
+def test_quarantine_is_of_one_caller_and_one_body(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", "k1,k2")
+    serving(opened, monkeypatch, LOST, LOST, [RESULT], [RESULT])
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"api_keys_env": "KEYS"})
+        with pytest.raises(GangLost):
+            await ask(opened, REQUEST, "Bearer k1")
+        with pytest.raises(RequestQuarantined):
+            await ask(opened, REQUEST, "Bearer k1")
+        assert await ask(opened, REQUEST, "Bearer k2") == [RESULT]
+        assert await ask(opened, replace(REQUEST, seed=2), "Bearer k1") == [RESULT]  # the caller's own seed
+
+    asyncio.run(story())
+
+
+def test_an_answer_clears_a_request(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two losses are its own fault only if nothing came between."""
+    serving(opened, monkeypatch, LOST, [Begun(), RESULT], LOST, [Begun(), RESULT])
+
+    async def story() -> None:
+        for _ in range(2):
+            assert await ask(opened, REQUEST) == [Restarted(2, "the ranks of 'one' were lost"), RESULT]
+
+    asyncio.run(story())
+
+
+def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
+    restarts = [Restarted(attempt, "the ranks of 'one' were lost", begun=attempt == 2) for attempt in (2, 3, 4)]
+    assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
+
+
+@pytest.mark.parametrize("lost", [RayActorError(), OwnerDiedError("ab", None, "")], ids=["its rank", "its gang"])
+def test_an_answer_that_is_lost_while_it_is_encoded_is_drawn_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def result(given: Any) -> GenerationResult:
+        if isinstance(given, Exception):
+            raise given
+        return RESULT
+
+    async def told(given: Any) -> AsyncGenerator[Any]:
+        yield Begun()
+        yield messages.Answer(result(given))
+
+    given = [lost, RESULT, RequestFailed("no such color")]
+    sent = serving(opened, monkeypatch)
+    monkeypatch.setattr(opened._dispatcher, "_attended", lambda *_: dispatch._with_result(told(given.pop(0))))
+    assert asyncio.run(ask(opened, REQUEST))[-1] == RESULT
+    assert len(sent) == 2
+    with pytest.raises(RequestFailed, match="no such color"):
+        asyncio.run(ask(opened, REQUEST))
+    assert len(sent) == 3
+
+
+def test_what_one_gateway_counts_all_know(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: set[str] = set()
+    monkeypatch.setattr(HeadStore, "connected", lambda _: True)
+    monkeypatch.setattr(HeadStore, "add", lambda _, key: store.add(key))
+    monkeypatch.setattr(HeadStore, "remove", lambda _, key: store.discard(key))
+    monkeypatch.setattr(HeadStore, "keys", lambda _: list(store))
+    monkeypatch.setattr(quarantine, "PERIOD_S", 0.01)
+    other = Quarantine()
+
+    async def story() -> None:
+        other.follow()
+        for _ in range(2):
+            await opened._dispatcher._quarantine.count("a")
+        async with asyncio.timeout(60):
+            while other.losses("a") < 2:
+                await asyncio.sleep(0.01)
+        with pytest.raises(RequestQuarantined):
+            other.check("a")
+        store.add("a key of another format")
+        await asyncio.sleep(0.1)
+        assert other.losses("a") == 2
+        store.discard("a key of another format")
+        monkeypatch.setattr(quarantine, "KEPT_S", -1.0)
+        async with asyncio.timeout(60):
+            while store:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_what_the_store_does_not_have_yet_counts_all_the_same(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: HeadStore, key: str) -> bool:
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr(HeadStore, "connected", lambda _: True)
+    monkeypatch.setattr(HeadStore, "add", away)
+    kept = opened._dispatcher._quarantine
+
+    async def story() -> None:
+        assert await kept.count("a") == 1
+        await kept._take([])  # the head is back, and knows nothing
+        assert await kept.count("a") == 2
+
+    asyncio.run(story())
+
+
+def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = a_model("full").model_copy(update={"max_queued": 2})
+    request = replace(REQUEST, model="full")
+    waiting = waiting_for("model-full")
+    places: list[Place | None] = []
+
+    def lose(*_: Any) -> None:
+        """Others came while this one ran, and fill the queue."""
+        for number in range(2):
+            waiting.enter(str(number), Place(time.time()))
+
+    monkeypatch.setattr("service.state.router_registry.lose", lose)
+    sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])
+    inner = opened._dispatcher._handle("full").generate.remote
+
+    def remote(request: GenerationRequest, caller: str) -> Any:
+        places.append(waiting.place(request.request_id))
+        return inner(request, caller)
+
+    monkeypatch.setattr(
+        opened._dispatcher, "_handle", lambda _: SimpleNamespace(generate=SimpleNamespace(remote=remote))
+    )
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [full.model_dump(mode="json")]})
+        assert (await ask(opened, request))[-1] == RESULT
+        assert len(sent) == 2
+        assert len(set(places)) == 1, "it keeps its place"
+        with pytest.raises(QueueFull):
+            await ask(opened, replace(request, prompt="new"))
+        waiting.leave("0")
+        assert len(waiting) == 1, "who was answered waits no more"
+        waiting.leave("1")
+
+    asyncio.run(story())
+
+
+def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_again(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = a_model("patient").model_copy(update={"max_queued": 2, "max_queued_s": 30.0})
+    request, waiting = replace(REQUEST, model="patient"), waiting_for("model-patient")
+    prospects = [Prospect(9, 90.0), Prospect(1, 31.5), Prospect(1, 29.0), Prospect(9, 60.0)]
+    counted: list[int] = []
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        counted.append(len(waiting))
+        return prospects.pop(0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+    serving(opened, monkeypatch, [Begun(), RESULT])
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [patient.model_dump(mode="json")]})
+        with pytest.raises(QueueFull, match="would have to wait 90 s"):
+            await ask(opened, request)  # all wait in other gateways
+        waiting.enter("another", Place(time.time()))
+        with pytest.raises(QueueFull, match="would have to wait 32 s, at most 30 s") as late:
+            await ask(opened, request)
+        assert answer(late.value)[2] == {"retry-after": "2"}
+        assert len(waiting) == 1
+        assert await ask(opened, request) == [RESULT]
+        assert len(waiting) == 1
+        waiting.enter("a third", Place(time.time()))
+        with pytest.raises(QueueFull, match="2 requests wait") as full:
+            await ask(opened, request)
+        assert answer(full.value)[2] == {"retry-after": "6"}
+        assert counted == [1, 2, 2, 3], "it is counted while it asks"
+        waiting.leave("another")
+        waiting.leave("a third")
+
+    asyncio.run(story())
+
+
+def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = a_model("late").model_dump(mode="json")
+
+    async def prospect(application: str, caller: str) -> Prospect:
+        return Prospect(3, 30.0)
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [late]})
+        request = replace(REQUEST, model="late", deadline_at=time.time() + 29)
+        with pytest.raises(DeadlineExceeded, match=r"wait about 30\.0 s; its deadline is in 29\.0 s"):
+            await ask(opened, request)
+        answer = Answer()
+        handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
+        monkeypatch.setattr(opened._dispatcher, "_handle", lambda _: handle)
+        monkeypatch.setattr("service.dispatch.DeploymentResponseGenerator", Answer)
+        monkeypatch.setattr("service.state.router_registry.prospect", nothing_waits)
+        with pytest.raises(DeadlineExceeded, match="it was stopped"):
+            await ask(opened, replace(request, deadline_at=time.time() + 0.2))
+        assert answer.cancelled
+        assert (opened.in_flight, len(waiting_for("model-late"))) == (0, 0)
+
+    async def nothing_waits(application: str, caller: str) -> Prospect:
+        return Prospect(0, 0.0)
+
+    monkeypatch.setattr("service.state.router_registry.prospect", prospect)
+    asyncio.run(story())
+
+
+def test_a_deadline_is_held_against_what_the_request_itself_takes(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing waits, and only against what was measured."""
+    known = Costs("QwenImagePipeline", (Cost(64, 64, 1, 1, 1, 0, 5.0, 1.0, 4.0, 0.5, 2),))
+    router = LeastBacklogRouter.__new__(LeastBacklogRouter)  # its own start needs Serve
+    router._loop, router._costs = None, [known]
+    monkeypatch.setattr(router, "gang_reports", list, raising=False)
+    router_registry.register("model-late", router)
+    serving(opened, monkeypatch, *([Begun(), RESULT] for _ in range(3)))
+
+    async def story() -> None:
+        await opened.reconfigure(TABLE | {"models": [a_model("late").model_dump(mode="json")]})
+        request = replace(REQUEST, model="late", guidance_scale=0.0)  # four steps, 16.5 s at least
+        with pytest.raises(DeadlineExceeded, match=r"in about 21\.0 s, 0\.0 s .*; its deadline is in 16\.0 s"):
+            await ask(opened, replace(request, deadline_at=time.time() + 16.04))
+        with pytest.raises(DeadlineExceeded, match=r"in about 41\.0 s"):
+            await ask(opened, replace(request, num_inference_steps=8, deadline_at=time.time() + 17))
+        for fits in (
+            replace(request, deadline_at=time.time() + 17),
+            replace(request, num_inference_steps=2, deadline_at=time.time() + 9),
+            replace(request, width=32, deadline_at=time.time() + 9),  # smaller than all that was measured
+        ):
+            assert await ask(opened, fits) == [RESULT]
+
+    asyncio.run(story())
