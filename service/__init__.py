@@ -4,7 +4,7 @@
     gateway.py      the gateway: table of models, admission
     access.py       who calls, and what his API key allows
     dispatch.py     a request on its way to a gang, and to another one if the first is lost
-    deadline.py     which requests would be late, and the end of those that are
+    deadline.py     the end of a request that is late or canceled
     routing.py      which gang a request goes to, when its turn comes
     autoscaling.py  how many gangs a model needs
     edge.py         limits on reading requests, in the proxies of Serve

@@ -1,4 +1,4 @@
-"""Requests on their way to gangs, without Serve: what they hear as they wait, what is refused, what a lost gang costs."""
+"""Requests on their way to gangs, without Serve: what they hear, what is refused, what a lost gang costs."""
 
 import asyncio
 import contextlib
