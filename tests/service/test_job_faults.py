@@ -1,8 +1,11 @@
 """The harness of faults at jobs: what would be wrong is seen, and a run that was interrupted goes on."""
 
 import json
+import os
+import socket
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +17,7 @@ from service.jobs.store import JobStore
 from tests.benchmarks.job_faults import callers as module
 from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.ledger import Accepted, Ledger, read_lines
+from tests.benchmarks.job_faults.link import SOCKET, Link
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
 from tests.benchmarks.job_faults.verdict import Verdict, judge
@@ -133,13 +137,13 @@ def test_what_ended_once_is_sound(store: JobStore, tmp_path: Path) -> None:
     struck, _ = store.submit(new_job(idempotency_key="s"))
     (held,) = store.claim({"film": 1}, "r", LEASE_S)
     store.lose_gang(struck.id, held.fence, 2, "rank 0 died")
-    failed = accepted(id=struck.id, key="s", state="failed", code="request_quarantined")
+    failed = accepted(id=struck.id, key="s", state="failed", code="request_quarantined", poisoned=True)
     verdict = verdict_of(store, tmp_path, done, failed)
     assert verdict.sound
     assert verdict.states == {"succeeded": 1, "failed: request_quarantined": 1}
 
 
-@pytest.mark.parametrize("wrong", ["missing", "open", "twice", "made twice", "failed", "expired"])
+@pytest.mark.parametrize("wrong", ["missing", "open", "twice", "made twice", "failed", "expired", "survived"])
 def test_what_is_wrong_is_not_sound(store: JobStore, tmp_path: Path, wrong: str) -> None:
     done = accepted(id=published(store), state="succeeded", sha256="0")
     jobs = [done]
@@ -155,6 +159,8 @@ def test_what_is_wrong_is_not_sound(store: JobStore, tmp_path: Path, wrong: str)
             )
     elif wrong == "made twice":
         jobs = [accepted(id="job_other", key="k", state="succeeded")]
+    elif wrong == "survived":
+        done.poisoned = True
     elif wrong == "failed":
         done.state, done.code = "failed", "internal_error"
     else:
@@ -175,3 +181,27 @@ def test_the_report_has_a_row_for_each_kind_and_says_what_was_not_noticed(store:
     assert "Accepted 1, ended 0" in said
     assert "1 lost" in said
     assert "not in the store" in said
+
+
+def test_a_link_that_is_cut_for_a_process_holds_what_it_sends(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / SOCKET))
+        server.listen()
+        link = Link(SimpleNamespace(url=f"postgresql://test@/postgres?host={tmp_path}"))  # type: ignore[arg-type]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(Path(link.url.rpartition("host=")[2]) / SOCKET))
+            reached, _ = server.accept()
+            reached.settimeout(0.3)
+            link.cut(os.getpid() + 1)  # another one
+            client.sendall(b"a")
+            assert reached.recv(9) == b"a"
+            link.cut(os.getpid())
+            client.sendall(b"b")
+            with pytest.raises(TimeoutError):
+                reached.recv(9)
+            assert link.held == 1
+            link.heal()
+            reached.settimeout(10)
+            assert reached.recv(9) == b"b"
+            reached.close()
+        link.close()

@@ -3,10 +3,12 @@
     __main__.py   the command: strikes, resumes, reports
     cluster.py    the cluster: `spray serve`, and a second node
     node.py       the second node, as a command
-    disk.py       a small disk of its own for outputs, which can be full
+    disk.py       small disks of their own for outputs and for the store, which can be full
+    link.py       the way to PostgreSQL, which can be cut for one gateway
     ledger.py     what was accepted, and how it ended, as its callers saw it
     callers.py    callers that submit, retry, follow and download
     strikes.py    the kinds of faults: each does harm, and proves that it was noticed
+    poisoned.py   the kind that comes with a request: whatever runs it dies
     verdict.py    what the faults of one run have cost, by the ledger and by the store
     report.py     the table of all runs
 

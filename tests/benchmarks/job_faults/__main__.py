@@ -29,16 +29,19 @@ from service.jobs.store import JobStore
 from service.jobs.store_actor import FILE
 from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.cluster import ROOT, Cluster, wait
-from tests.benchmarks.job_faults.disk import Disk, enter_namespace
+from tests.benchmarks.job_faults.disk import Disk, KeptDisk, enter_namespace
 from tests.benchmarks.job_faults.ledger import Ledger, read_lines
+from tests.benchmarks.job_faults.link import Link
 from tests.benchmarks.job_faults.report import report
-from tests.benchmarks.job_faults.strikes import STRIKES, NotNoticed, Scene, plan
+from tests.benchmarks.job_faults.scene import NotNoticed, Scene
+from tests.benchmarks.job_faults.strikes import STRIKES, plan
 from tests.benchmarks.job_faults.verdict import Verdict, compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
 CALLERS = 4
-ONLY_SQLITE = ("store", "store stopped")
-ONLY_POSTGRES = ("database",)
+ONLY_SQLITE = ("store", "store stopped", "store full")
+ONLY_POSTGRES = ("database", "partition")
+OWN_DISK = ("outputs full", "store full")
 
 
 def main() -> None:
@@ -73,11 +76,14 @@ class Run:
     """
 
     def __init__(self, folder: Path, lines: Path, postgres: Postgres | None, own_disk: bool, patience_s: float) -> None:
-        if postgres is not None:  # it was empty when it was started
+        self._store_disk = KeptDisk(folder / "store") if own_disk and postgres is None else None
+        forgotten = self._store_disk is not None and self._store_disk.forgotten
+        if postgres is not None or forgotten:  # the store is empty
             (folder / "jobs.jsonl").unlink(missing_ok=True)
         self._patience_s, self._postgres = patience_s, postgres
         self._lines = lines.open("a")
-        self._cluster = Cluster(folder, two_nodes=True, jobs_url=postgres.url if postgres else None)
+        self._link = Link(postgres) if postgres else None
+        self._cluster = Cluster(folder, two_nodes=True, jobs_url=self._link.url if self._link else None)
         self._disk = Disk(self._cluster.outputs) if own_disk else None
         self._ledger = Ledger(folder / "jobs.jsonl")
         self._callers = Callers(lambda: self._cluster.url, self._ledger, self._cluster.models, patience_s)
@@ -88,8 +94,9 @@ class Run:
             self._cluster.start()
             self._callers.begin(CALLERS)
             for number, kind in planned:
+                rng = random.Random(f"{seed}/{number}")
                 scene = Scene(
-                    self._cluster, self._callers, random.Random(f"{seed}/{number}"), self._disk, self._postgres
+                    self._cluster, self._callers, rng, self._disk, self._store_disk, self._postgres, self._link
                 )
                 self._write({"fault": number, "kind": kind, "at": time.time()} | self._one(scene, kind))
             self._callers.end()
@@ -97,6 +104,10 @@ class Run:
         finally:
             self._callers.abandon()
             self._cluster.stop()
+            if self._store_disk is not None:
+                self._store_disk.close()
+            if self._link is not None:
+                self._link.close()
         store = JobStore(
             open_postgres(self._postgres.url) if self._postgres else open_sqlite(self._cluster.store / FILE), 3600.0
         )
@@ -141,8 +152,8 @@ def _kinds(given: argparse.Namespace, own_disk: bool) -> list[str]:
     """The kinds of faults that there can be here."""
     without = set(ONLY_POSTGRES if given.store == "sqlite" else ONLY_SQLITE)
     if not own_disk:
-        without.add("outputs full")
-        print("outputs full is left out: this user may not mount a disk in a namespace", flush=True)
+        without.update(OWN_DISK)
+        print(f"{', '.join(OWN_DISK)} are left out: this user may not mount a disk in a namespace", flush=True)
     kinds = [kind for kind in given.kinds if kind not in without]
     if not kinds:
         raise SystemExit(f"none of {', '.join(given.kinds)} can happen here; leave --kinds out")

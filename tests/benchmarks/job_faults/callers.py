@@ -97,12 +97,18 @@ class Callers:
 
         return self._pool.submit(call)
 
-    def submit(self, model: str | None = None, priority: str = "standard") -> Accepted | None:
-        """Submit a job until somebody accepts it; None: it was refused for good, or nobody answered."""
+    def submit(self, model: str | None = None, priority: str = "standard", poisoned_steps: int = 0) -> Accepted | None:
+        """Submit a job until somebody accepts it; None: it was refused for good, or nobody answered.
+
+        Args:
+            model: that it asks for; None: the next one.
+            priority: of the job.
+            poisoned_steps: of a job that the caller will not let end; 0: it is one as all others.
+        """
         seed = random.randrange(1 << 31)
         body: dict[str, Any] = {
             "model": model or next(self._models), "prompt": f"cup {next(self._numbers)} of {self._name}",
-            "seed": seed, "num_inference_steps": self._steps, "priority": priority,
+            "seed": seed, "num_inference_steps": poisoned_steps or self._steps, "priority": priority,
         }  # fmt: skip
         key = uuid.uuid4().hex
         deadline = time.monotonic() + self.patience_s
@@ -110,6 +116,7 @@ class Callers:
             answer = self.post(body, key)
             if answer is not None and answer.status_code == 202:
                 job = Accepted(answer.json()["id"], key, body["model"], body["prompt"], seed)
+                job.poisoned = poisoned_steps > 0
                 self.ledger.write(job)
                 return job
             if answer is not None and not _retried(answer):
@@ -123,8 +130,9 @@ class Callers:
             time.sleep(_pause_s(attempt, answer))
         raise AssertionError
 
-    def once(self, model: str) -> "Future[httpx.Response | None]":
-        """The answer to one submission without any retry. Should it be accepted, its job is followed."""
+    def once(self, model: str, follow: bool = True) -> "Future[httpx.Response | None]":
+        """The answer to one submission without any retry. Should it be accepted, its job is followed: before the answer
+        is told, or beside."""
         body = {"model": model, "prompt": f"one of {uuid.uuid4().hex}", "seed": 1, "num_inference_steps": self._steps}
 
         def call() -> httpx.Response | None:
@@ -132,7 +140,10 @@ class Callers:
             if answer is not None and answer.status_code == 202:
                 job = Accepted(answer.json()["id"], key, model, str(body["prompt"]), 1)
                 self.ledger.write(job)
-                self.follow(job)
+                if follow:
+                    self.follow(job)
+                else:
+                    self._steady.append(self._pool.submit(self.follow, job))
             return answer
 
         return self._pool.submit(call)
@@ -141,6 +152,11 @@ class Callers:
         """One call that submits a job, without any retry; None: the connection did not hold."""
         headers = {"prefer": "respond-async", "idempotency-key": key}
         return self._ask("POST", "/v1/images/generations", json=body, headers=headers)
+
+    def look(self, job: Accepted) -> dict[str, Any]:
+        """What the cluster tells of a job now; nothing if it does not answer."""
+        answer = self._ask("GET", f"/v1/jobs/{job.id}")
+        return dict(answer.json()) if answer is not None and answer.status_code == 200 else {}
 
     def follow(self, job: Accepted) -> None:
         """Look at a job until it has ended, and download its picture."""

@@ -30,6 +30,7 @@ class Accepted:
         trouble: what its caller must never see; empty if all is well.
         since: when it was accepted, by the clock of `time.monotonic`.
         inherited: it was accepted in a run that was interrupted.
+        poisoned: whatever runs it dies, so it must fail as quarantined.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Accepted:
     trouble: str = ""
     since: float = field(default_factory=time.monotonic)
     inherited: bool = False
+    poisoned: bool = False
 
     @property
     def open(self) -> bool:

@@ -43,5 +43,7 @@ def _run(run: dict[str, Any]) -> str:
         f"{len(run['refused'])} refused submissions."
     ]
     said += [f"  - {job_id}: {why}" for job_id, why in run["lost"].items()]
-    said += [f"  - {name}: {', '.join(run[name])}" for name in ("twice", "unknown", "different") if run[name]]
+    said += [
+        f"  - {name}: {', '.join(run[name])}" for name in ("twice", "unknown", "different", "survived") if run.get(name)
+    ]
     return "\n".join(said + [f"  - refused: {why}" for why in run["refused"][:5]])

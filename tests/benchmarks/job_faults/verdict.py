@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.jobs.store import JobStore
 from tests.benchmarks.job_faults.callers import Callers
@@ -28,6 +28,7 @@ class Verdict:
         drawn_again: how many pictures of jobs that met a fault were compared with one drawn at leisure.
         different: ids of those that were not the same, byte for byte.
         refused: submissions that were refused for good.
+        survived: ids of poisoned jobs that did not fail as quarantined.
     """
 
     accepted: int
@@ -38,13 +39,14 @@ class Verdict:
     drawn_again: int
     different: list[str]
     refused: list[str]
+    survived: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Whether nothing went wrong."""
         failed = [name for name in self.states if name.startswith("failed") and not name.endswith(EXPECTED)]
         ended = all(name.startswith(("succeeded", "failed")) for name in self.states)
-        return ended and not (self.lost or self.twice or self.unknown or self.different or failed)
+        return ended and not (self.lost or self.twice or self.unknown or self.different or self.survived or failed)
 
 
 def compare_pictures(ledger: Ledger, callers: Callers) -> tuple[int, list[str]]:
@@ -74,8 +76,10 @@ def judge(ledger: Ledger, store: JobStore, refused: list[str], compared: tuple[i
     by_key = {job.key: job.id for job in ledger.jobs.values()}
     twice = [job.id for job in kept if _publications(store, job.id) > 1 or len(job.outputs) > 1]
     unknown = [job.id for job in kept if by_key.get(job.idempotency_key or "", job.id) != job.id]
+    poisoned = [job for job in ledger.jobs.values() if job.poisoned]
+    survived = [job.id for job in poisoned if (job.state, job.code) != ("failed", *EXPECTED)]
     ends = Counter(job.state if job.code is None else f"{job.state}: {job.code}" for job in ledger.jobs.values())
-    return Verdict(len(ledger.jobs), dict(ends), lost, twice, unknown, *compared, refused)
+    return Verdict(len(ledger.jobs), dict(ends), lost, twice, unknown, *compared, refused, survived)
 
 
 def _publications(store: JobStore, job_id: str) -> int:
