@@ -77,7 +77,7 @@ BACKLOG = Gauge(
 )
 CAPACITY = Gauge(
     "spray_capacity_seconds",
-    "Seconds of work that a gang finishes in a second: 1 while it serves, 0 while its ranks are replaced.",
+    "Seconds of work that a gang finishes in a second: 1, or 0 while its ranks are replaced, or the share that lives.",
     ["model", "replica"],
     multiprocess_mode="livemostrecent",
 )

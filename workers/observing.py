@@ -156,9 +156,9 @@ class GangMetrics:
         """Count a loss of its ranks."""
         self._losses[reason].inc()
 
-    def now(self, backlog_s: float, serves: bool, moved_at: float) -> None:
-        """Set the seconds of work that it has left, whether it serves, and when it was last seen to move."""
-        for gauge, value in zip(self._gauges, (backlog_s, float(serves), moved_at), strict=True):
+    def now(self, backlog_s: float, capacity: float, moved_at: float) -> None:
+        """Set the seconds of work left, those that it does in a second, and when it was last seen to move."""
+        for gauge, value in zip(self._gauges, (backlog_s, capacity, moved_at), strict=True):
             gauge.set(value)
 
     def elastic(self, idle_s: float, changes: "Mapping[str, int]") -> None:

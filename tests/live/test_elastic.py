@@ -1,5 +1,6 @@
 """An elastic gang on a real cluster: requests side by side, on changing ranks; one outlives its ranks."""
 
+import base64
 import json
 import os
 import signal
@@ -18,9 +19,14 @@ from service.cli.main import main
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import PATIENCE_S, deployment, model, pixels, rank_statuses, ready, wait_for
 from workers.gang.elastic_rank import KEEP_STEPS
+from workers.gang.local import generate_locally
+from workers.gang.process_state import is_halted
+from workers.messages import GenerationRequest, RankStatus
 
 LONG = {"prompt": "a cup of coffee", "num_inference_steps": 100, "size": "128x128", "seed": 9}
 SHORT = {"prompt": "a fox", "num_inference_steps": 6, "size": "64x48"}
+FIXED = GenerationRequest("fixed", "demo", "a cup of coffee", width=128, height=128, num_inference_steps=100, seed=9)
+"""`LONG`, for a gang that is not elastic."""
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +64,99 @@ def test_short_requests_do_not_wait_for_a_long_one(cluster: LocalCluster) -> Non
         assert np.abs(picture - reference).max() <= 1
 
 
+class Watched:
+    """A request whose steps are followed. Call it in a thread of its own."""
+
+    def __init__(self, cluster: LocalCluster, **request: Any) -> None:
+        self.request, self._cluster = LONG | request, cluster
+        self.steps: list[tuple[int, set[int]]] = []  # each with those of the ranks' processes that lived then
+        self.pids: set[int] = set()
+
+    def __call__(self) -> Any:
+        body = {"model": "demo", "stream": True, "stream_options": {"include_progress": True}, **self.request}
+        url = f"{self._cluster.url}/v1/images/generations"
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S, trust_env=False) as answer:
+            for line in answer.iter_lines():
+                event = json.loads(line[6:]) if line.startswith("data: {") else {}
+                if "step" in event:
+                    self.steps.append((event["step"], {pid for pid in self.pids if not is_halted(pid)}))
+                if "b64_json" in event:
+                    picture = pixels(event["b64_json"])
+        return picture
+
+
+def repeated(watched: Watched) -> int:
+    """Steps that it has done twice, between the loss of its ranks and the end."""
+    steps = [step for step, _ in watched.steps]
+    (back,) = (i for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1)
+    assert steps[:back] == list(range(1, back + 1))
+    assert steps[back:] == list(range(steps[back], watched.request["num_inference_steps"] + 1))
+    return steps[back - 1] - steps[back] + 1
+
+
 def test_a_request_that_loses_its_ranks_goes_on_from_what_was_kept(cluster: LocalCluster) -> None:
+    long = Watched(cluster)
     expected = draw(cluster, LONG)
     with ThreadPoolExecutor(1) as threads:
-        long = threads.submit(draw, cluster, LONG)
+        drawn = threads.submit(long)
         statuses = wait_for(
-            lambda: rank_statuses("demo"), lambda seen: 20 <= seen[0].step < LONG["num_inference_steps"]
+            lambda: rank_statuses("demo"),
+            lambda seen: any(status.phase == "denoise" and 20 <= status.step < 90 for status in seen),
         )
-        os.kill(statuses[1].pid, signal.SIGKILL)
-        assert np.abs(long.result() - expected).max() <= 1
-    after = rank_statuses("demo")
-    assert {status.pid for status in after}.isdisjoint(status.pid for status in statuses)
-    # They have passed a boundary after each step, and one before the first.
-    repeated = after[0].progress - 1 - (LONG["num_inference_steps"] - statuses[0].step)
-    assert repeated <= KEEP_STEPS  # or below zero: a step or two may have passed before the kill
+        shares = all(status.phase == "denoise" for status in statuses)
+        for status in statuses[1:] if shares else statuses:  # one that another waits for; else none is left
+            os.kill(status.pid, signal.SIGKILL)
+        assert np.abs(drawn.result() - expected).max() <= 1
+    assert {status.pid for status in rank_statuses("demo")}.isdisjoint(status.pid for status in statuses)
+    assert repeated(long) <= KEEP_STEPS
+
+
+def both_at_work(first: Watched, second: Watched) -> list[RankStatus]:
+    """Wait until each has a rank of its own, and something was kept of it."""
+    totals = {each.request["num_inference_steps"] for each in (first, second)}
+
+    def apart(seen: list[RankStatus]) -> bool:
+        return {status.total_steps for status in seen} == totals and all(
+            status.phase == "denoise" and KEEP_STEPS < status.step < 60 for status in seen
+        )
+
+    return wait_for(lambda: rank_statuses("demo"), apart)
+
+
+def now(cluster: LocalCluster) -> dict[str, Any]:
+    """What the gang says of itself."""
+    (found,) = httpx.get(f"{cluster.url}/v1/cluster", timeout=60, trust_env=False).json()["models"]
+    (gang,) = found["gangs"]
+    return dict(gang["now"])
+
+
+@pytest.mark.parametrize(("victim", "fault"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_what_runs_beside_a_lost_rank_does_not_notice(
+    cluster: LocalCluster, demo_model: Path, victim: int, fault: signal.Signals
+) -> None:
+    one, other = Watched(cluster), Watched(cluster, seed=10, num_inference_steps=90)
+    expected = {each: draw(cluster, each.request) for each in (one, other)}
+    with ThreadPoolExecutor(2) as threads:
+        drawn = {each: threads.submit(each) for each in (one, other)}
+        statuses = both_at_work(one, other)
+        pids = [status.pid for status in statuses]
+        one.pids, other.pids = set(pids), set(pids)
+        os.kill(pids[victim], fault)
+        for each in (one, other):
+            assert np.abs(drawn[each].result() - expected[each]).max() <= 1
+    hit, beside = (one, other) if statuses[victim].total_steps == 100 else (other, one)
+    total, survivor = beside.request["num_inference_steps"], pids[1 - victim]
+    assert [step for step, _ in beside.steps] == list(range(1, total + 1))  # none of them twice
+    after_loss = [living for _, living in beside.steps if pids[victim] not in living]
+    assert after_loss and all(living == {survivor} for living in after_loss[-20:])  # on ranks that were there before
+
+    assert repeated(hit) <= KEEP_STEPS
+    new = wait_for(lambda: now(cluster), lambda seen: len(seen["pids"]) == 2 and not {*seen["pids"]} & {*pids})
+    assert not new["trouble"]
+    assert np.abs(draw(cluster, one.request) - expected[one]).max() <= 1
+    if victim == 1:
+        fixed = generate_locally(model(demo_model, ulysses_degree=2), FIXED, on_step=lambda _: None)
+        assert np.abs(pixels(base64.b64encode(fixed.outputs[0]).decode()) - expected[one]).max() <= 1
 
 
 def test_a_profile_is_of_the_ranks_that_serve_it(

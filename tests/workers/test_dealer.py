@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.benchmarks.elastic import Row, arrivals, elastic, fixed, row
 from workers.gang.dealer import BACKLOG_S, PATIENCE_S, RISE_S, Block, Work, deal
+from workers.gang.forecast import forecast
 
 UNITS = 8
 SPEED = {1: 1.0, 2: 0.55, 4: 0.3, 8: 0.2}
@@ -58,6 +59,20 @@ def test_blocks_are_aligned_apart_and_free(hand: tuple[list[Work], list[Work], f
         taken += block.ranks
     assert len(taken) == len(set(taken))
     assert set(taken) <= set(range(UNITS))
+
+
+@given(hands(), st.sets(st.integers(0, UNITS - 1), max_size=UNITS - 1))
+def test_lost_ranks_are_dealt_to_nobody_and_the_others_are_not_idle(
+    hand: tuple[list[Work], list[Work], float], lost: set[int]
+) -> None:
+    living = [d for d in SPEED if any(lost.isdisjoint(range(i, i + d)) for i in range(0, UNITS, d))]
+    waiting = [replace(each, step_s={d: each.step_s[d] for d in living if d in each.step_s}) for each in hand[0]]
+    running = [each for each in hand[1] if each.at and lost.isdisjoint(each.at.ranks)]
+    dealt = deal(waiting, running, UNITS, hand[2], lost)
+    assert all(lost.isdisjoint(block.ranks) for block in dealt.values())
+    if waiting and not running:
+        assert dealt
+    assert set(forecast(waiting, UNITS, hand[2], lost)) == {each.id for each in waiting}
 
 
 @given(hands())

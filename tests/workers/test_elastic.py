@@ -40,6 +40,7 @@ class Ranks:
         return b"prompt"
 
     lost = ""
+    gone: frozenset[int] = frozenset()
 
     def pause(self, request_id: str, part: int, ranks: range) -> None:
         assert ranks == range(self.parts[request_id][1], self.parts[request_id][1] + self.parts[request_id][0].ranks)
@@ -201,10 +202,13 @@ def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) 
                 await running
 
         await part(3)  # kept after the second
-        assert journey.fall_back()
+        assert journey.fall_back("ranks")
         assert (journey.steps_done, journey.step_s) == (2, [0.5, 0.5])
         await part(1)
-        assert not journey.fall_back()
+        assert journey.fall_back("ranks")  # those that had outlived the first
+        assert journey.steps_done == 2
+        await part(1)
+        assert not journey.fall_back("new ranks")
 
     drive(story, elastic)
 
@@ -212,8 +216,8 @@ def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) 
 def test_only_a_request_that_had_the_ranks_may_be_the_cause_of_their_loss(elastic: Elastic) -> None:
     innocent, suspect = elastic.begin(REQUEST), elastic.begin(REQUEST)
     suspect.computes = True
-    assert not suspect.fall_back()  # nothing was kept of it
-    assert [innocent.fall_back() for _ in range(3)] == [True] * 3
+    assert not suspect.fall_back(0)  # nothing was kept of it
+    assert [innocent.fall_back(i) for i in range(3)] == [True] * 3
 
 
 def test_who_waits_is_dealt_no_ranks_that_are_lost(elastic: Elastic) -> None:
@@ -225,6 +229,103 @@ def test_who_waits_is_dealt_no_ranks_that_are_lost(elastic: Elastic) -> None:
         assert not ranks.seen and not elastic.has_work
 
     drive(story, elastic)
+
+
+@pytest.fixture
+def singles(demo_model: Path) -> Elastic:
+    """A gang whose four ranks may each have a request."""
+    spec = model(demo_model, ulysses_degree=4).model_copy(update={"elastic": Section()})
+    return Elastic(spec, find_family(Path(spec.source)))
+
+
+def test_what_has_lost_its_rank_goes_on_beside_what_has_not(singles: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        beside = [begin(name, num_inference_steps=8) for name in ("b", "c", "d")]
+        hit = singles.begin(replace(REQUEST, num_inference_steps=8))
+        running = asyncio.create_task(anext_all(singles.run(cast("RankGroup", ranks), hit)))
+        await settled()
+        while len(ranks.parts) < 4:
+            await ranks.step(next(iter(ranks.parts)))
+        for _ in range(3):
+            await ranks.step("a")
+        first = ranks.blocks()["a"][0]
+        ranks.gone = frozenset({first})
+        await ranks.step("a", GangLost("lost"))
+        with pytest.raises(GangLost):
+            await running
+        assert hit.fall_back(ranks) and singles.can_go_on(cast("RankGroup", ranks), hit)
+        parts = {name: part.number for name, (part, _, _) in ranks.parts.items()}
+        again = asyncio.create_task(anext_all(singles.run(cast("RankGroup", ranks), hit)))
+        await settled()
+        for name in parts:  # each ends a step; nobody is given the lost rank
+            await ranks.step(name) if name in ranks.parts else None
+            assert all(first not in range(at, at + size) for at, size in ranks.blocks().values())
+        for name in ("b", "c", "d", "a") * 12:
+            await ranks.step(name) if name in ranks.parts else None
+            assert all(first not in range(at, at + size) for at, size in ranks.blocks().values())
+        steps = [each.step for each in await again if isinstance(each, StepEvent)]
+        assert steps == list(range(3, 9))  # kept after the second
+        for each in beside:
+            assert [step.step for step in (await each)[:-1]] == list(range(1, 9))
+
+    drive(story, singles)
+
+
+def test_all_leave_after_their_step_when_others_come(singles: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        runs, waits = begin("a", num_inference_steps=8), None
+        profiled = begin("p", num_inference_steps=2, profile=True)
+        await settled()
+        await ranks.step("a")
+        assert set(ranks.parts) == {"a", "p"}
+        singles._degrees = [1]
+        waits = [begin(f"w{i}", num_inference_steps=8) for i in range(4)]
+        await settled()
+        assert len(ranks.parts) <= 4
+        stands = [each for each, name in zip(waits, ("w0", "w1", "w2", "w3"), strict=True) if name not in ranks.parts]
+        assert stands
+        ranks.gone = frozenset({3})
+        singles.leave(cast("RankGroup", ranks))
+        await settled()
+        for each in stands:  # at once
+            with pytest.raises(GangLost, match="too few ranks"):
+                await each
+        kept = {name: part.number for name, (part, _, _) in ranks.parts.items()}
+        for name in kept:
+            await ranks.step(name)
+        with pytest.raises(GangLost, match="all are replaced"):
+            await runs
+        assert set(ranks.parts) == {"p"}  # half a profile is none
+        await ranks.step("p")
+        assert isinstance((await profiled)[-1], Drawn)
+        assert not singles.can_go_on(cast("RankGroup", ranks), singles.begin(REQUEST))
+        for each in waits:
+            each.cancel()
+
+    drive(story, singles)
+
+
+def test_who_needs_what_is_lost_leaves(spec: ModelSpec) -> None:
+    narrow = Elastic(spec.model_copy(update={"elastic": Section(min_degree=2)}), find_family(Path(spec.source)))
+
+    async def story(ranks: Ranks, begin: Any) -> None:
+        ranks.gone = frozenset({1})
+        with pytest.raises(GangLost):
+            await begin("a")  # two units are needed, and one is lost
+        assert not ranks.seen
+
+    drive(story, narrow)
+    plain = Elastic(spec, find_family(Path(spec.source)))
+
+    async def encoders(ranks: Ranks, _: Any) -> None:
+        plain._ranks = cast("RankGroup", ranks)
+        ranks.gone = frozenset({0})
+        journey = plain.begin(REQUEST)
+        assert not plain.can_go_on(cast("RankGroup", ranks), journey)  # rank 0 has the text encoders
+        journey.encoded = b"prompt"
+        assert plain.can_go_on(cast("RankGroup", ranks), journey)
+
+    drive(encoders, plain)
 
 
 def test_a_cancellation_between_two_parts_is_not_forgotten(elastic: Elastic) -> None:

@@ -43,6 +43,7 @@ def test_a_gang_knows_of_its_request_before_its_ranks_say_so(
         answering=answering,
         answered=lambda: None,
     )
+    gang._ranks.living = gang._ranks.statuses
     gang._running = running
     assert gang._progress()[:2] == now
     assert gang._progress().total_steps == (7 if now[1] else 4 if running else 0)
@@ -80,11 +81,14 @@ def test_a_gang_without_its_ranks_says_so_until_new_ones_are_there(monkeypatch: 
             set_loras=refuse,
             answering=False,
             has_answered=False,
+            living=[],
+            end=lambda: asyncio.sleep(0),
         )
         gang._ranks = ranks  # type: ignore[assignment]
 
         async def start() -> Any:
             await ready.wait()
+            ranks.living = ranks.statuses
             return ranks
 
         monkeypatch.setattr(gang, "_start_ranks", start)
@@ -124,6 +128,7 @@ class FakeRanks:
                 progress=0, latest_step=(), phase="idle", step=0, total_steps=0, pid=7, kernel="", guidance=""
             )
         ]
+        self.living = self.statuses
         self.has_answered = False
         self.finish, self.has_room = asyncio.Event(), asyncio.Event()
         self.has_room.set()
@@ -138,6 +143,9 @@ class FakeRanks:
         await self.has_room.wait()
 
     answering = False
+
+    async def end(self) -> None:
+        self.living = []
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -255,6 +263,7 @@ def test_ranks_that_never_answer_count_as_lost_in_a_row(
             ranks.has_answered = answered
             gang._on_lost("died")
             counts.append(gang._losses)
+            gang._whole.set()  # they are replaced
         assert counts == [1, 2, 1, 2]
         await asyncio.sleep(0)
 

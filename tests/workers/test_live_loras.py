@@ -180,7 +180,7 @@ class FakeRank:
 
 def group_of(ranks: list[FakeRank], monkeypatch: pytest.MonkeyPatch) -> RankGroup:
     group = RankGroup(model(Path("/nowhere")), ranks, [], {}, on_lost=lambda kind: None)
-    monkeypatch.setattr(group, "_lose", lambda kind, reason: setattr(group, "_lost", reason))
+    monkeypatch.setattr(group, "_lose", lambda kind, reason, rank: group._losses.lose(rank, reason))
     return group
 
 

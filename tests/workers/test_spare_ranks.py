@@ -92,3 +92,20 @@ def test_one_that_dies_while_it_imports_is_no_harm(killed: list[Any], monkeypatc
         assert await found.take() == []
 
     asyncio.run(story())
+
+
+def test_they_are_made_at_once_if_they_are_needed_soon(killed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_ranks, "REST_S", 600.0)
+
+    async def story() -> None:
+        made = [Process(), Process()]
+        found = spares(monkeypatch, *made)  # which would rest first
+        found.hurry(MODEL, Storage(), "b")
+        await asyncio.sleep(0.05)
+        assert found.ready == 2
+        found.hurry(MODEL, Storage(), "c")  # they are there
+        await asyncio.sleep(0.05)
+        assert [process.imports for process in made] == [1, 1]
+        assert await found.take() == made
+
+    asyncio.run(story())

@@ -139,3 +139,30 @@ def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch:
         await running
 
     asyncio.run(story())
+
+
+def test_a_rank_that_is_left_is_looked_at_no_more(started: Any) -> None:
+    ranks = [FakeRank(status(0, os.getpid(), "idle")), FakeRank(status(1, started(SLEEPS), "denoise"))]
+    lost: list[int] = []
+
+    async def story() -> None:
+        def lose(_kind: Any, _reason: str, rank: int) -> None:
+            lost.append(rank)
+            watching.leave([rank])
+
+        watching = Watch(ranks, [rank.said for rank in ranks], Timeouts(), lose)
+        running = asyncio.ensure_future(watching.run())
+        os.kill(ranks[1].said.pid, signal.SIGSTOP)
+        with watching.working():
+            async with asyncio.timeout(PATIENCE_S):
+                while not lost:
+                    await asyncio.sleep(0.01)
+            asked, before = ranks[1].calls, ranks[0].calls
+            async with asyncio.timeout(PATIENCE_S):
+                while ranks[0].calls < before + 4:
+                    await asyncio.sleep(0.01)
+        assert lost == [1] and ranks[1].calls <= asked + 1
+        watching.stop()
+        await running
+
+    asyncio.run(story())

@@ -8,7 +8,8 @@ journey.py        one of them: what is kept of it outside its ranks
 dealer.py         which ranks each of them has for its next step; a pure function
 forecast.py       when they will be done, by the dealer
 step_costs.py     what a step takes at each degree, learned from those before
-rank_group.py     the ranks of a gang: hands each request to all of them; lost together
+rank_group.py     the ranks of a gang: hands each request to all of them, or to those that it has
+losses.py         which ranks live, and which end with one that is lost
 rank_run.py       one request on some ranks: what they report, in one queue
 spare_ranks.py    processes that take the places of lost ones
 rank_processes.py their processes: made in the placement group, brought together, killed

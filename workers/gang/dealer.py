@@ -19,7 +19,7 @@ by steps follows TetriServe (arXiv 2510.01565) and GenServe (arXiv 2604.04335).
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,7 +117,9 @@ class Work:
         return next((degree for degree in self.degrees if SLACK * self.left_s(degree) <= left), None)
 
 
-def deal(waiting: Sequence[Work], running: Iterable[Work], units: int, now: float) -> dict[str, Block]:
+def deal(
+    waiting: Sequence[Work], running: Iterable[Work], units: int, now: float, lost: Set[int] = frozenset()
+) -> dict[str, Block]:
     """The ranks of what waits, for its next step. What is left out stands still.
 
     Args:
@@ -125,9 +127,10 @@ def deal(waiting: Sequence[Work], running: Iterable[Work], units: int, now: floa
         running: what has one; its ranks (`at`) are not free.
         units: ranks of the gang, a power of two.
         now: the clock.
+        lost: ranks that nobody can have. A `step_s` has only degrees for which some block is without them.
     """
     running = list(running)
-    free = set(range(units)) - {rank for work in running if work.at for rank in work.at.ranks}
+    free = set(range(units)) - lost - {rank for work in running if work.at for rank in work.at.ranks}
     late_running = [work for work in running if work.needs(now) is None]
     needs = {work.id: work.needs(now) for work in waiting}
     in_time = [(work, degree) for work in waiting if (degree := needs[work.id])]
@@ -139,7 +142,7 @@ def deal(waiting: Sequence[Work], running: Iterable[Work], units: int, now: floa
     backlog_s = sum(work.unit_s for work in (*late_running, *late))
     more = min(units, math.ceil(backlog_s / BACKLOG_S))
     hand = _Hand(len(free), sum(work.at.size for work in late_running if work.at))
-    holds = _Holds(units, free, running, now)
+    holds = _Holds(units, free, running, now, lost)
     if more > share:
         hand.give_late(late, more)
     elif late and now - late[0].stood_since > PATIENCE_S:
@@ -231,13 +234,15 @@ class _Holds:
         free: those that nobody has.
         running: what has the others.
         now: the clock.
+        lost: ranks that nobody can have.
 
     Attributes:
         ranks: of all blocks that are held, free and not.
     """
 
-    def __init__(self, units: int, free: set[int], running: Iterable[Work], now: float) -> None:
+    def __init__(self, units: int, free: set[int], running: Iterable[Work], now: float, lost: Set[int]) -> None:
         self.ranks: set[int] = set()
+        self._lost = lost
         self._units, self._free, self._now = units, free, now
         self._runs = {rank: work for work in running if work.at for rank in work.at.ranks}
         self._blocks: list[tuple[Block, float]] = []
@@ -255,7 +260,7 @@ class _Holds:
         if work.due is None:
             return None
         others = _place(given, self._free - self.ranks)
-        taken = self.ranks.union(*(block.ranks for block in others.values()))
+        taken = self.ranks.union(self._lost, *(block.ranks for block in others.values()))
         for degree in work.degrees:
             blocks = [Block(first, degree) for first in range(0, self._units - degree + 1, degree)]
             fit = [(self._wait_s(block, work), block) for block in blocks if taken.isdisjoint(block.ranks)]

@@ -3,13 +3,14 @@
 `workers.gang.gang` enters a request and gets its reports. In between, whenever a request comes, ends or passes a
 boundary, the dealer is asked. Who is to have other ranks is told to pause, and goes on after its next step, on these.
 
-A request keeps its progress here, outside its ranks: what has lost them goes on from there.
+A request keeps its progress here, outside its ranks: what has lost them goes on from there. While some ranks are lost,
+the others are dealt, until the gang ends them, too.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Set
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -71,7 +72,8 @@ class Elastic:
         self._told = dict(self.changes)
         self._idle_s, self._counted_at = 0.0, time.monotonic()
         self._journeys: dict[str, Journey] = {}
-        self._pause: Callable[[str, int, range], None] = lambda _request, _part, _ranks: None
+        self._ranks: RankGroup | None = None  # those of the latest request
+        self._left: RankGroup | None = None  # those on which nothing goes on
 
     def begin(self, request: GenerationRequest) -> Journey:
         """A request comes. Its ranks are given by `run`."""
@@ -88,9 +90,10 @@ class Elastic:
             As `RankGroup.run`.
         """
         name = journey.request.request_id
-        self._pause = ranks.pause
+        self._ranks = ranks
         self._journeys[name] = journey
         try:
+            self._require(ranks, journey)
             if journey.encoded is None:
                 journey.computes = True
                 with spanning(Place.parse(journey.request.traceparent), "encode", {"spray.rank": 0}, on_spans):
@@ -100,13 +103,13 @@ class Elastic:
             while not finished:
                 if journey.cancelled:
                     raise RequestCancelled(f"request {name} was canceled")
+                self._require(ranks, journey)
                 self._count_idle()
                 journey.turn = asyncio.get_running_loop().create_future()
                 self._deal()
                 self.changes["pause"] += journey.part > 0 and not journey.turn.done()
                 block = await journey.turn
-                if ranks.lost:
-                    raise GangLost(ranks.lost)
+                self._require(ranks, journey)
                 async with contextlib.aclosing(self._advance(ranks, journey, block, on_spans)) as reports:
                     async for report in reports:
                         finished = finished or isinstance(report, Drawn)
@@ -115,6 +118,31 @@ class Elastic:
             self._count_idle()
             del self._journeys[name]
             self._deal()
+
+    def can_go_on(self, ranks: RankGroup, journey: Journey) -> bool:
+        """Whether ranks that live are enough for a request, and are not to be left."""
+        if ranks.lost or ranks is self._left or (journey.encoded is None and 0 in ranks.gone):
+            return False
+        return bool(self._living_degrees)
+
+    def _require(self, ranks: RankGroup, journey: Journey) -> None:
+        if not self.can_go_on(ranks, journey):
+            raise GangLost(ranks.lost or "other ranks of the gang are lost, and all are replaced")
+
+    def leave(self, ranks: RankGroup) -> None:
+        """Let all requests leave these ranks at their next boundary: others come. A profile is of the same ranks, and
+        goes on to its end."""
+        self._left = ranks
+        for name, journey in self._journeys.items():
+            if journey.turn:
+                self._turn_away(journey)
+            elif journey.at and not journey.leaving and not journey.request.profile:
+                journey.leaving = True
+                ranks.pause(name, journey.part, self._ranks_of(journey.at))
+
+    def _turn_away(self, journey: Journey) -> None:
+        if journey.turn and not journey.turn.done():
+            journey.turn.set_exception(GangLost("the gang has too few ranks until its lost ones are replaced"))
 
     def cancel(self, ranks: RankGroup, request_id: str) -> None:
         """Stop a request at its next boundary, or at once while it stands still."""
@@ -160,14 +188,15 @@ class Elastic:
     def standing(self) -> list[dict[str, Any]]:
         """For people: each request with its ranks, none while it stands still, its steps, and the seconds until it is
         done, if nothing else comes."""
-        ends_s = forecast([self._work(each) for each in self._journeys.values()], self._units, time.monotonic())
+        works = [self._work(each) for each in self._journeys.values()]
+        ends_s = forecast(works, self._units, time.monotonic(), self._lost_units)
         return [
             {
                 "request_id": name,
                 "ranks": list(self._ranks_of(each.at)) if each.at and each.has_ranks else [],
                 "step": each.steps_done,
                 "total_steps": each.total_steps,
-                "eta_s": round(ends_s[name], 3) if self.costs.any_known else None,
+                "eta_s": round(ends_s[name], 3) if self.costs.any_known and name in ends_s else None,
             }
             for name, each in self._journeys.items()
         ]
@@ -177,12 +206,23 @@ class Elastic:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds of work left, if all ranks shared it: what requests need on as few ranks as they may have. 0 while no
-        step was measured."""
+        """Seconds of work left, if all living ranks shared it: what requests need on as few ranks as they may have. 0
+        while no step was measured."""
         if not self.costs.any_known:
             return 0.0
         works = [self._work(each) for each in self._journeys.values()]
-        return sum(work.unit_s for work in works) / self._units
+        return sum(work.unit_s for work in works) / max(1, self._units - len(self._lost_units))
+
+    @property
+    def _lost_units(self) -> Set[int]:
+        return {rank // self._unit for rank in self._ranks.gone} if self._ranks else frozenset()
+
+    @property
+    def _living_degrees(self) -> list[int]:
+        """Those for which some block has lost no rank."""
+        lost = self._lost_units
+        blocks = ((degree, range(0, self._units, degree)) for degree in self._degrees)
+        return [degree for degree, firsts in blocks if any(lost.isdisjoint(Block(i, degree).ranks) for i in firsts)]
 
     def learned(self, journey: Journey, took: GenerationResult) -> tuple[float, float]:
         """Of a request that is done: the share of the gang that it has had, on average over its time, and the seconds
@@ -243,7 +283,10 @@ class Elastic:
         """Give free ranks to those that wait, and ask those that run for ranks that others should have."""
         self._count_idle()
         waiting = [each for each in self._journeys.values() if each.turn and not each.turn.done()]
-        if waiting:
+        if waiting and not self._living_degrees:
+            for each in waiting:
+                self._turn_away(each)
+        elif waiting:
             for name, block in self._dealt(waiting).items():
                 journey = self._journeys[name]
                 assert journey.turn is not None
@@ -262,16 +305,20 @@ class Elastic:
         # With those that leave already, so that no more are told to than must.
         waiting = [each for each in self._journeys.values() if each.leaving or (each.turn and not each.turn.done())]
         if self._dealt([*waiting, journey]).get(journey.request.request_id) != journey.at:
+            assert self._ranks is not None, "it has some"
             journey.leaving = True
-            self._pause(journey.request.request_id, journey.part, self._ranks_of(journey.at))
+            self._ranks.pause(journey.request.request_id, journey.part, self._ranks_of(journey.at))
 
     def _dealt(self, waiting: list[Journey]) -> dict[str, Block]:
+        lost = self._lost_units
         running = [each for each in self._journeys.values() if each not in waiting]
         return deal(
             [self._work(each) for each in waiting],
-            [self._work(each) for each in running],
+            # Those whose ranks are lost know it soon.
+            [self._work(each) for each in running if not each.at or lost.isdisjoint(each.at.ranks)],
             self._units,
             time.monotonic(),
+            lost,
         )
 
     def _work(self, journey: Journey) -> Work:
@@ -281,7 +328,7 @@ class Elastic:
             id=request.request_id,
             arrived=journey.arrived,
             steps_left=max(1, journey.total_steps - journey.steps_done),
-            step_s=self.costs.seconds(request, journey.forwards, self._degrees),
+            step_s=self.costs.seconds(request, journey.forwards, self._living_degrees or self._degrees),
             due=due,
             tail_s=self.costs.tail(request),
             priority=get_args(Priority).index(request.priority),

@@ -7,6 +7,7 @@ time, or several side by side if it is elastic. Called by `service.gateway`; its
 
 When the ranks are lost, new processes or spare ones take their places on the same devices. That takes seconds and
 keeps the placement. If it fails, or happens again and again, the replica exits, and Serve places a whole new gang.
+When an elastic gang loses some of its ranks, all are replaced, but first what it has goes on on the others.
 """
 
 import asyncio
@@ -35,6 +36,7 @@ from workers.gang.caller import cancel_when_gone
 from workers.gang.cost import CostModel
 from workers.gang.elastic import NO_REQUESTS, Elastic, slots
 from workers.gang.gang_guard import start_guard
+from workers.gang.journey import Journey
 from workers.gang.placement import seconds_to_place
 from workers.gang.rank_group import RankGroup
 from workers.gang.rank_processes import create
@@ -43,7 +45,7 @@ from workers.gang.setup import Setup
 from workers.gang.spare_ranks import SpareRanks
 from workers.gang.stats import GangBacklog, GangLoad, Movement, Progress, progress, step_split
 from workers.gang.turn import Turn
-from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, Profiled, StepEvent
+from workers.messages import Answer, Begun, Drawn, GenerationRequest, Preview, Profiled, RankStatus, StepEvent
 from workers.metrics import Loss
 from workers.model.compile_cache import cache_folder
 from workers.model.files import fetch
@@ -58,6 +60,7 @@ the gateway tries one request, times the tries of an elastic gang, so that no si
 
 
 LOST = "a gang has lost its ranks, new ones start"
+SOME_LOST = "a gang has lost some of its ranks; it finishes what it has on the others, then new ones start"
 
 ADAPTERS_AGAIN_S = 30.0
 """Adapters that the ranks refused are tried again after this time: their file may have been mended."""
@@ -167,24 +170,40 @@ class Gang:
                 cancel = functools.partial(elastic.cancel, ranks, request.request_id)
                 watching = asyncio.create_task(cancel_when_gone(caller, cancel))
                 try:
-                    async with contextlib.aclosing(elastic.run(ranks, journey, span.add)) as reports:
-                        async for report in reports:
-                            if isinstance(report, Drawn):
-                                if not request.profile:
-                                    learned = elastic.learned(journey, report.took)
-                                    self._costs.observe(request, journey.forwards, report.took, *learned)
-                            elif not isinstance(report, StepEvent) or request.report_steps:
-                                yield report
-                    return
-                except GangLost as error:
-                    if request.profile or not journey.fall_back():  # half a profile is none: it is begun anew
-                        raise
-                    span.event("lost", {"reason": str(error), "goes_on_after_step": journey.steps_done})
-                    logger.warning(
-                        "%s: %s goes on after step %d", self._started.model.name, request.request_id, journey.steps_done
-                    )
+                    goes_on_here = True
+                    while goes_on_here:
+                        try:
+                            async with contextlib.aclosing(self._run_elastic(elastic, ranks, journey, span)) as reports:
+                                async for report in reports:
+                                    yield report
+                            return
+                        except GangLost as error:
+                            self._fall_back(journey, ranks, span, error)
+                            goes_on_here = elastic.can_go_on(ranks, journey)
                 finally:
                     watching.cancel()
+
+    async def _run_elastic(
+        self, elastic: Elastic, ranks: RankGroup, journey: Journey, span: OpenSpan
+    ) -> AsyncGenerator[StepEvent | Preview | Profiled | Answer]:
+        """What is left of a request, on these ranks."""
+        request = journey.request
+        async with contextlib.aclosing(elastic.run(ranks, journey, span.add)) as reports:
+            async for report in reports:
+                if isinstance(report, Drawn):
+                    if not request.profile:
+                        learned = elastic.learned(journey, report.took)
+                        self._costs.observe(request, journey.forwards, report.took, *learned)
+                elif not isinstance(report, StepEvent) or request.report_steps:
+                    yield report
+
+    def _fall_back(self, journey: Journey, ranks: RankGroup, span: OpenSpan, error: GangLost) -> None:
+        """A request has lost its ranks. Raises the error if it does not go on in this gang."""
+        if journey.request.profile or not journey.fall_back(ranks):  # half a profile is none: it is begun anew
+            raise error
+        name, after = journey.request.request_id, journey.steps_done
+        span.event("lost", {"reason": str(error), "goes_on_after_step": after})
+        logger.warning("%s: %s goes on after step %d: %s", self._started.model.name, name, after, error)
 
     async def check_health(self) -> None:
         """Called by Serve every second. A loss that is being dealt with is healthy: Serve would end the replica.
@@ -202,7 +221,8 @@ class Gang:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
         setup, remaining_s = self._started, self._remaining_s()
-        setup.metrics.now(remaining_s, serves=not self._replacing, moved_at=self._moved_at())
+        capacity = len(self._living) / setup.model.parallel.world_size
+        setup.metrics.now(remaining_s, capacity, self._moved_at())
         if self._elastic:
             setup.metrics.elastic(*self._elastic.take_counts())
         return GangLoad(
@@ -226,7 +246,7 @@ class Gang:
             slots=slots(self._started.model),
             takes_s=self._costs.mean_request_s or 0.0,
         )
-        ranks = self._ranks.statuses if self._ranks and not self._replacing else []
+        ranks = self._living
         now = {
             "replica": serve.get_replica_context().replica_id.unique_id,
             "pids": [status.pid for status in ranks],
@@ -237,7 +257,7 @@ class Gang:
             **(self._elastic.now if self._elastic else NO_REQUESTS),
             **self._progress()._asdict(),
             "split": step_split(self._ranks.statuses) if self._ranks and not self._replacing else None,
-            "trouble": LOST if self._replacing else self._started.adapters.trouble,
+            "trouble": self._trouble,
             "startup_s": round(self._startup_s(), 3),
         }
         costs = self._costs.costs(self._started.family.pipeline)
@@ -324,6 +344,18 @@ class Gang:
     def _replacing(self) -> bool:
         return not self._whole.is_set()
 
+    @property
+    def _living(self) -> list[RankStatus]:
+        """What ranks have said last that are not lost."""
+        return self._ranks.living if self._ranks else []
+
+    @property
+    def _trouble(self) -> str:
+        """For people."""
+        if self._replacing:
+            return SOME_LOST if self._living else LOST
+        return self._started.adapters.trouble
+
     def _startup_s(self) -> float:
         """Seconds that the latest ranks took to start; 0 before there are any."""
         return self._ranks.startup_s if self._ranks else 0.0
@@ -335,19 +367,20 @@ class Gang:
 
     def _remaining_s(self) -> float:
         """Seconds until the gang is free; 0 while no request was ever finished."""
+        replacing_s = self._startup_s() if self._replacing else 0.0
+        if self._elastic and self._living:
+            return self._elastic.remaining_s + replacing_s
         if self._replacing:
-            return self._startup_s()
-        if self._elastic:
-            return self._elastic.remaining_s
+            return replacing_s
         if self._running is None:
             return 0.0
         step = self._progress().step
         return self._costs.seconds(self._running, self._forwards(self._running), step) or 0.0
 
     def _progress(self) -> Progress:
-        if self._ranks is None or self._replacing:
-            return progress(None, self._running, False)
-        return progress(self._ranks.statuses[0], self._running, self._ranks.answering)
+        living = self._living
+        answering = self._ranks is not None and self._ranks.answering
+        return progress(living[0] if living else None, self._running, answering)
 
     def _forwards(self, request: GenerationRequest) -> int:
         return self._started.family.branches(request.guidance_scale, request.negative_prompt)
@@ -400,15 +433,21 @@ class Gang:
 
     def _on_lost(self, kind: Loss) -> None:
         """Replace the ranks in the next turn."""
+        self._started.metrics.lost(kind)
+        if self._replacing:  # these had outlived others
+            return
         answered = self._ranks is not None and self._ranks.has_answered
         self._losses = 1 if answered else self._losses + 1
         self._whole.clear()
         self._replacement = asyncio.create_task(self._replace_ranks(), context=self._started.context)
-        self._started.metrics.lost(kind)
 
     async def _replace_ranks(self) -> None:
         name = self._started.model.name
+        assert self._ranks is not None, "they were lost"
+        leaving = self._go_on(self._ranks)
         async with self._turn.alone():  # requests that come from now on wait for the new ranks
+            leaving.cancel()
+            await self._ranks.end()
             if self._losses <= LOSSES_IN_PLACE:
                 try:
                     self._ranks = await self._start_ranks()
@@ -421,3 +460,16 @@ class Gang:
                     return
             logger.error("%s: the replica exits, so that Serve places a new gang", name)
             os._exit(1)  # at once: an orderly end would wait for requests that cannot finish
+
+    def _go_on(self, ranks: RankGroup) -> asyncio.TimerHandle:
+        """Requests go on on the ranks that live, if any, while processes start that will take the places of all.
+
+        They leave them at the latest when they have had as long as the start of ranks takes: so nobody waits for more
+        than twice of that, and who stands still for it would have had more than that left.
+        """
+        if self._elastic and self._elastic.has_work and self._living:
+            setup = self._started
+            name = f"{setup.model.name}-{serve.get_replica_context().replica_id.unique_id}-{next(self._incarnation)}"
+            self._spares.hurry(setup.model, setup.storage, name)
+        leave = self._elastic.leave if self._elastic else lambda _: None
+        return asyncio.get_running_loop().call_later(self._startup_s(), leave, ranks)

@@ -11,7 +11,7 @@ from workers.gang.dealer import Block
 from workers.messages import GenerationRequest
 
 FALLBACKS = 1
-"""Times that a request which has lost its ranks goes on here. Then whoever asked decides: it may be the cause."""
+"""Gangs' ranks whose loss a request survives here. Then whoever asked decides: it may be the cause."""
 
 
 @dataclass
@@ -36,7 +36,9 @@ class Journey:
         leaving: it was told to pause.
         cancelled: it was told to stop.
         computes: ranks encode its prompts, or take its steps. If they are lost, it may be the cause.
-        fallbacks: times that it went on after it had lost its ranks.
+        fallbacks: times that it went on after it had lost its ranks; again on others that were started with them counts
+            once.
+        lost: the ranks of which it has lost some last.
     """
 
     request: GenerationRequest
@@ -58,6 +60,7 @@ class Journey:
     cancelled: bool = False
     computes: bool = False
     fallbacks: int = 0
+    lost: object = None
 
     @property
     def has_ranks(self) -> bool:
@@ -69,12 +72,15 @@ class Journey:
         """Whether all of its steps are done."""
         return self.has_ranks and self.steps_done == self.total_steps
 
-    def fall_back(self) -> bool:
-        """The ranks are lost: go back to what was kept. False: it may be the cause, and it cannot, or has done so."""
+    def fall_back(self, ranks: object) -> bool:
+        """It has lost some of these ranks: go back to what was kept. False: it may be the cause, and it cannot, or has
+        done so."""
         if self.computes:
-            if not self.kept_steps or self.fallbacks >= FALLBACKS:
+            again = ranks is self.lost  # those that outlived the others, which may have died of one cause
+            if not self.kept_steps or (self.fallbacks >= FALLBACKS and not again):
                 return False
-            self.fallbacks += 1
+            self.fallbacks += not again
+            self.lost = ranks
         self.computes = False
         del self.step_s[self.kept_steps :]
         self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False

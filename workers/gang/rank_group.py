@@ -1,7 +1,8 @@
 """RankGroup: the processes of one gang, from their start to their loss. Never repaired, only replaced as a whole.
 
 `Gang` starts one and runs requests on it. When a rank dies, hangs or raises inside a forward, its peers may wait in a
-collective that never ends. Then all of them are killed by pid at once, and `on_lost` is called.
+collective that never ends. Then these are killed by pid at once, and `on_lost` is called: of an elastic gang those that
+run the same request, of any other all.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
 import ray
@@ -18,6 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from deploy.spec import LoRA, ModelSpec
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.answers import Answers
+from workers.gang.losses import Losses
 from workers.gang.rank_processes import assemble, kill_all
 from workers.gang.rank_run import Call, RankDone, RankRun, Report
 from workers.gang.watch import Watch
@@ -38,7 +40,7 @@ class RankGroup:
         ranks: their actors.
         statuses: what each said when it had started.
         phases: the seconds of each phase of their start, from the making of their processes until they served.
-        on_lost: called once with the kind of loss, when the ranks are lost.
+        on_lost: called with the kind of loss, when the ranks are lost; of an elastic gang, also when some are.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class RankGroup:
         self._model = model
         self._ranks = ranks
         self._on_lost = on_lost
-        self._lost: str | None = None  # the reason
+        self._losses = Losses(len(ranks), model.elastic is not None)
         self._encoding = 0  # prompts that rank 0 encodes, or has before it
         self._watch = Watch(ranks, statuses, model.timeouts, self._lose)
         self._watcher: asyncio.Task[None] | None = None
@@ -73,7 +75,7 @@ class RankGroup:
             model: what the ranks load.
             processes: one in each bundle, from `workers.gang.rank_processes.create`.
             replica: the gang's number among those of its model, for metrics.
-            on_lost: called once with the kind of loss, when the ranks are lost; not if they do not start.
+            on_lost: see `RankGroup`; not called if they do not start.
 
         Raises:
             GangLost: a rank died, could not load the model, or was not ready in time.
@@ -112,8 +114,8 @@ class RankGroup:
             GangLost: the ranks are lost.
         """
         requests = [request, *[request.without_data()] * (len(self._ranks) - 1)]
-        calls = [Call(rank, "generate", (each,)) for rank, each in zip(self._ranks, requests, strict=True)]
-        async with contextlib.aclosing(self._run(calls, 0, request, on_spans)) as reports:
+        calls = [Call(i, self._ranks[i], "generate", (each,)) for i, each in enumerate(requests)]
+        async with contextlib.aclosing(self._run(calls, request, on_spans)) as reports:
             async for report in reports:
                 assert not isinstance(report, Kept)
                 yield report
@@ -131,8 +133,9 @@ class RankGroup:
             on_spans: as in `run`.
         """
         kept = ray.put(progress)  # once, however many ranks read it
-        calls = [Call(rank, "advance", (part, encoded, kept)) for rank in self._ranks[first : first + part.ranks]]
-        async with contextlib.aclosing(self._run(calls, first, part.request, on_spans)) as reports:
+        numbers = range(first, first + part.ranks)
+        calls = [Call(i, self._ranks[i], "advance", (part, encoded, kept)) for i in numbers]
+        async with contextlib.aclosing(self._run(calls, part.request, on_spans)) as reports:
             async for report in reports:
                 yield report
 
@@ -149,12 +152,12 @@ class RankGroup:
                 limit_s = self._model.timeouts.phase_s * self._encoding  # those before it come first
                 reference, error = await asyncio.wait_for(asyncio.shield(call), limit_s)
         except TimeoutError:
-            self._lose("stuck", f"rank 0 has not encoded a prompt within {limit_s:g} s")
-            raise GangLost(f"{self._model.name}: {self._lost}") from None
+            self._lose("stuck", f"rank 0 has not encoded a prompt within {limit_s:g} s", 0)
+            raise self._gang_lost() from None
         finally:
             self._encoding -= 1
         if error is not None:
-            raise self._require_agreed(error)
+            raise self._require_agreed(error, 0)
         return reference
 
     def pause(self, request_id: str, part: int, ranks: range) -> None:
@@ -163,12 +166,14 @@ class RankGroup:
             self._context.run(self._ranks[rank].pause.remote, request_id, part)
 
     async def _run(
-        self, calls: Sequence[Call], first: int, request: GenerationRequest, on_spans: OnSpans
+        self, calls: Sequence[Call], request: GenerationRequest, on_spans: OnSpans
     ) -> AsyncGenerator[Report | Kept]:
-        """Make these calls, of which the first is to rank `first`, and yield what they report."""
-        statuses = self.statuses[first : first + len(calls)]
+        """Make these calls, and yield what they report."""
+        if any(call.number in self.gone for call in calls):  # lost since these ranks were chosen
+            raise self._gang_lost()
+        statuses = self.statuses[calls[0].number : calls[-1].number + 1]
         run = RankRun(calls, request.traceparent, statuses, self._context, self._answers)
-        with self._watch.working():
+        with self._working(run.together):
             try:
                 async for report in self._collect(run):
                     yield report
@@ -178,7 +183,7 @@ class RankGroup:
                         # Shielded, in the ranks' own context: the caller's cancellation must not reach them.
                         await asyncio.shield(asyncio.create_task(self._stop(run, request), context=self._context))
                 finally:
-                    on_spans(run.spans(self.lost))
+                    on_spans(run.spans(self._losses.reason))
 
     async def room(self) -> None:
         """Wait until another request may begin: few pictures wait to be encoded."""
@@ -186,8 +191,13 @@ class RankGroup:
 
     @property
     def lost(self) -> str:
-        """Why the ranks are lost; empty: they are not."""
-        return self._lost or ""
+        """Why all ranks are lost; empty: they are not."""
+        return self._losses.reason if self._losses.all else ""
+
+    @property
+    def gone(self) -> Set[int]:
+        """Ranks of an elastic gang that are lost while others live. What needs none of them goes on."""
+        return self._losses.gone
 
     @property
     def answering(self) -> bool:
@@ -203,6 +213,13 @@ class RankGroup:
         """Wait until they are not."""
         await self._answers.given()
 
+    async def end(self) -> None:
+        """End those that have outlived others, once the requests that have left them are answered."""
+        if not self._losses.all:
+            await self.answered()
+        self._watch.stop()
+        self._kill(self._losses.end())
+
     def cancel(self, request_id: str, ranks: range | None = None) -> None:
         """Let the ranks, or these, stop this request at their next boundary; `run` then raises `RequestCancelled`."""
         for rank in range(len(self._ranks)) if ranks is None else ranks:
@@ -215,7 +232,7 @@ class RankGroup:
             RequestError, RequestFailed: some rank could not read or run one; all ranks keep those that they had.
             GangLost: the ranks are lost.
         """
-        with self._watch.working():
+        with self._working(self._losses.everyone):
             calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
             await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller may leave, the ranks go on
 
@@ -233,8 +250,13 @@ class RankGroup:
 
     @property
     def statuses(self) -> Sequence[RankStatus]:
-        """The last status of each rank, some hundred milliseconds old."""
+        """The last status of each rank, some hundred milliseconds old; of one that is gone, its last word."""
         return self._watch.statuses
+
+    @property
+    def living(self) -> list[RankStatus]:
+        """The statuses of those that are not lost."""
+        return [self.statuses[i] for i in sorted(self._losses.living)]
 
     def check_watched(self) -> None:
         """Raise if the ranks are unwatched and not known to be lost.
@@ -242,7 +264,7 @@ class RankGroup:
         Raises:
             GangLost: the watch ended by itself.
         """
-        if not self._lost and (self._watcher is None or self._watcher.done()):
+        if not self._losses.all and (self._watcher is None or self._watcher.done()):
             raise GangLost(f"{self._model.name}: the watch over the ranks has ended")
 
     async def _collect(self, run: RankRun) -> AsyncGenerator[Report | Kept]:
@@ -258,7 +280,7 @@ class RankGroup:
                 continue
             run.running -= 1
             if report.error is not None:
-                failures.append(self._require_agreed(report.error))
+                failures.append(self._require_agreed(report.error, report.rank))
         _raise_reason(failures)
 
     async def _join_calls(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
@@ -267,10 +289,10 @@ class RankGroup:
         for call in asyncio.as_completed(calls):
             error = await call
             if error is not None:
-                failures.append(self._require_agreed(error))
+                failures.append(self._require_agreed(error, None))
         _raise_reason(failures)
 
-    def _require_agreed(self, error: Exception) -> SprayError:
+    def _require_agreed(self, error: Exception, rank: int | None) -> SprayError:
         """Return an error on which all ranks agree: they stopped at the same boundary and are sound.
 
         Raises:
@@ -278,17 +300,17 @@ class RankGroup:
             OutOfMemory: likewise, but the request would cost any gang its ranks.
         """
         if isinstance(error, OutOfMemory) and not error.agreed:
-            self._lose("out_of_memory", str(error))
+            self._lose("out_of_memory", str(error), rank)
             raise error
         if isinstance(error, RequestError | RequestFailed):
             return error
         kind: Loss = "died" if isinstance(error, RayActorError) else "error"
-        self._lose(kind, f"{type(error).__name__}: {error}".splitlines()[0])
-        raise GangLost(f"{self._model.name}: {self._lost}")
+        self._lose(kind, f"{type(error).__name__}: {error}".splitlines()[0], rank)
+        raise self._gang_lost()
 
     async def _stop(self, run: RankRun, request: GenerationRequest) -> None:
         """Stop the ranks at their next boundary, and wait until all of them are there."""
-        if self._lost:
+        if self._losses.all or not run.together.isdisjoint(self.gone):
             return
         for rank in run.ranks:
             rank.cancel.remote(request.request_id)
@@ -296,15 +318,31 @@ class RankGroup:
             async for _ in self._collect(run):
                 pass
 
-    def _lose(self, kind: Loss, reason: str) -> None:
-        """Kill all ranks and say so, once."""
-        if self._lost:
+    def _lose(self, kind: Loss, reason: str, rank: int | None = None) -> None:
+        """Kill this rank with those that may wait for it, and say so; or all, see `Losses`."""
+        lost = self._losses.lose(rank, reason)
+        if not lost:
             return
-        self._lost = reason
-        self._watch.stop()
-        logger.error("%s: ranks lost: %s", self._model.name, reason)
-        kill_all(self._ranks, self.statuses)
+        logger.error("%s: ranks %s lost: %s", self._model.name, sorted(lost), reason)
+        if self._losses.all:
+            self._watch.stop()
+        else:
+            self._watch.leave(lost)
+        self._kill(lost)
         self._on_lost(kind)
+
+    def _kill(self, numbers: Set[int]) -> None:
+        """Never twice: another process may have the pid by then."""
+        kill_all([self._ranks[i] for i in sorted(numbers)], [self.statuses[i] for i in sorted(numbers)])
+
+    def _gang_lost(self) -> GangLost:
+        return GangLost(f"{self._model.name}: {self._losses.reason}")
+
+    @contextlib.contextmanager
+    def _working(self, together: Set[int]) -> Iterator[None]:
+        """These ranks work, and may wait for one another."""
+        with self._losses.together(together), self._watch.working():
+            yield
 
 
 async def _encoded(rank: Any, request: GenerationRequest) -> tuple[Any, Exception | None]:

@@ -45,7 +45,8 @@ def create(model: ModelSpec, storage: Storage, name: str, spare: bool = False) -
     group = get_current_placement_group()
     assert group is not None, "a gang runs in the placement group of its Serve replica"
     resources, variables = bundle(model), environment(model)
-    gpus = resources.get("GPU", 0) * ((SPARE_GPU if spare else 1 - SPARE_GPU) if model.spare_ranks else 1)
+    shares = model.spare_ranks or model.elastic is not None  # an elastic gang makes some once ranks are lost
+    gpus = resources.get("GPU", 0) * ((SPARE_GPU if spare else 1 - SPARE_GPU) if shares else 1)
     return [
         RankActor.options(  # type: ignore[attr-defined]
             name=f"{name}-{'spare' if spare else 'bundle'}{index}",

@@ -21,18 +21,19 @@ Report = StepEvent | Preview | Profiled | Drawn | Answer
 
 
 class Call(NamedTuple):
-    """What one rank is asked to do."""
+    """What one rank is asked to do. `number`: of the rank."""
 
+    number: int
     rank: Any
     method: str
     arguments: tuple[Any, ...]
 
 
 class RankDone:
-    """How a request ended on one rank: None, or what the rank raised."""
+    """How a request ended on the rank of this number: None, or what the rank raised."""
 
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
+    def __init__(self, rank: int, error: Exception | None) -> None:
+        self.rank, self.error = rank, error
 
 
 class RankRun:
@@ -49,6 +50,7 @@ class RankRun:
         reports: what they report, and how each ends.
         ranks: who was called.
         running: how many of them are not done, as whoever reads the reports counts.
+        together: the numbers of those that have not come to the end: each may wait for the others in a collective.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RankRun:
         self.reports: asyncio.Queue[Report | Kept | RankDone] = asyncio.Queue()
         self.ranks = [call.rank for call in calls]
         self.running = len(calls)
+        self.together = {call.number for call in calls}
         self._answers = answers
         self._spans = [RankSpans(traceparent, status) for status in statuses] if traceparent else [None] * len(calls)
         # Kept, because asyncio holds tasks weakly.
@@ -98,8 +101,13 @@ class RankRun:
         except RayTaskError as error:
             if spans is not None:
                 spans.error = f"{type(error.cause).__name__}: {error.cause}"
-            put(RankDone(error.cause))
+            self._end(call.number, error.cause)
         except Exception as error:
-            put(RankDone(error))
+            self._end(call.number, error)
         else:
-            put(RankDone(None))
+            self._end(call.number, None)
+
+    def _end(self, number: int, error: Exception | None) -> None:
+        if error is None:
+            self.together.discard(number)
+        self.reports.put_nowait(RankDone(number, error))

@@ -2,7 +2,7 @@
 
 Each has imported what a rank imports, which is most of the time that new ranks take on CPU. It lies in the bundle of
 the rank that it would replace and has not touched the device, so it costs memory of the node alone. Used by
-`workers.gang.gang` for models with `spare_ranks`.
+`workers.gang.gang` for models with `spare_ranks`, and for elastic ones that have lost some ranks while others go on.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from deploy.spec import ModelSpec, Storage
-from workers.gang.rank_processes import create
+from workers.gang.rank_processes import FIRST_WORD_S, create
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +34,7 @@ class SpareRanks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
         self._refilling: asyncio.Task[None] | None = None
+        self._patience_s = ANSWER_S
         self.ready = 0
 
     def refill(self, model: ModelSpec, storage: Storage, name: str) -> None:
@@ -44,7 +45,16 @@ class SpareRanks:
             storage: where each node keeps files.
             name: prefix of their names, unique in the cluster.
         """
-        self._refilling = asyncio.create_task(self._refill(model, storage, name))
+        self._refilling, self._patience_s = asyncio.create_task(self._refill(model, storage, name, REST_S)), ANSWER_S
+
+    def hurry(self, model: ModelSpec, storage: Storage, name: str) -> None:
+        """Make them now, if there are none: they are needed soon. Arguments are those of `refill`."""
+        if self._processes:
+            return
+        if self._refilling is not None:
+            self._refilling.cancel()
+        self._refilling = asyncio.create_task(self._refill(model, storage, name, 0.0))
+        self._patience_s = FIRST_WORD_S  # they may have just begun
 
     async def take(self) -> list[Any]:
         """The processes, in the order of their bundles, if all of them live; else none. They may still import."""
@@ -52,14 +62,14 @@ class SpareRanks:
             self._refilling.cancel()
         taken, self._processes, self.ready = self._processes, [], 0
         try:
-            await asyncio.wait_for(asyncio.gather(*(process.place.remote() for process in taken)), ANSWER_S)
+            await asyncio.wait_for(asyncio.gather(*(process.place.remote() for process in taken)), self._patience_s)
         except (RayError, TimeoutError):
             _kill(taken)
             return []
         return taken
 
-    async def _refill(self, model: ModelSpec, storage: Storage, name: str) -> None:
-        await asyncio.sleep(REST_S)
+    async def _refill(self, model: ModelSpec, storage: Storage, name: str, rest_s: float) -> None:
+        await asyncio.sleep(rest_s)
         self._processes = create(model, storage, name, spare=True)
         try:
             for process in self._processes:

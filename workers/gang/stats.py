@@ -49,7 +49,7 @@ class GangBacklog:
         reported_at: when, in seconds since the epoch; 0: the gang has not reported yet.
         request_s: seconds of the whole gang that a typical request costs; 0 before the first was learned.
         shapes: each (width, height, num_frames) that the gang has run.
-        replacing: the gang has lost its ranks, and new ones start.
+        replacing: the gang has lost ranks; what comes waits until new ones have started.
         busy: a request has the ranks.
         slots: requests that it takes at once.
         takes_s: seconds that a typical request takes: more than it costs where others run beside it.

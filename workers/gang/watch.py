@@ -1,12 +1,12 @@
 """Watches the ranks of a gang from its replica's process, and says when one of them is lost.
 
-Made by `workers.gang.rank_group`, which then kills all ranks. `Watch` looks at ranks that serve, `watch_start` at ranks
-that start.
+Made by `workers.gang.rank_group`, which then kills it and those that may wait for it. `Watch` looks at ranks that
+serve, `watch_start` at ranks that start.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -35,7 +35,7 @@ class Watch:
         ranks: their actors.
         statuses: what each said when it had started.
         timeouts: of the model: how long a rank may be silent, or pass no boundary.
-        lose: called with the kind of loss and the reason when a rank is lost.
+        lose: called with the kind of loss, the reason and the number when a rank is lost.
 
     Attributes:
         statuses: the last of each rank.
@@ -46,9 +46,10 @@ class Watch:
         ranks: Sequence[Any],
         statuses: Sequence[RankStatus],
         timeouts: Timeouts,
-        lose: Callable[[Loss, str], None],
+        lose: Callable[[Loss, str, int], None],
     ) -> None:
         self.statuses = list(statuses)
+        self._living = set(range(len(ranks)))
         self._ranks = ranks
         self._timeouts = timeouts
         self._lose = lose
@@ -59,6 +60,10 @@ class Watch:
     async def run(self) -> None:
         """Watch until `stop`."""
         await asyncio.gather(self._watch_processes(), self._watch_progress())
+
+    def leave(self, ranks: Iterable[int]) -> None:
+        """Look at these no more: they are lost, and others are not."""
+        self._living.difference_update(ranks)
 
     def stop(self) -> None:
         """End the watch: the ranks are lost, whoever noticed it."""
@@ -79,8 +84,8 @@ class Watch:
         """Lose the ranks when one on this node is stopped or dead; an unanswered ping would show it much later."""
         halts = _Halts(self.statuses)
         while not self._stopped:
-            for rank in halts.find():
-                self._lose("died", f"the process of rank {rank} is stopped or dead")
+            for rank in halts.find() & self._living:
+                self._lose("died", f"the process of rank {rank} is stopped or dead", rank)
             await asyncio.sleep(PERIOD_S)
 
     async def _watch_progress(self) -> None:
@@ -95,20 +100,23 @@ class Watch:
         while not self._stopped:
             # All at once, so that one silent rank delays no other's ping. Exceptions come back as values: the watch
             # itself must outlive them.
-            pings = [asyncio.wait_for(_status(rank), limits.ping_s) for rank in self._ranks]
-            for i, status in enumerate(await asyncio.gather(*pings, return_exceptions=True)):
+            asked = sorted(self._living)
+            pings = [asyncio.wait_for(_status(self._ranks[i]), limits.ping_s) for i in asked]
+            for i, status in zip(asked, await asyncio.gather(*pings, return_exceptions=True), strict=True):
+                if i not in self._living:
+                    continue
                 if isinstance(status, BaseException):
-                    self._lose("silent", f"rank {i} does not answer ({type(status).__name__})")
+                    self._lose("silent", f"rank {i} does not answer ({type(status).__name__})", i)
                     continue
                 self.statuses[i] = status
                 if status.phase == "idle" or status.progress != moved[i][0]:
                     moved[i] = (status.progress, clock())
                 elif clock() - moved[i][1] > limits.phase_s:
-                    self._lose("stuck", f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s")
+                    self._lose("stuck", f"rank {i} is stuck in {status.phase} for {limits.phase_s:g} s", i)
             await self._pause()
 
     async def _pause(self) -> None:
-        idle = not self._tasks and all(status.phase == "idle" for status in self.statuses)
+        idle = not self._tasks and all(self.statuses[i].phase == "idle" for i in self._living)
         self._woken.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_S if idle else PERIOD_S):

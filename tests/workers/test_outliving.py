@@ -1,0 +1,184 @@
+"""An elastic gang that has lost some of its ranks: what it has goes on on the others, then all are replaced."""
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import prometheus_client
+import pytest
+
+from deploy.families.lookup import find_family
+from deploy.spec import Elastic as Section
+from tests.support.deployments import model
+from tests.workers.test_elastic import REQUEST, Ranks, settled
+from workers.errors import GangLost
+from workers.gang.adapter_sync import AdapterSync
+from workers.gang.elastic import Elastic
+from workers.gang.gang import LOST, SOME_LOST, Gang
+from workers.gang.setup import Setup
+from workers.gang.stats import GangBacklog
+from workers.messages import RankStatus, StepEvent
+from workers.observing import GangMetrics
+
+
+class GangRanks(Ranks):
+    """Both ranks of a gang, as it sees them."""
+
+    answering = has_answered = False
+    startup_s = 600.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statuses = [RankStatus(i, 70 + i, "node", "denoise", 0, "m", 1.0, 0) for i in range(2)]
+        self.living = self.statuses
+
+    async def room(self) -> None:
+        pass
+
+    async def end(self) -> None:
+        assert not self.parts, "whoever is on them has left"
+        self.lost, self.living = "replaced", []
+
+    def lose(self, gang: Gang, *numbers: int) -> None:
+        if len(numbers) == len(self.living):
+            self.lost, self.living = "died", []
+        else:
+            self.gone = frozenset(numbers)
+            self.living = [status for status in self.statuses if status.rank not in numbers]
+        gang._on_lost("died")
+
+
+class Story:
+    """A gang of two ranks that computes `a` on one of them and `b` on the other."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
+        monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+        spec = model(folder, ulysses_degree=2).model_copy(update={"elastic": Section()})
+        family = find_family(folder)
+        self.gang, self.old, self.new = Gang(spec.fixed), GangRanks(), GangRanks()
+        metrics = GangMetrics("demo", "0")
+        self.gang._setup = Setup(spec, AdapterSync(()), family, None, contextvars.copy_context(), {}, metrics)
+        self.gang._elastic = Elastic(spec, family)
+        self.gang._ranks = self.old  # type: ignore[assignment]
+        self.hurried: list[str] = []
+        self.starts = 0
+        monkeypatch.setattr(self.gang._spares, "hurry", lambda model, storage, name: self.hurried.append(name))
+        monkeypatch.setattr(self.gang, "_start_ranks", self._start)
+
+    async def _start(self) -> GangRanks:
+        assert self.old.lost, "there would be no memory for both"
+        self.starts += 1
+        return self.new
+
+    def ask(self, name: str) -> "asyncio.Task[list[int]]":
+        async def steps() -> list[int]:
+            request = replace(REQUEST, request_id=name, num_inference_steps=6, report_steps=True)
+            return [each.step async for each in self.gang.generate(request) if isinstance(each, StepEvent)]
+
+        return asyncio.create_task(steps())
+
+    async def side_by_side(self) -> "tuple[asyncio.Task[list[int]], asyncio.Task[list[int]]]":
+        asked = self.ask("a"), self.ask("b")
+        await settled()
+        while len(self.old.parts) < 2:
+            await self.old.step(next(iter(self.old.parts)))
+        while self.gang._elastic._journeys["b"].steps_done < 3:  # type: ignore[union-attr]
+            await self.old.step("b")
+        return asked
+
+    @property
+    def rank_of_b(self) -> int:
+        return self.old.blocks()["b"][0]
+
+
+@pytest.fixture
+def tell(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Story], Awaitable[None]]], None]:
+    async def told(story: Callable[[Story], Awaitable[None]]) -> None:
+        await asyncio.wait_for(story(Story(demo_model, monkeypatch)), 120)
+
+    return lambda story: asyncio.run(told(story))
+
+
+def test_both_end_on_the_rank_that_lives_and_who_comes_later_has_the_new_ones(tell: Any) -> None:
+    async def story(at: Story) -> None:
+        a, b = await at.side_by_side()
+        lost = at.rank_of_b
+        at.old.lose(at.gang, lost)
+        await at.old.step("b", GangLost("died"))
+        later = at.ask("later")
+        await settled()
+        assert set(at.old.parts) == {"a"} and at.starts == 0 and len(at.hurried) == 1
+        at.gang.record_autoscaling_stats()
+        labels = {"model": "demo", "replica": "0"}
+        assert prometheus_client.REGISTRY.get_sample_value("spray_capacity_seconds", labels) == 0.5
+        reported = at.gang.record_routing_stats()
+        assert GangBacklog.from_stats(reported).replacing  # others take what comes
+        assert (reported["now"]["trouble"], reported["now"]["pids"]) == (SOME_LOST, [70 + 1 - lost])
+        while not (a.done() and b.done()):
+            (running,) = at.old.parts
+            await at.old.step(running)
+        assert await a == [1, 2, 3, 4, 5, 6]
+        assert await b == [1, 2, 3, 3, 4, 5, 6]  # kept after the second
+        assert all(name == "b" or first == 1 - lost for name, first, _ in at.old.seen[-2:])
+        await settled()
+        assert at.starts == 1 and set(at.new.parts) == {"later"}
+        assert at.gang.record_routing_stats()["now"]["trouble"] == ""
+        for _ in range(6):
+            await at.new.step("later")
+        assert await later == [1, 2, 3, 4, 5, 6]
+
+    tell(story)
+
+
+def test_who_has_more_left_than_a_start_takes_is_paused_and_repeats_nothing(tell: Any) -> None:
+    async def story(at: Story) -> None:
+        at.old.startup_s = 0.05
+        a, b = await at.side_by_side()
+        at.old.lose(at.gang, at.rank_of_b)
+        await at.old.step("b", GangLost("died"))
+        await asyncio.sleep(0.2)
+        assert set(at.old.parts) == {"a"} and at.starts == 0  # in the middle of a step
+        await at.old.step("a")
+        await settled()
+        assert at.starts == 1 and at.new.parts and not a.done()
+        while not (a.done() and b.done()):
+            await at.new.step(next(iter(at.new.parts)))
+        assert await a == [1, 2, 3, 4, 5, 6]
+        assert await b == [1, 2, 3, 3, 4, 5, 6]
+        assert {name for name, _, _ in at.new.seen} == {"a", "b"}
+
+    tell(story)
+
+
+def test_a_second_loss_is_that_of_all_and_one_replacement(tell: Any) -> None:
+    async def story(at: Story) -> None:
+        a, b = await at.side_by_side()
+        while at.gang._elastic._journeys["a"].steps_done < 3:  # type: ignore[union-attr]
+            await at.old.step("a")
+        at.old.lose(at.gang, at.rank_of_b)
+        await at.old.step("b", GangLost("died"))
+        at.old.lose(at.gang, 1 - next(iter(at.old.gone)))
+        assert at.gang.record_routing_stats()["now"]["trouble"] == LOST
+        assert at.gang._losses == 1
+        await at.old.step("a", GangLost("died"))
+        await settled()
+        assert at.starts == 1 and at.new.parts
+        while not (a.done() and b.done()):
+            await at.new.step(next(iter(at.new.parts)))
+        assert await a == await b == [1, 2, 3, 3, 4, 5, 6]
+
+    tell(story)
+
+
+def test_the_other_ranks_of_an_idle_gang_are_replaced_at_once(tell: Any) -> None:
+    async def story(at: Story) -> None:
+        at.old.lose(at.gang, 1)
+        await settled()
+        assert at.starts == 1 and at.hurried == []
+
+    tell(story)
