@@ -218,6 +218,7 @@ ERRORS = {
     "BodyTimeout": (408, "body_timeout", "DEADLINE_EXCEEDED"),
     "BodyTooLarge": (413, "body_too_large", "INVALID_ARGUMENT"),
     "OutputNotFound": (404, "output_not_found", "NOT_FOUND"),
+    "InputNotFound": (404, "input_not_found", "NOT_FOUND"),
     "RequestNotFound": (404, "request_not_found", "NOT_FOUND"),
     "Unauthorized": (401, "invalid_api_key", "UNAUTHENTICATED"),
     "Forbidden": (403, "forbidden", "PERMISSION_DENIED"),

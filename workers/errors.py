@@ -8,6 +8,7 @@
     | + IdempotencyKeyReused  its idempotency key belongs to another request
     | + RequestNotFound       no such request waits or runs, or it is another caller's
     | + OutputNotFound        the picture or video at a URL is not kept, or not anymore
+    | + InputNotFound         a picture or clip that a job begins with is not kept, or is another one by now
     | + ModelNotFound         no such model in this deployment
     | + JobNotFound           no such job of this caller, or not anymore
     | + JobNotReady           the job has no output, or not yet
@@ -76,6 +77,10 @@ class BodyTimeout(InvalidParameter):
 
 class OutputNotFound(RequestError):
     """The picture or video is not kept, or not anymore."""
+
+
+class InputNotFound(RequestError):
+    """A picture or clip that a job begins with is not kept anymore, or is not the one that was sent."""
 
 
 class IdempotencyKeyReused(RequestError):

@@ -13,6 +13,7 @@ from service.api.backend import Backend
 from service.api.observed import callers_trace
 from service.api.once import check_key
 from service.api.responses import eta_seconds
+from service.jobs import inputs
 from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, Page, Priority, State
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
@@ -86,7 +87,8 @@ async def submit(
         InvalidParameter: the URL may not be called.
         IdempotencyKeyReused: the key came with another request, or another URL.
         DeadlineExceeded: it would end too late, and is new.
-        OSError: its outputs could not be kept.
+        OSError: its outputs could not be kept, or its pictures.
+        OutputsFull: likewise.
         Exception: what `Backend.charge` raises.
     """
     if key is not None:
@@ -103,10 +105,14 @@ async def submit(
             raise
     backend.charge(request)
     await asyncio.to_thread(backend.outputs.prepare)
+    new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
     try:
         job, fresh = await backend.jobs.ask(JobStore.submit, new)
     except KeyReused as error:
+        await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         raise IdempotencyKeyReused(str(error)) from None
+    if not fresh:  # where the store does not answer, nobody knows; what is then left is swept
+        await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
     backend.runner.wake()
     return job, fresh
 
@@ -175,6 +181,7 @@ async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> Non
     await find(backend, job_id, kind)
     job = await backend.jobs.ask(JobStore.delete, job_id, backend.sees())
     backend.runner.drop(job_id)
+    await asyncio.to_thread(inputs.discard, backend.outputs, job.request)
     for output in job.outputs:
         await asyncio.to_thread(backend.outputs.discard, output.name)
 

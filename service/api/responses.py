@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.spec import ModelSpec
 from service.jobs.records import Job, State
-from service.jobs.requests import REMIXED_FROM, request_of
+from service.jobs.requests import REMIXED_FROM, asked_of
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
 
 def job_object(job: Job, position: int = 0) -> dict[str, Any]:
     """A job of any kind; `position` as in `video_object`."""
-    asked, video = request_of(job), job.kind == "video"
+    asked, video = asked_of(job), job.kind == "video"
     files = [
         {"index": at, "output_format": each.kind, "seed": each.seed, "bytes": each.size, "sha256": each.sha256}
         for at, each in enumerate(job.outputs)

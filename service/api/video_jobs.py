@@ -4,6 +4,7 @@ Every gateway knows every job; each caller sees its own, one with the scope `adm
 answer with status 200, since asking for it succeeds.
 """
 
+import asyncio
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
 from service.api.schemas import find_model
 from service.api.stills import Still, send_still
-from service.jobs.requests import request_of
+from service.jobs.inputs import request_of
 
 router = APIRouter(prefix="/videos")
 
@@ -119,7 +120,8 @@ async def remix_video(
     """Accept a video that varies another one: a new prompt, and all else the same, seed and priority included."""
     before = (await job_calls.find(backend, video_id, "video")).job
     find_model(backend.models(), before.model)  # it may have been removed since
-    request = replace(request_of(before), request_id=request_id(http), deadline_at=None, prompt=body.prompt)
+    request = await asyncio.to_thread(request_of, backend.outputs, before)
+    request = replace(request, request_id=request_id(http), deadline_at=None, prompt=body.prompt)
     key = http.headers.get(KEY_HEADER)
     job, fresh = await job_calls.submit(backend, request, before.priority, None, key, video_id, body.webhook_url)
     response.headers.update(POLL | ({} if fresh else {REPLAYED_HEADER: "true"}))

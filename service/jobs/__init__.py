@@ -8,6 +8,8 @@
     transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
     store_actor.py  the store as gateways reach it: one actor that owns the file, or PostgreSQL
     requests.py     the request of a job as JSON
+    inputs.py       pictures and clips that jobs begin with, as files
+    input_notes.py  which files these are, as rows
     outbox.py       webhooks that have to be sent, as rows
     webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store

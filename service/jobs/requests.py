@@ -1,15 +1,15 @@
 """The request of a job: `GenerationRequest` -> JSON that outlives versions -> `GenerationRequest`.
 
-For the APIs, which submit it, and `service.jobs.runner`, which runs it.
+For the APIs, which submit and tell it. The bytes of pictures are not here but in `service.jobs.inputs`, which adds them
+for `service.jobs.runner`.
 """
 
-import base64
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from service.jobs.records import Job, NewJob
-from workers.messages import GenerationRequest, MediaInput, Priority
+from workers.messages import GenerationRequest, Priority
 
 NOT_KEPT = ("request_id", "priority", "deadline_at", "report_steps")
 """What each attempt has of its own."""
@@ -28,10 +28,13 @@ def new_job(
     remixed_from: str | None = None,
     webhook_url: str | None = None,
 ) -> NewJob:
-    """A request as a job of an owner; the arguments are those of `NewJob`, and the id of the job that it varies."""
+    """A request as a job of an owner; the arguments are those of `NewJob`, and the id of the job that it varies.
+
+    One with pictures cannot be run before `service.jobs.inputs.keep` has said where they are.
+    """
     fields = dataclasses.asdict(request.without_data())
     kept: dict[str, Any] = {name: value for name, value in fields.items() if name not in NOT_KEPT}
-    kept["inputs"] = [{"role": each.role, "data": base64.b64encode(each.data).decode()} for each in request.inputs]
+    kept["inputs"] = [{"role": each.role, "sha256": each.digest, "size": len(each.data)} for each in request.inputs]
     if remixed_from is not None:
         kept[REMIXED_FROM] = remixed_from
     return NewJob(
@@ -48,15 +51,15 @@ def new_job(
     )
 
 
-def request_of(job: Job) -> GenerationRequest:
-    """The request of a job's attempt. Fields that this version does not know are left out: an older one runs on the
-    same store while a newer one is rolled out."""
-    known = {field.name for field in dataclasses.fields(GenerationRequest)} - set(NOT_KEPT)
+def asked_of(job: Job) -> GenerationRequest:
+    """The request of a job's attempt, to tell of it: without its pictures, so `service.jobs.inputs` has the one to run.
+
+    Fields that this version does not know are left out: an older one runs on the same store while a newer one is rolled
+    out.
+    """
+    known = {field.name for field in dataclasses.fields(GenerationRequest)} - set(NOT_KEPT) - {"inputs"}
     kept: Mapping[str, Any] = {name: value for name, value in job.request.items() if name in known}
     tuples = {"loras": tuple((name, scale) for name, scale in kept["loras"]), "seeds": tuple(kept["seeds"])}
-    tuples["inputs"] = tuple(
-        MediaInput(each["role"], base64.b64decode(each["data"])) for each in kept.get("inputs", ())
-    )
     own: dict[str, Any] = {"request_id": f"{job.id}-{job.fence}", "priority": job.priority}
     own |= {"deadline_at": job.deadline_at, "report_steps": True}
     return GenerationRequest(**{**kept, **tuples, **own})

@@ -15,11 +15,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
 from service.api.responses import metrics
+from service.jobs import inputs
 from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
 from service.jobs.records import QUARANTINED, Counts, Job, JobError, JobOutput, LeaseLost
-from service.jobs.requests import request_of
+from service.jobs.requests import asked_of
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.state.outputs import Link, OutputStore
@@ -52,6 +53,9 @@ PERIOD_S = 1.0
 SWEEP_S = 5.0
 """Between two looks for jobs whose runner is silent or gone."""
 
+INPUTS_S = 60.0
+"""Between two looks for files that no job begins with anymore."""
+
 AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
@@ -71,6 +75,10 @@ or waits for its webhook, has to hear that nobody will draw it."""
 
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
 """Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
+
+
+class NotRead(Exception):
+    """What a job begins with cannot be read now."""
 
 
 class NotWritten(Exception):
@@ -114,6 +122,8 @@ class Runner:
         self._wake = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._swept_at = 0.0
+        self._inputs_at = -INPUTS_S
+        self._sweeping: asyncio.Task[None] | None = None
         self._stopped = False
 
     def follow(self) -> None:
@@ -139,6 +149,8 @@ class Runner:
         self._wake.set()
         if self._following is not None:
             await asyncio.wait([self._following])  # it may be claiming jobs
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         running = list(self._running.values())
         for _, task in running:
             task.cancel()
@@ -168,6 +180,7 @@ class Runner:
                 logger.warning("%s is gone; its jobs are begun anew", runner)
                 await self._jobs.ask(JobStore.end_leases, runner)
             await self._jobs.ask(JobStore.sweep)
+            self._sweep_inputs()
         counts = await self._jobs.ask(JobStore.counts)
         if sweeps:
             await self._end_unserved(counts)
@@ -179,6 +192,13 @@ class Runner:
         for job in claimed:
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
         await self._backlog.tell(_without(counts, claimed))
+
+    def _sweep_inputs(self) -> None:
+        """Beside the other work, for a bucket may be slow."""
+        idle = self._sweeping is None or self._sweeping.done()
+        if idle and time.monotonic() - self._inputs_at >= INPUTS_S:
+            self._inputs_at = time.monotonic()
+            self._sweeping = asyncio.get_running_loop().create_task(inputs.sweep(self._jobs, self._outputs))
 
     async def _end_unserved(self, counts: Mapping[str, Counts]) -> None:
         """End jobs of models that are gone for `UNSERVED_S`."""
@@ -195,7 +215,7 @@ class Runner:
             await self._attempt(job)
         except LeaseLost:
             logger.info("job %s is not run here anymore", job.id)
-        except NOT_BEGUN as error:
+        except (*NOT_BEGUN, NotRead) as error:
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
         except (ModelUnavailable, NotWritten) as error:
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
@@ -213,8 +233,9 @@ class Runner:
             await self._jobs.ask(call, job.id, job.fence, *args)
 
     async def _attempt(self, job: Job) -> None:
+        request = await self._request(job)
         renewed_at, losses, step = time.monotonic(), job.gang_losses, StepEvent(0, 0, 0.0)
-        async with contextlib.aclosing(self._generate(job.owner, request_of(job))) as reports:
+        async with contextlib.aclosing(self._generate(job.owner, request)) as reports:
             async for report in reports:
                 if isinstance(report, GenerationResult):
                     await self._publish(job, report)
@@ -233,6 +254,19 @@ class Runner:
                         await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, step.step, step.total_steps)
         raise GangLost("the ranks ended without a result")
 
+    async def _request(self, job: Job) -> GenerationRequest:
+        """What is to be run.
+
+        Raises:
+            InputNotFound: what it begins with is gone, or is another picture.
+            NotRead: it cannot be read now.
+        """
+        try:
+            return await asyncio.to_thread(inputs.request_of, self._outputs, job)
+        except (OSError, OutputsUnavailable) as error:
+            logger.warning("what job %s begins with cannot be read, and is tried again: %s", job.id, error)
+            raise NotRead("what the job begins with cannot be read now") from error
+
     async def _lose_gang(self, job: Job, losses: int, reason: str) -> None:
         """Count a lost gang.
 
@@ -250,7 +284,7 @@ class Runner:
             LeaseLost: the job is not this runner's anymore. Its outputs are removed.
             NotWritten: they cannot be written.
         """
-        kind = str(request_of(job).output_format)
+        kind = str(asked_of(job).output_format)
         made: list[JobOutput] = []
         try:
             for content, seed in zip(result.outputs, result.seeds, strict=True):
@@ -286,7 +320,7 @@ class Runner:
                     raise NotWritten(said) from error
                 logger.warning("an output of job %s cannot be written, and is tried again: %s", job.id, said)
             await asyncio.sleep(AWAY_S)
-            steps = request_of(job).num_inference_steps
+            steps = asked_of(job).num_inference_steps
             with contextlib.suppress(JobsUnavailable):
                 await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, steps, steps)
         raise AssertionError

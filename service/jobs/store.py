@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.jobs import outbox, queries
+from service.jobs import input_notes, outbox, queries
 from service.jobs.database import PATIENCE_S, Database, one_claims
 from service.jobs.records import (
     CANCELLED,
@@ -336,6 +336,21 @@ class JobStore:
         """
         with self._database.transaction() as (connection, now):
             return end_unserved(connection, model, now, self.keep_s, after_s)
+
+    def note_inputs(self, job_id: str, names: Sequence[str]) -> None:
+        """Note the files that a job will begin with, before they are written and before it is submitted."""
+        with self._database.transaction() as (connection, now):
+            input_notes.note(connection, job_id, names, now)
+
+    def stray_inputs(self, after_s: float, most: int) -> list[str]:
+        """Files that were noted at least so many seconds ago, and whose job is not there; at most so many."""
+        with self._database.transaction() as (connection, now):
+            return input_notes.stray(connection, now - after_s, most)
+
+    def forget_inputs(self, names: Sequence[str]) -> None:
+        """These files are gone."""
+        with self._database.transaction() as (connection, _):
+            input_notes.forget(connection, names)
 
     def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
         """Take webhooks to send them; each counts as an attempt from now on.

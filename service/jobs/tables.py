@@ -97,6 +97,16 @@ ends = sa.Table(
 )
 """Jobs that have ended since the store was made, also those that are forgotten."""
 
+inputs = sa.Table(
+    "job_inputs",
+    metadata,
+    sa.Column("name", Id, primary_key=True),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Index("job_inputs_at", "at"),
+)
+"""Files that jobs begin with; a file may be here before its job, and after it."""
+
 
 def to_row(job: Job, order_at: float) -> dict[str, Any]:
     """The columns of a job."""

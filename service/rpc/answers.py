@@ -10,7 +10,7 @@ from service.api.backend import Restarted, Waiting
 from service.api.job_calls import Seen
 from service.api.outputs import KINDS
 from service.jobs.records import Job, JobOutput
-from service.jobs.requests import request_of
+from service.jobs.requests import asked_of
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.requests import TASKS
 from service.state.model_states import ModelState
@@ -151,7 +151,7 @@ def output_header(job: Job, output: JobOutput, index: int) -> pb.OutputHeader:
 
 def _params(job: Job) -> pb.GenerationParams:
     """What was asked for, with all that was settled when the job was accepted. Sent again, it is the same request."""
-    asked, video = request_of(job), job.kind == "video"
+    asked, video = asked_of(job), job.kind == "video"
     lossy = asked.output_format in ("jpeg", "webp")
     params = pb.GenerationParams(
         model=job.model,

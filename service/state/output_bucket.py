@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from deploy.spec import SpecError
-from service.state.stored import GONE, KEY, KEY_BYTES, NAME, Stored, refuse_above
+from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, Stored, refuse_above
 from workers.errors import OutputNotFound, OutputsUnavailable
 
 CONNECT_S, ANSWER_S, RETRY_S = 5, 60, 20
@@ -49,7 +49,7 @@ class Bucket:
             self._store = S3Store.from_url(url, client_options=options, retry_config=again)  # type: ignore[arg-type]
         except BaseError as error:
             raise SpecError(f"storage.outputs.url is {url}, which cannot be opened: {error}") from None
-        self._bytes: int | None = None  # of all outputs, when it was last swept; what was written since is added
+        self._bytes: int | None = None  # of all files, when it was last swept; what was written since is added
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -66,7 +66,7 @@ class Bucket:
         with _answering():
             obstore.head(self._store, KEY)
         if max_bytes is not None:
-            self._bytes = sum(size for _, size, _ in self._outputs()) if self._bytes is None else self._bytes
+            self._bytes = sum(size for _, size, _ in self._files()) if self._bytes is None else self._bytes
             refuse_above(self._bytes, max_bytes)
 
     def write(self, name: str, content: bytes, expires: int) -> None:
@@ -91,21 +91,21 @@ class Bucket:
             obstore.delete(self._store, name)
 
     def sweep(self, ttl_s: float) -> None:
-        """Remove what was written longer ago than this."""
+        """Remove outputs that were written longer ago than this."""
         kept = 0
-        for name, size, written_at in self._outputs():
-            if written_at + ttl_s < time.time():
+        for name, size, written_at in self._files():
+            if NAME.fullmatch(name) and written_at + ttl_s < time.time():
                 self.remove(name)
             else:
                 kept += size
         self._bytes = kept
 
-    def _outputs(self) -> Iterator[tuple[str, int, float]]:
-        """Name, bytes and time of each output; whatever else is there is left alone."""
+    def _files(self) -> Iterator[tuple[str, int, float]]:
+        """Name, bytes and time of each file that is ours; whatever else is there is left alone."""
         with _answering():
             for some in obstore.list(self._store):
                 for found in some:
-                    if NAME.fullmatch(found["path"]):
+                    if KEPT.fullmatch(found["path"]):
                         yield found["path"], found["size"], found["last_modified"].timestamp()
 
     def _open(self, name: str) -> IO[bytes]:

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from service.state.stored import GONE, KEY, KEY_BYTES, NAME, Stored, refuse_above
+from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, Stored, refuse_above
 from workers.errors import OutputNotFound, OutputsFull
 from workers.private_folder import is_own, make_private
 
 UNFINISHED = ".new"
-OURS = re.compile(rf"{NAME.pattern}({re.escape(UNFINISHED)})?|[0-9a-f]{{16}}{re.escape(UNFINISHED)}")
-"""What a sweep may remove: outputs, those that nobody has finished, and keys that came second."""
+OURS = re.compile(rf"{NAME.pattern}|({KEPT.pattern}|[0-9a-f]{{16}}){re.escape(UNFINISHED)}")
+"""What a sweep may remove: outputs, files that nobody has finished, and keys that came second."""
 
 UNFINISHED_S = 3600.0
 """After which a file that nobody has finished is removed."""
@@ -45,7 +45,7 @@ class Folder:
     def __init__(self, folder: str | None) -> None:
         self._given = folder
         self._folder = Path(folder or own_folder())
-        self._bytes: int | None = None  # of all outputs, when it was last swept; what was written since is added
+        self._bytes: int | None = None  # of all files, when it was last swept; what was written since is added
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -121,7 +121,7 @@ class Folder:
 
     def _sum(self) -> int:
         total = 0
-        for file in filter(lambda file: NAME.fullmatch(file.name), self._folder.glob("*")):
+        for file in filter(lambda file: KEPT.fullmatch(file.name), self._folder.glob("*")):
             with contextlib.suppress(OSError):
                 total += file.lstat().st_size
         return total

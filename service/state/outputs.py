@@ -1,4 +1,5 @@
 """Outputs: finished pictures and videos, for answers that hold a URL and for jobs. For `service.gateway` and the API.
+Beside them lies what jobs begin with, for `service.jobs.inputs`.
 
 They lie in a folder or a bucket. Every gateway that sees it answers for what any of them has put there: the key that
 signs URLs lies in it too.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from service.state.output_bucket import Bucket
 from service.state.output_folder import Folder, own_folder
-from service.state.stored import GONE, NAME, Place, Stored
+from service.state.stored import GONE, INPUT, KEPT, NAME, Place, Stored
 from workers.disk import watch_disk
 from workers.errors import Forbidden, OutputNotFound
 
@@ -44,6 +45,11 @@ class Link:
     def path(self) -> str:
         """Of the URL, with its query."""
         return f"/v1/outputs/{self.name}?expires={self.expires}&signature={self.signature}"
+
+
+def new_input_name() -> str:
+    """A name that nobody can guess, for what a job begins with."""
+    return f"{secrets.token_urlsafe(24)}.input"
 
 
 class OutputStore:
@@ -77,6 +83,11 @@ class OutputStore:
             watch_disk("outputs", Path(folder or own_folder()))
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep_forever())
 
+    @property
+    def named(self) -> bool:
+        """Whether the deployment names the place. Another one may end with the cluster, or be one node's."""
+        return self._where != (None, None)
+
     def prepare(self) -> None:
         """See that files can be kept, before they are computed. Blocks.
 
@@ -103,6 +114,30 @@ class OutputStore:
         name = f"{secrets.token_urlsafe(24)}.{kind}"
         place.write(name, content, expires)
         return Link(name, expires, self._sign(name, expires))
+
+    def keep_input(self, name: str, content: bytes) -> None:
+        """Write what a job begins with, as `keep` writes; it stays until it is discarded. Blocks.
+
+        Args:
+            name: from `new_input_name`.
+            content: of the file.
+
+        Raises:
+            Exception: as `keep`.
+        """
+        self._open().write(name, content, int(time.time()))
+
+    def input(self, name: str) -> Stored:
+        """What a job begins with. Blocks.
+
+        Raises:
+            OutputNotFound: it is not kept here, or not anymore.
+            OutputsUnavailable: the bucket does not answer.
+        """
+        place = self._open()
+        if not INPUT.fullmatch(name):
+            raise OutputNotFound(GONE)
+        return place.find(name)
 
     def find(self, name: str, expires: str, signature: str) -> Stored:
         """The file of an output. Blocks.
@@ -136,8 +171,8 @@ class OutputStore:
         return place.find(name)
 
     def discard(self, name: str) -> None:
-        """Remove an output before it expires, if it is here. Blocks."""
-        if NAME.fullmatch(name):
+        """Remove an output before it expires, or an input, if it is here. Blocks."""
+        if KEPT.fullmatch(name):
             self._open().remove(name)
 
     def sweep(self) -> None:

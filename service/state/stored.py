@@ -1,4 +1,4 @@
-"""A finished file, wherever it lies, and what a place for such files can do. For `service.state.outputs`."""
+"""A file that is kept, wherever it lies, and what a place for such files can do. For `service.state.outputs`."""
 
 import re
 from collections.abc import Callable
@@ -15,6 +15,12 @@ GONE = "the picture or video is not kept here, or not anymore"
 
 NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp|mp4|zip)")
 """Of an output: 192 random bits, and the kind of file."""
+
+INPUT = re.compile(r"[A-Za-z0-9_-]{32}\.input")
+"""Of what a job begins with: no URL leads to it, and it is kept as long as its job, whatever its age."""
+
+KEPT = re.compile(f"{NAME.pattern}|{INPUT.pattern}")
+"""Of all files of a place: each takes of `storage.outputs.max_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -87,4 +93,4 @@ class Place(Protocol):
         """Remove a file, if it is here."""
 
     def sweep(self, ttl_s: float) -> None:
-        """Remove what has expired."""
+        """Remove outputs that have expired. Inputs stay: whoever knows their jobs removes them."""

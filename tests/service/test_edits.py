@@ -16,8 +16,6 @@ from PIL import Image
 from service.api.bodies import ImageEditBody
 from service.api.reading import MAX_TEXT_BYTES
 from service.api.rest import rest_app
-from service.jobs.records import Job
-from service.jobs.requests import new_job, request_of
 from service.state.quarantine import fingerprint
 from tests.support.backend import FakeBackend
 from tests.support.hostile import HOSTILE, UNUSUAL, colored, damaged, file
@@ -206,14 +204,6 @@ def test_all_pictures_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch,
     answer = client.post(EDITS, json=body | {"control_image": url(PICTURE)})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "control_image", "picture_too_large"), error
-
-
-def test_a_job_keeps_its_pictures() -> None:
-    kept = json.loads(json.dumps(dict(new_job(REQUEST, "").request)))
-    job = Job("job_1", "image", "one", "", kept, 1, "standard", "running", 0.0, fence=2)
-    assert request_of(job) == replace(REQUEST, request_id="job_1-2", report_steps=True, priority="standard")
-    del kept["inputs"], kept["strength"]  # of an older version
-    assert request_of(job).inputs == ()
 
 
 def test_the_bytes_of_pictures_are_in_no_log() -> None:

@@ -14,7 +14,7 @@ from deploy.spec import Outputs
 from service.api.rest import rest_app
 from service.state import output_bucket
 from service.state.output_bucket import Bucket
-from service.state.outputs import OutputStore
+from service.state.outputs import OutputStore, new_input_name
 from service.state.stored import KEY, NAME
 from tests.support.backend import FakeBackend
 from tests.support.s3 import S3, running_s3
@@ -157,3 +157,24 @@ def test_one_place_is_enough() -> None:
     ):
         with pytest.raises(ValueError, match="url"):
             Outputs(url=wrong)
+
+
+def test_what_jobs_begin_with_is_kept_until_it_is_discarded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(url, ttl_s=50.0, max_bytes=1 << 20)
+    assert store.named
+    store.prepare()
+    store.keep_input(name := new_input_name(), CONTENT)
+    assert opened(url).input(name).read_bytes() == CONTENT
+    with pytest.raises(OutputsFull):
+        store.prepare()
+    with pytest.raises(OutputNotFound):
+        store.file(name)
+    now = time.time()
+    monkeypatch.setattr(output_bucket.time, "time", lambda: now + 1e6)
+    store.sweep()
+    with pytest.raises(OutputsFull):
+        store.prepare()
+    store.discard(name)
+    with pytest.raises(OutputNotFound):
+        store.input(name)
+    assert names(url) == [KEY]

@@ -28,3 +28,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Itera
     """An empty store."""
     url = request.getfixturevalue("postgres").url if request.param == "postgres" else ""
     yield from open_store(request.param, tmp_path, url, clock)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a runner wait for nothing."""
+    for name in ("RENEW_S", "AGAIN_S", "AWAY_S"):
+        monkeypatch.setattr(f"service.jobs.runner.{name}", 0.0)

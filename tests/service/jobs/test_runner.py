@@ -1,10 +1,7 @@
-"""What a gateway does with jobs: it runs them, extends their leases, and lets go of what is not its own anymore."""
+"""What a gateway does with jobs: it runs them, extends their leases, and says how they end."""
 
 import asyncio
-import contextlib
-import dataclasses
-import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +10,17 @@ import pytest
 from service.api.backend import Report, Restarted, Waiting
 from service.jobs import runner as module
 from service.jobs.backlog import JobBacklog
-from service.jobs.lost_runners import LostRunners
 from service.jobs.records import Job
-from service.jobs.requests import new_job, request_of
-from service.jobs.runner import Runner
+from service.jobs.requests import asked_of, new_job
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
-from sp_core.degrees import ParallelDegrees
+from tests.service.jobs.gateways import REQUEST, RESULT, Script, World, draws, live
 from workers.errors import GangLost, JobsUnavailable, ModelNotFound, ModelUnavailable, QueueFull, RequestFailed
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest
 
-REQUEST = GenerationRequest(
-    "a", "film", "a cup", 64, 64, 4, seed=7, num_frames=5, output_format="mp4", loras=(("i", 0.5),)
-)
-RESULT = GenerationResult((b"film",), (7,), ParallelDegrees(), 0.1, (0.1,) * 4, 0.1, ("cut",))
-
-Script = Callable[[GenerationRequest], AsyncGenerator[Report]]
-
-
-class World:
-    """A store in a file, a folder of outputs, and a runner whose model does what a test says."""
-
-    def __init__(self, folder: Path, script: Script) -> None:
-        self.jobs, self.outputs = Jobs(), OutputStore()
-        self.jobs.follow(str(folder / "jobs"), None, 1000.0)
-        self.outputs.follow(str(folder / "outputs"), 1000.0)
-        self.asked: list[tuple[str, GenerationRequest]] = []
-        self.script = script
-        self.room = {"film": 1}
-        self.models = {"film"}
-        self.gone: set[str] = set()
-        self.backlog = JobBacklog(dict)
-        self.runner = self.another("gateway-1")
-
-    def another(self, name: str) -> Runner:
-        """One of another gateway."""
-        known = (lambda: self.room), (lambda: self.models)
-        lost = LostRunners(name, lambda runner: runner not in self.gone)
-        return Runner(self.jobs, self.outputs, name, self._generate, *known, self.backlog, lost)
-
-    async def submit(self, request: GenerationRequest = REQUEST, owner: str = "ann", **given: Any) -> Job:
-        job, _ = await self.jobs.ask(JobStore.submit, new_job(request, owner, **given))
-        self.runner.wake()
-        return job
-
-    async def until(self, job: Job, condition: Callable[[Job], bool]) -> Job:
-        async with asyncio.timeout(30):
-            while not condition(found := await self.jobs.ask(JobStore.get, job.id, None)):
-                await asyncio.sleep(0.01)
-        return found
-
-    async def ended(self, job: Job) -> Job:
-        return await self.until(job, lambda found: found.ended)
-
-    async def _generate(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
-        self.asked.append((owner, request))
-        async with contextlib.aclosing(self.script(request)) as reports:
-            async for report in reports:
-                yield report
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RENEW_S", "AGAIN_S", "AWAY_S"):
-        monkeypatch.setattr(module, name, 0.0)
-
-
-def live(folder: Path, script: Script, story: Callable[[World], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await asyncio.wait_for(story(World(folder, script)), 60)
-
-    asyncio.run(run())
-
-
-async def draws(request: GenerationRequest) -> AsyncGenerator[Report]:
-    for step in range(1, 5):
-        yield StepEvent(step, 4, 0.1)
-    yield RESULT
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_job_is_drawn_and_its_output_kept(tmp_path: Path) -> None:
@@ -111,12 +40,12 @@ def test_a_job_is_drawn_and_its_output_kept(tmp_path: Path) -> None:
     live(tmp_path, draws, story)
 
 
-def test_a_request_of_another_version_can_be_read() -> None:
+def test_a_asked_of_another_version_can_be_read() -> None:
     job = Job(
         "job_1", "video", "film", "", {**new_job(REQUEST, "").request, "of_tomorrow": 1}, 1, "standard", "queued", 0.0
     )
     kept = {name: getattr(REQUEST, name) for name in ("prompt", "loras", "seeds", "output_format", "guidance_scale")}
-    found = request_of(job)
+    found = asked_of(job)
     assert {name: getattr(found, name) for name in kept} == kept
 
 
@@ -158,54 +87,6 @@ def test_a_job_that_is_cancelled_anywhere_stops_at_the_next_report(tmp_path: Pat
         await asyncio.wait_for(stopped.wait(), 10)
 
     live(tmp_path, endless, story)
-
-
-def test_a_gateway_that_stops_gives_its_jobs_back_and_takes_no_more(tmp_path: Path) -> None:
-    begun = 0
-
-    async def endless(request: GenerationRequest) -> AsyncGenerator[Report]:
-        nonlocal begun
-        begun += 1
-        while True:
-            yield StepEvent(1, 4, 0.1)
-            await asyncio.sleep(0.01)
-
-    async def story(world: World) -> None:
-        world.room = {"film": 2}
-        jobs = [await world.submit() for _ in range(2)]
-        for job in jobs:
-            await world.until(job, lambda found: found.step == 1)
-        await world.runner.stop()
-        back = [await world.jobs.ask(JobStore.get, job.id, None) for job in jobs]
-        assert [(job.state, job.attempt, job.step, job.lease_until) for job in back] == [("queued", 0, 0, None)] * 2
-        events = await world.jobs.ask(JobStore.events, jobs[0].id)
-        assert events[-1].reason == "its gateway stops"
-        late = await world.submit()  # which wakes the runner
-        await asyncio.sleep(0.2)
-        assert (await world.jobs.ask(JobStore.get, late.id, None)).state == "queued"
-        assert begun == 2
-        world.script = draws
-        world.another("gateway-2").wake()
-        done = [await world.ended(job) for job in (*jobs, late)]
-        assert [(job.state, job.attempt, job.runner) for job in done] == [("succeeded", 1, "gateway-2")] * 3
-
-    live(tmp_path, endless, story)
-
-
-def test_a_result_that_comes_after_the_lease_was_lost_is_removed(tmp_path: Path) -> None:
-    async def story(world: World) -> None:
-        async def cancelled_meanwhile(request: GenerationRequest) -> AsyncGenerator[Report]:
-            await world.jobs.ask(JobStore.cancel, job.id, "ann")
-            yield RESULT
-
-        world.script = cancelled_meanwhile
-        job = await world.submit()
-        assert (await world.ended(job)).state == "cancelled"
-        while world.runner._running:
-            await asyncio.sleep(0.01)
-        assert list((tmp_path / "outputs").glob("*.mp4")) == []
-
-    live(tmp_path, draws, story)
 
 
 def failing(*errors: Exception) -> Script:
@@ -309,98 +190,6 @@ def test_outputs_that_cannot_be_written_are_said(tmp_path: Path, monkeypatch: py
     live(tmp_path, draws, story)
 
 
-def test_the_jobs_of_a_gateway_that_is_gone_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SWEEP_S", 0.0)
-
-    async def story(world: World) -> None:
-        other = Jobs()
-        other.follow(str(tmp_path / "jobs"), None, 1000.0)
-        await world.jobs.ask(JobStore.counts)
-        assert world.jobs._own is not None
-        world.jobs._own._database._patience_s = 0.0
-        job, _ = await other.ask(JobStore.submit, new_job(REQUEST, "ann"))
-        (taken,) = await other.ask(JobStore.claim, {"film": 1}, "gateway-0", 0.1)
-        world.runner.wake()
-        done = await world.ended(job)
-        assert (done.state, done.attempt, done.runner) == ("succeeded", 2, "gateway-1")
-        assert world.asked[0][1].seed == request_of(taken).seed
-
-    live(tmp_path, draws, story)
-
-
-class Cut:
-    """The store as a gateway reaches it whose connection can be cut."""
-
-    def __init__(self, jobs: Jobs) -> None:
-        self.jobs, self.cut, self.refused = jobs, False, list[Any]()
-
-    async def in_use(self) -> bool:
-        return await self.jobs.in_use()
-
-    async def ask(self, call: Any, *args: Any) -> Any:
-        if self.cut:
-            self.refused.append(call)
-            raise JobsUnavailable("cut off")
-        return await self.jobs.ask(call, *args)
-
-
-@pytest.mark.parametrize("first", ["before the other", "after the other"])
-def test_who_is_cut_off_from_the_store_past_its_lease_adds_no_second_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
-) -> None:
-    monkeypatch.setattr(module, "SWEEP_S", 0.0)
-    monkeypatch.setattr(module, "LEASE_S", 0.3)
-    begun, go = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
-
-    async def story(world: World) -> None:
-        async def attempts(request: GenerationRequest) -> AsyncGenerator[Report]:
-            number = len(world.asked) - 1
-            begun[number].set()
-            await go[number].wait()
-            yield StepEvent(1, 4, 0.1)
-            yield dataclasses.replace(RESULT, outputs=(b"%d" % number,))
-
-        async def published() -> None:  # or nobody's anymore
-            while JobStore.publish not in link.refused:
-                await asyncio.sleep(0.01)
-            assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 1 + (first == "after the other")
-            link.cut = False
-            while world.runner._running:
-                await asyncio.sleep(0.01)
-
-        link, world.script = Cut(world.jobs), attempts
-        gateway: Any = world.runner
-        gateway._jobs = link
-        job = await world.submit()
-        await asyncio.wait_for(begun[0].wait(), 10)
-        assert world.jobs._own is not None
-        world.jobs._own._database._patience_s = 0.0  # the store has just been opened
-        link.cut = True
-        monkeypatch.setattr(module, "LEASE_S", 60.0)
-        other = world.another("gateway-2")
-        while not begun[1].is_set():
-            await other._claim()
-            await asyncio.sleep(0.02)
-        if first == "before the other":
-            go[0].set()
-            await published()
-            held = await world.jobs.ask(JobStore.get, job.id, None)
-            assert (held.state, held.runner, held.attempt) == ("running", "gateway-2", 2)
-        go[1].set()
-        await world.ended(job)
-        if first == "after the other":
-            go[0].set()
-            await published()
-        done = await world.jobs.ask(JobStore.get, job.id, None)
-        assert (done.state, done.runner, done.attempt) == ("succeeded", "gateway-2", 2)
-        (output,), (file,) = done.outputs, (tmp_path / "outputs").glob("*.mp4")
-        assert (file.name, file.read_bytes()) == (output.name, b"1")
-        told = [event.state for event in await world.jobs.ask(JobStore.events, job.id)]
-        assert told == ["queued", "running", "queued", "running", "succeeded"]
-
-    live(tmp_path, draws, story)
-
-
 def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,71 +245,3 @@ def test_what_is_claimed_is_not_told_as_waiting(tmp_path: Path, monkeypatch: pyt
         release.set()
 
     live(tmp_path, waits, story)
-
-
-def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SWEEP_S", 0.0)
-
-    async def hangs(request: GenerationRequest) -> AsyncGenerator[Report]:
-        yield StepEvent(1, 4, 0.1)
-        await asyncio.Event().wait()
-
-    async def story(world: World) -> None:
-        job = await world.submit()
-        await world.until(job, lambda found: found.step == 1)
-        assert world.jobs._own is not None
-        world.jobs._own._database._patience_s = 0.0  # the store has just been opened
-        world.script, other = draws, world.another("gateway-2")
-        for _ in range(3):
-            await other._claim()
-        assert (await world.jobs.ask(JobStore.get, job.id, None)).runner == "gateway-1"  # it lives
-        world.gone.add("gateway-1")
-        await other._claim()
-        done = await world.ended(job)
-        assert (done.state, done.runner, done.attempt) == ("succeeded", "gateway-2", 2)
-
-    live(tmp_path, hangs, story)
-
-
-def test_who_is_gone() -> None:
-    """A runner of another cluster was never seen here, alive or not."""
-    alive = {"a", "b"}
-
-    async def story() -> None:
-        lost = LostRunners("own", lambda runner: runner in alive)
-        runners = ["own", "", "a", "b", "elsewhere", "a"]
-        assert await lost.among(runners) == []
-        alive.remove("a")
-        assert await lost.among(runners) == ["a"]
-        assert await lost.among(runners) == []  # its leases have ended
-        assert await lost.among(["b"]) == []
-
-    asyncio.run(story())
-
-
-def test_a_look_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.jobs.lost_runners.LOOK_S", 0.01)
-    answers, alive, looks = threading.Event(), {"a"}, []
-
-    def lives(runner: str) -> bool:
-        looks.append(runner)
-        answers.wait()
-        return runner in alive
-
-    async def story() -> None:
-        lost = LostRunners("own", lives)
-        for _ in range(3):
-            assert await lost.among(["a"]) == []
-        assert looks == ["a"]  # one look, however often somebody asks
-        answers.set()
-        while "a" not in lost._seen:
-            await lost.among(["a"])
-        alive.clear()
-        found: list[str] = []
-        while not found:
-            found = await lost.among(["a"])
-        assert found == ["a"]
-
-    asyncio.run(story())
