@@ -3,10 +3,13 @@
 Nor does a second start on the node: it finds what the first one compiled.
 """
 
+import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from deploy.spec import LoRA, WarmupShape
@@ -18,9 +21,11 @@ from tests.support.programs import needs_compiler
 from workers.gang.rank import Rank
 from workers.messages import Drawn, GenerationRequest
 from workers.model.loader import load_model
-from workers.model.torch_internals import graphs
+from workers.model.torch_internals import VARIABLE, graphs
 
 pytestmark = pytest.mark.processes
+
+ULYSSES = ParallelDegrees(ulysses_degree=2)
 
 FIRST = GenerationRequest("a", "demo", "a cup of coffee on a table", width=64, height=48, num_inference_steps=2, seed=1)
 REQUESTS = [
@@ -54,17 +59,38 @@ def start(mesh: ParallelMesh, folder: Path, ink: LoRA, kept: Path) -> tuple[list
     return found, graphs()
 
 
+def traced(mesh: ParallelMesh, folder: Path, ink: LoRA, kept: Path) -> list[int]:
+    """The same counts of graphs that are traced as those are, but run without machine code of their own."""
+    torch._dynamo.reset()
+    counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        patch.setitem(os.environ, VARIABLE, str(kept))  # the pool's ranks go on to other tests: none is to be kept
+        found, _ = start(mesh, folder, ink, kept)
+    torch._dynamo.reset()
+    return found
+
+
+def check_graphs(found: list[int]) -> None:
+    """Some come with the start, some with the adapter, none with a request."""
+    assert found[0] > 0
+    assert found[1] > found[0]
+    assert found[2:] == [found[1]] * len(REQUESTS)
+
+
+def test_no_request_compiles(ranks: RankPool, demo_model: Path, ink: LoRA, tmp_path: Path) -> None:
+    for found in ranks.run(ULYSSES, traced, demo_model, ink, tmp_path):
+        check_graphs(found)
+
+
 @needs_compiler
-def test_no_request_compiles(demo_model: Path, ink: LoRA, tmp_path: Path) -> None:
+@pytest.mark.soak  # of smaller blocks `test_compiler.py` proves it
+def test_a_second_start_finds_all_graphs(demo_model: Path, ink: LoRA, tmp_path: Path) -> None:
     for time in ("first", "second"):
         pool = RankPool(2)  # new processes
         try:
-            for found, (cached, compiled) in pool.run(
-                ParallelDegrees(ulysses_degree=2), start, demo_model, ink, tmp_path
-            ):
-                assert found[0] > 0
-                assert found[1] > found[0]
-                assert found[2:] == [found[1]] * len(REQUESTS)
+            for found, (cached, compiled) in pool.run(ULYSSES, start, demo_model, ink, tmp_path):
+                check_graphs(found)
                 assert (compiled > 0) == (time == "first")
                 assert cached + compiled == found[1]
         finally:
