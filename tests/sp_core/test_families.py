@@ -54,8 +54,9 @@ def differences(mesh: ParallelMesh, name: str, local: bool = False) -> dict[Cell
     return found
 
 
-FOR_VARIANTS = ("ulysses 3", "ring 3", "ulysses 2 x ring 2")
-"""A variant (two words: `wan image`) has its family's attention and other inputs; fewer layouts prove these."""
+FOR_VARIANTS = ("ulysses 3", "ulysses 2 x ring 2")
+"""A variant (two words: `wan image`) has its family's attention and other inputs; fewer layouts prove these. Rings of
+three are those of `ON_EVERY_LAYOUT`."""
 
 PLANNED = {name for family in planned_families() for name in family.examples}
 """They have the attention of families written by hand; most is left to the soak."""
