@@ -53,7 +53,7 @@ ENDS = ("raylet", "gcs", "serve")
 END_S = 20.0
 
 UNNOTICED = ("controller", "raylet", "gcs")
-"""Those that nobody replaces while they are only stopped; requests go on without them."""
+"""Those that nobody replaces while they are only stopped; requests go on without them. Their row ends with SIGCONT."""
 
 SIGNALS = ("SIGKILL", "SIGSTOP")
 OF_SERVE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
@@ -177,6 +177,12 @@ class Serving:
         """Wait for the end of the command, at most so long."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
+
+    def resume(self) -> None:
+        """Let what was stopped and is there still go on, so that it can be struck again."""
+        for pid in self.struck & set(self.processes()):
+            os.kill(pid, signal.SIGCONT)
+        self.struck.clear()
 
     def wait_gone(self, pid: int, seconds: float) -> bool:
         """Wait for the end of a process; False if it is still there so many seconds later."""
@@ -302,7 +308,7 @@ def rows(phases: Iterable[str], processes: Iterable[str] = TITLES, signals: Iter
     return [
         Cell(process, sign, phase)
         for phase, process in itertools.product(phases, processes)
-        for sign in (OF_SERVE if process == "serve" else SIGNALS)
+        for sign in (OF_SERVE if process == "serve" else SIGNALS[::-1] if process in ENDS else SIGNALS)
         if sign in signals
     ]
 
@@ -321,8 +327,10 @@ class Bench:
             self.close()
             self._serving = Serving(self._folder / "model", self._folder)
         measure(self._serving, cell)
-        if cell.gone == "no" or cell.served.startswith("not"):
+        if cell.served.startswith("not"):
             self.close()
+        elif cell.gone == "no":
+            self._serving.resume() if cell.process in UNNOTICED else self.close()
 
     def close(self) -> None:
         """End the cluster."""

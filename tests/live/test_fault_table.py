@@ -1,6 +1,7 @@
 """Every process of a served cluster is killed and stopped, in each phase: `tests/benchmarks/faults.py` as a test.
 
 `make fault` strikes an idle cluster and one that denoises, `make fault FULL=1` all phases. Prints the table's rows.
+How an idle one ends is in `test_local_cluster.py`.
 """
 
 import os
@@ -12,7 +13,15 @@ from tests.benchmarks.faults import ENDS, PHASES, STARTING, Bench, Cell, rows
 
 pytestmark = pytest.mark.fault
 
-ROWS = rows(PHASES if os.environ.get("FULL") else ("idle", "denoise"))
+
+def once(row: Cell) -> bool:
+    """False for what `make fault` proves with more than this row: ends of an idle cluster, each of which costs a new
+    one; and a stopped proxy, which Serve notices after 43 s, at rest as at work."""
+    ends = row.process in ENDS and row.signal != "SIGSTOP"
+    return row.phase != "idle" or not (ends or (row.process, row.signal) == ("proxy", "SIGSTOP"))
+
+
+ROWS = rows(PHASES) if os.environ.get("FULL") else [row for row in rows(("idle", "denoise")) if once(row)]
 
 EXIT_CODES = {"SIGTERM": "0", "SIGINT": "130", "SIGHUP": "0", "SIGKILL": "-9"}
 
