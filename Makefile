@@ -31,7 +31,7 @@ test: $(READY) lint
 	$(PYTEST) tests/live
 
 fault: $(READY)
-	$(PYTEST) -m fault -s
+	$(PYTEST) tests/live -m fault -s
 
 # The tests, then FAULTS faults at jobs of a live cluster, planned by SEED. With FAULTS= the faults alone; they go on where
 # they were interrupted. ON=postgres keeps the jobs in PostgreSQL.

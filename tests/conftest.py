@@ -122,6 +122,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()) or item.path.is_relative_to(TESTS / "live"):
             item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("fault") and not item.path.is_relative_to(TESTS / "live"):
+            raise pytest.UsageError(f"{item.nodeid} is not in tests/live, where `make fault` looks")
     for mechanism, name in ONE_PER_MECHANISM.items():
         if name in found:
             found[name].add_marker(pytest.mark.mechanism)
