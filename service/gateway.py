@@ -248,13 +248,9 @@ class Gateway(GrpcMethods):
 
         Raises:
             ShuttingDown: the gateway is draining.
-            QueueFull: too many requests wait for the model.
-            RequestError: the model refuses the request.
-            RequestFailed: it failed, and its gang is still sound.
-            ModelUnavailable: no gang of the model runs, and none can start.
-            ModelNotFound: the model was removed while the request waited.
-            GangLost: it lost as many gangs as it may.
-            RequestQuarantined: the same request did so before.
+            ModelNotAllowed: the caller's key is for other models.
+            RateLimited: it has used what it may.
+            Exception: what `Dispatcher.run` raises.
         """
         began, outcome, attempts = time.monotonic(), CANCELLED, 1
         result: GenerationResult | None = None

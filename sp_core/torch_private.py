@@ -29,7 +29,7 @@ copy_each = torch._foreach_copy_
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether somebody else takes part in the module's forward."""
-    return bool(hooks(module))
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
