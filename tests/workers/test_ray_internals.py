@@ -3,6 +3,8 @@
 import ast
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray._common import tls_utils
@@ -10,7 +12,7 @@ from ray._private import state
 from ray.serve._private import replica
 
 import workers
-from workers.gang.ray_internals import available_resources_per_node, keep_replica_on_node_ip
+from workers.gang.ray_internals import available_resources_per_node, keep_replica_on_node_ip, process_of
 
 WORKERS = Path(workers.__file__).parent
 
@@ -21,11 +23,22 @@ class Cluster:
     def available_resources_per_node(self) -> dict[str, dict[str, float]]:
         return {"n1": {"CPU": 1.5}, "n2": {}}
 
+    def actor_table(self, actor_id: str, **_: Any) -> dict[str, Any]:
+        return {"Address": {"NodeID": "n1"}, "Pid": 7 if actor_id == "0a" else 0}
+
 
 def test_available_resources_come_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not inspect.signature(state.GlobalState.available_resources_per_node).parameters.keys() - {"self"}
     monkeypatch.setattr(state, "state", Cluster())
     assert available_resources_per_node() == {"n1": {"CPU": 1.5}, "n2": {}}
+
+
+def test_the_process_of_an_actor_is_known_once_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = inspect.getsource(state.GlobalState._gen_actor_info)
+    assert all(f'"{key}"' in made for key in ("Address", "NodeID", "Pid"))
+    monkeypatch.setattr(state, "state", Cluster())
+    actors = [SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda name=name: name)) for name in ("0a", "0b")]
+    assert [process_of(actor) for actor in actors] == [("n1", 7), None]
 
 
 @pytest.mark.parametrize(("node", "bound"), [("10.0.0.7", "10.0.0.7:0"), ("fd00::7", "[fd00::7]:0")])

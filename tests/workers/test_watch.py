@@ -132,8 +132,12 @@ def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch:
                 while rank.calls < 4:  # although the rank has not yet said that it works
                     await asyncio.sleep(0.01)
             rank.said = replace(rank.said, phase="denoise")
+            async with asyncio.timeout(PATIENCE_S):
+                while watching.statuses[0].phase != "denoise":
+                    await asyncio.sleep(0.01)
+        before = rank.calls
         async with asyncio.timeout(PATIENCE_S):
-            while watching.statuses[0].phase != "denoise":
+            while rank.calls < before + 3:  # although there is nothing to do anymore, as far as is known
                 await asyncio.sleep(0.01)
         watching.stop()
         await running

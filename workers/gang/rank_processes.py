@@ -7,8 +7,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, Never, TypeVar
 
 import ray
 from ray.util.placement_group import get_current_placement_group
@@ -19,14 +19,17 @@ from workers.errors import GangLost
 from workers.gang.device import by_device, environment
 from workers.gang.placement import bundle
 from workers.gang.rank_actor import RankActor
-from workers.gang.watch import watch_start
+from workers.gang.ray_internals import process_of
+from workers.gang.watch import watch_creation, watch_start
 from workers.messages import RankStatus
 
 logger = logging.getLogger("ray.serve")
 
+Done = TypeVar("Done")
+
 FIRST_WORD_S = 60.0
-"""A process that has said nothing for so long hangs: its pid is not known yet, so nobody can look at what it does. It
-takes a second on a quiet machine, tens of seconds on a very busy one."""
+"""A process that has said nothing for so long hangs. It takes a second on a quiet machine, tens of seconds on a
+very busy one."""
 
 SPARE_GPU = 0.1
 """What a spare process holds of its rank's GPU in Ray's books. It does not touch the device."""
@@ -71,24 +74,31 @@ async def assemble(processes: Sequence[Any], model: ModelSpec, replica: str) -> 
         GangLost: one was stopped, died or hung. What else a rank raises goes on to the caller.
     """
     try:
-        ranks, statuses = await asyncio.wait_for(_number(processes, model, replica), FIRST_WORD_S)
-    except TimeoutError:
-        for process in processes:
-            ray.kill(process)
-        raise GangLost(f"a rank's process has said nothing for {FIRST_WORD_S:g} s since it was made") from None
-    ready = asyncio.ensure_future(_bring_together(ranks))
-    watch = asyncio.ensure_future(watch_start(ranks, statuses, model.timeouts))
+        async with asyncio.timeout(FIRST_WORD_S):
+            ranks, statuses = await _watched(_number(processes, model, replica), watch_creation(processes))
+    except BaseException as error:
+        _end(processes)
+        if isinstance(error, TimeoutError):
+            raise GangLost(f"a rank's process has said nothing for {FIRST_WORD_S:g} s since it was made") from None
+        raise
     try:
-        await asyncio.wait([ready, watch], return_when=asyncio.FIRST_COMPLETED)
-        if watch.done():
-            watch.result()
-        return ranks, await ready
+        return ranks, await _watched(_bring_together(ranks), watch_start(ranks, statuses, model.timeouts))
     except BaseException:
         kill_all(ranks, statuses)
         raise
+
+
+async def _watched(work: Coroutine[Any, Any, Done], watch: Coroutine[Any, Any, Never]) -> Done:
+    """Do the work until it is done, or the watch raises."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch)
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+        return await working
     finally:
-        ready.cancel()
-        watch.cancel()
+        working.cancel()
+        watching.cancel()
 
 
 async def _number(processes: Sequence[Any], model: ModelSpec, replica: str) -> tuple[list[Any], list[RankStatus]]:
@@ -103,6 +113,17 @@ async def _bring_together(ranks: Sequence[Any]) -> list[RankStatus]:
     await asyncio.gather(*(rank.prepare.remote() for rank in ranks))
     host, port = await ranks[0].open_rendezvous.remote()
     return list(await asyncio.gather(*(rank.join.remote(host, port) for rank in ranks)))
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """End processes that have said nothing of themselves."""
+    here = ray.get_runtime_context().get_node_id()
+    for process in processes:
+        node, pid = process_of(process) or ("", 0)
+        if node == here:
+            _kill(pid)  # as in `kill_all`
+        else:
+            ray.kill(process)
 
 
 def kill_all(ranks: Sequence[Any], statuses: Sequence[RankStatus]) -> None:

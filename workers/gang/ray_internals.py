@@ -21,6 +21,15 @@ def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     return available
 
 
+def process_of(actor: Any) -> tuple[str, int] | None:
+    """The id of an actor's node and its process there, before its constructor has returned; None before it has one.
+
+    `ray.util.state` asks the dashboard, which a cluster may lack.
+    """
+    found: Mapping[str, Any] = state.actors(actor._actor_id.hex())
+    return (found["Address"]["NodeID"], found["Pid"]) if found.get("Pid") else None
+
+
 def keep_replica_on_node_ip() -> None:
     """Let the Serve replica in this process listen at its node's IP only. Call it while the replica is constructed.
 

@@ -1,13 +1,13 @@
 """Watches the ranks of a gang from its replica's process, and says when one of them is lost.
 
 Made by `workers.gang.rank_group`, which then kills it and those that may wait for it. `Watch` looks at ranks that
-serve, `watch_start` at ranks that start.
+serve, `watch_start` at ranks that start, `watch_creation` at processes before they are ranks.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Never
 
 import ray
 from ray.exceptions import RayActorError
@@ -15,11 +15,15 @@ from ray.exceptions import RayActorError
 from deploy.spec import Timeouts
 from workers.errors import GangLost
 from workers.gang.process_state import Activity, is_halted
+from workers.gang.ray_internals import process_of
 from workers.messages import RankStatus
 from workers.metrics import Loss
 
 PERIOD_S = 0.25
 """Between two looks at processes, and at ranks that work."""
+
+CREATION_PERIOD_S = 1.0
+"""Between two looks at processes that are being created: each asks Ray which they are."""
 
 IDLE_S = 5.0
 """Between two calls of ranks that wait for a request: each costs CPU time on both sides."""
@@ -123,7 +127,23 @@ class Watch:
                 await self._woken.wait()
 
 
-async def watch_start(ranks: Sequence[Any], statuses: Sequence[RankStatus], timeouts: Timeouts) -> None:
+async def watch_creation(processes: Sequence[Any]) -> Never:
+    """Look at processes of this node that have said nothing yet, until canceled.
+
+    Raises:
+        GangLost: one is stopped or dead.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    halted: set[int] = set()
+    while True:
+        await asyncio.sleep(CREATION_PERIOD_S)
+        known = await asyncio.to_thread(lambda: [process_of(process) for process in processes])
+        before, halted = halted, {pid for node, pid in filter(None, known) if node == here and is_halted(pid)}
+        if found := halted & before:
+            raise GangLost(f"a rank's process, {min(found)}, was stopped or died before it had said anything")
+
+
+async def watch_start(ranks: Sequence[Any], statuses: Sequence[RankStatus], timeouts: Timeouts) -> Never:
     """Look at ranks that start, until canceled.
 
     Args:
