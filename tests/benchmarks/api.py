@@ -1,6 +1,7 @@
 """What the API costs a request: REST in JSON, as a stream, and gRPC, by callers and by the length of steps.
 
     python -m tests.benchmarks.api [--requests 60] [--callers 1 8 64] [--step-ms 0 10 100] [--steps 4] [--overload-s 30]
+        [--overload-step-ms 100]
 
 A local cluster with the real proxies, gateway and gang; only the ranks are replaced, by such whose steps take a given
 time (`tests.benchmarks.timed_gang`). Callers send their next request when their last is answered. One gang works for
@@ -9,7 +10,7 @@ are callers. The first row of each number of callers is a bare deployment of Ser
 at once with as many bytes.
 
 Then: how long after a caller has left a stream in the middle of a step of 100 ms the gang answers the next one; and
-the answers to ten times as many requests a second as the gang can do.
+the answers to ten times as many requests of one step a second as the gang can do.
 
 The last line says whether the bar is held: with 1 caller, steps of 0 ms and JSON, the median is at most 10 ms above
 that of the bare deployment.
@@ -183,11 +184,11 @@ async def cancellations(server: str, times: int) -> list[float]:
     return found
 
 
-async def overload(server: str, seconds: float) -> dict[str, Any]:
+async def overload(server: str, seconds: float, step_ms: float) -> dict[str, Any]:
     """Ten times as many requests a second as the gang can do, in an open loop."""
-    capacity = 10.0  # one step of 100 ms
+    capacity = 1e3 / step_ms  # one step each
     kinds = {"short": Kind(body={"num_inference_steps": 1})}
-    load = (complete(one, "100 ms", "short") for one in drawn(kinds, 0, 10 * capacity, None, seconds))
+    load = (complete(one, f"{step_ms:g} ms", "short") for one in drawn(kinds, 0, 10 * capacity, None, seconds))
     drive = Drive(server, 60.0, lambda line: None)
     await drive.open_loop(load)
     refused = [1e3 * one.seconds for one in drive.asked if one.code == "queue_full"]
@@ -212,7 +213,7 @@ async def measure(running: LocalCluster, arguments: argparse.Namespace) -> float
     found = await cancellations(running.url, a.cancellations)
     print("\n| canceled | next answer after, p50 ms | most, ms |\n|---|---|---|")
     print(f"| {len(found)} | {statistics.median(found):.0f} | {max(found):.0f} |")
-    under = await overload(running.url, a.overload_s)
+    under = await overload(running.url, a.overload_s, a.overload_step_ms)
     print(
         "\n| overload: sent | answered | of capacity | refused | p50 ms | p99 ms | other errors | sent late, p99 ms |"
     )
@@ -233,6 +234,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cancellations", type=int, default=20)
     parser.add_argument("--overload-s", type=float, default=30.0)
+    parser.add_argument("--overload-step-ms", type=float, default=100.0)
     arguments = parser.parse_args(given)
     with cluster() as running:
         above_ms = asyncio.run(measure(running, arguments))
