@@ -10,6 +10,7 @@ local_cluster.py  a Ray cluster of our own on this machine, for `spray serve`, t
 cluster_folder.py  the folder of such a cluster, for its user alone
 drain.py          before a node ends, what it serves goes on elsewhere; for Kubernetes
 core_watch.py     notices when the core of such a cluster is gone
+stopped_processes.py  ends what a signal has stopped of Serve there, so that Serve starts it again
 devices.py        what this machine offers
 ports.py          why a port cannot be bound, and who reaches it
 """

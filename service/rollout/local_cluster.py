@@ -34,6 +34,7 @@ from service.rollout.devices import local_devices
 from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
 from service.rollout.serve_client import apply_config, dead_processes, disconnect, start_ray, start_serve
+from service.rollout.stopped_processes import StoppedProcesses
 from service.state.keyring import check_keys
 from service.state.model_states import failure
 from workers.errors import GangLost
@@ -76,6 +77,7 @@ class LocalCluster:
         self.token_file: Path | None = None
         self._folder: Path | None = None
         self._reservations: list[socket.socket] = []
+        self._stopped_processes = StoppedProcesses()
 
     def __enter__(self) -> Self:
         if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]
@@ -99,6 +101,7 @@ class LocalCluster:
             metrics, outputs = self._folder / "metrics", self._folder / "outputs"
             with _inherited("SPRAY_METRICS_DIR", metrics), _inherited("SPRAY_OUTPUTS_DIR", outputs):
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
+            self._stopped_processes.start()
             self.address = ray.get_runtime_context().gcs_address
             quiet = {"log_level": "WARNING"}
             start_serve(host, port, grpc_options(grpc_port), proxy_location="HeadOnly", logging_config=quiet)
@@ -182,6 +185,7 @@ class LocalCluster:
 
         A signal that comes meanwhile ends the processes at once, and does not keep the folder from being removed.
         """
+        self._stopped_processes.stop()
         with impatient() as arm:
             if ray.is_initialized():
                 aside(disconnect, arm)  # halfway through, Ray gives SIGTERM its default action

@@ -52,7 +52,7 @@ ENDS = ("raylet", "gcs", "serve")
 """The processes whose end is the end of `spray serve`: their rows wait for that first, for `END_S` seconds."""
 END_S = 20.0
 
-UNNOTICED = ("controller", "raylet", "gcs")
+UNNOTICED = ("raylet", "gcs")
 """Those that nobody replaces while they are only stopped; requests go on without them. Their row ends with SIGCONT."""
 
 SIGNALS = ("SIGKILL", "SIGSTOP")
