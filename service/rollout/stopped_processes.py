@@ -45,7 +45,7 @@ class StoppedProcesses:
         for process, since in self._since.items():
             if now - since > STOPPED_S:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    logger.warning("%s is stopped for %.0f s; it is ended", " ".join(process.cmdline()), now - since)
+                    logger.warning("%s has been stopped for %.0f s; it is ended", _title(process), now - since)
                     process.kill()
 
     def _watch(self) -> None:
@@ -56,5 +56,10 @@ class StoppedProcesses:
 def _stopped() -> Iterable[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() == psutil.STATUS_STOPPED and " ".join(process.cmdline()).startswith(TITLES):
+            if process.status() == psutil.STATUS_STOPPED and _title(process).startswith(TITLES):
                 yield process
+
+
+def _title(process: psutil.Process) -> str:
+    """What `ps` shows, without the blanks that Ray's processes fill it up with."""
+    return " ".join(process.cmdline()).strip()

@@ -198,13 +198,12 @@ def test_serve_leaves_nothing_behind_however_often_it_is_interrupted(
 
 
 @pytest.mark.fault
-def test_serve_stops_although_its_controller_does_not_answer(serving: subprocess.Popen[str], mark: str) -> None:
+def test_serve_stops_although_its_controller_was_stopped(serving: subprocess.Popen[str], mark: str) -> None:
     (controller,) = own(mark, "ray::ServeController")
     os.kill(controller, signal.SIGSTOP)
     serving.terminate()
     said, _ = serving.communicate(timeout=local.ANSWERS_WITHIN_S + 60)
-    assert serving.returncode == 1, said
-    assert "did not end within" in said
+    assert (serving.returncode, "ray::ServeController has been stopped for" in said) == (0, True), said
     assert wait_gone(mark) == []
 
 
