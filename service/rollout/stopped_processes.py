@@ -1,7 +1,8 @@
-"""Ends processes of Serve that a signal has stopped, so that Serve starts others. For `LocalCluster`.
+"""Ends processes of Ray and Serve that a signal has stopped. For `LocalCluster`.
 
-Serve looks after a replica's health only once the replica has started, waits 40 seconds for a proxy, and forever for
-its controller. On other clusters a gang guards itself: see `workers.gang.gang_guard`.
+Serve then starts others at once; it looks after a replica's health only once the replica has started, waits 40 seconds
+for a proxy, and forever for its controller. Ray's core ends the cluster, which would end a minute later by itself, when
+its node is taken for dead. On other clusters a gang guards itself: see `workers.gang.gang_guard`.
 """
 
 import contextlib
@@ -9,12 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import PurePath
 
 import psutil  # type: ignore[import-untyped]
 
 logger = logging.getLogger(__name__)
 
-TITLES = ("ray::ServeReplica:", "ray::ServeController", "ray::ProxyActor")
+SERVE = ("ray::ServeReplica:", "ray::ServeController", "ray::ProxyActor")
+"""How the titles of its processes begin."""
+
+CORE = ("raylet", "gcs_server")
+"""The programs of Ray's."""
 
 PERIOD_S = 2.0
 """Between two looks: each reads what all processes of the machine are."""
@@ -56,7 +62,9 @@ class StoppedProcesses:
 def _stopped() -> Iterable[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() == psutil.STATUS_STOPPED and _title(process).startswith(TITLES):
+            title = _title(process)
+            known = title.startswith(SERVE) or PurePath(title.split(" ")[0]).name in CORE
+            if known and process.status() == psutil.STATUS_STOPPED:
                 yield process
 
 

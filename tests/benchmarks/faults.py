@@ -52,9 +52,6 @@ ENDS = ("raylet", "gcs", "serve")
 """The processes whose end is the end of `spray serve`: their rows wait for that first, for `END_S` seconds."""
 END_S = 20.0
 
-UNNOTICED = ("raylet", "gcs")
-"""Those that nobody replaces while they are only stopped; requests go on without them. Their row ends with SIGCONT."""
-
 SIGNALS = ("SIGKILL", "SIGSTOP")
 OF_SERVE = ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")
 EVERY = (*OF_SERVE, "SIGSTOP")
@@ -178,12 +175,6 @@ class Serving:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
-    def resume(self) -> None:
-        """Let what was stopped and is there still go on, so that it can be struck again."""
-        for pid in self.struck & set(self.processes()):
-            os.kill(pid, signal.SIGCONT)
-        self.struck.clear()
-
     def wait_gone(self, pid: int, seconds: float) -> bool:
         """Wait for the end of a process; False if it is still there so many seconds later."""
         deadline = time.monotonic() + seconds
@@ -266,7 +257,7 @@ def watch(serving: Serving, cell: Cell, pid: int, began: float, asked: Future[st
     if asked is not None:
         saw_at: list[float] = []
         asked.add_done_callback(lambda _: saw_at.append(time.monotonic()))
-    if cell.process in ENDS and cell.signal != "SIGSTOP":
+    if cell.process in ENDS:
         serving.wait_ended(END_S)
     while time.monotonic() < deadline and not serving.ended:
         if serving.url and ask(serving.url) == "the picture":
@@ -283,8 +274,7 @@ def watch(serving: Serving, cell: Cell, pid: int, began: float, asked: Future[st
     if serving.ended:
         cell.exit = f"{serving.process.returncode} after {time.monotonic() - began:.1f} s"
         cell.left = serving.left()
-    unnoticed = cell.signal == "SIGSTOP" and cell.process in UNNOTICED
-    cell.gone = "yes" if serving.wait_gone(pid, 1 if unnoticed else 10) else "no"
+    cell.gone = "yes" if serving.wait_gone(pid, 10) else "no"
 
 
 def measure(serving: Serving, cell: Cell) -> None:
@@ -308,7 +298,7 @@ def rows(phases: Iterable[str], processes: Iterable[str] = TITLES, signals: Iter
     return [
         Cell(process, sign, phase)
         for phase, process in itertools.product(phases, processes)
-        for sign in (OF_SERVE if process == "serve" else SIGNALS[::-1] if process in ENDS else SIGNALS)
+        for sign in (OF_SERVE if process == "serve" else SIGNALS)
         if sign in signals
     ]
 
@@ -327,10 +317,8 @@ class Bench:
             self.close()
             self._serving = Serving(self._folder / "model", self._folder)
         measure(self._serving, cell)
-        if cell.served.startswith("not"):
+        if cell.served.startswith("not") or cell.gone == "no":
             self.close()
-        elif cell.gone == "no":
-            self._serving.resume() if cell.process in UNNOTICED else self.close()
 
     def close(self) -> None:
         """End the cluster."""

@@ -35,11 +35,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     wait_for(psutil.Process(process.pid).status, lambda status: status == psutil.STATUS_STOPPED)
 
 
-@pytest.mark.parametrize("title", ["ray::ServeReplica:model-a:Gang", "ray::ServeController", "ray::ProxyActor"])
-def test_a_process_of_serve_that_is_stopped_for_long_is_ended(start: Start, title: str) -> None:
+@pytest.mark.parametrize(
+    "title", ["ray::ServeReplica:model-a:Gang", "ray::ServeController", "ray::ProxyActor", "/ray/raylet/raylet"]
+)
+def test_a_process_that_is_stopped_for_long_is_ended(start: Start, title: str) -> None:
     stopped, runs, foreign = start(title), start(title), start("ray::IDLE")
     stop(stopped)
-    stop(foreign)  # Ray's own affair
+    stop(foreign)  # whoever waits for it looks after it
     watch = StoppedProcesses()
     watch.look(0.0)
     watch.look(STOPPED_S)
