@@ -19,7 +19,9 @@ from service.rollout.serve_client import dead_processes, kill_node
 
 PERIOD_S = 5.0
 
-MEANWHILE_S = 0.02
+MEANWHILE_S = 0.5
+
+ASIDE_S = 0.02
 
 SILENT_S = 30.0
 """A controller that is silent for longer is gone. Serve starts a dead one again within seconds."""
@@ -58,16 +60,24 @@ class CoreWatch:
                 self._heard_at = time.monotonic()
 
 
-def within(seconds: float, call: Callable[[], object], name: str) -> None:
+def within(seconds: float, call: Callable[[], object], name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Call, but wait no longer than this. A call that takes longer goes on in its thread.
 
+    Args:
+        seconds: how long to wait.
+        call: is called in a thread.
+        name: says what it is.
+        meanwhile: is called here every half second. What it raises ends the wait.
+
     Raises:
-        TimeoutError: it has not returned in time; `name` says what it is.
-        Exception: what the call raised.
+        TimeoutError: the call has not returned in time.
+        Exception: what the call or `meanwhile` raised.
     """
-    called = _in_thread(call, name, daemon=True)
-    if not futures.wait([called], seconds).done:
-        raise TimeoutError(f"{name} did not end within {seconds:g} s")
+    called, deadline = _in_thread(call, name, daemon=True), time.monotonic() + seconds
+    while not futures.wait([called], min(MEANWHILE_S, max(0.0, deadline - time.monotonic()))).done:
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{name} did not end within {seconds:g} s")
+        meanwhile()
     called.result()
 
 
@@ -100,14 +110,14 @@ def impatient() -> Iterator[Callable[[], None]]:
 
 
 def aside(call: Callable[[], None], meanwhile: Callable[[], None]) -> None:
-    """Call in another thread, and do something else every `MEANWHILE_S` until it has returned.
+    """Call in another thread, and do something else every `ASIDE_S` until it has returned.
 
     Raises:
         Exception: what the call raised.
     """
     called = _in_thread(call, "aside", daemon=False)
     while not called.done():
-        futures.wait([called], MEANWHILE_S)
+        futures.wait([called], ASIDE_S)
         meanwhile()
     called.result()
 

@@ -135,10 +135,9 @@ class LocalCluster:
         deadline = time.monotonic() + timeout_s
         waiting = [model.name for model in self.spec.models]
         while time.monotonic() < deadline:
-            if dead := dead_processes():
-                raise GangLost(f"the cluster is gone: Ray has ended: {' and '.join(dead)} died")
             # First: what has failed never becomes ready, and its reason beats a timeout.
-            within(ANSWERS_WITHIN_S, self._raise_failures, "asking Serve for its state")
+            _raise_if_gone()
+            within(ANSWERS_WITHIN_S, self._raise_failures, "asking Serve for its state", meanwhile=_raise_if_gone)
             answer = _readiness(self.url)
             if "error" in answer and answer["error"]["code"] != GATEWAY_LOST:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
@@ -241,6 +240,11 @@ class LocalCluster:
         for name, application in serve.status().applications.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise GangLost(f"{name.removeprefix(MODEL_APP_PREFIX)} cannot be started: {failure(application)}")
+
+
+def _raise_if_gone() -> None:
+    if dead := dead_processes():
+        raise GangLost(f"the cluster is gone: Ray has ended: {' and '.join(dead)} died")
 
 
 @contextlib.contextmanager

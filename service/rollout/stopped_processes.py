@@ -63,11 +63,11 @@ def _stopped() -> Iterable[psutil.Process]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             title = _title(process)
-            known = title.startswith(SERVE) or PurePath(title.split(" ")[0]).name in CORE
-            if known and process.status() == psutil.STATUS_STOPPED:
+            if (title in CORE or title.startswith(SERVE)) and process.status() == psutil.STATUS_STOPPED:
                 yield process
 
 
 def _title(process: psutil.Process) -> str:
-    """What `ps` shows, without the blanks that Ray's processes fill it up with."""
-    return " ".join(process.cmdline()).strip()
+    """The title of a process of Ray's workers, which they fill up with blanks; of others the name of the program."""
+    first = " ".join(process.cmdline()[:1]).strip()
+    return first if first.startswith("ray::") else PurePath(first).name

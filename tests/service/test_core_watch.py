@@ -11,6 +11,7 @@ from ray._private.node import Node
 
 from service.rollout import core_watch, serve_client
 from service.rollout.core_watch import CoreWatch, within
+from workers.errors import GangLost
 
 
 def test_a_dead_process_of_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +73,15 @@ def test_a_call_is_waited_for_so_long_and_no_longer() -> None:
         within(5, lambda: 1 // 0, "a mistake")
     with pytest.raises(TimeoutError, match=r"waiting did not end within 0\.05 s"):
         within(0.05, threading.Event().wait, "waiting")
+
+
+def test_what_is_noticed_meanwhile_ends_the_wait() -> None:
+    began, over = time.monotonic(), threading.Event()
+
+    def notice() -> None:
+        raise GangLost("the raylet died")
+
+    with pytest.raises(GangLost, match="the raylet died"):
+        within(30, lambda: over.wait(60), "asking", meanwhile=notice)
+    assert time.monotonic() - began < 15
+    over.set()
