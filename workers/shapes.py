@@ -2,7 +2,7 @@
 
 Sizes that the deployment names (`warmup_shapes`, the default) have a value of their own. All others are put together by
 the pixels of a picture, or of all frames of a video. So the values are the same in every process and after each start.
-Called by `workers.gang.rank`.
+Called by `workers.gang.rank_telemetry`.
 """
 
 from deploy.spec import ModelSpec

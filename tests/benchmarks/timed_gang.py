@@ -18,6 +18,8 @@ from service.names import GANG
 from sp_core.degrees import ParallelDegrees
 from workers.gang.answers import Answers
 from workers.gang.gang import Gang
+from workers.gang.setup import Setup
+from workers.gang.supervisor import Supervisor
 from workers.messages import Drawn, GenerationRequest, GenerationResult, RankStatus, StepEvent
 
 PICTURE_BYTES = 100_000
@@ -33,7 +35,7 @@ class TimedRanks:
 
     def __init__(self, model: str) -> None:
         self._answers = Answers(60.0, lambda *_: None)
-        self.statuses = [RankStatus(0, 0, "", "idle", 0, model, 1.0, 0)]
+        self.statuses = self.living = [RankStatus(0, 0, "", "idle", 0, model, 1.0, 0)]
 
     async def room(self) -> None:
         """There always is."""
@@ -74,8 +76,14 @@ class TimedRanks:
 class TimedGang(Gang):
     """A gang of such ranks."""
 
-    async def _start_ranks(self) -> Any:
-        return TimedRanks(self._started.model.name)
+    def _set_up(self, setup: Setup) -> Supervisor:
+        supervisor = super()._set_up(setup)
+
+        async def start_ranks() -> Any:
+            return TimedRanks(setup.model.name)
+
+        supervisor._start_ranks = start_ranks  # type: ignore[method-assign]
+        return supervisor
 
 
 def timed_gang_app(args: dict[str, Any]) -> Application:

@@ -148,14 +148,15 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     gang = Gang(spec.fixed)
     metrics_at = {"host": "127.0.0.1", "port": None}
     metrics = GangMetrics("renumbered", "1")
-    gang._setup = Setup(spec, AdapterSync(()), FAMILY, None, contextvars.copy_context(), metrics_at, metrics)
-    gang._setup.metrics.now(5.0, True, 1.0)
-    gang._ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None)  # type: ignore[assignment]
+    setup = Setup(spec, AdapterSync(()), FAMILY, None, contextvars.copy_context(), metrics_at, metrics)
+    setup.metrics.now(5.0, True, 1.0)
+    ranks = SimpleNamespace(renumber=told.append, serve_metrics=lambda **where: None, answering=False)
+    gang._set_up(setup).ranks = ranks  # type: ignore[assignment]
     configured = {"model": spec.live, "storage": {}, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
         asyncio.run(gang.reconfigure(configured))
     assert told == ["0"]
-    gang._setup.metrics.now(7.0, True, 2.0)
+    setup.metrics.now(7.0, True, 2.0)
     sample = prometheus_client.REGISTRY.get_sample_value
     labels = [{"model": "renumbered", "replica": replica} for replica in "01"]
     for name, now in (("backlog_seconds", 7.0), ("capacity_seconds", 1.0), ("progress_timestamp_seconds", 2.0)):
@@ -166,7 +167,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     rank = Rank(0, spec, replica="1")
     for replica in "10":
         rank.renumber(replica)
-        assert rank._metrics is not None
-        rank._metrics.memory(used=8, peak=9, limit=10)
+        assert rank.telemetry.metrics is not None
+        rank.telemetry.metrics.memory(used=8, peak=9, limit=10)
     labels = [each | {"rank": "0", "kind": "peak"} for each in labels]
     assert [str(sample("spray_rank_memory_bytes", each)) for each in labels] == ["9.0", "nan"]

@@ -17,8 +17,8 @@ from tests.support.deployments import model
 from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block
 from workers.gang.elastic import Elastic, slots
+from workers.gang.elastic_rank_group import ElasticRankGroup
 from workers.gang.journey import Journey
-from workers.gang.rank_group import RankGroup
 from workers.gang.step_costs import StepCosts
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, StepEvent
 
@@ -105,7 +105,7 @@ def drive(story: Callable[[Ranks, Callable[[str], "asyncio.Task[list[Any]]"]], A
         ranks = Ranks()
 
         async def collect(journey: Journey) -> list[Any]:
-            async with contextlib.aclosing(elastic.run(cast("RankGroup", ranks), journey)) as reports:
+            async with contextlib.aclosing(elastic.run(cast("ElasticRankGroup", ranks), journey)) as reports:
                 return [report async for report in reports]
 
         def begin(name: str, **changes: Any) -> "asyncio.Task[list[Any]]":
@@ -176,7 +176,7 @@ def test_what_is_urgent_makes_something_stand_still_which_then_can_be_cancelled(
         assert "c" in ranks.parts
         (stopped,) = {"a", "b"} - set(ranks.parts)
         assert elastic.changes["pause"] >= 1
-        elastic.cancel(cast("RankGroup", ranks), stopped)
+        elastic.cancel(cast("ElasticRankGroup", ranks), stopped)
         with pytest.raises(RequestCancelled):
             await tasks["ab".index(stopped)]
         short.cancel()
@@ -193,7 +193,7 @@ def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) 
         journey = elastic.begin(replace(REQUEST, num_inference_steps=6))
 
         async def part(steps: int) -> None:
-            running = asyncio.create_task(anext_all(elastic.run(cast("RankGroup", ranks), journey)))
+            running = asyncio.create_task(anext_all(elastic.run(cast("ElasticRankGroup", ranks), journey)))
             await settled()
             for _ in range(steps):
                 await ranks.step("a")
@@ -242,7 +242,7 @@ def test_what_has_lost_its_rank_goes_on_beside_what_has_not(singles: Elastic) ->
     async def story(ranks: Ranks, begin: Any) -> None:
         beside = [begin(name, num_inference_steps=8) for name in ("b", "c", "d")]
         hit = singles.begin(replace(REQUEST, num_inference_steps=8))
-        running = asyncio.create_task(anext_all(singles.run(cast("RankGroup", ranks), hit)))
+        running = asyncio.create_task(anext_all(singles.run(cast("ElasticRankGroup", ranks), hit)))
         await settled()
         while len(ranks.parts) < 4:
             await ranks.step(next(iter(ranks.parts)))
@@ -253,9 +253,9 @@ def test_what_has_lost_its_rank_goes_on_beside_what_has_not(singles: Elastic) ->
         await ranks.step("a", GangLost("lost"))
         with pytest.raises(GangLost):
             await running
-        assert hit.fall_back(ranks) and singles.can_go_on(cast("RankGroup", ranks), hit)
+        assert hit.fall_back(ranks) and singles.can_go_on(cast("ElasticRankGroup", ranks), hit)
         parts = {name: part.number for name, (part, _, _) in ranks.parts.items()}
-        again = asyncio.create_task(anext_all(singles.run(cast("RankGroup", ranks), hit)))
+        again = asyncio.create_task(anext_all(singles.run(cast("ElasticRankGroup", ranks), hit)))
         await settled()
         for name in parts:  # each ends a step; nobody is given the lost rank
             await ranks.step(name) if name in ranks.parts else None
@@ -285,7 +285,7 @@ def test_all_leave_after_their_step_when_others_come(singles: Elastic) -> None:
         stands = [each for each, name in zip(waits, ("w0", "w1", "w2", "w3"), strict=True) if name not in ranks.parts]
         assert stands
         ranks.gone = frozenset({3})
-        singles.leave(cast("RankGroup", ranks))
+        singles.leave(cast("ElasticRankGroup", ranks))
         await settled()
         for each in stands:  # at once
             with pytest.raises(GangLost, match="too few ranks"):
@@ -298,7 +298,7 @@ def test_all_leave_after_their_step_when_others_come(singles: Elastic) -> None:
         assert set(ranks.parts) == {"p"}  # half a profile is none
         await ranks.step("p")
         assert isinstance((await profiled)[-1], Drawn)
-        assert not singles.can_go_on(cast("RankGroup", ranks), singles.begin(REQUEST))
+        assert not singles.can_go_on(cast("ElasticRankGroup", ranks), singles.begin(REQUEST))
         for each in waits:
             each.cancel()
 
@@ -318,12 +318,12 @@ def test_who_needs_what_is_lost_leaves(spec: ModelSpec) -> None:
     plain = Elastic(spec, find_family(Path(spec.source)))
 
     async def encoders(ranks: Ranks, _: Any) -> None:
-        plain._ranks = cast("RankGroup", ranks)
+        plain._ranks = cast("ElasticRankGroup", ranks)
         ranks.gone = frozenset({0})
         journey = plain.begin(REQUEST)
-        assert not plain.can_go_on(cast("RankGroup", ranks), journey)  # rank 0 has the text encoders
+        assert not plain.can_go_on(cast("ElasticRankGroup", ranks), journey)  # rank 0 has the text encoders
         journey.encoded = b"prompt"
-        assert plain.can_go_on(cast("RankGroup", ranks), journey)
+        assert plain.can_go_on(cast("ElasticRankGroup", ranks), journey)
 
     drive(encoders, plain)
 
@@ -334,7 +334,7 @@ def test_a_cancellation_between_two_parts_is_not_forgotten(elastic: Elastic) -> 
         await settled()
         second = begin("b", num_inference_steps=8)
         await settled()
-        elastic.cancel(cast("RankGroup", ranks), "a")  # its ranks have passed their last boundary of this part
+        elastic.cancel(cast("ElasticRankGroup", ranks), "a")  # its ranks have passed their last boundary of this part
         assert ranks.cancelled == ["a"]
         await ranks.step("a")
         with pytest.raises(RequestCancelled):

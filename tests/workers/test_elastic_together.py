@@ -14,8 +14,8 @@ from tests.support.deployments import model
 from tests.workers.test_elastic import REQUEST, Ranks, drive, settled
 from workers.errors import DeadlineExceeded
 from workers.gang.elastic import Elastic
+from workers.gang.elastic_rank_group import ElasticRankGroup
 from workers.gang.journey import Journey
-from workers.gang.rank_group import RankGroup
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_deadline_ends_a_request_with_ranks_or_without(elastic: Elastic, stand
         await settled()
 
     async def collect(ranks: Ranks, journey: Journey, deadline_at: float) -> None:
-        async for _ in within(deadline_at, elastic.run(cast("RankGroup", ranks), journey)):
+        async for _ in within(deadline_at, elastic.run(cast("ElasticRankGroup", ranks), journey)):
             pass
 
     drive(story, elastic)

@@ -13,8 +13,8 @@ from deploy.spec import Elastic, ModelSpec
 from tests.support.deployments import model
 from tests.workers.test_elastic import REQUEST
 from workers.errors import GangLost
+from workers.gang.elastic_rank_group import ElasticRankGroup
 from workers.gang.losses import Losses
-from workers.gang.rank_group import RankGroup
 from workers.messages import Part, RankStatus, StepEvent
 
 FIXED = model(Path("/nowhere"), ulysses_degree=4)
@@ -85,7 +85,7 @@ def test_a_request_on_other_ranks_goes_on_in_an_elastic_gang_alone(
     async def story() -> None:
         ranks, said = [FakeRank() for _ in range(4)], []
         statuses = [RankStatus(i, 7 + i, "node", "idle", 0, "demo", 1.0, 0) for i in range(4)]
-        group = RankGroup(spec, ranks, statuses, {}, on_lost=said.append)
+        group = ElasticRankGroup(spec, ranks, statuses, {}, on_lost=said.append)
 
         async def part(first: int, size: int) -> list[Any]:
             return [each async for each in group.advance(Part(REQUEST, 1, size, b""), first, b"", b"")]

@@ -1,28 +1,23 @@
 """An elastic gang that has lost some of its ranks: what it has goes on on the others, then all are replaced."""
 
 import asyncio
-import contextvars
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import prometheus_client
 import pytest
 
-from deploy.families.lookup import find_family
 from deploy.spec import Elastic as Section
 from tests.support.deployments import model
+from tests.workers.gang_cases import in_replica, setup_of, supervisor_of
 from tests.workers.test_elastic import REQUEST, Ranks, settled
 from workers.errors import GangLost
-from workers.gang.adapter_sync import AdapterSync
-from workers.gang.elastic import Elastic
-from workers.gang.gang import LOST, SOME_LOST, Gang
-from workers.gang.setup import Setup
+from workers.gang.gang import Gang
+from workers.gang.gang_report import LOST, SOME_LOST
 from workers.gang.stats import GangBacklog
 from workers.messages import RankStatus, StepEvent
-from workers.observing import GangMetrics
 
 
 class GangRanks(Ranks):
@@ -49,26 +44,22 @@ class GangRanks(Ranks):
         else:
             self.gone = frozenset(numbers)
             self.living = [status for status in self.statuses if status.rank not in numbers]
-        gang._on_lost("died")
+        supervisor_of(gang)._on_lost("died")
 
 
 class Story:
     """A gang of two ranks that computes `a` on one of them and `b` on the other."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
-        monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+        in_replica(monkeypatch)
         spec = model(folder, ulysses_degree=2).model_copy(update={"elastic": Section()})
-        family = find_family(folder)
         self.gang, self.old, self.new = Gang(spec.fixed), GangRanks(), GangRanks()
-        metrics = GangMetrics("demo", "0")
-        self.gang._setup = Setup(spec, AdapterSync(()), family, None, contextvars.copy_context(), {}, metrics)
-        self.gang._elastic = Elastic(spec, family)
-        self.gang._ranks = self.old  # type: ignore[assignment]
+        supervisor = self.gang._set_up(setup_of(spec))
+        supervisor.ranks = self.old  # type: ignore[assignment]
         self.hurried: list[str] = []
         self.starts = 0
-        monkeypatch.setattr(self.gang._spares, "hurry", lambda model, storage, name: self.hurried.append(name))
-        monkeypatch.setattr(self.gang, "_start_ranks", self._start)
+        monkeypatch.setattr(supervisor.spares, "hurry", lambda model, storage, name: self.hurried.append(name))
+        monkeypatch.setattr(supervisor, "_start_ranks", self._start)
 
     async def _start(self) -> GangRanks:
         assert self.old.lost, "there would be no memory for both"
@@ -164,7 +155,7 @@ def test_a_second_loss_is_that_of_all_and_one_replacement(tell: Any) -> None:
         await at.old.step("b", GangLost("died"))
         at.old.lose(at.gang, 1 - next(iter(at.old.gone)))
         assert at.gang.record_routing_stats()["now"]["trouble"] == LOST
-        assert at.gang._losses == 1
+        assert supervisor_of(at.gang)._losses == 1
         await at.old.step("a", GangLost("died"))
         await settled()
         assert at.starts == 1 and at.new.parts

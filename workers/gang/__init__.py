@@ -1,14 +1,17 @@
 """The actors of a gang: one model copy on N devices.
 
-gang.py           Gang, the Serve deployment: its life, its requests, what it reports
+gang.py           Gang, the Serve deployment: takes what Serve configures, and requests
 setup.py          what a gang knows of its model once Serve has configured it
+supervisor.py     starts a gang's ranks, gives turns on them, replaces lost ones
+gang_report.py    what a gang says of itself: to the autoscaler, to the routers and to people
 turn.py           who has the ranks: one alone, or several requests of an elastic gang
 elastic.py        the requests of an elastic gang, side by side: asks the dealer at every boundary
 journey.py        one of them: what is kept of it outside its ranks
 dealer.py         which ranks each of them has for its next step; a pure function
 forecast.py       when they will be done, by the dealer
 step_costs.py     what a step takes at each degree, learned from those before
-rank_group.py     the ranks of a gang: hands each request to all of them, or to those that it has
+rank_group.py     the ranks of a gang: hands each request to all of them
+elastic_rank_group.py  those of an elastic gang: hands parts of requests to some of them
 losses.py         which ranks live, and which end with one that is lost
 rank_run.py       one request on some ranks: what they report, in one queue
 spare_ranks.py    processes that take the places of lost ones
@@ -22,7 +25,8 @@ rank_process.py   prepares the process of a rank, before its libraries load
 rank.py           Rank, one process on one device: joins the group, loads the model, generates
 elastic_rank.py   ElasticRank, whose requests come in parts, on changing blocks of ranks
 profiling.py      what the steps of a request consist of, by torch's profiler
-rank_trace.py     what a rank does for a traced request: it marks stages and steps, and tells its gang
+rank_telemetry.py what a rank tells of its work: its status, its metrics, the marks of a traced request
+rank_trace.py     these marks of stages and steps
 rank_spans.py     the spans that the gang makes of it
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
@@ -35,6 +39,6 @@ placement.py      ModelSpec -> Serve options: the bundles of a gang, and why the
 adapter_sync.py   brings the adapters of running ranks to those of the deployment file
 caller.py         sees that the gateway which sent a request has died
 cost.py           seconds that a request costs, learned from those before
-stats.py          what a gang reports to the autoscaler, to the routers and to people
+stats.py          the forms in which it reports its load
 ray_internals.py  what Ray has no public name for
 """

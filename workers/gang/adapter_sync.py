@@ -1,15 +1,25 @@
-"""AdapterSync: brings the adapters of running ranks to those that the deployment file names. For `workers.gang.gang`.
+"""AdapterSync: brings the adapters of running ranks to those that the deployment file names.
 
+`workers.gang.gang` says what the file names, and lets it `follow`; `workers.gang.supervisor` gives it new ranks.
 Both sets are stored. So a set that is deployed while another is on its way, a rank that dies meanwhile and a file that
 cannot be read all end the same way: the ranks are asked again until they have what the file says.
 """
 
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from deploy.spec import LoRA
-from workers.errors import RequestError, RequestFailed
+from workers.errors import GangLost, RequestError, RequestFailed
+
+logger = logging.getLogger("ray.serve")
 
 Loras = tuple[LoRA, ...]
+
+AGAIN_S = 30.0
+"""Adapters that the ranks refused are tried again after this time: their file may have been mended."""
 
 
 class Ranks(Protocol):
@@ -34,11 +44,13 @@ class AdapterSync:
         self.wanted = loras
         self.loaded = loras
         self._refusal = ""  # why the ranks do not take `wanted`
+        self._told = asyncio.Event()  # of `wanted`, perhaps once more
 
     def want(self, loras: Loras) -> None:
         """Store another set."""
         if loras != self.wanted:
             self.wanted, self._refusal = loras, ""
+        self._told.set()
 
     @property
     def differs(self) -> bool:
@@ -60,12 +72,42 @@ class AdapterSync:
         self.loaded = tuple(lora for lora in self.loaded if lora in self.wanted)
         return self.loaded
 
-    async def apply(self, ranks: Ranks) -> None:
+    async def follow(
+        self, name: str, alone: Callable[[], contextlib.AbstractAsyncContextManager[Ranks | None]]
+    ) -> None:
+        """Give the ranks what the file says, in turns of their own, until they have it.
+
+        Args:
+            name: of the model.
+            alone: a turn on the ranks; None: they are lost, and whoever replaces them calls `apply`.
+        """
+        while self.differs:
+            self._told.clear()
+            async with alone() as ranks:
+                if ranks is not None:
+                    await self.apply(name, ranks)
+            if self.differs:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(AGAIN_S):
+                        await self._told.wait()
+
+    async def apply(self, name: str, ranks: Ranks) -> None:
         """Ask the ranks for what the file says, between requests. If they refuse, all keep what they have.
 
-        Raises:
-            GangLost: the ranks are lost.
+        Args:
+            name: of the model.
+            ranks: all of them, in a turn of their own.
         """
+        before = self.trouble
+        try:
+            await self._ask(ranks)
+        except GangLost as error:
+            logger.error("%s: lost while the adapters were changed: %s", name, error)
+            return
+        if self.trouble not in ("", before):  # they are tried again and again
+            logger.error("%s: %s", name, self.trouble)
+
+    async def _ask(self, ranks: Ranks) -> None:
         wanted = self.wanted
         if wanted == self.loaded:
             return

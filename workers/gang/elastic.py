@@ -19,9 +19,10 @@ from deploy.spec import ModelSpec
 from sp_core.degrees import units
 from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block, Work, deal
+from workers.gang.elastic_rank_group import ElasticRankGroup
 from workers.gang.forecast import forecast
 from workers.gang.journey import Journey
-from workers.gang.rank_group import OnSpans, RankGroup
+from workers.gang.rank_group import OnSpans
 from workers.gang.rank_run import Report
 from workers.gang.step_costs import StepCosts
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Priority, StepEvent
@@ -72,8 +73,8 @@ class Elastic:
         self._told = dict(self.changes)
         self._idle_s, self._counted_at = 0.0, time.monotonic()
         self._journeys: dict[str, Journey] = {}
-        self._ranks: RankGroup | None = None  # those of the latest request
-        self._left: RankGroup | None = None  # those on which nothing goes on
+        self._ranks: ElasticRankGroup | None = None  # those of the latest request
+        self._left: ElasticRankGroup | None = None  # those on which nothing goes on
 
     def begin(self, request: GenerationRequest) -> Journey:
         """A request comes. Its ranks are given by `run`."""
@@ -82,7 +83,7 @@ class Elastic:
         return Journey(request, forwards, now, request.num_inference_steps, now)
 
     async def run(
-        self, ranks: RankGroup, journey: Journey, on_spans: OnSpans = lambda spans: None
+        self, ranks: ElasticRankGroup, journey: Journey, on_spans: OnSpans = lambda spans: None
     ) -> AsyncGenerator[Report]:
         """Run a request, or what is left of it, and yield all steps. `on_spans` as in `RankGroup.run`.
 
@@ -119,17 +120,17 @@ class Elastic:
             del self._journeys[name]
             self._deal()
 
-    def can_go_on(self, ranks: RankGroup, journey: Journey) -> bool:
+    def can_go_on(self, ranks: ElasticRankGroup, journey: Journey) -> bool:
         """Whether ranks that live are enough for a request, and are not to be left."""
         if ranks.lost or ranks is self._left or (journey.encoded is None and 0 in ranks.gone):
             return False
         return bool(self._living_degrees)
 
-    def _require(self, ranks: RankGroup, journey: Journey) -> None:
+    def _require(self, ranks: ElasticRankGroup, journey: Journey) -> None:
         if not self.can_go_on(ranks, journey):
             raise GangLost(ranks.lost or "other ranks of the gang are lost, and all are replaced")
 
-    def leave(self, ranks: RankGroup) -> None:
+    def leave(self, ranks: ElasticRankGroup) -> None:
         """Let all requests leave these ranks at their next boundary: others come. A profile is of the same ranks, and
         goes on to its end."""
         self._left = ranks
@@ -144,7 +145,7 @@ class Elastic:
         if journey.turn and not journey.turn.done():
             journey.turn.set_exception(GangLost("the gang has too few ranks until its lost ones are replaced"))
 
-    def cancel(self, ranks: RankGroup, request_id: str) -> None:
+    def cancel(self, ranks: ElasticRankGroup, request_id: str) -> None:
         """Stop a request at its next boundary, or at once while it stands still."""
         journey = self._journeys.get(request_id)
         if journey is None:
@@ -234,7 +235,7 @@ class Elastic:
         return unit_s / (self._units * seconds) if seconds else 1.0, min(steps.values())
 
     async def _advance(
-        self, ranks: RankGroup, journey: Journey, block: Block, on_spans: OnSpans
+        self, ranks: ElasticRankGroup, journey: Journey, block: Block, on_spans: OnSpans
     ) -> AsyncGenerator[Report]:
         """One part of a request, on one block."""
         began, moved = time.monotonic(), journey.before not in (None, block)

@@ -24,7 +24,6 @@ from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts
 from workers.errors import OutOfMemory, RequestError, RequestFailed
 from workers.gang.profiling import StepProfile
 from workers.gang.rank import Rank
-from workers.gang.rank_trace import RankTrace
 from workers.gang.warm_up import warm_up_requests
 from workers.messages import (
     Drawn,
@@ -40,7 +39,6 @@ from workers.messages import (
 from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
 from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
-from workers.observing import RankMetrics
 
 KEEP_STEPS = 5
 """After so many steps a request's progress leaves its ranks: so many are done again, at most, if they are lost."""
@@ -86,7 +84,6 @@ class ElasticRank(Rank):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._turnstile = Turnstile()
-        self._by_layout: dict[tuple[str, bool], RankMetrics] = {}
 
     def encode(self, request: GenerationRequest) -> bytes:
         """On rank 0: encode the prompts of a request, beside what the ranks compute.
@@ -102,7 +99,7 @@ class ElasticRank(Rank):
                 denoising = begin(self._loaded, request)
                 denoising.encode()
                 encoded = denoising.encoded()
-                self._observe_stages(encode=time.perf_counter() - began)
+                self.telemetry.observe_stages(encode=time.perf_counter() - began)
                 return encoded
             except (RequestError, RequestFailed):
                 raise
@@ -122,7 +119,7 @@ class ElasticRank(Rank):
             As `Rank.generate`.
         """
         request = part.request
-        self.trace = RankTrace(request)
+        self.telemetry.begin(request)
         self._use_device()
         agreed: bool | None = None
         try:
@@ -134,7 +131,7 @@ class ElasticRank(Rank):
                 raise
             agreed = failed_together or part.ranks == 1
         finally:
-            self._phase = "idle"
+            self.telemetry.phase = "idle"
             self._boundary.forget(request.request_id)
         if agreed is not None:
             here = self.model.model_copy(update={"parallel": self._loaded.mesh.degrees})
@@ -149,29 +146,24 @@ class ElasticRank(Rank):
         self._loaded.mesh.use(self.model.parallel)
         super().set_loras(loras)
 
-    def renumber(self, replica: str) -> None:
-        """See `Rank.renumber`."""
-        self._by_layout = {}
-        super().renumber(replica)
-
     def _advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Profiled | Drawn | Traced]:
-        request, mesh = part.request, self._loaded.mesh
+        request, mesh, telemetry = part.request, self._loaded.mesh, self.telemetry
         self._boundary.begin(part.number)
         self._take_place(request, part.ranks)
         leads = mesh.axis("gang").rank == 0
         began = time.perf_counter()
-        self._phase, self._step, self._total_steps = "denoise", 0, 0
-        self.trace.stage("prepare")
+        telemetry.phase, telemetry.step, telemetry.total_steps = "denoise", 0, 0
+        telemetry.trace.stage("prepare")
         denoising = self._run_on_all_ranks(request, lambda: self._resumed(part))
-        self._total_steps = denoising.total_steps
+        telemetry.total_steps = denoising.total_steps
         prepare_s = time.perf_counter() - began
         self._previews.begin(request)
         kept, seconds = denoising.steps_done, []
         profile = StepProfile(self.rank, request.profile, self._device)
         for end, waited in profile.around(self._denoise(denoising)):
             seconds.append(end.seconds)
-            self._observe_step(denoising, end, waited)
-            yield from self.trace.told()
+            telemetry.observe_step(denoising, end, waited, mesh.traffic)
+            yield from telemetry.trace.told()
             if leads:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
@@ -183,7 +175,7 @@ class ElasticRank(Rank):
                 kept = denoising.steps_done
                 yield Kept(kept, denoising.progress(), pauses=False)
             self._turnstile.let_pass()
-        self._observe_stages(prepare=prepare_s, denoise=sum(seconds))
+        telemetry.observe_stages(prepare=prepare_s, denoise=sum(seconds))
         yield from profile.report()
         if not denoising.done:
             yield from self._previews.finished(wait=True)
@@ -192,13 +184,12 @@ class ElasticRank(Rank):
             return
         if not leads:
             return
-        self._phase = "decode"
-        self.trace.stage("decode")
+        telemetry.enter("decode")
         before = time.perf_counter()
         pictures = self._finish(denoising)
         decode_s = time.perf_counter() - before
-        self._observe_stages(decode=decode_s)
-        self._observe_drawn(denoising)
+        telemetry.observe_stages(decode=decode_s)
+        telemetry.observe_drawn(denoising, mesh.traffic)
         yield from self._previews.finished(wait=True)
         yield self._encoding.keep(
             request,
@@ -226,12 +217,7 @@ class ElasticRank(Rank):
         """Be one of the block's ranks from now on."""
         mesh = self._loaded.mesh
         mesh.use(self._layout(request, ranks // self.model.parallel.tensor_parallel_size))
-        if self._metrics:
-            key = str(mesh.degrees), mesh.axis("gang").rank == 0
-            known = self._by_layout  # another thread may renumber
-            if key not in known:
-                known[key] = RankMetrics(self.model.name, self._replica, self.rank, *key)
-            self._metrics = known[key]
+        self.telemetry.use_layout(str(mesh.degrees), mesh.axis("gang").rank == 0)
 
     def _layout(self, request: GenerationRequest, degree: int) -> ParallelDegrees:
         """How so many units share this request."""

@@ -1,4 +1,4 @@
-"""How much memory a rank uses, and how much there is: in bytes, by kind. For the metrics of `workers.gang.rank`."""
+"""How much memory a rank uses, and how much there is: in bytes, by kind. For `workers.gang.rank_telemetry`."""
 
 import contextlib
 import os

@@ -23,10 +23,9 @@ from sp_core.tile_parallel import PeerTileFailed
 from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed
 from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
-from workers.gang.memory_use import memory_use
 from workers.gang.preview_files import PreviewFiles
 from workers.gang.profiling import StepProfile
-from workers.gang.rank_trace import RankTrace
+from workers.gang.rank_telemetry import RankTelemetry
 from workers.gang.rendezvous import find_store, form_mesh, host_store
 from workers.gang.self_test import self_test
 from workers.gang.warm_up import warm_up_requests
@@ -34,7 +33,6 @@ from workers.messages import (
     Drawn,
     GenerationRequest,
     GenerationResult,
-    Phase,
     Preview,
     Profiled,
     RankStatus,
@@ -48,8 +46,6 @@ from workers.model.loader import LoadedModel, load_model
 from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
 from workers.model.picture_shares import HandOverFailed
 from workers.model.step_ends import StepEnd
-from workers.observing import RankMetrics
-from workers.shapes import Shapes
 
 Result = TypeVar("Result")
 
@@ -66,7 +62,7 @@ class Rank:
         compiled_folder: `storage.compiled` of the deployment.
 
     Attributes:
-        trace: of the latest request.
+        telemetry: what it tells of its work.
     """
 
     def __init__(
@@ -82,21 +78,14 @@ class Rank:
         self.model = model
         self._node_id = node_id
         self._replica = replica
-        self._metrics: RankMetrics | None = None  # until it has joined, so that warming up counts nowhere
-        self._shapes = Shapes(model)
         self._store: Any = None  # once it has joined; rank 0 hosts it as long as it lives
         self._usable: LoadedModel | None = None  # until it has joined; `_loaded` asserts that it has
-        self._phase: Phase = "starting"
         self._boundary = Boundary(rank)
         self._encoding = Encoding()
         self._previews = PreviewFiles()
-        self.trace = RankTrace(None)
-        self._step = self._total_steps = 0  # read by the control thread, as is the next
-        self._read = 0.0
-        self._latest_step: tuple[float, ...] = ()
-        self._guidance = ""
         self._ahead = int(model.device == "cuda")  # steps that are queued before the host waits; a CPU queues nothing
         self._device = torch.device(f"cuda:{device_index}" if model.device == "cuda" else "cpu")
+        self.telemetry = RankTelemetry(rank, model, self._device)
         self._compiler = Compiler(model, compiled_folder, self._device)
         if model.device == "cpu":
             torch.set_num_threads(max(1, int(model.placement.cpus_per_rank)))
@@ -124,9 +113,9 @@ class Rank:
             self._store = find_store(host, port, self.model.timeouts.startup_s)
         mesh = form_mesh(self._store, self.rank, self.model, self._device)
         met = time.monotonic()
-        self._phase = "load"
+        self.telemetry.phase = "load"
         self._use(load_model(self.model, mesh, self._on_progress))
-        self._phase = "starting"
+        self.telemetry.phase = "starting"
         loaded = time.monotonic()
         tests = self.model.self_test and self.model.parallel.world_size > 1
         if tests:
@@ -138,9 +127,9 @@ class Rank:
         gc.collect()
         gc.freeze()  # the model stays; looking through its objects between steps would only cost time
         mesh.traffic.forget()  # what the start has sent
-        self._latest_step = ()
-        self.renumber(self._replica)  # metrics begin here
-        self._phase = "idle"
+        self.telemetry.latest_step = ()
+        self.renumber(self._replica)  # metrics begin here: warming up counts nowhere
+        self.telemetry.phase = "idle"
         warming = "compile" if self._compiler.has_compiled else "warm_up"
         start = (
             ("rendezvous", met - began),
@@ -161,7 +150,7 @@ class Rank:
             RequestFailed: it failed on some rank, or was canceled; all ranks have stopped at the same boundary.
             OutOfMemory: likewise, or inside a step, where other ranks may wait for this one.
         """
-        self.trace = RankTrace(request)
+        self.telemetry.begin(request)
         self._use_device()
         agreed: bool | None = None
         try:
@@ -172,7 +161,7 @@ class Rank:
                 raise
             agreed = failed_together or self.model.parallel.world_size == 1
         finally:
-            self._phase = "idle"
+            self.telemetry.phase = "idle"
             self._boundary.forget(request.request_id)
         if agreed is not None:  # only here, where the error and the tensors of its frames are gone
             raise OutOfMemory(advice(self.model, request, free_memory(self._device)), agreed)
@@ -184,8 +173,7 @@ class Rank:
             RequestFailed: the pictures cannot be encoded. No other request is affected.
         """
         result = self._encoding.encode(request_id, self.model)
-        if self._metrics:
-            self._metrics.stage("encode_media", result.encode_media_seconds)
+        self.telemetry.observe_stages(encode_media=result.encode_media_seconds)
         return result
 
     def set_loras(self, loras: tuple[LoRA, ...]) -> None:
@@ -198,7 +186,7 @@ class Rank:
         """
         self._use_device()
         former = self._loaded
-        self._phase = "load"
+        self.telemetry.phase = "load"
         try:
             self._use(self._run_on_all_ranks(None, lambda: former.with_loras(loras)))
             try:
@@ -208,7 +196,7 @@ class Rank:
                 self._use(former)
                 raise
         finally:
-            self._phase = "idle"
+            self.telemetry.phase = "idle"
 
     def _use_device(self) -> None:
         """Compute on this rank's GPU. First in what computes: torch keeps it by thread, and Ray has several."""
@@ -216,7 +204,7 @@ class Rank:
             torch.cuda.set_device(self._device)
 
     def _on_progress(self, loaded: float) -> None:
-        self._read = loaded
+        self.telemetry.loaded = loaded
 
     @property
     def _loaded(self) -> LoadedModel:
@@ -229,8 +217,8 @@ class Rank:
 
     def _test(self) -> None:
         self_test(self._loaded, lambda request: self._begin(request)[0])
-        self._phase = "starting"
-        self._step = self._total_steps = 0
+        self.telemetry.phase = "starting"
+        self.telemetry.step = self.telemetry.total_steps = 0
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # whole weights are not needed again
 
@@ -251,7 +239,7 @@ class Rank:
                     pass
 
     def _generate(self, request: GenerationRequest) -> Iterator[StepEvent | Preview | Profiled | Drawn | Traced]:
-        reports = self.rank == 0
+        reports, mesh = self.rank == 0, self._loaded.mesh
         started = time.perf_counter()
         denoising, encode_seconds = self._begin(request)
         self._previews.begin(request)
@@ -260,24 +248,23 @@ class Rank:
         profile = StepProfile(self.rank, request.profile, self._device)
         for end, waited in profile.around(self._denoise(denoising)):
             seconds.append(end.seconds)
-            self._observe_step(denoising, end, waited)
-            yield from self.trace.told()
+            self.telemetry.observe_step(denoising, end, waited, mesh.traffic)
+            yield from self.telemetry.trace.told()
             if reports and request.report_steps:
                 yield StepEvent(end.step, denoising.total_steps, end.seconds)
             if preview := denoising.preview(end.step):
                 self._previews.offer(preview[0], end.step, preview[1])
             yield from self._previews.finished()
-        self._phase = "decode"
-        self.trace.stage("decode")
+        self.telemetry.enter("decode")
         before = time.perf_counter()
         denoising.join_pictures()
         pictures = self._finish(denoising)
         decode_seconds = time.perf_counter() - before
         prepare_seconds = prepared - started - encode_seconds
-        self._observe_stages(
+        self.telemetry.observe_stages(
             encode=encode_seconds, prepare=prepare_seconds, denoise=sum(seconds), decode=decode_seconds
         )
-        self._observe_drawn(denoising)
+        self.telemetry.observe_drawn(denoising, mesh.traffic)
         yield from self._previews.finished(wait=True)
         yield from profile.report()
         if reports:
@@ -292,48 +279,20 @@ class Rank:
             )
             yield self._encoding.keep(request, pictures, result)
 
-    def _observe_step(self, denoising: Denoising, end: StepEnd, waited: float) -> None:
-        self.trace.step(end, denoising.total_steps, waited)
-        if self._metrics:
-            self._metrics.step(end.seconds, self._shapes.label(denoising.request))
-            self._metrics.in_collectives(end.in_collectives, waited)
-            self._metrics.traffic(self._loaded.mesh.traffic)
-
-    def _observe_stages(self, **seconds: float) -> None:
-        for stage, spent in seconds.items():
-            if self._metrics:
-                self._metrics.stage(stage, spent)  # type: ignore[arg-type]  # their names are those of stages
-
-    def _observe_drawn(self, denoising: Denoising) -> None:
-        request = denoising.request
-        if self._metrics:
-            self._metrics.memory(**memory_use(self._device))
-            self._metrics.drew(request.work // request.num_inference_steps, denoising.prompt_tokens)
-            self._metrics.traffic(self._loaded.mesh.traffic)
-
     def status(self) -> RankStatus:
         """What this rank is doing. Answers while it computes."""
         return RankStatus(
             rank=self.rank,
             pid=os.getpid(),
             node_id=self._node_id,
-            phase=self._phase,
             progress=self._boundary.progress,
-            model=self.model.name,
-            loaded=self._read,
-            step=self._step,
-            total_steps=self._total_steps,
             kernel=in_use(self._device) if self._usable else "",
-            latest_step=self._latest_step,
-            guidance=self._guidance,
+            **self.telemetry.now,
         )
 
     def renumber(self, replica: str) -> None:
         """Observe under another number of the gang from now on."""
-        if self._metrics:
-            self._metrics.end()
-        self._replica = replica
-        self._metrics = RankMetrics(self.model.name, replica, self.rank, str(self.model.parallel))
+        self.telemetry.renumber(replica)
 
     def cancel(self, request_id: str) -> None:
         """Stop this request, and no other, at the next boundary, together with all ranks.
@@ -345,9 +304,8 @@ class Rank:
     def _begin(self, request: GenerationRequest) -> tuple[Denoising, float]:
         """Encode and prepare; also returns the seconds of encoding."""
         began = time.perf_counter()
-        self._phase = "encode"
-        self.trace.stage("encode")
-        self._step = self._total_steps = 0
+        self.telemetry.enter("encode")
+        self.telemetry.step = self.telemetry.total_steps = 0
 
         def encode() -> Denoising:
             denoising = begin(self._loaded, request)
@@ -357,25 +315,21 @@ class Rank:
         denoising = self._run_on_all_ranks(request, encode)
         denoising.share_encoded()
         encode_seconds = time.perf_counter() - began
-        self.trace.stage("prepare")
+        self.telemetry.trace.stage("prepare")
         self._run_on_all_ranks(request, denoising.prepare)
-        self._total_steps = denoising.total_steps
+        self.telemetry.total_steps = denoising.total_steps
         return denoising, encode_seconds
 
     def _denoise(self, denoising: Denoising) -> Iterator[tuple[StepEnd, float]]:
         """Run all steps; yield the end of each, and the seconds that this rank waited in it for slower ones."""
-        self._phase = "denoise"
-        self.trace.stage("denoise")
+        self.telemetry.enter("denoise")
         # An error inside a step is not agreed: the other ranks may wait in a collective of the forward.
         for end in denoising.steps(self._ahead):
-            after = f"step {end.step} of {self._total_steps}"
+            after = f"step {end.step} of {denoising.total_steps}"
             broken = None if end.finite else FloatingPointError(f"the latents are not finite after {after}")
             spent = sum((end.in_collectives or {}).values())
             waited = self._boundary.cross(self._loaded.mesh, denoising.request, broken, spent)
-            self._step = end.step
-            if end.in_collectives:
-                self._latest_step = end.seconds, spent, waited
-            self._guidance = denoising.guidance or self._guidance
+            self.telemetry.crossed(end, spent, waited, denoising.guidance)
             yield end, waited
 
     def _run_on_all_ranks(self, request: GenerationRequest | None, work: Callable[[], Result]) -> Result:

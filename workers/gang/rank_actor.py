@@ -127,9 +127,9 @@ class RankActor:
         try:
             yield from reports
         except Exception:
-            yield from self._rank.trace.end()
+            yield from self._rank.telemetry.trace.end()
             raise
-        yield from self._rank.trace.end()
+        yield from self._rank.telemetry.trace.end()
 
     @ray.method(concurrency_group="prompts")
     def encode(self, request: GenerationRequest) -> bytes:

@@ -1,8 +1,9 @@
 """RankGroup: the processes of one gang, from their start to their loss. Never repaired, only replaced as a whole.
 
-`Gang` starts one and runs requests on it. When a rank dies, hangs or raises inside a forward, its peers may wait in a
-collective that never ends. Then these are killed by pid at once, and `on_lost` is called: of an elastic gang those that
-run the same request, of any other all.
+`workers.gang.supervisor` starts one, `workers.gang.gang` runs requests on it; `workers.gang.elastic_rank_group` is that
+of an elastic gang. When a rank dies, hangs or raises inside a forward, its peers may wait in a collective that never
+ends. Then these are killed by pid at once, and `on_lost` is called: of an elastic gang those that run the same request,
+of any other all.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from workers.gang.losses import Losses
 from workers.gang.rank_processes import assemble, kill_all
 from workers.gang.rank_run import Call, RankDone, RankRun, Report
 from workers.gang.watch import Watch
-from workers.messages import GenerationRequest, Kept, Part, RankStatus
+from workers.messages import GenerationRequest, Kept, RankStatus
 from workers.metrics import Loss, StartPhase
 from workers.tracing import Span
 
@@ -57,7 +58,6 @@ class RankGroup:
         self._ranks = ranks
         self._on_lost = on_lost
         self._losses = Losses(len(ranks), model.elastic is not None)
-        self._encoding = 0  # prompts that rank 0 encodes, or has before it
         self._watch = Watch(ranks, statuses, model.timeouts, self._lose)
         self._watcher: asyncio.Task[None] | None = None
         self._answers = Answers(model.timeouts.phase_s, self._lose)
@@ -81,18 +81,7 @@ class RankGroup:
             GangLost: a rank died, could not load the model, or was not ready in time.
         """
         began = time.monotonic()
-        limit = model.timeouts.startup_s
-        try:
-            ranks, statuses = await asyncio.wait_for(assemble(processes, model, replica), limit)
-        except TimeoutError:
-            raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
-        except RayTaskError as error:
-            kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
-            raise GangLost(f"{model.name}: {kind}{error.cause}") from None  # some errors of libraries have no text
-        except RayActorError as error:
-            raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
-        except GangLost as error:
-            raise GangLost(f"{model.name}: {error}") from None
+        ranks, statuses = await assemble(processes, model, replica)
         phases = dict(statuses[0].start)
         phases["process"] = time.monotonic() - began - sum(phases.values())
         group = cls(model, ranks, statuses, phases, on_lost)  # type: ignore[arg-type]  # the ranks name phases alike
@@ -119,51 +108,6 @@ class RankGroup:
             async for report in reports:
                 assert not isinstance(report, Kept)
                 yield report
-
-    async def advance(
-        self, part: Part, first: int, encoded: Any, progress: bytes, on_spans: OnSpans = lambda spans: None
-    ) -> AsyncGenerator[Report | Kept]:
-        """Run a part of a request on some ranks of an elastic gang; see `ElasticRank.advance` and `run`.
-
-        Args:
-            part: without what is large.
-            first: the number of the first rank.
-            encoded: a reference to `part.encoded`.
-            progress: `part.progress`.
-            on_spans: as in `run`.
-        """
-        kept = ray.put(progress)  # once, however many ranks read it
-        numbers = range(first, first + part.ranks)
-        calls = [Call(i, self._ranks[i], "advance", (part, encoded, kept)) for i in numbers]
-        async with contextlib.aclosing(self._run(calls, part.request, on_spans)) as reports:
-            async for report in reports:
-                yield report
-
-    async def encode(self, request: GenerationRequest) -> Any:
-        """A reference to the encoded prompts of a request of an elastic gang; see `ElasticRank.encode`.
-
-        Raises:
-            As `run`.
-        """
-        self._encoding += 1
-        try:
-            with self._watch.working():
-                call = asyncio.create_task(_encoded(self._ranks[0], request), context=self._context)
-                limit_s = self._model.timeouts.phase_s * self._encoding  # those before it come first
-                reference, error = await asyncio.wait_for(asyncio.shield(call), limit_s)
-        except TimeoutError:
-            self._lose("stuck", f"rank 0 has not encoded a prompt within {limit_s:g} s", 0)
-            raise self._gang_lost() from None
-        finally:
-            self._encoding -= 1
-        if error is not None:
-            raise self._require_agreed(error, 0)
-        return reference
-
-    def pause(self, request_id: str, part: int, ranks: range) -> None:
-        """Let these ranks leave this part of a request at their next boundary."""
-        for rank in ranks:  # in the ranks' own context: whoever asks is another request
-            self._context.run(self._ranks[rank].pause.remote, request_id, part)
 
     async def _run(
         self, calls: Sequence[Call], request: GenerationRequest, on_spans: OnSpans
@@ -233,7 +177,7 @@ class RankGroup:
             GangLost: the ranks are lost.
         """
         with self._working(self._losses.everyone):
-            calls = [asyncio.create_task(_set_loras(rank, loras), context=self._context) for rank in self._ranks]
+            calls = [asyncio.create_task(outcome(rank.set_loras, loras), context=self._context) for rank in self._ranks]
             await asyncio.shield(asyncio.create_task(self._join_calls(calls)))  # a caller may leave, the ranks go on
 
     def serve_metrics(self, host: str, port: int | None) -> None:
@@ -283,11 +227,11 @@ class RankGroup:
                 failures.append(self._require_agreed(report.error, report.rank))
         _raise_reason(failures)
 
-    async def _join_calls(self, calls: "list[asyncio.Task[Exception | None]]") -> None:
+    async def _join_calls(self, calls: "list[asyncio.Task[tuple[Any, Exception | None]]]") -> None:
         """Wait for a call of all ranks. The first rank that is lost ends the wait: the others may never return."""
         failures: list[SprayError] = []
         for call in asyncio.as_completed(calls):
-            error = await call
+            _, error = await call
             if error is not None:
                 failures.append(self._require_agreed(error, None))
         _raise_reason(failures)
@@ -345,28 +289,17 @@ class RankGroup:
             yield
 
 
-async def _encoded(rank: Any, request: GenerationRequest) -> tuple[Any, Exception | None]:
-    """A reference to what the rank has encoded, and what it raised, or None."""
-    reference = rank.encode.remote(request)
+async def outcome(method: Any, *arguments: Any) -> tuple[Any, Exception | None]:
+    """Call a method of one rank: a reference to what it returns, once it has, and what it raised, or None."""
+    reference = None
     try:
-        await reference  # some kilobytes to megabytes; who needs them asks the store
+        reference = method.remote(*arguments)
+        await reference
     except RayTaskError as error:
-        return None, error.cause
+        return reference, error.cause
     except Exception as error:
-        return None, error
+        return reference, error
     return reference, None
-
-
-async def _set_loras(rank: Any, loras: tuple[LoRA, ...]) -> Exception | None:
-    """Call one rank; return what it raised, or None."""
-    try:
-        await rank.set_loras.remote(loras)
-    except RayTaskError as error:
-        cause: Exception = error.cause
-        return cause
-    except Exception as error:
-        return error
-    return None
 
 
 def _raise_reason(failures: list[SprayError]) -> None:

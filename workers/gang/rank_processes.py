@@ -1,6 +1,6 @@
 """The processes of a gang's ranks: made in the placement group, numbered, brought together; and killed.
 
-Called by `workers.gang.rank_group`.
+Called by `workers.gang.supervisor` and `workers.gang.rank_group`.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Never, TypeVar
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,8 +72,24 @@ async def assemble(processes: Sequence[Any], model: ModelSpec, replica: str) -> 
         replica: the gang's number among those of its model, for metrics.
 
     Raises:
-        GangLost: one was stopped, died or hung. What else a rank raises goes on to the caller.
+        GangLost: a rank was stopped, died or hung, could not load the model, or was not ready in time.
     """
+    limit = model.timeouts.startup_s
+    try:
+        return await asyncio.wait_for(_assemble(processes, model, replica), limit)
+    except TimeoutError:
+        raise GangLost(f"{model.name}: the ranks were not ready within {limit:g} s") from None
+    except RayTaskError as error:
+        kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
+        raise GangLost(f"{model.name}: {kind}{error.cause}") from None  # some errors of libraries have no text
+    except RayActorError as error:
+        raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
+    except GangLost as error:
+        raise GangLost(f"{model.name}: {error}") from None
+
+
+async def _assemble(processes: Sequence[Any], model: ModelSpec, replica: str) -> tuple[list[Any], list[RankStatus]]:
+    """`assemble`, however long it takes. What a rank raises goes on to the caller."""
     try:
         async with asyncio.timeout(FIRST_WORD_S):
             ranks, statuses = await _watched(_number(processes, model, replica), watch_creation(processes))

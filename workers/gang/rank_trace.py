@@ -1,8 +1,8 @@
 """What one rank does for a traced request: it marks its stages and steps, and tells its gang of them as it goes.
 
-`workers.gang.rank` marks, and tells after each step; `workers.gang.rank_actor` tells the rest at the end, whatever the
-end. `workers.gang.rank_spans` makes spans of the marks, so a rank that is lost takes along only what it has not told.
-Marking costs a comparison where a request is not traced.
+`workers.gang.rank` marks and tells after each step, through its telemetry; `workers.gang.rank_actor` tells the rest at
+the end, whatever the end. `workers.gang.rank_spans` makes spans of the marks, so a rank that is lost takes along only
+what it has not told. Marking costs a comparison where a request is not traced.
 """
 
 import time

@@ -1,4 +1,7 @@
-"""What a gang knows of its model and its place once Serve has configured it. Kept by `workers.gang.gang`."""
+"""What a gang knows of its model and its place once Serve has configured it.
+
+Kept up to date by `workers.gang.gang`, read by `workers.gang.supervisor` and `workers.gang.gang_report`.
+"""
 
 import contextvars
 import dataclasses
@@ -7,12 +10,13 @@ from typing import Any
 from deploy.families.family import PipelineFamily
 from deploy.spec import ModelSpec, Storage
 from workers.gang.adapter_sync import AdapterSync
+from workers.messages import GenerationRequest
 from workers.observing import GangMetrics
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Setup:
-    """What the first `reconfigure` settles. Later ones put an adjusted copy in its place.
+    """What the first `reconfigure` settles. Later ones adjust it: model, metrics and where they are.
 
     Attributes:
         model: as it is deployed. Its revision is the commit that was fetched.
@@ -31,3 +35,7 @@ class Setup:
     context: contextvars.Context
     metrics_at: dict[str, Any]
     metrics: GangMetrics
+
+    def forwards(self, request: GenerationRequest) -> int:
+        """Of the transformer in one step."""
+        return self.family.branches(request.guidance_scale, request.negative_prompt)
