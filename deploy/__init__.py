@@ -1,6 +1,7 @@
 """deploy: what the operator writes, and whether it can work.
 
-    spec.py       DeploymentSpec: the one schema of a deployment file
+    spec.py       DeploymentSpec: the one schema of a deployment file; model_spec.py, model_sections.py, gateway_spec.py
+                  and storage_spec.py its parts, section.py what they derive from
     schema.py     the same as JSON schema, for editors
     load.py       file < environment < command line, into one DeploymentSpec that knows where each value comes from
     overrides.py  how the three are merged before they are validated

@@ -19,7 +19,7 @@ from typing import Any
 from deploy.families.family import DecodeBytes, ForwardBytes
 from deploy.families.lookup import component_dtype, decode_bytes, find_family, forward_bytes
 from deploy.model_folder import read_config
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 
 TOKEN_SIDE = 16
 """Pixels: all measured models make one token of 16 x 16 pixels (the VAE reduces by 8, the patch by 2)."""

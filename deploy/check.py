@@ -14,8 +14,9 @@ from deploy.families.family import PipelineFamily
 from deploy.families.lookup import CLASSIC, family_name, find_family
 from deploy.memory import RankMemory, format_bytes, memory_by_degree, what_fits
 from deploy.model_folder import model_folder, read_config
+from deploy.model_spec import ModelSpec
 from deploy.safetensors_headers import read_header
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.spec import DeploymentSpec, SpecError
 from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_heads, smaller_layouts
 
 

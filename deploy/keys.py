@@ -1,6 +1,6 @@
 """The keys of a deployment file, as its schema has them.
 
-A type of `deploy.spec` comes in; its keys go out, each with its own type. `deploy.overrides` finds its
+A section of a deployment file comes in; its keys go out, each with its own type. `deploy.overrides` finds its
 way through variables and flags by them, `deploy.load` the keys that were meant.
 """
 
@@ -11,7 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from deploy.spec import DeploymentSpec, ModelSpec
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec
 from deploy.yaml_text import KeyPath
 
 

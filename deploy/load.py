@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploy.keys import keys_at, section_keys
+from deploy.model_spec import ModelSpec
 from deploy.overrides import Overrides, dotted
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.spec import DeploymentSpec, SpecError
 from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
 NO_ENVIRONMENT: Mapping[str, str] = {}

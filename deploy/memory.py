@@ -14,8 +14,9 @@ from typing import Any
 from deploy.activations import activation_bytes, largest_request, why_two_forwards
 from deploy.families.lookup import component_dtype, kept_in_fp32
 from deploy.model_folder import component_folders, is_transformer, read_config
+from deploy.model_sections import Elastic
+from deploy.model_spec import ModelSpec
 from deploy.safetensors_headers import read_header, read_headers
-from deploy.spec import Elastic, ModelSpec
 from sp_core.degrees import ParallelDegrees, axis_groups, check_layout, smaller_layouts, units
 from sp_core.models.lookup import find_family
 from sp_core.tp_plan import sharded_tensors

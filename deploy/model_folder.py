@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from deploy.spec import DeploymentSpec, ModelSpec
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec
 
 INDEX = "model_index.json"
 

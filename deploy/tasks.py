@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deploy.spec import Task
+from deploy.model_spec import Task
 
 
 def tasks_of(roles: Sequence[str], makes_video: bool) -> tuple[Task, ...]:

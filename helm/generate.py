@@ -14,8 +14,10 @@ from typing import Any
 import ray
 import yaml
 
+from deploy.model_sections import LoRA, WarmupShape
+from deploy.model_spec import ModelSpec
 from deploy.schema import json_schema
-from deploy.spec import DeploymentSpec, LoRA, ModelSpec, WarmupShape
+from deploy.spec import DeploymentSpec
 from service.app import serve_config
 from service.rollout.environment import LOOPBACK_SWITCH, PRIVATE_CLUSTER, PRIVATE_CLUSTER_DEFAULTS
 

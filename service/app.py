@@ -13,7 +13,9 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
+from deploy.gateway_spec import is_loopback
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
 from service.autoscaling import LOOK_BACK_S
 from service.gateway import Gateway
 from service.names import GANG, GATEWAY, GATEWAY_APP, app_name

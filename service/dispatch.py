@@ -16,7 +16,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.api.backend import Report, Restarted, Waiting
 from service.deadline import check_deadline
 from service.names import GANG, app_name

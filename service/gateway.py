@@ -16,7 +16,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from deploy.spec import Idempotency, ModelSpec, Outputs, SpecError
+from deploy.model_spec import ModelSpec
+from deploy.spec import SpecError
+from deploy.storage_spec import Idempotency, Outputs
 from service.access import Access
 from service.api.backend import Found, Report, Restarted
 from service.api.errors import STATUS, UNEXPECTED, find_status

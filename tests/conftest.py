@@ -17,7 +17,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from service.rollout.environment import use_private_cluster
 from sp_core.verify.rank_pool import RankPool
 from workers.demo_models.writer import write_demo_model

@@ -26,7 +26,7 @@ from PIL import Image, ImageChops
 from deploy.families.lookup import family_of
 from deploy.families.pipeline_source import classic_call
 from deploy.model_folder import is_component, read_index
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh

@@ -5,7 +5,7 @@ the pixels of a picture, or of all frames of a video. So the values are the same
 Called by `workers.gang.rank_telemetry`.
 """
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.messages import GenerationRequest
 
 MOST_NAMED = 9

@@ -12,7 +12,7 @@ from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from deploy.families.schedulers import schedulers_of
 from deploy.model_folder import read_config
-from deploy.spec import Task
+from deploy.model_spec import Task
 from deploy.tasks import tasks_of
 from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family as find_plan

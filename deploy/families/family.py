@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deploy.families.schedulers import FLOW_MATCH, Schedulers
-from deploy.spec import Task
+from deploy.model_spec import Task
 
 Config = Mapping[str, Any]
 """A `config.json`, or `model_index.json`."""

@@ -13,7 +13,7 @@ from deploy.families.classic import check_config, check_controlnet, check_proved
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 
 CLASSIC = "classic"
 """The name that all pipelines without a file of their own share."""

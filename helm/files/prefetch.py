@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.model.files import fetch
 
 failed = []

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deploy.spec import Defaults, Limits, Task
+from deploy.model_sections import Defaults, Limits
+from deploy.model_spec import Task
 from service.state.model_states import State
 
 

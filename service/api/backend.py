@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.api.origin import reject_foreign_hosts, reject_foreign_pages
 from service.jobs.records import Priority
 from service.jobs.store_actor import Jobs

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 
-from deploy.spec import is_loopback
+from deploy.gateway_spec import is_loopback
 from workers.errors import Forbidden, InvalidParameter, UnsupportedMediaType
 
 BODY_KINDS = ("", "application/json", "multipart/form-data")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.jobs.records import Job, State
 from service.jobs.requests import REMIXED_FROM, asked_of
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from deploy.spec import Limits, ModelSpec, Task
+from deploy.model_sections import Limits
+from deploy.model_spec import ModelSpec, Task
 from deploy.tasks import tasks_of
 from service.api.bodies import (
     MAX_SEED,

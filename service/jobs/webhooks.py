@@ -22,7 +22,8 @@ from typing import Literal
 import httpx
 from standardwebhooks import Webhook
 
-from deploy.spec import SpecError, is_loopback
+from deploy.gateway_spec import is_loopback
+from deploy.spec import SpecError
 from service.jobs.outbox import host_of
 from service.jobs.records import Delivery
 from service.jobs.store import JobStore

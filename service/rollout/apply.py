@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from ray import serve
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError, is_loopback
+from deploy.gateway_spec import is_loopback
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
 from service.app import gateway_table, grpc_options, serve_config
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 from service.rollout.changes import DEPLOYING, Change, running_models, user_config

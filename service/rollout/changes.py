@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError, Tracing
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError, Tracing
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX
 from service.rollout.serve_client import grpc_port, listens_at
 

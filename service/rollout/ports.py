@@ -2,7 +2,8 @@
 
 import socket
 
-from deploy.spec import DeploymentSpec, is_loopback
+from deploy.gateway_spec import is_loopback
+from deploy.spec import DeploymentSpec
 
 
 def bind_error(host: str, port: int) -> str:

@@ -16,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.check import check_deployment
 from deploy.families.lookup import find_family
 from deploy.model_folder import model_folder
-from deploy.spec import DeploymentSpec, ModelSpec
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec
 from service.names import GANG, app_name
 from service.rollout.changes import with_digests_of
 from sp_core.torchvision_operators import declare_missing_operators

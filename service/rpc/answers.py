@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from deploy.tasks import makes_video
 from service.api.backend import Restarted, Waiting
 from service.api.job_calls import Seen

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from deploy.spec import ModelSpec, Task
+from deploy.model_spec import ModelSpec, Task
 from deploy.tasks import makes_video, tasks_of
 from service.api.bodies import MOST_JOB_SECONDS, ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.origin import ID, MOST_SECONDS, new_id

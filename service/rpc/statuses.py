@@ -17,7 +17,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RichStatus
 from grpc_status import rpc_status
 
-from deploy.spec import is_loopback
+from deploy.gateway_spec import is_loopback
 from service.api.backend import Backend
 from service.api.errors import answer, find_status, log, retry_after_s
 from service.proto.mediagen.v1 import generation_service_pb2 as pb

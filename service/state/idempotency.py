@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.spec import Idempotency as Settings
+from deploy.storage_spec import Idempotency as Settings
 from service.state import kept_answers
 from service.state.kept_answers import Claim, KeptAnswers
 from service.state.shared_turns import NAMESPACE

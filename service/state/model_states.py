@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.names import GANG, app_name
 from workers.gang.placement import Node, Unschedulable, unschedulable
 from workers.metrics import WantedReason

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import get_args
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.jobs.records import Queued
 from service.names import app_name
 from service.state.model_states import ModelState, wanted_reason

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.serve.schema import ServeStatus
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from service.jobs.records import Queued
 from service.names import app_name
 from service.rollout.serve_client import serve_state

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.gang.placement import hosts
 from workers.model.files import fetch
 

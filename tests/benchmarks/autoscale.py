@@ -18,7 +18,8 @@ from pathlib import Path
 import httpx
 import matplotlib.pyplot as plt
 
-from deploy.spec import Autoscaling, Defaults, ModelSpec
+from deploy.model_sections import Autoscaling, Defaults
+from deploy.model_spec import ModelSpec
 from service.cli.client import read_cluster
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, ready

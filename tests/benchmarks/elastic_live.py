@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from deploy.spec import Autoscaling, DeploymentSpec, Elastic, GatewaySpec, Metrics, ModelSpec
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Autoscaling, Elastic
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, Metrics
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import model, ready
 from workers.demo_models.writer import write_demo_model

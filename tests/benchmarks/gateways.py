@@ -24,7 +24,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from deploy.spec import Autoscaling, DeploymentSpec, GatewaySpec, Metrics
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Autoscaling
+from deploy.spec import DeploymentSpec, Metrics
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import model, ready
 from workers.demo_models.writer import write_demo_model

@@ -12,7 +12,7 @@ from deploy.families.lookup import CLASSIC, families, family_name, find_family
 from deploy.families.pipeline_source import classic_call, transformer_pipelines
 from deploy.families.schedulers import FLOW_MATCH
 from deploy.model_folder import is_transformer
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from tests.support.model_folders import edit, stub_model
 
 SD3 = ["diffusers", "SD3Transformer2DModel"]

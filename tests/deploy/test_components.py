@@ -10,7 +10,8 @@ import pytest
 from deploy.check import check_deployment
 from deploy.components import verify_components
 from deploy.families.lookup import families
-from deploy.spec import DeploymentSpec, ModelSpec, SpecError
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
 from tests.support.model_folders import edit, stub_model, write
 
 EACH = [(family.pipeline, name) for family in families().values() for name in family.components]

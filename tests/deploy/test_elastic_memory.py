@@ -8,7 +8,9 @@ import pytest
 from deploy.check import check_deployment
 from deploy.families.family import DecodeBytes
 from deploy.memory import GROUP_BYTES, PEER_BYTES, memory_by_degree, rank_memory, what_fits
-from deploy.spec import DeploymentSpec, Elastic, ModelSpec, SpecError
+from deploy.model_sections import Elastic
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
 from tests.deploy.test_memory import a_model, spec_of
 
 CUDA = {"device": "cuda", "batch_guidance": False}

@@ -18,7 +18,8 @@ from deploy.activations import (
 from deploy.families.family import DecodeBytes, ForwardBytes
 from deploy.families.lookup import decode_bytes, families, forward_bytes
 from deploy.memory import GIB, format_bytes, parse_memory, rank_memory, weight_bytes, what_fits
-from deploy.spec import Limits, ModelSpec
+from deploy.model_sections import Limits
+from deploy.model_spec import ModelSpec
 from sp_core.mesh import ParallelMesh
 from sp_core.models.lookup import find_family
 from sp_core.verify import examples

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deploy.load import load_spec
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees, check_layout, layout_advice
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy"

@@ -16,7 +16,10 @@ from deploy.check import check_deployment
 from deploy.load import load_spec
 from deploy.memory import rank_memory
 from deploy.model_folder import cache_root, cached_folder
-from deploy.spec import Autoscaling, DeploymentSpec, Limits, ModelSpec, Placement, SpecError, Storage
+from deploy.model_sections import Autoscaling, Limits, Placement
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
+from deploy.storage_spec import Storage
 from service.cli.commands import files
 from service.cli.main import main
 from sp_core.degrees import ParallelDegrees

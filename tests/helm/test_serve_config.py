@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.spec import DeploymentSpec, ModelSpec
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec
 from service.app import gang_app, gateway_app, serve_config
 from tests.helm.chart import (
     CHART,

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.spec import Defaults, ModelSpec
+from deploy.model_sections import Defaults
+from deploy.model_spec import ModelSpec
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1.generation_service_pb2_grpc import MediaGenerationServiceStub
 from service.rollout.local_cluster import LocalCluster

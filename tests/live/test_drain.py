@@ -12,7 +12,9 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, Placement
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Placement
+from deploy.spec import DeploymentSpec, Metrics
 from service.rollout.attach import attach
 from service.rollout.cluster_folder import place
 from service.rollout.drain import drain

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.spec import Elastic
+from deploy.model_sections import Elastic
 from service.cli.main import main
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import PATIENCE_S, deployment, model, pixels, rank_statuses, ready, wait_for

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 
-from deploy.spec import Elastic
+from deploy.model_sections import Elastic
 from service.rollout.local_cluster import LocalCluster
 from tests.live.test_elastic import LONG, SHORT, Watched, draw, now, repeated, standing
 from tests.support.deployments import (

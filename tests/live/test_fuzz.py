@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from deploy.spec import Limits
+from deploy.model_sections import Limits
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, rank_actors, ready, wait_for
 from tests.support.fuzz import Judged, Memory, fire, memory, serving

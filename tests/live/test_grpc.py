@@ -31,7 +31,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 from PIL import Image
 
-from deploy.spec import Auth, Defaults
+from deploy.model_sections import Defaults
+from deploy.spec import Auth
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rollout.local_cluster import LocalCluster

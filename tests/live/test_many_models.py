@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deploy.spec import Autoscaling, DeploymentSpec, LoRA
+from deploy.model_sections import Autoscaling, LoRA
+from deploy.spec import DeploymentSpec
 from service.cli.client import read_cluster, read_models
 from service.rollout.local_cluster import LocalCluster
 from tests.support.deployments import deployment, model, ready, wait_for

@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray import serve
 
-from deploy.spec import GatewaySpec
+from deploy.gateway_spec import GatewaySpec
 from service.jobs.runner import LEASE_S
 from service.names import GATEWAY, GATEWAY_APP
 from service.rollout.local_cluster import LocalCluster

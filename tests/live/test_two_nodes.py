@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
-from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placement
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Placement
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, Metrics
 from deploy.yaml_text import to_yaml
 from service.cli.main import main
 from service.rollout.attach import attach

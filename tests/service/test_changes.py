@@ -9,29 +9,12 @@ from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.gateway_spec import GatewaySpec
 from deploy.load import load_spec
-from deploy.spec import (
-    LIVE,
-    Auth,
-    Autoscaling,
-    Defaults,
-    DeploymentSpec,
-    Elastic,
-    GatewayLimits,
-    GatewaySpec,
-    Idempotency,
-    Limits,
-    LoRA,
-    Metrics,
-    ModelSpec,
-    Outputs,
-    Placement,
-    SpecError,
-    Storage,
-    Timeouts,
-    Tracing,
-    WarmupShape,
-)
+from deploy.model_sections import Autoscaling, Defaults, Elastic, Limits, LoRA, Placement, Timeouts, WarmupShape
+from deploy.model_spec import LIVE, ModelSpec
+from deploy.spec import Auth, DeploymentSpec, GatewayLimits, Metrics, SpecError, Tracing
+from deploy.storage_spec import Idempotency, Outputs, Storage
 from service.app import (
     SPARE_REQUESTS,
     check_ports,

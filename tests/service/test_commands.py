@@ -19,8 +19,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.gateway_spec import GatewaySpec
 from deploy.load import load_spec
-from deploy.spec import Auth, GatewaySpec, Metrics
+from deploy.spec import Auth, Metrics
 from deploy.support import supported
 from service.api.responses import model_object
 from service.app import serve_config

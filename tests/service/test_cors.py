@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from deploy.spec import Auth, DeploymentSpec, GatewaySpec
+from deploy.gateway_spec import GatewaySpec
+from deploy.spec import Auth, DeploymentSpec
 from service.api.cors import READABLE
 from service.api.rest import rest_app
 from service.app import serve_config

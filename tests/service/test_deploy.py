@@ -21,7 +21,10 @@ from ray.serve.schema import (
 )
 from safetensors.torch import save_file
 
-from deploy.spec import Auth, DeploymentSpec, GatewaySpec, LoRA, Metrics, ModelSpec, SpecError
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
+from deploy.spec import Auth, DeploymentSpec, Metrics, SpecError
 from service.app import serve_config
 from service.cli.main import main
 from service.rollout import apply, changes, preflight, serve_client

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from deploy.gateway_spec import GatewaySpec
 from deploy.memory import GIB
-from deploy.spec import DeploymentSpec, GatewaySpec, Metrics, ModelSpec, Placement, Storage, WarmupShape
+from deploy.model_sections import Placement, WarmupShape
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, Metrics
+from deploy.storage_spec import Storage
 from service.cli import doctor
 from service.cli.doctor import Finding, Machine, diagnose
 from sp_core.degrees import ParallelDegrees

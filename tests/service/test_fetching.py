@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fastapi.testclient import TestClient
 
-from deploy.spec import GatewaySpec
+from deploy.gateway_spec import GatewaySpec
 from service.api import fetching
 from service.api.fetching import with_fetched
 from service.public_address import is_public, public_address

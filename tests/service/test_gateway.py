@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.schema import ServeStatus
 
 from deploy.api_keys import digest
-from deploy.spec import Elastic
+from deploy.model_sections import Elastic
 from service import dispatch
 from service.api.backend import Restarted
 from service.gateway import Gateway

@@ -18,7 +18,8 @@ from ray.serve._private import default_impl, grpc_util, http_util, proxy
 from ray.serve._private.proxy_request_response import ResponseStatus
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from deploy.spec import GatewaySpec, SpecError
+from deploy.gateway_spec import GatewaySpec
+from deploy.spec import SpecError
 from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
 from service.app import check_ports, grpc_options
 from service.rollout import local_cluster as local

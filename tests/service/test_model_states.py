@@ -13,7 +13,8 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
-from deploy.spec import Autoscaling, ModelSpec, Placement
+from deploy.model_sections import Autoscaling, Placement
+from deploy.model_spec import ModelSpec
 from service.names import GANG, app_name
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees

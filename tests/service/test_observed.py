@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
-from deploy.spec import Autoscaling
+from deploy.model_sections import Autoscaling
 from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.jobs.records import Queued

@@ -10,7 +10,7 @@ import obstore
 import pytest
 from fastapi.testclient import TestClient
 
-from deploy.spec import Outputs
+from deploy.storage_spec import Outputs
 from service.api.rest import rest_app
 from service.state import output_bucket
 from service.state.output_bucket import Bucket

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.serve.schema import ApplicationStatusOverview, ServeStatus
 
-from deploy.spec import Autoscaling
+from deploy.model_sections import Autoscaling
 from service.names import app_name
 from service.state import poller
 from service.state.model_states import ModelState

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.spec import Auth, GatewaySpec, SpecError
+from deploy.gateway_spec import GatewaySpec
+from deploy.spec import Auth, SpecError
 from service.rollout import local_cluster as local
 from service.rollout.ports import open_to_all
 from tests.support.deployments import deployment, model

@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from deploy.spec import Idempotency
+from deploy.storage_spec import Idempotency
 from service.rollout.cluster_folder import place
 from service.state import shared_turns
 from service.state.exchange import Colleagues, Question

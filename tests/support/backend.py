@@ -5,7 +5,8 @@ import itertools
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from deploy.spec import Defaults, Limits, LoRA, ModelSpec
+from deploy.model_sections import Defaults, Limits, LoRA
+from deploy.model_spec import ModelSpec
 from service.api.backend import Found, Report, Restarted, Waiting
 from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners

@@ -11,7 +11,10 @@ import numpy as np
 import ray
 from PIL import Image
 
-from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, Metrics, ModelSpec, Placement, Timeouts
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Defaults, Limits, Placement, Timeouts
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, Metrics
 from service.rollout.local_cluster import LocalCluster
 from sp_core.degrees import ParallelDegrees
 from workers.messages import RankStatus

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from deploy.spec import Autoscaling
+from deploy.model_sections import Autoscaling
 from service.api.observed import observing
 from service.jobs.observed import ObservedJobs, observing_store
 from service.jobs.records import Counts

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import pytest
 
 from deploy.families.qwen_image import FAMILY
-from deploy.spec import LoRA, ModelSpec, Storage
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.errors import RequestCancelled, RequestFailed
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from deploy.check import check_deployment
 from deploy.families.classic import classic_family
 from deploy.families.lookup import find_family
-from deploy.spec import DeploymentSpec, LoRA, ModelSpec, SpecError
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, SpecError
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error

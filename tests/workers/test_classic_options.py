@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool

@@ -12,7 +12,7 @@ import torch
 
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.lookup import CLASSIC, family_name, find_family
-from deploy.spec import WarmupShape
+from deploy.model_sections import WarmupShape
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh

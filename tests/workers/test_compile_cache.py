@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model
 from workers.model import compile_cache

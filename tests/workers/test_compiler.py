@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import clear_caches
 
-from deploy.spec import ModelSpec, WarmupShape
+from deploy.model_sections import WarmupShape
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from deploy.components import verify_components
 from deploy.families.lookup import families, find_family
 from deploy.model_folder import read_index
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from tests.support.deployments import model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from sp_core.attention.region_attention import attention_kept_local
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh

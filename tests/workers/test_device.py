@@ -12,7 +12,9 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from deploy.spec import ModelSpec, Placement, Storage
+from deploy.model_sections import Placement
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from service.rollout.cluster_folder import place
 from sp_core.degrees import ParallelDegrees
 from workers.gang import rank_processes

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from deploy.families.lookup import find_family
-from deploy.spec import Elastic as Section
-from deploy.spec import ModelSpec
+from deploy.model_sections import Elastic as Section
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from tests.support.deployments import model
 from workers.errors import GangLost, RequestCancelled

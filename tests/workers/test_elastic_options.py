@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from deploy.spec import Elastic, LoRA, WarmupShape
+from deploy.model_sections import Elastic, LoRA, WarmupShape
 from sp_core.degrees import ParallelDegrees, smaller_layouts
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.spec import Elastic, WarmupShape
+from deploy.model_sections import Elastic, WarmupShape
 from sp_core.degrees import ParallelDegrees, smaller_layouts
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool

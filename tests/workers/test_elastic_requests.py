@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy.spec import Elastic, LoRA
+from deploy.model_sections import Elastic, LoRA
 from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts, units
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from deploy.families.lookup import find_family
-from deploy.spec import Elastic as Section
+from deploy.model_sections import Elastic as Section
 from service.deadline import within
 from tests.support.deployments import model
 from tests.workers.test_elastic import REQUEST, Ranks, drive, settled

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from tests.conftest import COMMIT, OTHER
 from workers.model import files as sources
 from workers.model.files import fetch

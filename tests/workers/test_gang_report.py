@@ -7,7 +7,7 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from tests.workers.gang_cases import INK, REQUEST, in_replica, setup_of
 from workers.errors import RequestFailed
 from workers.gang.cost import CostModel

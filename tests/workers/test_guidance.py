@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deploy import activations
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error

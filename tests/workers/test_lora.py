@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from sp_core.lora import Adapters
 from sp_core.verify import examples
 from sp_core.verify.verify import BAR

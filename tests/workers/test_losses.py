@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deploy.spec import Elastic, ModelSpec
+from deploy.model_sections import Elastic
+from deploy.model_spec import ModelSpec
 from tests.support.deployments import model
 from tests.workers.test_elastic import REQUEST
 from workers.errors import GangLost

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core import collectives
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh

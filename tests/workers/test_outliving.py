@@ -9,7 +9,7 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from deploy.spec import Elastic as Section
+from deploy.model_sections import Elastic as Section
 from tests.support.deployments import model
 from tests.workers.gang_cases import in_replica, setup_of, supervisor_of
 from tests.workers.test_elastic import REQUEST, Ranks, settled

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from deploy.spec import ModelSpec, Placement
+from deploy.model_sections import Placement
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from workers.gang.placement import (
     Node,

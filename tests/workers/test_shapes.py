@@ -3,7 +3,8 @@
 from dataclasses import replace
 from itertools import product
 
-from deploy.spec import Defaults, ModelSpec, WarmupShape
+from deploy.model_sections import Defaults, WarmupShape
+from deploy.model_spec import ModelSpec
 from workers.messages import GenerationRequest
 from workers.shapes import Shapes
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deploy.spec import Storage
+from deploy.storage_spec import Storage
 from tests.support.deployments import model
 from workers.gang import spare_ranks
 from workers.gang.spare_ranks import SpareRanks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from tests.workers.gang_cases import (
     CHALK,
     INK,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from deploy.spec import LoRA, WarmupShape
+from deploy.model_sections import LoRA, WarmupShape
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deploy.spec import Timeouts
+from deploy.model_sections import Timeouts
 from workers.errors import GangLost
 from workers.gang import watch
 from workers.gang.process_state import Activity, is_halted

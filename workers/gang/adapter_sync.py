@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from workers.errors import GangLost, RequestError, RequestFailed
 
 logger = logging.getLogger("ray.serve")

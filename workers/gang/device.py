@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import ray
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 
 CUDA_ENVIRONMENT = {
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from deploy.families.family import PipelineFamily
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import units
 from workers.errors import GangLost, RequestCancelled
 from workers.gang.dealer import Block, Work, deal

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.families.lookup import find_family
-from deploy.spec import LoRA
+from deploy.model_sections import LoRA
 from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts
 from workers.errors import OutOfMemory, RequestError, RequestFailed
 from workers.gang.profiling import StepProfile

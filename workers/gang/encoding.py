@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.errors import OutOfMemory, RequestFailed
 from workers.messages import Drawn, GenerationRequest, GenerationResult
 from workers.model.media import encode

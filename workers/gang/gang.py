@@ -21,7 +21,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from ray import serve
 
 from deploy.families.lookup import find_family
-from deploy.spec import ModelSpec, Storage
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.disk import watch_disk
 from workers.errors import GangLost
 from workers.exporter import Exporter, share_values

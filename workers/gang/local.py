@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from deploy.memory import format_bytes
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.gang.ray_internals import available_resources_per_node
 
 UNITS = {"CPU": "CPU cores", "GPU": "GPUs", "memory": "memory"}

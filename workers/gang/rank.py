@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from deploy.spec import LoRA, ModelSpec
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
 from sp_core.cuda_kernels import in_use
 from sp_core.tile_parallel import PeerTileFailed
 from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed

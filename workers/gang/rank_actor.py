@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import ray
 
-from deploy.spec import LoRA, ModelSpec, Storage
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.exporter import Exporter, share_values
 from workers.gang.device import Place, own_place
 from workers.gang.network import use_interface

@@ -17,7 +17,8 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from deploy.spec import LoRA, ModelSpec
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
 from workers.errors import GangLost, OutOfMemory, PeerFailed, RequestError, RequestFailed, SprayError
 from workers.gang.answers import Answers
 from workers.gang.losses import Losses

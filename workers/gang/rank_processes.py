@@ -15,7 +15,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deploy.spec import ModelSpec, Storage
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.errors import GangLost
 from workers.gang.device import by_device, environment
 from workers.gang.placement import bundle

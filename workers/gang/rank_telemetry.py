@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.traffic import Traffic
 from workers.gang.memory_use import memory_use
 from workers.gang.rank_trace import RankTrace

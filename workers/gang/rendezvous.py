@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import smaller_layouts
 from sp_core.mesh import ParallelMesh
 from sp_core.probe import probe

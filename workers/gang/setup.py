@@ -8,7 +8,8 @@ import dataclasses
 from typing import Any
 
 from deploy.families.family import PipelineFamily
-from deploy.spec import ModelSpec, Storage
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.gang.adapter_sync import AdapterSync
 from workers.messages import GenerationRequest
 from workers.observing import GangMetrics

@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from deploy.spec import ModelSpec, Storage
+from deploy.model_spec import ModelSpec
+from deploy.storage_spec import Storage
 from workers.gang.rank_processes import FIRST_WORD_S, create
 
 logger = logging.getLogger("ray.serve")

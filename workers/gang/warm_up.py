@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy.activations import Request, why_two_forwards
 from deploy.families.lookup import find_family
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.messages import GenerationRequest
 from workers.model.sample_inputs import with_needed_inputs
 

@@ -12,7 +12,7 @@ from typing import Any, Never
 import ray
 from ray.exceptions import RayActorError
 
-from deploy.spec import Timeouts
+from deploy.model_sections import Timeouts
 from workers.errors import GangLost
 from workers.gang.process_state import Activity, is_halted
 from workers.gang.ray_internals import process_of

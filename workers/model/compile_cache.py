@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import sp_core
 from deploy.model_folder import component_classes, is_transformer
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.model.digests import file_digest
 from workers.private_folder import make_private, open_own
 

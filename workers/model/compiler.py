@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.model.compile_cache import CompileCache, Warmed, cache_folder, what_decides
 from workers.model.torch_internals import compile_into, graphs
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from deploy.families.lookup import CLASSIC, family_name
 from deploy.model_folder import component_classes, is_transformer
+from deploy.model_spec import ModelSpec
 from deploy.safetensors_headers import headers_by_file, weights_file
-from deploy.spec import ModelSpec
 from workers.model.classic_parts import ClassicParts
 from workers.model.out_of_tree import transformer_class
 from workers.model.weights import build, verified_files

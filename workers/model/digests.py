@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from deploy.model_folder import INDEX, component_classes
-from deploy.spec import LoRA, ModelSpec
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
 
 REDEPLOY = "deploy the file again (spray deploy), or restore what was there"
 

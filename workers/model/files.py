@@ -28,8 +28,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from deploy.components import verify_components
 from deploy.families.lookup import family_name
 from deploy.model_folder import INDEX, component_classes
+from deploy.model_spec import ModelSpec
 from deploy.safetensors_headers import CHECKSUMS, verify_checksums, verify_weights
-from deploy.spec import ModelSpec
 from workers.model.digests import REDEPLOY, folder_digest, settle_loras
 from workers.private_folder import make_private, open_own
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from deploy.activations import Request, why_two_forwards
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.batched_guidance import BatchedGuider, guidance_batch
 from sp_core.cfg_parallel import ParallelGuider
 from sp_core.mesh import ParallelMesh

@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from deploy.families.lookup import component_dtype, find_family
 from deploy.model_folder import component_classes, is_transformer
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
 from deploy.safetensors_headers import headers_by_file
-from deploy.spec import LoRA, ModelSpec
 from sp_core.compiled_blocks import compile_blocks
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh

@@ -21,7 +21,8 @@ from torch import nn
 
 from deploy.families.lookup import find_family
 from deploy.model_folder import component_classes
-from deploy.spec import LoRA, ModelSpec
+from deploy.model_sections import LoRA
+from deploy.model_spec import ModelSpec
 from sp_core.lora import Adapters, AdapterShare, LowRank
 from workers.model.diffusers_internals import lora_components
 from workers.model.lora_strength import scaling_of_alphas, scaling_of_config, stated_config

@@ -11,7 +11,7 @@ import torch
 
 from deploy.activations import Request, activation_bytes, largest_fitting
 from deploy.memory import format_bytes
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.messages import GenerationRequest
 
 ALLOCATORS_SAY = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core.sp_plan import SequenceParallelModelPlan, validate_sp_plan
 
 

@@ -16,7 +16,9 @@ import typer
 from pydantic import ValidationError
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec, LoRA, ModelSpec, Placement
+from deploy.model_sections import LoRA, Placement
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec
 from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
 from service.api.pictures import decode
 from service.api.responses import metrics

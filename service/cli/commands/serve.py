@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploy.check import check_deployment
-from deploy.spec import DeploymentSpec, Task
+from deploy.model_spec import Task
+from deploy.spec import DeploymentSpec
 from deploy.tasks import makes_video
 from service.api.schemas import PATHS
 from service.cli.options import File, Overrides, Terminated, load

@@ -13,7 +13,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from workers.errors import OutOfMemory
 from workers.gang.rank_process import import_rank
 from workers.messages import GenerationRequest, GenerationResult, StepEvent

@@ -10,7 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.spec import Defaults, DeploymentSpec, GatewaySpec, Limits, Metrics, ModelSpec, Placement
+from deploy.gateway_spec import GatewaySpec
+from deploy.model_sections import Defaults, Limits, Placement
+from deploy.model_spec import ModelSpec
+from deploy.spec import DeploymentSpec, Metrics
 from tests.benchmarks.gpu import model_folder, rank_work
 from tests.benchmarks.gpu.part import LeftOut, Part
 from workers.gang.local import generate_locally

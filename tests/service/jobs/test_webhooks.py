@@ -20,7 +20,8 @@ import pytest
 from prometheus_client import REGISTRY
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from deploy.spec import GatewaySpec, SpecError
+from deploy.gateway_spec import GatewaySpec
+from deploy.spec import SpecError
 from service.jobs import engines
 from service.jobs import webhooks as module
 from service.jobs.outbox import KEEP_S

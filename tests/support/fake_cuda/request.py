@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 from torch import nn
 
-from deploy.spec import ModelSpec
+from deploy.model_spec import ModelSpec
 from sp_core import mesh as mesh_module
 from sp_core.mesh import ParallelMesh
 from tests.support.fake_cuda.pretend import CUDA, move, pretended

@@ -16,7 +16,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import InputParam
 
 from deploy.families.family import PipelineFamily
-from deploy.spec import Task
+from deploy.model_spec import Task
 from deploy.tasks import tasks_of
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
