@@ -36,6 +36,7 @@ NOT_FAMILIES = {
     "pipeline_adapter",
     "pipeline_source",
     "schedulers",
+    "source_patterns",
     deployed.CLASSIC,
 }
 CODE = [path for layer in ("sp_core", "deploy", "workers", "service") for path in sorted((ROOT / layer).rglob("*.py"))]
