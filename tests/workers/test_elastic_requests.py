@@ -22,7 +22,7 @@ from tests.workers.test_adapters import PICTURES, VIDEO, differ
 from tests.workers.test_denoising import ALONE, Generated, generate, pixels
 from workers.gang.dealer import Block
 from workers.messages import GenerationRequest
-from workers.model import denoising as module
+from workers.model import handover
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
@@ -90,7 +90,7 @@ def run(
                     part.resume(progress[name])
                 for _ in range(steps):
                     part.step()
-                with mock.patch.object(module, "_moves", lambda *_: False) if forgets else nullcontext():
+                with mock.patch.object(handover, "_moves", lambda *_: False) if forgets else nullcontext():
                     own = part.progress()
                 if part.done:
                     made[name] = part.latents, [pixels(each) for each in part.finish()]

@@ -64,8 +64,8 @@ ONCE: Mapping[str, set[str]] = {
     },
     # The embeddings go to the other ranks over the hosts.
     "share_encoded": {
-        "workers/model/denoising.py _packed: copies from cuda to cpu to save",
-        "workers/model/denoising.py Denoising._unpacked: copies from cpu to cuda to load",
+        "workers/model/handover.py packed: copies from cuda to cpu to save",
+        "workers/model/handover.py unpacked: copies from cpu to cuda to load",
     },
     # Noise is drawn on the CPU, so that it is the same everywhere; full masks are dropped.
     "prepare": {

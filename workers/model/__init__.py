@@ -13,6 +13,7 @@ classic_denoising.py    the same through a classic pipeline's call: stepped_call
 shared_encoders.py      the encoders of such a call: they work on one rank, once
 picture_inputs.py       pictures that a request begins with, encoded and sampled
 sample_inputs.py        those of requests that nobody has sent, for self-test and warm-up
+request_scheduler.py    its own scheduler; handover.py what it takes along to other ranks
 guidance.py             whether its branches share a forward, take one each, or ranks of their own
 step_ends.py            when steps end on the device, and whether their latents are finite
 previews.py             previews of the clean latents; latent_colors.py fits their colors to the VAE

@@ -10,9 +10,6 @@ latents, and all state of a request is in its `Denoising`.
 """
 
 import copy
-import functools
-import inspect
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,15 +24,16 @@ from sp_core.traffic import is_sampled
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
-from workers.model.flow_shift import shifted
 from workers.model.guidance import Guidance
+from workers.model.handover import packed, state_of, unpacked
 from workers.model.loader import LoadedModel, encodes_here
 from workers.model.media import what_differs
 from workers.model.picture_shares import decode_shared
 from workers.model.previews import Pixels, Previews, check_predicts_clean, example
+from workers.model.request_scheduler import scheduler_of
 from workers.model.shared_encoders import DRAWN
 from workers.model.step_ends import StepEnd, StepEnds
-from workers.model.truncation import WatchedTokenizer
+from workers.model.truncation import watch_tokenizers
 from workers.model.workflow import Workflow
 
 
@@ -83,7 +81,7 @@ class Denoising:
         self._encodes = encoded is None and encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
         self._tokens_read: list[int] = []
-        self._watch_tokenizers()
+        watch_tokenizers(self._pipeline, self._adapter.unread_tokens, self._warnings, self._tokens_read)
         self._shares_encoded = alone and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
@@ -106,7 +104,7 @@ class Denoising:
         self._ends: StepEnds | None = None  # from the first step here
         self._set_up()
         if encoded is not None:
-            values, warnings, tokens_read = self._unpacked(encoded)
+            values, warnings, tokens_read = unpacked(encoded, self._mesh.device)
             self._receive(values)
             self._warnings += warnings
             self._tokens_read += tokens_read
@@ -170,16 +168,13 @@ class Denoising:
         """Send what rank 0 has encoded to the ranks without encoders. A collective of all ranks, if there are such."""
         if not self._shares_encoded:
             return
-        received = self._mesh.broadcast(_packed(self._what_was_encoded()) if self._encodes else None)
+        received = self._mesh.broadcast(packed(self._what_was_encoded()) if self._encodes else None)
         if not self._encodes:
-            self._receive(self._unpacked(received))
+            self._receive(unpacked(received, self._mesh.device))
 
     def encoded(self) -> bytes:
         """What `encode` has made here, and had to say about it: for a `Denoising` of the request on any ranks."""
-        return _packed((self._what_was_encoded(), list(self._warnings), list(self._tokens_read)))
-
-    def _unpacked(self, packed: bytes) -> Any:
-        return torch.load(io.BytesIO(packed), map_location=self._mesh.device, weights_only=True)
+        return packed((self._what_was_encoded(), list(self._warnings), list(self._tokens_read)))
 
     def _what_was_encoded(self) -> Any:
         return self._encoded, self._state.kwargs_mapping
@@ -192,8 +187,7 @@ class Denoising:
     def progress(self) -> bytes:
         """All that the steps so far have changed, for `resume` on any ranks. Waits for the device."""
         generators = [generator.get_state() for generator in self._generators]
-        scheduler = {name: value for name, value in vars(self._pipeline.scheduler).items() if _moves(name, value)}
-        return _packed((self._steps_done, self.latents.cpu(), scheduler, generators))
+        return packed((self._steps_done, self.latents.cpu(), state_of(self._pipeline.scheduler), generators))
 
     def resume(self, progress: bytes) -> None:
         """Go on where other ranks, or these, have stopped. After `prepare`, before the first step here.
@@ -202,13 +196,7 @@ class Denoising:
             progress: what theirs has returned.
         """
         device = self._mesh.device
-
-        def on_own_device(storage: Any, at: str) -> Any:  # schedulers keep some tensors on the host
-            return storage if at == "cpu" else storage.to(device)
-
-        self._steps_done, latents, scheduler, generators = torch.load(
-            io.BytesIO(progress), map_location=on_own_device, weights_only=True
-        )
+        self._steps_done, latents, scheduler, generators = unpacked(progress, device, keep_on_host=True)
         vars(self._pipeline.scheduler).update(scheduler)
         for generator, state in zip(self._generators, generators, strict=True):
             generator.set_state(state)
@@ -353,14 +341,6 @@ class Denoising:
         for adapters in self._loras.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
-    def _watch_tokenizers(self) -> None:
-        for name, tokenizer in self._pipeline.components.items():
-            if name.startswith("tokenizer") and tokenizer is not None:
-                watched = WatchedTokenizer(
-                    name, tokenizer, self._adapter.unread_tokens, self._warnings, self._tokens_read
-                )
-                setattr(self._pipeline, name, watched)
-
     def _set_guiders(self, guiders: dict[str, Any]) -> None:
         for name, guider in guiders.items():
             setattr(self._pipeline, name, self._guidance.arranged(guider))
@@ -394,38 +374,11 @@ class Denoising:
         return [request.all_seeds[min(first + i, request.n - 1)] for i in range(each)]
 
     def _scheduler_of(self, generators: list[torch.Generator]) -> Any:
-        return _for_one_request(self._shared_scheduler, self.request, generators)
+        return scheduler_of(self._shared_scheduler, self.request, generators)
 
     def _run(self, blocks: tuple[Any, ...]) -> None:
         for block in blocks:
             _, self._state = block(self._pipeline, self._state)
-
-
-def _packed(values: Any) -> bytes:
-    """Tensors and plain values, which `torch.load` reads without unpickling anything else."""
-    packed = io.BytesIO()
-    torch.save(values, packed)
-    return packed.getvalue()
-
-
-def _moves(name: str, value: Any) -> bool:
-    """Whether something of a scheduler goes with a request: not its configuration, nor what it calls."""
-    return name != "_internal_dict" and not callable(value)
-
-
-def _for_one_request(shared: Any, request: GenerationRequest, generators: list[torch.Generator]) -> Any:
-    """A scheduler of the request's own.
-
-    What noise it draws comes from the generators, one per picture. Pipelines leave that to torch's global one, so that
-    ranks would differ. With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0
-    by 0 there.
-    """
-    scheduler = copy.deepcopy(shared) if request.flow_shift is None else shifted(shared, request)
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        scheduler.step = functools.partial(scheduler.step, generator=generators)
-    if request.num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
-        scheduler.register_to_config(shift_terminal=None)
-    return scheduler
 
 
 def _drop_full_masks(state: PipelineState) -> None:

@@ -11,9 +11,15 @@ import torch
 PROMPTS = ("prompt", "negative_prompt")
 """In the order in which every pipeline encodes them."""
 
-
 PICTURES = ("images", "videos")
 """What a processor is given beside the text, which marks their places."""
+
+
+def watch_tokenizers(pipeline: Any, unread: int, warnings: list[str], read: list[int]) -> None:
+    """Replace each tokenizer of a request's pipeline by a `WatchedTokenizer`, whose arguments these are."""
+    for name, tokenizer in pipeline.components.items():
+        if name.startswith("tokenizer") and tokenizer is not None:
+            setattr(pipeline, name, WatchedTokenizer(name, tokenizer, unread, warnings, read))
 
 
 class WatchedTokenizer:
