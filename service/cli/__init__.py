@@ -6,6 +6,7 @@ options.py   arguments that several commands have, and wrong usage
 output.py    lines and tables for a person
 progress.py  bars for loading and for steps
 pictures.py  pictures inside a terminal
+generation.py  one generation: by a server, as its job, or in processes of the command
 client.py    an HTTP client of a running server
 job_client.py  the same for jobs
 request_schema.py  what a request of one model may say

@@ -5,7 +5,7 @@ serve.py     serve: a cluster of its own
 deploy.py    deploy: change a running cluster
 status.py    ps, models: look at a server
 jobs.py      jobs, job, download
-generate.py  generate, video: one request
+generate.py  generate, edit, video: one request
 bench.py     bench: load a server, and measure it
 profile.py   profile: the steps of a gang, operator by operator
 doctor.py    doctor: look at this machine

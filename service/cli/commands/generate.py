@@ -1,92 +1,31 @@
-"""`spray generate`, `edit` and `video`: one request from the command line, to a server, or to processes of its own."""
+"""`spray generate`, `edit` and `video`: the flags of one request.
+
+Flags come in and are checked; `service.cli.generation` makes what they ask for, and the files are saved here.
+"""
 
 import base64
 import contextlib
 import inspect
 import json
 import math
-import secrets
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
-from deploy.check import check_deployment
-from deploy.model_sections import LoRA, Placement
-from deploy.model_spec import ModelSpec
-from deploy.spec import DeploymentSpec
-from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerationBody, parse_body
-from service.api.pictures import decode
-from service.api.responses import metrics
-from service.api.schemas import media_of, most_frames, to_request
-from service.cli.client import EDITS, PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
-from service.cli.job_client import submit_job
+from service.cli.client import ServerError, server_url
+from service.cli.generation import FORMATS, Files, Generation, locally, on_server, submit
 from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
-from service.cli.pictures import NO_PREVIEWS, Shown, shown_by_terminal
+from service.cli.pictures import NO_PREVIEWS, shown_by_terminal
 from service.cli.progress import StepProgress
-from service.rollout.devices import local_devices
-from sp_core.degrees import ParallelDegrees
 from workers.errors import InvalidParameter
-from workers.gang.local import generate_locally
-from workers.messages import PreviewOptions
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4"}
 FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2", "last_image", "video")
 FOR_PICTURES = ("n", "mask", "control_image")
 
-PREVIEWS = 3
-"""As many as a stream may have."""
-
 Degree = Annotated[int | None, typer.Option(help="With --local.")]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the flags ask for.
-
-    Attributes:
-        fields: of the REST body; those that were not given are absent.
-        output: where to save it; its suffix tells the format, and pictures from videos.
-        model: a name in the deployment, or a folder with `--local`.
-        loras: name and scale of each adapter; with `--local` the name is a file.
-        shown: makes the terminal show a preview; None: there are to be none.
-    """
-
-    fields: dict[str, Any]
-    output: Path
-    model: str | None
-    loras: Sequence[tuple[str, float]]
-    shown: Shown | None = None
-
-    @property
-    def is_video(self) -> bool:
-        """True if the output is a video."""
-        return FORMATS[self.output.suffix] == "mp4"
-
-    @property
-    def is_edit(self) -> bool:
-        """True if it begins with a picture."""
-        return bool(self.fields.keys() & {"image", "control_image", "video"})
-
-    @property
-    def path(self) -> str:
-        """Where a server makes it at once."""
-        return VIDEOS if self.is_video else EDITS if self.is_edit else PICTURES
-
-
-@dataclass(frozen=True)
-class Made:
-    """Encoded files, with the seed of each, what they took as the server reports it, and warnings."""
-
-    outputs: Sequence[bytes]
-    seeds: Sequence[int]
-    metrics: dict[str, Any]
-    warnings: Sequence[str]
 
 
 def generate(
@@ -179,22 +118,27 @@ def generate(
     shown = shown_by_terminal() if previews else None
     if previews and not shown:
         say(NO_PREVIEWS)
-    asked = Asked(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora], shown)
+    generation = Generation(fields | _own_fields(own, output), output, model, [_lora(text) for text in lora], shown)
     _check_sendable(
-        asked.fields | _given(model=model, webhook=webhook) | {f"lora {name}": scale for name, scale in asked.loras}
+        generation.fields
+        | _given(model=model, webhook=webhook)
+        | {f"lora {name}": scale for name, scale in generation.loras}
     )
     if detach:
-        with _told_of_the_output(asked):
-            _leave(asked, server_url(server), as_json, webhook)
+        with _told_of_the_output(generation):
+            submit(generation, server_url(server), as_json, webhook)
         return
-    with StepProgress() as progress, _told_of_the_output(asked):
-        made = _locally(asked, device, degrees, progress) if local else _on_server(asked, server_url(server), progress)
+    with StepProgress() as progress, _told_of_the_output(generation):
+        if local:
+            made = locally(generation, device, degrees, progress)
+        else:
+            made = on_server(generation, server_url(server), progress)
     _save(made, output, as_json)
 
 
 @contextlib.contextmanager
-def _told_of_the_output(asked: Asked) -> Iterator[None]:
-    """Put the error that a model makes no such thing in terms of the flag that has asked for it.
+def _told_of_the_output(generation: Generation) -> Iterator[None]:
+    """Turn the error that a model does not make this kind of output into one that names the flag.
 
     Raises:
         UsageError: the model makes pictures only, and the output is a video; or the other way round.
@@ -202,12 +146,12 @@ def _told_of_the_output(asked: Asked) -> Iterator[None]:
     try:
         yield
     except (ServerError, InvalidParameter) as error:
-        if error.code != "wrong_task" or asked.is_edit:
+        if error.code != "wrong_task" or generation.is_edit:
             raise
-        suffixes = ", ".join(suffix for suffix, kind in FORMATS.items() if (kind == "mp4") != asked.is_video)
-        kind = "videos" if asked.is_video else "pictures"
+        suffixes = ", ".join(suffix for suffix, kind in FORMATS.items() if (kind == "mp4") != generation.is_video)
+        kind = "videos" if generation.is_video else "pictures"
         raise UsageError(
-            f"{asked.model or 'the model'} makes no {kind}, which --output {asked.output.name} asks for; "
+            f"{generation.model or 'the model'} makes no {kind}, which --output {generation.output.name} asks for; "
             f"name a file that ends in {suffixes}"
         ) from None
 
@@ -239,7 +183,7 @@ _as_generate_but(video, "video.mp4", without=FOR_PICTURES)
 _as_generate_but(edit, "picture.png", without=FOR_VIDEOS)
 
 
-def _save(made: Made, output: Path, as_json: bool) -> None:
+def _save(made: Files, output: Path, as_json: bool) -> None:
     files = [output.with_stem(f"{output.stem}-{number}") if number else output for number in range(len(made.outputs))]
     for file, content in zip(files, made.outputs, strict=True):
         file.write_bytes(content)
@@ -255,7 +199,7 @@ def _save(made: Made, output: Path, as_json: bool) -> None:
 
 
 def _check_sendable(fields: dict[str, Any]) -> None:
-    """Reject what JSON cannot say, which a server could not be asked.
+    """Reject values that JSON cannot carry, so that no request could hold them.
 
     Raises:
         UsageError: a number is infinite or none, or a text is not Unicode.
@@ -311,66 +255,3 @@ def _own_fields(given: dict[str, Any], output: Path) -> dict[str, Any]:
             kind = "a video" if is_video else "pictures"
             raise UsageError(f"--{name.replace('_', '-')} is not for {kind}, which --output {output.name} asks for")
     return given if is_video else given | {"output_format": FORMATS[output.suffix]}
-
-
-def _loras(loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    return {"loras": [{"name": name, "scale": scale} for name, scale in loras]} if loras else {}
-
-
-def _body(asked: Asked) -> dict[str, Any]:
-    """Of a request to a server."""
-    return asked.fields | _loras(asked.loras) | ({"model": asked.model} if asked.model else {})
-
-
-def _leave(asked: Asked, server: str, as_json: bool, webhook: str | None) -> None:
-    """Submit a job, and print its ID."""
-    job = submit_job(server, _body(asked) | _given(webhook_url=webhook), asked.path)
-    with understood(server, "POST"):
-        job_id = str(job["id"])
-    print(json.dumps(job, indent=2) if as_json else job_id, flush=True)
-    say(f"accepted; `spray download {job_id} --wait --output {asked.output}` fetches it")
-
-
-def _on_server(asked: Asked, server: str, progress: StepProgress) -> Made:
-    body = _body(asked)
-    body |= {"partial_images": PREVIEWS} if asked.shown else {}
-    try:
-        made = generate_remotely(
-            server, body, progress.show, asked.path, lambda preview: _insert(asked, preview, progress)
-        )
-    except KeyboardInterrupt:
-        say("canceled: the server stops at the next step")  # it sees that the connection is closed
-        raise
-    return Made([file.content for file in made], [file.seed for file in made], made[0].metrics, made[0].warnings)
-
-
-def _insert(asked: Asked, preview: bytes, progress: StepProgress) -> None:
-    if asked.shown:
-        progress.insert(asked.shown(preview))
-
-
-def _locally(asked: Asked, device: str | None, degrees: dict[str, int], progress: StepProgress) -> Made:
-    if not asked.model:
-        raise UsageError("--local needs --model FOLDER, a folder in diffusers' format")
-    devices = local_devices()
-    files = {Path(name).stem: name for name, _ in asked.loras}  # a file is an adapter by its name
-    try:
-        model = ModelSpec(
-            name="local",
-            loras=tuple(LoRA(name=name, source=str(Path(file).resolve())) for name, file in files.items()),
-            source=str(Path(asked.model).resolve()),
-            device=device or ("cuda" if devices["cuda"] else "cpu"),
-            parallel=ParallelDegrees(**degrees),
-            placement=Placement(cpus_per_rank=devices["cpu"] / ParallelDegrees(**degrees).world_size),
-        )
-    except (ValidationError, ValueError) as error:
-        raise UsageError(str(error)) from None
-    check_deployment(DeploymentSpec(models=(model,)), devices)
-    body = {"seed": secrets.randbelow(2**32)} | asked.fields | _loras([(Path(n).stem, s) for n, s in asked.loras])
-    kind = VideoGenerationBody if asked.is_video else ImageEditBody if asked.is_edit else ImageGenerationBody
-    previews = PreviewOptions(count=PREVIEWS) if asked.shown else None
-    parsed = parse_body(body, kind)
-    request = to_request(parsed, model, uuid.uuid4().hex, decode(media_of(parsed, model), most_frames(parsed, model)))
-    request = replace(request, report_steps=True, previews=previews)
-    result = generate_locally(model, request, progress.show, lambda each: _insert(asked, each.data, progress))
-    return Made(result.outputs, result.seeds, metrics(result), result.warnings)
