@@ -14,7 +14,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from service.state.router_registry import register
 from service.state.shared_turns import SharedTurns
-from service.state.turns import Prospect, Takes, Ticket, Turn
+from service.state.tickets import Prospect, Takes, Ticket, Turn
 from service.state.waiting import waiting_for
 from workers.gang.cost import Costs, shape_of
 from workers.gang.stats import GangBacklog

@@ -10,6 +10,7 @@ request_trace.py    the trace of a request that is traced
 exchange.py         questions of one gateway to all others
 kept_answers.py     the answers of requests with an idempotency key; idempotency.py asks for them
 turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways
+tickets.py          what is asked about a turn; gang_state.py what is known of a gang
 keyring.py          the API keys of a gateway, and what each has left; key_use.py what other gateways use of it
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
 prefetch.py         fetches hub models onto nodes before a gang needs them

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from service.deadline import within
 from service.names import app_name
 from service.state import router_registry
-from service.state.turns import Prospect
+from service.state.tickets import Prospect
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 Report = TypeVar("Report")

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from service.state.turns import Prospect, Takes
+from service.state.tickets import Prospect, Takes
 from service.state.waiting import waiting_for
 from workers.messages import GenerationRequest
 

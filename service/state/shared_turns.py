@@ -25,7 +25,8 @@ from ray.exceptions import RayError
 from service.state import exchange, key_use, turns
 from service.state.exchange import FORGOTTEN_S, Exchange, Question
 from service.state.key_use import KeyUses
-from service.state.turns import Prospect, Ticket, Turn, Turns
+from service.state.tickets import Prospect, Ticket, Turn
+from service.state.turns import Turns
 from workers.gang import stats
 from workers.gang.stats import GangBacklog
 

@@ -22,7 +22,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config, default_auto
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from service.autoscaling import BacklogPolicy
-from service.state.turns import best
+from service.state.gang_state import best
 from tests.benchmarks.fleet_traffic import DAY_S, Arrival, Load
 from workers.gang.cost import CostModel, shape_of
 from workers.gang.stats import GangLoad

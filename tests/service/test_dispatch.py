@@ -20,7 +20,7 @@ from service.state import quarantine, router_registry
 from service.state.head_store import HeadStore
 from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
-from service.state.turns import Prospect
+from service.state.tickets import Prospect
 from service.state.waiting import Place, waiting_for
 from tests.service.test_gateway import REQUEST, RESULT, TABLE, ask, opened, serving
 from tests.support.backend import a_model

@@ -22,7 +22,7 @@ from service.jobs.requests import new_job
 from service.jobs.store import JobStore
 from service.state import shared_turns
 from service.state.model_states import ModelState
-from service.state.turns import Prospect
+from service.state.tickets import Prospect
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend, a_model
 from workers.errors import (

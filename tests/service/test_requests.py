@@ -16,9 +16,9 @@ from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.state import exchange, live_requests, router_registry
 from service.state.exchange import OTHERS, Colleagues, Exchange, Question
 from service.state.live_requests import LiveRequests
-from service.state.turns import Prospect
-from tests.service.test_grpc import Backend, params, served
+from service.state.tickets import Prospect
 from tests.support.backend import FakeBackend
+from tests.support.grpc_calls import Backend, params, served
 from workers.errors import RequestCancelled
 from workers.messages import GenerationRequest, StepEvent
 

@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from service.routing import LeastBacklogRouter
-from service.state import turns
+from service.state import gang_state
 from service.state.waiting import Place, waiting_for
 from tests.service.test_turns import settle
 from workers.gang.cost import Cost, Costs
@@ -83,7 +83,7 @@ def test_a_request_waits_until_a_gang_has_ended_its_own() -> None:
 
 
 def test_a_request_that_a_gang_refused_asks_again_and_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "REFUSED_S", 0.02)
+    monkeypatch.setattr(gang_state, "REFUSED_S", 0.02)
 
     async def tell(router: LeastBacklogRouter) -> None:
         gang, first = replica("a"), pending(request("x"))
@@ -136,7 +136,7 @@ def test_a_gang_that_died_gets_nothing() -> None:
 
 
 def test_a_gang_that_this_gateway_has_not_heard_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "REFUSED_S", 0.02)
+    monkeypatch.setattr(gang_state, "REFUSED_S", 0.02)
 
     async def tell(router: LeastBacklogRouter) -> None:
         router.update_replicas([])

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from service.state import gang_state
 from service.state import turns as module
-from service.state.turns import OVERDUE_S, Ticket, Turn, Turns, best
+from service.state.tickets import Ticket, Turn
+from service.state.turns import OVERDUE_S, Turns
 from workers.gang.stats import GangBacklog
 
 SHAPE = (512, 768, 1)
@@ -231,7 +233,7 @@ def test_a_loss_counts_before_the_gang_reports_it() -> None:
 
 
 def test_a_gang_that_refuses_is_asked_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REFUSED_S", 0.05)
+    monkeypatch.setattr(gang_state, "REFUSED_S", 0.05)
 
     async def tell(turns: Turns) -> None:
         turns.know("", {"a": idle()})
@@ -327,14 +329,6 @@ def test_a_call_that_is_canceled_takes_no_other_of_its_request_along() -> None:
     story(tell)
 
 
-def test_a_gang_that_reports_work_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    holding = module.Holding(report=GangBacklog(30.0, time.time()), refused_at=time.time())
-    now = holding.refused_at
-    assert [holding.pauses(now + later) for later in (0.05, 0.9, 1.1)] == [True, True, False]
-    holding.report = idle()
-    assert [holding.pauses(now + later) for later in (0.05, 0.2)] == [True, False]
-
-
 def test_a_gateway_that_is_gone_holds_nothing() -> None:
     async def tell(turns: Turns) -> None:
         for asker in ("one", "two"):
@@ -428,21 +422,6 @@ def test_the_prospect_is_of_what_waits_not_of_so_many() -> None:
             (1, pytest.approx(140, abs=1)),
             (2, pytest.approx(141, abs=1)),
         ]
-
-    story(tell)
-
-
-def test_the_gang_with_the_least_backlog_and_among_equals_a_warm_one() -> None:
-    assert best(list("abc"), {"a": 300.0, "b": 5.0, "c": 90.0}, frozenset("a")) == "b"
-    assert best(list("abc"), {"a": 0.0, "b": 1.0, "c": 30.0}, frozenset("bc")) == "b"
-    assert best(list("ab"), {"a": 1.0, "b": 1.0}, frozenset()) == "a"
-
-
-def test_a_busy_gang_of_unknown_work_comes_last() -> None:
-    async def tell(turns: Turns) -> None:
-        turns.know("", {"busy": GangBacklog(90.0, time.time()), "new": GangBacklog()})
-        assert (await turns.take(ticket("x"))).gang == "new"
-        assert (await turns.take(ticket("y"))).gang == "busy"  # it may be free by now: it has the last word
 
     story(tell)
 
