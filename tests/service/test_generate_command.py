@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from service.api.rest import rest_app
-from service.cli.main import main
 from service.cli.progress import StepProgress
 from tests.support.backend import FakeBackend
+from tests.support.command_line import run
 from tests.support.hostile import colored, file
 from tests.support.in_process import served
 
@@ -32,11 +32,6 @@ def server(backend: FakeBackend) -> Iterator[str]:
 def here(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPRAY_SERVER", server)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(arguments)
-    return (code, *capsys.readouterr())
 
 
 def test_json_names_the_files_and_what_they_took(capsys: pytest.CaptureFixture[str]) -> None:

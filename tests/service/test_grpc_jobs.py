@@ -19,7 +19,7 @@ from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rpc import jobs
 from service.rpc.requests import to_generation, to_job
-from tests.service.test_grpc import Answer, Backend, finished, params, served
+from tests.support.grpc_calls import Answer, Backend, finished, params, served
 
 Stub = services.MediaGenerationServiceStub
 OK, UNKNOWN = grpc.StatusCode.OK, f"job_{'0' * 44}"

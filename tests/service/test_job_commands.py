@@ -14,10 +14,10 @@ import pytest
 from service.api import job_calls
 from service.api.rest import rest_app
 from service.cli import job_client
-from service.cli.main import main
 from service.cli.output import job_table, jobs_table, plain
 from service.jobs.store import JobStore
 from tests.support.backend import FakeBackend
+from tests.support.command_line import run
 from tests.support.in_process import served
 
 pytestmark = pytest.mark.timeout(120)  # a job that does not end would be followed for ever
@@ -39,11 +39,6 @@ def server(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     with served(rest_app(backend)) as url:
         monkeypatch.setenv("SPRAY_SERVER", url)
         yield url
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(arguments)
-    return (code, *capsys.readouterr())
 
 
 def test_a_video_is_left_to_the_server_and_fetched_later(server: str, capsys: pytest.CaptureFixture[str]) -> None:

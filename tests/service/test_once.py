@@ -20,8 +20,8 @@ from service.state import kept_answers
 from service.state.idempotency import IdempotencyKeys
 from service.state.kept_answers import Claim, KeptAnswers
 from sp_core.degrees import ParallelDegrees
-from tests.service.test_grpc import Backend, finished, params, served
 from tests.support.backend import FakeBackend
+from tests.support.grpc_calls import Backend, finished, params, served
 from workers.errors import OutOfMemory, RequestCancelled, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult
 

@@ -22,9 +22,9 @@ from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.state.exchange import Exchange
 from sp_core.degrees import ParallelDegrees
 from tests.service.test_gateway import TABLE
-from tests.service.test_grpc import finished, methods, served
 from tests.service.test_requests import Handle, until
 from tests.support.backend import a_model
+from tests.support.grpc_calls import finished, methods, served
 from workers.messages import GenerationRequest, GenerationResult, StepEvent
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"

@@ -24,8 +24,8 @@ from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events
 from service.state.quarantine import fingerprint
 from sp_core.degrees import ParallelDegrees
-from tests.service.test_grpc import Backend, stream
 from tests.support.backend import FakeBackend
+from tests.support.grpc_calls import Backend, stream
 from tests.support.in_process import served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, GenerationResult, PreviewOptions
