@@ -1,13 +1,14 @@
-"""What a request needs besides the weights, in bytes on the rank that needs most.
+"""The bytes that a request needs besides the weights, on the rank that needs most.
 
 A `ModelSpec` and its folder's configs come in; `deploy.memory` adds the result to the weights. The constants are in
 `deploy.families`, measured at the widths of the real models in bfloat16; other widths scale in proportion, and float32
 takes twice as much.
 
 The phases of a request follow one another, so the largest counts: a forward of the transformer, or the VAE's decode.
-Text encoders see some hundred tokens and stay below both. A forward evaluates one branch of guidance at a time,
-also where groups of ranks divide the branches, so `cfg_parallel_size` changes nothing here. `batch_guidance` puts both
-into one: always, or where that takes no more than the largest request takes anyway.
+Text encoders see some hundred tokens and stay below both. A forward evaluates one branch of guidance at a time, even if
+groups of ranks divide the branches, so `cfg_parallel_size` changes nothing here. `batch_guidance` puts both branches
+into one
+forward: always, or if that takes no more memory than the largest request takes anyway.
 """
 
 import math
@@ -22,23 +23,23 @@ from deploy.model_folder import read_config
 from deploy.model_spec import ModelSpec
 
 TOKEN_SIDE = 16
-"""Pixels: all measured models make one token of 16 x 16 pixels (the VAE reduces by 8, the patch by 2)."""
+"""Pixels along the edge of a token, in all measured models: the VAE reduces by 8, the patch by 2."""
 
 TOKEN_FRAMES = 4
-"""The video VAEs make one latent frame of this many frames, except for the first frame."""
+"""Frames per latent frame of the video VAEs, except for the first frame, which has a latent frame of its own."""
 
 
 PICTURE_TOKENS = 4096
-"""Of a picture that is edited, or that gives its size, beside those of the one that is made: pipelines scale it to a
-megapixel. One is counted; a model that takes several may need more."""
+"""Pixels of a picture that is edited or gives the size, besides those of the output: pipelines scale it to a megapixel.
+One picture is counted; a model that takes several may need more."""
 
 BATCHED_TOKENS = 512
-"""Tokens of all latents of a request on a rank up to which `batch_guidance: auto` puts both branches into one forward.
-On a CPU that saves 2 % of a step there, more below it, and costs 7 % at twice as many. A GPU reads weights for longer
-than it computes with them up to about half as many; nobody has measured it there."""
+"""`batch_guidance: auto` puts both branches into one forward if all latents of a request have at most this many tokens
+on a rank. On a CPU that saves 2 % of a step at this number, more below it, and costs 7 % at twice the number. A GPU
+spends longer reading weights than computing up to about half the number; it was not measured there."""
 
 LESS = 0.9
-"""The formula may be below the truth for a request that did not fit; one that needs this much of it is smaller."""
+"""The formula may underestimate a request that did not fit; one that needs at most this share of it is smaller."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def activation_bytes(model: ModelSpec, folder: Path, request: Request) -> int | 
 def why_two_forwards(model: ModelSpec, folder: Path, request: Request) -> str:
     """Why the branches of guidance of a request of this size take a forward each; empty: they share one.
 
-    Whether they can is for their prompts to say as well. The same on all ranks, which have the same model.
+    Whether they can share one also depends on their prompts. The answer is the same on all ranks of a model.
     """
     if model.parallel.cfg_parallel_size > 1:
         return "each branch has ranks of its own"
@@ -130,7 +131,7 @@ def _phases(model: ModelSpec, folder: Path, request: Request) -> tuple[float, fl
 
 
 def _width_of(dtype: str) -> int:
-    """Bytes of an element, in those of the types that were measured."""
+    """Bytes of an element, relative to the measured type."""
     return 2 if dtype == "float32" else 1
 
 
@@ -181,7 +182,7 @@ def _forward_bytes(
 
 
 def _latent_tokens(model: ModelSpec, request: Request, text: int = 0) -> int:
-    """A rank's share of the tokens of one picture or video, and of so many of text."""
+    """A rank's share of the tokens of one picture or video, and of `text` tokens of text."""
     latent_frames = 1 + math.ceil((request.frames - 1) / TOKEN_FRAMES)
     picture = math.ceil(request.width / TOKEN_SIDE) * math.ceil(request.height / TOKEN_SIDE) * latent_frames
     return math.ceil((picture + text) / model.parallel.sequence_parallel_size)

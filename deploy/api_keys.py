@@ -10,7 +10,8 @@
         sha256: ...
         scope: admin             # sees and cancels the requests of all keys, reads /v1/cluster; absent: generate
 
-The file comes in as text, `ApiKey` objects go out: to `service.state.keyring`, which reads it again when it changes.
+The file comes in as text; `ApiKey` objects go out to `service.state.keyring`, which reads the file again when it
+changes.
 """
 
 import hashlib
@@ -32,10 +33,10 @@ class ApiKey(BaseModel):
     """One key, of which only the digest is known.
 
     Attributes:
-        name: unique; who calls, in logs and metrics.
-        sha256: of the key's UTF-8 bytes, in hexadecimal.
+        name: unique; stands for the caller in logs and metrics.
+        sha256: the digest of the key's UTF-8 bytes, in hexadecimal.
         scope: `admin` sees and cancels the requests of all keys, and reads `/v1/cluster`.
-        models: that it may ask; None: all.
+        models: the models that it may use; None: all.
         max_concurrent: requests that may wait or run at once; None: any number.
         max_work_per_minute: pixels x frames x steps x pictures; None: any amount.
     """
@@ -59,7 +60,7 @@ class ApiKey(BaseModel):
 
     @property
     def admin(self) -> bool:
-        """Whether it may do what concerns others."""
+        """Whether it may see and cancel the requests of others."""
         return self.scope == "admin"
 
 
@@ -70,7 +71,7 @@ class _File(BaseModel):
 
 
 def digest(key: str) -> str:
-    """The SHA-256 of a key, by which it is known."""
+    """The SHA-256 of a key, in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -78,7 +79,7 @@ def read_api_keys(file: Path) -> tuple[ApiKey, ...]:
     """The keys of a file.
 
     Raises:
-        SpecError: it cannot be read, or says what it may not; names the file and the place, never a key.
+        SpecError: the file cannot be read or is not valid; the message names the file and the place, never a key.
     """
     try:
         raw, _ = parse_yaml(file.read_text(encoding="utf-8"))
@@ -99,11 +100,11 @@ def read_api_keys(file: Path) -> tuple[ApiKey, ...]:
 
 
 def find_key(keys: Iterable[ApiKey], given: Iterable[bytes]) -> ApiKey | None:
-    """The key that was given. How long it takes says nothing of the keys: only digests are compared.
+    """The key that was given. Only digests are compared, so the time that it takes reveals nothing of the keys.
 
     Args:
-        keys: those that there are.
-        given: what was sent, in each way that it may be meant.
+        keys: the known keys.
+        given: the key as it was sent, in each encoding that it may have.
     """
     digests = [hashlib.sha256(each).hexdigest() for each in given]
     found = None

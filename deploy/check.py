@@ -1,4 +1,4 @@
-"""Can a deployment work? Asked before any process is started, by `spray check` and by `spray serve`.
+"""Checks whether a deployment can work. `spray check` and `spray serve` call it before any process starts.
 
 A `DeploymentSpec` and the machine's devices come in; a report comes out, or a `SpecError` with one line per problem.
 """
@@ -23,7 +23,7 @@ from sp_core.degrees import AXES, axis_groups, check_layout, layout_advice, num_
 def check_deployment(
     spec: DeploymentSpec, devices: dict[str, float], memory_per_gpu: int | None = None, gpus_per_node: int | None = None
 ) -> list[str]:
-    """Each model's layout, the devices of a replica, and what the layout costs needlessly; a line each.
+    """A line for each model's layout, the devices of a replica, and what an uneven layout costs.
 
     The gangs that always run (`min_replicas` of each model) must fit together. A model that sleeps (`min_replicas` 0)
     needs room for one gang beside them, or it could never wake; two that sleep may take turns.
@@ -57,7 +57,7 @@ def check_deployment(
 
 
 def _whole_folder(spec: DeploymentSpec, model: ModelSpec) -> Path | None:
-    """The model's folder; None for a hub model whose download is unfinished, too. To fetch it goes on with that."""
+    """The model's folder; None for a hub model that is not here, or whose download is unfinished."""
     folder = model_folder(spec, model)
     if folder is None or not model.from_hub:
         return folder
@@ -100,7 +100,7 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
 
 
 def _memory(model: ModelSpec, folder: Path | None, memory: int) -> tuple[bool, str]:
-    """True if the largest rank fits, and a line that says so; an empty line where nothing is known."""
+    """Whether the largest rank fits, and a line that says so; an empty line if its memory is not known."""
     if folder is None:
         return True, ""
     config = _transformer_config(folder)

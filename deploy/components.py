@@ -1,4 +1,4 @@
-"""The components of a model folder: does it have what its pipeline needs, and can their settings be read?
+"""Checks the components of a model folder: whether all are there, and whether their settings can be read.
 
 A folder comes in; a `ValueError` with a line per mistake comes out. Called by `deploy.check`, `service.cli.doctor` and
 `workers.model.files`. `deploy.safetensors_headers` looks at the weights.
@@ -17,7 +17,7 @@ OTHER_INDEX = "modular_model_index.json"
 PROCESSORS = ("processor", "text_processor")
 
 WITH_TOKENIZER = ("tokenizer", *PROCESSORS)
-"""Components that have a tokenizer among their files, also where their class prepares pictures as well."""
+"""Components with a tokenizer among their files, even if their class also prepares pictures."""
 
 SEES = "vision_language_encoder"
 
@@ -65,7 +65,7 @@ def _verify_component(folder: Path, name: str) -> None:
 
 
 def _reader(folder: Path, name: str) -> str:
-    """The component that reads the tokens of a tokenizer or processor. GLM-Image's processor works for a second one."""
+    """The component that reads the tokens of a tokenizer or processor. GLM-Image's processor serves a second too."""
     if name in PROCESSORS:
         return SEES if SEES in component_classes(folder) else "text_encoder"
     return name.replace("tokenizer", "text_encoder")

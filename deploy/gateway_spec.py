@@ -13,10 +13,10 @@ from deploy.section import Section
 
 ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z][a-z0-9-]*(:[0-9]{1,5})?")
-"""A name, not an address."""
+"""A host name with an optional port; no address."""
 WEBHOOK_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:]+")
 STANDARD_PORT = {"http:": ":80", "https": ":443"}
-"""Browsers leave it out, by the first letters of the origin."""
+"""The port that browsers leave out, by the first letters of the origin."""
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,7 @@
 """The keys of a deployment file, as its schema has them.
 
-A section of a deployment file comes in; its keys go out, each with its own type. `deploy.overrides` finds its
-way through variables and flags by them, `deploy.load` the keys that were meant.
+A section of a deployment file comes in; its keys go out, each with its own type. `deploy.overrides` looks up variables
+and flags in them; `deploy.load` suggests the nearest key for a misspelled one.
 """
 
 import types
@@ -37,12 +37,12 @@ def keys_at(path: KeyPath) -> list[str]:
 
 
 def takes_text(kind: Any) -> bool:
-    """True if any text is a value of this type."""
+    """Whether every text is a value of this type."""
     return str in _alternatives(kind)
 
 
 def has_free_keys(kind: Any) -> bool:
-    """True if the operator chooses the keys: environment variables, node labels."""
+    """Whether the operator chooses the keys, such as for environment variables and node labels."""
     return get_origin(kind) is dict
 
 

@@ -22,7 +22,7 @@ from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
 NO_ENVIRONMENT: Mapping[str, str] = {}
 ALIGNED_UP_TO = 88
-"""Characters. The origins of longer values are not aligned."""
+"""Characters of a value. The origins of longer values are not aligned."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_spec(path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides
 def load_with_origins(
     path: Path, environ: Mapping[str, str] = NO_ENVIRONMENT, overrides: Sequence[str] = ()
 ) -> LoadedSpec:
-    """As `load_spec`, with the origin of each value.
+    """Like `load_spec`, with the origin of each value.
 
     Raises:
         SpecError: see `load_spec`.

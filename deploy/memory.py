@@ -1,7 +1,7 @@
-"""Bytes that the largest rank of a gang needs: weights by the headers of their files, activations as measured.
+"""The bytes that the largest rank of a gang needs: weights by the headers of their files, activations as measured.
 
-A `ModelSpec` and its folder come in; `deploy.check` prints the result, and what to change if it is too much. The
-largest rank is always the first: in every layout it holds the text encoders and the VAE.
+A `ModelSpec` and its folder come in. `deploy.check` prints the result, and what to change if it is too much. The
+largest rank is always the first, which holds the text encoders and the VAE in every layout.
 """
 
 import re
@@ -25,18 +25,18 @@ GIB = 2**30
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 ENCODERS_IN_FP32 = {"T5EncoderModel": frozenset({"wo"}), "UMT5EncoderModel": frozenset({"wo"})}
-"""What transformers keeps in fp32 where a text encoder is loaded in fp16."""
+"""The parts that transformers keeps in fp32 if a text encoder is loaded in fp16."""
 
 CUDA_RESERVE = 3 * GIB // 2
-"""Bytes that a rank on a GPU needs on top: CUDA's context, NCCL's buffers, gaps between allocations, and what
-`sp_core.shared_modulation` keeps. Assumed, not measured."""
+"""Further bytes that a rank needs on a GPU: CUDA's context, NCCL's buffers, gaps between allocations, and the values
+that `sp_core.shared_modulation` keeps. Assumed, not measured."""
 
 GROUP_BYTES = 96 * 2**20
-"""Bytes of an NCCL communicator on each of its ranks. This and the next follow what others have seen: 544 MB with two
-ranks (issue 964 of NVIDIA/nccl), 3.3 GB with eight that exchange all with all (issue 1685). Ours are not measured."""
+"""Bytes of an NCCL communicator on each of its ranks. This number and the next follow reports of others: 544 MB with
+two ranks (issue 964 of NVIDIA/nccl), 3.3 GB with eight ranks in an all-to-all (issue 1685). Not measured here."""
 
 PEER_BYTES = 448 * 2**20
-"""Bytes of it for each further rank: Ulysses ranks send to all others of their group."""
+"""Bytes of a communicator for each further rank, since Ulysses ranks send to all others of their group."""
 
 UNITS = {"": GIB, "G": GIB, "GIB": GIB, "M": 2**20, "MIB": 2**20, "T": 2**40, "TIB": 2**40}
 UNITS |= {"MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -51,11 +51,11 @@ class RankMemory:
 
     Attributes:
         weights: all parts of the model that it holds, and an upper bound for its adapters.
-        activations: at the largest request that the limits allow; None if the model's class was not measured.
+        activations: of the largest request that the limits allow; None if the model's class was not measured.
         request: that request, as text.
         reserve: for CUDA and NCCL.
-        groups: for the communicators that an elastic gang has beside those of its own layout.
-        graphs: whether CUDA graphs come on top, which keep memory of their own; nobody has measured how much.
+        groups: for the communicators that an elastic gang has besides those of its own layout.
+        graphs: whether CUDA graphs take further memory; how much was not measured.
     """
 
     weights: int
@@ -103,7 +103,7 @@ def parse_memory(text: str) -> int:
 
 
 def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
-    """What the largest rank of the model's gangs needs; of an elastic gang, at the degree that needs most.
+    """The memory of the largest rank of the model's gangs; for an elastic gang, at the degree that needs most.
 
     Args:
         model: the model.
@@ -117,10 +117,10 @@ def rank_memory(model: ModelSpec, folder: Path) -> RankMemory:
 
 
 def memory_by_degree(model: ModelSpec, folder: Path) -> dict[int, RankMemory]:
-    """What the largest rank needs at each degree that a request may have, the largest degree first.
+    """The memory of the largest rank at each degree that a request may have, the largest degree first.
 
-    A degree is counted in tensor-parallel groups. The fewer ranks share a request, the more of it each of them holds.
-    A gang that is not elastic has one degree.
+    A degree counts tensor-parallel groups. The fewer ranks share a request, the more of it each rank holds. A gang that
+    is not elastic has one degree.
 
     Raises:
         ValueError: see `rank_memory`.
@@ -146,7 +146,7 @@ def memory_by_degree(model: ModelSpec, folder: Path) -> dict[int, RankMemory]:
 
 
 def _group_bytes(layouts: Sequence[ParallelDegrees]) -> int:
-    """Bytes of the communicators of the first rank that the first of these layouts does not have."""
+    """Bytes of the first rank's communicators for these layouts, without those of the first layout."""
     own, *others = (
         {tuple(ranks) for of_axis in axis_groups(layout).values() for ranks in of_axis if 0 in ranks and len(ranks) > 1}
         for layout in layouts
@@ -264,7 +264,7 @@ def _layouts(model: ModelSpec, num_heads: int | None, ffn_dim: int | None) -> li
 
 
 def _higher_degrees(model: ModelSpec) -> Iterator[Elastic]:
-    """The section with higher degrees than a request has at least, the lowest first."""
+    """The section with higher values of `min_degree`, the lowest first."""
     if model.elastic:
         degree = 2 * model.elastic.min_degree
         while degree <= units(model.parallel):

@@ -18,7 +18,7 @@ INDEX = "model_index.json"
 BYTE_ORDER_MARK = "\ufeff"
 
 GUARDRAIL = "cosmos_guardrail"
-"""The package whose checker of prompts and pictures the license of Cosmos asks for."""
+"""The package with the checker of prompts and pictures that the license of Cosmos requires."""
 
 WITHOUT_WEIGHTS = ("Guid", "Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 """Words in the names of the classes whose files hold settings and vocabularies."""
@@ -37,7 +37,7 @@ def cache_root(models: str | None) -> Path:
 
 
 def cached_folder(source: str, revision: str | None, root: Path) -> Path | None:
-    """The snapshot of a hub model; None where the cache does not have it.
+    """The snapshot of a hub model; None if the cache does not have it.
 
     Args:
         source: the hub id, `org/name`.
@@ -52,7 +52,7 @@ def cached_folder(source: str, revision: str | None, root: Path) -> Path | None:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file says.
+    """The content of a JSON file.
 
     Raises:
         ValueError: the file is missing, or diffusers could not read it. The message names it.
@@ -71,10 +71,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What a JSON file says, which must be an object.
+    """The content of a JSON file, which must be an object.
 
     Raises:
-        ValueError: see `read_json`; or it is something else.
+        ValueError: see `read_json`; or the content is something else.
     """
     content = read_json(file)
     if not isinstance(content, dict):
@@ -94,9 +94,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def component_classes(folder: Path) -> dict[str, str]:
-    """The components of a model, each with its class; the index names those that it lacks as [null, null].
+    """The components of a model, each with its class. The index lists components that it lacks as [null, null].
 
-    A guardrail is none: it has no files in the folder, and its package makes it.
+    A guardrail is no component: it has no files in the folder, and its package makes it.
 
     Raises:
         ValueError: see `read_index`.
@@ -106,12 +106,12 @@ def component_classes(folder: Path) -> dict[str, str]:
 
 
 def is_component(entry: Any) -> bool:
-    """Whether an entry of an index is a component's: library and class, both null for one that the model lacks."""
+    """Whether an entry of an index is a component: library and class, both null for one that the model lacks."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 
 def is_transformer(name: str) -> bool:
-    """Whether a component is one that denoises, and so is divided among ranks, by its name in `model_index.json`."""
+    """Whether a component, by its name in `model_index.json`, denoises and is therefore divided among ranks."""
     return name.removeprefix("unconditional_").startswith("transformer")
 
 

@@ -1,4 +1,4 @@
-"""What weight files say of themselves: names, shapes, types and bytes of their tensors. No tensor is read.
+"""The headers of weight files: names, shapes, types and bytes of their tensors. No tensor is read.
 
 A model folder in diffusers' format comes in; headers come out, or a `ValueError` that names the file, what is wrong and
 what to do. `deploy.memory` adds the bytes up, `service.cli.doctor` and `workers.model.files` verify the files.

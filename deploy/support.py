@@ -1,4 +1,4 @@
-"""Which pipelines of diffusers spray serves, and why it refuses the others: what the proofs have written.
+"""The pipelines of diffusers that spray serves, and why it refuses the others, as the proofs recorded it.
 
 `sp_core/support.json` comes in. Called by `spray models --supported`; `workers.support_matrix` writes the file.
 """
@@ -18,13 +18,14 @@ class Row(TypedDict):
         pipeline: its class name.
         transformer: the class of its transformer.
         status: `served` if a proof has shown it, else `refused`.
-        reason: why it is refused, as a deployment with it would be told; empty where it is served.
-        tasks: what a request may ask of it.
-        layouts: on which it makes what its classic call makes: one rank, u Ulysses, r ring, t tensor ranks.
+        reason: why it is refused, as the error of a deployment would say; empty if it is served.
+        tasks: the tasks that a request may ask for.
+        layouts: layouts that are proved to give the answer of its classic call: one rank, u Ulysses, r ring, t tensor
+            ranks.
         lora: whether adapters were proved.
         compile: whether compiled blocks were proved.
         date: of the proof.
-        note: what the proof had to leave out; absent: nothing.
+        note: what the proof had to leave out, if anything.
     """
 
     pipeline: str
@@ -47,7 +48,7 @@ def supported() -> list[Row]:
 
 
 def why_refused(pipeline: str, transformer: str) -> str:
-    """What spray says of a pipeline that it does not serve; empty: nothing speaks against it.
+    """Why spray does not serve a pipeline; empty if nothing speaks against it.
 
     Args:
         pipeline: its class name.

@@ -1,4 +1,4 @@
-"""What a request asks for, by the roles of the pictures and clips that it begins with. For the APIs and the workers."""
+"""The task of a request, by the roles of the pictures and clips that it begins with. For the APIs and the workers."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ from deploy.model_spec import Task
 
 
 def tasks_of(roles: Sequence[str], makes_video: bool) -> tuple[Task, ...]:
-    """The tasks that a request may be, of which a model has one at most.
+    """The tasks that a request may mean, of which a model has at most one.
 
     Args:
-        roles: of its inputs: `image`, also several times, `mask`, `last_image`, `control_image`, `video`.
-        makes_video: it asks for a video.
+        roles: the roles of its inputs: `image`, maybe several times, `mask`, `last_image`, `control_image`, `video`.
+        makes_video: whether it asks for a video.
     """
     if not roles:
         return ("text-to-video",) if makes_video else ("text-to-image",)
@@ -30,5 +30,5 @@ def _of_videos(roles: Sequence[str]) -> Task:
 
 
 def makes_video(task: Task) -> bool:
-    """Whether it makes a video."""
+    """Whether the task makes a video."""
     return task.endswith("-to-video")

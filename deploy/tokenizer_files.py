@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer, by its files: without it transformers loads a tokenizer that knows no words.
+"""Checks the vocabulary of a tokenizer by its files. Without one, transformers loads a tokenizer that knows no words.
 
 A component's folder comes in; a `ValueError` that names the file comes out. Called by `deploy.components`.
 """

@@ -22,7 +22,7 @@ NUMBERS = {
     "int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-f]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan",
 }
-"""How numbers look that are the same in YAML 1.1, which PyYAML reads, and in YAML 1.2."""
+"""Numbers that mean the same in YAML 1.1, which PyYAML reads, and in YAML 1.2."""
 
 
 class YamlMistake(ValueError):
@@ -41,8 +41,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """The value of a text, and the line of every key and list item in it.
 
     Raises:
-        YamlMistake: the text is not YAML, repeats a key in one mapping, has a number that is another one in YAML 1.2,
-            an anchor that contains itself, or aliases that stand for too much.
+        YamlMistake: the text is not YAML, repeats a key in one mapping, has a number that YAML 1.2 reads differently,
+            an anchor that contains itself, or aliases that expand to too many values.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -60,7 +60,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         raise _located(error) from None
     except RecursionError:
         raise YamlMistake(1, "is nested too deeply") from None
-    except ValueError as error:  # a date that there is not
+    except ValueError as error:  # a date that does not exist
         raise YamlMistake(1, f"has a value that cannot be: {error}; put it in quotes") from None
     return _unshared(value), dict(_lines(root, ()))
 
@@ -120,7 +120,7 @@ def _refuse_ambiguities(node: yaml.Node, seen: dict[int, int]) -> int:
 
 
 def _refuse_old_numbers(node: yaml.ScalarNode) -> None:
-    """Reject what YAML 1.1 takes for another number than YAML 1.2: `010`, `1_000`, `1:30`, `0b1`."""
+    """Reject numbers that YAML 1.1 and YAML 1.2 read differently: `010`, `1_000`, `1:30`, `0b1`."""
     kind = node.tag.rpartition(":")[2]
     if kind in NUMBERS and not re.fullmatch(NUMBERS[kind], node.value, re.IGNORECASE):
         raise YamlMistake(

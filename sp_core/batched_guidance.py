@@ -1,12 +1,12 @@
-"""Both branches of classifier-free guidance in one forward, where their prompts are of one length.
+"""Both branches of classifier-free guidance in one forward, if their prompts have the same length.
 
-The branches see the same latents at the same time and differ in their prompts. So they can be one batch: half as many
-launches and collectives, each weight read once, the same arithmetic, twice the activations. A mask would cost every
-layer the fast attention, and padding may change the answer; prompts of unequal lengths therefore take a forward each.
+The branches see the same latents at the same time and differ only in their prompts, so they can be one batch: half as
+many launches and collectives, each weight read once, the same arithmetic, twice the activations. A mask would cost
+every layer the fast attention, and padding may change the answer, so prompts of unequal lengths take a forward each.
 
-We wrap the guider, as `sp_core.cfg_parallel` does. It makes one branch of all; while that one runs, a hook of the model
-repeats what the branches have in common. The hook is there for this one forward only: between two forwards the model is
-as it was. `GuidanceBatch` in a family's file says what is repeated. Called by `workers.model.denoising`.
+We wrap the guider, as `sp_core.cfg_parallel` does. The wrapper joins all branches into one; while that one runs, a hook
+of the model repeats the inputs that the branches have in common. The hook exists for this forward only. `GuidanceBatch`
+in a family's file says what is repeated. Called by `workers.model.guidance`.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from sp_core.models.lookup import find_family
 
 
 def guidance_batch(model: nn.Module) -> GuidanceBatch | None:
-    """How a model's branches become one batch; None: nobody says so. A subclass may have another forward."""
+    """How a model's branches become one batch; None: it is not declared. A subclass may have another forward."""
     kind = type(model)
     family = find_family([kind.__name__]) if kind.__module__.startswith("diffusers.") else None
     return family.guidance_batch if family else None
@@ -31,15 +31,15 @@ def guidance_batch(model: nn.Module) -> GuidanceBatch | None:
 class BatchedGuider:
     """A guider whose branches go through the model together.
 
-    Each step may have other branches, or one alone. A guider that changes the model from branch to branch, such as one
-    that skips layers, is left as it is.
+    The branches may differ from step to step. A guider that changes the model from branch to branch, such as one that
+    skips layers, is left as it is.
 
     Args:
         guider: any of `diffusers.guiders`; belongs to one request.
-        batch: what its model's branches have in common.
+        batch: which inputs the branches have in common.
 
     Attributes:
-        apart: why the branches of the latest step took a forward each; empty: they did not, or there was only one.
+        apart: why the branches of the latest step took a forward each; empty if they shared one.
     """
 
     def __init__(self, guider: Any, batch: GuidanceBatch) -> None:
@@ -61,14 +61,14 @@ class BatchedGuider:
         return self._join(self._guider.prepare_inputs_from_block_state(data, input_fields))
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """The next forward begins."""
+        """Called by the loop before a forward."""
         for _ in self._branches if self._together else (0,):
             self._guider.prepare_models(denoiser)  # which counts
         if self._together:
             _Repeat(denoiser, self._batch, len(self._branches))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """It is over."""
+        """Called by the loop after a forward."""
         for _ in self._branches if self._together else (0,):
             self._guider.cleanup_models(denoiser)
 
@@ -76,7 +76,7 @@ class BatchedGuider:
         """The combined prediction.
 
         Args:
-            data: what `prepare_inputs` has returned, each with its `noise_pred`, `(B, ...)` of each of its branches.
+            data: the result of `prepare_inputs`, each entry with the `noise_pred`, `(B, ...)`, of its branches.
         """
         if self._together:
             (whole,) = data
@@ -111,7 +111,7 @@ class BatchedGuider:
 
 
 class _Repeat:
-    """A hook for one forward, ahead of all others: what all branches have in common is repeated for each."""
+    """A hook for one forward, before all others: repeats the inputs that all branches have in common."""
 
     def __init__(self, model: nn.Module, batch: GuidanceBatch, times: int) -> None:
         self._batch, self._times = batch, times
@@ -137,7 +137,7 @@ class _Repeat:
 
 
 def _lengths(prompt: Any) -> set[int]:
-    """Tokens of the prompts of a branch."""
+    """The lengths of a branch's prompts, in tokens."""
     return {len(each) for each in prompt} if isinstance(prompt, list) else {prompt.shape[1]}
 
 

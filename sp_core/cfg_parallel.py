@@ -1,9 +1,9 @@
 """Guidance parallelism: the branches of classifier-free guidance run on separate groups of ranks, at once.
 
-Each group of the `cfg` axis evaluates its share of a step's branches (with the prompt and without it, say); then all
-exchange their predictions and combine them exactly as one process would. We wrap the guider, diffusers' object that
-makes the branches and combines them, and not the model: so every kind of guidance works, with any number of branches,
-and the number may change from step to step. Called by `workers.model.denoising`.
+Each group of the `cfg` axis evaluates its share of a step's branches, for instance with and without the prompt. Then
+all groups exchange their predictions and combine them exactly as one process would. We wrap the guider, the object of
+diffusers that makes and combines the branches, not the model. So every kind of guidance works, with any number of
+branches, and the number may change from step to step. Called by `workers.model.guidance`.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ class ParallelGuider:
         return getattr(self._guider, name)
 
     def set_state(self, *args: Any, **kwargs: Any) -> None:
-        """A step begins."""
+        """Called by the loop when a step begins."""
         self._prepared = 0
         self._guider.set_state(*args, **kwargs)
 
@@ -47,7 +47,7 @@ class ParallelGuider:
         return self._share(self._guider.prepare_inputs_from_block_state(data, input_fields))
 
     def prepare_models(self, denoiser: Any) -> None:
-        """This group's next branch is about to run. The guider identifies a branch by counting these calls."""
+        """Called before this group's next branch. The guider identifies a branch by counting these calls."""
         diffusers_private.set_branch(self._guider, self._mine[self._prepared])
         self._prepared += 1
         self._guider.prepare_models(denoiser)

@@ -1,13 +1,15 @@
-"""Every collective of sp_core except the gang's decisions (`mesh`). Callers: `region` (gather; once the lengths, and
-does it fit on all ranks?), `attention.ulysses` and `grid_convolution` (exchange), `attention.ring` (shift),
-`attention.linear` and `tensor_parallel` (sum), `cfg_parallel` (gather of equal shapes) and `tile_parallel` (to rank 0).
+"""Every collective of sp_core, except the gang's decisions (`mesh`).
 
-Lengths may differ from rank to rank. Callers must know all of them, because a collective whose sizes disagree hangs or
-corrupts instead of failing. On an axis of size 1, which has no group, nothing is sent.
+Callers: `region` (gather; once per record, lengths and whether they fit on all ranks), `attention.ulysses` and
+`grid_convolution` (exchange), `attention.ring` (shift), `attention.linear` and `tensor_parallel` (sum), `cfg_parallel`
+(gather of equal shapes) and `tile_parallel` (gather on rank 0).
 
-Each call is asynchronous on a GPU: NCCL runs it on its own stream, after the work that the current stream has queued,
-and the current stream waits for the result, not the host. `traffic` counts what is sent. Lengths and flags go over gloo
-(`host_group`): reading them back from the device would make the host wait for everything in the queue.
+Lengths may differ from rank to rank. Callers must know all of them, because a collective with sizes that disagree hangs
+or corrupts data instead of failing. On an axis of size 1, which has no group, nothing is sent.
+
+On a GPU each call is asynchronous: NCCL runs it on its own stream, after the work that the current stream has queued.
+The current stream waits for the result; the host does not. `traffic` counts what is sent. Lengths and flags go over
+gloo (`host_group`), because reading them back from the device would make the host wait for everything in the queue.
 """
 
 from collections.abc import Sequence
@@ -58,7 +60,7 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
 
 @torch.library.custom_op("sp_core::all_reduce", mutates_args=("tensor",), tags=torch.Tag.cudagraph_unsafe)
 def _all_reduce_operator(tensor: torch.Tensor, number: int) -> None:
-    """Opaque to torch.compile: a compiled block counts and times its sums as any other does."""
+    """Opaque to torch.compile, so that a compiled block counts and times its sums like any other."""
     all_reduce(tensor, MeshAxis.numbered(number))
 
 
@@ -89,7 +91,7 @@ def all_gather(tensor: torch.Tensor, dim: int, lengths: list[int], axis: MeshAxi
         timing.end()
     axis.traffic.sent.gather += (axis.size - 1) * padded.nbytes
     parts = zip(gathered.split(longest), lengths, strict=True)
-    # Contiguous, as what a module puts out: some forwards view it in another shape.
+    # Contiguous, like the output of a module: some forwards view it in another shape.
     return torch.cat([part[:length].movedim(0, dim) for part, length in parts], dim).contiguous()
 
 
@@ -123,7 +125,7 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
         )
         axis.traffic.sent.gather += sum(each.nbytes for each in tensors)
         return []
-    # tensors[0] exists where it is asked for: rank 0 is given work first, so if it has none, nobody has
+    # tensors[0] exists where it is read: rank 0 gets work first, so if it has none, no rank has
     others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
     _run_batch(
         [
@@ -165,7 +167,7 @@ def on_any_rank(flag: bool, axis: MeshAxis) -> bool:
 
 
 def _all_shapes(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[list[int]]]:
-    """The shapes of every rank's tensors, by rank. As integers: torch's way for objects unpickles what comes in."""
+    """The shapes of every rank's tensors, by rank. Sent as integers: torch would unpickle objects on arrival."""
     own = [number for tensor in tensors for number in (tensor.ndim, *tensor.shape)]
     lengths = all_lengths(len(own), axis)
     padded = torch.zeros(max(1, *lengths), dtype=torch.int64)

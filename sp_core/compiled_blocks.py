@@ -1,6 +1,6 @@
-"""Which parts of a transformer are compiled: its blocks, each a graph that all blocks of a kind share.
+"""Compiles the blocks of a transformer. All blocks of one class share a graph.
 
-A model comes in, parallelized or not; its blocks compile at their first forward. Called by `workers.model.loader`.
+A model comes in, parallelized or not; its blocks are compiled at their first forward. Called by `workers.model.loader`.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from sp_core import diffusers_private, torch_private
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile the blocks that diffusers names for the model's class, or else those in the model's own lists.
 
-    Of a parallelized model, blocks whose split must know the lengths of all ranks stay as they are: graphs do not.
+    In a parallelized model, blocks whose split depends on the lengths of all ranks are left out: a graph cannot know
+    them.
 
     Args:
         model: the transformer.

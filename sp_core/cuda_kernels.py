@@ -1,7 +1,7 @@
-"""The attention kernels to choose from on CUDA, without a mask and in half precision, and which of them is in use.
+"""The attention kernels for CUDA, without a mask and in half precision, and the choice among them.
 
 Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, H, D)`. Called by
-`sp_core.kernels`; `sp_core.kernel_choice` makes rank 0's choice that of all ranks.
+`sp_core.kernels`; `sp_core.kernel_choice` makes all ranks take rank 0's choice.
 """
 
 import logging
@@ -64,13 +64,13 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "flash-attn-3": _flash_attn_3,
     }
 )
-"""What there is to choose from on CUDA, without a mask, in half precision."""
+"""The kernels for CUDA, without a mask, in half precision."""
 
 
 TORCHS_OWN: Mapping[str, SDPBackend] = MappingProxyType(
     {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
 )
-"""Those that torch's own attention may be told to take."""
+"""The kernels among these that torch's own attention can be told to use."""
 
 _in_use: dict[tuple[torch.device, torch.dtype, int], str] = {}
 
@@ -79,7 +79,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
     """The kernel in use: the one that `use` has named, else the fastest.
 
     Raises:
-        RuntimeError: no kernel is right.
+        RuntimeError: no kernel gives the right answer.
     """
     key = (device, dtype, head_size)
     if key not in _in_use:
@@ -91,7 +91,7 @@ def use(device: torch.device, dtype: torch.dtype, head_size: int, name: str) -> 
     """Use this kernel from now on.
 
     Raises:
-        RuntimeError: it is not installed, or wrong.
+        RuntimeError: it is not installed, or gives a wrong answer.
     """
     (found,) = try_kernels({name: KERNELS[name]}, device, dtype, head_size).values()
     if isinstance(found, str):
@@ -100,7 +100,7 @@ def use(device: torch.device, dtype: torch.dtype, head_size: int, name: str) -> 
 
 
 def preferred(name: str) -> AbstractContextManager[None]:
-    """Inside, torch's own attention takes this kernel where it can, one of `TORCHS_OWN`, in the whole process."""
+    """Inside, torch's own attention in this process uses this kernel, one of `TORCHS_OWN`, where it can."""
     others = (*TORCHS_OWN.values(), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     return sdpa_kernel([TORCHS_OWN[name], *(each for each in others if each is not TORCHS_OWN[name])], True)
 
@@ -119,16 +119,16 @@ def in_use(device: torch.device) -> str:
 
 
 def fastest(device: torch.device, dtype: torch.dtype, head_size: int, names: Iterable[str] | None = None) -> str:
-    """The fastest kernel that is installed and right. What was tried is logged.
+    """The fastest kernel that is installed and gives the right answer. The result of each is logged.
 
     Args:
         device: where to try.
         dtype: float16 or bfloat16.
         head_size: D.
-        names: which to try; None: all.
+        names: the kernels to try; None: all.
 
     Raises:
-        RuntimeError: no kernel is.
+        RuntimeError: there is none.
     """
     found = try_kernels({name: KERNELS[name] for name in names or KERNELS}, device, dtype, head_size)
     for name, line in found.items():

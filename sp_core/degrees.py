@@ -1,4 +1,4 @@
-"""How many ranks one model copy spans along each axis. Intent only: `sp_core.mesh` makes the live groups.
+"""How many ranks one copy of a model spans along each axis. Intent only: `sp_core.mesh` makes the live groups.
 
 Degrees come from the deployment YAML or from command-line flags and go to every layer. Standard library only.
 """
@@ -55,7 +55,7 @@ class ParallelDegrees:
 AxisName = Literal["cfg", "ring", "ulysses", "tp", "sequence", "gang"]
 
 AXES: tuple[AxisName, ...] = ("cfg", "ring", "ulysses", "tp")
-"""Mesh axes, outermost first: tensor parallelism talks most, so its ranks are neighbors."""
+"""Mesh axes, outermost first: tensor parallelism communicates most, so its ranks are neighbors."""
 
 
 def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
@@ -78,10 +78,10 @@ def axis_groups(degrees: ParallelDegrees) -> dict[AxisName, list[list[int]]]:
 
 
 def units(degrees: ParallelDegrees) -> int:
-    """Ranks of an elastic gang, counted in tensor-parallel groups: those share weights, and stay together.
+    """Ranks of an elastic gang, counted in tensor-parallel groups, which share weights and stay together.
 
     Raises:
-        ValueError: not a power of two, so blocks of half the size would not fit into one another.
+        ValueError: the number is not a power of two, so blocks of half the size would not fit into one another.
     """
     found = degrees.world_size // degrees.tensor_parallel_size
     if found & (found - 1):
@@ -95,8 +95,8 @@ def units(degrees: ParallelDegrees) -> int:
 def smaller_layout(degrees: ParallelDegrees, count: int, guided: bool) -> ParallelDegrees:
     """How `count` units of an elastic gang share a request.
 
-    Ring is given up first, then Ulysses, then the groups of guidance, which talk least. A request without guidance has
-    nothing to divide among these: their ranks share its sequence.
+    The ring is given up first, then Ulysses, then the groups of guidance, which communicate least. A request without
+    guidance has no branches to divide among the groups, so their ranks share its sequence.
 
     Args:
         degrees: the layout of the gang.
@@ -119,7 +119,7 @@ def smaller_layouts(degrees: ParallelDegrees, least: int) -> tuple[ParallelDegre
 
     Args:
         degrees: the layout of the gang.
-        least: units that a request has at least.
+        least: the least number of units of a request.
 
     Raises:
         ValueError: the gang's units, or `least`, are not a power of two, or `least` is more than all.
@@ -134,19 +134,19 @@ def smaller_layouts(degrees: ParallelDegrees, least: int) -> tuple[ParallelDegre
 
 
 def num_heads(config: Mapping[str, Any]) -> int | None:
-    """The attention heads of a transformer, by its `config.json`; None where it does not say."""
+    """The attention heads of a transformer, by its `config.json`; None if it does not say."""
     heads = config.get("num_attention_heads", config.get("n_heads"))
     return heads if isinstance(heads, int) else None
 
 
 def head_shares(num_heads: int, ulysses_degree: int) -> list[int]:
-    """Heads per Ulysses rank: equal shares; the last ones may be smaller or empty."""
+    """Heads of each Ulysses rank: equal shares, of which the last may be smaller or empty."""
     share = -(-num_heads // ulysses_degree)
     return [max(0, min(share, num_heads - rank * share)) for rank in range(ulysses_degree)]
 
 
 def head_cost(num_heads: int, ulysses_degree: int) -> float:
-    """Time of attention relative to an even share of the heads: all ranks wait for the one with most heads."""
+    """Time of attention relative to an even share of the heads: all ranks wait for the one with the most heads."""
     return max(head_shares(num_heads, ulysses_degree)) * ulysses_degree / num_heads
 
 
@@ -182,7 +182,7 @@ def layout_advice(degrees: ParallelDegrees, num_heads: int | None) -> str | None
         num_heads: attention heads of the model, or None where its config does not say.
 
     Returns:
-        A sentence; None where the heads are shared evenly.
+        A sentence; None if the heads are shared evenly.
     """
     ulysses, ranks = degrees.ulysses_degree, degrees.sequence_parallel_size
     if num_heads is None:

@@ -36,7 +36,7 @@ _previous: Any = None
 def put_into_table() -> None:
     """Make our entry the active one of diffusers' table, and remember the one before it.
 
-    It stays when the last model lets go: it only forwards then, and somebody else's entry may be on top of it.
+    It stays after the last model's attention is restored: it only forwards then, and another entry may be on top of it.
     """
     global _previous
     name, function = _AttentionBackendRegistry.get_active_backend()
@@ -75,7 +75,7 @@ def _dispatch(
     return_lse: bool = False,
     _parallel_config: Any = None,
 ) -> torch.Tensor:
-    """Our entry. Calls that carry something else (other models, Wan's cross-attention) go on as before."""
+    """Our entry. Calls with another configuration (other models, Wan's cross-attention) go on as before."""
     options = {"dropout_p": dropout_p, "is_causal": is_causal}
     if isinstance(_parallel_config, AttentionConfig):
         return _parallel_config(query, key, value, attn_mask=attn_mask, scale=scale, **options)
@@ -94,12 +94,12 @@ def has_config(processor: Any) -> bool:
 
 
 def set_config(processor: Any, config: AttentionConfig) -> None:
-    """Bring the attention of a processor to our entry."""
+    """Route the attention of a processor to our entry."""
     processor._parallel_config = config
 
 
 def own_backend(processor: Any) -> object:
-    """The backend that a processor uses instead of the active one; None: it has none of its own."""
+    """The backend that a processor uses instead of the active one; None: it uses the active one."""
     return getattr(processor, "_attention_backend", None)
 
 
@@ -131,12 +131,12 @@ def packed_rows(layer: nn.Module) -> tuple[int, ...]:
 
 
 def set_branch(guider: Any, branch: int) -> None:
-    """Tell a guider which branch its next `prepare_models` is for; by itself it counts them."""
+    """Tell a guider which branch its next `prepare_models` is for. By default it counts the calls."""
     guider._count_prepared = branch
 
 
 def changes_model(guider: Any) -> bool:
-    """Whether a guider does something to the model before and after each branch, such as skipping layers."""
+    """Whether a guider changes the model before and after each branch, such as by skipping layers."""
     kind = type(guider)
     own = kind.prepare_models, kind.cleanup_models
     return own != (BaseGuidance.prepare_models, BaseGuidance.cleanup_models)

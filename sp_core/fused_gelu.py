@@ -1,10 +1,10 @@
-"""GELU computed by the matrix product before it, on CUDA in half precision, where that is the same function.
+"""Lets a matrix product compute the GELU that follows it, on CUDA in half precision, if the function is the same.
 
-A feed-forward widens its tokens, applies GELU and narrows them again. As two operators the wide tensor is written, read
-and written once more; cuBLAS applies the tanh approximation of GELU to what it has just summed up, in fp32, before
-anything is written. Not used: on CPU, where torch's operator computes the exact GELU instead; in fp32, whose digits the
-approximation inside the product need not reach; while torch.compile traces, which fuses by itself; and where the layer
-is more than its weight and bias: with active adapters, hooks, or a sum over ranks.
+A feed-forward layer widens its tokens, applies GELU and narrows them again. As two operators the wide tensor is
+written, read and written once more. cuBLAS applies the tanh approximation of GELU to the sums in fp32, before they are
+written. It is not used on CPU, where torch's operator computes the exact GELU instead; in fp32, because the
+approximation inside the product need not be that exact; while torch.compile traces, which fuses by itself; or if the
+layer is more than its weight and bias: with active adapters, hooks, or a sum over ranks.
 
 Declared as `FusedGelu` in a family's file, called by `sp_core.replacements`.
 """
@@ -24,14 +24,14 @@ from sp_core.tensor_parallel import ColumnParallelLinear
 
 
 def replace(model: nn.Module, fused: FusedGelu) -> Callable[[], None] | None:
-    """Let these layers of a model be one operator each, where they can.
+    """Make each of these layers of a model one operator, if possible.
 
     Args:
         model: its weights may come later.
         fused: which layers.
 
     Returns:
-        The function that undoes it; None if the layers are not as it says: nothing is changed then.
+        The function that undoes it; None if the layers are not as declared, and nothing is changed.
     """
     layers = [m for n, m in model.named_modules() if any(fnmatch(n, pattern) for pattern in fused.layers)]
     if not layers or not all(_is_expected(layer) for layer in layers):
@@ -48,7 +48,7 @@ def replace(model: nn.Module, fused: FusedGelu) -> Callable[[], None] | None:
 
 
 def fits(projection: nn.Module, tokens: torch.Tensor) -> bool:
-    """Whether a product with GELU in it gives what the layer and GELU after it give, within the rounding of its type.
+    """Whether the fused product gives the same as the layer followed by GELU, within the rounding of its type.
 
     Args:
         projection: the layer before GELU.
@@ -73,7 +73,7 @@ def product(projection: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _has_tanh(tokens: torch.Tensor) -> bool:
-    """Whether the product's GELU is the tanh approximation, and as exact as the type of its result."""
+    """Whether the fused GELU is the tanh approximation, and as exact as the type of its result."""
     return tokens.is_cuda and tokens.dtype in HALF
 
 
@@ -84,7 +84,7 @@ def _is_expected(layer: Any) -> bool:
 
 @functools.cache
 def _fusing(kind: type) -> type:
-    """A class of layers that are one operator where they can be, and compute as `kind` does elsewhere."""
+    """A subclass of `kind` that is one operator if possible, and otherwise computes as `kind` does."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or not fits(self.proj, hidden_states):

@@ -1,12 +1,12 @@
-"""A convolution over a grid of tokens that lie on many ranks.
+"""A convolution over a grid of tokens that is divided among ranks.
 
-A plan gives a module its share of the tokens as one line, by `SequenceParallelGrid`; this is what its
-`SequenceParallelConvolution` does. Each rank needs the tokens that its kernel reaches on both sides of its own: for
-3 x 3, one row and one token. Who holds them follows from the recorded lengths, so one exchange brings them, from as
-many ranks as hold some: a share may be smaller than what the kernel reaches.
+A plan gives a module its share of the tokens as one line, by `SequenceParallelGrid`; this module implements
+`SequenceParallelConvolution`. Each rank needs the tokens that its kernel reaches on both sides of its own: for 3 x 3,
+one row and one token. The recorded lengths say which ranks hold them, so one exchange is enough. They may come from
+several ranks, because a share may be smaller than the reach of the kernel.
 
-`(B, C, 1, L)` of this rank's tokens come in, as many go out, of this rank's again. Bound by `sp_core.hooks`. Under
-`torch.compile` it is one opaque operator, and the region is looked up when the graph runs.
+`(B, C, 1, L)` of this rank's tokens come in, and as many go out. Called by `sp_core.hooks`. Under `torch.compile` it is
+one opaque operator, and the region is looked up when the graph runs.
 
 Shapes: a grid is P planes of N rows of W columns; plane after plane, row after row, its tokens are one line.
 """
@@ -37,7 +37,7 @@ def bind(
         name: the module's plan key, for messages.
         module: its weights may come later.
         entry: along which sizes of the grid its kernel lies.
-        context: the model's.
+        context: the context of the model.
 
     Returns:
         The function that undoes it.
@@ -145,7 +145,7 @@ def _convolution_operator(
     number: int,
     noted: torch.Tensor,
 ) -> torch.Tensor:
-    """`noted` is what the operators of the grid change: else nothing keeps them in front of this one."""
+    """`noted` is the tensor that the operators of the grid change: nothing else keeps them in front of this one."""
     return _convolved(name, weight, bias, rows, SequenceContext.numbered(number), line).contiguous()
 
 
@@ -198,14 +198,14 @@ def with_neighbors(tokens: torch.Tensor, lengths: list[int], reach: int, axis: M
         axis: the ranks.
 
     Returns:
-        `(B, C, reach + lengths[rank] + reach)`, 0 where the line has begun or ended; without neighbors for a rank that
-        has no tokens.
+        `(B, C, reach + lengths[rank] + reach)`, 0 beyond both ends of the line; without neighbors for a rank that has
+        no tokens.
     """
     starts = [sum(lengths[:rank]) for rank in range(axis.size)]
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
 
     def wanted(of: int, by: int) -> tuple[int, int]:
-        """Which of one rank's tokens another one wants, counted from the former's first."""
+        """The range of tokens of rank `of` that rank `by` wants, counted from the first token of `of`."""
         if of == by or not lengths[by]:
             return 0, 0
         if of < by:
@@ -245,7 +245,7 @@ def _column_by_column(
 
 
 def _groups(weight: torch.Tensor, tokens: torch.Tensor) -> int:
-    """Of the convolution: each sees a part of the features."""
+    """The number of groups of the convolution, each of which sees a part of the features."""
     return tokens.shape[1] // weight.shape[1]
 
 
@@ -261,7 +261,7 @@ def _row_by_row(
 
     Args:
         weight: of the convolution.
-        bias: the same.
+        bias: of the convolution.
         tokens: `(B, C, reach + count + reach)`.
         grid: planes, rows and columns.
         first: the place of this rank's first token in the whole line.

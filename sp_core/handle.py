@@ -6,12 +6,12 @@ from sp_core.region import SequenceContext
 
 
 class Handle:
-    """Undoes what was applied to a model, last thing first. `remove()` may be called more than once.
+    """Undoes the changes to a model, the last one first. `remove()` may be called more than once.
 
     Args:
-        undo: what to call, in the order in which things were applied.
-        context: the model's, for the attention that runs between split and gather; None where nothing is split.
-        irreversible: why the model cannot be made plain again; empty: it can.
+        undo: a function for each change, in the order in which the changes were made.
+        context: the context of the model, for the attention between split and gather; None if nothing is split.
+        irreversible: why the model cannot be made plain again; empty if it can.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Handle:
         """Give the plain model back.
 
         Raises:
-            RuntimeError: it cannot be given back. Nothing is undone then: the model goes on computing in parallel.
+            RuntimeError: that is not possible. Nothing is undone, and the model goes on computing in parallel.
         """
         if self._irreversible:
             raise RuntimeError(self._irreversible)

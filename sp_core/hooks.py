@@ -1,11 +1,11 @@
-"""The plan at work: torch hooks that split and gather tensors at module boundaries.
+"""Applies a plan: torch hooks that split and gather tensors at module boundaries.
 
 `apply_sequence_parallel(model, plan, mesh)` installs them and returns a handle that removes them again;
 `sp_core.parallelize` calls its two halves. Only hooks: the attention between split and gather is bound elsewhere.
 
-Each forward of a module in the plan passes here, on the host only: nothing is copied that torch does not copy itself,
-and a split is a view. Hooks see `is_compiling` inside a compiled block; the operators of `sp_core.sp_sharding` take
-over there.
+Each forward of a module in the plan passes here, on the host only: a split is a view, and nothing else is copied that
+torch does not copy itself. Inside a compiled block hooks see `is_compiling`, and the operators of `sp_core.sp_sharding`
+take over.
 
     input -> [SequenceParallelSplitHook, before the module] -> module -> [split of its outputs, or gather] -> output
 """
@@ -44,9 +44,9 @@ class SequenceParallelSplitHook:
 
     Args:
         name: the module's plan key, for messages.
-        module: the module; its forward's signature tells where a positional parameter stands.
+        module: the module; the signature of its forward gives the positions of its parameters.
         spec: str keys are parameters, int keys are outputs.
-        context: the model's.
+        context: the context of the model.
 
     Raises:
         ValueError: a key names no parameter of the module's forward.
@@ -73,7 +73,7 @@ class SequenceParallelSplitHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `(args, kwargs)` with this rank's shares in place of the whole parameters.
 
-        Positional or named as the caller passed them; a parameter that was left out stays out.
+        They stay positional or named, as the caller passed them; a parameter that was left out stays out.
         """
         positional, named = list(args), dict(kwargs)
         for key, entry in self.inputs.items():
@@ -94,7 +94,7 @@ class SequenceParallelSplitHook:
         return _like(output, split)
 
     def _split(self, key: str, value: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One parameter or output: a tensor, several, in a list or by key, or None where this call passes none."""
+        """Split one parameter or output: a tensor, several in a list or by key, or None if this call passes none."""
         where = f"{'output ' if key.isdecimal() else ''}{key} of {self.name!r}"
         if value is None:
             return None
@@ -257,7 +257,7 @@ def install_hooks(model: nn.Module, plan: SequenceParallelModelPlan, context: Se
 def _hook(
     name: str, module: nn.Module, entry: InputSpec | OutputSpec | SequenceParallelConvolution, context: SequenceContext
 ) -> list[Callable[[], None]]:
-    """Install what one entry says; the functions that remove it again."""
+    """Install the hooks of one entry; returns the functions that remove them."""
     if isinstance(entry, SequenceParallelConvolution):
         return [grid_convolution.bind(name, module, entry, context)]
     if not isinstance(entry, dict):

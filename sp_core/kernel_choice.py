@@ -1,12 +1,12 @@
-"""Which attention kernel all ranks take. Called by `sp_core.parallelize`.
+"""Chooses the attention kernel of all ranks. Called by `sp_core.parallelize`.
 
-Timings are noisy, so two ranks, or one before and after a restart, might take different kernels, whose last digits
-differ: a request that is tried again would give another picture. So rank 0 chooses for all; a deployment may choose
-for good.
+Timings are noisy. Two ranks, or one rank before and after a restart, might therefore choose different kernels, whose
+last digits differ, and a repeated request would give another picture. So rank 0 chooses for all ranks, and a deployment
+may pin the choice.
 
-Where ranks share a sequence a process has one choice for each device, type and head size: a later model takes that of
-an earlier one, and one that asks for another is refused. Where none do, the model calls torch's attention, which
-prefers the model's kernel while its forward runs, and no longer.
+If ranks share a sequence, a process has one choice for each device, type and head size: a later model takes the choice
+of an earlier one, and a model that asks for another is refused. If no ranks share a sequence, the model calls torch's
+attention, which prefers the model's kernel while the model's forward runs.
 """
 
 from collections import defaultdict
@@ -30,17 +30,18 @@ def settle_kernel(
     """Choose the kernel for attention without a mask. A collective of all ranks.
 
     Args:
-        model: the model; where no rank shares a sequence, its forward gets hooks.
+        model: the model; if no ranks share a sequence, its forward gets hooks.
         mesh: the ranks.
         dtype: of queries, keys and values.
         head_size: of the model; None if unknown: each rank then chooses at its first attention.
         pinned: the name of the kernel; None: the fastest on rank 0.
 
     Returns:
-        What undoes it.
+        The function that undoes it.
 
     Raises:
-        ValueError: the pinned kernel is unknown, cannot be used in this layout, or is not that of another model here.
+        ValueError: the pinned kernel is unknown, cannot be used in this layout, or differs from that of another model
+            of this process.
         RuntimeError: no kernel works here, or the pinned one does not.
     """
     alone = not mesh.shares_sequence
@@ -72,7 +73,7 @@ def settle_kernel(
 
 
 def _prefer_in_forwards(model: nn.Module, name: str) -> Callable[[], None]:
-    """While the model's forward runs, torch's attention prefers this kernel. Returns what undoes it."""
+    """Make torch's attention prefer this kernel while the model's forward runs; returns the function that undoes it."""
     entered: list[AbstractContextManager[None]] = []  # a forward may contain another of the same model
 
     def begin(*_: object) -> None:

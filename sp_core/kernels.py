@@ -1,8 +1,9 @@
 """Attention on one device.
 
-Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, heads, D)`, whose
-heads divide H: each serves consecutive heads of the queries.
-Masks are additive (-inf hides a key), broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
+Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)`, k and v `(B, K, heads, D)`. The
+    number
+of their heads divides H; each serves consecutive heads of the queries. Masks are additive (-inf hides a key),
+broadcastable to `(B, H, S, K)`; `local_attention` takes a model's own.
 
 On CPU: torch's flash attention for CPU. On CUDA: torch's memory-efficient kernel for attention with a mask or in fp32,
 else the kernel that `sp_core.cuda_kernels` says.
@@ -24,8 +25,8 @@ class Partial:
     Attributes:
         output: `(B, S, H, D)`; 0 in rows without a visible key.
         lse: `(B, S, H)`, the log of the softmax's denominator, in fp32; -inf in these rows.
-        base: to be added to `lse` for its true value, broadcastable to it; None: nothing. Kept apart, because a mask of
-            -1e4 or the least number of its type that hides all of the keys would swallow the digits of `lse`.
+        base: must be added to `lse` for its true value, broadcastable to it; None: nothing. It is kept apart, because a
+            mask that hides all keys with -1e4, or with the least number of its type, would swallow the digits of `lse`.
     """
 
     output: torch.Tensor
@@ -34,7 +35,7 @@ class Partial:
 
 
 SWALLOWS = -(2.0**29)
-"""A mask this low leaves nothing of a score in fp32: scores below 32 are less than half of its last digit."""
+"""A mask this low swallows any score in fp32: scores below 32 are less than half of its last digit."""
 
 
 def attention(
@@ -85,8 +86,8 @@ def partial_attention(
     """Attention over some of the keys, to be merged with that over the others. Arguments as for `attention`.
 
     The kernel gets the mask without its peak, so that `lse` keeps its digits. Attention over all keys at once adds the
-    whole mask to the scores, where the least number of a type swallows them: such rows average what they hide. So do
-    they here, by queries of 0; a NaN in them stays one.
+    whole mask to the scores. The least number of a type swallows them, so a row that is hidden this way averages its
+    keys. It does the same here, with queries of 0; a NaN in them stays NaN.
     """
     if mask is None:
         return Partial(*attention_with_lse(query, key, value, None, scale))
@@ -145,7 +146,7 @@ def merge(one: Partial, other: Partial) -> Partial:
 
 
 def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Both logs, relative to the higher of their bases."""
+    """Both logs relative to the higher base, and that base."""
     if one.base is None or other.base is None:
         return one.lse, other.lse, None
     base = torch.maximum(one.base, other.base)
@@ -154,7 +155,7 @@ def _on_one_base(one: Partial, other: Partial) -> tuple[torch.Tensor, torch.Tens
 
 
 def _must_pad(query: torch.Tensor) -> bool:
-    """CUDA's kernels read rows of whole vectors."""
+    """Whether heads must be padded: CUDA's kernels read rows of whole vectors."""
     return query.device.type == "cuda" and query.shape[3] % HEAD_SIZES != 0
 
 

@@ -5,9 +5,9 @@
     adapters.activate({"ink": 0.8})           # from the next forward on
     adapters.activate({})                     # the plain model again, to the bit
 
-After LoRA (arXiv 2106.09685). A layer shared by columns has its B shared likewise; a layer shared by rows has its A
-shared, and its B (A x) is a term of the partial sum, so no layer communicates more than without adapters. All ranks
-must load and activate the same adapters. The sequence axes need nothing: the layers work token by token.
+After LoRA (arXiv 2106.09685). A column-parallel layer divides B in the same way. A row-parallel layer divides A, and
+its B (A x) is a term of the partial sum. So no layer communicates more than without adapters. All ranks must load and
+activate the same adapters. The sequence axes need no code, because the layers work token by token.
 
 `workers.model.lora` reads the weights from files; `workers.model.denoising` activates them for a request. PEFT is not
 needed.
@@ -43,10 +43,10 @@ AdapterShare = dict[str, LowRank]
 
 
 class Adapters:
-    """The adapters of one model. Inactive ones cost memory, but no time.
+    """The adapters of one model. Inactive adapters cost memory, but no time.
 
     Args:
-        model: parallelized already, because tensor parallelism replaces layers, and with its weights loaded.
+        model: must be parallelized already, because tensor parallelism replaces layers, and have its weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,7 +96,7 @@ class Adapters:
         return {module: _part(given, layers[module]) for module, given in weights.items()}
 
     def replace(self, shares: Mapping[str, AdapterShare]) -> None:
-        """Have exactly these adapters, none of them active. Cannot fail, so that either all ranks do it or none.
+        """Replace all adapters by these, none of them active. It cannot fail, so either all ranks do it or none.
 
         Args:
             shares: the result of `share` for each, by name.
@@ -117,9 +117,10 @@ class Adapters:
     def activate(self, scales: Mapping[str, float]) -> None:
         """Make these adapters active, each as strong as its scale, and no others.
 
-        However many are active, a layer computes only two more thin products: their As are stacked, their Bs stand
-        side by side, scaled. Compiled blocks are compiled again for every new set of adapted layers, and once for
-        another sum of ranks than the first; not for other scales, nor for a combination that was compiled before.
+        A layer computes only two more thin products, however many adapters are active: their As are stacked, and their
+        scaled Bs are put side by side. Blocks are compiled again for each new set of adapted layers, and once if the
+        sum of the adapters' ranks differs from the first; not for other scales or a combination that was compiled
+        before.
 
         Args:
             scales: by name; 0 means inactive. Empty gives the plain model.
@@ -163,8 +164,8 @@ class Adapters:
 class _Adapted(nn.Linear):
     """A layer with active adapters.
 
-    The adapters' tensors are not buffers, to stay out of state dicts. They are plain attributes of a class that is not
-    torch's own, so that torch.compile treats the adapter's rank as a symbol.
+    The adapters' tensors are not buffers, so that they stay out of state dicts. They are plain attributes of a class
+    that is not torch's own, so that torch.compile treats the adapter's rank as a symbol.
     """
 
     adapter_a: torch.Tensor
@@ -208,7 +209,7 @@ def _check_shapes(name: str, module: str, given: LowRank, layer: nn.Linear) -> N
 
 
 def _part(given: LowRank, layer: nn.Linear) -> LowRank:
-    """This rank's part of it. The scaling goes into B before B is rounded to the layer's dtype."""
+    """This rank's part of an adapter. B is scaled before it is rounded to the layer's dtype."""
     a, b = given.a, given.b
     if isinstance(layer, ColumnParallelLinear):
         b = b.index_select(0, layer.index.to(b.device))
@@ -220,7 +221,7 @@ def _part(given: LowRank, layer: nn.Linear) -> LowRank:
 
 
 def _set_terms(layer: nn.Module, terms: list[tuple[LowRank, float]]) -> None:
-    """Give a layer these adapters and no others. The module and its hooks stay; its class changes."""
+    """Give a layer exactly these adapters. The module and its hooks stay; its class changes."""
     if not terms:
         layer.__dict__.pop("adapter_a", None)
         layer.__dict__.pop("adapter_b", None)

@@ -1,7 +1,7 @@
-"""The live process groups of one rank, made from the intent (`ParallelDegrees`), each with an explicit timeout.
+"""The live process groups of one rank, made from `ParallelDegrees`, each with an explicit timeout.
 
-Made once per rank by `workers.gang.rank`, or by anyone who has initialized `torch.distributed`. Collectives take a
-`MeshAxis`; nothing else in the package touches a process group.
+`workers.gang.rank` makes a mesh once per rank; so can anyone who has initialized `torch.distributed`. Collectives take
+a `MeshAxis`; nothing else in the package touches a process group.
 """
 
 import itertools
@@ -25,7 +25,8 @@ _axes: WeakValueDictionary[int, "MeshAxis"] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One rank's view of one axis. Axes with the same ranks share their groups: one thread makes all calls in order.
+    """One rank's view of one axis. Axes with the same ranks share their groups, since one thread makes all calls in
+    order.
 
     Attributes:
         name: the axis; `"sequence"` is ring and ulysses taken together, `"gang"` all ranks.
@@ -33,8 +34,8 @@ class MeshAxis:
         size: the number of ranks on the axis. 1 makes every collective over it a no-op.
         group: the process group, `None` exactly when `size` is 1.
         host_group: the same ranks over gloo, for integers that must not go through the device.
-        traffic: counts what this rank sends; the mesh's.
-        share_of_sum: how much of a tensor each rank sends when all sum it, by the best algorithm.
+        traffic: counts what this rank sends; shared by all axes of the mesh.
+        share_of_sum: the share of a tensor that each rank sends in an all-reduce, by the best algorithm.
         number: finds this axis from inside a compiled graph, which takes only plain arguments.
     """
 
@@ -64,7 +65,7 @@ class ParallelMesh:
         degrees: the layout.
         device: where this rank's tensors live.
         control: a gloo group over all ranks for decisions (host integers, never tensors on the device).
-        traffic: counts what this rank sends, decisions left out.
+        traffic: counts what this rank sends, except decisions.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ParallelMesh:
             timeout_s: seconds after which a collective of any of these groups fails. Explicit, because sub-groups
                 do not inherit the timeout of `init_process_group`.
             control_timeout_s: the same for decisions, for which a rank may wait while another loads; None: `timeout_s`.
-            smaller: layouts of fewer ranks, for `use`: each on every block of so many ranks, side by side.
+            smaller: layouts of fewer ranks, for `use`. Each is made on every block of that many ranks, side by side.
 
         Raises:
             RuntimeError: `torch.distributed` is not initialized although the layout has more than one rank.
@@ -130,10 +131,11 @@ class ParallelMesh:
         return mesh
 
     def use(self, degrees: ParallelDegrees) -> None:
-        """From now on, be one of the blocks of this layout. No collective; the ranks of a block must do it alike.
+        """Switch to this layout, in which this rank belongs to one block. Not a collective, but all ranks of a block
+        must call it.
 
         Args:
-            degrees: the layout of the mesh, or one of the `smaller` that it was made with.
+            degrees: the layout of the mesh, or one of its `smaller` layouts.
         """
         axes, self.control = self._layouts[degrees]
         self.degrees, self._axes = degrees, dict(axes)
@@ -149,7 +151,7 @@ class ParallelMesh:
 
     @property
     def layouts(self) -> tuple[ParallelDegrees, ...]:
-        """What it may `use`, the gang's own layout first."""
+        """The layouts that it may `use`, the gang's own first."""
         return tuple(self._layouts)
 
     @property
@@ -159,7 +161,7 @@ class ParallelMesh:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, each axis has this rank only. For the reference of a self-test; see `sp_core.verify.alone`."""
+        """Inside, each axis has only this rank. For the reference of a self-test; see `sp_core.verify.alone`."""
         axes = dict(self._axes)
         self._axes.update({name: MeshAxis(name, 0, 1, None, None, self.traffic) for name in axes})
         try:
@@ -169,7 +171,7 @@ class ParallelMesh:
 
     @property
     def is_alone(self) -> bool:
-        """Whether `alone` is entered, in a mesh of several ranks."""
+        """Whether `alone` is active in a mesh of several ranks."""
         return self._axes["gang"].size < self.degrees.world_size
 
     def agree(self, *flags: int) -> tuple[int, ...]:
@@ -220,11 +222,11 @@ Layout = tuple[dict[AxisName, MeshAxis], dist.ProcessGroup | None]
 
 
 class _Groups:
-    """Makes groups, each once: layouts share those of the same ranks. All ranks must ask for the same ones, in order.
+    """Makes groups, each once: layouts share groups of the same ranks. All ranks must ask for the same groups in order.
 
     Args:
-        timeout: of their collectives.
-        patience: of those of control groups.
+        timeout: of collectives.
+        patience: of collectives of control groups.
     """
 
     def __init__(self, timeout: timedelta, patience: timedelta) -> None:
@@ -255,7 +257,7 @@ class _Groups:
         return MeshAxis(name, mine.index(rank), len(mine), group, host_group, traffic)
 
     def _of(self, groups: list[list[int]], backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
-        """The group that this rank is in; those that are missing are made, as every rank must."""
+        """The group of this rank. Missing groups are made, by all ranks alike."""
         for ranks in groups:
             key = backend, timeout, tuple(ranks)
             if key not in self._made:

@@ -1,4 +1,4 @@
-"""The modules of a model that the keys of a sequence plan name. Called by `sp_core.hooks`."""
+"""Finds the modules of a model that the keys of a sequence plan name. Called by `sp_core.hooks`."""
 
 import re
 

@@ -5,7 +5,7 @@
     ...
     handle.remove()
 
-Called by `workers.model.weights` when a rank loads its model, or by anyone else: it needs neither Ray nor a file.
+Called by `workers.model.weights` when a rank loads its model. Anyone else may call it: it needs neither Ray nor a file.
 """
 
 import logging
@@ -61,8 +61,8 @@ def parallelize(
         mesh: the ranks.
         plan: where to split and gather; None takes the class's own `_sp_plan`, else that of its family, else reads
             diffusers' `_cp_plan`.
-        family: whose plans and peculiarities it has; None: that of its class in `sp_core.models`, if there is one.
-        dtype: in which the model will compute; None: that of its weights, which may have to be loaded yet.
+        family: the family whose plans and peculiarities it has; None: that of its class in `sp_core.models`, if any.
+        dtype: in which the model will compute; None: that of its weights. They may be loaded later.
         kernel: of attention without a mask on CUDA, by its name in `sp_core.cuda_kernels`; None: the fastest on rank 0.
 
     Returns:
@@ -127,7 +127,7 @@ def _head_size(config: Mapping[str, Any]) -> int | None:
 
 
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:
-    """Log how the model will run: the kernel, and what the layout costs needlessly."""
+    """Log how the model will run: the kernel, and what an uneven layout costs."""
     kernel = in_use(mesh.device)
     _logger.info("%s on %s: attention by %s", type(model).__name__, mesh.degrees, kernel)
     advice = layout_advice(mesh.degrees, num_heads(config))

@@ -1,8 +1,8 @@
 """Tries every group of a mesh once, on the real device. Called when a gang starts, before it takes requests.
 
-A communicator that works may still be wrong: NCCL's all-gather over NVLink SHARP permutes the data of ranks that are
-not in the order of the GPUs (nccl#1906). Every such picture would be wrong without an error. The probe also opens the
-communicators, which would cost the first request its time.
+A communicator that works may still give wrong data: NCCL's all-gather over NVLink SHARP permutes the data of ranks that
+are not in the order of the GPUs (nccl#1906), and every picture would be wrong without an error. The probe also opens
+the communicators, so that the first request does not wait for that.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from sp_core import collectives
 from sp_core.mesh import MeshAxis, ParallelMesh
 
 SIZES = (1, 1000, 2**20)
-"""Elements. Libraries choose their algorithm by the size."""
+"""Elements of the messages. Libraries choose their algorithm by the size."""
 
 
 class WrongGroup(RuntimeError):
@@ -24,7 +24,7 @@ def probe(mesh: ParallelMesh) -> None:
     """Run each collective over each group with known data. A collective of all ranks of the mesh.
 
     Raises:
-        WrongGroup: on all ranks, if one received what it should not have; names the groups.
+        WrongGroup: on all ranks, if any received wrong data; it names the groups.
     """
     axes = _distinct(mesh)
     wrong = {axis.name: ", ".join(_wrong(axis, mesh.device)) for axis in axes}
@@ -49,7 +49,7 @@ def _distinct(mesh: ParallelMesh) -> list[MeshAxis]:
 
 
 def _wrong(axis: MeshAxis, device: torch.device) -> list[str]:
-    """What went wrong on this rank. No collective is left out, since the others would wait."""
+    """The collectives that gave wrong data on this rank. None is left out, since other ranks would wait."""
     tries: list[tuple[str, Callable[[MeshAxis, torch.device], Iterator[torch.Tensor]]]] = [
         ("all-gather", _all_gather),
         ("all-to-all", _all_to_all),
@@ -73,7 +73,7 @@ def _all_gather(axis: MeshAxis, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 def _all_to_all(axis: MeshAxis, device: torch.device) -> Iterator[torch.Tensor]:
-    """Uneven, and some messages are empty, as those of ranks without heads."""
+    """Messages of different sizes, some of them empty, like those of ranks without heads."""
 
     def size(sender: int, receiver: int) -> int:
         return (sender + 2 * receiver) % 3 * 1000
@@ -98,6 +98,6 @@ def _all_reduce(axis: MeshAxis, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 def _gather(axis: MeshAxis, device: torch.device) -> Iterator[torch.Tensor]:
-    """Uneven, to the first rank."""
+    """Tensors of different sizes, on the first rank."""
     for rank, parts in enumerate(collectives.gather([_filled(1 + axis.rank, axis.rank, device)], axis)):
         yield torch.stack([(part == rank).all() & (len(part) == 1 + rank) for part in parts]).all()

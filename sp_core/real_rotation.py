@@ -1,10 +1,10 @@
-"""Rotary positions in real arithmetic, where torch.compile would fall back on complex products.
+"""Rotary positions in real arithmetic, because torch.compile has no good code for complex products.
 
-Inductor has no code for complex numbers: each product in a compiled block is a call out of the generated kernels, with
-copies before and after it. Here the source of the rotations hands out pairs of real numbers, `(..., D / 2, 2)` for
-complex `(..., D / 2)`, as a view. In a compiled block the processor's own call is told of no rotations: the norms of
-queries and keys, right after which it would rotate, do so instead. In eager mode it is given the pairs as the complex
-numbers they were, and computes what it always did, bit for bit: there, one complex product is faster than real ones.
+Inductor generates no code for complex numbers: each product in a compiled block leaves the generated kernels, with
+copies before and after it. Here the source of the rotations returns pairs of real numbers, `(..., D / 2, 2)` for
+complex `(..., D / 2)`, as a view. In a compiled block the processor's own call gets no rotations; the norms of queries
+and keys, right after which it would rotate, do so instead. In eager mode, where one complex product is faster than real
+ones, the call gets the pairs as complex numbers again and computes the same as before, bit for bit.
 
 Declared as `RealRotation` in a family's file, called by `sp_core.replacements`. Splitting the rotations along the
 sequence works on pairs as on complex numbers.
@@ -22,14 +22,14 @@ from sp_core.models.family import RealRotation
 
 
 def replace(model: nn.Module, rotation: RealRotation) -> Callable[[], None] | None:
-    """Let this model rotate by pairs in compiled blocks.
+    """Make this model rotate by pairs in compiled blocks.
 
     Args:
-        model: its hooks that split what `source` returns are installed already; its attention is not bound yet.
+        model: the hooks that split the output of `source` are installed already; its attention is not bound yet.
         rotation: where its rotations are made and used.
 
     Returns:
-        The function that undoes it; None if somebody else would get the pairs: nothing is changed then.
+        The function that undoes it; None if something else would get the pairs, and nothing is changed.
     """
     attending = [module for module in model.modules() if hasattr(module, "processor")]
     kinds = [type(module.processor) for module in attending]
@@ -89,7 +89,7 @@ class RotatingNorms:
 
 @functools.cache
 def _rotating(kind: type, rotation: RealRotation) -> type:
-    """A class of processors that takes pairs. It takes complex numbers as `kind` does.
+    """A subclass of a class of processors that takes pairs too.
 
     diffusers reads the signature of a processor and drops the arguments that are not in it, hence the wrapping.
     """
@@ -112,7 +112,7 @@ def _rotating(kind: type, rotation: RealRotation) -> type:
 
 @functools.cache
 def _in_pairs(kind: type) -> type:
-    """A class of callables that returns pairs where `kind` returns complex numbers."""
+    """A subclass of a class of callables that returns pairs instead of complex numbers."""
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ def _instead(original: Any, kind: type) -> Any:
 
 
 def _each(function: Callable[[torch.Tensor], torch.Tensor], rotations: Any) -> Any:
-    """The function of one tensor, or of each of several."""
+    """Apply a function to one tensor, or to each of several."""
     if isinstance(rotations, tuple):
         return tuple(function(each) for each in rotations)
     return function(rotations)

@@ -159,18 +159,18 @@ class RunningForward:
     def split(
         self, tensor: torch.Tensor, dim: int, stream: str | None, *, padded: bool = False, replicated: int = 0
     ) -> torch.Tensor:
-        """`Region.split`; a stream that follows a gather opens a new region."""
+        """See `Region.split`; a stream that follows a gather opens a new region."""
         if stream is not None and self.region.is_closing:
             self.region = Region(self.context)
         return self.region.split(tensor, dim, stream, padded=padded, replicated=replicated)
 
     def gather(self, tensor: torch.Tensor, dim: int, stream: str | None = None, *, closes: bool = True) -> torch.Tensor:
-        """`Region.gather`."""
+        """See `Region.gather`."""
         self._gathers += 1
         return self.region.gather(tensor, dim, stream, closes=closes, place=self._gathers)
 
     def record_attention(self) -> None:
-        """An attention goes across ranks."""
+        """Note that an attention goes across ranks."""
         self.attended = True
 
 
@@ -178,9 +178,9 @@ class Region:
     """The streams and companions that are split now.
 
     Attributes:
-        streams: by the name of the split that made them, those that have been gathered included.
+        streams: by the name of their split, including those that have been gathered.
         companions: in the order in which they were split.
-        grid: the sizes of the grid of which the tokens are, by parameter name, the outermost first.
+        grid: the sizes of the grid that the tokens form, by parameter name, the outermost first.
     """
 
     def __init__(self, context: SequenceContext) -> None:
@@ -240,13 +240,13 @@ class Region:
         Args:
             tensor: this rank's share.
             dim: the dimension that is split.
-            stream: the parameter name by which it was split; None where the lengths say which stream it is.
+            stream: the parameter name by which it was split; None if the lengths say which stream it is.
             closes: whether attention no longer sees the stream.
             place: of this gather among those of the forward.
 
         Raises:
-            ValueError: no stream of this region lies on the ranks like this tensor, or more than one does; on all
-                ranks, if it happens at the first gather in this place of streams of these lengths.
+            ValueError: no stream of this region has the lengths of this tensor, or more than one has; on all ranks, if
+                it happens at the first gather in this place of streams of these lengths.
         """
         name, found = self._compared(tensor.shape[dim], stream, place)
         whole = collectives.all_gather(tensor, dim, found.held, self._context.mesh.axis("sequence"))
@@ -261,11 +261,11 @@ class Region:
         return whole.narrow(dim, 0, found.total)  # padding is at the end: shares without it are full
 
     def _compared(self, length: int, stream: str | None, place: int) -> tuple[str, Stream]:
-        """The stream of which this rank gathers so many tokens.
+        """The stream of which this rank gathers `length` tokens.
 
-        The record knows all ranks' lengths. The ranks compare theirs with it once for each place and record, so that a
-        wrong record raises on all of them. Each time they do only where streams that lie on the ranks in several ways
-        may be meant. Nothing that decides this differs from rank to rank.
+        The record knows the lengths of all ranks. The ranks compare their lengths with it once for each place and
+        record, so that a wrong record raises on all of them. They compare at each gather only if it may mean streams
+        with different shares. All ranks decide this alike.
         """
         axis = self._context.mesh.axis("sequence")
         candidates = self._candidates(stream)
@@ -285,13 +285,13 @@ class Region:
         return found
 
     def _candidates(self, stream: str | None) -> dict[str, Stream]:
-        """What a gather may mean that names this stream, or none."""
+        """The streams that a gather may mean which names this stream, or none."""
         if not self.streams:  # only rotations or masks were split
             return {f"companion {i}": companion for i, companion in enumerate(self.companions)}
         return {n: split for n, split in self.streams.items() if stream in (None, n, n.rpartition(".")[2])}
 
     def _stream_of(self, lengths: list[int], candidates: dict[str, Stream]) -> tuple[str, Stream]:
-        """The stream that lies on the ranks in these lengths. All ranks decide alike, because all know all lengths."""
+        """The stream with these lengths on the ranks. All ranks decide alike, because all know all lengths."""
         fitting = {name: split for name, split in candidates.items() if split.held == lengths}
         if not fitting:
             held = {name: split.held for name, split in self.streams.items()}

@@ -1,10 +1,10 @@
-"""Exchanges parts of a model for something faster that gives the same answer, as its family's file declares.
+"""Exchanges parts of a model for faster ones with the same answer, as its family's file declares.
 
-A replacement changes instances, never a class, and is undone by the handle of `sp_core.parallelize`, which calls this.
-Each has a file of its own; `ModelFamily.replacements` says which apply to a family.
+A replacement changes instances, never a class. `sp_core.parallelize` calls this, and its handle undoes it. Each kind of
+replacement has a module of its own; `ModelFamily.replacements` says which apply to a family.
 
-A family's file knows diffusers' own class. So a subclass, a model with a plan of its own, and one whose processors were
-exchanged keep all their parts.
+A family's file describes diffusers' own class. Subclasses, models with a plan of their own, and models with exchanged
+processors therefore keep all their parts.
 """
 
 import logging
@@ -27,7 +27,7 @@ def apply_replacements(
     Args:
         model: the hooks of its plan are installed already; its attention is not bound yet.
         family: its family, if it has one.
-        config: the model's.
+        config: the config of the model.
         mesh: the ranks.
 
     Returns:

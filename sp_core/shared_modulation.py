@@ -1,25 +1,25 @@
 """Modulation computed once: each rank computes some layers, and the forwards of one step share what they can.
 
-Each block turns one embedding of the timestep into its shifts, scales and gates (adaLN). Those layers see one row a
+Each block turns one embedding of the timestep into its shifts, scales and gates (adaLN). These layers see one row per
 sample, so their time is that of reading their weights: a third of Qwen-Image's. All sequence ranks, and all tensor
-ranks, would read the same weights for the same row. So each computes its share of the layers as soon as the embedding
-is there, and one gather gives all values to all of them; then the blocks find the values ready.
+ranks, would read the same weights for the same row. Instead, each rank computes its share of the layers as soon as the
+embedding is there, and one gather gives all values to all ranks, before the blocks need them.
 
-A guided step is two forwards at one timestep. Where the embedding depends on nothing else, the second takes the values
-of the first. And requests of one size with as many steps have the same timesteps: given the timestep itself, a rank
-keeps its share of the values, and reads no weights again for a schedule that it has seen:
+A guided step is two forwards at one timestep. If the embedding depends on nothing else, the second forward takes the
+values of the first. Requests of one size with the same number of steps also have the same timesteps. If a rank is given
+the timestep, it keeps its share of the values, and reads no weights again for a schedule that it has seen:
 
-    with same_timestep(t):     # the caller says that all forwards in it have this timestep
+    with same_timestep(t):     # all forwards inside have this timestep
         model(**prompted)
-        model(**unprompted)    # its layers return what the first forward has computed
+        model(**unprompted)    # its layers return the values of the first forward
 
-Keeping is by value, not by request, so requests may take steps in turns; a batch is kept as one row. A product of all
-steps at once would save the first request, too, but not give the same bits, and it needs each model's way from a
-timestep to its embedding.
+Values are kept by timestep, not by request, so requests may take steps in turns; a batch is kept as one row. One
+product for all steps at once would help the first request too, but would not give the same bits, and it would need to
+know how each model makes the embedding of a timestep.
 
-The layers' own forward computes the values, so adapters and parallel layers do their part. Whole layers are shared out,
-not rows: a stacked weight would need all of them twice. Declared as `SharedModulation` in a family's file, called by
-`sp_core.replacements`; `workers.model.denoising` opens the steps.
+The layers' own forward computes the values, so adapters and parallel layers take part. Ranks divide whole layers, not
+rows: a stacked weight would need the memory of all layers twice. Declared as `SharedModulation` in a family's file,
+called by `sp_core.replacements`; `workers.model.denoising` opens the steps.
 """
 
 from collections import OrderedDict
@@ -45,7 +45,7 @@ _Key = tuple[Any, ...]
 _Values = list[torch.Tensor]
 
 KEPT_BYTES = 2**28
-"""Of a model on each rank; what was used least recently goes. 50 steps of Qwen-Image, whole, are 221 MB in bf16."""
+"""Bytes kept for a model on each rank; the least recently used go. 50 steps of Qwen-Image take 221 MB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ _step: ContextVar[_Step | None] = ContextVar("step", default=None)
 def same_timestep(timestep: float | None = None) -> Iterator[None]:
     """All forwards inside have the same timestep, and the same active adapters: layers may share their modulation.
 
-    A step inside a step is one of its own.
+    A step inside a step stands for itself.
 
     Args:
-        timestep: it, of all samples, if its values may be kept for other steps: no adapter is active, and no weight
-            will change.
+        timestep: of all samples, if its values may be kept for other steps: no adapter is active, and no weight will
+            change. None: nothing is kept.
     """
     token = _step.set(_Step(timestep))
     try:
@@ -77,16 +77,16 @@ def same_timestep(timestep: float | None = None) -> Iterator[None]:
 def replace(
     model: nn.Module, config: Mapping[str, Any], modulation: SharedModulation, mesh: ParallelMesh
 ) -> Callable[[], None] | None:
-    """Let ranks and forwards share the values of this model's layers.
+    """Make ranks and forwards share the values of this model's layers.
 
     Args:
         model: its weights may come later.
-        config: the model's.
+        config: the config of the model.
         modulation: which layers, and where their input is made.
         mesh: the ranks.
 
     Returns:
-        The function that undoes it; None if the model is not as it says: nothing is changed then.
+        The function that undoes it; None if the model is not as declared, and nothing is changed.
     """
     layers = [m for n, m in model.named_modules() if any(fnmatch(n, pattern) for pattern in modulation.layers)]
     source = getattr(model, modulation.source, None)
@@ -114,14 +114,14 @@ def replace(
 
 
 def _shared_or_own(layer: Any, input: torch.Tensor) -> torch.Tensor:
-    """The forward of a layer, `(B, in)` to `(B, out)`: what it was given, if it was given something."""
+    """The forward of a layer, `(B, in)` to `(B, out)`: the shared value, if it has one."""
     shared: torch.Tensor | None = layer.shared
     return type(layer).forward(layer, input) if shared is None else shared
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """Over which axes the layers are shared out, which ones each rank computes, and which this one."""
+    """The axes over which the layers are divided, the layers of each rank, and those of this rank."""
 
     axes: list[AxisName]
     dealt: list[list[int]]
@@ -148,7 +148,7 @@ class _Modulations:
 
     @property
     def _share(self) -> "_Shares":
-        """How the ranks share the layers in the present layout."""
+        """How the ranks divide the layers in the current layout."""
         degrees = self._mesh.degrees
         if degrees not in self._shares:
             axes = _sharing(self._linears, self._mesh) if self._modulation.across_ranks else []
@@ -183,10 +183,10 @@ class _Modulations:
             layer.__dict__["shared"] = value  # a module's own way to set an attribute takes ten times as long
 
     def _at_fixed_addresses(self, key: _Key, values: _Values) -> _Values:
-        """The same values where those of the last forward were.
+        """The same values at the addresses of the last forward's.
 
-        torch.compile takes a module's tensors for parameters, whose addresses a CUDA graph keeps: at other ones it
-        would record every block again in each step.
+        torch.compile takes a module's tensors for parameters, and a CUDA graph keeps their addresses: at new addresses
+        it would record every block again in each step.
         """
         if key not in self._held:
             self._held[key] = [value.clone() for value in values]
@@ -204,15 +204,15 @@ class _Modulations:
             layer.__dict__["shared"] = None
 
     def _are_beside(self, embedding: torch.Tensor) -> bool:
-        """Whether the weights of all layers are where the embedding is, and of its dtype: some may be offloaded yet, or
-        quantized. The same on all ranks, for they all have all layers.
+        """Whether the weights of all layers have the device and dtype of the embedding; some may be offloaded or
+        quantized. The answer is the same on all ranks, because they all have all layers.
         """
         weights = {(linear.weight.device, linear.weight.dtype) for linear in self._linears}
         plain = not torch.is_autocast_enabled(embedding.device.type)
         return plain and weights == {(embedding.device, embedding.dtype)}
 
     def _values(self, embedding: torch.Tensor, timestep: float | None) -> _Values:
-        """What each layer makes of the embedding, `(B, D)`. A collective of the ranks that share."""
+        """The output of each layer for the embedding, `(B, D)`. A collective of the ranks that share."""
         keeps = timestep is not None and not torch.is_grad_enabled()
         share = self._share
         packed = self._own_of_timestep(embedding, timestep) if keeps else self._own(embedding)
@@ -226,7 +226,7 @@ class _Modulations:
         return [values[i] for i in range(len(self._layers))]
 
     def _own(self, embedding: torch.Tensor) -> torch.Tensor:
-        """What this rank's layers make, side by side, padded to the most that a rank has."""
+        """The outputs of this rank's layers side by side, padded to the widest share of any rank."""
         given = silu(embedding) if self._modulation.silu else embedding
         share = self._share
         most = max(sum(self._widths[i] for i in dealt) for dealt in share.dealt)
@@ -234,7 +234,7 @@ class _Modulations:
         return torch.cat([*(self._layers[i](given) for i in share.mine), given.new_zeros(len(given), missing)], dim=1)
 
     def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
-        """One row, which is that of all samples: they have the same timestep."""
+        """One row for all samples, since they have the same timestep."""
         # Batches differ in their last bits, layouts in who computes what.
         key = (timestep, embedding.shape, embedding.dtype, embedding.device, self._mesh.degrees)
         if key not in self._kept:
@@ -247,7 +247,7 @@ class _Modulations:
 
 
 def _is_as_expected(layer: nn.Module) -> bool:
-    """Whether it is a linear layer, or ends with one, and nobody has given it another forward."""
+    """Whether it is a linear layer, or ends with one, and still has its own forward."""
     linear = _linear(layer)
     return isinstance(linear, nn.Linear) and "forward" not in vars(layer)
 
@@ -264,7 +264,7 @@ def _sharing(linears: Sequence[nn.Linear], mesh: ParallelMesh) -> list[AxisName]
 
 
 def _deal(widths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which layers each rank computes: the widest first, each to the rank with the least to do."""
+    """The layers of each rank: the widest first, each to the rank with the least to do."""
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for layer in sorted(range(len(widths)), key=lambda i: -widths[i]):
         min(dealt, key=lambda taken: sum(widths[i] for i in taken)).append(layer)

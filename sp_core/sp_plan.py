@@ -10,13 +10,13 @@ A plan maps module names to what happens at their boundary:
 
 Names: `""` is the model itself, a dotted path names a submodule (`"outputs.main"` reaches into a ModuleDict,
 `"blocks.-1"` is the last block), and one `*` stands for every entry of a ModuleList. Floating tensors `(B, S, D)` are
-token streams unless the entry is a `SequenceParallelCompanion`, all others only go along with them; where attention
-joins several streams, the plan names them in the order in which it does. A parameter that is a list of tensors has a
-list of entries (None leaves one whole), or one companion entry for all of it. `{}` says that the model's forward shards
-itself, by `sp_core.sp_sharding`.
+token streams unless the entry is a `SequenceParallelCompanion`; all others only go along with streams. If attention
+joins several streams, the plan names them in the order in which it joins them. A parameter that is a list of tensors
+has a list of entries (None leaves one whole), or one companion entry for all of it. `{}` says that the model's forward
+shards itself, by `sp_core.sp_sharding`.
 
-Written on model classes and in `sp_core.models`; validated here; applied by `sp_core.hooks`. diffusers' `_cp_plan` says
-the same in other words; `plan_from_diffusers` reads it. No torch: `deploy` reads plans too.
+Plans are written on model classes and in `sp_core.models`, validated here, and applied by `sp_core.hooks`. diffusers'
+`_cp_plan` says the same in other words; `plan_from_diffusers` reads it. No torch, because `deploy` reads plans too.
 """
 
 from collections.abc import Mapping
@@ -44,21 +44,21 @@ class SequenceParallelInput:
 
 @dataclass(frozen=True)
 class OptionalSequenceParallelInput(SequenceParallelInput):
-    """As `SequenceParallelInput`, but a tensor of another rank than `expected_dims` is left whole.
+    """Like `SequenceParallelInput`, but a tensor of another rank than `expected_dims` is left whole.
 
-    For parameters that are one thing or another: Wan's timestep is one number per sample, or one per token.
+    For parameters of several forms: Wan's timestep is one number per sample, or one per token.
     """
 
 
 @dataclass(frozen=True)
 class SequenceParallelCompanion(SequenceParallelInput):
-    """As `SequenceParallelInput`, for a `(B, S, D)` tensor that is not a token stream but is split along with one.
+    """Like `SequenceParallelInput`, for a `(B, S, D)` tensor that is not a token stream but is split along with one.
 
     For rotations, positions and residuals. On a list or a dict of tensors, of any length, one such entry splits each. A
     tensor of length 1 stays whole: it holds one value for all tokens.
 
     Attributes:
-        optional: leave a tensor whole that is of another rank than `expected_dims`, or has no such dimension.
+        optional: leave a tensor whole if its rank is not `expected_dims`, or if it lacks the dimension.
         per_sample: the dimension holds the tokens of one sample after those of another.
     """
 
@@ -72,7 +72,7 @@ class SequenceParallelPartialInput:
 
     Attributes:
         split_dim: the tensor dimension to split.
-        text_len_source: the length of the text; a number, or the name of a forward parameter that is one, or that is a
+        text_len_source: the length of the text: a number, or the name of a forward parameter that is a number or a
             tensor whose first dimension has that length.
         expected_dims: the rank that the tensor must have; another one is an error. None: any.
         split_output: as for `SequenceParallelInput`.
@@ -86,10 +86,10 @@ class SequenceParallelPartialInput:
 
 @dataclass(frozen=True)
 class SequenceParallelLeadingCount:
-    """A forward parameter that counts the first tokens of a stream: becomes how many of these this rank holds.
+    """A forward parameter that counts the first tokens of a stream. It becomes the count that this rank holds.
 
     Attributes:
-        stream: the parameter name by which the stream is split, in an entry in front of this one.
+        stream: the parameter name by which the stream is split, in an earlier entry.
     """
 
     stream: str
@@ -97,22 +97,22 @@ class SequenceParallelLeadingCount:
 
 @dataclass(frozen=True)
 class SequenceParallelGrid:
-    """A forward parameter that is a size of the grid of which the stream's tokens are: its frames, rows or columns.
+    """A forward parameter that is a size of the grid that the stream's tokens form: its frames, rows or columns.
 
-    A share of the tokens is no grid. The module is given it as one line: 1 for each size but the last, which becomes -1
-    (all tokens that are there). Name all sizes, the outermost first; convolutions inside have an entry of their own.
+    A share of the tokens is no grid, so the module gets it as one line: each size becomes 1, and the last one -1 (all
+    tokens that are there). Name all sizes, the outermost first; convolutions inside have an entry of their own.
     """
 
 
 @dataclass(frozen=True)
 class SequenceParallelConvolution:
-    """A convolution over the grid, of tokens that come as one line, `(B, C, 1, L)`: it sees those of other ranks too.
+    """A convolution over the grid that gets its tokens as one line, `(B, C, 1, L)`, and sees those of other ranks too.
 
     For an `nn.Conv2d` of odd kernel that keeps the size of the grid.
 
     Attributes:
-        rows: the parameter with a `SequenceParallelGrid` along which the first dimension of its kernel lies. The second
-            lies along all sizes after that one, as one. Along those before it the kernel does not reach.
+        rows: the parameter with a `SequenceParallelGrid` along which the first dimension of the kernel lies. The second
+            dimension lies along all later sizes, taken as one. The kernel does not reach along the earlier sizes.
     """
 
     rows: str
@@ -125,8 +125,8 @@ class SequenceParallelOutput:
     Attributes:
         gather_dim: the tensor dimension along which the shards are joined.
         expected_dims: the rank that the tensor must have; another one is an error. None: any.
-        stream: the parameter name by which the stream was split. Needed only where two streams can lie on the ranks
-            alike and yet differ in length (one token and two, on two ranks): that is refused otherwise.
+        stream: the parameter name by which the stream was split. Needed only if two streams of different lengths can
+            have the same shares (one token and two, on two ranks); without it that is refused.
     """
 
     gather_dim: int
@@ -215,7 +215,7 @@ def _validate_output(name: str, entry: object) -> None:
 
 
 def get_sp_plan_from_model(model: object) -> SequenceParallelModelPlan | None:
-    """The `_sp_plan` that the model or its class carries, validated; None where it has none.
+    """The validated `_sp_plan` of the model or its class; None if it has none.
 
     Raises:
         ValueError: the plan is malformed.
@@ -227,8 +227,8 @@ def get_sp_plan_from_model(model: object) -> SequenceParallelModelPlan | None:
 def plan_from_diffusers(cp_plan: Mapping[str, Any]) -> SequenceParallelModelPlan:
     """diffusers' `_cp_plan` as a plan.
 
-    Its inputs are optional ones: diffusers leaves tensors of another rank whole. Streams are the parameters that it
-    names `...hidden_states`; outputs (rotations) and other parameters (positions, masks) are companions.
+    Its inputs become optional ones, because diffusers leaves tensors of another rank whole. Parameters named
+    `...hidden_states` are streams; outputs (rotations) and other parameters (positions, masks) are companions.
 
     Raises:
         ValueError: an entry that is neither diffusers' `ContextParallelInput` nor its `ContextParallelOutput`.

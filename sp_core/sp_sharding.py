@@ -1,7 +1,7 @@
 """Splitting and gathering one tensor, eagerly or in a compiled graph.
 
-`sp_shard` and `sp_gather` are for models that shard themselves, from inside their forward; `shard` and `gather` are for
-the hooks of a plan (`sp_core.hooks`). All four record in the running forward (`sp_core.region`) what is split.
+Models that shard themselves call `sp_shard` and `sp_gather` inside their forward; the hooks of a plan (`sp_core.hooks`)
+call `shard` and `gather`. All four record in the running forward (`sp_core.region`) what is split.
 
 Under `torch.compile` splits and gathers are opaque operators: a compiled block keeps one graph, and the region is
 looked up when the graph runs, not when it is traced.
@@ -24,12 +24,12 @@ def sp_shard(tensor: torch.Tensor, dim: int, *, companion: bool = False) -> torc
     """Split `tensor` along `dim` over the sequence ranks, from inside the forward of a parallelized model.
 
     As in a plan, a floating tensor `(B, S, D)` is a token stream, and attention spans it until it is gathered; streams
-    are joined in the order in which they are split. Lengths that the ranks do not divide are split raggedly.
+    are joined in the order in which they are split. A length that the ranks do not divide is split unevenly.
 
     Args:
         tensor: whole, the same on every rank.
         dim: the dimension to split.
-        companion: it looks like a stream, but is only split along with one.
+        companion: the tensor looks like a stream, but is only split along with one.
 
     Raises:
         RuntimeError: no forward of a parallelized model is running.
@@ -45,13 +45,13 @@ def sp_gather(tensor: torch.Tensor, dim: int, *, stream: str | None = None, clos
     Args:
         tensor: this rank's share.
         dim: the dimension that is split.
-        stream: the parameter name by which a plan split it, or its number among the `sp_shard`ed streams. Needed only
-            where two streams can lie on the ranks alike.
-        closes: whether attention no longer sees the stream; False to look at the whole (a mean, say) and go on.
+        stream: the parameter name by which a plan split it, or its number among the streams of `sp_shard`. Needed only
+            if two streams can have the same shares.
+        closes: whether attention no longer sees the stream; False to read the whole tensor (for a mean) and go on.
 
     Raises:
         RuntimeError: no forward of a parallelized model is running.
-        ValueError: no stream lies on the ranks like this tensor, or more than one does.
+        ValueError: no stream has the lengths of this tensor, or more than one has.
     """
     return gather(_innermost("sp_gather").context, tensor, dim, stream=stream, closes=closes)
 
@@ -95,13 +95,13 @@ def leading(context: SequenceContext, count: int, stream: str) -> int:
 
 
 def on_line(context: SequenceContext, name: str, size: int, *, last: bool) -> int:
-    """Note a size of the grid, and what stands in its place where this rank's tokens are one line.
+    """Record a size of the grid; returns the size that replaces it, since this rank's tokens are one line.
 
     Args:
-        context: the model's.
+        context: the context of the model.
         name: the parameter.
         size: of the grid.
-        last: it is the innermost size.
+        last: whether it is the innermost size.
     """
     if torch.compiler.is_compiling():
         _grid_operator(context.noted, name, size, context.number)

@@ -1,9 +1,9 @@
 """Tensor parallelism: each rank of the `tp` axis holds a part of the weights and computes a part of each layer.
 
 After Megatron-LM (arXiv 1909.08053): column-wise layers compute some of the heads or hidden features, row-wise layers
-take these and sum the partial outputs over the ranks, with one all-reduce. The parts are plain tensors in plain modules
-of the same names, so hooks, LoRA and torch.compile see ordinary layers. Called by `sp_core.parallelize` before any hook
-is installed.
+take these and sum the partial outputs over the ranks, with one all-reduce. The parts are plain tensors in modules of
+the same names, so hooks, LoRA and torch.compile see ordinary layers. Called by `sp_core.parallelize` before any hook is
+installed.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ class AcrossHeadsRMSNorm(nn.Module):
         return self.normed(hidden_states, squares, self.weight)
 
     def normed(self, hidden_states: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Some features, `(..., N)`, by the sum of the squares of all, `(..., 1)`; `weight` is theirs, `(N,)`."""
+        """Some features, `(..., N)`, normalized by the sum of squares of all, `(..., 1)`; `weight` is `(N,)`."""
         eps = torch.finfo(hidden_states.dtype).eps if self._eps is None else self._eps
         normed = hidden_states.float() * torch.rsqrt(squares / self._features + eps)
         return (normed * weight.float()).to(hidden_states.dtype)
@@ -96,12 +96,12 @@ def apply_tensor_parallel(model: nn.Module, plan: TensorParallelPlan, axis: Mesh
     """Keep this rank's part of the weights of `model`. It cannot be undone.
 
     Args:
-        model: whose modules the plan names.
+        model: the model whose modules the plan names.
         plan: see `sp_core.tp_plan`.
-        axis: the ranks that share the weights.
+        axis: the ranks that divide the weights.
 
     Raises:
-        ValueError: a pattern names no module, or the ranks do not divide what they are to share. Nothing is changed.
+        ValueError: a pattern names no module, or the number of ranks does not divide a layer. Nothing is changed.
     """
     changes: list[Callable[[], None]] = []
     modules = dict(model.named_modules())
@@ -119,7 +119,7 @@ def apply_tensor_parallel(model: nn.Module, plan: TensorParallelPlan, axis: Mesh
 
 
 def _change(modules: dict[str, nn.Module], name: str, style: TensorParallelStyle, axis: MeshAxis) -> Callable[[], None]:
-    """The change to one module, checked but not made yet: a plan that fails halfway must leave the model whole."""
+    """The change to one module, checked but not made yet, so that a plan that fails leaves the model whole."""
     module = modules[name]
     parent, child = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
     if isinstance(style, Heads):
@@ -154,7 +154,7 @@ def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -
     """Indices of this rank's features: the same part of each block.
 
     Raises:
-        ValueError: the ranks do not divide a block.
+        ValueError: the number of ranks does not divide a block.
     """
     unit, rest = divmod(features, sum(blocks or (1,)))
     sizes = [unit * block for block in blocks or (1,)]
@@ -172,7 +172,7 @@ def part_of(name: str, features: int, blocks: tuple[int, ...], axis: MeshAxis) -
 
 
 def _part(whole: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
-    """This rank's part of a parameter. Its attribute `part` tells the loader of the weights which part that is."""
+    """This rank's part of a parameter. Its attribute `part` tells the loader of the weights which part to read."""
     parameter = nn.Parameter(whole.detach().index_select(dim, index.to(whole.device)), requires_grad=False)
     parameter.part = (dim, index)  # type: ignore[attr-defined]
     return parameter

@@ -1,9 +1,9 @@
 """Tile parallelism: a large picture or video is decoded in tiles, and the ranks of a gang share the tiles.
 
-diffusers' VAEs cut large latents into overlapping tiles, decode each tile and blend the seams. Cutting and blending
-stay theirs; we take over the calls of the decoder between. A first pass only records them, every rank makes its share,
-rank 0 collects the results, and a second pass of the same code finds each call answered. So the picture is the one that
-the VAE's own tiled decode makes on one process. Called by `workers.model.denoising`.
+diffusers' VAEs cut large latents into overlapping tiles, decode each tile and blend the seams. Their code still cuts
+and blends; we replace the calls of the decoder in between. A first pass only records the calls. Every rank makes its
+share of them, rank 0 collects the results, and a second pass of the same code gets each call answered. So the picture
+is the same as that of the VAE's own tiled decode on one process. Called by `workers.model.denoising`.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +18,15 @@ from sp_core.mesh import ParallelMesh
 
 
 class TilesHandedOver(Exception):
-    """This rank has decoded its tiles and given them to rank 0, which has the picture."""
+    """This rank has decoded its tiles and sent them to rank 0, which makes the picture."""
 
 
 class PeerTileFailed(RuntimeError):
-    """Another rank could not decode its tiles; that rank raises the reason."""
+    """Another rank could not decode its tiles. That rank raises the reason."""
 
 
 class TileParallelVAE:
-    """A VAE that decodes in tiles, shared out over all ranks. Everything else is the VAE's own.
+    """A VAE that divides the tiles of a decode among all ranks. Everything else is the VAE's own.
 
     Args:
         vae: a VAE of diffusers with `use_tiling`.
@@ -92,7 +92,7 @@ _Tile = list[_Call]
 
 
 class _Record:
-    """Answers for the decoder, and writes down how it is called."""
+    """Stands in for the decoder and records its calls."""
 
     def __init__(self) -> None:
         self.tiles: list[_Tile] = []
@@ -125,7 +125,7 @@ def _shares(tiles: list[_Tile], size: int) -> list[list[int]]:
 
 @contextmanager
 def _answered(decoder: nn.Module, answer: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Calls of the decoder go to `answer`. The module itself stays, because VAEs count its layers."""
+    """Inside, calls of the decoder go to `answer`. The module itself stays, because VAEs count its layers."""
     decoder.forward = answer
     try:
         yield

@@ -1,4 +1,4 @@
-"""How token streams lie on the sequence ranks: arithmetic on lengths, the same on every rank, without communication.
+"""Which tokens of a stream each sequence rank holds: arithmetic on lengths, the same on every rank, no communication.
 
 A `Region` (`sp_core.region`) makes these when something is split; attention reads them.
 
@@ -17,7 +17,7 @@ from sp_core.mesh import MeshAxis, ParallelMesh
 
 @dataclass(frozen=True)
 class Stream:
-    """How a sequence of tokens lies on `size` ranks.
+    """How a sequence of tokens is divided among `size` ranks.
 
     Ragged: shares differ by at most one token, the longer ones first. Padded: equal shares, zeros after the last token.
     Every rank holds at least one token of a non-empty stream, because model code reshapes with -1 and fails on empty
@@ -26,9 +26,9 @@ class Stream:
     Attributes:
         length: tokens that are split, without padding.
         size: ranks.
-        padded: pad to equal shares.
+        padded: whether shares are padded to the same length.
         replicated: tokens in front of them that every rank holds.
-        trimmed: count no padding, as attention sees the stream where it can leave the padding out.
+        trimmed: whether padding is left out of the counts, as attention does if it can.
     """
 
     length: int
@@ -73,7 +73,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class AxisLayout:
-    """How the tokens of one attention lie on the ranks of one mesh axis.
+    """How the tokens of one attention are divided among the ranks of one mesh axis.
 
     Attributes:
         axis: the ranks.
@@ -93,7 +93,7 @@ class TokenLayout:
     Attributes:
         streams: in the order in which attention joins them. Tokens that every rank holds come first.
         rank: this rank.
-        order_known: whether that order is known.
+        order_known: whether the order of the streams is known.
 
     Raises:
         ValueError: tokens that every rank holds come after others.
@@ -128,14 +128,14 @@ class TokenLayout:
         """Whether any rank holds padding."""
 
     def after(self, joint: int) -> "TokenLayout":
-        """This layout after `joint` more tokens that every rank holds."""
+        """This layout with `joint` more tokens in front, which every rank holds."""
         if not joint:
             return self
         front = Stream(0, self.streams[0].size, replicated=joint)
         return TokenLayout((front, *self.streams), self.rank, self.order_known)
 
     def trimmed(self) -> "TokenLayout | None":
-        """The same tokens without padding; None where a rank would have none left.
+        """The same tokens without padding; None if a rank would have none left.
 
         Raises:
             ValueError: it depends on the order of the streams, which is not known.
@@ -165,7 +165,7 @@ class TokenLayout:
         return torch.cat(padded, dim=1)
 
     def over(self, mesh: ParallelMesh) -> tuple[AxisLayout, AxisLayout]:
-        """The same tokens by axis: those of this rank's Ulysses group, and the chunk of each group on the ring.
+        """The same tokens by axis: those of this rank's Ulysses group, and the chunks of all groups on the ring.
 
         Sequence ranks count Ulysses innermost, so a group's tokens are neighbors in `lengths`.
         """
@@ -179,7 +179,7 @@ class TokenLayout:
         )
 
     def once_per_mask(self, mask: torch.Tensor | None, version: int | None, prepare: Callable[[], object]) -> object:
-        """What `prepare` returns for this mask and version. The last result is kept: a model's layers share a mask."""
+        """The result of `prepare` for this mask and version. The last is kept, since a model's layers share a mask."""
         if self._last_mask is None or self._last_mask[0] is not mask or self._last_mask[1] != version:
             self._last_mask = (mask, version, prepare())
         return self._last_mask[2]

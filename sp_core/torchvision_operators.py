@@ -1,10 +1,11 @@
-"""Lets torchvision be imported beside a build of torch that its compiled operators were not made for.
+"""Makes torchvision importable beside a build of torch for which its operators were not compiled.
 
-transformers prepares pictures with torchvision's Python code. Importing torchvision, however, describes two of its
-compiled operators to torch, and fails if torch does not know them. PyPI's torchvision is compiled for CUDA: beside a
-CPU build of torch its operators do not load. They are then declared here, without code that nobody would call.
+transformers prepares pictures with torchvision's Python code. At import, torchvision describes two of its compiled
+operators to torch, and fails if torch does not know them. PyPI's torchvision is compiled for CUDA, so beside a CPU
+build of torch its operators do not load. They are then declared here, without an implementation, because nobody calls
+them.
 
-Nothing comes in or goes out. Called by every process of spray before it imports diffusers or transformers.
+Nothing comes in or goes out. Every process of spray calls it before it imports diffusers or transformers.
 """
 
 import sys
@@ -17,11 +18,11 @@ from types import ModuleType
 PACKAGE = "torchvision"
 
 OPERATORS = dict.fromkeys(("nms", "qnms"), "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""Those that torchvision describes when it is imported, with their signatures."""
+"""The operators that torchvision describes at import, with their signatures."""
 
 
 def declare_missing_operators() -> None:
-    """Have the operators declared when torchvision is imported, if they cannot be loaded. Imports nothing itself."""
+    """Arrange that importing torchvision declares the operators, if they cannot be loaded. Imports nothing itself."""
     if PACKAGE not in sys.modules and not any(isinstance(each, _Finder) for each in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

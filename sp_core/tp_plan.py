@@ -1,4 +1,4 @@
-"""The tensor-parallel plan: how the ranks of the `tp` axis share a model's weights, as data.
+"""The tensor-parallel plan: how the ranks of the `tp` axis divide a model's weights, as data.
 
 A plan maps patterns of module names, in which `*` matches anything, to a style:
 
@@ -9,8 +9,9 @@ A plan maps patterns of module names, in which `*` matches anything, to a style:
         "blocks.*.attn1.norm_q": AcrossHeads(),
     }
 
-All other modules are the same on every rank. Written in `sp_core.models`; applied by `sp_core.tensor_parallel`.
-diffusers' `_tp_plan` says part of this; `tp_plan_from_diffusers` reads it. No torch: `deploy` reads plans too.
+All other modules are the same on every rank. Plans are written in `sp_core.models` and applied by
+`sp_core.tensor_parallel`. diffusers' `_tp_plan` says part of this; `tp_plan_from_diffusers` reads it. No torch, because
+`deploy` reads plans too.
 """
 
 from collections.abc import Mapping

@@ -1,12 +1,12 @@
-"""What the collectives of one rank send, and how long a step is in them.
+"""What the collectives of one rank send, and how long a step spends in them.
 
-`collectives` and `mesh` count here; `workers.model.denoising` says where a step begins and ends, and
-`workers.gang.rank` reads. Bytes are counted always, as they are sent: of a message to oneself none, of a sum what the
-best algorithm sends.
+`collectives` and `mesh` count here; `workers.model.denoising` marks the begin and end of a step, and
+`workers.gang.rank` reads the counts. Bytes are always counted, as sent: a message to oneself counts as none, a sum as
+much as the best algorithm sends.
 
-Seconds are those in which computation had to wait: on a CPU by the clock, on a GPU by events in the stream that
-computes. They hold the transfer and the wait for slower peers. A step has hundreds of calls, so only a sample of the
-steps is timed, the same on all ranks.
+Seconds are those in which computation had to wait: on a CPU by the clock, on a GPU by events in the computing stream.
+They contain the transfer and the wait for slower peers. A step has hundreds of calls, so only a sample of the steps is
+timed, the same on all ranks.
 """
 
 import zlib
@@ -22,21 +22,21 @@ Op = Literal["all_to_all", "ring", "all_reduce", "broadcast", "gather"]
 OPS: tuple[Op, ...] = get_args(Op)
 
 STEPS_PER_TIMED = 13
-"""Of so many steps one is timed."""
+"""One of this many steps is timed."""
 
 
 def is_sampled(name: str, step: int) -> bool:
-    """Whether a step of a request of this name is timed, if nobody asks for it.
+    """Whether a step of the request with this name is timed by default.
 
-    The ranks that take it decide alike, whatever they have done before. It is another step of each request: a first
-    one, which may compile, counts no more than others.
+    All ranks of the request decide alike, whatever they have done before. Each request times other steps, so that first
+    steps, which may compile, count no more than others.
     """
     return (zlib.crc32(name.encode()) + step) % STEPS_PER_TIMED == 0
 
 
 class InCollectives:
-    """How long one step was in collectives, by the clock. It keeps sums alone: a list that grows between the tensors of
-    a step makes their memory slow to get."""
+    """How long one step was in collectives, by the clock. It keeps only sums, because a list that grows between the
+    tensors of a step slows down their allocation."""
 
     def __init__(self) -> None:
         self._seconds: dict[Op, float] = dict.fromkeys(OPS, 0.0)
@@ -44,23 +44,23 @@ class InCollectives:
         self._begun = 0.0
 
     def begin(self, op: Op) -> None:
-        """A collective of this kind begins."""
+        """Note that a collective of this kind begins."""
         self._op, self._begun = op, perf_counter()
 
     def end(self) -> None:
-        """It has ended, or the stream that computes waits for its end."""
+        """Note that it has ended, or that the computing stream waits for its end."""
         self._seconds[self._op] += perf_counter() - self._begun
 
     def seconds(self) -> dict[Op, float]:
-        """By kind of collective. On a GPU call it only after the end of the step was waited for."""
+        """Seconds by kind of collective. On a GPU, call it only after waiting for the end of the step."""
         return {op: seconds for op, seconds in self._seconds.items() if seconds}
 
 
 class InCollectivesOnCuda(InCollectives):
-    """The same by events in the stream that computes; it is known when the step has ended there.
+    """The same by events in the computing stream. The result is known when the step has ended there.
 
     Args:
-        events: which nobody needs anymore. They are recorded anew, and come back.
+        events: a pool of free events. They are recorded again, and returned to it.
     """
 
     def __init__(self, events: list[Any]) -> None:
@@ -93,7 +93,7 @@ class InCollectivesOnCuda(InCollectives):
 
 @dataclass(slots=True)
 class Sent:
-    """Bytes by kind of collective. Attributes, because adding to one of a dict takes twice as long."""
+    """Bytes by kind of collective. Attributes, because adding to an entry of a dict takes twice as long."""
 
     all_to_all: float = 0
     ring: float = 0
@@ -103,14 +103,14 @@ class Sent:
 
 
 class Traffic:
-    """Counts for one rank. Its mesh and all axes of it have the same.
+    """The counts of one rank, shared by its mesh and all axes.
 
     Args:
-        on_cuda: collectives are queued on a GPU.
+        on_cuda: whether collectives are queued on a GPU.
 
     Attributes:
-        sent: bytes to other ranks, since they were taken. Whoever sends adds to it in place.
-        timing: of the step that runs; None: it is not timed.
+        sent: bytes sent to other ranks since the last `take_sent`. Senders add to it in place.
+        timing: the times of the running step; None: it is not timed.
     """
 
     def __init__(self, on_cuda: bool = False) -> None:
@@ -122,7 +122,7 @@ class Traffic:
 
     @contextmanager
     def step(self, timed: bool) -> Iterator[InCollectives | None]:
-        """One step, in which collectives are timed, or not. All ranks must begin it alike."""
+        """One step, in which collectives may be timed. All ranks must pass the same `timed`."""
         if timed:
             self.timing = InCollectivesOnCuda(self._events) if self._on_cuda else InCollectives()
         try:
@@ -131,7 +131,7 @@ class Traffic:
             self.timing = None
 
     def broadcast(self, sent: float, seconds: float) -> None:
-        """A broadcast of host bytes has ended, by the clock. Those are outside of steps."""
+        """Note a broadcast of host bytes, timed by the clock. These are outside of steps."""
         self.sent.broadcast += sent
         self._broadcasts.append(seconds)
 

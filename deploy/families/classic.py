@@ -1,7 +1,7 @@
-"""Any pipeline without a file of its own: its family follows from the source of its classic call.
+"""The family of a pipeline without a file of its own, derived from the source of its classic call.
 
-The class name of a pipeline comes in; a `PipelineFamily` goes out, or the reason why spray does not serve it. Its
-transformer needs a plan in `sp_core.models`. Called by `deploy.families.lookup`.
+The class name of a pipeline comes in; a `PipelineFamily` goes out, or the reason why spray does not serve the pipeline.
+Its transformer needs a plan in `sp_core.models`. Called by `deploy.families.lookup`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family as find_plan
 
 NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator")
-"""Parameters by which a request is told to a pipeline."""
+"""Parameters that carry a request to a pipeline."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "reference_images", "images"),
@@ -27,16 +27,16 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "control_image": ("control_image",),
     "video": ("video", "control_video"),
 }
-"""Of what requests begin with: parameters of pipelines that take it."""
+"""The roles of the inputs of requests, each with the parameters of pipelines that take it."""
 
 NOT_BROUGHT = frozenset({"mask_video", "conditions"})
-"""Parameters of pipelines for pictures and clips that requests do not bring."""
+"""Parameters of pipelines for pictures and clips that no request can bring."""
 
 VIDEOS = frozenset({"num_frames", "frames", "video_length", "num_videos_per_prompt"})
 """Parameters of pipelines that make videos."""
 
 EDIT_INSTRUCTION = '{"edit_instruction": "%s"}'
-"""A prompt of pipelines that take no plain text."""
+"""The form of a prompt, for pipelines that take JSON instead of plain text."""
 
 BASIC = (
     "scheduler",
@@ -48,14 +48,14 @@ BASIC = (
     "vae",
     "controlnet",
 )
-"""Of the parts that a pipeline takes: those that no request can do without."""
+"""Components without which no request can run, among those that pipelines take."""
 
 
 def classic_family(pipeline: str) -> PipelineFamily:
     """The family of a pipeline that runs through its classic call.
 
     Raises:
-        ValueError: says why spray does not serve it.
+        ValueError: spray does not serve it; the message says why.
     """
     call = classic_call(pipeline)
     if call is None:
@@ -85,19 +85,20 @@ def classic_family(pipeline: str) -> PipelineFamily:
 
 
 def proved_pipelines() -> tuple[str, ...]:
-    """Those that run through their classic call."""
+    """The pipelines that run through their classic call."""
     return tuple(pipeline for plan in plans() for pipeline in plan.pipelines)
 
 
 def check_proved(pipeline: str, transformer: Any) -> None:
-    """Reject a pipeline that nobody has proved with its transformer. A class from elsewhere is its author's to prove.
+    """Reject a pipeline that was not proved with its transformer. The author of a class outside diffusers must prove
+    it.
 
     Args:
         pipeline: its class name.
         transformer: the entry of its transformer in `model_index.json`.
 
     Raises:
-        ValueError: says what is missing.
+        ValueError: there is no proof; the message says what is missing.
     """
     match transformer:
         case ["diffusers", str(name)]:
@@ -115,14 +116,14 @@ def check_proved(pipeline: str, transformer: Any) -> None:
 
 
 def check_config(folder: Path, index: Mapping[str, Any]) -> None:
-    """Reject a transformer whose config makes it one that its plan does not divide.
+    """Reject a transformer with a config for which its plan is not right.
 
     Args:
         folder: of the model; a config that is not there yet is not checked.
         index: its `model_index.json`.
 
     Raises:
-        ValueError: says what.
+        ValueError: the plan does not fit; the message names the file and says why.
     """
     file = folder / "transformer" / "config.json"
     match index.get("transformer"):
@@ -139,7 +140,7 @@ def check_controlnet(folder: Path, index: Mapping[str, Any]) -> None:
         index: its `model_index.json`.
 
     Raises:
-        ValueError: says what to do.
+        ValueError: there are several; the message says what to do.
     """
     match index.get("controlnet"):
         case [str(), str(name)] if "Multi" in name:
@@ -174,11 +175,11 @@ def _guided_above(call: ClassicCall) -> float | None:
 
 
 def _begins_with(call: ClassicCall) -> dict[str, str]:
-    """The roles of what it takes, each with its parameter."""
+    """The roles of the inputs that it takes, each with its parameter."""
     found = {role: next((n for n in names if n in call.parameters), "") for role, names in ROLES.items()}
     brought = {role: name for role, name in found.items() if name}
     if _makes_video(call):
-        brought.pop("mask", None)  # that is a clip, too, which requests do not bring
+        brought.pop("mask", None)  # it is a clip as well, which requests do not bring
     if call.caches_pictures:
         brought.pop("image", None)  # attention to a cache of this rank's tokens would leave the others' out
     return brought
@@ -189,14 +190,14 @@ def _makes_video(call: ClassicCall) -> bool:
 
 
 def _needs(call: ClassicCall, begins_with: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of the roles without which it does not begin: a mask is of an image."""
+    """The roles that it needs to begin. A mask needs an image."""
     needed = {role for role, name in begins_with.items() if name not in call.may_lack and role != "last_image"}
     needed |= {"image"} & begins_with.keys() if "mask" in needed else set()
     return tuple(role for role in begins_with if role in needed)
 
 
 def _tasks(call: ClassicCall, begins_with: Mapping[str, str], needs: tuple[str, ...], makes_video: bool) -> list[Task]:
-    """What it does with what it takes."""
+    """The tasks that its inputs allow."""
     optional = [role for role in begins_with if role not in needs]
     brought = [needs] if needs else []
     brought += [(*needs, role) for role in optional]

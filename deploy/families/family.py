@@ -1,4 +1,4 @@
-"""What the file of a served family declares. Plain data: read by `deploy.check`, `deploy.memory` and the workers."""
+"""What the file of a served family declares: plain data that `deploy.check`, `deploy.memory` and the workers read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ForwardBytes:
-    """Bytes per token that a rank holds, in a forward of a transformer.
+    """Bytes per token that a rank holds in a forward of a transformer.
 
     Measured by `python -m tests.benchmarks.activation_memory` in bfloat16.
 
     Attributes:
-        width: features of a token, at which it was measured.
-        alone: on one rank.
-        ulysses: with Ulysses ranks.
-        ring: with ring ranks.
-        shared: the part of these that tensor-parallel ranks divide.
+        width: features of a token in the measured model.
+        alone: bytes on one rank.
+        ulysses: bytes with Ulysses ranks.
+        ring: bytes with ring ranks.
+        shared: the part of these bytes that tensor-parallel ranks divide.
         text: tokens of the longest text that joins the picture's tokens in the sequence.
     """
 
@@ -36,14 +36,14 @@ class ForwardBytes:
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes per pixel of a frame, in a decode of a VAE. Measured as `ForwardBytes`.
+    """Bytes per pixel of a frame in a decode of a VAE. Measured like `ForwardBytes`.
 
     Attributes:
-        width: base channels, at which it was measured.
-        picture: of one frame.
-        video: of the first five frames together, or `picture` where it makes no video.
-        frame: of each further frame.
-        tiles: per frame of the output, what is held of all tiles while one of them is decoded.
+        width: base channels of the measured model.
+        picture: bytes for one frame.
+        video: bytes for the first five frames together; equal to `picture` if it makes no video.
+        frame: bytes for each further frame.
+        tiles: bytes per frame of the output that all tiles hold while one of them is decoded.
     """
 
     width: int
@@ -54,7 +54,7 @@ class DecodeBytes:
 
 
 AUTOENCODER_KL = DecodeBytes(128, picture=1536, video=1536, frame=0, tiles=10)
-"""Of the image VAE that several families share."""
+"""The image VAE that several families share."""
 
 
 def _ffn_dim(config: Config) -> int | None:
@@ -68,31 +68,34 @@ class PipelineFamily:
 
     Attributes:
         pipeline: the class name in `model_index.json`.
-        makes: what it generates.
-        with_pictures: the tasks that begin with a picture or a clip, each with the class whose answer it is.
-        begins_with: the roles of what it can begin with, each with the name of that input of its pipeline.
-        needs: those of the roles without which it does not begin.
-        takes_several: it makes one picture of several.
-        sized_by_image: what it makes has the size or shape of its picture, so this is given the request's size first.
-        takes_strength: it can be told which share of the steps to do.
+        makes: images or videos.
+        with_pictures: the tasks that begin with a picture or a clip, each with the pipeline class that defines the
+            answer.
+        begins_with: the roles of the inputs that it takes, each with the name of the pipeline's parameter.
+        needs: the roles that it needs to begin.
+        takes_several: whether it makes one picture from several.
+        sized_by_image: whether the output takes its size or shape from the input picture. The picture is then scaled to
+            the request's size first.
+        takes_strength: whether a request can say which share of the steps to do.
         guided_above: the guidance scale above which a second branch is evaluated (classifier-free guidance). None:
             never, so there are no branches for `cfg_parallel_size` to divide, and no negative prompt.
-        guided_by_negative_prompt: guidance needs a negative prompt as well.
-        batches_branches: the pipeline itself puts both branches into one forward, which groups of ranks do not divide.
+        guided_by_negative_prompt: whether guidance needs a negative prompt as well.
+        batches_branches: whether the pipeline itself puts both branches into one forward, which groups of ranks cannot
+            divide.
         forward_bytes: activations of a forward, by transformer class.
         decode_bytes: activations of a decode, by VAE class.
-        ffn_dim: hidden features of the feed-forward layers, by the transformer's config; None where they follow from
-            the heads.
-        kept_in_fp32: modules and parameters that diffusers loads in fp32 although the others are loaded in half
-            precision, by transformer class; as path components of their names.
-        vae_in_fp32: its authors decode in fp32, also where the transformer runs in half precision.
-        schedulers: those that it runs with.
+        ffn_dim: hidden features of the feed-forward layers, by the transformer's config; None if they follow from the
+            heads.
+        kept_in_fp32: modules and parameters that diffusers keeps in fp32 in half precision, by transformer class; as
+            path components of their names.
+        vae_in_fp32: whether its authors decode in fp32 even if the transformer runs in half precision.
+        schedulers: the schedulers that it runs with.
         refused: keys of `model_index.json` that must not be set, with the reason.
-        components: what a request runs through, by the names in `model_index.json`.
-        needed_with: a further component, by the key of `model_index.json` that puts it to use.
-        prompt_form: what a prompt looks like, with `%s` for plain text; the gang's own prompts are written so.
-        chats: prompts are written into the tokenizer's chat template.
-        packages: without which its license lets nobody run it.
+        components: the components that a request uses, by their names in `model_index.json`.
+        needed_with: a further component, by the key of `model_index.json` that makes it necessary.
+        prompt_form: the form of a prompt, with `%s` for plain text; used for the gang's own prompts.
+        chats: whether prompts are written into the tokenizer's chat template.
+        packages: packages that its license requires.
     """
 
     pipeline: str
@@ -121,7 +124,7 @@ class PipelineFamily:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What a request may ask of it."""
+        """The tasks that a request may ask for."""
         alone: tuple[Task, ...] = ("text-to-image" if self.makes == "image" else "text-to-video",)
         return (*(() if self.needs else alone), *self.with_pictures)
 

@@ -1,4 +1,4 @@
-"""Flux.1: guidance is distilled into the transformer, so each step has one branch."""
+"""Flux.1: guidance is distilled into the transformer, so a step has one branch."""
 
 from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import FLOW_MATCH

@@ -1,4 +1,4 @@
-"""Finds the family of a model folder, and facts about a class. New files in this folder are found without a list.
+"""Finds the family of a model folder, and facts about a class. Files in this folder are found without a list.
 
 Called by `deploy.check`, `deploy.memory`, `service.rollout.preflight` and the workers.
 """
@@ -86,16 +86,16 @@ def component_dtype(model: ModelSpec, folder: Path, component: str) -> str:
 
 
 def forward_bytes(transformer: str) -> ForwardBytes | None:
-    """Activations of a transformer class; None where it was not measured."""
+    """Activations of a transformer class; None if it was not measured."""
     return next((f.forward_bytes[transformer] for f in families().values() if transformer in f.forward_bytes), None)
 
 
 def decode_bytes(vae: str) -> DecodeBytes | None:
-    """Activations of a VAE class; None where it was not measured."""
+    """Activations of a VAE class; None if it was not measured."""
     return next((f.decode_bytes[vae] for f in families().values() if vae in f.decode_bytes), None)
 
 
 def kept_in_fp32(transformer: str) -> frozenset[str]:
-    """What of a transformer class stays in fp32 in half precision, as path components of tensor names."""
+    """The parts of a transformer class that stay in fp32 in half precision, as path components of tensor names."""
     named = (family.kept_in_fp32.get(transformer, frozenset()) for family in families().values())
     return frozenset[str]().union(*named)

@@ -1,7 +1,7 @@
-"""What the source of a diffusers pipeline says of its call. It is read, not imported: that would bring torch.
+"""Reads what a diffusers pipeline takes and does off the source of its call, without importing it (and torch).
 
-The class name of a pipeline comes in; a `ClassicCall` goes out. Called by `deploy.families.classic`; the adapter of
-classic pipelines asks it as well, so that both know the same.
+The class name of a pipeline comes in; a `ClassicCall` goes out. Called by `deploy.families.classic` and by the adapter
+of classic pipelines, so that both know the same.
 """
 
 import ast
@@ -17,7 +17,7 @@ from deploy.families import source_patterns as patterns
 from deploy.model_folder import GUARDRAIL
 
 OF_TWO_STEPS = ("SCMScheduler",)
-"""Of pipelines that say where the second of two steps begins, whatever their constructor says: no other takes that."""
+"""The only scheduler that takes `intermediate_timesteps`, for pipelines that set it, whatever `__init__` says."""
 
 
 @dataclass(frozen=True)
@@ -25,36 +25,36 @@ class ClassicCall:
     """The call of a pipeline.
 
     Attributes:
-        parameters: of `__call__`, without `self`.
-        scalars: those that take one number, text or switch, each with its type: int, float, str or bool.
-        required: those without a default.
-        components: what `__init__` must be given.
-        parts: all that it takes.
-        guided_above: the guidance scale above which it evaluates a second branch; None: it compares none.
-        batches_branches: it puts both branches into one forward.
-        changes_attention: it exchanges attention processors.
-        encodes: it has a method that encodes prompts.
-        schedulers: classes of schedulers that `__init__` says it takes.
-        shows_progress: it opens a progress bar where its loop begins.
-        takes_strength: its `strength` is one number: the share of the steps that are done.
-        takes_several: its `image` may be several pictures, or its `images` are, of which it makes one.
-        sized_by_image: what it makes has the size or shape of its `image`, whatever its height and width say.
-        may_lack: parameters of which it asks whether they are given, and can do without.
-        prompts_are_json: its check of inputs takes prompts that are JSON with an `edit_instruction`, and no others.
+        parameters: parameters of `__call__`, without `self`.
+        scalars: parameters that take one number, text or switch, each with its type: int, float, str or bool.
+        required: parameters without a default.
+        components: parameters of `__init__` without a default.
+        parts: all parameters of `__init__`.
+        guided_above: the guidance scale above which it evaluates a second branch; None: the source compares no scale.
+        batches_branches: whether it puts both branches into one forward.
+        changes_attention: whether it exchanges attention processors.
+        encodes: whether it has a method that encodes prompts.
+        schedulers: the scheduler classes in the signature of `__init__`.
+        shows_progress: whether it opens a progress bar at its loop.
+        takes_strength: whether its `strength` is one number, the share of the steps to do.
+        takes_several: whether its `image` may be, or its `images` are, several pictures from which it makes one.
+        sized_by_image: whether the output has the size or shape of `image`, whatever height and width say.
+        may_lack: optional parameters that it works without.
+        prompts_are_json: whether its check of inputs takes only prompts that are JSON with an `edit_instruction`.
         scale: the parameter that weighs its second branch.
-        gives_sigmas: it tells the scheduler the noise of each step; only some schedulers take that.
-        makes_one: it makes one at a time, however many it is asked for.
-        one_generator: it draws by one generator, and not by a list of them.
-        counts_frames: its `num_frames` says how many frames it makes; else a clip that it is given does.
-        fixed_frames: how many it makes, whatever it is told; 0: as it is told.
-        latent_window: it makes frames of so many latents at a time, each in a loop of its own; 0: all in one loop.
-        frame_window: it makes so many frames at a time, each in a loop of its own that begins with the last frames of
-            the one before; 0: it does not.
-        least_latents: of frames, without which it makes nothing: it normalizes the first ones by those behind them.
-        pixels: its check of inputs wants sizes of a multiple of so many pixels.
-        patches: its check of inputs wants sizes of a multiple of so many patches of the transformer.
-        caches_pictures: it keeps what the transformer computes of its pictures in a cache.
-        packages: without which its license lets nobody run it.
+        gives_sigmas: whether it passes the noise of each step to the scheduler, which only some schedulers accept.
+        makes_one: whether it makes only one picture or video per call.
+        one_generator: whether it takes one generator, not a list.
+        counts_frames: whether `num_frames` sets the number of frames; otherwise the input clip does.
+        fixed_frames: the number of frames that it always makes; 0: as requested.
+        latent_window: latent frames that it makes per loop, with several loops; 0: one loop makes all.
+        frame_window: frames that it makes per loop, each loop beginning with the last frames of the one before; 0: one
+            loop makes all.
+        least_latents: the least number of latent frames, because it normalizes the first ones by those behind them.
+        pixels: its check of inputs requires sizes that are multiples of this many pixels.
+        patches: its check of inputs requires sizes that are multiples of this many patches of the transformer.
+        caches_pictures: whether it caches what the transformer computes for input pictures.
+        packages: packages that its license requires.
     """
 
     parameters: tuple[str, ...]
@@ -146,7 +146,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
 
 @functools.cache
 def transformer_pipelines() -> Mapping[str, str]:
-    """All pipelines of diffusers that are built of a transformer, each with the class of that, in order of names."""
+    """All pipelines of diffusers with a transformer, each with the class of its transformer, in order of names."""
     found: dict[str, str] = {}
     for source in (each for each in _sources() if "transformer:" in each):
         for kind in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
@@ -158,7 +158,7 @@ def transformer_pipelines() -> Mapping[str, str]:
 
 
 def _classes(name: str) -> Iterator[ast.ClassDef]:
-    """The definitions of a class of diffusers' pipelines. Only files that have it are parsed."""
+    """The definitions of a class in diffusers' pipelines. Only files that contain it are parsed."""
     defines = re.compile(rf"^class {re.escape(name)}\(", re.MULTILINE)
     for source in _sources():
         if defines.search(source):
@@ -174,7 +174,7 @@ def _sources() -> Iterator[str]:
 
 
 def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
-    """What it does with clips and frames, as the fields of `ClassicCall`."""
+    """The fields of `ClassicCall` about clips and frames."""
     call = methods["__call__"]
     told = any(argument.arg == "num_frames" for argument in call.args.args)
     defaults = dict(patterns.defaults(call))

@@ -1,4 +1,4 @@
-"""Qwen-Image: guided only where a negative prompt is given, as its classic pipeline."""
+"""Qwen-Image: guided only if a negative prompt is given, like its classic pipeline."""
 
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import FLOW_MATCH

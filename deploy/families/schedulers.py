@@ -1,7 +1,6 @@
-"""Which of diffusers' schedulers a family runs with: those with which its classic pipeline draws, if it draws the same
-again.
+"""The schedulers of diffusers that a family runs with: those of its classic pipeline that can repeat an answer.
 
-A scheduler that draws noise in its steps is served where that noise can come from the request's seed; then every rank,
+A scheduler that draws noise in its steps is served if the noise can come from the request's seed, so that every rank,
 every layout and a retry draw the same. Called by `deploy.families.lookup`.
 """
 
@@ -12,7 +11,7 @@ from typing import Any
 from deploy.model_folder import read_config
 
 Schedulers = dict[str, Mapping[str, Any]]
-"""By class name: the values of its config that the pipeline needs, where it fails with others."""
+"""Schedulers by class name, each with the values of its config without which the pipeline fails."""
 
 FLOW_MATCH: Schedulers = {
     "FlowMatchEulerDiscreteScheduler": {},
@@ -20,7 +19,7 @@ FLOW_MATCH: Schedulers = {
 }
 
 BY_STEPS: Schedulers = {"UniPCMultistepScheduler": {"use_dynamic_shifting": False}}
-"""Of pipelines that tell their scheduler nothing but the number of steps."""
+"""For pipelines that pass only the number of steps to their scheduler."""
 
 NAMED = (
     "CogVideoXDDIMScheduler",
@@ -32,7 +31,7 @@ NAMED = (
     "SCMScheduler",
     "UniPCMultistepScheduler",
 )
-"""Those that a pipeline runs with if its constructor says so."""
+"""Schedulers that a pipeline runs with if its constructor names them."""
 
 OF_NOISE = (
     "CogVideoXDDIMScheduler",
@@ -43,16 +42,16 @@ OF_NOISE = (
     "EulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-"""Those that a pipeline runs with if its constructor says KarrasDiffusionSchedulers, which is diffusers' name for the
+"""Schedulers that a pipeline runs with if its constructor names KarrasDiffusionSchedulers, diffusers' name for the
 schedulers of Stable Diffusion."""
 
 
 def schedulers_of(classes: tuple[str, ...], gives_sigmas: bool) -> Schedulers:
-    """Those that a pipeline runs with.
+    """The schedulers that a pipeline runs with.
 
     Args:
-        classes: that its constructor names.
-        gives_sigmas: it tells the scheduler the noise of each step.
+        classes: the scheduler classes that its constructor names.
+        gives_sigmas: whether it passes the noise of each step to the scheduler.
     """
     flows = FLOW_MATCH if gives_sigmas else FLOW_MATCH | BY_STEPS
     if any(name in FLOW_MATCH for name in classes):
@@ -74,7 +73,7 @@ def check_scheduler(folder: Path, index: Mapping[str, Any], schedulers: Schedule
         schedulers: those of its family.
 
     Raises:
-        ValueError: names the scheduler and what to change.
+        ValueError: the message names the scheduler and what to change.
     """
     entry = index.get("scheduler")
     if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:

@@ -1,6 +1,7 @@
-"""Patterns in the source of a pipeline's methods, each a question that is answered by yes, no or a number.
+"""Patterns in the source of a pipeline's methods. Each function looks for one.
 
-Nodes of a syntax tree come in. Called by `deploy.families.pipeline_source`, which says what the answers mean.
+Nodes of a syntax tree come in; a truth value, a number or names come out. Called by `deploy.families.pipeline_source`,
+which says what they mean.
 """
 
 import ast
@@ -12,11 +13,11 @@ from typing import Any
 SCALARS = ("int", "float", "str", "bool")
 
 LATENT_DIMENSIONS = 4
-"""Of pictures: samples, channels, rows, columns."""
+"""Dimensions of the latents of pictures: samples, channels, rows, columns."""
 
 
 def scalar(argument: ast.arg) -> tuple[str, str]:
-    """A parameter and its type; no type if it takes none of `SCALARS`, or several. It may take lists of one as well."""
+    """A parameter and its type; "" if it takes none of `SCALARS`, or several. It may take lists of the type as well."""
     parts = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
     kinds = [part for part in parts if part != "None" and not part.startswith("list[")]
     return argument.arg, kinds[0] if len(kinds) == 1 and kinds[0] in SCALARS else ""
@@ -33,14 +34,14 @@ def schedulers(arguments: ast.arguments) -> tuple[str, ...]:
 
 
 def pixels(node: ast.AST) -> int:
-    """The number in `height % 32`; 1: this is something else."""
+    """The number in `height % 32`; 1 for anything else."""
     is_remainder = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and is_name(node.left, "height")
     value = getattr(node.right, "value", 1) if isinstance(node, ast.BinOp) and is_remainder else 1
     return value if isinstance(value, int) else 1
 
 
 def patches(node: ast.AST) -> int:
-    """The number in `height % (... * patch_size * 2)`; 1: this is something else."""
+    """The number in `height % (... * patch_size * 2)`; 1 for anything else."""
     is_remainder = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and is_name(node.left, "height")
     found = re.search(r"patch_size \* (\d+)", ast.unparse(node)) if is_remainder else None
     return int(found[1]) if found else 1
@@ -76,7 +77,7 @@ def takes_size_of_image(node: ast.AST, is_told: bool) -> bool:
 
     Args:
         node: a part of the call.
-        is_told: the call has a height. If not, `calculate_dimensions(...)` is what decides.
+        is_told: whether the call has a height. If not, `calculate_dimensions(...)` decides the size.
     """
     if isinstance(node, ast.Assign):
         known = any(is_name(node.value, name) for name in ("image_height", "calculated_height"))
@@ -96,20 +97,20 @@ def goes_through(node: ast.AST, name: str) -> bool:
 
 
 def guides(set_to: Mapping[str, ast.expr]) -> bool:
-    """Whether `true_cfg_scale` is what weighs the second branch, by the defaults: else it is there, but off."""
+    """Whether, by the defaults, `true_cfg_scale` weighs the second branch. It may exist and be off."""
     value: Any = getattr(set_to["true_cfg_scale"], "value", None)
     scale = set_to.get("guidance_scale")
     return (scale is not None and is_none(scale)) or (isinstance(value, int | float) and value > 1)
 
 
 def first_frames(node: ast.AST) -> int:
-    """The number in `nFr = 4`; 0: this is something else."""
+    """The number in `nFr = 4`; 0 for anything else."""
     number: Any = getattr(node.value, "value", None) if isinstance(node, ast.Assign) and _sets(node, "nFr") else 0
     return number if isinstance(number, int) else 0
 
 
 def fixes_frames(node: ast.AST) -> int:
-    """The number in `num_frames = 5 if ... else num_frames`; 0: this is something else."""
+    """The number in `num_frames = 5 if ... else num_frames`; 0 for anything else."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.IfExp):
         return 0
     number: Any = getattr(node.value.body, "value", None)
@@ -124,7 +125,7 @@ def refuses_generators(node: ast.AST) -> bool:
 
 
 def hands_on(node: ast.AST, name: str) -> bool:
-    """Whether this gives a parameter to a method."""
+    """Whether this passes a parameter to a method."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return False
     return any(is_name(value, name) for value in (*node.args, *(each.value for each in node.keywords)))
@@ -135,7 +136,7 @@ def one_number(argument: ast.arg) -> bool:
 
 
 def may_lack(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
-    """Whether the call asks if a parameter is given, and reads nothing of it where it does not ask, or is told no."""
+    """Whether the call tests if a parameter is given, and reads its attributes only if it is."""
     call = methods["__call__"]
     asks = any(_asks_for(node, name) for node in ast.walk(call))
     always = [node for part in call.body if not isinstance(part, ast.If) for node in ast.walk(part)]
@@ -146,7 +147,7 @@ def may_lack(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
 
 
 def left_to_a_method(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
-    """Whether the call reads nothing of a parameter, but gives it to a method that has something else to do without."""
+    """Whether the call only passes a parameter on, to a method that has an alternative without it."""
     call = methods["__call__"]
     as_given = itertools.takewhile(lambda part: not _sets(part, name), call.body)
     nodes = [node for part in as_given for node in ast.walk(part)]
@@ -157,7 +158,7 @@ def left_to_a_method(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
 
 
 def checked_if_given(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
-    """Whether the call reads nothing of a parameter, which its check of inputs looks at only where it is given."""
+    """Whether the call reads no attributes of a parameter, and its check of inputs looks at it only if it is given."""
     call, check = methods["__call__"], methods.get("check_inputs")
     if check is None or any(_reads(node, name) for node in ast.walk(call)):
         return False
@@ -166,14 +167,14 @@ def checked_if_given(methods: Mapping[str, ast.FunctionDef], name: str) -> bool:
 
 
 def _does_without(method: ast.FunctionDef, name: str) -> bool:
-    """Whether a method has an optional parameter, and something else to do where it is not given."""
+    """Whether a method has an optional parameter, and an alternative without it."""
     optional = any(found == name and value is None for found, value in defaults(method))
     asks = (ast.unparse(n.test) for n in ast.walk(method) if isinstance(n, ast.If) and n.orelse)
     return optional and any(each.startswith((f"{name} is not None", f"{name} is None")) for each in asks)
 
 
 def defaults(function: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
-    """The parameters whose defaults are written as constants, each with its own."""
+    """The parameters whose defaults are constants, each with its default."""
     arguments = function.args.args[len(function.args.args) - len(function.args.defaults) :]
     for argument, default in zip(arguments, function.args.defaults, strict=True):
         if isinstance(default, ast.Constant):
@@ -197,7 +198,7 @@ def _reads(node: ast.AST, name: str) -> bool:
 
 
 def _sets(node: ast.stmt, name: str) -> bool:
-    """Whether this gives a name another value."""
+    """Whether this assigns a name."""
     goals = node.targets if isinstance(node, ast.Assign) else []
     return any(is_name(each, name) for goal in goals for each in ast.walk(goal))
 

@@ -1,4 +1,4 @@
-"""Writes the dashboards into this folder: `python -m deploy.grafana`. A test compares what is there."""
+"""Writes the dashboards into this folder: `python -m deploy.grafana`. A test compares the files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Panels of ours -> Grafana's JSON, by its own typed builders. Called by `python -m deploy.grafana` and by tests."""
+"""Turns our panels into Grafana's JSON by its own typed builders. For `python -m deploy.grafana` and tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from grafana_foundation_sdk.models.dashboard import GridPos, Threshold, Threshol
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 WIDTH, HEIGHT = 24, 8
-"""Of the grid, and of each panel, in Grafana's units."""
+"""Sizes of the grid and of each panel, in Grafana's units."""
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
@@ -23,14 +23,14 @@ class Panel:
     """One panel.
 
     Attributes:
-        title: what is seen.
+        title: the title.
         unit: Grafana's id of the unit.
-        queries: each an expression in PromQL, and the legend of its series.
-        says: how to read it.
-        kind: how it is drawn.
-        width: of 24.
-        warn: from this value on it is orange; None: no threshold.
-        alarm: from this value on it is red; None: likewise.
+        queries: an expression in PromQL for each series, with its legend.
+        says: the description, how to read the panel.
+        kind: Grafana's kind of the panel.
+        width: in columns, of 24.
+        warn: the value from which on it is orange; None: no threshold.
+        alarm: the value from which on it is red; None: no threshold.
     """
 
     title: str

@@ -1,6 +1,6 @@
-"""Parts of questions to Prometheus. `$model` is what a dashboard's user has chosen; `$__rate_interval` a few scrapes.
+"""Parts of queries to Prometheus. `$model` is the user's choice in a dashboard; `$__rate_interval` spans a few scrapes.
 
-What `prometheus/rules.yml` records is asked by its name, so that an alert and its panel show the same number.
+Series that `prometheus/rules.yml` records are queried by name, so that an alert and its panel show the same number.
 """
 
 M = 'model=~"$model"'

@@ -1,4 +1,4 @@
-"""The dashboard of why a step is slow."""
+"""The dashboard that shows why a step is slow."""
 
 from deploy.grafana.builders import Board, Panel
 from deploy.grafana.promql import RATE, M, mean, per_second

@@ -1,4 +1,4 @@
-"""Brings a model's attention to `region_attention`, and lets it go again.
+"""Routes a model's attention to `region_attention`, and undoes that.
 
 In: what `sp_core.attention.discovery` found, and the model's context. A processor that goes through diffusers' table of
 backends gets a `BoundAttention` as its configuration (`sp_core.diffusers_private` has the table); one that calls
@@ -30,7 +30,7 @@ class BoundAttention(diffusers_private.AttentionConfig):
     Attributes:
         site: which attention this is.
         length_base: the parameter of its processor's call that says how it scales by the number of tokens.
-        drops_hidden: its processor drops tokens that a mask hides.
+        drops_hidden: whether its processor drops the tokens that a mask hides.
     """
 
     def __init__(self, site: AttentionSite, length_base: str = "", drops_hidden: bool = False) -> None:
@@ -61,15 +61,15 @@ class BoundAttention(diffusers_private.AttentionConfig):
 
 
 def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceContext) -> Callable[[], None]:
-    """Bring all attention that was found here.
+    """Route all attention that was found to `region_attention`.
 
     Args:
         model: the model.
         found: its attention.
-        context: how it is split.
+        context: how the model is split.
 
     Returns:
-        The function that lets the attention go again.
+        The function that undoes it.
     """
     if found.processors:
         diffusers_private.put_into_table()
@@ -108,7 +108,7 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
 
 
 def _bound(processor: Any, attention: BoundAttention) -> Any:
-    """A copy of the processor whose attention comes here. A copy, because modules may share one."""
+    """A copy of the processor with its attention routed here. A copy, because modules may share one."""
     copied = copy.copy(processor)
     if diffusers_private.goes_through_table(processor):
         diffusers_private.set_config(copied, attention)
@@ -120,7 +120,8 @@ def _bound(processor: Any, attention: BoundAttention) -> Any:
 
 @functools.cache
 def captured(kind: type) -> type:
-    """A class of processors that call torch's attention themselves, with those calls brought to `sequence_parallel`.
+    """A subclass, for processors that call torch's attention themselves, which routes these calls to
+    `sequence_parallel`.
 
     diffusers reads the signature of a processor and drops the arguments that are not in it, hence the wrapping.
     """
@@ -138,7 +139,7 @@ def captured(kind: type) -> type:
 
 
 class _Capture(TorchFunctionMode):
-    """While it is active, torch's attention, `(B, H, L, D)`, is ours."""
+    """While it is active, it replaces torch's attention, `(B, H, L, D)`."""
 
     def __init__(self, attention: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ def _require_at_end(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _require_bound(model: nn.Module, processors: Mapping[str, nn.Module], bound: Mapping[str, Any]) -> None:
-    """Raise where a processor was replaced after parallelize: it would attend only to its own rank's tokens."""
+    """Raise if a processor was replaced after parallelize: it would attend only to its own rank's tokens."""
     for name, module in processors.items():
         processor = module.processor
         if processor is not bound[name] or diffusers_private.own_backend(processor) is not None:

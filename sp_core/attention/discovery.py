@@ -1,7 +1,7 @@
 """Which modules of a model attend, and whether all of that attention can go across ranks.
 
-In: a model and its family. Out: `FoundAttention`, or the reason why some attention would silently stay local. Nothing
-is changed; `sp_core.attention.diffusers_backend` binds what is found. Called by `sp_core.parallelize`.
+In: a model and its family. Out: `FoundAttention`, or an error that says why some attention would silently stay local.
+Nothing is changed; `sp_core.attention.diffusers_backend` routes what is found. Called by `sp_core.parallelize`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,13 +25,13 @@ class FoundAttention:
         processors: modules with an attention processor of diffusers, by dotted name.
         layers: the model's own attention layers, by dotted name.
         streams: the names of the streams that a processor's attention joins, by the module's name; absent: all.
-        keys_of: the name of the stream that its keys are of, where its queries are of another, by the module's name.
-        keys_in_front: names of modules whose keys begin with tokens that are whole on every rank, and are no queries.
+        keys_of: the stream of its keys, if its queries come from another one, by the module's name.
+        keys_in_front: names of modules whose keys begin with tokens that every rank has whole and that are no queries.
         masks_queries: names of modules that make a mask of the keys hide the queries as well.
         linear: names of modules whose attention is linear.
-        scales_by_length: the parameter of its processor that is the base of a logarithm of the number of all tokens, by
-            the module's name.
-        drops_hidden: the model's input that has the mask by which its processor drops tokens, by the module's name.
+        scales_by_length: for attention that scales by the logarithm of the number of all tokens: the parameter of the
+            processor that is the base, by the module's name.
+        drops_hidden: the model's input with the mask by which the processor drops tokens, by the module's name.
     """
 
     processors: Mapping[str, nn.Module]
@@ -46,7 +46,7 @@ class FoundAttention:
 
     @property
     def local_attention(self) -> Callable[..., torch.Tensor]:
-        """What the model computes attention with outside a region."""
+        """The function with which the model computes attention outside a region."""
         return diffusers_private.attend_as_before if self.processors else kernels.local_attention
 
 
@@ -55,8 +55,8 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
 
     Args:
         model: the model.
-        family: what is peculiar to its attention.
-        optional: the model may do without any (its forward gathers what attention needs).
+        family: the peculiarities of its attention.
+        optional: whether a model without attention is accepted (its forward gathers what attention needs).
 
     Raises:
         ValueError: some attention would silently stay local or be wrong, or the model is parallelized already.
@@ -116,12 +116,12 @@ def _linear(model: nn.Module, processors: Mapping[str, nn.Module], family: Model
 
 
 def is_bound(processor: object) -> bool:
-    """Whether the attention of a processor has been brought here."""
+    """Whether the attention of a processor is routed to `region_attention`."""
     return diffusers_private.has_config(processor) or getattr(processor, "sequence_parallel", None) is not None
 
 
 def _require_reachable(model: nn.Module, processors: Mapping[str, nn.Module], family: ModelFamily) -> None:
-    """Raise where a processor's attention would be silently wrong."""
+    """Raise if a processor's attention would be silently wrong."""
     unreachable = []
     for name, module in processors.items():
         kind = type(module.processor).__name__
@@ -141,7 +141,7 @@ def _require_reachable(model: nn.Module, processors: Mapping[str, nn.Module], fa
 def _require_free(
     model: nn.Module, processors: Mapping[str, nn.Module], layers: Mapping[str, SequenceParallelAttention]
 ) -> None:
-    """Raise where attention is bound already, or goes to a backend that would bypass ours."""
+    """Raise if attention is routed already, or goes to a backend that would bypass ours."""
     bound = [name for name, module in processors.items() if is_bound(module.processor)]
     bound += [name for name, layer in layers.items() if layer.site is not None]
     if bound:

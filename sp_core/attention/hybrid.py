@@ -34,7 +34,7 @@ def sequence_parallel_attention(
         query: `(B, R + L, H, D)`, this rank's share.
         key: `(B, R + L, K, D)`; K divides H, and each key head serves H / K consecutive query heads.
         value: as key.
-        mask: for this rank.
+        mask: this rank's mask.
         scale: of the scores; None is 1/sqrt(D).
         layout: which tokens each sequence rank holds.
         mesh: the ranks.
@@ -68,7 +68,7 @@ def _key_repeats(heads: int, key_heads: int, size: int) -> int:
 def _own_part(
     bias: torch.Tensor | None, heads: int, key_heads: int, ulysses: MeshAxis, ring: AxisLayout
 ) -> torch.Tensor | None:
-    """The rows of a bias for what this rank attends with: its share of the heads, the queries of its chunk."""
+    """The part of a bias for this rank's share of the heads and the queries of its chunk."""
     if bias is None:
         return None
     if bias.shape[1] > 1:

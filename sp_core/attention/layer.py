@@ -25,7 +25,8 @@ class SequenceParallelAttention(nn.Module):
 
     Args:
         scale: of the scores; None is 1/sqrt(D).
-        local: the tokens are whole on every rank (a refiner of the text, cross-attention to it): never across ranks.
+        local: never attend across ranks, because every rank has the tokens whole (a refiner of the text,
+            cross-attention to it).
     """
 
     def __init__(self, scale: float | None = None, *, local: bool = False) -> None:
@@ -33,7 +34,7 @@ class SequenceParallelAttention(nn.Module):
         self.scale = scale
         self.local = local
         self.site: AttentionSite | None = None
-        """What this layer is in its parallelized model; None in a plain one."""
+        """This layer's place in a parallelized model; None in a plain model."""
 
     def forward(
         self,

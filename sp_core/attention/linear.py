@@ -1,11 +1,11 @@
-"""Linear attention whose sequence lies on many ranks: one sum of a small matrix, whatever the length.
+"""Linear attention over a sequence that is divided among ranks: one sum of a small matrix, whatever the length.
 
 Without softmax, attention is `q (k^T v)`: each rank sums `k^T v` and `k` over its own tokens, one all-reduce joins the
-sums, `(B, H, D + 1, D)`, and each rank asks them with its own queries. Ulysses and ring ranks do the same here. The
-answer is that of one process, but for the order of a sum; in half precision the weights' sum of SANA-Video is
-in fp32, where diffusers takes the model's dtype. Under `torch.compile` it is one opaque operator.
+sums, `(B, H, D + 1, D)`, and each rank applies its own queries to them. Ulysses and ring ranks do the same here. The
+answer equals that of one process, except for the order of a sum. In half precision the sum of the weights of SANA-Video
+is computed in fp32; diffusers uses the model's dtype. Under `torch.compile` it is one opaque operator.
 
-`LinearProcessor` stands in for diffusers' processors of that kind, which sum over the tokens that they see.
+`LinearProcessor` replaces diffusers' processors of this kind, which sum only over the tokens that they see.
 `sp_core.attention.diffusers_backend` puts it into the modules that a family names by `linear_processors`.
 """
 
@@ -23,8 +23,8 @@ EPS = 1e-15
 """diffusers' own, below the sum of weights."""
 
 KNOWN = ("SanaLinearAttnProcessor2_0", "SanaLinearAttnProcessor3_0")
-"""What `LinearProcessor` computes like. Positive features by ReLU; the second rotates them, but not for the weights'
-sum (SANA, arXiv 2410.10629; SANA-Video, arXiv 2509.24695)."""
+"""The processors of diffusers whose answer `LinearProcessor` gives. Both make features positive by ReLU; the second
+also rotates them, except in the sum of the weights (SANA, arXiv 2410.10629; SANA-Video, arXiv 2509.24695)."""
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -86,7 +86,7 @@ def linear_attention(
         query: `(B, L, H, D)`, nothing negative.
         key: the same.
         value: `(B, L, H, D)`.
-        rotation: of queries and keys where they meet; their weights' sum is of those that are not rotated.
+        rotation: of queries and keys in the product; the sum of the weights takes them unrotated.
         site: which attention this is.
 
     Returns:

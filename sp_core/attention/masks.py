@@ -1,4 +1,4 @@
-"""What a model's attention mask means when its tokens lie on many ranks.
+"""Turns a model's attention mask into the one for tokens that are divided among ranks.
 
 In: a mask as the model made it, for this rank's tokens or for the whole sequence. Out: an additive `RankMask`. A mask
 that is the same for all queries and heads becomes a key mask, which travels with its keys; only others become a bias,
@@ -29,7 +29,7 @@ class RankMask:
 
 
 def over_keys(key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A key mask `(B, K)` as kernels take it, `(B, 1, 1, K)`."""
+    """A key mask `(B, K)` in the shape that kernels take, `(B, 1, 1, K)`."""
     return None if key_mask is None else key_mask[:, None, None, :]
 
 
@@ -37,11 +37,11 @@ def mask_for_ranks(name: str, mask: torch.Tensor | None, layout: TokenLayout, qu
     """The model's mask and the padding of the region, for attention across ranks.
 
     Args:
-        name: the attention, for messages.
+        name: the name of the attention, for messages.
         mask: boolean (True takes part) or additive; `(B, L)`, `(B, S)`, `(B, 1, 1, L)`, also
             expanded to heads and queries, or `(B, H or 1, S or 1, S)`.
-        layout: the tokens.
-        query: for its dtype and device.
+        layout: which tokens each rank holds.
+        query: gives dtype and device.
 
     Raises:
         ValueError: a mask of another kind or shape.

@@ -1,8 +1,8 @@
 """Attention of a running forward: across the sequence ranks inside a region, on this rank alone outside one.
 
-The only way from a model's attention to `hybrid`, for diffusers' models (`diffusers_backend`) and for those written
-with `SequenceParallelAttention` (`layer`). Under `torch.compile` it is one opaque operator: a compiled block keeps one
-graph, and the region is looked up when the graph runs, so new lengths need no new graph.
+This is the only way from a model's attention to `hybrid`, both for diffusers' models (`diffusers_backend`) and for
+models with `SequenceParallelAttention` (`layer`). Under `torch.compile` it is one opaque operator: a compiled block
+keeps one graph, and the region is looked up when the graph runs, so new lengths need no new graph.
 """
 
 import math
@@ -26,7 +26,7 @@ _kept_local = False
 def attention_kept_local() -> Iterator[None]:
     """The negative control of every proof: inside, each rank attends only to its own tokens, with its part of the mask.
 
-    Holds for this whole process, so that a test can set it beside a running model. An answer that stays the same inside
+    It holds for the whole process, so a test can use it beside a running model. If the answer stays the same inside, it
     proves nothing about attention across ranks.
     """
     global _kept_local
@@ -38,7 +38,7 @@ def attention_kept_local() -> Iterator[None]:
 
 
 def is_kept_local() -> bool:
-    """Whether `attention_kept_local` holds."""
+    """Whether `attention_kept_local` is active."""
     return _kept_local
 
 
@@ -47,12 +47,12 @@ class AttentionSite:
     """One attention of a parallelized model.
 
     Attributes:
-        context: the model's.
+        context: the context of the model.
         name: the module's dotted name, for messages.
         stream: the names of the streams that it joins, see `Region.layout`; empty: all.
-        keys_of: the name of the stream that its keys are of, where its queries are of another.
-        keys_in_front: its keys begin with tokens that are whole on every rank, and are no queries.
-        masks_queries: its mask hides queries as well as keys, `(B, 1, L, L)` of this rank's tokens.
+        keys_of: the stream of its keys, if its queries come from another one.
+        keys_in_front: whether its keys begin with tokens that every rank has whole and that are no queries.
+        masks_queries: whether its mask hides queries as well as keys, `(B, 1, L, L)` of this rank's tokens.
     """
 
     context: SequenceContext
@@ -82,8 +82,9 @@ def region_attention(
         mask: see `sp_core.attention.masks`.
         scale: of the scores; None is 1/sqrt(D).
         site: which attention this is.
-        joint: tokens in front that are whole on every rank, besides those of the region.
-        length_base: of a logarithm of the number of all tokens, by whose root the scale is multiplied; 0: it is not.
+        joint: tokens in front that every rank has whole, besides those of the region.
+        length_base: the scale is multiplied by the root of the logarithm, to this base, of the number of all tokens; 0:
+            it is not.
 
     Returns:
         `(B, L, H, D)`.
@@ -145,9 +146,9 @@ def _attention_to_another(
     scale: float | None,
     site: AttentionSite,
 ) -> torch.Tensor:
-    """Attention to the tokens of another stream, of which this rank has its share, with its share of the mask.
+    """Attention to the tokens of another stream. This rank has its share of them and of the mask.
 
-    That stream is a text, much shorter than the queries' stream: its keys are gathered, and no query moves.
+    The other stream is a text, much shorter than the stream of the queries: its keys are gathered, and no query moves.
     """
     forward = site.context.running()
     if forward is not None and forward.region.layout(site.keys_of) is not None:

@@ -30,7 +30,7 @@ def ring_attention(
         query: `(B, R + L, H, D)`, this rank's share.
         key: `(B, R + L, K, D)`; K divides H.
         value: as key.
-        mask: its key mask is this rank's share, `(B, R + L)`; its bias is for this rank's queries over all keys, in the
+        mask: the key mask is this rank's share, `(B, R + L)`; the bias is for this rank's queries over all keys, in the
             order of the ranks, broadcastable to `(B, H, R + L, R + sum of lengths)`.
         scale: of the scores; None is 1/sqrt(D).
         layout: the P ranks and their tokens.
@@ -42,7 +42,7 @@ def ring_attention(
     if axis.size == 1:
         return kernels.attention(query, key, value, over_keys(mask.key_mask) if mask.bias is None else mask.bias, scale)
     batch, _, key_heads, head_size = key.shape
-    # Keys, values and key mask share one message: a shift costs its latency once. The bias stays, every rank has it.
+    # Keys, values and key mask share one message, so a shift costs its latency once. Every rank has the whole bias.
     width = 2 * key_heads * head_size
     chunk = torch.cat((key.flatten(2), value.flatten(2)), dim=2)
     if mask.key_mask is not None:  # repeated 8 times: kernels want rows of a multiple of 16 bytes
@@ -74,7 +74,7 @@ def ring_attention(
 def _columns_of(
     bias: torch.Tensor | None, owner: int, layout: AxisLayout, *, with_replicated: bool
 ) -> torch.Tensor | None:
-    """A bias for the keys of the chunk of rank `owner`."""
+    """The columns of a bias for the keys of rank `owner`'s chunk."""
     if bias is None:
         return None
     first = layout.replicated + sum(layout.lengths[:owner])

@@ -1,8 +1,8 @@
 """Ulysses attention: trade sequence for heads, attend over the whole sequence, trade back.
 
 After DeepSpeed-Ulysses (arXiv 2309.14509), with four changes: the ranks' shares may differ in length; Q, K, V and the
-key mask travel in one exchange; heads that the ranks do not divide are shared unevenly, the last ranks taking fewer or
-none; and tokens that every rank holds do not travel on the way in. Called by `sp_core.attention.hybrid`.
+key mask travel in one exchange; a number of heads that the ranks do not divide is shared unevenly, the last ranks take
+fewer or none; and tokens that every rank holds do not travel on the way in. Called by `sp_core.attention.hybrid`.
 
 Shapes: B batch, R replicated tokens, L this rank's tokens, S all ranks' tokens, H query heads, K key heads (H = G x K),
 D head size, P ranks. Ranks hold arbitrary pieces of the sequence (text and image pieces side by side): attention
@@ -18,7 +18,7 @@ from sp_core.degrees import head_shares
 from sp_core.token_layout import AxisLayout
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""q, k, v `(B, R + S, heads of this rank, D)` and an additive key mask `(B, R + S)` to an output like q."""
+"""Takes q, k, v `(B, R + S, heads of this rank, D)` and an additive key mask `(B, R + S)`; returns an output like q."""
 
 
 def ulysses_attention(
@@ -71,7 +71,7 @@ def _trade_heads_for_tokens(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Send each rank its heads of this rank's tokens, `(B, L, K, D)`.
 
-    For each token one row `[lanes | mask]`: the messages one after another are then the rows of the whole sequence, so
+    Each token is one row `[lanes | mask]`. The messages one after another are then the rows of the whole sequence, so
     nothing is copied on arrival.
 
     Returns:

@@ -1,8 +1,8 @@
-"""One file per model family: its plans, its peculiarities, and the examples that prove them. All of it is plain data.
+"""One file per model family, all plain data: its plans, its peculiarities, and the examples that prove them.
 
 family.py   what a family's file declares
 lookup.py   finds the family of a transformer class
 
-A family that spray serves also has a file of the same name in `deploy.families` and in `workers.model.adapters`, or,
-where its pipelines run through their classic call, a demo model of the same name in `workers.demo_models`.
+A family that spray serves also has a file of the same name in `deploy.families` and in `workers.model.adapters`. If its
+pipelines run through their classic call, it has a demo model of the same name in `workers.demo_models` instead.
 """

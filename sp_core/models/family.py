@@ -1,7 +1,7 @@
-"""What the file of a model family declares. Plain data: no torch, no diffusers, so that `deploy` reads it too.
+"""What the file of a model family declares. Plain data without torch or diffusers, so that `deploy` can read it.
 
 `sp_core.models.lookup` finds the families. `sp_core.parallelize` and the attention backend apply their plans,
-`sp_core.verify.verify` proves them on their examples, `deploy.memory` derives from the tensor plan which weights are
+`sp_core.verify.verify` proves them on their examples, and `deploy.memory` reads off the tensor plan which weights are
 sharded.
 """
 
@@ -59,11 +59,11 @@ class Example:
         transformer_class: the diffusers class.
         init: its constructor's arguments.
         inputs: the keyword arguments of one forward.
-        gains: factors on the random weights, by a part of the parameter's name. With the default initialization a tiny
-            model hardly uses its attention, and a proof without attention proves nothing.
+        gains: factors on the random weights, by a part of the parameter's name. A tiny model with the default
+            initialization hardly uses its attention, and a proof without attention proves nothing.
         mask_input: the input that holds the text mask, if there is one.
         own_masks: kinds of mask that the model makes by itself, without such an input.
-        counts_mask: the model reads only how many tokens the mask shows, not which.
+        counts_mask: whether the model reads only how many tokens the mask shows, not which.
         no_mask: why masks do not apply.
         no_length: why a length of `sp_core.verify.examples.SIZES` does not apply.
     """
@@ -81,15 +81,15 @@ class Example:
 
 @dataclass(frozen=True)
 class RealRotation:
-    """Processors rotate queries and keys by complex numbers; in compiled blocks they shall do it by real ones.
+    """Processors that rotate queries and keys by complex numbers, and by real ones in compiled blocks.
 
     Applied by `sp_core.real_rotation`.
 
     Attributes:
-        source: what makes the rotations: a module of the model, or another attribute that it calls.
-        parameter: of the processors' call, that takes them: one tensor, or a tuple of several.
-        processor: class name of diffusers' processors that take them. All attention of the model has it.
-        norms: names of the norms of the attention right after which it rotates, each with which rotation it takes.
+        source: the name of what makes the rotations: a module of the model, or another attribute that it calls.
+        parameter: the parameter of the processors' call that takes them: one tensor, or a tuple of several.
+        processor: class name of diffusers' processors that take them. All attention of the model uses this class.
+        norms: names of the attention's norms right after which it rotates, each with the rotation that it takes.
     """
 
     source: str
@@ -100,18 +100,18 @@ class RealRotation:
 
 @dataclass(frozen=True)
 class SharedModulation:
-    """Layers that see nothing but one embedding of the timestep and, maybe, of more: what they return can be shared.
+    """Layers whose only input is one embedding, of the timestep and maybe of more, so that their output can be shared.
 
     Applied by `sp_core.shared_modulation`.
 
     Attributes:
         source: the module of the model that makes the embedding, `(B, D)`, once a forward.
         layers: patterns of the layers that take it; each is an `nn.Linear`, or an `nn.Sequential` that ends with one.
-        silu: they are given the SiLU of the embedding.
-        timestep_only: nothing but the timestep decides what it is: the forwards of one step may share it.
-        across_ranks: each sequence rank computes some of the layers. Worth it where reading their weights takes longer
-            than a gather: from about 1 GB on.
-        unless: keys of the model's config; where one is true, something else decides about modulation as well.
+        silu: whether their input is the SiLU of the embedding.
+        timestep_only: whether the embedding depends only on the timestep, so that the forwards of one step share it.
+        across_ranks: whether each sequence rank computes some of the layers. It pays if reading their weights takes
+            longer than a gather: from about 1 GB on.
+        unless: keys of the model's config. If one is true, modulation depends on something else as well.
     """
 
     source: str
@@ -137,14 +137,14 @@ class FusedGelu:
 
 @dataclass(frozen=True)
 class GuidanceBatch:
-    """The branches of guidance may be one batch of a forward: they differ in their prompts only.
+    """How the branches of guidance, which differ only in their prompts, become one batch of a forward.
 
-    Applied by `sp_core.batched_guidance`, where no branch then needs a mask.
+    Applied by `sp_core.batched_guidance`, if no branch then needs a mask.
 
     Attributes:
-        prompt: the parameter of the forward that takes them: one tensor `(B, S, D)`, or a list of B tensors `(S, D)`.
-        per_sample: its parameters that have an entry for each sample, alike in all branches: tensors and lists.
-        pads_to: the model itself pads each prompt to a multiple of so many tokens, with tokens that take part.
+        prompt: the parameter of the forward for prompts: one tensor `(B, S, D)`, or a list of B tensors `(S, D)`.
+        per_sample: parameters with an entry for each sample, the same in all branches: tensors and lists.
+        pads_to: the model itself pads each prompt to a multiple of this many tokens, with tokens that take part.
     """
 
     prompt: str
@@ -153,7 +153,7 @@ class GuidanceBatch:
 
 
 def _refuse_none(config: Config) -> str:
-    """A function with a name, for families are sent to rank processes."""
+    """Refuses no config. It has a name because families are pickled to rank processes."""
     return ""
 
 
@@ -164,37 +164,38 @@ class ModelFamily:
     Module names are patterns in which `*` matches anything (`"*.attn2"`).
 
     Attributes:
-        transformer_classes: names of the diffusers classes that it covers.
+        transformer_classes: names of its transformer classes in diffusers.
         sp_plan: their sequence plan, or a function that makes it from the model's config.
         tp_plan: their tensor plan, or a function that makes it from the model's config. Empty: diffusers' own
             `_tp_plan` is right.
-        local_attention: modules whose tokens are whole on every rank (cross-attention, refiners before the region),
-            although their processor would send them across ranks, or could not.
+        local_attention: modules whose attention stays local, because every rank has their tokens whole
+            (cross-attention, refiners before the region), whatever their processor is.
         own_stream: modules whose attention does not join all streams, with those that it joins: the parameter name of
             one, or names as `Region.layout` takes them; or a function that makes this from the model's config.
-        keys_of: modules whose queries are of one stream and whose keys are of another, with the name of the latter.
-        keys_in_front: modules whose keys begin with tokens that are whole on every rank, and are no queries.
-        masks_queries: modules whose mask of keys hides the queries as well, `(B, 1, L, L)` of this rank's tokens.
-            What hidden queries put out must not matter.
+        keys_of: modules whose queries come from one stream and whose keys from another, with the name of the latter.
+        keys_in_front: modules whose keys begin with tokens that every rank has whole and that are no queries.
+        masks_queries: modules whose mask of keys hides the queries as well, `(B, 1, L, L)` of this rank's tokens. The
+            outputs of hidden queries must not matter.
         scales_by_length: modules whose attention scales its scores by the logarithm of the number of all tokens, with
-            the parameter of their processors' call that is its base.
-        drops_hidden: modules whose processors take, by `torch.nonzero`, only the tokens that a mask shows of the last
-            stream that they join, with the model's input that has all of the mask. Hidden tokens must be at its end.
+            the parameter of their processors' call that is the base.
+        drops_hidden: modules whose processors keep, by `torch.nonzero`, only the tokens that a mask shows of the last
+            stream that they join, with the model's input that holds the whole mask. Hidden tokens must be at its end.
         captured_processors: class names of processors that call torch's attention directly instead of diffusers'
             dispatch. All of that attention must be over the region's own tokens.
         linear_processors: class names of processors whose attention is linear, over the region's own tokens: see
             `sp_core.attention.linear`.
         refused_processors: class names of processors that would be silently wrong, with the reason.
-        replacements: what `sp_core.replacements` exchanges for something faster that gives the same answer.
+        replacements: the parts that `sp_core.replacements` exchanges for faster ones with the same answer.
         guidance_batch: how the branches of guidance become one batch; None: each needs a forward of its own.
-        pipelines: diffusers' pipelines that run through their classic call, each proved by a demo model of the family's
-            name in `workers.demo_models.classic`, or beside its adapter. A pipeline with an adapter is not among them.
-        refused: why the whole family cannot be parallelized; empty otherwise.
-        refuses: says why a model with this config cannot be; empty otherwise.
-        rounds: what its forward rounds to half precision, whatever the model is loaded in. There a last-bit difference
-            may become one of 4e-3, so that its proofs are made without that rounding (`sp_core.verify.alone.in_fp32`).
-        refused_pipelines: why some of its pipelines are not served, by class name, where their calls do not show it.
-        examples: what the family is proved with, by the name of the variant.
+        pipelines: pipelines of diffusers that run through their classic call, each proved by a demo model of the
+            family's name in `workers.demo_models.classic`, or beside its adapter. A pipeline with an adapter is not
+            among them.
+        refused: why the whole family cannot be parallelized; empty if it can.
+        refuses: returns why a model with this config cannot be parallelized; empty if it can.
+        rounds: what its forward rounds to half precision, whatever dtype the model has. A last-bit difference may
+            become 4e-3 there, so its proofs are made without this rounding (`sp_core.verify.alone.in_fp32`).
+        refused_pipelines: why some of its pipelines are not served, by class name, if their calls do not show it.
+        examples: the proofs of the family, by the name of the variant.
     """
 
     transformer_classes: tuple[str, ...]
