@@ -8,10 +8,11 @@ returned number within min_replicas and max_replicas and applies the delays of t
 1. *Offered load*: the number of gangs that the arriving work keeps busy. Arriving work = work done + growth of the
    outstanding work, which holds even while every gang is busy and the queue grows. It is averaged over the time to
    start a gang and run a few requests: a faster answer is impossible, and a slower one lags.
-2. *Enough for the load*: the fewest gangs at which 80 of 100 requests wait no longer than the target while the load
-   stays as it is, by Erlang's formula for queues. A lucky moment does not change it, so the number of gangs is steady.
-3. *Enough for the backlog*: a gang that is started now helps only after its start-up time. What will wait by then,
-   after what the running and starting gangs clear until then, must be cleared within the target.
+2. *Enough for the load*: the fewest gangs at which 80 of 100 requests wait no longer than the target under this load,
+    by
+   Erlang's formula for queues. A lucky moment does not change it, so the number of gangs is steady.
+3. *Enough for the backlog*: a gang that starts now helps only after its start-up time. The work that will still wait by
+   then, after the running and starting gangs have cleared their part, must be cleared within the target.
 
 The larger of 2 and 3 counts. A backlog that will be gone before a new gang is ready starts none.
 """
@@ -35,11 +36,11 @@ EVERY_S = 1.0
 """Serve asks ten times a second, but reports change only every second."""
 
 LOOK_BACK_S = 20.0
-"""Serve averages the gangs' reports, and what waits, over this time. The policy itself takes the length of their work
-into account."""
+"""Serve averages the gangs' reports and the queue over this time. The policy itself accounts for the length of their
+work."""
 
 RECOVERY_S = 30.0
-"""After the first decision: by then the gangs that a lost controller left have reported."""
+"""Seconds after the first decision by which the gangs of a lost controller have reported."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ class PolicyState:
 def decide(
     now_s: float, queued: float, loads: Sequence[GangLoad], starting: int, before: PolicyState | None = None
 ) -> PolicyState:
-    """Decide how many gangs to run, and what to remember until the next decision.
+    """Decide how many gangs to run. The result is also the state for the next decision.
 
     Args:
         now_s: the time, in seconds.
         queued: requests that wait for a gang.
-        loads: of the running gangs; at least one.
+        loads: the loads of the running gangs; at least one.
         starting: gangs that were requested and do not serve yet.
         before: the last decision; None at first.
     """
@@ -103,7 +104,7 @@ def decide(
 
 
 def asleep(now_s: float, before: PolicyState) -> PolicyState:
-    """What to remember while no gang runs and nothing waits: the offered load fades, so that a wake-up starts low."""
+    """The state while no gang runs and nothing waits: the offered load fades, so that a wake-up starts low."""
     weight = _weight(now_s - before.at_s, before.startup_s, before.request_s)
     offered = before.offered * (1 - weight)
     return replace(before, at_s=now_s, wanted=0, offered=offered, busy=0.0, queued=0.0, remaining_s=0.0)
@@ -138,7 +139,7 @@ def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
 
 
 def keep(gangs: int, decision: PolicyState) -> PolicyState:
-    """A decision without memory: what runs stays, and the offered load is at most a typical one of that many gangs.
+    """A decision without memory: the running gangs stay, and the offered load is at most typical for that many gangs.
 
     A new controller knows no past: one busy gang would count as a full load of 1.0, and a second gang would start.
     """

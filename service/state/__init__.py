@@ -3,15 +3,15 @@
 model_states.py     the state of each model, with its reason
 poller.py           reads that state, less often while all is well
 router_registry.py  the request routers of this process: queues and the gangs' reports
-waiting.py          who waits for a gang, and in which place
-live_requests.py    the requests of this gateway, for who lists or cancels them
+waiting.py          the requests that wait for a gang, and their places
+live_requests.py    the requests of this gateway, for callers that list or cancel them
 request_log.py      a line for each request that has ended
-request_trace.py    the trace of a request that is traced
+request_trace.py    the trace of a request
 exchange.py         questions of one gateway to all others
 kept_answers.py     the answers of requests with an idempotency key; idempotency.py asks for them
 turns.py            whose turn it is, and on which gang; shared_turns.py one for all gateways
-tickets.py          what is asked about a turn; gang_state.py what is known of a gang
+tickets.py          the questions and answers about turns; gang_state.py what is known of a gang
 keyring.py          the API keys of a gateway, and what each has left; key_use.py what other gateways use of it
-quarantine.py       which requests have cost gangs; head_store.py where all gateways read it
+quarantine.py       which requests have cost gangs; head_store.py where all gateways read this
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

@@ -18,19 +18,19 @@ from ray.exceptions import RayError
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 5.0
-"""How long a call for questions stays open."""
+"""Seconds for which a call for questions stays open."""
 
 FORGOTTEN_S = 12.0
-"""A gateway that has not called for so long is gone. Until then it is named as one that does not answer."""
+"""Seconds without a call after which a gateway is gone. Until then it is named as one that does not answer."""
 
 ANSWERS_S = 1.0
-"""For the answers to a question. Whoever is later is named, not waited for."""
+"""Seconds for the answers to a question. A gateway that is later is named, not waited for."""
 
 AGAIN_S = 1.0
-"""Before a gateway calls again when the keeper is away."""
+"""Seconds before a gateway calls again if the keeper is away."""
 
 OTHERS = "the other gateways"
-"""Who does not answer if the keeper is away."""
+"""The name of the others, if the keeper is away and nobody knows them."""
 
 Question = tuple[str, tuple[Any, ...]]
 """A method of `LiveRequests`, and its arguments."""
@@ -38,7 +38,7 @@ Question = tuple[str, tuple[Any, ...]]
 
 @dataclass
 class Seat:
-    """A gateway, as the keeper sees it: when it last called, and what it has to be asked."""
+    """A gateway, as the keeper sees it: when it last called, and the questions that it must be asked."""
 
     heard_at: float = 0.0
     questions: list[tuple[int, Question]] = field(default_factory=list)
@@ -69,13 +69,13 @@ class Exchange:
         return questions
 
     async def answer(self, number: int, gateway: str, answer: Any) -> None:
-        """What a gateway says to a question."""
+        """Take a gateway's answer to a question."""
         awaited = self._awaited.get((number, gateway))
         if awaited is not None and not awaited.done():
             awaited.set_result(answer)
 
     async def ask(self, gateway: str, question: Question) -> tuple[list[Any], list[str]]:
-        """What the others say to a question of this gateway, and the names of those that are silent."""
+        """The answers of the others to a question of this gateway, and the names of those that are silent."""
         now, number = time.monotonic(), next(self._numbers)
         self._seats = {name: seat for name, seat in self._seats.items() if now - seat.heard_at < FORGOTTEN_S}
         awaited: dict[str, asyncio.Future[Any]] = {}
@@ -99,8 +99,8 @@ class Colleagues:
 
     Args:
         gateway: its name.
-        answer: what it says to a question.
-        find_keeper: blocks; the handle of the actor with the methods of `Exchange`.
+        answer: answers a question.
+        find_keeper: returns the handle of the actor with the methods of `Exchange`; blocks.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Colleagues:
             self._attending = asyncio.create_task(self._attend())
 
     async def ask(self, question: Question) -> tuple[list[Any], list[str]]:
-        """What all gateways say, this one first, and the names of those that do not answer in time."""
+        """The answers of all gateways, this one first, and the names of those that do not answer in time."""
         own = asyncio.ensure_future(self._answer(question))
         answers, silent = await self._ask_others(question) if self._several else ([], [])
         return [await own, *answers], silent

@@ -1,7 +1,7 @@
-"""What is known of one gang: its last report, and the turns that it was given since. `service.state.turns` keeps it.
+"""What is known of one gang: its last report, and the turns that it was given since. Kept by `service.state.turns`.
 
-The gang has the last word: it takes one request at a time, an elastic one several, and refuses more. What is believed
-here may therefore be wrong without harm: it costs a refusal, and a pause.
+The gang has the last word: it takes one request at a time (an elastic gang several) and refuses more. So a wrong belief
+here does no harm: it costs a refusal and a pause.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from service.state.tickets import Ticket
 from workers.gang.stats import GangBacklog
 
 COMPARABLE_S = 2.0
-"""Backlogs that differ by at most this count as equal: a cold shape costs about as much."""
+"""Backlogs that differ by at most this many seconds count as equal: a cold shape costs about as much."""
 
 REFUSED_S = 0.1
-"""A gang that has refused a request is not asked again so soon."""
+"""Seconds before a gang that has refused a request is asked again."""
 
 MOST_REFUSED_S = 1.0
-"""The same for one that reports work; its report is up to this old."""
+"""The most seconds, for a gang that reports work: its report is up to this old."""
 
 GangId = TypeVar("GangId")
 
 
 class Given(NamedTuple):
-    """A turn that has not ended: whose, and since when, in seconds since the epoch."""
+    """A turn that has not ended: its request, and when it was given, in seconds since the epoch."""
 
     ticket: Ticket
     at: float
@@ -32,12 +32,12 @@ class Given(NamedTuple):
 
 @dataclass
 class GangState:
-    """What is known of a gang beyond its report.
+    """What is known of a gang.
 
     Attributes:
-        report: the last one.
+        report: its last report.
         askers: the gateways that know the gang.
-        turns: those that have it, by number; an elastic gang takes several requests at once.
+        turns: its turns that have not ended, by number. An elastic gang takes several requests at once.
         latest: the request that it was given last.
         freed_at: when it last became free, in seconds since the epoch.
         refused_at: when it last refused a request, in seconds since the epoch.
@@ -54,26 +54,26 @@ class GangState:
 
     @property
     def full(self) -> bool:
-        """It takes no further request."""
+        """Whether it takes no further request."""
         return len(self.turns) >= self.report.slots
 
     @property
     def lost(self) -> bool:
-        """It replaces its ranks."""
+        """Whether it is replacing its ranks."""
         return self.report.replacing or self.lost_at > self.report.reported_at
 
     def backlog_s(self, now: float) -> float:
-        """Seconds until it is free of work that was not given from here, or is not known to have ended."""
+        """Seconds of reported work that is left: given elsewhere, or not known to have ended."""
         if self.freed_at >= self.report.reported_at and not self.turns:
             return 0.0
         return max(0.0, self.report.backlog_s - (now - self.report.reported_at))
 
     def pauses(self, now: float) -> bool:
-        """It has refused a request lately, and is not asked again so soon; the later, the more work it reports."""
+        """Whether it has refused a request so lately that it is not asked again. More reported work, longer pause."""
         return now - self.refused_at < max(REFUSED_S, min(MOST_REFUSED_S, self.backlog_s(now)))
 
     def remaining_s(self, now: float, request_s: float) -> float:
-        """Seconds left of what it runs. `request_s`: what a request takes, for one that it has not reported yet."""
+        """Seconds of work that are left. `request_s` is assumed for requests that it has not reported yet."""
         fresh = [
             given for given in self.turns.values() if not (self.report.busy and self.report.reported_at > given.at)
         ]
@@ -82,14 +82,14 @@ class GangState:
 
 
 def best(gangs: Sequence[GangId], backlogs: Mapping[GangId, float], warm: frozenset[GangId]) -> GangId:
-    """The gang for a request: a warm one of those within `COMPARABLE_S` of the least backlog, if there is one.
+    """The gang for a request: among gangs within `COMPARABLE_S` of the least backlog, a warm one if possible.
 
-    Equals keep their order: shuffle them first, so that two gateways do not rush to the same one.
+    Equal gangs keep their order: shuffle them first, so that two gateways do not rush to the same one.
 
     Args:
-        gangs: those that may be asked; at least one.
+        gangs: the candidates; at least one.
         backlogs: seconds until each is free.
-        warm: those that have run the request's shape.
+        warm: the gangs that have run the request's shape.
     """
     least_s = min(backlogs[gang] for gang in gangs)
     comparable = [gang for gang in gangs if backlogs[gang] <= least_s + COMPARABLE_S]

@@ -1,6 +1,6 @@
 """The key-value store of Ray's head: keys that outlive the processes that set them. For `service.state.quarantine`.
 
-The only file that uses it, since Ray has no public one. `tests/service/test_head_store.py` pins what is used here.
+Ray's API for it is private, so only this file uses it, and `tests/service/test_head_store.py` pins the names.
 """
 
 from ray.experimental.internal_kv import (

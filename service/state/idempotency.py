@@ -1,4 +1,4 @@
-"""Idempotency keys, as a gateway uses them: the actor that keeps their answers is started here, and asked.
+"""Idempotency keys, as a gateway uses them: starts the actor that keeps their answers, and asks it.
 
 Each method is one of `service.state.kept_answers.KeptAnswers`, which runs once in the cluster, on the head's node. In a
 process without a cluster it is an object of this process. For `service.gateway` and `service.api.once`.
@@ -28,10 +28,10 @@ from workers.messages import GenerationResult
 logger = logging.getLogger("ray.serve")
 
 ANSWERS_S = 20.0
-"""For one call of the actor, beyond the time that it is told to wait; it may have to start first."""
+"""Seconds for one call of the actor, beyond the time that it is told to wait; it may have to start first."""
 
 TRIES = 3
-"""Of one call, whose actor may have ended, since nobody asked for long or since it was killed."""
+"""Attempts of one call: the actor may have been killed, or have ended because nobody asked for long."""
 
 WAITING = 10_000
 """Calls that may wait in the actor at once."""
@@ -54,7 +54,7 @@ class IdempotencyKeys:
         self._letting_go: set[asyncio.Task[None]] = set()
 
     def follow(self, settings: Mapping[str, Any]) -> None:
-        """Keep answers so from now on.
+        """Keep answers by these settings from now on.
 
         Args:
             settings: `storage.idempotency` of the deployment.
@@ -64,7 +64,7 @@ class IdempotencyKeys:
             self._settings, self._keeper = wanted, None
 
     def scope(self, caller: str, key: str) -> str:
-        """A key and whose it is; two callers' equal keys are two."""
+        """A key together with its caller: equal keys of two callers are different keys."""
         return hashlib.sha256(json.dumps([caller, key]).encode()).hexdigest()
 
     async def claim(self, scope: str, fingerprint: str, seed: int, token: str, patience_s: float) -> Claim:
@@ -103,7 +103,7 @@ class IdempotencyKeys:
         return bool(await self._ask("fail", scope, token, error))
 
     def let_go(self, scope: str, token: str) -> None:
-        """See `KeptAnswers.release`. Returns at once: whoever leaves cannot wait."""
+        """See `KeptAnswers.release`. Returns at once, because a caller that leaves cannot wait."""
         task = asyncio.get_running_loop().create_task(self._release(scope, token))
         self._letting_go.add(task)
         task.add_done_callback(self._letting_go.discard)
@@ -133,8 +133,8 @@ class IdempotencyKeys:
         raise KeysUnavailable("idempotency keys cannot be kept now; try again later, or send none") from None
 
     def _start(self) -> Any:
-        """The actor, started if it is not there. Blocks. Gateways of another version or setting have one of their own,
-        which reads the same file."""
+        """The actor, started if necessary. Blocks. Gateways with another version or other settings have an actor of
+        their own, which reads the same file."""
         settings = self._settings.model_dump()
         if not ray.is_initialized():
             return KeptAnswers(**settings, lives=lambda gateway: True)

@@ -1,8 +1,8 @@
 """The answers of requests with an idempotency key: one SQLite file and the files of the answers beside it.
 
-A key is claimed by the gateway that does its work, with the seed that the work has from then on, whoever does it. When
-the work has ended its answer is kept, so that the key is answered once, with the same bytes again. One actor of the
-cluster runs `KeptAnswers`, on the node of its file; `service.state.idempotency` starts and asks it.
+The gateway that does the work of a key claims it, with a seed that the work keeps, whoever does it later. When the work
+has ended its answer is kept, so that the key always gets the same bytes. One actor of the cluster runs `KeptAnswers`,
+on the node of its file; `service.state.idempotency` starts and asks it.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ from workers.messages import GenerationResult
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 1.0
-"""How often somebody who waits looks whether the gateway that works for the key still lives."""
+"""Seconds between two looks of a waiting caller whether the gateway that works for the key still lives."""
 
 LEASE_S = 60.0
-"""A gateway that has not renewed its claim for so long has lost it, though it lives."""
+"""Seconds without renewal after which a gateway loses its claim, even if it lives."""
 
 MOST_KEYS = 100_000
 
 PERIOD_S = 60.0
-"""Between two sweeps of what has expired."""
+"""Seconds between two sweeps of expired answers."""
 
 UNUSED_S = 600.0
-"""The actor ends when nobody has asked for so long: nothing else would end it. Its file stays."""
+"""Seconds without a question after which the actor ends: nothing else would end it. Its file stays."""
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers_1 (
@@ -64,14 +64,14 @@ State = Literal["mine", "running", "done", "failed", "reused"]
 
 @dataclass(frozen=True)
 class Claim:
-    """What becomes of a request with a key.
+    """The state of a request with a key.
 
     Attributes:
-        state: mine: whoever asks does the work now; running: another does; done, failed: it has ended; reused: the key
-            belongs to another request.
-        seed: what the work has to use.
-        result: of work that is done.
-        error: of work that has failed.
+        state: mine: the asking gateway does the work now; running: another gateway does; done, failed: the work has
+            ended; reused: the key belongs to another request.
+        seed: the seed that the work must use.
+        result: the result of work that is done.
+        error: the error of work that has failed.
     """
 
     state: State
@@ -86,9 +86,9 @@ class KeptAnswers:
     Args:
         folder: `storage.idempotency.folder`; None: with the outputs of this node and cluster.
         ttl_s: how long a key is kept, in seconds.
-        max_bytes: of all files; beyond, the oldest ones go, and their keys are drawn again with the same seed.
+        max_bytes: bytes of all files. Beyond, the oldest go, and their keys are drawn again with the same seed.
         lives: whether a gateway lives, by its name; blocks.
-        is_actor: the process is for this alone, and ends when nobody asks.
+        is_actor: whether the process exists only for this, and ends when nobody asks.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class KeptAnswers:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def claim(self, scope: str, fingerprint: str, seed: int, owner: str, token: str, patience_s: float) -> Claim:
-        """Do the work for a key, or learn what has become of it. Asking again with the same token changes nothing.
+        """Claim the work for a key, or learn its state. Asking again with the same token changes nothing.
 
         Args:
-            scope: the key and whose it is.
+            scope: the key together with its caller.
             fingerprint: of the request.
-            seed: what the work would use if it is the first for the key.
+            seed: the seed of the work, if it is the first for the key.
             owner: the gateway that asks, by its actor's name.
-            token: of this one claim.
-            patience_s: how long to wait while another does the work.
+            token: identifies this claim.
+            patience_s: seconds to wait while another gateway does the work.
         """
         self._use()
         until = time.monotonic() + patience_s
@@ -132,18 +132,18 @@ class KeptAnswers:
                     await asyncio.wait_for(changed.wait(), min(LOOK_S, max(0.0, until - time.monotonic())))
 
     async def renew(self, scope: str, token: str) -> bool:
-        """The work of a claim goes on; False: another has taken it over."""
+        """Note that the work of a claim goes on; False: another gateway has taken it over."""
         self._use()
         return self._set("beat = ?", (time.time(),), scope, token)
 
     async def finish(self, scope: str, token: str, result: GenerationResult, kind: str) -> bool:
-        """Keep the answer of a claim; False: another has taken the work over, and its answer counts.
+        """Keep the answer of a claim; False: another gateway has taken the work over, and its answer counts.
 
         Args:
-            scope: the key and whose it is.
+            scope: the key together with its caller.
             token: of the claim.
             result: with its files.
-            kind: of the files, such as png.
+            kind: the suffix of the files, such as png.
         """
         self._use()
         kept = [await asyncio.to_thread(self._files.keep, output, kind) for output in result.outputs]
@@ -159,18 +159,18 @@ class KeptAnswers:
         return bool(row == (token, "done"))  # this call came twice
 
     async def fail(self, scope: str, token: str, error: SprayError) -> bool:
-        """Keep how the work of a claim has failed; False: another has taken it over."""
+        """Keep the error of a claim's work; False: another gateway has taken it over."""
         self._use()
         answer = json.dumps({"links": [], "error": [type(error).__name__, error.args]})
         return self._set("state = 'failed', answer = ?", (answer,), scope, token)
 
     async def release(self, scope: str, token: str) -> None:
-        """Let somebody else do the work of a claim, with the same seed."""
+        """Give a claim up, so that another gateway may do its work with the same seed."""
         self._use()
         self._set("state = 'free'", (), scope, token)
 
     async def _look(self, scope: str, fingerprint: str, seed: int, owner: str, token: str) -> Claim | None:
-        """What there is for a key, which is claimed if nobody works for it. None: it has just changed."""
+        """The state of a key, which is claimed if nobody works for it. None: it has just changed."""
         now = time.time()
         row = self._table.execute(
             "SELECT fingerprint, seed, state, token, owner, beat, created, answer, bytes"
@@ -209,7 +209,7 @@ class KeptAnswers:
         return Claim("mine", settled)
 
     def _set(self, what: str, values: tuple[Any, ...], scope: str, token: str) -> bool:
-        """Change a claim that still holds, and wake who waits."""
+        """Change a claim that still holds, and wake those that wait for it."""
         order = f"UPDATE answers_1 SET {what} WHERE scope = ? AND token = ? AND state = 'running'"
         done = bool(self._table.execute(order, (*values, scope, token)).rowcount)
         if (changed := self._changed.pop(scope, None)) is not None:
@@ -239,7 +239,7 @@ class KeptAnswers:
         return alive
 
     def _bound(self, scope: str) -> None:
-        """Remove the oldest answers beyond what may be kept, but not this one."""
+        """Remove the oldest answers above `max_bytes`, but not this one."""
         while self._bytes > self._max_bytes or self._keys > MOST_KEYS:
             whole = self._keys > MOST_KEYS
             row = self._table.execute(
@@ -298,7 +298,7 @@ class KeptAnswers:
         return self._opened
 
     async def _sweep_forever(self) -> None:
-        """Remove what has expired, and end when nobody asks anymore."""
+        """Remove expired answers, and end when nobody asks anymore."""
         while True:
             await asyncio.sleep(PERIOD_S)
             late = time.time() - self._ttl_s
@@ -313,7 +313,7 @@ class KeptAnswers:
 
 
 def _named(link: list[Any]) -> tuple[str, str, str]:
-    """What `OutputStore.find` takes, of a link in JSON."""
+    """The arguments of `OutputStore.find`, from a link in JSON."""
     name, expires, signature = link
     return name, str(expires), signature
 

@@ -1,7 +1,7 @@
-"""What the keys of a deployment have in use in each gateway, so that their limits hold over all of them together.
+"""What each API key uses in each gateway, so that its limits hold for all gateways together.
 
-A request is not held up for it: each gateway tells the keeper of `service.state.shared_turns` once a second what its
-own requests use, and hears the sum of the others. So a key may exceed a limit by what other gateways accept within a
+No request waits for this: once a second each gateway tells the keeper of `service.state.shared_turns` what its own
+requests use, and hears the sum of the others. So a key may exceed a limit by what other gateways accept within a
 second. Without a keeper each gateway counts for itself. For `service.access`; the numbers are those of
 `service.state.keyring`.
 """
@@ -19,11 +19,11 @@ logger = logging.getLogger("ray.serve")
 PERIOD_S = 1.0
 
 SILENT_S = 5.0
-"""What a gateway has told for so long counts no longer, and a keeper that takes so long is away."""
+"""Seconds after which a gateway's last report no longer counts, and after which a silent keeper is away."""
 
 
 class Use(NamedTuple):
-    """What one key uses.
+    """The use of one key.
 
     Attributes:
         running: requests that wait or run.
@@ -42,7 +42,7 @@ class KeyUses:
         self._told: dict[str, tuple[float, Mapping[str, Use]]] = {}  # by gateway: when, and what
 
     async def share_use(self, gateway: str, used: Mapping[str, Use]) -> dict[str, Use]:
-        """Note what the keys use in a gateway; return what they use in all others, by key."""
+        """Record what the keys use in a gateway; return what they use in all others, by key."""
         now = time.monotonic()
         told = {name: each for name, each in self._told.items() if now - each[0] < SILENT_S}
         self._told = told | {gateway: (now, used)}
@@ -59,10 +59,10 @@ class SharedUse:
 
     Args:
         gateway: its name.
-        limited: whether any key has limits; where none has, nobody is asked.
-        used: what its own requests use, by key.
-        hear: takes what those of other gateways use.
-        find_keeper: blocks; the handle of the actor with the methods of `KeyUses`.
+        limited: whether any key has limits. If none has, the keeper is not asked.
+        used: returns what its own requests use, by key.
+        hear: is called with what the requests of other gateways use.
+        find_keeper: returns the handle of the actor with the methods of `KeyUses`; blocks.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Keyring: the API keys of a gateway, and what each has left of its allowance. For `service.access`.
+"""Keyring: the API keys of a gateway, and what is left of the allowance of each. For `service.access`.
 
-Keys come from a variable of the environment, from a file, or from both. The file is read again when it changes, so that
-keys are added and withdrawn without a restart; while it cannot be read, the former keys remain valid.
+Keys come from an environment variable, from a file, or from both. The file is read again when it changes, so that keys
+can be added and withdrawn without a restart. While it cannot be read, the former keys remain valid.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ class Allowance:
     """What one key may still do.
 
     Work is a bucket that holds a minute's worth and fills up steadily. A request takes its work at once, and may
-    overdraw a full bucket, so that none is too large for ever. All gateways have one bucket together: each knows what
-    its own requests have taken, and what others have said a moment ago.
+    overdraw a full bucket, so that no request is too large forever. All gateways share one bucket: each knows what its
+    own requests have taken, and what the others reported a moment ago.
 
     Attributes:
         elsewhere: what requests at other gateways use.
@@ -59,14 +59,14 @@ class Allowance:
 
     @contextlib.contextmanager
     def take(self, key: ApiKey, work: float) -> Iterator[None]:
-        """Let one request of the key wait and run.
+        """Take the allowance of one request, while it waits and runs.
 
         Args:
             key: with its limits, which may have changed.
             work: pixels x frames x steps x pictures.
 
         Raises:
-            RateLimited: the key has no more.
+            RateLimited: the allowance is used up.
         """
         running = self._running + self.elsewhere.running
         if key.max_concurrent is not None and running >= key.max_concurrent:
@@ -110,7 +110,7 @@ class Keyring:
         self._following: asyncio.Task[None] | None = None
 
     def configure(self, variable: str | None, file: str | None) -> None:
-        """Take the keys of this variable and file from now on.
+        """Use the keys of this variable and file from now on.
 
         Raises:
             SpecError: one of them holds no usable keys. The former keys remain valid.
@@ -127,7 +127,7 @@ class Keyring:
     def find(self, given: str) -> ApiKey | None:
         """The key that was sent in a header.
 
-        Servers decode headers as latin-1, whatever clients mean: their letters may be those of UTF-8, or the bytes.
+        Servers decode headers as latin-1. A client may have meant UTF-8, or latin-1 itself.
         """
         sent = (given.encode("utf-8", "surrogateescape"), given.encode("latin-1", "replace"))
         return find_key((*self._from_variable, *self._from_file), sent)
@@ -147,7 +147,7 @@ class Keyring:
         return {name: use for name, use in found.items() if any(use)}
 
     def hear(self, others: Mapping[str, Use]) -> None:
-        """Take what requests of other gateways use, by key."""
+        """Record what requests of other gateways use, by key."""
         for name in {*self._allowances, *others}:
             allowance = self._allowances.setdefault(name, Allowance())
             allowance.elsewhere = others.get(name, Use())
@@ -162,7 +162,7 @@ class Keyring:
                     logger.error("%s; the former keys remain valid", error)
 
     async def _read_again(self, file: Path) -> None:
-        """Take the keys of a file that has changed, unless another is configured meanwhile."""
+        """Use the keys of a file that has changed, unless another file was configured meanwhile."""
         stamp = await asyncio.to_thread(_stamp, file)
         if stamp == self._read:
             return
@@ -178,10 +178,10 @@ class Keyring:
 
 
 def check_keys(auth: Auth) -> None:
-    """Refuse keys that a gateway with this environment and these files could not read.
+    """Check that a gateway with this environment and these files can read its keys.
 
     Raises:
-        SpecError: it could not.
+        SpecError: it cannot.
     """
     variable_keys(auth.api_keys_env)
     if auth.api_keys_file:
@@ -208,7 +208,7 @@ def variable_keys(variable: str | None) -> tuple[ApiKey, ...]:
 
 
 def _stamp(file: Path) -> object:
-    """Differs when the file does: Kubernetes replaces a mounted secret by another inode."""
+    """A value that changes with the file. Kubernetes replaces a mounted secret by another inode."""
     try:
         found = file.stat()
     except OSError as error:

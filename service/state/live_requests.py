@@ -1,7 +1,6 @@
-"""The requests that wait or run in this gateway: what `/v1/requests` tells of them, and how they are canceled.
+"""The requests that wait or run in this gateway: for `/v1/requests`, and for canceling them.
 
-`service.gateway` passes the reports of every request through `watched`. What one gateway knows is here; how all of them
-are asked is in `service.state.exchange`.
+`service.gateway` passes the reports of every request through `watched`. `service.state.exchange` asks all gateways.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ from workers.messages import GenerationRequest, GenerationResult, StepEvent
 Report = TypeVar("Report")
 
 PLACE_S = 0.5
-"""For asking where a request stands. The list comes without its place otherwise."""
+"""Seconds for asking for the place of a request. Afterwards it is listed without its place."""
 
 
 @dataclass
@@ -30,8 +29,8 @@ class Live:
         request: what was asked for.
         key: the name of the API key that asked; empty: none was needed.
         since: when it was admitted, in seconds since the epoch.
-        canceled: done when somebody wants it to end.
-        running: a gang has it. One that lost its ranks waits again.
+        canceled: a future that is done when the request is canceled.
+        running: whether a gang has it. A request whose gang lost its ranks waits again.
         step: denoising steps done, as far as they were reported here.
     """
 
@@ -44,7 +43,7 @@ class Live:
 
 
 class LiveRequests:
-    """All of one gateway.
+    """The live requests of one gateway.
 
     Args:
         gateway: its name.
@@ -57,12 +56,12 @@ class LiveRequests:
     async def watched(
         self, request: GenerationRequest, key: str, reports: AsyncGenerator[Report]
     ) -> AsyncGenerator[Report]:
-        """The same reports. Until they end, the request is listed and can be canceled, and its deadline is held.
+        """Pass the reports on. Until they end, the request is listed, can be canceled, and must meet its deadline.
 
         Args:
-            request: what they are of.
+            request: the request.
             key: the name of the API key that asked; empty: none was needed.
-            reports: of the request; closed at the end.
+            reports: the reports of the request; closed at the end.
 
         Raises:
             RequestCancelled: it was canceled.
@@ -84,12 +83,12 @@ class LiveRequests:
             self._live.pop(request.request_id, None)
 
     def begun(self, request_id: str) -> None:
-        """A gang has the request."""
+        """Note that a gang has the request."""
         if request_id in self._live:
             self._live[request_id].running = True
 
     def lost(self, request_id: str) -> None:
-        """Its gang has lost its ranks; it waits again."""
+        """Note that its gang has lost its ranks, and that it waits again."""
         if request_id in self._live:
             live = self._live[request_id]
             live.running, live.step = False, 0
@@ -99,7 +98,7 @@ class LiveRequests:
 
         Args:
             request_id: of the request.
-            key: the name of the API key that wants it; it may end its own alone. None: any.
+            key: the name of the API key that asks, which may end only its own requests. None: any request.
         """
         live = self._live.get(request_id)
         if live is None or not _may_see(key, live):
@@ -112,7 +111,7 @@ class LiveRequests:
         """The `service.api.answers.RequestObject` of each, the oldest first.
 
         Args:
-            key: the name of the API key that asks; it sees its own alone. None: all.
+            key: the name of the API key that asks, which sees only its own requests. None: all requests.
         """
         seen = [live for live in self._live.values() if _may_see(key, live)]
         running = {
@@ -165,7 +164,7 @@ def _may_see(key: str | None, live: Live) -> bool:
 
 
 def _running(report: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], float | None]]:
-    """What a gang runs, by request: its steps, and the seconds that are left. An elastic gang runs several."""
+    """The requests that a gang runs, each with its steps and the seconds left. An elastic gang runs several."""
     now = report.get("now", {})
     if now.get("requests"):
         return {each["request_id"]: (each, each.get("eta_s")) for each in now["requests"]}
@@ -173,7 +172,7 @@ def _running(report: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], fl
 
 
 def _typical_s(model: str) -> float:
-    """What a typical request of a model takes, in seconds; 0: nobody knows."""
+    """Seconds that a typical request of a model takes; 0: not known."""
     reports = router_registry.lookup(app_name(model))[1]
     learned = [takes_s for each in reports if (takes_s := each.get("takes_s") or each.get("request_s"))]
     return sum(learned) / len(learned) if learned else 0.0

@@ -1,7 +1,7 @@
 """The state of each model, with its reason: for `GET /v1/cluster`, `GET /v1/models`, `/readyz` and `spray ps`.
 
-It follows from Serve's status (how many gangs are in which state), Ray's nodes (can a gang be placed?), and the gangs'
-own reports (`service.state.router_registry`).
+It follows from Serve's status (how many gangs are in which state), Ray's nodes (whether a gang can be placed), and the
+gangs' own reports (`service.state.router_registry`).
 """
 
 import re
@@ -62,10 +62,10 @@ def model_state(
 
     Args:
         model: as it was deployed.
-        status: of Serve.
-        nodes: of the cluster, with all that they have.
-        free: the same nodes, with what is free.
-        placed: none of its gangs waits for a place, so what starts holds what it needs.
+        status: the status of Serve.
+        nodes: the nodes of the cluster, with their total resources.
+        free: the same nodes, with their free resources.
+        placed: whether none of its gangs waits for a place, so that a starting gang has what it needs.
         reported: `queued` and `gangs` of `ModelState`.
     """
     application = status.applications.get(app_name(model.name))
@@ -89,7 +89,7 @@ def failure(application: ApplicationStatusOverview) -> str:
 
 
 def last_error(application: ApplicationStatusOverview) -> str:
-    """The message of the last exception that Serve tells of an application; empty if it tells of none."""
+    """The message of the last exception that Serve reports of an application; empty if there is none."""
     raised = RAISED.findall(_said(application))
     return str(raised[-1]) if raised else ""
 
@@ -109,9 +109,9 @@ def cluster_object(
 
     Args:
         models: each with its state.
-        nodes: of the cluster, with all that they have.
-        free: the same nodes, with what is free.
-        targets: how many gangs Serve aims at, by application.
+        nodes: the nodes of the cluster, with their total resources.
+        free: the same nodes, with their free resources.
+        targets: the number of gangs that Serve aims at, by application.
     """
     return {
         "object": "cluster",
@@ -122,7 +122,7 @@ def cluster_object(
 
 
 def state_object(model: ModelSpec, state: ModelState, wanted: int | None = None) -> dict[str, Any]:
-    """One model of `GET /v1/cluster`; `wanted` gangs are what Serve aims at."""
+    """One model of `GET /v1/cluster`; `wanted` is the number of gangs that Serve aims at."""
     scaling = model.autoscaling
     return {
         "id": model.name,
@@ -142,7 +142,7 @@ def state_object(model: ModelSpec, state: ModelState, wanted: int | None = None)
 
 
 def wanted_reason(model: ModelSpec, target: int) -> WantedReason:
-    """Why Serve aims at so many gangs: the file allows no other number, no fewer, no more; or the load."""
+    """Why Serve aims at this number of gangs: the file allows no other, no fewer or no more; or the load."""
     fewest, most = model.autoscaling.min_replicas, model.autoscaling.max_replicas
     if fewest == most:
         return "fixed"

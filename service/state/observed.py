@@ -1,4 +1,4 @@
-"""What a gateway tells Prometheus of each model's gangs and queue. For `service.state.poller`."""
+"""The gauges of each model's gangs and queue that a gateway sets for Prometheus. Called by `service.state.poller`."""
 
 from collections.abc import Mapping
 from typing import get_args
@@ -36,9 +36,9 @@ class ObservedModels:
 
         Args:
             models: of the deployment, by name.
-            states: theirs.
-            targets: how many gangs Serve aims at, by application.
-            jobs: what waits in the store, by model.
+            states: their states, by name.
+            targets: the number of gangs that Serve aims at, by application.
+            jobs: the jobs that wait in the store, by model.
         """
         for name in self._told - set(models):
             self._end(name)

@@ -1,8 +1,8 @@
 """Finished files in a bucket of S3, or of a store that speaks its language. For `service.state.outputs`; calls block.
 
-An object appears whole or not at all, so none needs a temporary name. Credentials, region and endpoint come from the
-gateway's environment, under AWS's own names, or from the node's role. The bucket itself knows when a file was written,
-so files expire by that.
+An object appears whole or not at all, so it needs no temporary name. Credentials, region and endpoint come from the
+gateway's environment, under AWS's own names, or from the node's role. The bucket knows when a file was written, and
+files expire by that time.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from workers.errors import OutputNotFound, OutputsUnavailable
 
 CONNECT_S, ANSWER_S, RETRY_S = 5, 60, 20
 READ_BYTES = 4 << 20
-"""Of a file, by one request."""
+"""Bytes of a file that one request reads."""
 
 
 class Bucket:
-    """A bucket of outputs, or what begins with a prefix in one.
+    """A bucket of outputs, or the part of a bucket below a prefix.
 
     Args:
         url: `storage.outputs.url`: s3://BUCKET or s3://BUCKET/PREFIX.
@@ -101,7 +101,7 @@ class Bucket:
         self._bytes = kept
 
     def _files(self) -> Iterator[tuple[str, int, float]]:
-        """Name, bytes and time of each file that is ours; whatever else is there is left alone."""
+        """Name, bytes and time of each of our files; others are left alone."""
         with _answering():
             for some in obstore.list(self._store):
                 for found in some:
@@ -117,28 +117,28 @@ class Bucket:
 
 
 class _Reader(io.RawIOBase):
-    """An object as a file of Python's."""
+    """An object as a Python file."""
 
     def __init__(self, opened: "obstore.ReadableFile") -> None:
         self._opened = opened
 
     def readable(self) -> bool:
-        """It is for nothing else."""
+        """Always True."""
         return True
 
     def read(self, size: int | None = -1) -> bytes:
-        """Bytes from where it stands; all that follow if `size` is negative."""
+        """Up to `size` bytes from the current position; all that follow if `size` is negative."""
         with _answering():
             return bytes(self._opened.read(None if size is None or size < 0 else size))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Stand elsewhere."""
+        """Move to another position."""
         return self._opened.seek(offset, whence)
 
 
 @contextlib.contextmanager
 def _answering() -> Iterator[None]:
-    """Errors of the bucket in our words; its own name accounts and keys, and stay in the log.
+    """Replace the bucket's errors by ours: they name accounts and keys, and only go to the log.
 
     Raises:
         OutputsUnavailable: it does not answer, refuses, or is not there.

@@ -1,6 +1,6 @@
 """Finished files in a folder that all gateways of a deployment see. For `service.state.outputs`; its calls block.
 
-A file's time of change is when it expires, so whoever sweeps the folder needs to know nothing else.
+A file's modification time is when it expires, so a sweep needs to know nothing else.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from workers.private_folder import is_own, make_private
 
 UNFINISHED = ".new"
 OURS = re.compile(rf"{NAME.pattern}|({KEPT.pattern}|[0-9a-f]{{16}}){re.escape(UNFINISHED)}")
-"""What a sweep may remove: outputs, files that nobody has finished, and keys that came second."""
+"""Files that a sweep may remove: outputs, unfinished files, and keys that came second."""
 
 UNFINISHED_S = 3600.0
-"""After which a file that nobody has finished is removed."""
+"""Seconds after which an unfinished file is removed."""
 
 LEAST_FREE_BYTES = 32 << 20
-"""With less on the disk, nothing is begun whose output could not be kept."""
+"""Bytes that must be free on the disk; with less, no request begins, because its output could not be kept."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL = "the disk that keeps pictures and videos is full; try again later"
@@ -58,7 +58,7 @@ class Folder:
 
     @property
     def there(self) -> bool:
-        """False: whoever cleans temporary files has removed it."""
+        """Whether the folder still exists: a cleaner of temporary files may have removed it."""
         return self._folder.is_dir()
 
     def check(self, max_bytes: int | None) -> None:
@@ -105,10 +105,10 @@ class Folder:
         (self._folder / name).unlink(missing_ok=True)
 
     def sweep(self, ttl_s: float) -> None:
-        """Also in the folders that ended clusters of this user have left.
+        """See `Place`. It also sweeps the folders that ended clusters of this user have left.
 
-        Only files that are named as outputs are removed: a folder may hold other things, and anybody may put a link
-        beside it.
+        Only files with names of outputs are removed: a folder may hold other things, and anybody may put a link beside
+        it.
         """
         own = [self._folder] if self._given else {self._folder, *filter(is_own, self._folder.parent.glob(f"{FOLDER}*"))}
         for place in own:
@@ -128,7 +128,7 @@ class Folder:
 
 
 def own_folder() -> str:
-    """Of this node and cluster, which all its gateways find; `SPRAY_OUTPUTS_DIR` names another."""
+    """The folder of this node and cluster, which all its gateways find; `SPRAY_OUTPUTS_DIR` names another."""
     cluster = os.environ.get("RAY_RAYLET_PID") or os.getpid()
     return os.environ.get("SPRAY_OUTPUTS_DIR") or f"{tempfile.gettempdir()}/{FOLDER}{cluster}"
 
@@ -151,7 +151,7 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _shared_key(folder: Path) -> bytes:
-    """The key of a folder; the first process makes it. A link appears whole, and only if there is none."""
+    """The key of a folder; the first process makes it. A hard link appears whole, and only if there is none yet."""
     unfinished = folder / f"{secrets.token_hex(8)}{UNFINISHED}"
     try:
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

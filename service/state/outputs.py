@@ -1,8 +1,7 @@
-"""Outputs: finished pictures and videos, for answers that hold a URL and for jobs. For `service.gateway` and the API.
-Beside them lies what jobs begin with, for `service.jobs.inputs`.
+"""Outputs: finished pictures and videos, for answers with a URL and for jobs. For `service.gateway` and the API.
 
-They lie in a folder or a bucket. Every gateway that sees it answers for what any of them has put there: the key that
-signs URLs lies in it too.
+The inputs of jobs are kept beside them, for `service.jobs.inputs`. The place is a folder or a bucket. Every gateway
+that sees it can answer for the files of all gateways, because the key that signs URLs is kept there too.
 """
 
 import asyncio
@@ -24,17 +23,17 @@ from workers.errors import Forbidden, OutputNotFound
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 60.0
-"""Between two sweeps."""
+"""Seconds between two sweeps."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Where an output is, for whoever holds this.
+    """A signed link to an output.
 
     Attributes:
-        name: of the output.
+        name: the name of the output.
         expires: when it is removed, in seconds since the epoch.
-        signature: proves that a gateway has made this.
+        signature: proves that a gateway has made the link.
     """
 
     name: str
@@ -43,12 +42,12 @@ class Link:
 
     @property
     def path(self) -> str:
-        """Of the URL, with its query."""
+        """The path of the URL, with its query."""
         return f"/v1/outputs/{self.name}?expires={self.expires}&signature={self.signature}"
 
 
 def new_input_name() -> str:
-    """A name that nobody can guess, for what a job begins with."""
+    """A name that nobody can guess, for an input of a job."""
     return f"{secrets.token_urlsafe(24)}.input"
 
 
@@ -64,7 +63,7 @@ class OutputStore:
         self._sweeping: asyncio.Task[None] | None = None
 
     def follow(self, folder: str | None, ttl_s: float, url: str | None = None, max_bytes: int | None = None) -> None:
-        """Keep files so from now on, and remove those that expire.
+        """Keep files by these settings from now on, and remove those that expire.
 
         Args:
             folder: `storage.outputs.folder`; None: one of this node and cluster, for this user alone.
@@ -73,7 +72,7 @@ class OutputStore:
             max_bytes: `storage.outputs.max_bytes`.
 
         Raises:
-            SpecError: what the environment says of the bucket cannot be understood.
+            SpecError: the environment's settings for the bucket are not valid.
         """
         place = Bucket(url) if url and (folder, url) != self._where else None
         if (folder, url) != self._where:
@@ -85,11 +84,11 @@ class OutputStore:
 
     @property
     def named(self) -> bool:
-        """Whether the deployment names the place. Another one may end with the cluster, or be one node's."""
+        """Whether the deployment names the place. Otherwise it may end with the cluster, or belong to one node."""
         return self._where != (None, None)
 
     def prepare(self) -> None:
-        """See that files can be kept, before they are computed. Blocks.
+        """Check that files can be kept, before they are computed. Blocks.
 
         Raises:
             OSError: the folder cannot be made or written.
@@ -99,11 +98,11 @@ class OutputStore:
         self._open().check(self._max_bytes)
 
     def keep(self, content: bytes, kind: str) -> Link:
-        """Write a file; it is there whole, also after a crash, or not at all. Blocks.
+        """Write a file. Even after a crash it is there whole, or not at all. Blocks.
 
         Args:
-            content: of the file.
-            kind: its suffix, such as png.
+            content: the content of the file.
+            kind: the suffix of the file, such as png.
 
         Raises:
             OSError: the folder cannot be written.
@@ -116,19 +115,19 @@ class OutputStore:
         return Link(name, expires, self._sign(name, expires))
 
     def keep_input(self, name: str, content: bytes) -> None:
-        """Write what a job begins with, as `keep` writes; it stays until it is discarded. Blocks.
+        """Write an input of a job, as `keep` does. It stays until it is discarded. Blocks.
 
         Args:
             name: from `new_input_name`.
-            content: of the file.
+            content: the content of the file.
 
         Raises:
-            Exception: as `keep`.
+            OSError, OutputsFull, OutputsUnavailable: see `keep`.
         """
         self._open().write(name, content, int(time.time()))
 
     def input(self, name: str) -> Stored:
-        """What a job begins with. Blocks.
+        """An input of a job. Blocks.
 
         Raises:
             OutputNotFound: it is not kept here, or not anymore.
@@ -176,14 +175,14 @@ class OutputStore:
             self._open().remove(name)
 
     def sweep(self) -> None:
-        """Remove what has expired. Blocks."""
+        """Remove expired files. Blocks."""
         self._open().sweep(self._ttl_s)
 
     def _sign(self, name: str, expires: int) -> str:
         return hmac.new(self._key, f"{name}\n{expires}".encode(), hashlib.sha256).hexdigest()
 
     def _open(self) -> Place:
-        """The place, with this object's key read from it, or put there first."""
+        """The place. Its key is read, or made if there is none."""
         where, place = self._where, self._place
         if place is None:
             place = Folder(where[0])

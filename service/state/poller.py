@@ -1,4 +1,4 @@
-"""Reads the state of the cluster in the background, so that nobody who asks for it has to wait. For `service.gateway`.
+"""Reads the state of the cluster in the background, so that nobody has to wait for it. For `service.gateway`.
 
 Serve's status, Ray's nodes and the gangs' reports come in; a `ModelState` per model goes out. If Serve's controller
 does not answer, the last state stays, and requests go on.
@@ -26,15 +26,15 @@ logger = logging.getLogger("ray.serve")
 PERIOD_S = 1.0
 
 STEADY_S = 4.0
-"""Between two looks at Serve and Ray while every model is well and nothing waits for more gangs: each costs both sides
-CPU time. What the gangs report themselves is looked at every PERIOD_S all the same."""
+"""Seconds between two looks at Serve and Ray while every model is well and nothing waits for more gangs: each look
+costs both sides CPU time. The gangs' own reports are read every PERIOD_S."""
 
 
 class Poller:
-    """Knows the state of each model, a second old; up to `STEADY_S` where nothing was about to change.
+    """Knows the state of each model. It is a second old; up to `STEADY_S` if nothing was about to change.
 
     Args:
-        jobs: what waits in the store of jobs, for metrics.
+        jobs: returns the jobs that wait in the store, for metrics.
         greet: called for each model that Serve knows, before its gangs' reports are looked up.
     """
 
@@ -62,7 +62,7 @@ class Poller:
 
     @property
     def states(self) -> dict[str, ModelState]:
-        """By model; one that was not polled yet counts as starting."""
+        """States by model. A model that was not polled yet counts as starting."""
         return {name: self._states.get(name, ModelState("starting")) for name in self._models}
 
     def cluster(self) -> dict[str, Any]:
@@ -109,20 +109,20 @@ class Poller:
 
 
 def _read() -> tuple[Any, list[Node], list[Node], Mapping[str, int]]:
-    """Serve's status, the nodes, what is free of them, and how many gangs Serve aims at."""
+    """Serve's status, the nodes, their free resources, and the number of gangs that Serve aims at."""
     status, targets = serve_state()
     return status, alive_nodes(), free_nodes(), targets
 
 
 def _is_steady(model: ModelSpec, state: ModelState) -> bool:
-    """True if nothing is about to change, as far as can be seen. What waits calls for gangs, unless all run."""
+    """Whether nothing is about to change, as far as can be seen. Waiting requests call for gangs, unless all run."""
     settled = set(state.replicas) <= {"RUNNING"}
     all_run = state.replicas.get("RUNNING", 0) >= model.autoscaling.max_replicas
     return state.state in ("running", "asleep") and settled and not state.reason and (not state.queued or all_run)
 
 
 def _starts(status: Any) -> bool:
-    """True if some gang starts."""
+    """Whether any gang is starting."""
     deployments = (each for application in status.applications.values() for each in application.deployments.values())
     return any(str(state).endswith("STARTING") for each in deployments for state in each.replica_states)
 

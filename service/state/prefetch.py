@@ -1,7 +1,8 @@
 """Fetches hub models onto nodes before a gang needs them. For `service.gateway`.
 
-`spray deploy` makes every node fetch before it tells Serve; this is for nodes that join later, and for deployments that
-came another way. The first process on a node fetches a model, and the others wait for it: see `workers.model.files`.
+`spray deploy` makes every node fetch before it changes Serve. This module is for nodes that join later, and for
+deployments that were made in another way. The first process on a node fetches a model, and the others wait: see
+`workers.model.files`.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ class Prefetch:
         """Prefetch these models from now on.
 
         Args:
-            models: those in folders are skipped.
+            models: the models; those in folders are skipped.
             models_folder: `storage.models`.
         """
         self._models, self._models_folder = [model for model in models if model.from_hub], models_folder

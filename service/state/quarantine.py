@@ -1,7 +1,7 @@
 """Quarantine: remembers which requests have cost gangs, so that none costs more than `LOSSES`. For `service.dispatch`.
 
-A request is known by its caller and its body, since a client that asks again sends the same. Each loss is a key in the
-key-value store of Ray's head, which all gateways of the cluster read every two seconds, also after a restart.
+A request is identified by its caller and its body, since a client that retries sends the same body. Each loss is a key
+in the key-value store of Ray's head, which all gateways of the cluster read every two seconds, also after a restart.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ LOSSES = 2
 KEPT_S = 600.0
 PERIOD_S = 2.0
 KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
-"""Fingerprint, when, and a number of its own."""
+"""A key of the store: fingerprint, time, and a unique number."""
 
 NOT_THE_BODY = ("request_id", "report_steps", "seed_drawn", "deadline_at", "previews", "traceparent", "profile")
 
 NOT_IN_ALL = ("inputs", "strength", "extra_params")
-"""What counts only where it is there, so that an older gateway knows the others by the same fingerprint."""
+"""Fields that count only if they are set, so that older gateways compute the same fingerprint without them."""
 
 
 def fingerprint(caller: str, request: GenerationRequest) -> str:
-    """What a request has in common with the same one, asked again by the same caller."""
+    """A digest that is the same for the same request of the same caller."""
     body = dataclasses.asdict(request.without_data())
     for name in (*NOT_THE_BODY, *(["seed"] if request.seed_drawn else [])):
         del body[name]
@@ -59,14 +59,14 @@ class Quarantine:
         self._following: asyncio.Task[None] | None = None
 
     def follow(self) -> None:
-        """Learn from now on what other gateways count."""
+        """Read what other gateways count, from now on."""
         self._following = self._following or asyncio.create_task(self._follow())
 
     def check(self, fingerprint: str) -> None:
         """Refuse a request that has cost too many gangs.
 
         Raises:
-            RequestQuarantined: it has.
+            RequestQuarantined: it has cost too many.
         """
         if self.losses(fingerprint) >= LOSSES:
             raise RequestQuarantined(
@@ -101,7 +101,7 @@ class Quarantine:
                 await self._take(key for key in keys if KEY.fullmatch(key))
 
     async def _take(self, keys: Iterable[str]) -> None:
-        """Replace what is known by these keys, and delete those that are too old."""
+        """Replace the known losses by these keys, and delete keys that are too old."""
         found: dict[str, dict[str, float]] = {}
         for key in keys:
             fingerprint, at, _ = key.split("/")

@@ -1,7 +1,7 @@
-"""One line for each request that a gateway has taken, when it ends: whose it was, what it took, how it ended.
+"""Logs one line for each request of a gateway when it ends: its caller, what it took, how it ended.
 
-Called by `service.gateway`. The lines go to the standard error of the gateway's process, and nothing else does in this
-form: as text, `key=value` with JSON's quotes where they are needed, or as JSON, one object a line.
+Called by `service.gateway`. The lines go to the standard error of the gateway's process; nothing else there has their
+form: `key=value` with JSON's quotes where needed, or one JSON object per line.
 """
 
 import json
@@ -15,7 +15,7 @@ from workers.messages import GenerationRequest, GenerationResult
 logger = logging.getLogger("spray.requests")
 
 PLAIN = re.compile(r"[\w.,:/#+-]+")
-"""Values that need no quotes. What callers say has none of their line breaks then."""
+"""Values that need no quotes. All others are quoted, so that a caller's line breaks are escaped."""
 
 
 class RequestLog:
@@ -26,7 +26,7 @@ class RequestLog:
         self._prompts = False
 
     def follow(self, log_format: Literal["text", "json"], prompts: bool) -> None:
-        """Write lines so from now on, with prompts or without them."""
+        """Write lines in this format from now on, with prompts or without."""
         self._format, self._prompts = log_format, prompts
         if not any(isinstance(handler.formatter, _Lines) for handler in logger.handlers):  # once a process
             handler = logging.StreamHandler(sys.stderr)
@@ -51,10 +51,10 @@ class RequestLog:
             request: what was asked for.
             key: the name of the caller's API key; empty: none is needed.
             outcome: `ok`, `cancelled`, or the code of the error.
-            seconds: since it was taken.
-            attempts: gangs that it was given to; each but the last lost its ranks.
+            seconds: the time since it was admitted.
+            attempts: the number of gangs that ran it; all but the last lost their ranks.
             result: the answer, if there is one.
-            trace_id: of its trace; empty: it is not traced.
+            trace_id: the id of its trace; empty: it is not traced.
         """
         fields: dict[str, Any] = {
             "request_id": request.request_id,

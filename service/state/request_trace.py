@@ -1,7 +1,7 @@
-"""The trace of one request, as its gateway sees it: the span `request`, and in it `queue` and `encode_media`.
+"""The trace of one request, as its gateway sees it: the span `request`, and inside it `queue` and `encode_media`.
 
-Called by `service.gateway`. The gang that has the request adds its own spans to the trace, by the `traceparent` that it
-gets; see `workers.tracing`.
+Called by `service.gateway`. The request carries the `traceparent` to its gang, which adds its own spans; see
+`workers.tracing`.
 """
 
 from workers.messages import GenerationRequest, GenerationResult
@@ -9,12 +9,12 @@ from workers.tracing import Tracing, Value
 
 
 class RequestTrace:
-    """One request, from its admission to its end. Records nothing where it is not traced.
+    """The spans of one request, from its admission to its end. Records nothing if it is not traced.
 
     Args:
-        tracing: of this gateway.
+        tracing: the tracing of this gateway.
         request: what is asked for.
-        traceparent: of the caller; empty: it has sent none.
+        traceparent: the caller's; empty: it has sent none.
         key: the name of the caller's API key; empty: none is needed.
     """
 
@@ -44,21 +44,21 @@ class RequestTrace:
         return self._span.place.trace_id if self._span.place else ""
 
     def waits(self) -> None:
-        """It waits for a gang."""
+        """Note that it waits for a gang."""
         self._queued_at = self._span.now()
 
     def begun(self) -> None:
-        """A gang has it."""
+        """Note that a gang has it."""
         if self._queued_at is not None:
             self._span.inner("queue", self._queued_at)
         self._queued_at = None
 
     def lost(self, reason: str) -> None:
-        """Its gang is lost, and it waits again."""
+        """Note that its gang is lost, and that it waits again."""
         self._span.event("lost", {"reason": reason})
 
     def ended(self, outcome: str, attempts: int, result: GenerationResult | None) -> None:
-        """It has ended, however; send what was recorded."""
+        """Note that it has ended, for whatever reason, and send what was recorded."""
         self.begun()  # where it has ended in the queue
         self._span.attributes |= {"spray.outcome": outcome, "spray.attempts": attempts}
         if result is None:

@@ -20,16 +20,16 @@ class GangRouter(Protocol):
         """The last report of each running gang: `workers.gang.gang.Gang.record_routing_stats`."""
 
     def takes(self, request: GenerationRequest) -> Takes:
-        """What a request would take on one of its gangs."""
+        """The seconds that a request would take on one of its gangs."""
 
     async def prospect(self, caller: str) -> Prospect:
-        """What a new request of this caller would have to wait for."""
+        """What a new request of this caller would wait for."""
 
     async def standing(self, request_id: str) -> Prospect | None:
-        """What a request that waits still has to wait for; None if it does not wait."""
+        """What a waiting request still waits for; None if it does not wait."""
 
     def lose(self, request_id: str) -> None:
-        """The gang that ran this request has lost its ranks."""
+        """Note that the gang which ran this request has lost its ranks."""
 
 
 _routers: "weakref.WeakValueDictionary[str, GangRouter]" = weakref.WeakValueDictionary()
@@ -47,19 +47,19 @@ def lookup(application: str) -> tuple[int, Sequence[Mapping[str, Any]]]:
 
 
 def takes(application: str, request: GenerationRequest) -> Takes:
-    """What a request would take on a gang; nothing is known while nobody has asked the application yet."""
+    """The seconds that a request would take on a gang; not known before the first request to the application."""
     router = _routers.get(application)
     return router.takes(request) if router else Takes(0.0, 0.0)
 
 
 async def prospect(application: str, caller: str) -> Prospect:
-    """What a new request of this caller would have to wait for; nothing, if nobody has asked the application yet."""
+    """What a new request of this caller would wait for; nothing before the first request to the application."""
     router = _routers.get(application)
     return await router.prospect(caller) if router else Prospect(0, 0.0)
 
 
 async def standing(application: str, request_id: str) -> Prospect | None:
-    """What a request that waits still has to wait for; None if it does not wait."""
+    """What a waiting request still waits for; None if it does not wait."""
     router = _routers.get(application)
     return await router.standing(request_id) if router else None
 

@@ -1,10 +1,10 @@
 """One `Turns` for all gateways of a cluster, so that they neither rush to the same gang nor overtake each other.
 
-A gateway alone keeps its turns itself. Several ask one actor, the keeper, which the first of them starts. A gateway
-that cannot reach the keeper goes on by itself: then gangs refuse some of its requests, which costs time and loses
-nothing.
+A single gateway keeps its turns itself. Several gateways ask one actor, the keeper, which the first of them starts. A
+gateway that cannot reach the keeper goes on by itself: gangs then refuse some of its requests, which costs time but
+loses nothing.
 
-Called by `service.routing`, on the event loop that routes; `share` by `service.gateway`.
+`service.routing` calls this on the event loop that routes; `service.gateway` calls `share`.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ from workers.gang.stats import GangBacklog
 logger = logging.getLogger("ray.serve")
 
 BEAT_S = 1.0
-"""How often a gateway tells the keeper that it is there, and which gangs it knows."""
+"""Seconds between two messages of a gateway to the keeper: that it lives, and which gangs it knows."""
 
 SILENT_S = 3.0
-"""After so long without a word, a gateway counts as gone, and so does the keeper."""
+"""Seconds of silence after which a gateway, or the keeper, counts as gone."""
 
 UNUSED_S = 600.0
-"""The keeper ends when no gateway has asked for so long: nothing else would end it."""
+"""Seconds without a question after which the keeper ends: nothing else would end it."""
 
 WAITING = 100_000
-"""Requests that may wait in the keeper at once; each is a call that has not returned."""
+"""Requests that may wait in the keeper at once; each is an open call."""
 
 NAMESPACE = "spray"
 
@@ -56,7 +56,7 @@ def share(several: bool) -> None:
 
 
 class Keeper(Exchange, KeyUses):
-    """The actor. All its methods run on one event loop. It passes on the questions of gateways, too."""
+    """The actor. All its methods run on one event loop. It also passes on the questions of gateways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Keeper(Exchange, KeyUses):
         return await super().attend(gateway)
 
     async def beat(self, application: str, asker: str, reports: Mapping[str, GangBacklog]) -> None:
-        """A gateway is there; see `Turns.know`."""
+        """Note that a gateway lives; see `Turns.know`."""
         self._watching = self._watching or asyncio.create_task(self._watch())
         self._heard[application, asker] = time.monotonic()
         self._of(application).know(asker, reports)
@@ -103,7 +103,7 @@ class Keeper(Exchange, KeyUses):
         return self._turns.setdefault(application, Turns())
 
     async def _watch(self) -> None:
-        """Forget gateways that say nothing, and end when all are silent."""
+        """Forget silent gateways, and end when all are silent."""
         heard_at = time.monotonic()
         while True:
             await asyncio.sleep(BEAT_S)
@@ -118,7 +118,7 @@ class Keeper(Exchange, KeyUses):
 
 
 def start_keeper() -> Any:
-    """The keeper of the cluster, started if it is not there. Gateways of another version have one of their own."""
+    """The keeper of the cluster, started if necessary. Gateways of another version have a keeper of their own."""
     # Whole modules: to find a class in one, Python parses it, which fails in two threads at once (CPython 3.11).
     source = "".join(inspect.getsource(module) for module in (turns, exchange, key_use, sys.modules[__name__], stats))
     made = ray.remote(Keeper).options(
@@ -134,10 +134,10 @@ def start_keeper() -> Any:
 
 
 class SharedTurns:
-    """What a router asks: `Turns` of its own, or the keeper's where there are several gateways.
+    """The turns of a router: its own `Turns`, or the keeper's if there are several gateways.
 
     Args:
-        application: whose gangs.
+        application: the application of the gangs.
     """
 
     def __init__(self, application: str) -> None:
@@ -186,7 +186,7 @@ class SharedTurns:
         return asked or self._own.standing(request_id)
 
     def know(self, reports: Mapping[str, GangBacklog]) -> None:
-        """See `Turns.know`. The keeper hears at once of gangs that come, go or lose their ranks, else with the beat."""
+        """See `Turns.know`. The keeper hears at once of gangs that come, go or lose their ranks; else with the beat."""
         news = _notable(reports) != _notable(self._reports)
         self._reports = reports
         self._own.know(self._asker, reports)
@@ -215,7 +215,7 @@ class SharedTurns:
                 keeper.leave.remote(self._application, ticket.request_id)
 
     async def _look(self, method: str, of: str) -> Any:
-        """What the keeper answers; None if there is none, or it is away."""
+        """The keeper's answer; None if there is no keeper, or it is away."""
         if not _several or self._keeper is None:
             return None
         try:
@@ -226,7 +226,7 @@ class SharedTurns:
             return None
 
     async def _beat_once(self) -> None:
-        """Tell the keeper that this gateway is there; notice when the keeper is not."""
+        """Tell the keeper that this gateway lives; notice if the keeper is away."""
         try:
             found = self._keeper or await asyncio.to_thread(start_keeper)
             beat = found.beat.remote(self._application, self._asker, self._reports)
@@ -237,7 +237,7 @@ class SharedTurns:
             self._lose_keeper(error)
 
     def _go_alone(self) -> None:
-        """There are no other gateways anymore."""
+        """Note that there are no other gateways anymore."""
         self._keeper = None
         self._away.set()
 
@@ -253,7 +253,7 @@ def _notable(reports: Mapping[str, GangBacklog]) -> dict[str, bool]:
 
 
 async def _beat(turns: "weakref.ref[SharedTurns]") -> None:
-    """Beat every second. It ends with the router that asks: nobody else says when a model was removed."""
+    """Beat every second. It ends with its router, since nothing else says when a model was removed."""
     while _several:
         if (beating := turns()) is None:
             return

@@ -1,4 +1,4 @@
-"""A file that is kept, wherever it lies, and what a place for such files can do. For `service.state.outputs`."""
+"""A kept file, and the operations of a place that keeps files. For `service.state.outputs`."""
 
 import re
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from workers.errors import OutputsFull
 
 KEY = "key"
 KEY_BYTES = 32
-"""The key that signs URLs lies beside the files, so that every gateway which sees them has the same."""
+"""The name of the key that signs URLs. It is kept beside the files, so that all gateways that see them share it."""
 
 GONE = "the picture or video is not kept here, or not anymore"
 
 NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp|mp4|zip)")
-"""Of an output: 192 random bits, and the kind of file."""
+"""The name of an output: 192 random bits, and the kind of file."""
 
 INPUT = re.compile(r"[A-Za-z0-9_-]{32}\.input")
-"""Of what a job begins with: no URL leads to it, and it is kept as long as its job, whatever its age."""
+"""The name of a job's input: no URL leads to it, and it is kept as long as its job, whatever its age."""
 
 KEPT = re.compile(f"{NAME.pattern}|{INPUT.pattern}")
-"""Of all files of a place: each takes of `storage.outputs.max_bytes`."""
+"""The name of any file of a place. All count against `storage.outputs.max_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Stored:
     """A finished file, which never changes.
 
     Attributes:
-        name: in its place.
-        size: bytes.
-        open: for reading; blocks. In a folder nobody can take an opened file away.
+        name: its name in the place.
+        size: in bytes.
+        open: opens it for reading; blocks. In a folder, an opened file can be read even after it is removed.
     """
 
     name: str
@@ -49,34 +49,34 @@ class Stored:
 
 
 def refuse_above(kept: int, max_bytes: int | None) -> None:
-    """Begin nothing more while more bytes are kept than may be.
+    """Refuse to begin a request while more than `max_bytes` are kept.
 
     Raises:
-        OutputsFull: there are.
+        OutputsFull: more are kept.
     """
     if max_bytes is not None and kept > max_bytes:
         raise OutputsFull(f"as much is kept as may be, {max_bytes} bytes; try again when some of it has expired")
 
 
 class Place(Protocol):
-    """Where files lie. All calls block, and raise `OutputsUnavailable` or `OSError` where the place does not answer."""
+    """Keeps files. All calls block, and raise `OutputsUnavailable` or `OSError` if the place does not answer."""
 
     @property
     def there(self) -> bool:
-        """False: it has to be made anew, by `key`."""
+        """Whether the place exists; if not, `key` makes it again."""
 
     def key(self) -> bytes:
         """The key of the place; the first process makes it."""
 
     def check(self, max_bytes: int | None) -> None:
-        """See that files can be kept.
+        """Check that files can be kept.
 
         Raises:
-            OutputsFull: there is no room, or there are more bytes than may be.
+            OutputsFull: there is no room, or more than `max_bytes` are kept.
         """
 
     def write(self, name: str, content: bytes, expires: int) -> None:
-        """Keep a file; it is there whole, also after a crash, or not at all.
+        """Keep a file. Even after a crash it is there whole, or not at all.
 
         Raises:
             OutputsFull: there is no room.
@@ -93,4 +93,4 @@ class Place(Protocol):
         """Remove a file, if it is here."""
 
     def sweep(self, ttl_s: float) -> None:
-        """Remove outputs that have expired. Inputs stay: whoever knows their jobs removes them."""
+        """Remove outputs that have expired. Inputs stay until their jobs discard them."""

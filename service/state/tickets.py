@@ -11,13 +11,13 @@ class Ticket:
     """A request that wants a turn.
 
     Attributes:
-        request_id: of the request.
-        caller: who shares with other callers.
-        cost: of the request, in any unit that all requests of the model have in common.
+        request_id: the id of the request.
+        caller: the caller, who shares the gangs with other callers.
+        cost: the cost of the request, in a unit that all requests of the model share.
         place: when it was admitted, in seconds since the epoch, by the clock of its gateway.
-        shape: width, height and frames, for gangs that are warm.
-        asker: the gateway that waits; what it holds is taken back when it is gone.
-        seconds: of a whole gang that it will cost; 0: as much as a typical one.
+        shape: width, height and frames, to prefer a warm gang.
+        asker: the gateway that waits. When it is gone, its requests leave and its turns end.
+        seconds: seconds of a whole gang that it will cost; 0: as many as a typical request.
     """
 
     request_id: str
@@ -38,11 +38,11 @@ class Turn:
 
 
 class Prospect(NamedTuple):
-    """What a request has to wait for, as far as is known.
+    """What a request waits for, as far as is known.
 
     Attributes:
-        ahead: requests that are served before it.
-        wait_s: seconds until its turn; 0 also while nobody knows what a request costs.
+        ahead: the number of requests that are served before it.
+        wait_s: seconds until its turn; 0 also if the cost of a request is not known.
     """
 
     ahead: int
@@ -50,11 +50,11 @@ class Prospect(NamedTuple):
 
 
 class Takes(NamedTuple):
-    """What a request would take on a gang.
+    """How long a request would take on a gang.
 
     Attributes:
-        seconds: as an estimate; 0: nobody knows.
-        least_s: at the very least; 0: nobody knows.
+        seconds: the estimate; 0: not known.
+        least_s: the lower bound, in seconds; 0: not known.
     """
 
     seconds: float

@@ -1,15 +1,15 @@
 """Whose turn it is: the requests that wait for one model's gangs, and the free gang that each gets.
 
-`service.routing` enters a request and is told a gang; it says when the request has ended. `Turns` knows nothing of Ray.
-With several gateways all of them ask the same one, through `service.state.shared_turns`.
+`service.routing` enters a request, is told a gang, and says when the request has ended. `Turns` knows nothing of Ray.
+If there are several gateways, all use the same one, through `service.state.shared_turns`.
 
-*Order.* Callers share the gangs by cost, first admitted, first served within a caller: start-time fair queueing (Goyal,
-Vin and Cheng, 1996). A request's tag is where its caller's work ends so far, at least the tag that was served last; the
-least tag is next. So a caller with a thousand requests delays another's by one turn, not by a thousand. A request that
-lost its gang keeps its tag.
+*Order.* Callers share the gangs by cost. Within a caller, the first admitted is served first. This is start-time fair
+queueing (Goyal, Vin and Cheng, 1996): a request's tag is where its caller's work ends so far, at least the tag that was
+served last, and the least tag is next. So a caller with a thousand requests delays another caller by one turn, not by a
+thousand. A request that lost its gang keeps its tag.
 
-*Gang.* The free one with the least backlog in seconds; among equals, a warm one. A gang that replaces its ranks gets
-nothing while others run. `service.state.gang_state` is what is known of each.
+*Gang.* The free gang with the least backlog in seconds; among equals, a warm one. A gang that is replacing its ranks
+gets nothing while others run. `service.state.gang_state` holds what is known of each.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from service.state.tickets import Prospect, Ticket, Turn
 from workers.gang.stats import GangBacklog
 
 OVERDUE_S = 3.0
-"""A gang that still reports itself idle this long after it was given a request has not got it, or has finished it."""
+"""Seconds after which a gang with a turn that reports itself idle never got the request, or has finished it."""
 
 REMEMBERED = 1000
-"""Tags of ended requests that are kept, should these come back because their gang was lost."""
+"""Tags of ended requests that are kept, in case they come back because their gang was lost."""
 
 
 class Waiter(NamedTuple):
-    """A request in the queue; `again`: it was there before, and keeps its tag."""
+    """A request in the queue. `again`: it was there before, and keeps its tag."""
 
     tag: float
     ticket: Ticket
@@ -57,7 +57,7 @@ class Turns:
         return len(self._waiting)
 
     async def take(self, ticket: Ticket) -> Turn:
-        """Wait for the request's turn. If this call is canceled, the request has left."""
+        """Wait for the request's turn. Canceling this call takes the request out of the queue."""
         answer: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
         again = ticket.request_id in self._tags
         self._waiting[ticket.request_id] = Waiter(self._tag(ticket), ticket, answer, again)
@@ -75,7 +75,7 @@ class Turns:
             raise
 
     def leave(self, request_id: str) -> None:
-        """The request has left, while it waited or just as its turn came."""
+        """Take out a request that has left, while it waited or just as its turn came."""
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
             waiting.answer.cancel()
@@ -87,7 +87,7 @@ class Turns:
         self._give()
 
     def end(self, turn: Turn, refused: bool = False) -> None:
-        """The request of a turn has ended for any reason; or its gang was busy or gone, and it asks again."""
+        """End a turn: its request has ended for any reason. `refused`: the gang was busy or gone, and it asks again."""
         state = self._gangs.get(turn.gang)
         if state is None or state.turns.pop(turn.number, None) is None:
             return
@@ -98,14 +98,14 @@ class Turns:
         self._give()
 
     def lose(self, request_id: str) -> None:
-        """The request has lost the ranks of its gang. The gang's own report comes a second later."""
+        """Note that the request has lost the ranks of its gang. The gang's own report comes a second later."""
         for state in self._gangs.values():
             holds = [state.latest, *(given.ticket for given in state.turns.values())]
             if any(ticket is not None and ticket.request_id == request_id for ticket in holds):
                 state.lost_at = time.time()
 
     def know(self, asker: str, reports: Mapping[str, GangBacklog]) -> None:
-        """A gateway says which gangs it can reach, with the last report of each."""
+        """Take the gangs that a gateway can reach, with the last report of each."""
         for name, report in reports.items():
             state = self._gangs.setdefault(name, GangState())
             state.askers.add(asker)
@@ -123,7 +123,7 @@ class Turns:
         self._give()
 
     def forget(self, asker: str) -> None:
-        """A gateway is gone, and with it its requests."""
+        """Forget a gateway that is gone, with its requests."""
         for waiter in [waiter for waiter in self._waiting.values() if waiter.ticket.asker == asker]:
             del self._waiting[waiter.ticket.request_id]
             waiter.answer.cancel()
@@ -133,12 +133,12 @@ class Turns:
         self.know(asker, {})
 
     def prospect(self, caller: str) -> Prospect:
-        """What a new request of this caller would have to wait for."""
+        """What a new request of this caller would wait for."""
         tag = max(self._served, self._ends.get(caller, 0.0))
         return self._expect([waiter.ticket for waiter in self._waiting.values() if waiter.tag <= tag])
 
     def _expect(self, ahead: Sequence[Ticket]) -> Prospect:
-        """When whoever comes after these waiting requests gets a gang, an elastic one when one of its requests ends."""
+        """The wait of a request behind these. An elastic gang is free again when one of its requests ends."""
         now = time.time()
         if not ahead and self._free(now):
             return Prospect(0, 0.0)
@@ -149,7 +149,7 @@ class Turns:
         return Prospect(len(ahead), (waiting_s + running_s) / max(1, len(self._gangs)))
 
     def standing(self, request_id: str) -> Prospect | None:
-        """What a request that waits still has to wait for; None if it does not wait."""
+        """What a waiting request still waits for; None if it does not wait."""
         own = self._waiting.get(request_id)
         if own is None:
             return None
@@ -158,7 +158,7 @@ class Turns:
         return self._expect([other.ticket for other in others if (other.tag, other.ticket.place) < place])
 
     def _tag(self, ticket: Ticket) -> float:
-        """Where in the common order the request comes."""
+        """The place of the request in the common order."""
         tag = self._tags.pop(ticket.request_id, None)
         if tag is None:
             tag = max(self._served, self._ends.get(ticket.caller, 0.0))
@@ -170,7 +170,7 @@ class Turns:
         return tag
 
     def _line_up(self, ticket: Ticket) -> None:
-        """Let a request pass those of its caller that were admitted later and were here first, by a faster gateway."""
+        """Let a request pass those of its caller that were admitted later but came first, through a faster gateway."""
         later = [
             waiter
             for waiter in self._waiting.values()
@@ -213,7 +213,7 @@ class Turns:
         self._give()
 
     def _free(self, now: float) -> list[str]:
-        """The gangs that may be given a request. If all have lost their ranks, it waits where new ones start."""
+        """The gangs that may get a request. If all have lost their ranks, it waits at one where new ranks start."""
         all_lost = all(state.lost for state in self._gangs.values())
         return [
             name

@@ -1,4 +1,5 @@
-"""The requests of this process that wait for a gang: entered by the gateway, taken out by the router that places them.
+"""The requests of this process that wait for a gang. The gateway enters them; the router that places them takes them
+out.
 
 A module of its own, because Serve copies the module of a request router into the process that routes.
 """
@@ -7,11 +8,11 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Where a waiting request stands.
+    """The place of a waiting request.
 
     Attributes:
         admitted_at: seconds since the epoch.
-        caller: with whom it is served in turn; see `service.state.turns`.
+        caller: its caller; callers take turns, see `service.state.turns`.
     """
 
     admitted_at: float
@@ -28,11 +29,11 @@ class Waiting:
         return len(self._places)
 
     def enter(self, request_id: str, place: Place) -> None:
-        """Let a request wait."""
+        """Enter a request."""
         self._places[request_id] = place
 
     def leave(self, request_id: str) -> None:
-        """A gang took the request, or its caller left."""
+        """Take a request out: a gang took it, or its caller left."""
         self._places.pop(request_id, None)
 
     def place(self, request_id: str) -> Place | None:
