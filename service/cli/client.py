@@ -33,11 +33,11 @@ def server_url(given: str | None) -> str:
 
 
 class ServerError(Exception):
-    """The server refused or failed, and the message is its own; or it did not answer.
+    """The server refused or failed, with its own message; or it did not answer.
 
     Args:
         message: in one line.
-        code: that of the server's error; None: there is none.
+        code: the code of the server's error; None: it has none.
     """
 
     def __init__(self, message: str, code: str | None = None) -> None:
@@ -51,7 +51,7 @@ class Generated:
 
     Attributes:
         content: the encoded file.
-        seed: draws the same again.
+        seed: the seed that draws the same again.
         metrics: its layout and the seconds of each stage, as the server reports them.
         warnings: what the caller should know of the request, such as that its prompt was cut.
     """
@@ -75,7 +75,7 @@ def generate_remotely(
         server: its base URL.
         body: the fields of the path.
         on_step: called after each step.
-        path: of the API, `PICTURES`, `EDITS` or `VIDEOS`.
+        path: the path of the API: `PICTURES`, `EDITS` or `VIDEOS`.
         on_preview: called with each preview, if the body asks for some.
 
     Raises:
@@ -157,7 +157,7 @@ def cancel_request(server: str, request_id: str) -> dict[str, Any]:
 
     Args:
         server: its base URL.
-        request_id: of the request, or the x-request-id that it came with.
+        request_id: the id of the request, or the x-request-id that it came with.
 
     Raises:
         ServerError: the server cannot be reached, or has no such request of this caller.
@@ -167,14 +167,14 @@ def cancel_request(server: str, request_id: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def understood(server: str, asked: str) -> Iterator[None]:
-    """Read an answer in this context: what is missing there, or of another form, is the server's error.
+    """Read an answer inside this context: a missing field, or one of another type, becomes an error of the server.
 
     Args:
-        server: who answered.
-        asked: method and path.
+        server: its base URL.
+        asked: method and path of the call.
 
     Raises:
-        ServerError: the answer is not what spray answers.
+        ServerError: the answer is not one of spray.
     """
     try:
         yield
@@ -185,7 +185,7 @@ def understood(server: str, asked: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def answering(server: str) -> Iterator[None]:
-    """Call a server in this context.
+    """Call a server inside this context.
 
     Raises:
         ServerError: it cannot be reached.
@@ -203,14 +203,14 @@ def ask(
     body: dict[str, Any] | None = None,
     headers: Mapping[bytes, bytes] = {},
 ) -> dict[str, Any]:
-    """The JSON object that a server answers.
+    """Call a server; returns the JSON object of its answer.
 
     Args:
         server: its base URL.
-        path: of the call, with its query.
-        method: of the call.
-        body: a JSON object; None: there is none.
-        headers: besides the key.
+        path: the path of the call, with its query.
+        method: the method of the call.
+        body: a JSON object; None: no body.
+        headers: further headers, besides the key.
 
     Raises:
         ServerError: it cannot be reached, refuses, or answers something else.
@@ -229,7 +229,7 @@ def ask(
 
 
 def authorization() -> dict[bytes, bytes]:
-    """The header with the key. As bytes: a key may have any letters, and httpx takes text in ASCII only.
+    """The header with the key. It is bytes, because a key may have any letters and httpx takes only ASCII text.
 
     Raises:
         ServerError: the key has a character that no header takes.
@@ -241,11 +241,11 @@ def authorization() -> dict[bytes, bytes]:
 
 
 def _told(line: str) -> StepEvent | bytes | Generated | None:
-    """What a line of a stream says: a step, a preview, a result, or nothing of interest.
+    """The content of a line of a stream: a step, a preview, a result, or None.
 
     Raises:
         ServerError: the request has failed.
-        KeyError, TypeError, ValueError: it is no line of ours.
+        KeyError, TypeError, ValueError: the line is not one of spray.
     """
     payload = line.removeprefix("data: ")
     if payload == line or payload == "[DONE]":
@@ -264,7 +264,7 @@ def _told(line: str) -> StepEvent | bytes | Generated | None:
 
 
 def refusal(body: bytes, status: int) -> ServerError:
-    """The error that an answer with this status and body is."""
+    """The error that an answer with this status and body means."""
     try:
         error = json.loads(body)["error"]
         return ServerError(str(error["message"]), error.get("code"))

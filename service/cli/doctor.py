@@ -1,7 +1,7 @@
 """Facts about this machine that decide whether gangs can run on it, each with advice. For `spray doctor`.
 
-A deployment comes in, or none; findings come out. It changes nothing and asks no Ray cluster. It sees the machine
-only through `Machine`, so that tests can invent one.
+A deployment comes in, or None; findings come out. It changes nothing and asks no Ray cluster. It sees the machine only
+through `Machine`, so that tests can replace it.
 """
 
 import importlib.metadata
@@ -54,12 +54,12 @@ GPU_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--fo
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: its subject.
         level: `ok`; `warn`: some deployments will suffer; `fail`: gangs cannot run.
-        found: what there is.
+        found: what was found.
         advice: what to do; empty if all is well.
     """
 
@@ -79,12 +79,12 @@ def _output(command: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where facts are looked up.
+    """The sources of facts about a machine.
 
     Attributes:
         dev: the folder of device files.
         shm: shared memory.
-        tmp: where Ray keeps sessions, logs and what it spills.
+        tmp: where Ray keeps sessions, logs and spilled objects.
         home: the user's folder.
         environment: of this process.
         run: runs a command and returns what it prints; empty if it fails.
@@ -151,7 +151,7 @@ def _devices(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]
 
 
 def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) -> Iterator[Finding]:
-    """Does the driver suit torch's CUDA, and can ranks communicate?"""
+    """Whether the driver suits torch's CUDA, and whether ranks can communicate."""
     found = f"torch {torch['torch']}, CUDA {torch['cuda'] or 'none'}, driver {driver or 'none'}"
     oldest = OLDEST_DRIVER.get(int(torch["cuda"].split(".")[0]), 0) if torch["cuda"] else 0
     if gpus and not torch["cuda"]:
@@ -171,7 +171,7 @@ def _driver_and_nccl(gpus: int, driver: str | None, torch: Mapping[str, Any]) ->
 
 
 def _interfaces(machine: Machine, spec: DeploymentSpec) -> Iterator[Finding]:
-    """Are the network interfaces that the file names on this machine?"""
+    """Whether this machine has the network interfaces that the file names."""
     there = machine.interfaces()
     usable = ", ".join(sorted(name for name, addresses in there.items() if addresses))
     for name in sorted({each.placement.network_interface or "" for each in spec.models} - {""}):
@@ -253,7 +253,7 @@ def _disks(machine: Machine, spec: DeploymentSpec | None) -> Iterator[Finding]:
 
 
 def _compiled(spec: DeploymentSpec | None) -> Iterator[Finding]:
-    """Where compiled blocks are kept: code that ranks run, which nobody else may write."""
+    """The folder of compiled blocks. Ranks run this code, so nobody else may write it."""
     if spec and not any(model.compile for model in spec.models):
         return
     folder = cache_folder(spec.storage.compiled if spec else None)

@@ -1,4 +1,4 @@
-"""Jobs of a server, for the commands: submitted, listed, followed to their end, fetched. By `service.cli.client`."""
+"""Jobs of a server, for the commands: submits, lists, follows and fetches them, by `service.cli.client`."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from workers.messages import StepEvent
 VIDEO_JOBS = "/v1/videos"
 
 AGAIN_S = 1.0
-"""Between two streams of one job: a gateway that stops ends them."""
+"""Seconds between two streams of one job: a gateway that stops ends its streams."""
 
 
 def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
     Args:
         server: its base URL.
         body: the fields of the path.
-        path: where the same is made at once: `PICTURES`, `EDITS` or `VIDEOS`.
+        path: the path that makes the same at once: `PICTURES`, `EDITS` or `VIDEOS`.
 
     Raises:
         ServerError: it cannot be reached, or refuses.
@@ -36,7 +36,7 @@ def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def read_jobs(server: str, limit: int) -> dict[str, Any]:
-    """The body of `GET /v1/jobs`, with so many of them.
+    """The body of `GET /v1/jobs`, with at most `limit` jobs.
 
     Raises:
         ServerError: it cannot be reached, or refuses.
@@ -54,7 +54,7 @@ def read_job(server: str, job_id: str) -> dict[str, Any]:
 
 
 def cancel_job(server: str, job_id: str) -> dict[str, Any]:
-    """End a job; what it is then.
+    """End a job; returns the job afterwards.
 
     Raises:
         ServerError: it cannot be reached, refuses, or has no such job of this caller.
@@ -63,12 +63,12 @@ def cancel_job(server: str, job_id: str) -> dict[str, Any]:
 
 
 def follow_job(server: str, job_id: str, on_step: Callable[[StepEvent], None]) -> dict[str, Any]:
-    """Wait until a job has ended; what it is then.
+    """Wait until a job has ended; returns the ended job.
 
     Args:
         server: its base URL.
         job_id: of the job.
-        on_step: called when it has come further, with the mean seconds of the steps since the last call.
+        on_step: called after progress, with the mean seconds of the steps since the last call.
 
     Raises:
         ServerError: it cannot be reached, refuses, or has no such job of this caller.
@@ -87,7 +87,7 @@ def follow_job(server: str, job_id: str, on_step: Callable[[StepEvent], None]) -
 
 
 def _events(server: str, job_id: str) -> Iterator[dict[str, Any]]:
-    """The job in each event of its stream, until that ends."""
+    """The job of each event of its stream, until the stream ends."""
     with (
         answering(server),
         httpx.stream(
@@ -119,8 +119,8 @@ def download_output(server: str, job_id: str, index: int, to: Path) -> None:
     Args:
         server: its base URL.
         job_id: of the job.
-        index: of the file.
-        to: where it goes.
+        index: the index of the file.
+        to: the path to write.
 
     Raises:
         ServerError: it cannot be reached, refuses, or ends before the file does.

@@ -93,7 +93,7 @@ def run(application: typer.Typer, name: str, arguments: Sequence[str] | None = N
 
 
 def _texts_last(arguments: Sequence[str]) -> list[str]:
-    """Let a prompt begin with a dash: a text with spaces that follows no flag is moved behind `--`."""
+    """Allow prompts that begin with a dash: a text with spaces that follows no flag is moved behind `--`."""
     texts: list[str] = []
     others: list[str] = []
     before = ""

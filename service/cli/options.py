@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and how a deployment file is read with them."""
+"""Arguments that several commands share, and reading a deployment file with them."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Lines and tables for a person: the bodies of `GET /v1/cluster`, `/v1/models`, `/v1/requests` and `/v1/jobs`
-come in.
+"""Lines and tables for a person, from the bodies of `GET /v1/cluster`, `/v1/models`, `/v1/requests` and `/v1/jobs`.
 
 Results go to standard output, everything else to standard error. A terminal gets colors, and tables that fit its width;
 pipes and files get plain text, one line per row, that `grep` and `awk` can read.
@@ -45,7 +44,7 @@ def plain(rendered: Group) -> str:
 
 
 def cluster_table(cluster: dict[str, Any]) -> Group:
-    """`GET /v1/cluster`: a row per model and gang, with a bar for what the gang computes; the reasons stand below."""
+    """`GET /v1/cluster`: a row per model and gang, with a bar for the gang's steps; the reasons are below."""
     devices = ", ".join(
         f"{amount['free']:g} of {amount['total']:g} {name} free" for name, amount in cluster["devices"].items()
     )
@@ -82,7 +81,7 @@ def models_table(listed: dict[str, Any]) -> Group:
 
 
 def support_table(rows: Sequence[Row]) -> Group:
-    """The pipelines of diffusers: a row for each, those that are served first."""
+    """The pipelines of diffusers: a row for each, served ones first."""
     table = _table("PIPELINE", "STATUS", "TASKS", "LAYOUTS", "REASON")
     for row in sorted(rows, key=lambda row: row["status"] != "served"):
         tasks, layouts = (", ".join(row[key]) or "-" for key in ("tasks", "layouts"))
@@ -92,7 +91,7 @@ def support_table(rows: Sequence[Row]) -> Group:
 
 
 def requests_table(listed: dict[str, Any]) -> Group:
-    """`GET /v1/requests`: a row per request; the gateways that did not answer stand below."""
+    """`GET /v1/requests`: a row per request; below, the gateways that did not answer."""
     table = _table("ID", "MODEL", "STATE", "PLACE", "ETA", "KEY", "SINCE", "STEPS")
     for one in listed["data"]:
         eta = one["eta_seconds"]
@@ -121,7 +120,7 @@ def jobs_table(listed: dict[str, Any]) -> Group:
 
 
 def job_table(job: dict[str, Any]) -> Group:
-    """`GET /v1/jobs/{id}`: a row per thing that there is to say."""
+    """`GET /v1/jobs/{id}`: a row per property."""
     asked, table = job["request"], _table()
     video = f", {asked['num_frames']} frames at {asked['fps']} a second" if job["kind"] == "video" else ""
     said = {
@@ -174,7 +173,7 @@ def _table(*headers: str) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    """A row, taken literally: names and bars may hold brackets, which rich would read as markup."""
+    """Add a row literally: names and bars may hold brackets, which rich would read as markup."""
     table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
 
 
@@ -192,7 +191,7 @@ def _replicas(model: dict[str, Any]) -> str:
 
 
 def gang_lines(now: dict[str, Any]) -> list[str]:
-    """What a gang does now: a line for each of the requests of an elastic gang, with its ranks, else one for all."""
+    """What a gang does now: one line; for an elastic gang a line for each request, with its ranks."""
     requests = now.get("requests") or []
     return [f"{_bar(each['step'], each['total_steps'])} {_ranks(each['ranks'])}" for each in requests] or [
         gang_bar(now)
@@ -200,7 +199,7 @@ def gang_lines(now: dict[str, Any]) -> list[str]:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Those of a request: a block, or none while it stands still."""
+    """The ranks of a request: a block, or none while it stands still."""
     if not ranks:
         return "waits"
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"

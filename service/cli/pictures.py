@@ -1,7 +1,7 @@
-"""Pictures inside a terminal: JPEG or PNG bytes come in, what makes the terminal show them goes out.
+"""Pictures inside a terminal: JPEG or PNG bytes come in, escape sequences that show them go out.
 
-Two protocols: kitty's, which Ghostty speaks too, and iTerm2's, which WezTerm speaks too. A terminal is known by its
-environment, because asking it would eat what the user types. For `spray generate --previews`.
+There are two protocols: kitty's, which Ghostty understands too, and iTerm2's, which WezTerm understands too. A terminal
+is recognized by its environment, because asking it would swallow the user's typing. For `spray generate --previews`.
 """
 
 import base64
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from workers.model.media import as_png
 
 CHUNK = 4096
-"""Characters of base64 in one of kitty's commands, at most."""
+"""The most characters of base64 in one of kitty's commands."""
 
 ROWS = 12
 """Lines of the terminal that a picture takes."""
@@ -26,7 +26,7 @@ Shown = Callable[[bytes], str]
 
 
 def shown_by_terminal() -> Shown | None:
-    """What shows a picture in the terminal at standard error; None if it cannot."""
+    """The function that shows a picture in the terminal at standard error; None if the terminal cannot."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     if not sys.stderr.isatty() or "TMUX" in os.environ or term.startswith(("screen", "tmux")):
         return None
@@ -38,7 +38,7 @@ def shown_by_terminal() -> Shown | None:
 
 
 def for_kitty(picture: bytes) -> str:
-    """Kitty's command to show a picture here, in as many parts as it takes. It takes PNG only."""
+    """Kitty's command to show a picture here, in as many parts as needed. Kitty takes only PNG."""
     text = base64.b64encode(as_png(picture)).decode()
     parts = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
     first = f"a=T,f=100,r={ROWS},q=2,"  # transmit and show; PNG; its height; say nothing back

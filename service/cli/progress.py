@@ -39,7 +39,7 @@ class StepProgress:
         self._bar.stop()
 
     def show(self, event: StepEvent) -> None:
-        """A step is done. Steps start again from 1 if the request is retried on another gang."""
+        """Show that a step is done. Steps start again from 1 if the request is retried on another gang."""
         if self._bar.disable:
             sys.stderr.write(f"step {event.step}/{event.total_steps} {event.seconds:.3f} s\n")
             return
@@ -49,7 +49,7 @@ class StepProgress:
         self._bar.update(self._task, completed=event.step)
 
     def insert(self, text: str) -> None:
-        """Write what the terminal is to show as it is, such as a picture, between the bar so far and the next."""
+        """Write raw text to the terminal, such as a picture, between the bar so far and the next."""
         self._bar.stop()
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -58,7 +58,7 @@ class StepProgress:
 
 
 class LoadBars:
-    """How far each model is loaded; a context manager.
+    """A bar per model for its loading; a context manager.
 
     Args:
         models: their names, in the order of the bars.
@@ -82,7 +82,7 @@ class LoadBars:
         self._bars.stop()
 
     def show(self, loaded: Mapping[str, float]) -> None:
-        """How far each model is now, from 0 to 1; 1 means that it serves, or is asleep as it should be."""
+        """Show how far each model is loaded, from 0 to 1; 1 means that it serves, or sleeps as it should."""
         for model, fraction in loaded.items():
             if not self._bars.disable:
                 task = self._tasks[model]

@@ -1,7 +1,7 @@
-"""What a request of one model may say: for `spray schema MODEL`.
+"""The JSON schema of one model's requests: for `spray schema MODEL`.
 
-The server's description of its API and of the model come in; a JSON schema of the request's body goes out, in which the
-model's own limits and defaults stand in place of those that all models share.
+The server's descriptions of its API and of the model come in; a JSON schema of the request's body goes out, with the
+model's own limits and defaults instead of those of all models.
 """
 
 import copy
@@ -50,7 +50,7 @@ def _schema(description: dict[str, Any], model: dict[str, Any], path: str) -> di
 
 
 def _own(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By field, what only this model says of it."""
+    """The model's own limits and defaults, by field."""
     defaults, limits = model["defaults"], model["limits"]
     multiple = limits["size_multiple"]
     own: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def _narrowed(field: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(schema: Any) -> Iterator[str]:
-    """The other schemas that one refers to."""
+    """The names of the schemas that a schema refers to."""
     if isinstance(schema, dict):
         if isinstance(schema.get("$ref"), str):
             yield schema["$ref"].removeprefix(REF)
@@ -94,7 +94,7 @@ def _names(schema: Any) -> Iterator[str]:
 
 
 def _moved(schema: Any) -> Any:
-    """The same with its references to `$defs`, so that it stands alone."""
+    """The same schema with references into its own `$defs`, so that it is complete."""
     if isinstance(schema, dict):
         return {
             name: f"#/$defs/{value.removeprefix(REF)}" if name == "$ref" and isinstance(value, str) else _moved(value)

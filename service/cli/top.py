@@ -1,6 +1,7 @@
-"""What `spray top` shows: a row per gang with its steps, or who has which of its ranks, and where their time goes.
+"""The table of `spray top`: a row per gang, or per request of an elastic gang, with its steps and where their time
+goes.
 
-`GET /v1/cluster` comes in.
+The body of `GET /v1/cluster` comes in.
 """
 
 from typing import Any
@@ -15,11 +16,11 @@ SPLIT_WIDTH = 20
 HEADERS = "MODEL", "STATE", "GANGS", "QUEUED", "WORK LEFT", "NOW", "A STEP  # computes = transfers . waits"
 
 PARTS = (("computes", "#"), ("transfers", "="), ("waits", "."))
-"""Of a step's seconds, each with its letter in the bar."""
+"""The parts of a step's seconds, each with its letter in the bar."""
 
 
 def top_table(cluster: dict[str, Any]) -> Group:
-    """A row per gang, and per request of an elastic one; models without gangs have one."""
+    """A row per gang, or per request of an elastic gang, or per model without gangs."""
     rows = []
     for model in cluster["models"]:
         first = model["id"], model["state"], _gangs(model), str(model["queued"])
@@ -31,19 +32,19 @@ def top_table(cluster: dict[str, Any]) -> Group:
 
 
 def _rows(gang: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Of a gang; an elastic one has a row for each of its requests."""
+    """The rows of a gang; an elastic gang has a row for each of its requests."""
     first, *others = gang_lines(gang["now"])
     return [(f"{gang['backlog_s']:.0f} s", first, _split(gang["now"])), *(("", line, "") for line in others)]
 
 
 def _gangs(model: dict[str, Any]) -> str:
-    """How many run, how many the autoscaler wants, and why."""
+    """The number of gangs that run, the number that the autoscaler wants, and why."""
     running, wanted = model["replicas"].get("RUNNING", 0), model.get("wanted_replicas")
     return str(running) if wanted is None else f"{running}, wants {wanted}: {model['wanted_reason']}"
 
 
 def _split(now: dict[str, Any]) -> str:
-    """The latest timed step; a gang of one rank exchanges nothing."""
+    """Where the time of the latest timed step went; a gang of one rank exchanges nothing."""
     split = now.get("split")
     if not split:
         return ""

@@ -1,4 +1,4 @@
-"""Carries out changes: tells Serve what to run, and follows how far it has got. For `spray deploy` and local clusters.
+"""Carries out changes: tells Serve what to run, and follows its progress. For `spray deploy` and local clusters.
 
 All applications go to Serve in one config, because Serve removes what a config leaves out.
 """
@@ -29,13 +29,13 @@ def apply_changes(
 
     Args:
         spec: what the file says.
-        changes: what `find_changes` found for this spec.
+        changes: the result of `find_changes` for this spec.
         compared_with: `applications()` when the changes were found.
         without_surge: models whose old gangs stop before the new ones start.
 
     Raises:
-        SpecError: a name in the file belongs to a model that goes on, or somebody else has deployed since the changes
-            were found (fetching weights takes time). Nothing was changed.
+        SpecError: a name in the file belongs to a model that keeps running, or somebody else has deployed since the
+            changes were found (fetching weights takes time). Nothing was changed.
     """
     present = applications()
     _reject_other_deployments(present, compared_with)
@@ -60,14 +60,14 @@ def apply_changes(
 
 
 def drain() -> None:
-    """Make the gateway refuse new requests. Everything else goes on."""
+    """Make the gateway refuse new requests. Everything else keeps running."""
     present = applications()
     user_config(present[GATEWAY_APP])["draining"] = True
     apply_config(list(present.values()))
 
 
 def unfinished(changes: Sequence[Change]) -> list[str]:
-    """The models whose changes Serve is still working on; also the gateway, until it has heard of them."""
+    """The models whose changes Serve is still making; also the gateway, until it knows them."""
     statuses = serve.status().applications
     names = {change.model: app_name(change.model) for change in changes if change.action in DEPLOYING}
     left = [model for model, name in names.items() if name not in statuses or statuses[name].status != "RUNNING"]
@@ -104,6 +104,6 @@ def _reject_duplicate_names(spec: DeploymentSpec, left: Sequence[ModelSpec]) -> 
 
 
 def _instance_id(present: Mapping[str, dict[str, Any]]) -> str:
-    """That of the running gateway, because another one would restart it."""
+    """The id of the running gateway, because another id would restart it."""
     gateway = present.get(GATEWAY_APP, {})
     return str(gateway.get("args", {}).get("instance_id", ""))

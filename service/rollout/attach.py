@@ -1,4 +1,4 @@
-"""A running Ray cluster as the place to deploy to: for `spray deploy`."""
+"""Connects to a running Ray cluster, for `spray deploy`."""
 
 import contextlib
 import socket

@@ -1,4 +1,4 @@
-"""What differs between a deployment file and what Serve runs, model by model: for `spray deploy`.
+"""The differences between a deployment file and what Serve runs, model by model: for `spray deploy`.
 
 A spec and the configs of Serve's applications come in; `Change`s come out, and nothing is changed. Carried out by
 `service.rollout.apply`, which leaves alone the models that the file does not change.
@@ -27,7 +27,7 @@ WORDS: dict[Action, str] = {
 }
 
 DEPLOYING: tuple[Action, ...] = ("add", "upgrade", "adjust")
-"""The actions for which Serve is told something new of the model."""
+"""The actions that change what Serve runs."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Change:
     Attributes:
         model: its name.
         action: what happens.
-        keys: what differs, each as `key old -> new`.
+        keys: the differences, each as `key old -> new`.
     """
 
     model: str
@@ -91,7 +91,7 @@ def find_changes(running: dict[str, ModelSpec], desired: Sequence[ModelSpec], pr
 
 
 def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What the rollout does to the gateway, in lines to print. Its table of models follows from the models' changes."""
+    """The changes to the gateway, as lines to print. Its table of models follows from the changes of the models."""
     gateway = present.get(GATEWAY_APP)
     if gateway is None:
         grpc = spec.gateway.grpc_port
@@ -128,16 +128,16 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
 
 
 def _log_before(log: dict[str, Any] | None) -> dict[str, Any]:
-    """Keys of the gateway; the defaults where an older version is deployed."""
+    """The gateway's keys of the log; the defaults if an older version is deployed."""
     log = log or {"log_format": "text", "prompts": False}
     return {"log_format": log["log_format"], "log_prompts": log["prompts"]}
 
 
 def keep_derived(spec: DeploymentSpec, running: dict[str, ModelSpec]) -> DeploymentSpec:
-    """The spec with what was derived when its models were deployed, so that it does not look like a change.
+    """The spec with the values that were derived when its models were deployed, so that these do not look like changes.
 
-    That is the tasks, and the commit of a hub id: its branch may have moved since. A model whose source or revision
-    differs gets neither: it may be for something else now.
+    Derived are the tasks, and the commit of a hub id, whose branch may have moved since. A model with another source or
+    revision gets neither, because they may be different now.
     """
 
     def kept(model: ModelSpec) -> ModelSpec:
@@ -162,7 +162,7 @@ def with_digests_of(before: ModelSpec, model: ModelSpec) -> ModelSpec:
 
 
 def user_config(application: dict[str, Any]) -> dict[str, Any]:
-    """What Serve passes to the `reconfigure` of an application's deployment; changing it changes the config."""
+    """The object that Serve passes to `reconfigure` of an application's deployment; changing it changes the config."""
     options: dict[str, Any] = application["deployments"][0]["user_config"]
     return options
 

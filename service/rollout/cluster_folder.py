@@ -1,6 +1,6 @@
 """The folder of a local cluster: for its user alone, and removed even if the process that made it was killed.
 
-Ray lets everybody write to the folder that it is given, so it is given one inside of this.
+Ray lets everybody write to its folder, so it gets one inside this folder.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ MAX_PLACE_BYTES = 24
 
 
 def place() -> Path:
-    """Where such folders are: with other temporary files, or in /tmp if that path is too long."""
+    """The parent of such folders: the temporary folder, or /tmp if its path is too long."""
     temporary = Path(tempfile.gettempdir())
     return temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else Path("/tmp")
 
@@ -41,7 +41,7 @@ def make_folder() -> tuple[Path, TextIO]:
 
 
 def remove_abandoned() -> None:
-    """Remove what clusters of this user have left whose process was killed."""
+    """Remove the folders of this user's clusters whose process was killed."""
     for lock in place().glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):  # in use, of somebody else, or removed by another process just now
             if lock.parent.lstat().st_uid == os.getuid():

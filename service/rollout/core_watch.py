@@ -1,7 +1,7 @@
-"""Notices when the core of a local cluster is gone, and bounds what waits for it. For `spray serve`.
+"""Notices when the core of a local cluster is gone, and limits the calls that wait for it. For `spray serve`.
 
-Ray's own calls wait for minutes, or forever, when the processes that should answer are gone or stopped. So Ray's
-processes are looked at directly, and whatever asks Serve does so in a thread that may be left behind.
+Ray's own calls wait for minutes, or forever, if the processes that should answer are gone or stopped. So this module
+looks at Ray's processes directly, and asks Serve in threads that may be left behind.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ MEANWHILE_S = 0.5
 ASIDE_S = 0.02
 
 SILENT_S = 30.0
-"""A controller that is silent for longer is gone. Serve starts a dead one again within seconds."""
+"""Seconds of silence after which a controller is gone. Serve restarts a dead one within seconds."""
 
 
 class CoreWatch:
-    """Looks after Ray's processes and Serve's controller while the context lasts."""
+    """Watches Ray's processes and Serve's controller while the context lasts."""
 
     def __init__(self) -> None:
         self._heard_at = time.monotonic()
@@ -46,7 +46,7 @@ class CoreWatch:
         self._asking.join(1.0)  # a call of Serve after Ray has stopped would start another Ray
 
     def failure(self) -> str:
-        """Why the cluster can serve no longer; empty while it can."""
+        """Why the cluster can no longer serve; empty while it can."""
         dead = dead_processes()
         if dead:
             return f"Ray has ended: {' and '.join(dead)} died"
@@ -61,7 +61,7 @@ class CoreWatch:
 
 
 def within(seconds: float, call: Callable[[], object], name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Call, but wait no longer than this. A call that takes longer goes on in its thread.
+    """Call, but wait no longer than this. A slower call goes on in its thread.
 
     Args:
         seconds: how long to wait.
@@ -83,10 +83,10 @@ def within(seconds: float, call: Callable[[], object], name: str, meanwhile: Cal
 
 @contextlib.contextmanager
 def impatient() -> Iterator[Callable[[], None]]:
-    """Signals that would end this process end those of the cluster at once instead, while the context lasts.
+    """While the context lasts, signals that would end this process end the processes of the cluster at once instead.
 
     Yields:
-        What restores that after somebody else has set a signal's action. Only the main thread can, and does.
+        A function that restores this after other code has set a signal's action. It acts only in the main thread.
     """
 
     def hurry(number: int, frame: object) -> None:

@@ -1,9 +1,9 @@
-"""`python -m service.rollout.drain SECONDS`: before this node ends, what it serves goes on elsewhere.
+"""`python -m service.rollout.drain SECONDS`: moves the gangs and gateways of this node elsewhere before it ends.
 
-Kubernetes runs it before it stops a pod. Ray hears that the node will be gone in so many seconds: nothing starts there
-anymore, and Serve starts its gangs and gateways on other nodes. The old ones stop when those serve, or when the time
-has come, and finish what they compute. This returns when nothing of Serve is left on the node, when the time is over,
-or when the whole cluster ends; never with an error, since the pod ends anyway.
+Kubernetes runs it before it stops a pod. It tells Ray that the node will be gone after this many seconds. Then nothing
+starts there anymore, and Serve starts the node's gangs and gateways on other nodes. The old ones stop when the new ones
+serve, or when the time is over, and finish their work first. The command returns when nothing of Serve is left on the
+node, when the time is over, or when the whole cluster ends. It never fails, since the pod ends anyway.
 """
 
 import logging
@@ -19,15 +19,15 @@ import psutil  # type: ignore[import-untyped]
 logger = logging.getLogger(__name__)
 
 SERVING = ("ray::ServeReplica", "ray::ProxyActor", "ray::RankActor")
-"""How titles of processes begin that serve. A gang that spans nodes has ranks where it has no replica."""
+"""The beginnings of the titles of serving processes. A gang that spans nodes has ranks on nodes without its replica."""
 
 PERIOD_S = 0.5
 
 ANNOUNCE_S = 30.0
-"""For telling Ray, which takes two."""
+"""Seconds for telling Ray, which takes two."""
 
 WITHOUT_HEAD_S = 60.0
-"""After which a head that does not answer counts as gone, and with it the cluster: nobody moves anything anymore."""
+"""Seconds after which a silent head counts as gone, and with it the cluster: nothing would be moved anymore."""
 
 
 def drain(raylet: psutil.Process, seconds: float) -> bool:
@@ -35,7 +35,7 @@ def drain(raylet: psutil.Process, seconds: float) -> bool:
 
     Args:
         raylet: the node's process.
-        seconds: within which the node ends.
+        seconds: the time until the node ends.
 
     Returns:
         Whether nothing serves there anymore.
@@ -60,7 +60,7 @@ def raylet_of_this_pod() -> psutil.Process | None:
 
 
 def _announce(raylet: psutil.Process, seconds: float) -> bool:
-    """Tell Ray. Its command does it, which is not listed among the public ones; `tests/live/test_drain.py` runs it."""
+    """Tell Ray, by a command that Ray does not list as public; `tests/live/test_drain.py` runs it."""
     command = [str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={_flag(raylet, '--gcs-address')}"]
     command += [f"--node-id={_flag(raylet, '--node_id')}", f"--deadline-remaining-seconds={int(seconds)}"]
     command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=its pod is asked to end"]

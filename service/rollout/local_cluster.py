@@ -41,13 +41,13 @@ from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
 SILENT_POLLS = 5
-"""A gateway that fails to answer this often in a row is gone. Once may mean that it is busy."""
+"""Failed calls in a row after which a gateway is gone. One may mean that it is busy."""
 
 METRICS_PORTS = range(20000, 30000)
-"""Below the ports that systems hand out by themselves: until a process of ours binds the port, nothing reserves it."""
+"""A port below those that systems hand out: nothing reserves it until a process of ours binds it."""
 
 ANSWERS_WITHIN_S = 20.0
-"""A core that needs longer for an order is not waited for."""
+"""Seconds to wait for the core to follow an order."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -122,7 +122,7 @@ class LocalCluster:
     def wait_ready(
         self, timeout_s: float, on_wait: Callable[[Mapping[str, float]], None] = lambda progress: None
     ) -> None:
-        """Return when every model answers, or is asleep as it should be.
+        """Return when every model answers, or sleeps as it should.
 
         Args:
             timeout_s: how long to wait.
@@ -153,8 +153,8 @@ class LocalCluster:
     def drain(self) -> None:
         """Refuse new requests, and return when those in flight are answered, or the gateways are gone.
 
-        Serve lets any of several gateways answer. One that drains and has nothing left gets nothing anymore, so it is
-        enough to have heard that once from as many as there are.
+        Serve lets any of several gateways answer. A draining gateway without requests gets no new ones, so it is enough
+        to hear this once from each gateway.
 
         Raises:
             TimeoutError: Serve or a gateway does not listen, or requests are unfinished after the grace period.
@@ -182,7 +182,7 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster and remove its folder. May be called more than once.
 
-        A signal that comes meanwhile ends the processes at once, and does not keep the folder from being removed.
+        A signal meanwhile ends the processes at once; the folder is removed all the same.
         """
         self._stopped_processes.stop()
         with impatient() as arm:
@@ -196,7 +196,7 @@ class LocalCluster:
                 self._folder = None
 
     def _reserve_ports(self) -> tuple[str, int, int | None]:
-        """Host, HTTP port and gRPC port, which nobody else takes before Serve binds them.
+        """Host, HTTP port and gRPC port, reserved until Serve binds them.
 
         Raises:
             SpecError: one of them is taken.
@@ -249,7 +249,7 @@ def _raise_if_gone() -> None:
 
 @contextlib.contextmanager
 def _inherited(variable: str, value: Path) -> Iterator[None]:
-    """Set a variable for the processes that are started in this context; this process gets its former value back."""
+    """Set a variable for the processes that start inside the context, and restore it for this process."""
     former = os.environ.get(variable)
     os.environ[variable] = str(value)
     try:
@@ -261,7 +261,7 @@ def _inherited(variable: str, value: Path) -> Iterator[None]:
 
 
 def _reserve_port(host: str, port: int, key: str = "gateway.port") -> socket.socket:
-    """A socket that holds `port`, or a free one for 0, so that nobody else takes it before Serve binds it.
+    """A socket that reserves `port`, or a free one for 0, until Serve binds it.
 
     Serve binds with SO_REUSEPORT: it would not notice that a port is taken, but it can share the port with this socket,
     which never listens.
@@ -289,7 +289,7 @@ def _in_url(host: str) -> str:
 
 
 def _loaded() -> dict[str, float]:
-    """How far each model is loaded, from 0 to 1, while its ranks exist: the least of its gangs, by one rank of each."""
+    """How far each model with ranks is loaded, from 0 to 1: the least of its gangs, by one rank of each."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     first = [actor for actor in actors if actor["name"].endswith("-bundle0")]
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Why a port cannot be bound, and who reaches it: for `spray doctor`, `spray serve` and `spray deploy`."""
+"""Why a port cannot be bound, and who can reach it: for `spray doctor`, `spray serve` and `spray deploy`."""
 
 import socket
 
@@ -20,7 +20,7 @@ def bind_error(host: str, port: int) -> str:
 
 
 def open_to_all(spec: DeploymentSpec) -> str:
-    """A warning if whoever reaches the HTTP port may use it; empty if callers need a key or are on this machine."""
+    """A warning if anyone who reaches the HTTP port may use it; empty if callers need a key or are on this machine."""
     if spec.auth.needs_key or is_loopback(spec.gateway.host):
         return ""
     return (

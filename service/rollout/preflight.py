@@ -1,6 +1,6 @@
-"""What is checked on a cluster before Serve is told to change it: weights on its nodes, and room for the gangs.
+"""The checks on a cluster before Serve changes it: weights on its nodes, and room for the gangs.
 
-A spec and the names of the models that change come in; lines that say what is missing come out. For `spray deploy`.
+A spec and the names of the models that change come in; lines that say what is missing go out. For `spray deploy`.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def derive_tasks(spec: DeploymentSpec) -> DeploymentSpec:
-    """The spec with the tasks filled in of all models whose folders this machine can read."""
+    """The spec with the tasks of all models whose folders this machine can read."""
 
     def derived(model: ModelSpec) -> ModelSpec:
         folder = model_folder(spec, model)
@@ -55,9 +55,9 @@ def settle_here(spec: DeploymentSpec) -> DeploymentSpec:
 
 
 def settle_running(spec: DeploymentSpec, running: Mapping[str, ModelSpec]) -> DeploymentSpec:
-    """The spec with the digests of the models that run already, as a node sees their files now.
+    """The spec with the digests of the running models, as a node sees their files now.
 
-    Without a readable file, a model's digests are those that it was deployed with.
+    If its files cannot be read, a model keeps the digests of its deployment.
     """
     asked = {}
     for model in spec.models:
@@ -85,8 +85,7 @@ def verify_on_nodes(spec: DeploymentSpec, changed: Collection[str]) -> tuple[Dep
     """Fetch and check the weights of the changed models on every node that may run them, before any device is taken.
 
     Returns:
-        The spec with the tasks and digests of these models filled in; and a line for each thing that keeps them from
-        running.
+        The spec with the tasks and digests of these models, and a line for each reason why they cannot run.
     """
     models: list[ModelSpec] = []
     problems: dict[str, None] = {}
@@ -111,7 +110,7 @@ def unschedulable_models(spec: DeploymentSpec, names: Collection[str]) -> list[s
 
 
 def homeless_gateway(spec: DeploymentSpec) -> list[str]:
-    """A line if no node of the cluster has the labels that gateways ask for."""
+    """A line if no node of the cluster has the labels that gateways require."""
     wanted = spec.gateway.node_labels
     if any(wanted.items() <= dict(node.labels).items() for node in alive_nodes()):
         return []
@@ -121,8 +120,8 @@ def homeless_gateway(spec: DeploymentSpec) -> list[str]:
 def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
     """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
-    A model that is asleep has no old gangs. Models are counted in the file's order: new ones, and upgrades before this
-    one, take room away.
+    A sleeping model has no old gangs. Models are counted in the file's order: new models and earlier upgrades take
+    room.
     """
     nodes = free_nodes()
     statuses = serve.status().applications if upgraded else {}
@@ -159,13 +158,13 @@ def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[ModelSpe
 
 @ray.remote(num_cpus=0)
 def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[ModelSpec, str]:
-    """On a node: the model with its tasks and digests, and what keeps it from running there; empty if nothing does."""
+    """On a node: the model with its tasks and digests, and the reason why it cannot run there; empty if it can."""
     try:
         folder: Path = fetch(model, models_folder)
         here = model.model_copy(update={"source": str(folder), "revision": None})
         check_deployment(DeploymentSpec(models=(here,)), {"cpu": math.inf, "cuda": math.inf})
         declare_missing_operators()
-        # Here, for they load torch: nodes need it, the command does not.
+        # Here, because they load torch, which nodes need but the command does not.
         from workers.model.components import verify_loadable
         from workers.model.lora import check_lora
         from workers.model.out_of_tree import sequence_plan
@@ -187,7 +186,7 @@ def _prepare(model: ModelSpec, models_folder: str | None) -> tuple[ModelSpec, st
 
 @ray.remote(num_cpus=0)
 def _settle(model: ModelSpec, models_folder: str | None) -> ModelSpec | None:
-    """On a node: the model with its digests, or None where its files cannot be had."""
+    """On a node: the model with its digests; None if its files cannot be read."""
     try:
         return settle_files(model, models_folder)
     except (ValueError, OSError):

@@ -1,9 +1,9 @@
 """Connecting to Ray, and telling Serve what to run. The only file of this layer that uses their private APIs.
 
-Private, because the public ones fall short: `serve.run` takes one bound application and `serve.status` leaves out the
-configs, while a rollout reads the configs of all applications and applies them together; `ray.init` has no public
-argument for the address and the folder of a node; nothing public tells the autoscaler of work that waits elsewhere.
-`tests/service/test_serve_client.py` pins what is used here.
+The public APIs fall short. `serve.run` takes one bound application and `serve.status` leaves out the configs, but a
+rollout reads the configs of all applications and applies them together. `ray.init` has no public argument for the
+address and the folder of a node. No public API tells the autoscaler about work that waits elsewhere.
+`tests/service/test_serve_client.py` pins the private names.
 """
 
 import copy
@@ -30,7 +30,7 @@ CORE = ("gcs_server", "raylet")
 """Ray's names of the processes without which a node does not run."""
 
 ENDS_WITHIN_S = 15.0
-"""A sound node ends in two."""
+"""Seconds for a node to end; a sound node takes two."""
 
 
 def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_store_bytes: int) -> None:
@@ -39,8 +39,8 @@ def start_ray(address: str, folder: Path, devices: Mapping[str, float], object_s
     Args:
         address: the IP address on which it listens.
         folder: where it keeps its sockets and logs.
-        devices: what it offers, by kind: see `local_devices`.
-        object_store_bytes: its shared memory.
+        devices: its devices by kind: see `local_devices`.
+        object_store_bytes: the size of its shared memory.
 
     Raises:
         GangLost: Ray does not start.
@@ -73,8 +73,8 @@ def connect(address: str, node_ip_address: str | None) -> None:
 def disconnect() -> None:
     """Leave the cluster, which ends if this process started it.
 
-    A core that hangs would be waited for without end, so it is killed after `ENDS_WITHIN_S` seconds. Serve's cached
-    client outlives `ray.shutdown` and would be taken for that of the next cluster, so it goes too.
+    A core that hangs is killed after `ENDS_WITHIN_S` seconds; otherwise this would wait forever. Serve's cached client
+    is dropped too, because it outlives `ray.shutdown` and would be taken for that of the next cluster.
     """
     impatience = threading.Timer(ENDS_WITHIN_S, kill_node)
     impatience.start()
@@ -92,19 +92,19 @@ def dead_processes() -> list[str]:
 
 
 def kill_node() -> None:
-    """Kill Ray's processes that this process started; those that they started end by themselves. From any thread."""
+    """Kill Ray's processes that this process started; their children end by themselves. May be called in any thread."""
     if (node := worker._global_node) is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def start_serve(host: str, port: int, grpc_options: dict[str, Any], **options: Any) -> None:
-    """Start Serve. If it runs already, it goes on listening where it does.
+    """Start Serve. If it runs already, its addresses stay as they are.
 
     Args:
-        host: where it listens.
-        port: the one of HTTP.
-        grpc_options: what `service.app.grpc_options` returned.
-        options: others of Serve.
+        host: the address on which it listens.
+        port: the HTTP port.
+        grpc_options: the result of `service.app.grpc_options`.
+        options: other options of Serve.
     """
     if _get_global_client(raise_if_no_controller_running=False) is None:
         where = {"http_options": {"host": host, "port": port}, "grpc_options": grpc_options}
@@ -122,10 +122,11 @@ def applications() -> dict[str, dict[str, Any]]:
 
 
 def serve_state() -> tuple[ServeStatus, dict[str, int]]:
-    """The applications of `serve.status`, and how many gangs Serve aims at, by application; none if it does not run.
+    """The applications of `serve.status`, and the number of gangs that Serve aims at, by application; empty without
+    Serve.
 
-    One call, and what it tells as it comes: `serve.status` validates the whole configuration of each application again,
-    which pickles the class of its router, and every gateway asks every few seconds.
+    It is one call, and its answer is not validated: `serve.status` validates the whole configuration of each
+    application again, which pickles the class of its router, and every gateway asks every few seconds.
     """
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
@@ -153,14 +154,14 @@ def _overview(told: Mapping[str, Any]) -> ApplicationStatusOverview:
 
 
 def report_waiting(source: str, waiting: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Tell Serve's autoscaler of requests that wait outside of Serve's queues; it adds them to those that wait there.
+    """Tell Serve's autoscaler about requests that wait outside of Serve's queues; it adds them to those in its queues.
 
     The last report of a source counts, for ten seconds.
 
     Args:
-        source: who tells. It is one, whatever process it tells from.
-        waiting: by application, times in seconds since the epoch, and how many requests waited then; over the time
-            that Serve averages, the oldest first.
+        source: the name of the source, the same for all processes that report for it.
+        waiting: by application, times in seconds since the epoch, each with the number of requests that waited then;
+            the oldest first, over the time that Serve averages.
     """
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
@@ -179,7 +180,7 @@ def report_waiting(source: str, waiting: Mapping[str, Sequence[tuple[float, floa
 
 
 def listens_at() -> tuple[str, int]:
-    """Host and port at which Serve listens."""
+    """The host and port on which Serve listens."""
     client = _get_global_client()
     assert client is not None, "Serve runs"
     where = client.get_serve_details()["http_options"]
@@ -187,7 +188,7 @@ def listens_at() -> tuple[str, int]:
 
 
 def grpc_port() -> int | None:
-    """The port at which Serve listens for gRPC; None if it does not."""
+    """The port on which Serve listens for gRPC; None if it does not."""
     client = _get_global_client()
     assert client is not None, "Serve runs"
     options = client.get_serve_details()["grpc_options"] or {}

@@ -35,7 +35,7 @@ class Bucket:
         url: `storage.outputs.url`: s3://BUCKET or s3://BUCKET/PREFIX.
 
     Raises:
-        SpecError: what the environment says of S3 cannot be understood.
+        SpecError: the environment's settings for S3 are not valid.
     """
 
     there = True

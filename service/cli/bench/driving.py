@@ -1,7 +1,7 @@
-"""Sends a load: in an open loop at the times of a plan, in a closed loop by so many callers. For the command `bench`.
+"""Sends a load: in an open loop at planned times, in a closed loop by a number of callers. For the command `bench`.
 
-In an open loop nothing holds a request back, neither a slow answer nor this program: what a request is late counts as
-its time. So a server that stops for a while is seen by all who would have called meanwhile.
+In an open loop nothing holds a request back. If this program sends it late, the delay counts as part of its time. So a
+pause of the server shows in all requests that were due meanwhile.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ TOLD_EVERY_S = 10.0
 
 
 class Drive:
-    """One run. What came of it is in `asked`, also after it was interrupted.
+    """One run. Its outcomes are in `asked`, even after an interruption.
 
     Args:
         server: its base URL.
-        timeout_s: for each request.
+        timeout_s: the timeout of each request, in seconds.
         say: called with a line every ten seconds.
     """
 

@@ -1,7 +1,7 @@
-"""What a load consists of: a mix or a trace comes in, the requests to send come out. For the command `bench`.
+"""The requests of a load: a mix or a trace comes in, the requests to send come out. For the command `bench`.
 
-A mix has kinds of requests with shares. Requests are drawn from it with a seed: the same seed is the same load. A trace
-says each request and its time.
+A mix has kinds of requests with shares. Requests are drawn from it with a seed, and the same seed gives the same load.
+A trace lists each request with its time.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class Kind(BaseModel):
 
     Attributes:
         body: the fields of the path.
-        path: of the API.
+        path: the path of the API.
         share: how often it is drawn, relative to the others.
     """
 
@@ -53,8 +53,8 @@ class TraceLine(BaseModel):
     Attributes:
         at_s: when it is sent, in seconds from the start of the load.
         body: the fields of the path.
-        path: of the API.
-        kind: under which name it is reported.
+        path: the path of the API.
+        kind: the name under which it is reported.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,7 +66,7 @@ class TraceLine(BaseModel):
 
 
 DEFAULT_KINDS = {"default": Kind(body={})}
-"""A picture as the model draws it unless told otherwise."""
+"""The mix without `--mix`: pictures with the defaults of the model."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Planned:
     """A request to send.
 
     Attributes:
-        at_s: when, in seconds from the start; 0 in a closed loop, where it is sent when another one is answered.
-        kind: under which name it is reported.
-        path: of the API.
+        at_s: when, in seconds from the start; 0 in a closed loop, which sends it when another one is answered.
+        kind: the name under which it is reported.
+        path: the path of the API.
         body: the fields of the path.
     """
 
@@ -173,10 +173,10 @@ def drawn(
 
     Args:
         kinds: by name.
-        seed: of the choice, of the times, and of the pictures' own seeds.
-        rate: a second on average, at the times of a Poisson process; None: a closed loop, which knows no times.
-        requests: at most so many.
-        duration_s: none is sent later; a closed loop is stopped by whoever drives it.
+        seed: decides the choice, the times, and the pictures' own seeds.
+        rate: requests a second on average, at the times of a Poisson process; None: a closed loop, without times.
+        requests: the most requests; None: no limit.
+        duration_s: seconds after which none is sent; a closed loop is stopped by its driver.
     """
     chance = random.Random(seed)
     names, shares = list(kinds), [kind.share for kind in kinds.values()]
@@ -191,7 +191,7 @@ def drawn(
 
 
 def complete(planned: Planned, prompt: str, model: str | None) -> Planned:
-    """The same request with a prompt and a model where it names none, as a stream that tells of each step."""
+    """The same request as a stream with progress, with this prompt and model if it has none."""
     own = {name: value for name, value in planned.body.items() if value is not None}
     if own.get("response_format") == "file":  # which is no stream
         del own["response_format"]

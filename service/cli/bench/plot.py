@@ -1,6 +1,6 @@
-"""A picture of a load: each answer by its time, and how many were answered within how long. For the command `bench`.
+"""A picture of a load: the time of each answer, and the distribution of times. For the command `bench`.
 
-It needs matplotlib, which the extra `plot` brings.
+It needs matplotlib, which the extra `plot` installs.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from service.cli.options import UsageError
 
 
 def check_plot(file: Path) -> None:
-    """Before a load is sent for nothing.
+    """Check that the picture can be drawn, before a load is sent.
 
     Raises:
         UsageError: the picture cannot be drawn here.
@@ -24,7 +24,7 @@ def check_plot(file: Path) -> None:
 
 
 def plot(asked: Sequence[Asked], slo_s: float | None, file: Path) -> None:
-    """Draw what came of a load, and write the picture."""
+    """Draw the outcomes of a load, and write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: only this needs it
     from matplotlib.figure import Figure
 

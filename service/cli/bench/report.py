@@ -1,7 +1,7 @@
-"""What a load has shown: requests and their answers come in, counts and percentiles come out. For the command `bench`.
+"""The results of a load: requests and their answers come in, counts and percentiles come out. For the command `bench`.
 
-A percentile is the time of one of the requests: the smallest that at least so many percent do not exceed. Times are
-those of requests that were answered; errors are counted by their code.
+A percentile is the time of one of the requests: the smallest that at least this percentage does not exceed. Only
+answered requests have times; errors are counted by their code.
 """
 
 import math
@@ -19,13 +19,13 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 def summary(asked: Sequence[Asked], unfinished: int, seconds: float, slo_s: float | None) -> dict[str, Any]:
-    """Everything that the tables and the JSON file say.
+    """All numbers of the tables and the JSON file.
 
     Args:
-        asked: what was sent, and answered or refused.
-        unfinished: how many were interrupted.
+        asked: the requests that were answered or refused.
+        unfinished: the number of interrupted requests.
         seconds: how long the load took, to the last answer.
-        slo_s: an answer that takes longer does not count as goodput; None: none was asked for.
+        slo_s: seconds; a slower answer does not count as goodput. None: there is no goal.
     """
     kinds = sorted({one.kind for one in asked})
     parts = {kind: [one for one in asked if one.kind == kind] for kind in kinds}
@@ -72,7 +72,7 @@ def _times(answered: Sequence[Asked]) -> dict[str, Any]:
 
 
 def _spread(values: Iterable[float]) -> dict[str, float]:
-    """Count, mean, percentiles and the most; of nothing, only the count."""
+    """Count, mean, percentiles and maximum; without values, only the count."""
     ordered = sorted(values)
     if not ordered:
         return {"count": 0}

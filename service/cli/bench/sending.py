@@ -1,4 +1,4 @@
-"""One request of a load: it is sent as a stream, and what came of it is kept. For `service.cli.bench.driving`."""
+"""Sends one request of a load as a stream, and records its outcome. For `service.cli.bench.driving`."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ TIMEOUT = "timeout"
 """The answer took longer than `--timeout`."""
 
 UNREADABLE = "unreadable"
-"""It is none of this API's answers."""
+"""The answer is not one of this API."""
 
 NO_RESULT = "no_result"
 """The stream ended well, but had no picture."""
@@ -52,12 +52,12 @@ class Asked:
 
     @property
     def waited_s(self) -> float:
-        """What is not the work of the ranks: in the queue, on the way, and what lost ranks had done."""
+        """Seconds that are not work of the ranks: in the queue, on the way, and the lost work of lost ranks."""
         return max(0.0, self.seconds - sum(self.stages.values()) - sum(self.steps))
 
 
 def client(server: str) -> httpx.AsyncClient:
-    """A client without bounds of its own, which would hold requests back.
+    """A client without limits of its own, since these would hold requests back.
 
     Raises:
         ServerError: `server` is no URL.
@@ -75,11 +75,11 @@ async def send(http: httpx.AsyncClient, planned: Planned, began: float, due: flo
     """Send one request and read its answer to the end.
 
     Args:
-        http: of `client`.
+        http: from `client`.
         planned: what to send.
-        began: when the load did, on the event loop's clock.
-        due: when this request is to be sent, on the same clock.
-        timeout_s: for the whole answer, from now on.
+        began: when the load began, on the event loop's clock.
+        due: when this request was due, on the same clock.
+        timeout_s: seconds from now for the whole answer.
     """
     loop = asyncio.get_running_loop()
     asked = Asked(planned.kind, due - began, sent_late_s=loop.time() - due)
@@ -100,7 +100,7 @@ async def send(http: httpx.AsyncClient, planned: Planned, began: float, due: flo
 
 
 async def _read(response: httpx.Response, asked: Asked, due: float) -> None:
-    """The events of a stream."""
+    """Read the events of a stream into `asked`."""
     asked.code = NO_RESULT
     async for line in response.aiter_lines():
         if not line.startswith("data: {"):

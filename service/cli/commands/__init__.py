@@ -1,6 +1,6 @@
 """The commands of `spray`. Each docstring is the command's help.
 
-files.py     check, build, schema: what a deployment file says, without a cluster; what a request may say
+files.py     check, build, schema: a deployment file, without a cluster; the schema of requests
 serve.py     serve: a cluster of its own
 deploy.py    deploy: change a running cluster
 status.py    ps, models: look at a server

@@ -1,4 +1,4 @@
-"""`spray bench`: load on a running server, and what it does to requests."""
+"""`spray bench`: loads a running server, and measures its answers."""
 
 import asyncio
 import json
@@ -39,9 +39,9 @@ class Load:
 
     Attributes:
         planned: the requests, in their order.
-        warm_up: sent before, and not measured.
-        callers: of a closed loop; None: an open one.
-        ends_s: when callers send no more, in seconds from the start; None: when all is sent.
+        warm_up: requests that are sent first and not measured.
+        callers: the callers of a closed loop; None: an open loop.
+        ends_s: seconds from the start after which callers send no more; None: they send everything.
     """
 
     planned: Iterator[Planned]
@@ -147,7 +147,7 @@ async def _run(drive: Drive, load: Load, complete: Callable[[Planned], Planned])
     """Send it.
 
     Raises:
-        ServerError: a request of the warm-up is not answered; so would all others not be.
+        ServerError: a request of the warm-up is not answered.
     """
     for one in load.warm_up:
         await drive.warm_up(complete(one))

@@ -37,7 +37,7 @@ def deploy(
     """Change a running cluster to what a deployment file says."""
     spec = load(file, overrides).spec
     use_running_cluster()
-    # Here, for they import Ray: after the line above.
+    # Here, because they import Ray, after the line above has set its environment.
     from service.app import check_ports
     from service.rollout.apply import apply_changes
     from service.rollout.attach import attach

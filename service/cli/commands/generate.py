@@ -171,7 +171,7 @@ def edit(**flags: Any) -> None:
 
 
 def _as_generate_but(command: Callable[..., None], output: str, without: Sequence[str]) -> None:
-    """Let typer see a command with the flags of `generate`, save some, and another default for the output."""
+    """Give a command the flags of `generate`, except some, and another default for the output."""
     flags = inspect.signature(generate).parameters
     own = [flag.replace(default=Path(output)) if name == "output" else flag for name, flag in flags.items()]
     own = [flag for flag in own if flag.name not in without]
@@ -202,7 +202,7 @@ def _check_sendable(fields: dict[str, Any]) -> None:
     """Reject values that JSON cannot carry, so that no request could hold them.
 
     Raises:
-        UsageError: a number is infinite or none, or a text is not Unicode.
+        UsageError: a number is not finite, or a text is not Unicode.
     """
     for name, value in fields.items():
         flag = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
@@ -220,7 +220,7 @@ def _data_url(file: Path | None) -> str | None:
 
 
 def _data_urls(files: Sequence[Path]) -> str | list[str | None] | None:
-    """None: there are none."""
+    """One data URL, a list of several, or None without files."""
     return [_data_url(file) for file in files] if len(files) > 1 else _data_url(next(iter(files), None))
 
 

@@ -1,4 +1,4 @@
-"""`spray profile`: which operators the steps of a gang consist of, with a trace of each rank for Perfetto."""
+"""`spray profile`: the operators of a gang's steps, with a trace of each rank for Perfetto."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ from service.cli.options import Server
 from service.cli.output import say, show
 
 SHOWN = 10
-"""Operators of a rank."""
+"""Operators of a rank that are shown."""
 
 
 def profile(
@@ -51,10 +51,10 @@ def profile(
 
 
 def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[int, bytes]]:
-    """What a server's zip holds: the summary, and the trace of each rank as JSON.
+    """The content of a server's zip: the summary, and the trace of each rank as JSON.
 
     Raises:
-        ValueError, KeyError: it is none of ours.
+        ValueError, KeyError: the zip is not one of spray.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -60,7 +60,7 @@ def serve(
 
 
 def _at(spec: DeploymentSpec, port: int) -> DeploymentSpec:
-    """The deployment at another HTTP port; with 0 at free ports only, or a second server would find the first one's."""
+    """The deployment at another HTTP port. With 0 all ports are free ones, so that two servers never share one."""
     gateway, metrics = {"port": port}, {}
     if port == 0 and spec.gateway.grpc_port is not None:
         gateway["grpc_port"] = 0
