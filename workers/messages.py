@@ -1,12 +1,12 @@
-"""What crosses a process boundary: frozen, picklable, without torch.
+"""The messages that cross a process boundary: frozen, picklable, without torch.
 
 gateway -> gang -> rank    GenerationRequest
 gang -> gateway            Begun, when the request has the ranks
 rank -> gang -> gateway    StepEvent after each step, and Preview after some, if asked for
-gang -> rank               Part, in an elastic gang, which gets Kept at its end or in between
+gang -> rank               Part, in an elastic gang; Kept comes back at its end or in between
 rank -> gang -> gateway    Profiled, from each rank, if asked for
-rank -> gang               Drawn, when the ranks are free for the next request; Traced, as a traced request goes on
-gang -> gateway            Answer, of which one GenerationResult comes, straight from rank 0
+rank -> gang               Drawn, when the ranks are free for the next request; Traced, during a traced request
+gang -> gateway            Answer, through which GenerationResult comes straight from rank 0
 """
 
 import hashlib
@@ -29,21 +29,21 @@ PREVIEW_EDGE = 512
 """Pixels of a preview's longer edge, unless the request says otherwise."""
 
 LEAST_STEPS_APART = 3
-"""Of previews that are asked for by steps: a preview takes 6 ms of a CPU, which is 2 % of three steps of 100 ms."""
+"""Steps between two previews at least: a preview takes 6 ms of a CPU, which is 2 % of three steps of 100 ms."""
 
 MOST_BY_VAE = 3
-"""Previews of a request by the VAE, each of which takes as long as decoding the picture."""
+"""The most previews of a request by the VAE, each of which takes as long as decoding the picture."""
 
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    """Which previews to report: of the first picture, or of the middle frame of a video.
+    """The previews to report: of the first picture, or of the middle frame of a video.
 
     Attributes:
-        count: so many, spread evenly over the steps.
-        every: or one after each so many steps, `LEAST_STEPS_APART` at least; 0: `count` says it.
-        decoder: `linear`, by a linear map from the latents to colors; `vae`, by the model's VAE, `MOST_BY_VAE` at most.
-        max_edge: pixels that the longer edge has at most.
+        count: the number of previews, spread evenly over the steps.
+        every: steps between two previews instead, at least `LEAST_STEPS_APART`; 0: `count` decides.
+        decoder: `linear`, by a linear map from the latents to colors; `vae`, by the model's VAE, at most `MOST_BY_VAE`.
+        max_edge: the most pixels of the longer edge.
     """
 
     count: int = 0
@@ -67,10 +67,10 @@ class MediaInput:
     """A picture or a clip that a request starts from.
 
     Attributes:
-        role: `image`, what to change, or what a video begins with; `mask`, where to: white is drawn anew, black stays;
-            `last_image`, what a video ends with; `control_image`, what to follow, such as edges; `video`, a clip.
-        data: a PNG without transparency, of gray for a mask and of colors else; an animated one for a clip. Empty on
-            ranks that do not need it.
+        role: `image`, to change, or to begin a video with; `mask`, white where to draw anew, black where to keep;
+            `last_image`, to end a video with; `control_image`, to follow, such as edges; `video`, a clip.
+        data: a PNG without transparency: gray for a mask, animated for a clip, else in color. Empty on ranks that do
+            not need it.
     """
 
     role: MediaRole
@@ -78,7 +78,7 @@ class MediaInput:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the picture, in hexadecimal: what records and fingerprints have in place of its bytes."""
+        """The SHA-256 of the picture, in hexadecimal. It stands for the bytes in records and fingerprints."""
         return hashlib.sha256(self.data).hexdigest()
 
 
@@ -87,10 +87,10 @@ class GenerationRequest:
     """One accepted request. Everything random is settled, so that running it twice gives the same picture.
 
     Attributes:
-        request_id: unique; in logs, and what a cancellation names.
+        request_id: unique; used in logs and for canceling.
         model: name of the model in the deployment.
         prompt: what to draw.
-        negative_prompt: what not to draw; None turns guidance off where the model's own pipeline does so.
+        negative_prompt: what not to draw; None turns guidance off if the model's own pipeline does so.
         width: pixels.
         height: pixels.
         num_inference_steps: denoising steps.
@@ -98,24 +98,25 @@ class GenerationRequest:
         guidance_scale_2: for a model's second transformer; None: the same.
         loras: adapters by name, each with its scale.
         num_frames: of a video; 1 for pictures.
-        fps: of a video, frames per second.
-        seed: of the first picture or video; number i uses seed + i, unless `seeds` says otherwise.
-        n: how many pictures or videos.
+        fps: frames of a video per second.
+        seed: the seed of the first picture or video; number i uses seed + i, unless `seeds` says otherwise.
+        n: the number of pictures or videos.
         output_format: of the encoded files.
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
-        seed_drawn: the seed is not the caller's, so the same body asked again has another.
-        priority: what comes first where an elastic gang must choose; of a job, that of the job.
-        deadline_at: when it is worth nothing anymore, in seconds since the epoch; None: never. The gateway sees to it.
-        seeds: one for each picture or video; empty: those that follow from `seed`.
-        true_cfg: the guidance scale is meant for two branches; a model with one branch refuses it.
-        flow_shift: of the noise schedule; None: the model's own.
-        previews: which to report; None: none.
-        extra_params: of the model's pipeline alone, by name; plain JSON values.
-        inputs: what to start from: at most one of each role, but of `image` several; a mask only with an image.
-        strength: of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps that are done.
-            None: the family's.
-        traceparent: the span that whoever has the request works for, as W3C writes it; empty: it is not traced.
+        seed_drawn: whether the seed was drawn here, so that the same body sent again gets another one.
+        priority: which request an elastic gang prefers; a job has its own priority.
+        deadline_at: when the answer becomes worthless, in seconds since the epoch; None: never. The gateway enforces
+            it.
+        seeds: a seed for each picture or video; empty: they follow from `seed`.
+        true_cfg: whether the guidance scale is meant for two branches; a model with one branch refuses it.
+        flow_shift: the shift of the noise schedule; None: the model's own.
+        previews: the previews to report; None: none.
+        extra_params: parameters of the model's pipeline alone, by name; plain JSON values.
+        inputs: pictures and clips to begin with: at most one of each role, except `image`; a mask only with an image.
+        strength: strength of the change to `inputs`, 0.01 to 1; 1 keeps nothing. It is the share of the steps to do.
+            None: the family's default.
+        traceparent: the parent span of the work on the request, in W3C's format; empty: it is not traced.
         profile: whether each rank reports a `Profiled` of its steps.
     """
 
@@ -150,11 +151,11 @@ class GenerationRequest:
     profile: bool = False
 
     def input(self, role: MediaRole) -> MediaInput | None:
-        """The first of a role; None: the request has none."""
+        """The first input of a role; None if there is none."""
         return next((each for each in self.inputs if each.role == role), None)
 
     def without_data(self) -> "GenerationRequest":
-        """The same for ranks that do not read its pictures."""
+        """The same request without the data of its inputs, for ranks that do not read them."""
         return replace(self, inputs=tuple(replace(each, data=b"") for each in self.inputs)) if self.inputs else self
 
     @property
@@ -164,13 +165,13 @@ class GenerationRequest:
 
     @property
     def steps_asked(self) -> float:
-        """Steps that it asks for, before the scheduler has its say: with pictures the share of them that is done."""
+        """Steps that it asks for, before the scheduler changes them; with input pictures, the share to do."""
         share = self.strength if self.inputs and self.strength is not None else 1.0
         return max(1.0, self.num_inference_steps * share)
 
     @property
     def work(self) -> int:
-        """Pixels x frames x steps x pictures: what limits and fair shares count."""
+        """Pixels x frames x steps x pictures, the unit of limits and fair shares."""
         return self.width * self.height * self.num_frames * self.num_inference_steps * self.n
 
 
@@ -200,7 +201,7 @@ class Preview:
 
     Attributes:
         index: 0 for the first of the request.
-        step: after which it was made.
+        step: the step after which it was made.
         data: a JPEG.
     """
 
@@ -218,7 +219,7 @@ class GenerationResult:
         seeds: the seed of each.
         degrees: the layout of the gang.
         encode_seconds: wall time of prompt encoding and preparation on rank 0.
-        step_seconds: of each step, from the end of the one before to its own, on rank 0's device.
+        step_seconds: seconds of each step, from the end of the previous one to its own, on rank 0's device.
         decode_seconds: wall time of decoding the latents to pictures, on rank 0.
         warnings: what the caller should know, such as that a prompt was cut.
         encode_media_seconds: wall time of encoding the pictures as files, on rank 0. The ranks have begun the next
@@ -247,7 +248,7 @@ class Drawn:
     """The pictures are decoded, and wait on rank 0 to be encoded. The ranks are free.
 
     Attributes:
-        request_id: what was drawn.
+        request_id: the id of the request.
         took: its result, still without outputs.
     """
 
@@ -257,13 +258,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Operator:
-    """What one operator took in all steps of a profile, without what it called.
+    """The time of one operator in all steps of a profile, without the operators that it called.
 
     Attributes:
-        name: torch's.
-        calls: how often it was called.
-        host_seconds: on the CPU.
-        device_seconds: on the GPU; 0 on a CPU.
+        name: torch's name of it.
+        calls: the number of its calls.
+        host_seconds: seconds on the CPU.
+        device_seconds: seconds on the GPU; 0 without one.
     """
 
     name: str
@@ -279,11 +280,11 @@ class Profiled:
     Attributes:
         rank: its number.
         trace: Chrome's trace format, as gzipped JSON.
-        operators: those that took longest, the longest first: on the GPU, where there is one.
-        steps: how many.
-        seconds: of all steps.
-        communication_seconds: of these, in collectives.
-        waiting_seconds: of those, for slower ranks.
+        operators: the operators that took longest, the longest first; by GPU time if there is a GPU.
+        steps: the number of steps.
+        seconds: seconds of all steps.
+        communication_seconds: the part of these in collectives.
+        waiting_seconds: the part of those spent waiting for slower ranks.
     """
 
     rank: int
@@ -297,7 +298,7 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one rank has done of a traced request since it said so last.
+    """The marks of one rank for a traced request since its last report.
 
     Attributes:
         marks: `begin`; a stage, by its name, when it begins; `step`, when one has ended; `end`.
@@ -311,11 +312,11 @@ class Part:
     """Some steps of a request of an elastic gang, on some of its ranks.
 
     Attributes:
-        request: what is drawn.
-        number: of the part, 1 for the first of the request.
-        ranks: how many there are.
-        encoded: its prompts, as the rank that encodes has returned them.
-        progress: where it stands; empty: at its beginning.
+        request: the request.
+        number: the number of the part, 1 for the first of the request.
+        ranks: the number of its ranks.
+        encoded: its encoded prompts, as the encoding rank has returned them.
+        progress: its progress so far; empty at the beginning.
     """
 
     request: GenerationRequest
@@ -327,12 +328,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Kept:
-    """Where a request of an elastic gang stands, so that any of its ranks can go on from there.
+    """The progress of a request of an elastic gang, from which any ranks of the gang can resume it.
 
     Attributes:
         steps_done: steps of its scheduler.
         progress: for `Part.progress`.
-        pauses: its ranks have left it; False: they go on, and this is for the case that they are lost.
+        pauses: whether its ranks have left it. If not, they go on, and this is kept in case they are lost.
     """
 
     steps_done: int
@@ -345,8 +346,8 @@ class Answer:
     """The request has left the ranks; rank 0 encodes its pictures while they compute the next.
 
     Attributes:
-        result: comes in a moment, to whoever awaits it in the same cluster. Raises what encoding has raised, or what
-            Ray raises if the rank or the gang ends before: the request can run again.
+        result: a reference to await in the same cluster. It raises the error of the encoding, or Ray's error if the
+            rank or the gang ends before; then the request can run again.
     """
 
     result: Awaitable[GenerationResult]
@@ -360,19 +361,19 @@ class RankStatus:
         rank: its number in the gang.
         pid: its process.
         node_id: the Ray node it runs on; empty outside Ray.
-        phase: what it is doing; never `encode_media`, which it does beside everything else.
-        progress: grows with every boundary it passes; if it stands still for too long, the rank hangs.
+        phase: its current phase; never `encode_media`, which runs beside all others.
+        progress: grows with every boundary that it passes; if it stands still for too long, the rank hangs.
         model: the name of its model.
         loaded: the share of the model's files that it has read, from 0 to 1.
-        step: denoising steps done of the request that it runs, or ran last.
+        step: denoising steps done of its current or last request.
         total_steps: all steps of that request; 0 until its scheduler has set them. A scheduler of second order takes
             more than `num_inference_steps`.
-        kernel: what computes attention; empty until the model is loaded.
-        guidance: how the latest guided request evaluated its branches: in one forward, or in two and why; empty: there
-            was none yet.
+        kernel: the attention kernel; empty until the model is loaded.
+        guidance: how the latest guided request evaluated its branches: in one forward, or in two and why; empty before
+            the first.
         start: the seconds of each phase of the start; only in the answer to `join`.
-        latest_step: of the latest step whose collectives were timed: its seconds, those in collectives, and how many of
-            these it waited for slower ranks; empty: there was none.
+        latest_step: the latest step with timed collectives: its seconds, those in collectives, and those of waiting for
+            slower ranks; empty before the first.
     """
 
     rank: int

@@ -1,16 +1,16 @@
-"""The denoising of one request over a classic pipeline of diffusers: its call, stopped after each step.
+"""The denoising of one request through the classic call of a diffusers pipeline, stopped after each step.
 
-`begin` makes the `Denoising` of a request, for `workers.gang.rank`. What a request is checked for, its scheduler,
-seeds, adapters, tiles and step times are those of `workers.model.denoising`.
+`begin` makes the `Denoising` of a request, for `workers.gang.rank`. Checks, scheduler, seeds, adapters, tiles and step
+times are those of `workers.model.denoising`.
 
-A call that makes its frames in windows has a loop for each, which are one here, and decodes after each: rank 0 does so
-alone, and the others ask for latents. It is alone as well with a VAE that knows tiles of one size only. A pipeline
-without a VAE denoises pixels, which rank 0 has only to make a picture of.
+Some calls make their frames in windows: one loop for each, and a decode after each. Here all loops count as one. Rank 0
+decodes alone between them, and the other ranks ask for latents. Rank 0 also decodes alone if the VAE knows only tiles
+of one size. A pipeline without a VAE denoises pixels, from which rank 0 only has to make a picture.
 
-The rank that decodes goes on after the last step; the others end their call there. Several pictures of a prompt are one
-call. Those that begin with a picture are a call each, which take their steps together: pipelines disagree on what
-several pictures in one call mean, and so each is what its seed alone makes. Rank 0 decodes all pictures, one at a time.
-Groups of ranks do not divide branches or pictures: to a call, both are one batch.
+The rank that decodes goes on after the last step; the others end their call there. Several pictures of a prompt share
+one call. If they begin with a picture, each has a call of its own and all calls take their steps together: pipelines
+disagree on what several pictures in one call mean, and so each is the same as with its seed alone. Rank 0 decodes all
+pictures, one at a time. Groups of ranks do not divide branches or pictures, because for a call both are one batch.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from workers.model.stepped_call import SteppedCall
 
 
 def begin(loaded: LoadedModel, request: GenerationRequest, encoded: bytes | None = None) -> Denoising:
-    """The denoising of a request, by the kind of its model's pipeline. See `Denoising`.
+    """The `Denoising` of a request, of the class for its model's pipeline; it has the same arguments.
 
     Raises:
         InvalidParameter: the model cannot do what was asked for.
@@ -57,9 +57,9 @@ class ClassicDenoising(Denoising):
             self._pipeline.vae = _OneByOne(self._vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
-        self._made_by_encoders: list[Any] | None = None  # elsewhere, if they work elsewhere
-        self._calls: list[SteppedCall] = []  # from the time when all that they take is here
-        self._schedulers: list[Any] = []  # of each
+        self._made_by_encoders: list[Any] | None = None  # on another rank, if the encoders run there
+        self._calls: list[SteppedCall] = []  # as soon as all their arguments are here
+        self._schedulers: list[Any] = []  # one for each call
 
     @property
     def guidance(self) -> str:
@@ -99,7 +99,7 @@ class ClassicDenoising(Denoising):
             call.prepare()
         timesteps = self._schedulers[0].timesteps.tolist()
         if isinstance(self._schedulers[0], SCMScheduler):
-            timesteps = timesteps[:-1]  # which says where the last step ends
+            timesteps = timesteps[:-1]  # the last one is the end of the last step
         total, order = self._calls[0].total, self._schedulers[0].order
         if self.request.inputs and self._adapter.family.takes_strength and total:
             timesteps = timesteps[-(total * order - order + 1) :]  # the last of them, to keep something of the input
@@ -122,7 +122,7 @@ class ClassicDenoising(Denoising):
         return made
 
     def _begin(self) -> None:
-        """Make the calls. The encoders work for the first of them at most."""
+        """Make the calls. Encoders run for the first call at most; the others take its answers."""
         assert isinstance(self._adapter, ClassicAdapter)
         self._encoders = SharedEncoders(self._made_by_encoders, self.request.seed)
         encoders, generators = self._encoders, self._generators
@@ -149,7 +149,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class _OneByOne:
-    """A VAE that decodes the pictures of a batch one by one, if it can: that takes the least memory.
+    """A VAE that decodes the pictures of a batch one by one, if it can, because that takes the least memory.
 
     Args:
         vae: a VAE of diffusers.

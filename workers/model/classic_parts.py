@@ -1,7 +1,7 @@
-"""The parts of a classic pipeline until all are there. It is built of them, where a modular one takes them one by one.
+"""Collects the components of a classic pipeline, which must be built from all of them at once.
 
-A model folder comes in, a pipeline goes out. Used as modular pipelines are by `workers.model.loader` and
-`workers.model.components`.
+A model folder comes in, a pipeline goes out. `workers.model.loader` and `workers.model.components` use it like a
+modular pipeline, which takes its components one by one.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from deploy.model_folder import component_classes, is_component, is_transformer, read_index
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-"""Whose classes an index may name. What else it names would have to be imported, and so run."""
+"""Libraries whose classes an index may name. Any other would have to be imported, and so its code run."""
 
 
 class ClassicParts:
@@ -58,7 +58,7 @@ class ClassicParts:
         """The pipeline. Components that this rank lacks are None.
 
         Args:
-            absent_vae: what tells the VAE's geometry on a rank without it; None: it is there.
+            absent_vae: has the VAE's geometry on a rank without the VAE; None on other ranks.
         """
         told = {name: self._index[name] for name in self._takes if name in self._index}
         settings = {name: value for name, value in told.items() if not is_component(value)}

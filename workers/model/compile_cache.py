@@ -1,11 +1,11 @@
-"""Compiled blocks that outlive a process: for each thing that decides their code, a folder of this node.
+"""Compiled blocks that outlive a process: a folder of this node for each combination of facts that decide their code.
 
-A `ModelSpec` and `storage.compiled` come in; torch's compiler then reads and writes in that folder, as it would in its
-own one, and keys what it puts there by graphs and shapes. Called by `workers.model.compiler`; the place is also
-told by `spray doctor`. It brings no torch.
+A `ModelSpec` and `storage.compiled` come in. torch's compiler then reads and writes in that folder instead of its own,
+and keys its files by graphs and shapes. Called by `workers.model.compiler`; `spray doctor` shows the place. It imports
+no torch.
 
-What lies there is code that ranks run, so only their user may write there, and nothing is used that has changed since a
-rank noted its checksum after a warm-up. Damage costs the compiling of what is damaged.
+The files are code that ranks run. So only their user may write there, and a file that has changed since a rank noted
+its checksum after a warm-up is not used. Damaged files are compiled again.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ from workers.private_folder import make_private, open_own
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 4 * 2**30
-"""Of all folders of a node. Above, those that were not used for the longest time go."""
+"""Bytes of all folders of a node. Above, the least recently used go."""
 
 PACKAGES = ("spray", "torch", "triton", "diffusers")
 
 
 @dataclass(frozen=True)
 class Warmed:
-    """What a warm-up found.
+    """The result of a warm-up.
 
     Attributes:
-        what: was warmed up, in a word.
-        cached: graphs whose code was there.
+        what: what was warmed up, in a word.
+        cached: graphs whose code was in the cache.
         compiled: graphs that were compiled.
-        seconds: that it took.
+        seconds: how long it took.
     """
 
     what: str
@@ -64,13 +64,14 @@ def cache_folder(root: str | None) -> Path:
 
 
 def what_decides(model: ModelSpec, device: str) -> dict[str, Any]:
-    """Everything that compiled code depends on, besides what torch sees itself: graphs, shapes and its own settings.
+    """The facts that decide compiled code, besides those that torch sees: graphs, shapes and its own settings.
 
-    Weights do not decide: they are arguments. Nor does the rest of the model's class, which is traced at each start.
+    Weights do not decide, because they are arguments; nor does the rest of the model's class, which is traced at each
+    start.
 
     Args:
-        model: whose `source` is a folder of this node.
-        device: what code is made for; see `workers.model.compiler.code_target`.
+        model: the model; its `source` is a folder of this node.
+        device: the target of the code; see `workers.model.compiler.code_target`.
 
     Raises:
         ValueError: the folder is not a model.
@@ -125,9 +126,9 @@ class CompileCache:
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
 
     def keep(self, warmed: Warmed) -> None:
-        """Note what was compiled until now, so that the next process takes it, and say what the cache was good for.
+        """Note what was compiled so far, so that the next process uses it, and log what the cache saved.
 
-        A file that cannot be written is logged: it costs the next process its compiling.
+        If the notes cannot be written, that is logged, and the next process compiles again.
         """
         try:
             with self._open_notes() as file:
@@ -157,7 +158,7 @@ class CompileCache:
             yield file
 
     def _remove_damaged(self, notes: Mapping[str, Any], alone: bool) -> None:
-        """Remove what differs from its checksum. If nobody is writing, also what has none: it may not be whole."""
+        """Remove files that differ from their checksum; if nobody writes, also those without, which may be incomplete."""
         removed = 0
         for path in _files(self.folder):
             noted = notes["files"].get(str(path.relative_to(self.folder)))
@@ -215,7 +216,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files in a folder; 0 if it is not there."""
+    """The bytes of all files in a folder; 0 if it does not exist."""
     total = 0
     for path in _files(folder):
         with contextlib.suppress(FileNotFoundError):

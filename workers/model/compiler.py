@@ -1,4 +1,4 @@
-"""Compiles a rank's blocks into a folder that the next process finds, and says what was found.
+"""Compiles a rank's blocks into a folder that the next process finds, and logs what was found there.
 
 A `ModelSpec` and `storage.compiled` come in. Called by `workers.gang.rank` around whatever warms up.
 """
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class Compiler:
-    """Where the blocks of one rank are compiled to. Nothing happens before `warming`.
+    """The folder for the compiled blocks of one rank. Nothing happens before `warming`.
 
     Args:
-        model: whose `source` is a folder of this node.
+        model: the model; its `source` is a folder of this node.
         root: `storage.compiled` of the deployment; None: among temporary files.
         device: of the rank.
 
     Attributes:
-        has_compiled: some block was compiled while it was warmed up; none was there from an earlier process.
+        has_compiled: whether a warm-up had to compile some block, because no earlier process had.
     """
 
     def __init__(self, model: ModelSpec, root: str | None, device: torch.device) -> None:
@@ -42,10 +42,10 @@ class Compiler:
 
     @contextlib.contextmanager
     def warming(self, what: str) -> Iterator[None]:
-        """Inside, blocks are compiled unless an earlier process has done so; afterwards the next one finds them.
+        """Inside, blocks are compiled unless an earlier process has done so; the next process finds them.
 
         Args:
-            what: is warmed up, in a word; times are compared with those of the same.
+            what: what is warmed up, in a word; its time is compared with earlier ones of the same.
         """
         if self._model.compile and not self._opened:
             self._opened = True
@@ -72,7 +72,7 @@ class Compiler:
 
 
 def code_target(device: torch.device) -> str:
-    """What code for a device is made for: the GPU's model and CUDA's version, or the CPU with its instructions."""
+    """The target of a device's code: the GPU's model and CUDA's version, or the CPU with its instructions."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.major}.{properties.minor}, {torch.version.cuda or torch.version.hip}"

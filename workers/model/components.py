@@ -1,4 +1,4 @@
-"""Loads the components that ranks do not split, and reads what the libraries report: they fill gaps with noise.
+"""Loads the components that ranks do not split, and checks the libraries' reports, since these fill gaps with noise.
 
 A `ModelSpec` comes in, components with all of their weights go out; or a `ValueError` that names the folder and the
 tensors. Called by `workers.model.loader`; `verify_loadable` by `service.rollout.preflight`.
@@ -20,7 +20,7 @@ from workers.model.out_of_tree import transformer_class
 from workers.model.weights import build, verified_files
 
 UNUSED = ("lm_head.",)
-"""Begins the names of tensors that a text encoder may have too many: they turn its embeddings into words."""
+"""The prefix of surplus tensors that a text encoder may have: they turn its embeddings into words."""
 
 REPORTED = {
     "missing": "missing_keys",
@@ -28,7 +28,7 @@ REPORTED = {
     "of another shape": "mismatched_keys",
     "not readable": "error_msgs",
 }
-"""What is wrong with tensors, by keys of the libraries' reports."""
+"""Mistakes of tensors, by keys of the libraries' reports."""
 
 
 def read_pipeline(folder: Path) -> ModularPipeline | ClassicParts:
@@ -77,7 +77,7 @@ def load_component(pipeline: ModularPipeline | ClassicParts, folder: Path, name:
 
 
 def _borrowed(folder: Path, name: str) -> frozenset[str]:
-    """Tensors that a ControlNet's files may have too many: some borrow parts of the transformer, and are saved so."""
+    """Surplus tensors that a ControlNet's files may have: some are saved with the transformer's parts they borrow."""
     if name != "controlnet":
         return frozenset()
     return frozenset(tensor for tensors in headers_by_file(folder / "transformer").values() for tensor in tensors)

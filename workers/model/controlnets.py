@@ -1,4 +1,4 @@
-"""A ControlNet beside the transformer: every rank runs it whole, and its residuals are split on their way in.
+"""A ControlNet beside the transformer: every rank runs it whole, and its residuals are split where they enter.
 
 The transformer's plan names the parameters that take them. Called by `workers.model.loader` and the adapter of classic
 pipelines.
@@ -15,13 +15,13 @@ from workers.messages import GenerationRequest
 
 
 def run_whole(pipeline: Any) -> None:
-    """Have the parts that a ControlNet borrows from the parallelized transformer see all tokens while it runs.
+    """Make the parts that a ControlNet borrows from the parallelized transformer see all tokens while it runs.
 
-    Z-Image's borrows embeddings and refiners: it gets the refiners' layers without the hooks that split, and rotations
-    as diffusers makes them. Others have all parts of their own: nothing is done.
+    Z-Image's borrows embeddings and refiners. It gets the refiners' layers without the hooks that split, and rotations
+    in diffusers' form. Other ControlNets have all parts of their own, and nothing is done.
 
     Args:
-        pipeline: with all of its parts; it need not have a ControlNet.
+        pipeline: the complete pipeline, with or without a ControlNet.
     """
     controlnet: Any = getattr(pipeline, "controlnet", None)  # a modular pipeline may have a place for one
     if controlnet is None:
@@ -50,13 +50,13 @@ class _ComplexRotations:
 
 
 def control_modes(pipeline: Any) -> int:
-    """The kinds of control among which a ControlNet must be told one; 0: it has one kind, or there is none."""
+    """The number of kinds of control from which a request must choose; 0: one kind, or no ControlNet."""
     controlnet: nn.Module | None = getattr(pipeline, "controlnet", None)
     return int(getattr(getattr(controlnet, "config", None), "num_mode", None) or 0)
 
 
 def check_control_mode(pipeline: Any, request: GenerationRequest) -> None:
-    """Reject a kind of control that the ControlNet does not have: it would read an embedding that is not there.
+    """Reject a kind of control that the ControlNet does not have: it would read a missing embedding.
 
     Raises:
         InvalidParameter: names `extra_params.control_mode`.

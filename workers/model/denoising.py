@@ -1,9 +1,9 @@
 """The denoising of one request, step by step, over diffusers' modular pipelines.
 
-A `Denoising` is one request in progress on one rank; `workers.gang.rank` calls its stages on all ranks alike. Pipelines
-without a modular form are run by `workers.model.classic_denoising`, which changes what this class does. A modular
-pipeline is a list of blocks that read and write one state: text encoder, latents, timesteps, the denoising loop,
-decoder. We run the blocks before the loop, then the loop's body once per `step`, then the blocks after it.
+A `Denoising` is one request in progress on one rank; `workers.gang.rank` calls its stages on all ranks alike. For
+pipelines without a modular form, `workers.model.classic_denoising` has a subclass. A modular pipeline is a list of
+blocks that read and write one state: text encoder, latents, timesteps, the denoising loop, decoder. We run the blocks
+before the loop, then the loop's body once per `step`, then the blocks after it.
 
 Two things hold between steps, so that a request can be moved, paused or resumed there: every rank has its whole
 latents, and all state of a request is in its `Denoising`.
@@ -41,14 +41,14 @@ class Denoising:
     """One request in progress: `encode`, `share_encoded`, `prepare`, all `steps`, `join_pictures`, `finish`.
 
     It owns its scheduler and guiders: a pipeline has one of each, and two requests on one scheduler break each other.
-    Where groups of ranks compute the branches of guidance, a request without guidance has its pictures divided among
-    the groups instead. On one group the branches share a forward, if the deployment and the prompts allow it.
+    If groups of ranks compute the branches of guidance, they divide the pictures of a request without guidance instead.
+    On one group the branches share a forward, if the deployment and the prompts allow it.
 
     Args:
         loaded: the model, shared by all requests.
         request: what to draw.
-        encoded: what `encoded` has returned for the request on a rank that encodes; instead of `encode` and
-            `share_encoded`. None: the ranks encode it together.
+        encoded: the result of `encoded` for the request on a rank that encodes; replaces `encode` and `share_encoded`.
+            None: the ranks encode it together.
 
     Attributes:
         request: what to draw.
@@ -59,7 +59,7 @@ class Denoising:
 
     def __init__(self, loaded: LoadedModel, request: GenerationRequest, encoded: bytes | None = None) -> None:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
-        self._vae = getattr(pipeline, "vae", None)  # none where what is denoised are the pixels
+        self._vae = getattr(pipeline, "vae", None)  # None if the model denoises pixels
         self._colors = loaded.colors
         self.request = request
         self._loras = loaded.adapters
@@ -76,7 +76,7 @@ class Denoising:
         self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds()]  # on CPU: alike everywhere
         self._shared_scheduler = pipeline.scheduler
         self._pipeline.scheduler = self._scheduler_of(self._generators)
-        # Not all ranks have the VAE that reads pictures, and what is drawn without a seed differs between ranks.
+        # Not all ranks have the VAE that reads pictures, and samples without a seed differ between ranks.
         alone = model.text_encoder == "rank0" or bool(request.inputs) or hasattr(pipeline, DRAWN)
         self._encodes = encoded is None and encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
@@ -85,7 +85,7 @@ class Denoising:
         self._shares_encoded = alone and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
-        # Ranks of an elastic gang do not wait for the last of a request's ranks to decode: they have others to do.
+        # In an elastic gang a rank does not wait for the other ranks of its request to decode: it has other requests.
         together = model.vae == "all" and mesh.degrees.world_size > 1 and model.elastic is None
         self._tiles = size > model.vae_tiling_above and hasattr(self._vae, "use_tiling")
         self._shares_decoding = together and request.n > 1 and not self._tiles
@@ -110,7 +110,7 @@ class Denoising:
             self._tokens_read += tokens_read
 
     def _set_up(self) -> None:
-        """Begin with the blocks and their state."""
+        """Split the blocks at the loop, and make their state."""
         pipeline, given = self._pipeline, self._inputs()
         blocks = pipeline.blocks.get_execution_blocks(**given)
         self._workflow = Workflow.split(tuple(self._adapter.blocks(blocks.sub_blocks, self.request)))
@@ -148,7 +148,7 @@ class Denoising:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the caller should know of the request, on ranks that encode: which prompts were cut."""
+        """Warnings for the caller, on ranks that encode: which prompts were cut."""
         return tuple(dict.fromkeys(self._warnings))
 
     @property
@@ -165,7 +165,7 @@ class Denoising:
             self._encoded = {n: v for n, v in self._state.values.items() if before.get(n) is not v}
 
     def share_encoded(self) -> None:
-        """Send what rank 0 has encoded to the ranks without encoders. A collective of all ranks, if there are such."""
+        """Send rank 0's embeddings to the ranks without encoders. A collective of all ranks, if there are any."""
         if not self._shares_encoded:
             return
         received = self._mesh.broadcast(packed(self._what_was_encoded()) if self._encodes else None)
@@ -173,7 +173,7 @@ class Denoising:
             self._receive(unpacked(received, self._mesh.device))
 
     def encoded(self) -> bytes:
-        """What `encode` has made here, and had to say about it: for a `Denoising` of the request on any ranks."""
+        """The results and warnings of `encode` here, for a `Denoising` of the request on any ranks."""
         return packed((self._what_was_encoded(), list(self._warnings), list(self._tokens_read)))
 
     def _what_was_encoded(self) -> Any:
@@ -185,15 +185,15 @@ class Denoising:
         self._state.kwargs_mapping.update(mapping)
 
     def progress(self) -> bytes:
-        """All that the steps so far have changed, for `resume` on any ranks. Waits for the device."""
+        """The state that the steps have changed so far, for `resume` on any ranks. Waits for the device."""
         generators = [generator.get_state() for generator in self._generators]
         return packed((self._steps_done, self.latents.cpu(), state_of(self._pipeline.scheduler), generators))
 
     def resume(self, progress: bytes) -> None:
-        """Go on where other ranks, or these, have stopped. After `prepare`, before the first step here.
+        """Continue where other ranks, or these, have stopped. Call it after `prepare`, before the first step here.
 
         Args:
-            progress: what theirs has returned.
+            progress: the result of `progress` there.
         """
         device = self._mesh.device
         self._steps_done, latents, scheduler, generators = unpacked(progress, device, keep_on_host=True)
@@ -209,11 +209,11 @@ class Denoising:
         self._set_guiders(self._adapter.guiders(self.request))
         self._run(self._workflow.prepare)
         if not self.request.inputs:  # else the blocks have set where the steps begin
-            # As classic pipelines; without it the scheduler looks for the step by its timestep.
+            # Like classic pipelines; without it the scheduler looks up the step by its timestep.
             self._pipeline.scheduler.set_begin_index(0)
         _drop_full_masks(self._state)
         loop_state = self._workflow.loop.get_block_state(self._state)
-        loop_state.additional_cond_kwargs = {}  # this and the next: what the loop's own call would set, were it called
+        loop_state.additional_cond_kwargs = {}  # the loop's own call, which we bypass, would set this and the next
         loop_state.num_warmup_steps = 0
         loop_state.num_inference_steps = len(loop_state.timesteps)  # guiders count these; a scheduler may add some
         if self._adapter.rounds_timestep:
@@ -252,8 +252,8 @@ class Denoising:
         """Do all steps, and yield the end of each. A collective of all ranks.
 
         Args:
-            ahead: how many steps more are queued before the host waits for one to end, so that a GPU never waits for
-                the host in between. What goes wrong on the device shows up with the step that is waited for.
+            ahead: how many further steps are queued before the host waits for the end of one, so that a GPU never waits
+                for the host in between. An error of the device is raised with the step that is waited for.
         """
         for step in range(self._steps_done + 1, self.total_steps + 1):
             while not self.done and not self._held and self._steps_done < step + ahead:
@@ -264,11 +264,11 @@ class Denoising:
             yield self._ends.wait(step)
 
     def hold(self) -> None:
-        """Begin no further step: `steps` ends with those that are queued."""
+        """Begin no further step: `steps` ends after those that are queued."""
         self._held = True
 
     def preview(self, step: int) -> tuple[int, Pixels] | None:
-        """The number and the preview of a step whose end was waited for; None if there is none. On rank 0."""
+        """The number and the preview of a step that `steps` has yielded; None if it has none. On rank 0."""
         return self._previews.take(step) if self._previews else None
 
     def join_pictures(self) -> None:
@@ -281,8 +281,8 @@ class Denoising:
     def finish(self) -> list[Any]:
         """Decode the latents. A collective, if the ranks share tiles or pictures.
 
-        Pictures that are not cut into tiles are decoded one by one: that takes the least memory, and the pixels do not
-        depend on who decodes what.
+        Pictures without tiles are decoded one by one: that takes the least memory, and the pixels do not depend on
+        which rank decodes them.
 
         Returns:
             On rank 0 the pictures, or a list of frames for each video; nothing on the others.
@@ -337,7 +337,7 @@ class Denoising:
                 )
 
     def _activate_loras(self) -> None:
-        """Activate the adapters of this request and no others. Costs nothing if they still are from the last step."""
+        """Activate exactly the adapters of this request. Costs nothing if they are still active from the last step."""
         for adapters in self._loras.values():
             adapters.activate({name: scale for name, scale in self.request.loras if name in adapters.names})
 
@@ -346,7 +346,7 @@ class Denoising:
             setattr(self._pipeline, name, self._guidance.arranged(guider))
 
     def _inputs(self) -> dict[str, Any]:
-        """The values that the pipeline starts from; they decide which blocks run."""
+        """The inputs of the pipeline; they decide which blocks run."""
         request = self.request
         return {
             "prompt": request.prompt,
@@ -364,7 +364,7 @@ class Denoising:
     def _seeds(self) -> list[int]:
         """The seeds of this rank's pictures: all, or its group's share.
 
-        Shares are equal, so that no group waits in a collective for one with less to do: the last may repeat a picture.
+        Shares are equal, so that all groups enter the same collectives; the last may repeat a picture.
         """
         request = self.request
         if not self._splits_pictures:

@@ -1,7 +1,6 @@
-"""What workers needs of diffusers' classes and diffusers keeps private.
+"""The private names of diffusers that workers uses, here and nowhere else.
 
-`tests/workers/test_diffusers_internals.py` pins it. Called by `workers.model.weights` and `workers.model.lora`. No
-other file of workers uses a private name of diffusers.
+`tests/workers/test_diffusers_internals.py` pins them. Called by `workers.model.weights` and `workers.model.lora`.
 """
 
 from torch import nn
@@ -18,6 +17,6 @@ def stays_fp32(kind: type[nn.Module], tensor: str) -> bool:
 
 
 def lora_components(pipeline: type) -> list[str]:
-    """The components of a pipeline that its LoRA files may have weights for; empty where diffusers loads none."""
+    """The components of a pipeline that its LoRA files may have weights for; empty if diffusers loads none."""
     components: list[str] = getattr(pipeline, "_lora_loadable_modules", [])
     return components if hasattr(pipeline, "lora_state_dict") else []

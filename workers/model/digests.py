@@ -1,8 +1,8 @@
-"""What a deployment's files are, by content: so that two gangs of one model cannot load different bytes.
+"""Digests of a deployment's files, so that two gangs of one model cannot load different bytes.
 
-A `ModelSpec` comes in; one with digests goes out, or a `ValueError` where files differ from what was deployed. Called
-by `service.rollout.preflight` when a model is deployed; by `workers.model.files` and `workers.model.loader` whenever it
-is loaded.
+A `ModelSpec` comes in; one with digests goes out, or a `ValueError` if files differ from those that were deployed.
+Called by `service.rollout.preflight` when a model is deployed, and by `workers.model.files` and `workers.model.loader`
+whenever it is loaded.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def file_digest(file: Path) -> str:
 
 
 def folder_digest(folder: Path, notes: Path) -> str:
-    """The SHA-256 of what a model is loaded from: names and contents of its index and its components' files.
+    """The SHA-256 of a model: of the names and contents of its index and its components' files.
 
     Args:
         folder: in diffusers' format.

@@ -36,7 +36,7 @@ from workers.private_folder import make_private, open_own
 logger = logging.getLogger("ray.serve")
 
 CHECKS: tuple[Callable[[Path], object], ...] = (verify_components, verify_weights, verify_checksums)
-"""What every model folder must pass once per node. Each raises ValueError or OSError."""
+"""The checks that every model folder must pass once per node. Each raises ValueError or OSError."""
 
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
 """Suffixes of the files that a component is loaded from: configs, weights, tokenizers and their templates."""
@@ -55,7 +55,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
         "HF_HUB_OFFLINE if it is set, or copy the model here and set source to its folder",
     ),
 )
-"""Why nothing could be fetched, and what to do. The first that matches the error counts."""
+"""Reasons why nothing could be fetched, each with what to do. The first that matches the error counts."""
 
 
 def fetch(model: ModelSpec, cache: str | None) -> Path:

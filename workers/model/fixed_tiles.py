@@ -1,6 +1,6 @@
-"""VAEs that decode nothing but tiles of one size, such as Allegro's: what their tiles do not cover would stay black.
+"""VAEs that decode only tiles of one size, such as Allegro's. Areas that their tiles do not cover would stay black.
 
-A VAE comes in; what its tiles cover goes out. Used by the adapter of classic pipelines and by
+A VAE comes in; its tiles go out. Used by the adapter of classic pipelines and by
 `workers.model.classic_denoising`.
 """
 
@@ -11,11 +11,11 @@ from workers.messages import GenerationRequest
 
 
 class Tiles(NamedTuple):
-    """Of a VAE; frames, height and width each.
+    """The tiles of a VAE, each number as frames, height and width.
 
     Attributes:
-        size: of a tile, in frames and pixels.
-        apart: from the beginning of a tile to that of the next.
+        size: the size of a tile, in frames and pixels.
+        apart: the distance between the beginnings of two neighboring tiles.
     """
 
     size: tuple[int, int, int]

@@ -1,7 +1,7 @@
-"""The guardrail of Cosmos: the checker of prompts and pictures without which its license lets nobody run it.
+"""The guardrail of Cosmos: the checker of prompts and pictures that its license requires.
 
-The class of a pipeline comes in; the checker that it is built with goes out. Called by `workers.model.loader`. It is
-the one of the package `cosmos_guardrail`, on the ranks that read prompts and decode. What it refuses is told to the
+The class of a pipeline comes in; the checker for its constructor goes out. Called by `workers.model.loader`. On ranks
+that read prompts or decode, it is the checker of the package `cosmos_guardrail`. Its refusals become errors for the
 caller.
 """
 
@@ -15,11 +15,11 @@ REFUSED = "content_policy_violation"
 
 
 def make_guardrail(kind: type, checks_here: bool) -> Any:
-    """The checker of a pipeline; None: it takes none of Cosmos.
+    """The checker of a pipeline; None if it takes no checker of Cosmos.
 
     Args:
         kind: the class of the pipeline.
-        checks_here: this rank reads prompts or makes pictures.
+        checks_here: whether this rank reads prompts or makes pictures.
 
     Raises:
         ValueError: the package is not installed, or cannot make its checker.
@@ -43,7 +43,7 @@ def make_guardrail(kind: type, checks_here: bool) -> Any:
 
 
 class CheckedElsewhere:
-    """In the place of the checker on ranks that neither read prompts nor make pictures: rank 0 checks for all."""
+    """Replaces the checker on ranks that neither read prompts nor make pictures: rank 0 checks for all."""
 
     def to(self, _device: Any) -> "CheckedElsewhere":
         """Nothing to move."""

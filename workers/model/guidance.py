@@ -1,7 +1,8 @@
-"""How a request evaluates the branches of guidance: one forward for all, a forward each, or each on ranks of its own.
+"""How a request evaluates the branches of guidance: in one forward, in a forward each, or each on ranks of its own.
 
-Comes in: what the deployment says, the size of the request, whether its classes can. The lengths of its prompts decide
-at each step. Called by `workers.model.denoising`; `why_not_batched` by `workers.model.loader`.
+The deployment's setting, the size of the request and the model's classes come in; a guider goes out. At each step the
+lengths of the prompts decide too. `workers.model.denoising` calls `Guidance`, `workers.model.loader` calls
+`why_not_batched`.
 """
 
 from collections.abc import Iterable
@@ -22,10 +23,10 @@ class Guidance:
     """The guidance of one request.
 
     Args:
-        model: what the deployment says; its `source` is a folder of this node.
+        model: the model; its `source` is a folder of this node.
         request: what to draw.
-        transformers: those that denoise.
-        mesh: the ranks of the request. In an elastic gang they are fewer than the deployment says.
+        transformers: the transformers that denoise.
+        mesh: the ranks of the request. In an elastic gang they may be fewer than the deployment says.
         guided: whether the request has two branches.
     """
 
@@ -47,7 +48,7 @@ class Guidance:
         self._batched: list[BatchedGuider] = []
 
     def arranged(self, guider: Any) -> Any:
-        """The guider that a pipeline is given instead of its own."""
+        """The guider for the pipeline, made from the adapter's."""
         if self._guided and self._groups.size > 1:
             return ParallelGuider(guider, self._groups)
         if not self._guided or self._apart or self._batch is None:
@@ -56,7 +57,7 @@ class Guidance:
         return self._batched[-1]
 
     def __str__(self) -> str:
-        """How the steps so far did it, and why; empty: the request has one branch."""
+        """How the steps so far evaluated the branches, and why; empty: the request has one branch."""
         if not self._guided or self._groups.size > 1:
             return "each branch on ranks of its own" if self._guided else ""
         apart = self._apart or next((guider.apart for guider in self._batched if guider.apart), "")

@@ -1,7 +1,7 @@
-"""What a request takes along to the ranks that go on with it, as bytes.
+"""The state that a request takes to other ranks, as bytes.
 
-`workers.model.denoising` packs what the encoders have made and what the steps have changed; the `Denoising` of the same
-request on other ranks unpacks it there.
+`workers.model.denoising` packs the embeddings and the state that the steps have changed; the `Denoising` of the same
+request on other ranks unpacks them.
 """
 
 import io
@@ -18,12 +18,12 @@ def packed(values: Any) -> bytes:
 
 
 def unpacked(data: bytes, device: torch.device, keep_on_host: bool = False) -> Any:
-    """What `packed` was given, with its tensors on a device.
+    """The values that `packed` was given, with their tensors on a device.
 
     Args:
-        data: what `packed` has returned.
-        device: of this rank.
-        keep_on_host: leave tensors on the host that were there: schedulers keep some of theirs there.
+        data: the result of `packed`.
+        device: the device of this rank.
+        keep_on_host: whether tensors that were on the host stay there; schedulers keep some there.
     """
 
     def place(storage: Any, at: str) -> Any:
@@ -33,7 +33,7 @@ def unpacked(data: bytes, device: torch.device, keep_on_host: bool = False) -> A
 
 
 def state_of(scheduler: Any) -> dict[str, Any]:
-    """The attributes of a scheduler that a request takes along: not its configuration, nor what it calls."""
+    """The attributes of a scheduler that a request takes along: all except its configuration and callables."""
     return {name: value for name, value in vars(scheduler).items() if _moves(name, value)}
 
 

@@ -1,7 +1,7 @@
-"""The colors of latents by a linear map, which is fitted to what the model's VAE makes of them.
+"""The colors of latents by a linear map, which is fitted to the pictures that the model's VAE decodes.
 
-Latents and decoded pictures come in, while the model warms up, and make the map; afterwards latents come in and small
-pictures go out, a pixel for each cell. Nothing about a model is written down here. For `workers.model.previews`; a
+While the model warms up, latents and decoded pictures come in and make the map. Afterwards latents come in and small
+pictures go out, one pixel for each cell. Nothing here depends on a particular model. For `workers.model.previews`; each
 `workers.model.loader.LoadedModel` holds one.
 """
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 LEAST = 1e-9
-"""Directions of the latents in which they vary less than this share of the most are left out of the map."""
+"""The map leaves out directions in which latents vary by less than this share of their largest variation."""
 
 
 class LatentColors:
@@ -21,8 +21,8 @@ class LatentColors:
     Shapes: `cells` is `(C, h, w)`, the latents of one picture or of one frame.
 
     Attributes:
-        warming: the model warms up, and each picture that it draws is to be learned. Afterwards the map stays, so that
-            one request has the previews of the next.
+        warming: whether the model warms up and each picture is learned. Afterwards the map stays as it is, so that
+            equal requests have equal previews.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LatentColors:
 
         Args:
             cells: the latents.
-            picture: what the VAE makes of them, RGB of any size.
+            picture: the picture that the VAE decodes from them, RGB of any size.
         """
         channels, height, width = cells.shape
         small = picture.resize((width, height), Image.Resampling.BOX).tobytes()

@@ -37,23 +37,23 @@ from workers.model.out_of_tree import sequence_plan, transformer_class
 from workers.model.weights import build, load_transformer
 
 RECOMPILE_LIMIT = 64
-"""Graphs per block. torch's 8 are too few for several shapes, each with and without several adapters."""
+"""Graphs per block. torch's default of 8 is too low for several shapes, each with and without several adapters."""
 
 GRAPHS: dict[str, bool] = {"triton.cudagraphs": True}
-"""Of torch.compile. Operators with the tag `cudagraph_unsafe` split what is recorded, and run between the parts."""
+"""Options of torch.compile for CUDA graphs. Operators tagged `cudagraph_unsafe` split a recording and run between."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What all requests of this rank share.
+    """A loaded model, which all requests of this rank share.
 
     Attributes:
-        spec: what the deployment says of the model.
+        spec: the model in the deployment.
         mesh: the ranks.
-        pipeline: the components of the model that this rank has; a classic pipeline where it has no modular form.
+        pipeline: the components of the model that this rank has; a classic pipeline if it has no modular form.
         adapters: the LoRA adapters of each transformer, by its name.
-        shares: what this rank holds of each adapter of the spec, by transformer.
-        colors: of its latents; on rank 0, for previews.
+        shares: this rank's share of each adapter of the spec, by transformer.
+        colors: the colors of its latents; on rank 0, for previews.
     """
 
     spec: ModelSpec
@@ -80,7 +80,7 @@ class LoadedModel:
         return replace(self, spec=self.spec.model_copy(update={"loras": loras}), shares=shares)
 
     def use_loras(self) -> None:
-        """Offer requests the adapters of this spec and no others. Cannot fail, so that no rank is left behind."""
+        """Make exactly the adapters of this spec available. It cannot fail, so that no rank is left behind."""
         for component, adapters in self.adapters.items():
             adapters.replace({lora.name: parts[component] for lora, parts in self.shares.items() if component in parts})
 
@@ -155,7 +155,7 @@ def _load_pipeline(
 
 
 def _absent_here(model: ModelSpec, mesh: ParallelMesh, present: Iterable[str]) -> set[str]:
-    """The components that this rank does without, because others encode or decode."""
+    """The components that this rank lacks, because other ranks encode or decode."""
     absent = set() if encodes_here(model, mesh) else {name for name in present if is_encoder(name)}
     decodes_elsewhere = model.vae == "rank0" and mesh.axis("gang").rank != 0
     return absent | ({"vae"}.intersection(present) if decodes_elsewhere else set())
@@ -164,7 +164,7 @@ def _absent_here(model: ModelSpec, mesh: ParallelMesh, present: Iterable[str]) -
 def _shares_of_progress(
     folder: Path, present: Iterable[str], transformers: Iterable[str], on_progress: Callable[[float], None]
 ) -> dict[str, Callable[[float], None]]:
-    """For each transformer, what to call with the share of its own files that is read: it takes part by its bytes."""
+    """A callback for each transformer that takes the share of its files that is read, weighed by its bytes."""
     sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) for name in present}
     total, read, found = sum(sizes.values()), 0, {}
     for name in transformers:
@@ -218,11 +218,10 @@ def _dtype(model: ModelSpec, folder: Path, component: str) -> torch.dtype:
 
 
 class _AbsentVAE:
-    """The geometry of a VAE, and of its weights only the means and deviations of latents, which some have among them.
+    """The geometry of a VAE without its weights, except means and deviations of latents, if these are among them.
 
-    Pipelines ask for these, and guess a geometry if there is no VAE.
-
-    It is not an `nn.Module`, because a pipeline takes the device of any module it has for its own.
+    Pipelines ask for these, and guess a geometry if there is no VAE. It is not an `nn.Module`, because a pipeline takes
+    its device from any module that it has.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:

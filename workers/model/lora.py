@@ -3,9 +3,9 @@
     for component, weights in read_lora(Path("ink.safetensors"), diffusers.QwenImagePipeline).items():
         adapters[component].load("ink", weights)
 
-The conversion is diffusers' own, and alpha, rank patterns and metadata mean what they mean to its
-`load_lora_weights`; PEFT is not needed. What diffusers would skip with a warning is refused here, so that an adapter is
-applied as a whole or not at all. Called by `workers.model.loader` on every rank, and `service.rollout.preflight`.
+The conversion is diffusers' own, and alpha, rank patterns and metadata have the meaning of its `load_lora_weights`;
+PEFT is not needed. Weights that diffusers would skip with a warning are refused here, so that an adapter is applied as
+a whole or not at all. Called by `workers.model.loader` on every rank, and `service.rollout.preflight`.
 """
 
 import re
@@ -33,7 +33,7 @@ WEIGHT = re.compile(r"lora.*\.weight$|alpha$")
 """Names of tensors that can be applied: the two matrices of a layer, and its alpha."""
 
 OUTER = re.compile(r"(\.lora_B(\.default)?|(\.lora)?[._]up)\.weight$")
-"""What follows a layer's name in the name of its matrix whose rows are output features."""
+"""The suffix of a layer's matrix whose rows are output features."""
 
 KINDS = {
     r"dora_scale|lora_magnitude": "DoRA weights",
@@ -41,7 +41,7 @@ KINDS = {
     r"(diff|diff_b|bias|norm\.scale)$": "weights that replace the model's, or biases",
     r"text_encoder|^lora_te|^conditioner": "weights for text encoders",
 }
-"""What else such files hold, by name."""
+"""Other weights in such files, by their names."""
 
 
 def read_lora(path: Path, pipeline: type[Any], component: str = "transformer") -> dict[str, dict[str, LowRank]]:
@@ -99,12 +99,12 @@ def _with_shapes(transformer: nn.Module) -> nn.Module:
 def fit(
     lora: LoRA, found: Mapping[str, Mapping[str, LowRank]], adapters: Mapping[str, Adapters]
 ) -> dict[str, AdapterShare]:
-    """What a rank holds of an adapter, by transformer.
+    """A rank's share of an adapter, by transformer.
 
     Args:
         lora: the adapter.
-        found: of `read_lora`.
-        adapters: of each transformer.
+        found: the result of `read_lora`.
+        adapters: the adapters of each transformer.
 
     Raises:
         ValueError: the model lacks a transformer or a layer, or a layer has another shape. The message names the file.

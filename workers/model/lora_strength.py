@@ -1,7 +1,7 @@
-"""How strong an adapter is: the factor of each layer, by what its file, the file's header or PEFT's config says.
+"""The strength of an adapter: the factor of each layer, by its file, the file's header or PEFT's config.
 
-A safetensors file and what diffusers read of it come in; functions from (module, rank) to a factor go out. What is
-stated and not understood is refused, because an adapter of another strength draws another picture. Called by
+A safetensors file and what diffusers read from it come in; functions from (module, rank) to a factor go out. A
+statement that is not understood is refused, because an adapter of another strength draws another picture. Called by
 `workers.model.lora`.
 """
 
@@ -31,7 +31,7 @@ CONFIG_IN_HEADER = "lora_adapter_metadata"
 
 
 def stated_config(path: Path, has_own: bool) -> dict[str, Any]:
-    """What is stated outside of the tensors and of diffusers' metadata, as a config of PEFT; empty if nothing is.
+    """The strength stated outside of the tensors and diffusers' metadata, as a config of PEFT; empty if there is none.
 
     Args:
         path: the safetensors file.

@@ -1,8 +1,6 @@
 """Encodes pictures and videos as files. Called on rank 0 when a request's latents are decoded.
 
-`what_differs` is for `workers.model.denoising`.
-
-`as_png` is for `service.cli.pictures`.
+`workers.model.denoising` calls `what_differs`; `service.cli.pictures` calls `as_png`.
 """
 
 import io
@@ -22,7 +20,7 @@ def encode(made: Image.Image | Sequence[Image.Image], request: GenerationRequest
 
 
 def what_differs(made: Image.Image | Sequence[Image.Image], request: GenerationRequest) -> list[str]:
-    """For the caller, where a picture or video is not as it was asked for: some pipelines choose by themselves."""
+    """Warnings if a picture or video is not as requested: some pipelines choose sizes by themselves."""
     frames = [made] if isinstance(made, Image.Image) else made
     (width, height), found = frames[0].size, []
     if (width, height) != (request.width, request.height):
@@ -49,10 +47,10 @@ def _picture(picture: Image.Image, output_format: str, compression: int) -> byte
 def _video(frames: Sequence[Image.Image], fps: int) -> bytes:
     """H.264 in MP4, the same bytes for the same frames.
 
-    Without x264's macroblock tree, whose vector code reads memory that nobody has written: with it, equal frames of one
-    process became up to six files.
+    x264's macroblock tree is off: its vector code reads memory that was never written, and equal frames of one process
+    became up to six different files.
     """
-    import av  # here: whoever draws only pictures does without
+    import av  # here, because models of pictures do not need it
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

@@ -1,6 +1,6 @@
-"""What a rank does when its device has too little memory for a request: it says which size would fit.
+"""Recognizes a lack of device memory, and says which size would fit.
 
-Called by `workers.gang.rank`. Asking again would fail again, so nobody does.
+Called by `workers.gang.rank`. The request is not repeated, because it would fail again.
 """
 
 import gc
@@ -20,7 +20,7 @@ ALLOCATORS_SAY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't allocate memory",
 )
-"""What errors say that have no class of their own."""
+"""Messages of errors without a class of their own."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -36,7 +36,7 @@ def is_device_failure(error: BaseException | None) -> TypeGuard[torch.Accelerato
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Give back what no tensor holds; return the bytes that are free on a GPU, None on CPU."""
+    """Release memory that no tensor holds; return the free bytes of a GPU, None on CPU."""
     gc.collect()
     if device.type != "cuda":
         return None
@@ -45,7 +45,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def advice(model: ModelSpec, request: GenerationRequest, free: int | None) -> str:
-    """What did not fit, and what would.
+    """A message that says what did not fit, and what would.
 
     Args:
         model: its `source` is the folder.

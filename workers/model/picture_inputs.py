@@ -20,11 +20,12 @@ Pack = Callable[[Any, torch.Tensor], torch.Tensor]
 """A pipeline and latents `(B, C, h, w)` or `(B, C, 1, h, w)` -> the transformer's tokens, or the same."""
 
 ENCODER, SAMPLER = "vae_encoder", "additional_inputs"
-"""How the names of the blocks begin that `EncodePictures` replaces, and how that of `SamplePictures` ends."""
+"""Parts of the names of diffusers' blocks: a prefix for those that `EncodePictures` replaces, a suffix for
+`SamplePictures`."""
 
 
 def read(given: MediaInput) -> Image.Image:
-    """The picture of an input, which the gateway has made."""
+    """The picture of an input, a PNG that the gateway has written."""
     with Image.open(io.BytesIO(given.data), formats=("PNG",)) as picture:
         picture.load()
         return picture
@@ -43,12 +44,13 @@ def is_cut(given: MediaInput) -> bool:
 
 
 class EncodePictures:
-    """The image of a request -> `image_mean` and `image_std` of its latents, and its mask -> `processed_mask_image`.
+    """Encodes the image of a request to `image_mean` and `image_std` of its latents, its mask to
+    `processed_mask_image`.
 
     A block like those of diffusers, for the ranks that encode.
 
     Args:
-        of_videos: the VAE is one of videos, to which a picture is a video of one frame.
+        of_videos: whether the VAE is one of videos, which takes a picture as a video of one frame.
     """
 
     def __init__(self, of_videos: bool) -> None:
@@ -71,10 +73,10 @@ class EncodePictures:
 
 
 class SamplePictures:
-    """`image_mean` and `image_std` -> `image_latents`, one for each generator. A block for all ranks.
+    """Samples `image_latents` from `image_mean` and `image_std`, one for each generator. A block for all ranks.
 
     Args:
-        pack: makes tokens of latents.
+        pack: turns latents into tokens.
         dtype: of the result; None: that of the prompt's embeddings.
     """
 
@@ -98,8 +100,8 @@ def with_pictures(blocks: dict[str, Any], encode: EncodePictures, sample: Sample
 
     Args:
         blocks: by name, in order.
-        encode: replaces those of the VAE encoder.
-        sample: replaces that which spreads the encoded picture over the pictures of the request.
+        encode: replaces the blocks of the VAE encoder.
+        sample: replaces the block that copies the encoded picture for each picture of the request.
     """
     encoders = [name for name in blocks if name.startswith(ENCODER)]
     (sampler,) = (name for name in blocks if name.endswith(SAMPLER))
@@ -108,7 +110,7 @@ def with_pictures(blocks: dict[str, Any], encode: EncodePictures, sample: Sample
 
 
 def _scaled(vae: Any, latents: torch.Tensor, position: bool) -> torch.Tensor:
-    """Latents in the scale in which the transformer has them: a position among them, or only a distance."""
+    """Latents in the transformer's scale: as a position, or as a distance (without the shift)."""
     if latents.ndim == 4:
         shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     else:

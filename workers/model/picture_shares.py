@@ -1,7 +1,7 @@
-"""Pictures shared out over the ranks of a gang: each decodes every N-th, rank 0 gets all.
+"""Divides the pictures of a request among the ranks of a gang: each decodes every N-th, and rank 0 gets all.
 
-Called by `workers.model.denoising` where every rank has the VAE and a request asks for several pictures or videos. What
-travels is the finished pixels, over the hosts' own group: they are on the host anyway, to be encoded.
+Called by `workers.model.denoising` if every rank has the VAE and a request asks for several pictures or videos. The
+finished pixels are sent over the hosts' group, because they have to be on the host for encoding anyway.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from workers.errors import PeerFailed
 
 
 class HandOverFailed(Exception):
-    """Pictures that were decoded did not reach rank 0. Other ranks may wait for this one, so all are lost."""
+    """Decoded pictures did not reach rank 0. Other ranks may wait for this one, so all ranks are lost."""
 
 
 def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) -> list[Any]:
     """Decode pictures, each on one rank. A collective of all ranks.
 
     Args:
-        decode: makes picture `i`, `0 <= i < count`: an RGB picture, or the list of a video's frames.
-        count: how many there are.
+        decode: decodes picture `i`, `0 <= i < count`: an RGB picture, or the list of a video's frames.
+        count: the number of pictures.
         mesh: the ranks, each of which has the whole latents.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Sizes for which a transformer has positions. Beyond them Cosmos' positions end early, which fails in the first step.
+"""Refuses sizes for which a transformer has no positions. Cosmos would fail with them in the first step.
 
-A pipeline and a request come in; nothing, or the caller's mistake, goes out. Called by
+A pipeline and a request come in; nothing goes out, or an `InvalidParameter`. Called by
 `workers.model.adapters.classic`.
 """
 
@@ -11,7 +11,7 @@ from workers.messages import GenerationRequest
 
 
 def check_positions(pipeline: Any, request: GenerationRequest, pixels: int, frames: int) -> None:
-    """Refuse what is larger than the `max_size` of the transformer, frames, rows and columns in latents, if it has one.
+    """Refuse sizes above the transformer's `max_size`, if it has one: frames, rows and columns of latents.
 
     Args:
         pipeline: its transformer's config says what there is.

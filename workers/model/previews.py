@@ -4,8 +4,8 @@ The latents before a step, and what the model has predicted from them, come in; 
 shows the *predicted clean* latents, not the noisy ones: `sample - sigma x prediction`, as all flow-matching schedulers
 say. Made by `workers.model.denoising` on rank 0; encoded by `workers.gang.preview_files`.
 
-What is made here is queued behind its step, before the mark of the step's end. So whoever has waited for that end has
-waited for the preview, and the host waits for nothing else. Only `decoder: vae` makes it wait, for a whole decode.
+A preview is queued behind its step, before the mark of the step's end, so waiting for that end also waits for the
+preview. Only `decoder: vae` makes the host wait longer, for a whole decode.
 """
 
 import logging
@@ -40,16 +40,16 @@ SOLVERS = frozenset(
         "DEISMultistepScheduler",
     }
 )
-"""Those for which it depends on their `prediction_type`."""
+"""Schedulers whose `prediction_type` says whether their models predict a flow."""
 
 Pixels = torch.Tensor | Image.Image
-"""Bytes `(h, w, 3)` on the host, or a picture."""
+"""A preview: bytes `(h, w, 3)` on the host, or a picture."""
 
 Decode = Callable[[torch.Tensor], Any]
 
 
 def check_predicts_clean(scheduler: Any, request: GenerationRequest) -> None:
-    """Reject previews where the clean latents do not follow from sample, prediction and sigma.
+    """Reject previews if the clean latents do not follow from sample, prediction and sigma.
 
     Raises:
         InvalidParameter: names the scheduler.
@@ -79,7 +79,7 @@ def clean(sample: torch.Tensor, prediction: torch.Tensor, scheduler: Any, step: 
 
 
 def middle(frames: int) -> int:
-    """The frame of a video that previews show, of its latents' frames."""
+    """The latent frame of a video that previews show."""
     return frames // 2
 
 
@@ -102,7 +102,7 @@ def cells_of(latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
 
 
 def example(latents: torch.Tensor, made: Any, request: GenerationRequest) -> tuple[torch.Tensor, Image.Image]:
-    """What `LatentColors.learn` takes: the cells that a preview shows, and what the VAE has made of them.
+    """The arguments of `LatentColors.learn`: the cells that a preview shows, and their decoded picture.
 
     Args:
         latents: of the request, all of them.
@@ -129,7 +129,7 @@ class Previews:
         request: which asks for them.
         scheduler: the request's own.
         colors: the model's map from latents to colors.
-        warnings: what the caller should know, which grows if previews fail.
+        warnings: the request's warnings, to which a failure of previews is added.
     """
 
     def __init__(

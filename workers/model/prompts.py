@@ -1,4 +1,4 @@
-"""What prompts of a classic pipeline may not hold: words of the model's own, and more than a broken warning bears.
+"""Refuses prompts of a classic pipeline that hold special words of the model, or are so long that its call fails.
 
 Called by `workers.model.adapters.classic` when a request is checked.
 """
@@ -12,16 +12,16 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 
 PROCESSORS = ("processor", "text_processor")
-"""What pipelines call the parts that prepare pictures together with prompts."""
+"""Names of the components that prepare pictures together with prompts."""
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """A few of these are processors, or know the words of one."""
 
 MARKS = dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), ("<image>\n",))
-"""Words that a pipeline itself exchanges for those by which a processor marks pictures."""
+"""Words that a pipeline itself replaces by those with which a processor marks pictures."""
 
 FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
-"""They fail where a prompt is too long: the first in its own warning, the second says so when it encodes."""
+"""Pipelines that fail if a prompt is too long: the first in its own warning, the second when it encodes."""
 
 IDEOGRAM_TOKENS = 2048
 """What its call reads at most, by its default, with the words of the chat around the prompt."""

@@ -1,4 +1,4 @@
-"""A request's own scheduler: the model's comes in, one that this request alone changes goes out.
+"""A request's own scheduler: the model's comes in, a copy for one request goes out.
 
 Called by `workers.model.denoising`.
 """
@@ -17,9 +17,9 @@ from workers.messages import GenerationRequest
 def scheduler_of(shared: Any, request: GenerationRequest, generators: list[torch.Generator]) -> Any:
     """A scheduler of the request's own.
 
-    What noise it draws comes from the generators, one per picture. Pipelines leave that to torch's global one, so that
-    ranks would differ. With one step there is nothing to stretch: the first sigma, 1, is the last. diffusers divides 0
-    by 0 there.
+    It draws its noise from the generators, one per picture; pipelines use torch's global one, and ranks would differ.
+    With one step, the stretch of the schedule to `shift_terminal` is turned off: the first sigma, 1, is also the last,
+    and diffusers would divide 0 by 0.
     """
     scheduler = copy.deepcopy(shared) if request.flow_shift is None else _shifted(shared, request)
     if "generator" in inspect.signature(scheduler.step).parameters:

@@ -1,6 +1,6 @@
-"""Pictures and clips for requests that nobody has sent: a gang tests itself and warms up with what its model needs.
+"""Sample pictures and clips, for the self-test and the warm-up of models that need inputs.
 
-A request without inputs comes in, one with those that its family does not begin without goes out. Called by
+A request without inputs comes in; one with the inputs that its family needs goes out. Called by
 `workers.gang.self_test` and `workers.gang.warm_up`.
 """
 

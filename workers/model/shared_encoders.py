@@ -1,8 +1,8 @@
-"""The encoders of a classic call: they work once, on one rank, and what they have made serves all of them.
+"""The encoders of a classic call: they run once, on one rank, and all ranks use their answers.
 
-A pipeline comes in; its methods `METHODS` and its VAE's `encode` are replaced by what keeps their answers in order, or
-answers with those of another rank. What a VAE makes of a picture is a distribution, from which
-each call draws by a generator of its own: so all ranks draw alike. Called by `workers.model.stepped_call`.
+A pipeline comes in. Its methods `METHODS` and its VAE's `encode` are replaced: on one rank they record their answers in
+order, on the others they return the recorded ones. A VAE returns a distribution, from which each call draws with its
+own generator, so all ranks draw alike. Called by `workers.model.stepped_call`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Enco
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 DRAWN = "generate_prior_tokens"
-"""The one of `METHODS` whose answer is drawn at random, by no generator of the request: one rank alone may ask it."""
+"""The one of `METHODS` whose answer is random, without a generator of the request: only one rank may call it."""
 
 METHODS = (
     "encode_prompt",
@@ -24,28 +24,28 @@ METHODS = (
     DRAWN,
     "_get_image_embeds",
 )
-"""Of pipelines: all that they return is made of tensors."""
+"""Methods of pipelines that encode. They return only tensors."""
 
 
 class TextEncoderElsewhere:
-    """In the place of a text encoder that another rank has, where a pipeline asks for its part that sees pictures.
+    """Replaces a text encoder of another rank, for pipelines that read its vision part.
 
-    It hands that part to an encoder that is not asked here.
+    They only pass that part to an encoder that is not called here.
     """
 
     vision_tower = None
 
 
 class SharedEncoders:
-    """The answers of the encoders in one call, in the order in which it asks them.
+    """The answers of the encoders in one call, in the order of the calls.
 
     Args:
-        made: their answers elsewhere; None: they are asked here.
-        seed: of what a pipeline draws from a distribution without naming a generator.
+        made: the answers recorded on another rank; None: the encoders run here.
+        seed: for samples that a pipeline draws from a distribution without a generator.
 
     Attributes:
         made: the answers.
-        here: whether the encoders are asked here.
+        here: whether the encoders run here.
     """
 
     def __init__(self, made: list[Any] | None, seed: int) -> None:
@@ -56,7 +56,7 @@ class SharedEncoders:
         self._inside = False
 
     def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The answer of an encoder. What one asks another within its own work is part of that."""
+        """The answer of an encoder. Calls of one encoder by another are part of the outer answer."""
         if self._inside:
             return method(*args, **kwargs)
         if self.here:
@@ -76,7 +76,7 @@ class SharedEncoders:
 
 
 class ReadingVAE:
-    """A VAE that encodes by the answers of `SharedEncoders`. Everything else is the VAE's own."""
+    """A VAE whose `encode` goes through `SharedEncoders`. Everything else is the VAE's own."""
 
     def __init__(self, vae: Any, encoders: SharedEncoders, seed: int) -> None:
         self._vae, self._encoders, self._seed = vae, encoders, seed
@@ -97,7 +97,7 @@ class ReadingVAE:
 
 
 class _Distribution(DiagonalGaussianDistribution):  # type: ignore[misc]
-    """Draws alike on all ranks where the pipeline names no generator: then torch would ask its global one."""
+    """Draws the same on all ranks if the pipeline names no generator; torch would use its global one."""
 
     def __init__(self, parameters: torch.Tensor, seed: int) -> None:
         super().__init__(parameters)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 BUFFERS = 2
 BUFFER_BYTES = 32 * 2**20
-"""Large enough to keep a bus busy; a rank has BUFFERS of them for each file that it reads at once."""
+"""Bytes of a buffer, enough to keep a bus busy. A rank has BUFFERS of them for each file that it reads at once."""
 
 
 class Staging:

@@ -1,8 +1,8 @@
 """When the steps of a request end on the device, how long they took, and whether their latents are finite.
 
-`Denoising.step` marks each end. On a GPU that is an event in the stream, and a flag that is copied to the host behind
-it: the host learns both with one wait, and may have queued the next step by then. On a CPU a step has ended when it is
-marked.
+`Denoising.step` marks each end. On a GPU the mark is an event in the stream, with a flag that is copied to the host
+behind it. The host learns both with one wait, and may have queued the next step before. On a CPU a step has ended when
+it is marked.
 """
 
 import time
@@ -21,7 +21,7 @@ class StepEnd:
     Attributes:
         step: 1 for the first.
         seconds: since the end of the step before, or since the first began; on the device's clock.
-        finite: the latents hold neither infinity nor NaN, which a decoder would make black pictures.
+        finite: whether the latents hold neither infinity nor NaN, from which a decoder would make black pictures.
         in_collectives: seconds of the step by kind of collective; None: not measured.
     """
 
@@ -32,12 +32,12 @@ class StepEnd:
 
 
 class StepEnds:
-    """Those of one request. Made when the first step begins.
+    """The step ends of one request. Made when the first step begins.
 
     Args:
-        device: what computes the steps, in its current stream.
-        total_steps: how many there will be.
-        done: steps that have ended before, elsewhere.
+        device: computes the steps, in its current stream.
+        total_steps: the number of steps.
+        done: steps that other ranks have done before.
     """
 
     def __init__(self, device: torch.device, total_steps: int, done: int = 0) -> None:
@@ -49,13 +49,13 @@ class StepEnds:
         self._in_collectives: list[InCollectives | None] = []
 
     def mark(self, latents: torch.Tensor, in_collectives: InCollectives | None = None) -> None:
-        """Here ends the next step, which has made these latents. The host does not wait."""
+        """Mark the end of the next step, which has made these latents. The host does not wait."""
         self._in_collectives.append(in_collectives)
         self._finite[len(self._marks) - 1].copy_(latents.isfinite().all(), non_blocking=True)
         self._marks.append(self._mark())
 
     def wait(self, step: int) -> StepEnd:
-        """Wait until the device has ended a step that was marked: `done < step`.
+        """Wait until the device has ended a marked step, `done < step`.
 
         Raises:
             RuntimeError: the device has failed, in this step or one before.

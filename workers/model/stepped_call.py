@@ -1,11 +1,12 @@
-"""The call of a classic pipeline, stopped where the engine takes its turn: before the loop, and after each step.
+"""The call of a classic pipeline, stopped before its loop and after each step.
 
-A pipeline and the arguments of its call come in; latents, and at the end what it has made, go out. Called by
+A pipeline and the arguments of its call come in; latents go out, and at the end the pipeline's output. Called by
 `workers.model.classic_denoising`.
 
-The call runs in a greenlet: a stack of its own on the same thread. A thread would not do: torch keeps by thread what
-the call depends on, such as the current device and stream, whether gradients are recorded, and the pools of CUDA
-graphs. And with a greenlet nothing runs at once, so collectives keep their order without a lock.
+The call runs in a greenlet, a stack of its own on the same thread. A thread would not do, because torch keeps state by
+thread: the current device and stream, whether gradients are recorded, and the pools of CUDA graphs. And only one
+    greenlet
+runs at a time, so collectives keep their order without a lock.
 """
 
 import contextlib
@@ -21,17 +22,17 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from workers.model.shared_encoders import METHODS, SharedEncoders, TextEncoderElsewhere
 
 Noise = tuple[torch.Tensor, torch.Tensor]
-"""The latents before a step, and what the model has predicted of them: of all branches, combined."""
+"""The latents before a step, and the model's prediction from them, all branches combined."""
 
 
 class SteppedCall:
-    """One call of a pipeline, which goes on with each method, on one thread.
+    """One call of a pipeline on one thread. Each method continues it.
 
     Args:
-        pipeline: a classic pipeline of diffusers that belongs to the call, for some of its methods are replaced.
-        arguments: of its call.
-        encoders: those of the pipeline, or their answers on another rank.
-        refuse: called with what the pipeline's own check of its inputs has raised; raises what the caller should see.
+        pipeline: a classic pipeline of diffusers that belongs to this call, since some of its methods are replaced.
+        arguments: the arguments of its call.
+        encoders: the pipeline's encoders, or their answers from another rank.
+        refuse: called with an error of the pipeline's own check of its inputs; raises the error for the caller.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class SteppedCall:
 
     @property
     def noise(self) -> Noise:
-        """Of the latest step; of several frames side by side where the scheduler steps each on its own."""
+        """Latents and prediction of the latest step; side by side for frames that the scheduler steps one by one."""
         if len(self._given.noise) == 1:
             return self._given.noise[0]
         parts = zip(*self._given.noise, strict=True)
@@ -68,21 +69,21 @@ class SteppedCall:
 
     @property
     def total(self) -> int | None:
-        """Steps that the pipeline says it will do, from `prepare` on; None: it does not say."""
+        """The number of steps that the pipeline announces, from `prepare` on; None if it does not."""
         return self._total[0]
 
     def encode(self) -> None:
-        """Go on to the loop, if the encoders are here."""
+        """Run up to the loop, if the encoders are here."""
         if self._encodes:
             self._go_on()
 
     def prepare(self) -> None:
-        """Go on to the loop, if the encoders are elsewhere, by their answers."""
+        """Run up to the loop with the answers of another rank's encoders, if there are none here."""
         if not self._encodes:
             self._go_on()
 
     def step(self) -> torch.Tensor:
-        """Go on to the end of the next step; return the latents then."""
+        """Run up to the end of the next step; returns its latents."""
         self._given.step_begins = True
         latents = self._go_on()
         if self._call.dead:
@@ -91,14 +92,14 @@ class SteppedCall:
         return latents
 
     def finish(self) -> Any:
-        """Go on to the end; return what the pipeline has made."""
+        """Run to the end; returns the pipeline's output."""
         made = self._go_on()
         if not self._call.dead:
             raise RuntimeError("the pipeline's loop has more steps than its scheduler has timesteps")
         return made
 
     def close(self) -> None:
-        """End the call where it stands, and free what it holds."""
+        """End the call at its current place, and free its memory."""
         if not self._call.dead:
             with torch.no_grad(), contextlib.suppress(GreenletExit):
                 self._call.throw()
@@ -112,7 +113,7 @@ class SteppedCall:
 
 
 def _replace(pipeline: Any, name: str, wrapped: Callable[..., Any]) -> None:
-    """Call `wrapped(method, ...)` instead of a method. Without a cycle, which would keep a request's tensors alive."""
+    """Replace a method by `wrapped(method, ...)`, without a cycle, which would keep a request's tensors alive."""
     method, owner = getattr(type(pipeline), name, None), weakref.ref(pipeline)
     if isinstance(inspect.getattr_static(type(pipeline), name, None), staticmethod):
         setattr(pipeline, name, functools.partial(wrapped, method))
@@ -121,7 +122,7 @@ def _replace(pipeline: Any, name: str, wrapped: Callable[..., Any]) -> None:
 
 
 def _stop(value: Any = None) -> None:
-    """Give the engine its turn."""
+    """Switch to the caller of the stepped call."""
     getcurrent().parent.switch(value)
 
 
@@ -150,11 +151,11 @@ def _tells_steps(pipeline: Any) -> bool:
 
 
 class _Given:
-    """What the scheduler was given in the latest step.
+    """The inputs of the scheduler in the latest step.
 
     Attributes:
-        noise: an entry for each time that it was asked.
-        step_begins: what it is given next is of a new step.
+        noise: an entry for each call of the scheduler.
+        step_begins: whether the next call belongs to a new step.
     """
 
     def __init__(self) -> None:
@@ -172,9 +173,9 @@ class _Given:
 
 
 def _watch(scheduler: Any, given: _Given, stops: bool) -> None:
-    """Remember what the scheduler is given in a step; with `stops` the step ends there, for the call does not tell.
+    """Record the scheduler's inputs in a step. With `stops` the step ends there, since the call has no callback.
 
-    A partial, and no closure: a copy of the scheduler then steps itself, and not the one that it was copied from.
+    It is a partial, not a closure, so that a copy of the scheduler steps itself and not its original.
     """
     step = functools.partial(_watched, scheduler.step, given, stops)
     scheduler.step = functools.update_wrapper(step, scheduler.step)  # pipelines look at its parameters

@@ -1,7 +1,6 @@
-"""What workers needs of torch's compiler and torch keeps private.
+"""The private names of torch's compiler that workers uses, here and nowhere else.
 
-`tests/workers/test_torch_internals.py` pins it. Called by `workers.model.compiler`. No other file of workers uses a
-private name of torch.
+`tests/workers/test_torch_internals.py` pins them. Called by `workers.model.compiler`.
 """
 
 import os
@@ -14,10 +13,10 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compile_into(folder: Path) -> bool:
-    """Let the compiler of this process read and write there, unless the operator has named another folder.
+    """Let the compiler of this process use this folder, unless the operator has named another one.
 
     Returns:
-        Whether it does.
+        Whether it uses this folder.
     """
     if os.environ.get(VARIABLE, default_cache_dir()) != default_cache_dir():  # torch names its own at import
         return False

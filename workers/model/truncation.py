@@ -1,7 +1,7 @@
-"""Notices prompts that are longer than what a text encoder reads, which pipelines cut without a word to the caller.
+"""Notices prompts that are longer than a text encoder reads. Pipelines cut them silently.
 
-`workers.model.denoising` puts a `WatchedTokenizer` in the place of each tokenizer of a request's pipeline, and reads
-the warnings once the prompts are encoded.
+`workers.model.denoising` replaces each tokenizer of a request's pipeline by a `WatchedTokenizer`, and reads the
+warnings once the prompts are encoded.
 """
 
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 PROMPTS = ("prompt", "negative_prompt")
-"""In the order in which every pipeline encodes them."""
+"""The prompts, in the order in which every pipeline encodes them."""
 
 PICTURES = ("images", "videos")
-"""What a processor is given beside the text, which marks their places."""
+"""Inputs of a processor besides the text, which marks their places."""
 
 
 def watch_tokenizers(pipeline: Any, unread: int, warnings: list[str], read: list[int]) -> None:
-    """Replace each tokenizer of a request's pipeline by a `WatchedTokenizer`, whose arguments these are."""
+    """Replace each tokenizer of a request's pipeline by a `WatchedTokenizer` with these arguments."""
     for name, tokenizer in pipeline.components.items():
         if name.startswith("tokenizer") and tokenizer is not None:
             setattr(pipeline, name, WatchedTokenizer(name, tokenizer, unread, warnings, read))
@@ -26,11 +26,11 @@ class WatchedTokenizer:
     """A tokenizer that remembers which texts it has cut.
 
     Args:
-        name: of the component.
-        tokenizer: the model's, or a processor, whose first argument is not the text but pictures.
-        unread: tokens that the pipeline drops afterwards, of as many as it asks the tokenizer to keep.
-        warnings: where to put what the caller should know.
-        read: where to put how many tokens each call has made, padding left out.
+        name: the name of the component.
+        tokenizer: the model's tokenizer, or a processor, whose first argument is pictures instead of text.
+        unread: how many of the tokens that it keeps the pipeline drops afterwards.
+        warnings: collects warnings for the caller.
+        read: collects the number of tokens of each call, without padding.
     """
 
     def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str], read: list[int]) -> None:
@@ -45,7 +45,7 @@ class WatchedTokenizer:
         return getattr(self._tokenizer, name)
 
     def __call__(self, text: Any, *, truncation: bool = False, max_length: int | None = None, **options: Any) -> Any:
-        """What the tokenizer makes of a text."""
+        """The tokenizer's own result. Records its length, and a warning if the text was cut."""
         made = self._tokenizer(text=text, truncation=truncation, max_length=max_length, **options)
         if "attention_mask" in made:
             self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))

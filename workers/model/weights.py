@@ -1,4 +1,4 @@
-"""Loads a transformer of which each rank reads only its share.
+"""Loads a transformer; each rank reads only its share.
 
 The model is built without weights, parallelized, and then filled from safetensors files, slice by slice: no rank ever
 holds a tensor that it does not keep. Called by `workers.model.loader`.
@@ -26,10 +26,10 @@ from workers.model.diffusers_internals import stays_fp32
 from workers.model.staging import Staging
 
 READ_AT_ONCE = 32 * 2**20
-"""Bytes after which a file is opened again: while it is open, what was read of it counts as this process's memory."""
+"""Bytes after which a file is opened again: while it is open, its read pages count as this process's memory."""
 
 FILES_AT_ONCE = 4
-"""For a GPU: one thread cannot read as fast as a disk, or copy as fast as the bus."""
+"""Threads that read for a GPU: one cannot read as fast as a disk, or copy as fast as the bus."""
 
 
 def load_transformer(

@@ -1,7 +1,8 @@
-"""Any pipeline without an adapter of its own: what its classic call is given, and what it can be asked for.
+"""The adapter of all pipelines without one of their own: the arguments of the classic call, and the requests it
+refuses.
 
-`workers.model.classic_denoising` runs the call. What the call takes is read from its signature, by
-`deploy.families.pipeline_source`.
+`workers.model.classic_denoising` runs the call. `deploy.families.pipeline_source` reads the parameters of the call from
+its source.
 """
 
 import math
@@ -24,7 +25,7 @@ from workers.model.prompts import check_length, check_words
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 REDUCTIONS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
-"""What pipelines call the VAE's reduction of sizes."""
+"""Names of a pipeline's attribute for the VAE's reduction of sizes."""
 
 REWRITES = (
     "use_pe",
@@ -34,47 +35,47 @@ REWRITES = (
     "prompt_upsampling_temperature",
     "caption_upsample_temperature",
 )
-"""Parameters by which a pipeline has a language model rewrite the prompt. It is told not to: what that writes is drawn
-anew each time, and a request that runs again must make the same."""
+"""Parameters by which a language model of the pipeline rewrites the prompt. They are turned off: its text is random,
+and a request that runs again must give the same answer."""
 
 SCHEDULES = ("guidance_schedule",)
-"""Parameters that hold a scale for each step, and have a default. It is told none: a request has one scale for all."""
+"""Parameters with a scale for each step and a default. They are set to None: a request has one scale for all steps."""
 
 GUIDERS = ("guider", "ocr_guider")
-"""What pipelines call the parts that guide; their scale is not a parameter of the call."""
+"""Names of the components that guide; their scale is not a parameter of the call."""
 
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
     "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
     "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$"
 )
-"""Names of parameters that fields of their own set in a request, of those that decide how much is computed, of one that
-has the call draw noise without a seed, and of two that make the timesteps, where wrong ones fail in a step."""
+"""Parameters that a request may not set as extra ones: those with a field of their own, those that decide how much is
+computed, one that draws noise without a seed, and two that make the timesteps, where wrong values fail in a step."""
 
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
 
 LEAST_STEPS = {"MochiPipeline": 2}
-"""Of pipelines whose schedule of fewer steps cannot be computed."""
+"""The least number of steps, for pipelines that cannot compute a schedule of fewer."""
 
 OVERLAP = "overlap_history"
-"""What calls that make videos in windows of frames name the number of frames with which a window begins."""
+"""The parameter for the number of frames that a window shares with the one before, in calls that make windows."""
 
 USUAL_OVERLAP = 17
 """As diffusers recommends."""
 
 BETWEEN, TWO_STEPS = "intermediate_timesteps", 2
-"""The parameter by which Sana Sprint is told where the second of two steps begins. With any other number of steps it
-must be told none, and spaces them evenly."""
+"""Sana Sprint's parameter for the beginning of the second of two steps. With any other number of steps it must be None,
+and the steps are spaced evenly."""
 
 FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
 
 class ClassicAdapter(PipelineAdapter):
-    """How the call of a classic pipeline is told a request.
+    """Turns a request into the arguments of a classic pipeline's call.
 
     Args:
-        family: that of the pipeline.
+        family: the family of the pipeline.
     """
 
     has_previews = False
@@ -92,11 +93,11 @@ class ClassicAdapter(PipelineAdapter):
         self.output = "videos" if family.makes == "video" else "images"
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
-        """None that we make: the call guides, or a part of the pipeline."""
+        """No guiders: the call itself guides, or a component of the pipeline."""
         return {}
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
-        """What this call takes of these: scale, negative prompt, frames; and its extra parameters."""
+        """Scale, negative prompt and frames, as far as the call takes them; and its extra parameters."""
         told: dict[str, Any] = {
             self._call.scale: request.guidance_scale,
             "guidance_scale_2": request.guidance_scale_2,
@@ -119,11 +120,11 @@ class ClassicAdapter(PipelineAdapter):
         return taken | dict(request.extra_params)
 
     def unsaid(self, pipeline: Any) -> dict[str, Any]:
-        """What the call must be told because of the model's parts, where the request does not say."""
+        """Arguments that the model's components require and no request sets."""
         return {"control_mode": 0} if control_modes(pipeline) else {}
 
     def parts(self, pipeline: Any, request: GenerationRequest) -> dict[str, Any]:
-        """The parts of the pipeline that guide, as this request has them: they keep state from step to step."""
+        """The guiding components of the pipeline, made for this request: they keep state from step to step."""
         there = {name: getattr(pipeline, name, None) for name in GUIDERS}
         return {name: part.new(guidance_scale=request.guidance_scale) for name, part in there.items() if part}
 
@@ -144,7 +145,7 @@ class ClassicAdapter(PipelineAdapter):
         return found
 
     def loops(self, pipeline: Any, request: GenerationRequest) -> int:
-        """How many times its call does all steps: once, or for each of the windows that it makes the frames in."""
+        """How often its call does all steps: once, or once for each window of frames."""
         if self._call.frame_window:
             return self._windows(pipeline, request)
         if not self._call.latent_window:
@@ -153,7 +154,7 @@ class ClassicAdapter(PipelineAdapter):
         return max(1, -(-request.num_frames // frames))
 
     def _windows(self, pipeline: Any, request: GenerationRequest) -> int:
-        """The first window, and as many more as it takes, each of which begins with the last frames before it."""
+        """The number of windows. Each after the first begins with the last frames of the one before."""
         overlap = self._overlap(request)
         if overlap is None:
             return 1
@@ -164,7 +165,7 @@ class ClassicAdapter(PipelineAdapter):
         return max(1, -(-(frames - kept) // (window - kept)))
 
     def _overlap(self, request: GenerationRequest) -> int | None:
-        """The frames with which each window begins; None: all frames are one window, which begins with none."""
+        """The frames that each window shares with the one before; None if one window has all frames."""
         window, extends = self._call.frame_window, "video" in self.family.needs
         if not window or (request.num_frames <= window and not extends):
             return None
@@ -172,8 +173,8 @@ class ClassicAdapter(PipelineAdapter):
         return int(given) if given is not None else min(USUAL_OVERLAP, (request.num_frames - 2) // 4 * 4 + 1)
 
     def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
-        """As many of its frames as the request has; fewer only where the call makes as many as it is told. All of them
-        where the call goes on from its end."""
+        """The clip's frames, as many as the request has; fewer only if the call makes as many as it is told. All of
+        them if the call continues from the end of the clip."""
         frames, overlap = read_clip(given), self._overlap(request)
         if overlap is not None:
             if len(frames) < overlap:
@@ -246,7 +247,7 @@ class ClassicAdapter(PipelineAdapter):
             )
 
     def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
-        """Reject a size that the pipeline would exchange for another."""
+        """Reject a size that the pipeline would replace by another."""
         sizes = getattr(pipeline, "resolutions", [])
         if sizes and (request.width, request.height) not in sizes:
             known = ", ".join(f"{width}x{height}" for width, height in sizes)
@@ -255,7 +256,7 @@ class ClassicAdapter(PipelineAdapter):
             )
 
     def _check_overlap(self, request: GenerationRequest) -> None:
-        """Reject an overlap that leaves a window nothing to make, or cuts a latent frame."""
+        """Reject an overlap that leaves a window without new frames, or cuts a latent frame."""
         overlap = self._overlap(request)
         if overlap is None:
             return
@@ -303,14 +304,14 @@ class ClassicAdapter(PipelineAdapter):
         return tiles.size if tiles else (frames, *size[1:])
 
     def _fixed_frames(self, pipeline: Any) -> int:
-        """How many it makes: by its call, or because its transformer has positions for so many; 0: as it is told."""
+        """The number of frames that its call, or the positions of its transformer, fix; 0: as requested."""
         config = getattr(getattr(pipeline, "transformer", None), "config", None)
         return self._call.fixed_frames or getattr(config, "video_length", 0)
 
     def size_multiple(self, pipeline: Any) -> int:
-        """See `PipelineAdapter.size_multiple`. What the pipeline would round sizes to.
+        """See `PipelineAdapter.size_multiple`: the multiple to which the pipeline would round sizes.
 
-        Where it is too small, the pipeline's own check refuses the request.
+        If it is too small, the pipeline's own check refuses the request.
         """
         patch = getattr(pipeline.transformer.config, "patch_size", None)
         side = patch[-1] if isinstance(patch, list | tuple) else patch
@@ -320,10 +321,10 @@ class ClassicAdapter(PipelineAdapter):
         return math.lcm(rounds, _first(pipeline, REDUCTIONS, 8) * side * self._call.patches, self._call.pixels)
 
     def refuse(self, error: ValueError) -> None:
-        """Tell the caller what the pipeline's own check of its inputs has found.
+        """Turn an error of the pipeline's own check of its inputs into one for the caller.
 
         Raises:
-            InvalidParameter: names the parameter, if the error does.
+            InvalidParameter: always; it names the parameter if the error does.
         """
         said = str(error)
         if "height" in said and "width" in said:

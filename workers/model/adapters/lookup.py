@@ -1,4 +1,4 @@
-"""Finds the adapter of a model folder by the name of its family. A new file in this folder needs no list.
+"""Finds the adapter of a model folder by the name of its family. Files in this folder are found without a list.
 
 Called by `workers.model.loader` and `workers.model.denoising`.
 """
@@ -24,5 +24,5 @@ def find_adapter(folder: Path) -> PipelineAdapter:
 
 @functools.cache
 def _module(family: str) -> ModuleType:
-    """Only the asked family's file is loaded: each imports its own text encoders and VAE."""
+    """The module of one family. Others are not loaded: each imports its own text encoders and VAE."""
     return importlib.import_module(f"workers.model.adapters.{family}")

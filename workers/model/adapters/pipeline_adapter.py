@@ -1,8 +1,8 @@
 """How a diffusers pipeline is run step by step: inputs, guidance, sizes.
 
-diffusers' modular pipelines differ from one another in names, and from its classic pipelines in when and how strongly
-they guide; an adapter gives the classic pipeline's answer. `workers.model.denoising` asks the adapter of the model's
-family, which changes what this class does for pictures.
+diffusers' modular pipelines differ in names from one another, and from its classic pipelines in when and how strongly
+they guide. An adapter gives the classic pipeline's answer. `workers.model.denoising` calls the adapter of the model's
+family, a subclass of the one here, which fits pipelines of pictures.
 """
 
 import inspect
@@ -25,23 +25,24 @@ from workers.model.picture_inputs import EncodePictures, SamplePictures, read, w
 EXTRA_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 LARGEST_EXTRA = 10_000
 LONGEST_EXTRA = 32_000
-"""Characters, as of a prompt."""
+"""Characters of a text parameter, as many as a prompt may have."""
 
 
 class PipelineAdapter:
     """How a pipeline of pictures is run.
 
     Args:
-        family: what can be said of it without torch.
+        family: the facts about it that need no torch.
 
     Attributes:
-        count_input: name of the input that says how many pictures or videos.
-        output: name of what the last block puts out.
-        unread_tokens: of those that the tokenizer is told to keep, how many the pipeline drops.
-        extra_kinds: the parameters of this pipeline alone that a request may set, each with its type in Python.
-        has_previews: its latents are cells of a picture, or packed as Qwen-Image's are.
-        vae_of_videos: its VAE takes pictures as videos of one frame.
-        rounds_timestep: the modular pipeline rounds the timestep to the weights' dtype, the classic one does not.
+        count_input: the name of the input for the number of pictures or videos.
+        output: the name of the last block's output.
+        unread_tokens: how many of the tokens that the tokenizer keeps the pipeline drops.
+        extra_kinds: the parameters of this pipeline alone that a request may set, each with its Python type.
+        has_previews: whether its latents are cells of a picture, or packed like Qwen-Image's.
+        vae_of_videos: whether its VAE takes pictures as videos of one frame.
+        rounds_timestep: whether the modular pipeline rounds the timestep to the weights' dtype; the classic one does
+            not.
     """
 
     count_input = "num_images_per_prompt"
@@ -56,7 +57,7 @@ class PipelineAdapter:
         self.family = family
 
     def guided(self, request: GenerationRequest) -> bool:
-        """Whether the request is evaluated with and without its prompt."""
+        """Whether the request is evaluated both with and without its prompt."""
         return self.family.branches(request.guidance_scale, request.negative_prompt) > 1
 
     def guiders(self, request: GenerationRequest) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class PipelineAdapter:
         return {"guider": self.guider(request, request.guidance_scale)}
 
     def guiders_to_encode(self, request: GenerationRequest) -> dict[str, Any]:
-        """Those that the text encoder asks whether to make a second branch."""
+        """The guiders that the text encoder asks whether to encode a second branch."""
         return self.guiders(request)
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
@@ -72,20 +73,20 @@ class PipelineAdapter:
         return {"negative_prompt": request.negative_prompt}
 
     def pictures(self, request: GenerationRequest, here: bool) -> dict[str, Any]:
-        """Inputs of the pipeline that are pictures, by their names there.
+        """Inputs of the pipeline that are pictures, by their names in the pipeline.
 
         Args:
-            request: has them.
-            here: this rank reads them; on the others they only decide which blocks run.
+            request: the request that brings them.
+            here: whether this rank reads them; on others they only decide which blocks run.
         """
         return {self.family.begins_with[each.role]: read(each) if here else True for each in request.inputs}
 
     def blocks(self, blocks: dict[str, Any], request: GenerationRequest) -> list[Any]:
-        """The blocks that run, of those that the modular pipeline would run.
+        """The blocks that run for a request, from those of the modular pipeline.
 
         Args:
             blocks: by name, in order.
-            request: what they are run for.
+            request: the request.
         """
         if not request.inputs:
             return list(blocks.values())
@@ -93,13 +94,13 @@ class PipelineAdapter:
         return with_pictures(blocks, EncodePictures(self.vae_of_videos), SamplePictures(self.pack, dtype))
 
     def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, h, w)`, or `(B, C, 1, h, w)` of a VAE of videos, as the transformer takes them."""
+        """Latents `(B, C, h, w)`, or `(B, C, 1, h, w)` from a VAE of videos, in the form that the transformer takes."""
         return latents
 
     def defaults(self, request: GenerationRequest, inputs: Iterable[InputParam]) -> dict[str, Any]:
-        """Values of the pipeline's inputs, where nothing is given: those of the classic pipeline, where it has them.
+        """Defaults of the pipeline's inputs: those of the classic pipeline, if it has them.
 
-        The modular one has others: Qwen-Image's reads 1024 tokens of a prompt, not 512.
+        The modular pipeline has others: Qwen-Image's reads 1024 tokens of a prompt, not 512.
         """
         name = self.family.with_pictures.get(task_of(request, self.family), self.family.pipeline)
         classic = inspect.signature(getattr(diffusers, name).__call__).parameters
@@ -147,7 +148,7 @@ class PipelineAdapter:
             )
 
     def _check_roles(self, request: GenerationRequest) -> None:
-        """Reject what the model does not begin with, and what lacks something that it begins with."""
+        """Reject inputs that the model does not take, and requests without an input that it needs."""
         family, roles = self.family, [each.role for each in request.inputs]
         task, lacking = task_of(request, family), [role for role in family.needs if role not in roles]
         surplus = [role for role in roles if role not in family.begins_with]
@@ -165,26 +166,26 @@ class PipelineAdapter:
             raise InvalidParameter("strength", f"{request.model!r} always does all steps; leave strength out")
 
     def guider(self, request: GenerationRequest, scale: float, **options: Any) -> ClassifierFreeGuidance:
-        """Classifier-free guidance, off where the classic pipeline evaluates one branch only."""
+        """Classifier-free guidance, turned off if the classic pipeline evaluates only one branch."""
         return ClassifierFreeGuidance(guidance_scale=scale, enabled=self.guided(request), **options)
 
     def small_size(self, pipeline: Any, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """A size that the model can make, for its self-test.
 
         Args:
-            pipeline: the model's.
-            size: frames, height and width that would do.
+            pipeline: the model's pipeline.
+            size: the preferred frames, height and width.
         """
         return size
 
     def size_multiple(self, pipeline: Any) -> int:
-        """Pixels of which width and height must be multiples: the VAE's reduction, times the transformer's patch."""
+        """The number of pixels that must divide width and height: the VAE's reduction times the transformer's patch."""
         multiple: int = 2 * pipeline.vae_scale_factor
         return multiple
 
 
 def _check_extra(name: str, value: Any, kinds: Mapping[str, str], model: str) -> None:
-    """Reject a parameter that a pipeline does not have, or has of another type."""
+    """Reject a parameter that a pipeline does not have, or a value of another type."""
     if name not in kinds:
         has = f"only these extra parameters: {', '.join(kinds)}" if kinds else "no extra parameters"
         raise InvalidParameter(f"extra_params.{name}", f"{model!r} has {has}; leave out {name!r}")
@@ -199,16 +200,16 @@ def _check_extra(name: str, value: Any, kinds: Mapping[str, str], model: str) ->
 
 
 def task_of(request: GenerationRequest, family: PipelineFamily) -> Task:
-    """What a request asks of a family, by what it begins with."""
+    """The task of a request, by its inputs."""
     able = tasks_of([each.role for each in request.inputs], family.makes == "video")
     return next((task for task in able if task in family.tasks), able[0])
 
 
 def keep_timestep_exact(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Give the transformer inputs of its weights' dtype, but the timestep as it is, and put out float32.
+    """Cast the transformer's inputs to its weights' dtype, except the timestep, and its outputs to float32.
 
-    In bfloat16 a timestep of 999 becomes 1000, which is visible. The modular pipelines that round it are run in
-    float32, and this hook rounds what must be rounded. The guider then combines branches in float32.
+    In bfloat16 a timestep of 999 becomes 1000, which is visible. Modular pipelines that round the timestep run in
+    float32, and this hook casts the other inputs. The guider then combines branches in float32.
     """
 
     def cast(value: Any, to: torch.dtype) -> Any:

@@ -43,7 +43,7 @@ class WanAdapter(PipelineAdapter):
         return {name: self.guider(request, scale) for name, scale in scales.items()}
 
     def guiders_to_encode(self, request: GenerationRequest) -> dict[str, Any]:
-        """Always an enabled guider: without a second branch the encoder fails, although the loop may not use it."""
+        """Always an enabled guider: the encoder fails without a second branch, even if the loop does not use it."""
         return {"guider": ClassifierFreeGuidance()}
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
