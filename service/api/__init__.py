@@ -6,17 +6,17 @@ videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 video_jobs.py  /v1/videos: videos as jobs
 jobs.py        /v1/jobs: jobs of all kinds
-job_calls.py   what callers may do with jobs, for both APIs
+job_calls.py   the operations on jobs, for both APIs
 job_events.py  a job as server-sent events
 models.py      GET /v1/models
-requests.py    GET /v1/requests: what waits and runs; DELETE ends one
+requests.py    GET /v1/requests: the requests that wait or run; DELETE ends one
 profiles.py    POST /v1/profiles: the steps of a gang, operator by operator
 cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
 openapi.py     /openapi.json and /docs; page.py makes the page
-backend.py     what the API needs of the gateway, and how routes get at it
+backend.py     what the API needs from the gateway, and how routes get it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
 cors.py        lets pages of other sites call, if the deployment names them
-once.py        a request with an idempotency key is done once
+once.py        does a request with an idempotency key only once
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 fetching.py    pictures by URL, from hosts that the operator has named

@@ -1,6 +1,6 @@
-"""What the API answers: the declared bodies of responses, for `/openapi.json`. `responses.py` fills them.
+"""The declared bodies of responses, for `/openapi.json`. `responses.py` fills them.
 
-Keys that OpenAI's bodies do not have come beside its own; its client keeps them.
+Keys that OpenAI's bodies do not have are added to them; OpenAI's client keeps them.
 """
 
 from typing import Any, Literal

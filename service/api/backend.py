@@ -1,4 +1,4 @@
-"""What the API needs of the gateway, and how a route gets at it.
+"""What the API needs from the gateway, and how a route gets it.
 
 `service.gateway.Gateway` is the backend in a deployment; tests use one without Ray.
 """
@@ -27,8 +27,8 @@ class Restarted:
 
     Attributes:
         attempt: 2 for the first restart.
-        reason: what became of the ranks.
-        begun: they had begun with the request, which may be the cause.
+        reason: why the ranks were lost.
+        begun: whether they had begun with the request, which may be the cause.
     """
 
     attempt: int
@@ -38,12 +38,12 @@ class Restarted:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A request has had nothing to say for a while.
+    """A request has made no progress for a while.
 
     Attributes:
-        state: of its model.
-        position: 1 for the one that is served next; 0: it does not wait for a gang, or nobody knows.
-        wait_s: estimated seconds until its turn; 0: unknown.
+        state: the state of its model.
+        position: 1 for the request that is served next; 0: it does not wait for a gang, or its place is not known.
+        wait_s: estimated seconds until its turn; 0: not known.
     """
 
     state: ModelState
@@ -52,7 +52,7 @@ class Waiting:
 
 
 Report = StepEvent | Preview | Profiled | GenerationResult | Waiting | Restarted
-"""What a request yields: steps, previews and profiles, its place while it waits, each restart, and the result last."""
+"""A report of a request: steps, previews, profiles, its place while it waits, each restart, and the result last."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Found:
     """The requests of all gateways that a caller may see.
 
     Attributes:
-        requests: `service.api.answers.RequestObject` of each.
-        silent: gateways that have not answered in time, whose requests are missing.
+        requests: the `service.api.answers.RequestObject` of each.
+        silent: gateways that have not answered in time; their requests are missing.
     """
 
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -72,13 +72,13 @@ class JobRunner(Protocol):
     """Runs jobs: `service.jobs.runner.Runner`."""
 
     def wake(self) -> None:
-        """A job was submitted here: look at once."""
+        """Look for jobs at once, because one was submitted here."""
 
     def drop(self, job_id: str) -> None:
-        """A job was cancelled or deleted here: stop it at once, if it runs here."""
+        """Stop a job that was cancelled or deleted here, if it runs here."""
 
     async def stop(self) -> None:
-        """The gateway ends: other ones take over its jobs."""
+        """Stop, because the gateway ends; other gateways take over its jobs."""
 
 
 class Backend(Protocol):
@@ -102,19 +102,19 @@ class Backend(Protocol):
         """Raise `Unauthorized` or `AdminOnly` unless this `Authorization` header allows the call."""
 
     def caller(self) -> str:
-        """The name of the API key that `admit` has found for this call; empty: none is needed."""
+        """The name of the API key that `admit` has found for this call; empty if none is needed."""
 
     def sees(self) -> str | None:
         """The name of the API key whose requests and jobs this call may see and end; None: all."""
 
     async def find_requests(self) -> Found:
-        """What waits and runs in any gateway, as far as this caller may see it."""
+        """The requests that wait or run in any gateway and that this caller may see."""
 
     async def cancel(self, request_id: str) -> bool:
-        """End a request that this caller may see, in whatever gateway it is; False: none has it."""
+        """End a request that this caller may see, in any gateway; False: no gateway has it."""
 
     def charge(self, request: GenerationRequest) -> None:
-        """Raise unless the caller's key may have this request as a job; it counts as used then."""
+        """Charge the caller's key for this request as a job; raise if its allowance is used up."""
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
         """Raise unless the caller may have this request as a job that ends in time, as far as is known."""

@@ -1,8 +1,8 @@
-"""What a client may send: the declared bodies of requests, for the routers, `/openapi.json` and `spray generate`.
+"""The declared bodies of requests, for the routers, `/openapi.json` and `spray generate`.
 
-A parsed JSON object or form comes in; a validated body, or an error that names the first wrong field, goes out. Unknown
-fields are refused, and the error suggests the nearest known one. Fields that have no meaning here, OpenAI's and those
-of other servers, are accepted and named in the answer's `x-ignored-params`.
+A parsed JSON object or form comes in; a validated body goes out, or an error that names the first wrong field. Unknown
+fields are refused, and the error suggests the nearest known one. Fields of OpenAI and other servers that have no effect
+here are accepted, and named in the answer's `x-ignored-params`.
 """
 
 import difflib
@@ -20,7 +20,7 @@ MAX_SEED = 2**53 - 1
 """The largest integer that JSON numbers carry exactly in every language."""
 
 MOST_JOB_SECONDS = 31_536_000
-"""Of a job's deadline, from now on."""
+"""The most seconds until a job's deadline."""
 
 INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
 """Unicode's categories of spaces, line breaks, control characters and the like."""
@@ -43,7 +43,7 @@ OVERTAKES = "interactive jobs overtake others, until those have waited long enou
 OF_JOBS = "with the header prefer: respond-async alone"
 
 BOUNDS = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
-"""JSON schema's words for pydantic's, which pydantic itself leaves as they are behind a `BeforeValidator`."""
+"""Keywords of JSON schema for pydantic's, which pydantic does not translate behind a `BeforeValidator`."""
 
 
 def _with_bounds(schema: Any) -> Any:
@@ -55,7 +55,7 @@ def _with_bounds(schema: Any) -> Any:
 
 
 def _true_schema(schema: dict[str, Any]) -> None:
-    """Say in the JSON schema what `Body` does: bounds, and that a field that may be absent may be null."""
+    """Add to the JSON schema what `Body` does: bounds, and null for fields that may be absent."""
     schema["properties"] = _with_bounds(schema.get("properties", {}))
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
@@ -70,12 +70,12 @@ def _true_schema(schema: dict[str, Any]) -> None:
 
 
 def _whole(given: object) -> object:
-    """7.0 is a whole number in JSON."""
+    """Accept 7.0 as a whole number, as JSON does."""
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 def _seconds(given: object) -> object:
-    """A number that is sent as text, as OpenAI's clients do."""
+    """Accept a number as text, as OpenAI's clients send it."""
     return float(given) if isinstance(given, str) and re.fullmatch(SECONDS, given) else given
 
 
@@ -311,7 +311,7 @@ def parse_body(raw: object, kind: type[Kind], from_text: bool = False) -> Kind:
     Args:
         raw: parsed JSON, or the fields of a form.
         kind: the body that the route takes.
-        from_text: numbers and booleans may be text, as in forms.
+        from_text: whether numbers and booleans may be text, as in forms.
 
     Raises:
         InvalidParameter: a field is wrong; the error names the first one.

@@ -1,7 +1,7 @@
 """Reads the clips that callers send, which may be hostile: an MP4 comes in, an animated PNG goes out.
 
-Its kind is told by its first bytes. It is decoded by a process of its own (`workers.clip_decoder`), which may take
-little memory and time; where that ends badly, the clip is the caller's mistake. Called by `service.api.pictures`.
+The first bytes tell its kind. A separate process with little memory and time decodes it (`workers.clip_decoder`). If
+that process fails, the clip counts as the caller's mistake. Called by `service.api.pictures`.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ assert _found is not None and _found.origin is not None
 DECODER = _found.origin
 
 REFUSED = 3
-"""The decoder's exit code of a clip that it does not take."""
+"""The decoder's exit code for a clip that it refuses."""
 
 ALLOWED = "a clip must be an MP4"
 
@@ -27,13 +27,13 @@ def decode_clip(param: str, data: bytes, most_frames: int, asked_frames: int | N
     """An animated PNG of its first frames; blocks for as long as that takes.
 
     Args:
-        param: what the caller calls it.
+        param: the caller's name for it.
         data: the file.
-        most_frames: later ones are not read.
-        asked_frames: as many must be readable, if it has them; None: all that are read.
+        most_frames: the number of frames to read; later ones are not read.
+        asked_frames: the number that must be readable, if the clip has them; None: all that are read.
 
     Raises:
-        InvalidParameter: it is no clip that is taken.
+        InvalidParameter: the clip cannot be decoded, or is of another kind.
     """
     if data[4:8] != b"ftyp":
         raise _invalid(param, f"{ALLOWED}; this file does not begin as one")

@@ -10,7 +10,7 @@ from service.api.backend import Backend, Served
 from service.api.openapi import READING_ERRORS
 
 TAKES_REQUESTS = ("running", "asleep")
-"""The states of a model whose requests are answered without anybody's help."""
+"""The states in which a model's requests are answered without an operator."""
 
 router = APIRouter()
 probes = APIRouter()

@@ -1,7 +1,7 @@
 """Lets pages of the sites that the deployment names call the API from a browser (CORS). For `service.api.rest`.
 
-It stands around the whole application, so that a browser's question is answered before access is checked, and that
-errors are readable too. Without `gateway.cors_origins` it does nothing.
+It wraps the whole application, so that a browser's preflight is answered before access is checked, and errors are
+readable too. Without `gateway.cors_origins` it does nothing.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ READABLE = (
     "content-disposition content-range etag idempotency-replayed retry-after traceparent x-ignored-params x-metrics "
     "x-num-frames x-fps x-request-id x-seed x-should-retry x-warnings"
 ).split()
-"""Headers of answers that a page may read, beside those that it always may."""
+"""Headers of answers that a page may read, besides those that are always readable."""
 
 ASKED_AGAIN_S = 600
-"""A browser does not ask sooner whether it may call."""
+"""Seconds for which a browser keeps the answer to a preflight."""
 
 
 class AllowedPages:
-    """Answers browsers for the origins that the backend names at that moment: they change while it runs.
+    """Answers browsers by the backend's current origins, which may change while it runs.
 
     Args:
         app: the API.
@@ -55,10 +55,10 @@ class AllowedPages:
 
 
 class _InEnvelope(CORSMiddleware):
-    """Starlette's own; a refusal, which is plain text there, is an error as all others."""
+    """Starlette's middleware, with its plain-text refusals as errors in the envelope."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Called for what a browser asks before it calls."""
+        """Called for a browser's preflight."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response

@@ -1,7 +1,7 @@
-"""ASGI middleware: a request ends at once when its client is gone, or the proxy that brought it. For `api.rest`.
+"""ASGI middleware that ends a request as soon as its client, or the proxy in between, is gone. For `api.rest`.
 
-Starlette looks for that only while it streams. Serve cancels a request whose client leaves, but a killed proxy cancels
-nothing: then the gang would compute to the end for nobody.
+Starlette notices this only while it streams. Serve cancels a request whose client leaves, but a killed proxy cancels
+nothing, and the gang would compute to the end in vain.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ GONE: Message = {"type": "http.disconnect"}
 
 
 class CancelWhenGone:
-    """Cancels the application when nobody waits for its answer anymore.
+    """Cancels the application when its caller no longer waits for the answer.
 
     Args:
         app: the application.
@@ -54,7 +54,7 @@ class CancelWhenGone:
 
 
 async def _gone(receive: Receive, body_read: asyncio.Event) -> Message:
-    """Return when the caller is gone, however that shows."""
+    """Return when the caller is gone."""
     await body_read.wait()
     try:
         while (await receive())["type"] != "http.disconnect":

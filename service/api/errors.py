@@ -52,10 +52,10 @@ logger = logging.getLogger("ray.serve")
 RETRY_AFTER_S = 5
 
 MAX_RETRY_AFTER_S = 120
-"""OpenAI's client waits no longer: it does not ask again at all."""
+"""The longest wait in seconds that OpenAI's client follows; with a longer one it does not ask again."""
 
 GATEWAY_LOST = "gateway_lost"
-"""The code that proxies answer with while there is no gateway; see `service.edge` and `service.rpc.proxy`."""
+"""The code of proxies' answers while there is no gateway; see `service.edge` and `service.rpc.proxy`."""
 
 GATEWAY_GONE = "the gateway is starting or gone; another one takes its place"
 
@@ -65,11 +65,11 @@ class Status:
     """How one kind of error is answered.
 
     Attributes:
-        http: status code.
+        http: the HTTP status.
         type: OpenAI's error type.
         code: a stable word for programs; an `InvalidParameter` has its own.
-        grpc: name of the gRPC status.
-        retry: the same request may succeed later.
+        grpc: the name of the gRPC status.
+        retry: whether the same request may succeed later.
     """
 
     http: int
@@ -121,7 +121,7 @@ def find_status(error: Exception) -> Status:
 
 
 def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """HTTP status, body and headers of an error. What an unexpected one says stays in the log: it may hold secrets."""
+    """HTTP status, body and headers of an error. The text of an unexpected one is only logged: it may hold secrets."""
     status = find_status(error)
     message = str(error) if status is not UNEXPECTED else "the server made a mistake; its log has the details"
     param = error.param if isinstance(error, RequestError) else None
@@ -131,13 +131,13 @@ def answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def retry_after_s(error: Exception) -> int:
-    """After how many seconds a request that may succeed later should be sent again."""
+    """The seconds after which a request that may succeed later should be sent again."""
     known = error.retry_after_s if isinstance(error, TryLater) else None
     return RETRY_AFTER_S if known is None else max(1, min(MAX_RETRY_AFTER_S, math.ceil(known)))
 
 
 def log(error: Exception) -> None:
-    """Log what is the server's fault. A client that leaves while its body is read is not."""
+    """Log an error if it is the server's fault. A client that leaves while its body is read is not."""
     if answer(error)[0] == 500 and not isinstance(error, ClientDisconnect):
         logger.error("request failed", exc_info=error)
 

@@ -1,8 +1,8 @@
 """Fetches pictures by URL from hosts that the operator has named in `gateway.media_hosts`; from no others.
 
-The raw fields of a body come in; where a picture is a URL of such a host, its bytes go in its place. Only https, the
-name resolved once and connected to as it was checked, no address that is not of the public internet, no redirect,
-within limits of size and time. Called by `service.api.reading`.
+The raw fields of a body come in; URLs of such hosts are replaced by the bytes of their pictures. Only https is fetched,
+without redirects, within limits of size and time. The name is resolved once, every address must be on the public
+internet, and the checked address is the one that is connected to. Called by `service.api.reading`.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ MOST_URLS = 12
 
 
 async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str], most_bytes: int) -> object:
-    """The same fields, with bytes for the URLs of named hosts. Other values are left to the body's own rules.
+    """The same fields, with bytes instead of URLs of named hosts. Other values are left to the body's own rules.
 
     Args:
-        raw: of the body.
-        fields: those that are pictures.
-        hosts: named by the operator; a port other than 443 belongs to the name.
-        most_bytes: of all that is fetched.
+        raw: the fields of the body.
+        fields: the names of fields that are pictures.
+        hosts: the hosts that the operator has named; a port other than 443 belongs to the name.
+        most_bytes: the most bytes of all pictures together.
 
     Raises:
         InvalidParameter: a URL of another host or kind, or one that cannot be fetched.
@@ -58,7 +58,7 @@ async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str]
 
 
 def _url_in(value: object) -> str | None:
-    """The URL that a picture is, unless it is none, or a data: URL."""
+    """The URL of a picture; None if it is not a URL, or a data: URL."""
     if isinstance(value, dict) and value.keys() == {"image_url"}:
         value = value["image_url"]
     return value if isinstance(value, str) and not value.lower().startswith("data:") else None
@@ -91,7 +91,7 @@ async def _fetch(client: httpx.AsyncClient, name: str, url: str, hosts: Sequence
 
 
 def _parts(name: str, url: str, hosts: Sequence[str]) -> tuple[str, int, str]:
-    """Host, port and all that follows, of a URL that may be fetched."""
+    """Host, port, and path with query of a URL that may be fetched."""
     try:
         parts = urlsplit(url)
         port = parts.port or 443

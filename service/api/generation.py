@@ -34,8 +34,8 @@ class Delivery:
 
     Args:
         form: base64 or URLs.
-        outputs: where files with URLs are kept.
-        base: begins each URL.
+        outputs: keeps the files of URLs.
+        base: the beginning of each URL.
     """
 
     def __init__(self, form: ResponseFormat, outputs: OutputStore, base: str) -> None:
@@ -75,13 +75,13 @@ async def settled(http: Request, backend: Backend, body: GenerationBody) -> Gene
 
 
 async def respond(http: Request, backend: Backend, body: GenerationBody, default: ResponseFormat) -> Response:
-    """Run what a body asks for, and answer in the form that it asks for.
+    """Run the request of a body, and answer in the form that the body asks for.
 
     Args:
-        http: the request that brought it.
-        backend: runs it.
+        http: the HTTP request.
+        backend: runs the request.
         body: what is asked for.
-        default: `response_format` of an answer that is no stream.
+        default: the default `response_format` of an answer without a stream.
 
     Raises:
         Exception: what the backend raises.
@@ -107,7 +107,7 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
 
 
 def _file(request: GenerationRequest, result: GenerationResult, headers: Mapping[str, str]) -> Response:
-    """The file itself, or a zip of several; what else there is to say goes into headers."""
+    """The file itself, or a zip of several; headers have the rest of the answer."""
     kind, content = str(request.output_format), result.outputs[0]
     if len(result.outputs) > 1:
         kind, content = "zip", _zip(result, kind)
@@ -122,9 +122,9 @@ def _file(request: GenerationRequest, result: GenerationResult, headers: Mapping
 
 
 def _zip(result: GenerationResult, kind: str) -> bytes:
-    """A zip with a file per picture, named by its number and seed; not compressed, since pictures are.
+    """A zip with a file per picture, named by its number and seed, without compression, since pictures are compressed.
 
-    Without a time, so that the same pictures make the same bytes.
+    Files have no time, so that the same pictures give the same bytes.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

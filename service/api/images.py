@@ -80,8 +80,8 @@ async def _accept(http: Request, backend: Backend, body: ImageGenerationBody) ->
     """Take the pictures in as a job.
 
     Raises:
-        InvalidParameter: the body is about how an answer with the pictures should be.
-        Exception: what `job_calls.submit` raises.
+        InvalidParameter: the body has options for an answer with the pictures.
+        Exception: see `job_calls.submit`.
     """
     for name, refused in (("stream", body.stream), ("response_format", body.response_format in ("b64_json", "url"))):
         if refused:

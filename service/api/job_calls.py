@@ -1,6 +1,6 @@
-"""What callers may do with jobs, for REST and gRPC: submit, find, list, cancel, delete, fetch, watch.
+"""The operations on jobs, for REST and gRPC: submit, find, list, cancel, delete, fetch, watch.
 
-Every gateway knows every job. A caller sees its own; with the scope `admin`, or where no key is needed, all.
+Every gateway knows every job. A caller sees its own jobs; with the scope `admin`, or if no key is needed, all jobs.
 """
 
 import asyncio
@@ -31,16 +31,16 @@ from workers.errors import (
 from workers.messages import GenerationRequest
 
 LOOK_S = 0.5
-"""Between two looks at a job that is watched. Runners say how far it is about as often."""
+"""Seconds between two looks at a watched job. Runners report its progress about as often."""
 
 PATIENCE_S = 5.0
-"""Whoever watches a job of which nothing changes hears this often that it is still there."""
+"""Seconds between two signs of life to a watcher of a job that does not change."""
 
 LONGEST_S = 3600.0
-"""Of one watch: nobody can tell a client that has forgotten its call from one that waits."""
+"""The most seconds of one watch: a client that has forgotten its call looks like one that waits."""
 
 MOST_WATCHERS = 100
-"""Of one gateway: each asks the store twice a second."""
+"""The most watches of one gateway: each asks the store twice a second."""
 
 _watchers = 0
 
@@ -52,7 +52,7 @@ class Seen:
     Attributes:
         job: its record.
         position: 1 for the next of its model's jobs; 0: it does not wait.
-        eta_s: estimated seconds until it has ended; None: nobody knows, or it has.
+        eta_s: estimated seconds until it has ended; None: not known, or it has ended.
     """
 
     job: Job
@@ -72,16 +72,16 @@ async def submit(
     """Accept a job. It is on disk when this returns.
 
     Args:
-        backend: of the gateway.
-        request: what is to be made.
+        backend: the backend of the gateway.
+        request: what to make.
         priority: see `service.jobs.records`.
-        deadline_s: seconds from now; None: none.
+        deadline_s: seconds from now; None: no deadline.
         key: the idempotency key; None: there is none.
-        remixed_from: id of the job that it varies; None: it varies none.
-        webhook_url: what is called when it has ended; None: nothing.
+        remixed_from: the id of the job that it varies; None: it varies none.
+        webhook_url: the URL to call when it has ended; None: none.
 
     Returns:
-        The job, and whether it is new; otherwise its key has brought it before.
+        The job, and whether it is new; if not, the same key was used before.
 
     Raises:
         InvalidParameter: the URL may not be called.
@@ -207,10 +207,10 @@ async def file_of(
 
 
 async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> AsyncGenerator[Seen | None]:
-    """A job as it is now, and whenever something of it changes, until it has ended; None where nothing has for a while.
+    """Yield a job now and at each change, until it has ended; None if nothing has changed for a while.
 
-    It ends early when the gateway drains, or after `LONGEST_S`: whoever still wants to know asks again, and may reach
-    another gateway.
+    It ends early when the gateway drains, or after `LONGEST_S`. The watcher then asks again, and may reach another
+    gateway.
 
     Raises:
         JobNotFound: as `find`; later, it was deleted.
@@ -241,16 +241,16 @@ async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> Asyn
 
 
 def _known_as(caller: str, request: GenerationRequest, webhook_url: str | None) -> str:
-    """By what a key is known to bring the same job again: of two URLs, one would never be called.
+    """The fingerprint of a job for its key. It contains the webhook URL, since of two URLs one would never be called.
 
-    A job without a URL is known as before there were any.
+    Without a URL the fingerprint is the same as in versions without webhooks.
     """
     known_as = fingerprint(caller, request)
     return known_as if webhook_url is None else hashlib.sha256(f"{known_as}\n{webhook_url}".encode()).hexdigest()
 
 
 class Pace:
-    """How fast the steps of a job follow each other, as far as one watch has seen."""
+    """The pace of a job's steps, as seen by one watch."""
 
     def __init__(self) -> None:
         self._first: tuple[int, int, float] | None = None  # fence, step, when: the first look at this attempt's steps
@@ -271,6 +271,6 @@ class Pace:
 
 
 def _shown(seen: Seen) -> tuple[object, ...]:
-    """What of a job is worth telling when it changes."""
+    """The parts of a job whose changes a watch reports."""
     job = seen.job
     return job.state, job.attempt, job.gang_losses, job.step, job.total_steps, seen.position

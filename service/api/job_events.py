@@ -1,4 +1,4 @@
-"""A job as server-sent events: each tells all of it, as `GET` does, whenever something changes. For the routers."""
+"""A job as server-sent events: at each change the whole job, as `GET` returns it. For the routers."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ class JobEvents(StreamingResponse):
     """A stream that ends with its job, and leaves its place among the watchers when its client leaves. Made by `open`.
 
     Args:
-        events: what is sent.
-        looks: what the events are made of.
+        events: the events to send.
+        looks: the looks at the job from which the events are made.
     """
 
     def __init__(self, events: AsyncGenerator[str], looks: AsyncGenerator[Seen | None]) -> None:
@@ -29,15 +29,15 @@ class JobEvents(StreamingResponse):
 
     @classmethod
     async def open(cls, backend: Backend, job_id: str, kind: Kind | None = None) -> Self:
-        """Look once, so that the status line can tell whether there is such a job.
+        """Look once, so that the status line can say whether the job exists.
 
         Args:
-            backend: of the gateway.
-            job_id: of the job.
-            kind: "video": it is told as `/v1/videos` does; None: as `/v1/jobs` does, whatever it makes.
+            backend: the backend of the gateway.
+            job_id: the id of the job.
+            kind: "video": in the form of `/v1/videos`; None: in the form of `/v1/jobs`, whatever it makes.
 
         Raises:
-            Exception: what `job_calls.watch` raises.
+            Exception: see `job_calls.watch`.
         """
         looks = watch(backend, job_id, kind)
         first = await anext(looks)

@@ -19,7 +19,7 @@ from service.jobs.records import Kind, State
 router = APIRouter(prefix="/jobs")
 
 QUERY_ERRORS = READING_ERRORS | {400: ERRORS[400]}
-"""Of routes with parameters in their query."""
+"""Errors of routes with query parameters."""
 
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "the file", "content": {kind: {"schema": BYTES} for kind in KINDS.values()}}

@@ -1,8 +1,8 @@
 """Counts the calls of the API, for Prometheus: by route or RPC, status, and the name of the caller's key.
 
-It also brings a call's `traceparent` to whoever runs a request for it, and the answer's to the caller. `Observed` is
-the ASGI middleware of `service.api.rest`; `service.rpc.methods` uses `observing` itself. The number of series is
-bounded: routes and RPCs are those of the contract, and keys those of the deployment.
+It also passes a call's `traceparent` to the code that runs its request, and that of the answer to the caller.
+`Observed` is the ASGI middleware of `service.api.rest`; `service.rpc.methods` uses `observing` directly. The number of
+series is bounded: routes and RPCs are those of the contract, and keys those of the deployment.
 """
 
 import time
@@ -33,10 +33,10 @@ class Call:
     """One call, while it is answered.
 
     Attributes:
-        route: of the contract.
+        route: its route in the contract.
         code: its status.
-        traceparent: what the caller has sent; empty: nothing.
-        answer: headers of the answer, which whoever runs a request may add.
+        traceparent: the caller's; empty: it has sent none.
+        answer: headers of the answer; code that runs a request may add some.
     """
 
     route: str
@@ -60,9 +60,9 @@ def observing(route: str, code: str, traceparent: str = "") -> Iterator[Call]:
     """Count what happens inside as one call.
 
     Args:
-        route: of the call; may be changed inside.
+        route: the route of the call; may be changed inside.
         code: its status, unless it is changed inside.
-        traceparent: what the caller has sent; empty: nothing.
+        traceparent: the caller's; empty: it has sent none.
     """
     began, call = time.monotonic(), Call(route, code, traceparent)
     token = key_name.set("")

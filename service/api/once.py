@@ -1,9 +1,9 @@
-"""A request with an `Idempotency-Key` is done once: who sends the same again gets the same answer. For both APIs.
+"""Does a request with an `Idempotency-Key` once: sending it again gives the same answer. For both APIs.
 
-A request and its key come in; its reports go out, as the backend yields them. Of several callers with one key the first
-does the work; the others wait for its answer. Whoever finds that the work has ended without one does it again, with the
-same seed. A key belongs to the API key that sent it, and to what was asked for; how it is answered (as a stream, as a
-URL) may differ.
+A request and its key come in; its reports go out, as the backend yields them. Of several calls with one key the first
+does the work, and the others wait for its answer. If the work ends without an answer, one of them does it again, with
+the same seed. A key belongs to the API key that sent it and to the content of the request; the form of the answer (a
+stream, a URL) may differ.
 """
 
 import asyncio
@@ -21,24 +21,24 @@ from workers.errors import GangLost, IdempotencyKeyReused, InvalidParameter, Key
 from workers.messages import GenerationRequest, GenerationResult
 
 KEY_HEADER = "idempotency-key"
-"""Of REST's requests, and the metadata of gRPC's."""
+"""The header of REST's requests, and the metadata of gRPC's."""
 
 REPLAYED_HEADER = "idempotency-replayed"
-"""Of an answer to a key that was known before."""
+"""The header of an answer to a key that was known before."""
 
 LONGEST = 255
 
 BEAT_S = 15.0
-"""How often a gateway says that it still works for a key."""
+"""Seconds between two renewals of a claim by the gateway that works for it."""
 
 PATIENCE_S = 5.0
-"""How often a caller who waits for another one's answer hears that it does."""
+"""Seconds between two reports to a caller that waits for another call's answer."""
 
 MOST_WAITING = 200
-"""Callers in one gateway who wait for the answers of others, so that they leave its slots to requests."""
+"""The most callers of one gateway that wait for the answers of others, so that slots remain for requests."""
 
 KEPT = (RequestFailed, GangLost)
-"""Errors that end the work for a key. After any other one it is done again when the key comes again."""
+"""Errors that end the work for a key. After any other error the next call with the key does it again."""
 
 _waiting = 0
 
@@ -48,8 +48,8 @@ class Attempt:
     """A request that is about to run, or whose answer is known.
 
     Attributes:
-        reports: of the request.
-        headers: of the answer.
+        reports: the reports of the request.
+        headers: headers of the answer.
     """
 
     reports: AsyncGenerator[Report]
@@ -57,17 +57,17 @@ class Attempt:
 
 
 async def begin(backend: Backend, request: GenerationRequest, key: str | None) -> Attempt:
-    """The reports of a request, which are those of an earlier one where the key is known. Iterate them at once.
+    """The reports of a request; if its key is known, those of the earlier request. Iterate them at once.
 
     Args:
-        backend: runs it.
+        backend: runs the request.
         request: what is asked for.
-        key: sent by the caller; None: there is none.
+        key: the caller's key; None: there is none.
 
     Raises:
         InvalidParameter: the key is malformed.
         IdempotencyKeyReused: it belongs to another request.
-        KeysUnavailable: nobody can say.
+        KeysUnavailable: keys cannot be looked up.
     """
     if key is None:
         return Attempt(backend.generate(request))
@@ -80,10 +80,10 @@ async def begin(backend: Backend, request: GenerationRequest, key: str | None) -
 
 
 def check_key(key: str) -> None:
-    """Refuse what is no key.
+    """Refuse a malformed key.
 
     Raises:
-        InvalidParameter: it is none.
+        InvalidParameter: the key is malformed.
     """
     if not (0 < len(key) <= LONGEST and key.isascii() and key.isprintable()):
         raise InvalidParameter(KEY_HEADER, f"{KEY_HEADER} must be 1 to {LONGEST} printable characters of ASCII")
@@ -138,7 +138,7 @@ class _Once:
                     yield report
 
     async def wait(self) -> AsyncGenerator[Report]:
-        """The answer of another one's work; or the work is done here, if that one leaves it."""
+        """Wait for the answer of another call, or do the work here if that call gives it up."""
         global _waiting
         if _waiting >= MOST_WAITING:
             raise QueueFull(f"{MOST_WAITING} requests wait for the answers of others with the same {KEY_HEADER}")

@@ -1,4 +1,4 @@
-"""The description of the API: `/openapi.json`, and `/docs`, the same as a page. For `service.api.rest`.
+"""The description of the API: `/openapi.json`, and the same as a page at `/docs`. For `service.api.rest`.
 
 Routes declare their answers; their bodies are read within limits before they are validated (`service.api.reading`), so
 the schemas of bodies are added here. `service.api.page` makes the page.
@@ -33,7 +33,7 @@ BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}
 """The schema of a file."""
 
 NOT_FOR_READING = frozenset({400, 408, 413, 415, 422, 429, 499})
-"""Statuses that only requests with a body have."""
+"""Statuses of requests with a body only."""
 
 MORE_CODES = {
     400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body"
@@ -67,16 +67,16 @@ ERRORS = _errors()
 """The declared errors of requests with a body."""
 
 READING_ERRORS = {status: said for status, said in ERRORS.items() if status not in NOT_FOR_READING}
-"""Those of the others."""
+"""The declared errors of requests without a body."""
 
 
 def takes(kind: type[Body], answered: bool = True, or_job: bool = False) -> dict[str, Any]:
     """The description of a route's body and headers, for `openapi_extra`.
 
     Args:
-        kind: of the body.
-        answered: the caller waits for what is made; else it is a job.
-        or_job: the caller may prefer a job.
+        kind: the class of the body.
+        answered: whether the caller waits for the output; otherwise it is a job.
+        or_job: whether the caller may ask for a job.
     """
     schema = {"$ref": REF.format(model=kind.__name__)}
     content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
@@ -116,7 +116,7 @@ def event_stream(description: str) -> dict[str, Any]:
 
 
 def describe(app: FastAPI) -> None:
-    """Let the application describe itself, with the bodies of its requests."""
+    """Make the application's own description include the bodies of its requests."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

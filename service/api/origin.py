@@ -1,7 +1,7 @@
 """Where an HTTP request comes from: its id, and whether a web page may have sent it from somebody's browser.
 
-A browser sends requests for any page to any server that it reaches, one on its own machine included. Without keys,
-nothing else would tell such a request from its user's. Called by the routers before a body is read.
+A browser sends requests of any page to any server that it reaches, including one on its own machine. Without keys,
+nothing else distinguishes such a request from its user's. Called by the routers before a body is read.
 """
 
 import math
@@ -17,30 +17,30 @@ from deploy.gateway_spec import is_loopback
 from workers.errors import Forbidden, InvalidParameter, UnsupportedMediaType
 
 BODY_KINDS = ("", "application/json", "multipart/form-data")
-"""Of bodies. Pages send forms unasked, always with their origin; they cannot leave the kind out, as programs do."""
+"""Accepted types of bodies. Pages may send forms without a preflight, but always with their origin and a type."""
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
-"""How long the caller waits for its answer."""
+"""The header with the seconds that the caller waits for its answer."""
 
 PASSED_TIMEOUT_HEADER = "x-spray-timeout-seconds"
-"""The same behind Serve's proxy, which would cut the request off itself, with an error that asks for another try."""
+"""The same header behind Serve's proxy, which would end the request itself, with an error that asks for a retry."""
 
 MOST_SECONDS = 86_400
-"""Of a deadline, from now on."""
+"""The most seconds until a deadline."""
 
 ID_HEADER = "x-request-id"
 
 ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-"""What a caller may give as the id of a request, in REST and in gRPC."""
+"""Ids that a caller may give a request, in REST and in gRPC."""
 
 
 def reject_foreign_pages(http: Request, local_only: bool, allowed: Collection[str] = ()) -> None:
-    """Reject what a page of another site may have sent.
+    """Reject requests that a page of another site may have sent.
 
     Args:
         http: the request.
-        local_only: the server is for its own machine and asks for no key, so its names must be those of loopback. A
-            page whose name was made to point at this machine may send any header, `authorization` too.
+        local_only: whether the server is for its own machine and needs no key. Its name must then be one of loopback: a
+            page whose name was made to point at this machine may send any header, even `authorization`.
         allowed: origins whose pages may call.
 
     Raises:
@@ -64,10 +64,10 @@ def reject_foreign_pages(http: Request, local_only: bool, allowed: Collection[st
 
 
 def reject_foreign_hosts(http: Request, local_only: bool) -> None:
-    """Reject what asks for a host that this server is not: the part of `reject_foreign_pages` that needs no origin.
+    """Reject requests for another host than this server: the part of `reject_foreign_pages` that needs no origin.
 
     Raises:
-        Forbidden: it does.
+        Forbidden: the request names another host.
     """
     host = http.headers.get("host", "")
     try:
@@ -79,7 +79,7 @@ def reject_foreign_hosts(http: Request, local_only: bool) -> None:
 
 
 def deadline(http: Request) -> float | None:
-    """When the caller wants no answer anymore, in seconds since the epoch; None if the request does not say.
+    """The caller's deadline, in seconds since the epoch; None if the request has none.
 
     Raises:
         InvalidParameter: the header is no number of seconds, or too many.

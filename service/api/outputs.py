@@ -1,6 +1,7 @@
 """Finished files: `GET /v1/outputs/{name}`, to which the URLs of answers lead. Their signature is the key.
 
-Files never change, so their name is their ETag. One range of bytes is answered; what is no such range gets the whole.
+Files never change, so their name is their ETag. A request for one range of bytes gets it; any other gets the whole
+file.
 """
 
 import asyncio
@@ -57,11 +58,11 @@ def send_file(http: Request, file: Stored, disposition: str) -> Response:
 
     Args:
         http: the request, with its conditions.
-        file: of the store of outputs.
+        file: a file of the store of outputs.
         disposition: the header `content-disposition`.
 
     Raises:
-        HTTPException: 416, the file has not the range.
+        HTTPException: 416, the file does not have the range.
     """
     size, etag = file.size, f'"{file.name}"'
     headers = {
@@ -85,13 +86,13 @@ def send_file(http: Request, file: Stored, disposition: str) -> Response:
 
 
 def has(http: Request, etag: str) -> bool:
-    """Whether the caller has the file: by its tag, which proxies that compress make a weak one, or by `*`, any."""
+    """Whether the caller has the file: by its tag, which compressing proxies make a weak one, or by `*`."""
     tags = [tag.strip().removeprefix("W/") for line in http.headers.getlist("if-none-match") for tag in line.split(",")]
     return etag in tags or tags == ["*"]
 
 
 def _range(http: Request, etag: str, size: int) -> tuple[int, int]:
-    """First byte, and the one behind the last, that the caller asks for."""
+    """The requested range: its first byte, and the one after its last."""
     asked = RANGE.fullmatch(http.headers.get("range", "").replace(" ", ""))
     if asked is None or asked[0] == "bytes=-" or http.headers.get("if-range", etag) != etag:
         return 0, size

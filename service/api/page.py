@@ -51,7 +51,7 @@ def page(described: dict[str, Any]) -> Iterator[str]:
 
 
 def _operation(operation: dict[str, Any], schemas: dict[str, Any]) -> Iterator[str]:
-    """What one route takes and answers."""
+    """The parameters, body and answers of one route."""
     if parameters := operation.get("parameters"):
         yield "<table><tr><th>parameter<th>in<th>type<th>"
         for each in parameters:
@@ -77,7 +77,7 @@ def _operation(operation: dict[str, Any], schemas: dict[str, Any]) -> Iterator[s
 
 
 def _fields(fields: dict[str, Any], required: Any) -> Iterator[str]:
-    """A table of those that do something, and a line with the names of the others."""
+    """A table of the fields with an effect, and a line with the names of the others."""
     ignored = [name for name, field in fields.items() if field.get("description") == WITHOUT_EFFECT.description]
     yield "<table><tr><th>field<th>type<th>default<th>"
     for name, field in fields.items():

@@ -14,7 +14,7 @@ MOST_IMAGES = 10
 
 
 def _picture(given: object) -> object:
-    """The bytes of a picture, which is a file of a form, a data: URL, or an object that has one."""
+    """The bytes of a picture, from a file of a form, a data: URL, or an object with a data: URL."""
     if isinstance(given, dict) and given.keys() == {"file_id"}:
         raise ValueError("is the id of a file, and no files are kept here; send the file, or a data: URL as image_url")
     if isinstance(given, dict) and given.keys() == {"image_url"}:

@@ -1,8 +1,8 @@
 """Reads the pictures and clips that callers send, which may be hostile: bytes in, `MediaInput`s out. For both APIs.
 
-What a picture says of itself is checked before it is decoded: its kind by its first bytes, its size by its header. It
-is decoded in one of a few threads of its own, and encoded again as a plain PNG, so that nothing else of the caller's
-file goes on to the ranks. No URL is fetched.
+A picture is checked before it is decoded: its kind by its first bytes, its size by its header. A few threads decode
+pictures and encode them again as plain PNGs, so that nothing else of the caller's file reaches the ranks. No URL is
+fetched.
 """
 
 import asyncio
@@ -19,24 +19,24 @@ from workers.errors import InvalidParameter, QueueFull
 from workers.messages import MediaInput, MediaRole
 
 MAX_PIXELS = 1 << 25
-"""Of one picture. Decoded it takes four bytes for each."""
+"""The most pixels of one picture. Decoded, each takes four bytes."""
 
 MOST_PIXELS = 2 * MAX_PIXELS
-"""Of all pictures of a request together."""
+"""The most pixels of all pictures of a request together."""
 
 MAX_EDGE = 1 << 14
-"""Pixels of the longer edge."""
+"""The most pixels of the longer edge."""
 
 MAX_SCANS = 100
-"""Of a JPEG. A progressive one has about ten; each is a pass over all pixels, and may take few bytes."""
+"""The most scans of a JPEG. A progressive one has about ten; each is a pass over all pixels, and may take few bytes."""
 
 THREADS = 2
 
 MOST_WAITING = 32
-"""Requests whose pictures are decoded or wait for it, in one gateway."""
+"""The most requests of one gateway whose pictures are being decoded or wait for it."""
 
 KINDS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
-"""By Pillow's names, how a file begins."""
+"""The first bytes of a file, by Pillow's names of formats."""
 
 ALLOWED = "a picture must be a PNG, JPEG or WebP"
 
@@ -51,10 +51,10 @@ async def read_pictures(
 
     Args:
         files: as the caller sent them, with their roles.
-        frames: of a clip, those that are read at most, and those without which it is refused.
+        frames: for a clip, the most frames to read, and the least number that must be readable.
 
     Raises:
-        InvalidParameter: one of them is no picture that is taken, or a mask has another size than its image.
+        InvalidParameter: a file is not an accepted picture, or a mask has another size than its image.
         QueueFull: too many pictures are being decoded.
     """
     global _waiting
@@ -74,7 +74,7 @@ def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
     global _waiting
     _waiting -= 1
     if not decoding.cancelled():
-        decoding.exception()  # of a caller who has left nobody else asks
+        decoding.exception()  # retrieved here, because a caller that has left does not
 
 
 def decode(files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (1, 1)) -> tuple[MediaInput, ...]:
@@ -124,10 +124,10 @@ def from_data_url(url: str) -> bytes:
 
 
 def _decoded(param: MediaRole, data: bytes, left: int) -> Image.Image:
-    """The first frame of a picture, upright, in the mode of its file; of so many pixels at most.
+    """The first frame of a picture, upright, in the mode of its file, of at most `left` pixels.
 
     Raises:
-        InvalidParameter: it is not taken.
+        InvalidParameter: it is not accepted.
     """
     kind = next((kind for kind, start in KINDS.items() if data.startswith(start)), None)
     if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
@@ -153,7 +153,7 @@ def _decoded(param: MediaRole, data: bytes, left: int) -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    """In colors; what is transparent lets white through."""
+    """The picture in color, its transparent parts laid over white."""
     if not picture.has_transparency_data:
         return _in_eight_bits(picture).convert("RGB")
     colors = _in_eight_bits(picture).convert("RGBA")
@@ -163,7 +163,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _as_mask(picture: Image.Image) -> Image.Image:
-    """In gray: white where the image is drawn anew. A mask with transparent parts says it by these, as OpenAI's do."""
+    """A mask in gray, white where to draw anew. If it has transparent parts, these are where, as in OpenAI's masks."""
     if picture.has_transparency_data:
         alpha = _in_eight_bits(picture).convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -172,7 +172,7 @@ def _as_mask(picture: Image.Image) -> Image.Image:
 
 
 def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Pillow has 16 bits in gray alone, and cuts them off at 255 when it converts them."""
+    """The picture in 8 bits. Pillow has 16 bits only in gray, and clips them at 255 when it converts."""
     if not picture.mode.startswith("I"):
         return picture
     return picture.convert("I").point(lambda level: level * (1 / 256)).convert("L")

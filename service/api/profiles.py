@@ -1,6 +1,6 @@
 """Profiles: `POST /v1/profiles` lets the ranks of one gang profile the steps of a request. For administrators.
 
-It waits its turn as any other request, and its picture is thrown away.
+The request waits its turn like any other, and its picture is discarded.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ async def profile(
 
 
 def _zip(asked: GenerationRequest, profiles: dict[int, Profiled], result: GenerationResult | None) -> bytes:
-    """The files of all ranks, and what they say in short. Traces are compressed already."""
+    """A zip with the traces of all ranks, which are compressed already, and a summary."""
     ranks = [profile for _, profile in sorted(profiles.items())]
     summary = {
         "object": "profile",

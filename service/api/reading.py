@@ -1,6 +1,6 @@
-"""Reads the body of a request, within limits: JSON or a form comes in, an object of Python goes out. For the routers.
+"""Reads the body of a request within limits: JSON or a form comes in, a Python object goes out. For the routers.
 
-Forms carry text alone. What is nested in them comes as `lora[name]`, as OpenAI's clients send it, or as JSON.
+Forms carry only text. Nested values come as `lora[name]`, as OpenAI's clients send them, or as JSON.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from service.api.fetching import with_fetched
 from workers.errors import BodyTimeout, BodyTooLarge, InvalidParameter
 
 MAX_KEYS = 100
-"""Of an object in a body, and fields of a form."""
+"""The most keys of an object in a body, and fields of a form."""
 
 MAX_TEXT_BYTES = 1 << 20
-"""Of a body without pictures: the longest prompts take a quarter of it."""
+"""The most bytes of a body without pictures: the longest prompts take a quarter of it."""
 
 MAX_FILES = 16
 """Of a form. Their bytes count as all others of a body."""
 
 BODY_S = 30.0
-"""For reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
+"""Seconds for reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""
 
 NESTED = frozenset({"loras", "lora", "seeds", "stream_options", "extra_params"})
 """Fields that are objects or lists."""
@@ -38,11 +38,11 @@ LISTS = frozenset({"loras", "lora", "seeds"})
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 
 NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,3})")
-"""A field's name, and up to three names or empty brackets behind it."""
+"""A field's name, followed by up to three names in brackets or empty brackets."""
 
 
 def reader(kind: type[Kind]) -> Callable[..., Awaitable[Kind]]:
-    """The dependency by which a route gets its body: read within limits, and validated."""
+    """The dependency that gives a route its body, read within limits and validated."""
 
     async def read(http: Request, backend: Served) -> Kind:
         allowed = backend.max_body_bytes if kind.PICTURES else min(backend.max_body_bytes, MAX_TEXT_BYTES)
@@ -60,7 +60,7 @@ def reader(kind: type[Kind]) -> Callable[..., Awaitable[Kind]]:
 
 
 async def _limited(chunks: AsyncIterator[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
-    """The same chunks; at most so many bytes, and the rest is not read."""
+    """The same chunks, up to `max_bytes`; the rest is not read."""
     size = 0
     async for chunk in chunks:
         size += len(chunk)
@@ -114,7 +114,7 @@ def _with_extra_body(raw: object) -> object:
 
 
 class _Parser(MultiPartParser):
-    """Knows whether the form was whole, and takes no bytes for text that are none: Starlette falls back to Latin-1."""
+    """Knows whether the form was complete, and refuses bytes that are not text; Starlette falls back to Latin-1."""
 
     ended = False
 
@@ -122,7 +122,7 @@ class _Parser(MultiPartParser):
         """Called when a part is whole.
 
         Raises:
-            UnicodeDecodeError: it is no text.
+            UnicodeDecodeError: it is not text.
         """
         if self._current_part.file is None:
             self._current_part.data.decode()
@@ -139,12 +139,12 @@ async def read_form(
     """The fields of a `multipart/form-data` body.
 
     Args:
-        headers: of the request.
+        headers: the headers of the request.
         chunks: its body.
-        files: fields that may be files, whose bytes they become.
+        files: fields that may be files; their value is the bytes.
 
     Raises:
-        InvalidParameter: it is malformed, has too many fields, a field twice, or a file in another field.
+        InvalidParameter: the form is malformed, or has too many fields, a field twice, or a file in another field.
     """
     charset = CHARSET.search(headers["content-type"])
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
@@ -179,7 +179,7 @@ async def read_form(
 
 
 def _listed(value: object) -> list[object]:
-    """A field of a form that is a list: forms repeat it, and one that comes once is a list of one."""
+    """The value of a field that is a list: forms repeat the field, and a single value is a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -204,5 +204,5 @@ def _put(place: Any, path: list[str], value: object, name: str) -> None:
 
 
 def _value(name: str, text: str) -> object:
-    """A field of a form: JSON where the body has an object or a list, else the text."""
+    """The value of a form's field: JSON if the body has an object or a list there, else the text."""
     return _parse(text, name) if name in NESTED and text.lstrip()[:1] in ("{", "[") else text

@@ -1,6 +1,7 @@
-"""What waits and runs: `GET /v1/requests` and `/v1/requests/{id}`; `DELETE` ends a request from elsewhere.
+"""The requests that wait or run: `GET /v1/requests` and `/v1/requests/{id}`; `DELETE` ends a request from elsewhere.
 
-Any gateway answers for all of them. A caller sees its own; with the scope `admin`, or where no key is needed, all.
+Any gateway answers for all gateways. A caller sees its own requests; with the scope `admin`, or if no key is needed,
+all.
 """
 
 import re
@@ -45,8 +46,8 @@ async def _find(backend: Backend, given: str) -> dict[str, Any]:
 
     Raises:
         RequestNotFound: there is none.
-        GatewaySilent: nobody can say.
-        InvalidParameter: several came with it.
+        GatewaySilent: a gateway that may have it did not answer.
+        InvalidParameter: several requests came with it.
     """
     found = await backend.find_requests()
     named = [each for each in found.requests if each["id"] == given]

@@ -1,6 +1,6 @@
-"""Messages -> response bodies: OpenAI's image response and events, and its model object. For the routers.
+"""Turns messages into response bodies: OpenAI's image response and events, and its model object. For the routers.
 
-Keys that OpenAI's bodies do not have (seeds, timings, states) come beside its own; its client keeps them.
+Keys that OpenAI's bodies do not have (seeds, timings, states) are added to them; OpenAI's client keeps them.
 """
 
 import base64
@@ -24,7 +24,7 @@ def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
 
 
 def warnings_header(result: GenerationResult) -> dict[str, str]:
-    """The header with what the caller should know; no header if there is nothing."""
+    """The header with the warnings for the caller; no header if there are none."""
     return {"x-warnings": "; ".join(result.warnings)} if result.warnings else {}
 
 
@@ -35,8 +35,8 @@ def generation_response(
 
     Args:
         request: what was asked for.
-        result: of it.
-        data: of each picture or video its seed, and its content or URL.
+        result: the result of the request.
+        data: for each picture or video its seed, and its content or URL.
     """
     video = {"num_frames": request.num_frames, "fps": request.fps} if is_video(request) else {}
     return {
@@ -113,7 +113,7 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
 
     Args:
         job: of kind video.
-        position: among the jobs that wait for its model; 0: it does not wait, or nobody has asked.
+        position: its place among the jobs that wait for its model; 0: it does not wait, or the place was not asked for.
     """
     asked, done = job.request, job.state == "succeeded"
     return {
@@ -191,7 +191,7 @@ def job_object(job: Job, position: int = 0) -> dict[str, Any]:
 
 
 def _percent(job: Job) -> int:
-    """Of the steps. The files are there at 100 only."""
+    """The progress of the steps in percent; 100 only when the files are there."""
     return 100 if job.state == "succeeded" else min(99, 100 * job.step // max(1, job.total_steps))
 
 
@@ -218,8 +218,8 @@ def eta_seconds(state: "ModelState | None", position: int = 1) -> float | None:
     """Seconds until a typical request would be answered; None if the gangs have not learned that yet.
 
     Args:
-        state: of its model.
-        position: 1 for a request that comes now; n for a job that is the n-th of those that wait.
+        state: the state of its model.
+        position: 1 for a request that comes now; n for the n-th waiting job.
     """
     gangs = [gang for gang in state.gangs if gang.get("request_s")] if state else []
     if state is None or state.state != "running" or not gangs:

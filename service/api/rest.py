@@ -1,6 +1,6 @@
 """The REST API: `rest_app(backend)` assembles the routers into one FastAPI application. It runs without Ray.
 
-Paths and bodies are OpenAI's. Every error, that of an unknown path included, comes in OpenAI's envelope.
+Paths and bodies are OpenAI's. Every error, also of an unknown path, comes in OpenAI's envelope.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ CODES = {404: "unknown_path", 405: "method_not_allowed", 416: "range_not_satisfi
 
 
 class RestApp(FastAPI):
-    """The application, with what browsers need around all of it, the errors of its outermost layer included."""
+    """The application. CORS wraps all of it, so that browsers can read the errors of its outermost layer too."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """Called by Starlette before the first request."""
@@ -64,7 +64,7 @@ def rest_app(backend: Backend) -> FastAPI:
 
 @contextlib.asynccontextmanager
 async def _until_the_end(app: FastAPI) -> AsyncGenerator[None]:
-    """Around all requests. Serve ends a gateway so, when it has answered the last one."""
+    """Runs around all requests. Serve ends it when the gateway has answered the last one."""
     yield
     await app.state.backend.runner.stop()
 
@@ -96,7 +96,7 @@ async def _answer_http_error(http: Request, error: Exception) -> Response:
 
 
 def _methods(http: Request) -> set[str]:
-    """All methods that a path has: those of its own routes, or else of the routes whose parameters it fits."""
+    """All methods of a path: those of its own routes, or else of routes whose parameters it matches."""
     path, methods = http.scope["path"], defaultdict[str, set[str]](set)
     for route in iter_route_contexts(http.app.routes):
         methods[str(route.path)] |= set(route.methods or ())

@@ -1,5 +1,6 @@
-"""Bodies -> messages: a validated body in, a `GenerationRequest` that needs no further choice out. For the routers and
-`spray generate`.
+"""Turns bodies into messages, for the routers and `spray generate`.
+
+A validated body comes in; a `GenerationRequest` in which everything is settled goes out.
 """
 
 import re
@@ -44,10 +45,10 @@ def find_model(models: dict[str, ModelSpec], name: str | None) -> ModelSpec:
 
 
 def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, bytes], ...]:
-    """The files that a body begins with, each with its role; none: it begins with noise.
+    """The input files of a body, each with its role; empty if it begins with noise.
 
     Raises:
-        InvalidParameter: one lacks another that it goes with, or the model is for another task.
+        InvalidParameter: a file needs another one, or the model is for another task.
     """
     found: list[tuple[MediaRole, bytes | None]] = []
     first = "image"
@@ -73,15 +74,15 @@ def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, b
 def to_request(
     body: GenerationBody, model: ModelSpec, request_id: str, inputs: tuple[MediaInput, ...] = ()
 ) -> GenerationRequest:
-    """Turn a body into a request that needs no further choice: defaults filled in, limits checked, the seed drawn.
+    """Turn a body into a request in which everything is settled: defaults filled in, limits checked, the seed drawn.
 
-    A retry on another gang therefore draws the same picture.
+    So a retry on another gang draws the same picture.
 
     Args:
         body: what is asked for.
-        model: of it.
+        model: the model of the request.
         request_id: unique.
-        inputs: what has become of `media_of` the body.
+        inputs: the decoded files of `media_of`.
 
     Raises:
         InvalidParameter: the request exceeds the model's limits, or contradicts itself.
@@ -140,7 +141,7 @@ def _either(body: GenerationBody, name: str, other: str) -> Any:
 
 
 def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
-    """The seed of each picture, or only the first; empty if the caller leaves it open."""
+    """The seed of each picture, or only of the first; empty if the caller has set none."""
     seeds = body.seeds if isinstance(body, ImageGenerationBody) else None
     if seeds is None:
         return () if body.seed is None else (body.seed,)
@@ -152,7 +153,7 @@ def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
 
 
 def _previews(body: GenerationBody) -> PreviewOptions | None:
-    """Those that a stream is to have; None: none."""
+    """The previews of a stream; None: none."""
     if not body.partial_images:
         return None
     if not body.stream:
@@ -161,14 +162,14 @@ def _previews(body: GenerationBody) -> PreviewOptions | None:
 
 
 def _frames(body: VideoGenerationBody, fps: int) -> int | None:
-    """How many frames the body asks for; None: the model's default. VAEs take 4k + 1."""
+    """The number of frames that the body asks for, 4k + 1 as VAEs take it; None: the model's default."""
     if body.num_frames is not None or body.seconds is None:
         return body.num_frames
     return 4 * round((body.seconds * fps - 1) / 4) + 1 if body.seconds * fps > 1 else 1
 
 
 def most_frames(body: GenerationBody, model: ModelSpec) -> tuple[int, int]:
-    """How many frames of a clip are read at most, for some models go on from its end, and how many the video has."""
+    """The most frames of a clip to read, since some models continue from its end, and the frames of the video."""
     most = model.limits.max_num_frames
     if not isinstance(body, VideoGenerationBody):
         return 1, 1
@@ -177,16 +178,16 @@ def most_frames(body: GenerationBody, model: ModelSpec) -> tuple[int, int]:
 
 
 def _frames_of(inputs: tuple[MediaInput, ...]) -> int | None:
-    """4k + 1 frames, as many as a clip has; None: there is none."""
+    """The frames of a clip, as 4k + 1; None without a clip."""
     clip = next((each for each in inputs if each.role == "video"), None)
     return (frames_of(clip.data) - 1) // 4 * 4 + 1 if clip else None
 
 
 def _check_limits(request: GenerationRequest, limits: Limits, frames: str) -> None:
-    """Reject what exceeds the limits of the model; those of the size are checked by `_size`.
+    """Reject a request above the limits of the model; `_size` checks those of the size.
 
     Args:
-        frames: the field that the number of frames comes from.
+        frames: the name of the field that sets the number of frames.
     """
     _at_most("num_inference_steps", request.num_inference_steps, limits.max_num_inference_steps)
     _at_most(frames, request.num_frames, limits.max_num_frames)
@@ -216,7 +217,7 @@ PATHS: Mapping[Task, str] = {
     "first-last-frame-to-video": "/v1/videos/sync",
     "video-to-video": "/v1/videos/sync",
 }
-"""Where each task is asked for."""
+"""The path for each task."""
 
 
 def _for(tasks: tuple[Task, ...], model: ModelSpec) -> None:
@@ -226,7 +227,7 @@ def _for(tasks: tuple[Task, ...], model: ModelSpec) -> None:
 
 
 def _like(image: tuple[int, int], model: ModelSpec) -> tuple[int, int]:
-    """The size of a picture that is made of another: its shape, and as many pixels, but not more than the default."""
+    """The size of a picture that is made from another: its shape and pixels, but not more pixels than the default."""
     limits, (width, height) = model.limits, image
     most = model.defaults.width * model.defaults.height
     scale = min(1.0, (most / (width * height)) ** 0.5, limits.max_width / width, limits.max_height / height)
@@ -239,7 +240,7 @@ def _like(image: tuple[int, int], model: ModelSpec) -> tuple[int, int]:
 
 
 def _size(body: GenerationBody, model: ModelSpec, image: tuple[int, int] | None) -> tuple[int, int]:
-    """Width and height in pixels, of `size`, of `width` and `height`, of the image, or of the model's defaults."""
+    """Width and height in pixels, from `size`, from `width` and `height`, from the image, or the model's defaults."""
     limits = model.limits
     allowed = f"WIDTHxHEIGHT up to {limits.max_width}x{limits.max_height} in multiples of {limits.size_multiple}"
     param, size = "size", body.size

@@ -1,6 +1,6 @@
-"""Pictures of a finished video, made when somebody asks for them with `variant`. For `service.api.video_jobs`.
+"""Pictures of a finished video, made on request by `variant`. For `service.api.video_jobs`.
 
-They are made in few threads, since decoding takes a processor: whoever asks for many waits.
+A few threads make them, since decoding takes a processor; further requests wait.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from workers.model.stills import spritesheet, thumbnail
 Still = Literal["thumbnail", "spritesheet"]
 
 MAKERS = {"thumbnail": (thumbnail, "webp"), "spritesheet": (spritesheet, "jpeg")}
-"""Each with the kind of file that it makes."""
+"""The function for each variant, with the kind of file that it makes."""
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="stills")
 
@@ -27,9 +27,9 @@ async def send_still(http: Request, video: Stored, still: Still, name: str) -> R
 
     Args:
         http: the request, with its conditions.
-        video: of the store of outputs.
-        still: which one.
-        name: of the file, without its suffix.
+        video: the video, from the store of outputs.
+        still: the variant.
+        name: the name of the file, without its suffix.
     """
     make, kind = MAKERS[still]
     headers = {

@@ -1,4 +1,4 @@
-"""Server-sent events: what a streaming request yields, as text for the wire. For `service.api.generation`."""
+"""Turns the reports of a streaming request into server-sent events. For `service.api.generation`."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ Deliver = Callable[[GenerationRequest, GenerationResult], Awaitable[dict[str, An
 class EventStream(StreamingResponse):
     """A stream that ends at once when its client leaves, and cancels the generation that feeds it.
 
-    Starlette only stops iterating; the generator would be closed whenever it is collected as garbage, and the gang
-    would compute until then. Made by `open`.
+    Starlette only stops iterating; the generator would be closed when it is garbage collected, and the gang would
+    compute until then. Made by `open`.
 
     Args:
-        events: what is sent.
-        reports: what the events are made of.
-        headers: of the answer.
+        events: the events to send.
+        reports: the reports from which the events are made.
+        headers: headers of the answer.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class EventStream(StreamingResponse):
         headers: Mapping[str, str],
         deliver: Deliver,
     ) -> Self:
-        """Wait for the first report, so that the status line can tell whether the request was admitted.
+        """Wait for the first report, so that the status line can say whether the request was admitted.
 
         Args:
-            reports: of the request.
+            reports: the reports of the request.
             request: what was asked for.
-            include_progress: send an event per step.
-            headers: of the answer.
+            include_progress: whether to send an event per step.
+            headers: headers of the answer.
             deliver: makes the body of an answer from the result.
 
         Raises:
-            Exception: what the backend raises before its first report.
+            Exception: any error of the backend before its first report.
         """
         first = await anext(reports, None)
         if first is None:
@@ -77,8 +77,8 @@ async def _events(
 ) -> AsyncGenerator[str]:
     """The events of one request: progress, previews, the pictures, `[DONE]`.
 
-    Progress comes as comments, which clients skip, unless it is asked for: OpenAI's clients do not know its event.
-    An error ends the stream as its last event, because the status line has been sent by then.
+    Progress is sent as comments, which clients skip, unless events are asked for: OpenAI's clients do not know them. An
+    error ends the stream as its last event, because the status line has been sent by then.
     """
     try:
         for event in await _of(first, request, include_progress, deliver):

@@ -1,7 +1,7 @@
-"""Videos as jobs: `/v1/videos`, in OpenAI's shapes. A video that was accepted is kept until it has ended and expired.
+"""Videos as jobs: `/v1/videos`, in OpenAI's shapes. An accepted video is kept until it has ended and expired.
 
-Every gateway knows every job; each caller sees its own, one with the scope `admin` all. A video that failed is an
-answer with status 200, since asking for it succeeds.
+Every gateway knows every job. Each caller sees its own jobs; with the scope `admin`, all. The status of a failed video
+is 200, since the request for it succeeds.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ POLL = {"openai-poll-after-ms": "1000"}
 """After which OpenAI's clients ask again."""
 
 QUERY_ERRORS = READING_ERRORS | {400: ERRORS[400]}
-"""Of routes with parameters in their query."""
+"""Errors of routes with query parameters."""
 
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {

@@ -158,7 +158,7 @@ class CompileCache:
             yield file
 
     def _remove_damaged(self, notes: Mapping[str, Any], alone: bool) -> None:
-        """Remove files that differ from their checksum; if nobody writes, also those without, which may be incomplete."""
+        """Remove files that differ from their checksum; if nobody writes, also files without one, maybe incomplete."""
         removed = 0
         for path in _files(self.folder):
             noted = notes["files"].get(str(path.relative_to(self.folder)))
