@@ -1,4 +1,4 @@
-"""Where is the sequence of a model split? Found by looking at its forward, proved on ranks, written down to be read.
+"""Finds where to split the sequence of a model: observes its forward, proves a plan on ranks, and writes it as code.
 
 planner.py    a class comes in, a proved plan goes out; for `spray plan`
 trace.py      the calls of one forward, with the shapes of their tensors

@@ -1,8 +1,8 @@
-"""Which dimension of which tensor moves with which length: traces of one model at several lengths, compared.
+"""Finds which dimensions of tensors change with which length, by comparing traces of one model at several lengths.
 
-A length is a letter: `B` is the batch, any other a number of tokens, such as `S` of the image and `T` of the text. From
-traces in which one letter each differs, every dimension of every tensor at a module's boundary gets the letters that it
-moves with. For `sp_core.planner.proposals`.
+A length is a letter: `B` is the batch, any other a number of tokens, such as `S` of the image and `T` of the text. Each
+trace changes one letter. From them every dimension of every tensor at a module's boundary gets the letters that it
+changes with. For `sp_core.planner.proposals`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ class CannotPlan(ValueError):
 
 @dataclass(frozen=True)
 class Moving:
-    """A tensor at a module's boundary, and what its dimensions move with.
+    """A tensor at a module's boundary, and the letters with which its dimensions change.
 
     Attributes:
-        seen: as it was at the usual lengths.
-        dims: the letters of each dimension; empty where it is always the same.
+        seen: the tensor at the usual lengths.
+        dims: the letters of each dimension; empty if it never changes.
     """
 
     seen: Seen
@@ -36,13 +36,13 @@ class Moving:
 
     @property
     def token_dim(self) -> int | None:
-        """The only dimension that moves with numbers of tokens; None if there is none, or several."""
+        """The only dimension that changes with numbers of tokens; None if there is none, or several."""
         found = [dim for dim, letters in enumerate(self.dims) if letters - {BATCH}]
         return found[0] if len(found) == 1 else None
 
     @property
     def tokens(self) -> Letters:
-        """The letters of numbers of tokens that it moves with."""
+        """The letters of numbers of tokens with which it changes."""
         return frozenset().union(*self.dims) - {BATCH}
 
     @property
@@ -52,13 +52,13 @@ class Moving:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it is so shaped, has a row for each sample, and more than one number for each token."""
+        """Whether it has that shape, a row for each sample, and more than one number for each token."""
         return self.is_shaped_as_stream and BATCH in self.dims[0] and self.seen.shape[2] > 1
 
 
 @dataclass(frozen=True)
 class MovingCall:
-    """A call of a module; see `sp_core.planner.trace.Call`. `numbers` are what its integers move with."""
+    """A call of a module; see `sp_core.planner.trace.Call`. `numbers` are the letters of its integers."""
 
     name: str
     arguments: Mapping[str, Moving]
@@ -69,11 +69,11 @@ class MovingCall:
 
 
 class Movement:
-    """What moves in a model's forward.
+    """The changes in a model's forward.
 
     Args:
-        model: whose forward is run once per entry of `cases`.
-        cases: keyword arguments by letter: with the usual lengths for the empty one, with that letter longer for each.
+        model: its forward runs once per entry of `cases`.
+        cases: keyword arguments by letter, with that length longer; for the empty letter, with the usual lengths.
 
     Attributes:
         calls: of all modules, in order of their beginning; the first is the model's own.

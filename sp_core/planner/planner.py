@@ -1,11 +1,11 @@
-"""The planner: a sequence plan for a class, found by looking at forwards and proved on ranks.
+"""The planner: finds a sequence plan for a class by observing forwards, and proves it on ranks.
 
     for found in plan_class("diffusers:QwenImageTransformer2DModel"): ...
 
 A class comes in, as `sp_core.verify.verify` takes it: with its example in `sp_core.models`, an `_sp_example`, or a
-config. For each variant the model is run at several lengths (`movement`), what fits is proposed (`proposals`), and
-ranks are asked whether it gives the same answer (`sp_core.verify`). The first proposal that all variants agree on and
-that passes is the plan; it is to be read, and checked in. Serving never plans. Called by `spray plan`.
+config. For each variant the model runs at several lengths (`movement`), fitting plans are proposed (`proposals`), and
+ranks check whether they give the same answer (`sp_core.verify`). The plan is the first proposal that fits all variants
+and passes; a person reads it and checks it in. Nothing is planned while serving. Called by `spray plan`.
 """
 
 import copy
@@ -36,9 +36,9 @@ class Planned:
     """A plan that was proved.
 
     Attributes:
-        way: how the calls were read.
+        way: the way of reading the calls.
         proposal: the plan and its reasons.
-        variants: of the class, by which it was proved.
+        variants: the variants of the class with which it was proved.
         proofs: lines of the report, one for each layout.
     """
 
@@ -51,7 +51,7 @@ class Planned:
 def plan_class(
     target: str, config: Path | None = None, worlds: Sequence[int] = (2, 3, 4), pool: RankPool | None = None
 ) -> list[Planned]:
-    """Find a plan for a class and prove it: one for all variants, or one for each where no plan is right for all.
+    """Find a plan for a class and prove it: one for all variants, or one for each if no plan is right for all.
 
     Args:
         target: `package.module:Class`.
@@ -60,7 +60,7 @@ def plan_class(
         pool: ranks to use; None: some of its own.
 
     Raises:
-        CannotPlan: nothing fits, or nothing that fits gives the same answer; says what was tried, and where each fails.
+        CannotPlan: no plan fits, or none gives the same answer; the message says what was tried, and where each fails.
         Unverifiable: the class cannot be found, built or called as described.
     """
     text = None if config is None else config.read_text()
@@ -108,10 +108,10 @@ def _first_proved(
 def _prove(
     pool: RankPool, degrees: ParallelDegrees, arguments: tuple[str, str | None, str], family: ModelFamily
 ) -> str:
-    """One variant on one layout.
+    """Prove one variant on one layout; returns a line of the report.
 
     Raises:
-        CannotPlan: another answer, or the same with attention kept local.
+        CannotPlan: the answer differs, or stays the same with attention kept local.
     """
     head = f"{arguments[2]}, {degrees}"
     try:

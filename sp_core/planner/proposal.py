@@ -1,6 +1,6 @@
 """A sequence plan that may be right, each entry with its reason.
 
-Filled by `sp_core.planner.proposals`, proved by `sp_core.planner.planner`, written down by `sp_core.planner.source`.
+Filled by `sp_core.planner.proposals`, proved by `sp_core.planner.planner`, written as code by `sp_core.planner.source`.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Proposal:
 
     Attributes:
         plan: by module and key; the key of a gather is empty.
-        reasons: of each entry, by the same.
+        reasons: the reason of each entry, by module and key.
         local_attention: patterns of modules whose attention stays on each rank, with the reason.
         own_stream: patterns of modules whose attention sees one of several streams, with its parameter.
         captured_processors: class names; see `sp_core.models.family.ModelFamily`.
@@ -40,7 +40,7 @@ class Proposal:
         self.reasons.setdefault((module, key), reason)
 
     def merge(self, other: "Proposal") -> bool:
-        """Add what another variant of the same model needs; False if the two contradict each other."""
+        """Add the entries of another variant of the same model; False if the two contradict each other."""
         for module, entries in other.plan.items():
             for key, entry in entries.items():
                 self.add(module, key, entry, other.reasons[module, key])
@@ -65,7 +65,7 @@ class Proposal:
         return plan
 
     def family(self, transformer_class: str) -> ModelFamily:
-        """As the file of a family says it."""
+        """The family of the transformer class, with this plan."""
         return ModelFamily(
             (transformer_class,),
             self.sequence_plan(),

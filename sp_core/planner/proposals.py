@@ -1,11 +1,11 @@
-"""Proposals: sequence plans that fit what was seen to move, each entry with its reason.
+"""Proposals: sequence plans that fit the observed changes, each entry with its reason.
 
-A `Movement` comes in; `Proposal`s go out, the likeliest first. Nothing here proves one: `sp_core.planner.planner` asks
-ranks. What a forward does between its modules cannot be seen, so there are several ways to read the same calls:
+A `Movement` comes in; `Proposal`s go out, the likeliest first. `sp_core.planner.planner` proves them. The code of a
+forward between its modules cannot be observed, so there are several ways to read the same calls:
 
-- split at the model's own parameters, where the tokens are already there when it is called;
+- split at the model's own parameters, if they hold the tokens already;
 - split at the first block, with rotations at the module that makes them and the rest at every block;
-- split and gather around each stack of blocks, where the stacks' streams are joined in between.
+- split and gather around each stack of blocks, if the stacks' streams are joined in between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +29,10 @@ Order = Callable[[Mapping[str, "Moving"]], dict[str, "Moving"]]
 
 
 def proposals(model: nn.Module, movement: Movement) -> dict[str, Proposal]:
-    """What fits one variant of a model, by the way of reading its calls, the likeliest first.
+    """The proposals for one variant of a model, by the way of reading its calls, the likeliest first.
 
     Raises:
-        CannotPlan: nothing does; by which module.
+        CannotPlan: none fits; the message names the module.
     """
     stacks = find_stacks(model, movement)
     ways: dict[str, Callable[[Order], Proposal]] = {
@@ -72,7 +72,7 @@ def _is_text(parameter: str) -> bool:
 
 
 def _main(stacks: list[Stack]) -> list[Stack]:
-    """The stacks from the first on that has the streams of the last: those before refine the text or the image."""
+    """The stacks from the first with the streams of the last on. Earlier ones refine the text or the image."""
     letters = _letters(stacks[-1])
     start = next(at for at, stack in enumerate(stacks) if _letters(stack) >= letters or at == len(stacks) - 1)
     return stacks[start:]
@@ -115,7 +115,7 @@ def _at_blocks(
 
 
 def _split_residuals(proposal: Proposal, root: MovingCall, stacks: Sequence[Stack]) -> None:
-    """What the model is called with in a list or by layer, and is as long as a stream of these blocks."""
+    """Split parameters of the model that are lists, or by layer, and are as long as a stream of these blocks."""
     shapes = {stream.seen.shape for stack in stacks for stream in stack.streams().values()}
     for path, moving in root.arguments.items():
         if "." in path and moving.is_stream and moving.seen.shape in shapes:
@@ -163,7 +163,7 @@ def _at_root(model: nn.Module, movement: Movement, stacks: list[Stack], order: O
 
 
 def _widest(arguments: Mapping[str, Moving]) -> dict[str, Moving]:
-    """Of the parameters with the same tokens, the one with the most numbers for each: the others are positions."""
+    """Among parameters with the same tokens, the one with the most numbers per token; the others are positions."""
     widest: dict[Letters, str] = {}
     for path, moving in arguments.items():
         best = widest.get(moving.tokens)
@@ -210,7 +210,7 @@ def _split_companions(
     derived: Letters,
     made: bool = True,
 ) -> None:
-    """Split what goes along with the streams: where it is `made` by a module, else at every block."""
+    """Split the companions of the streams: at the module that makes them if `made`, else at every block."""
     if made:
         _split_produced(proposal, movement, stack, streams)
     for path, moving in stack.companions().items():

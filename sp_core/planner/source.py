@@ -1,4 +1,4 @@
-"""A proposal as Python, to be read and checked in: each entry with its reason as a comment. For `spray plan`."""
+"""A proposal as Python code, for reading and checking in: each entry with its reason as a comment. For `spray plan`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from sp_core.planner.proposal import Proposal
 
 
 def source_of(proposal: Proposal) -> str:
-    """`_sp_plan` and, where the model needs it, what its file in `sp_core.models` says besides."""
+    """`_sp_plan` and, if necessary, the other fields of the model's file in `sp_core.models`."""
     return "\n".join(_lines(proposal))
 
 
@@ -47,7 +47,7 @@ def _quoted(value: Any) -> str:
 
 
 def _written(entry: Any) -> str:
-    """The entry as a call, without what it would be anyway."""
+    """The entry as a call, without default values."""
     given = [
         f"{field.name}={_quoted(value)}"
         for field in dataclasses.fields(entry)

@@ -32,7 +32,7 @@ class Stack:
         return self.calls[-1]
 
     def streams(self) -> dict[str, Moving]:
-        """What enters the first block and leaves each as another tensor: its token streams, by parameter."""
+        """The token streams, by parameter: they enter the first block and leave each block as another tensor."""
         return {
             path: moving
             for path, moving in self.first.arguments.items()
@@ -40,7 +40,7 @@ class Stack:
         }
 
     def is_repeated(self, path: str) -> bool:
-        """Whether all blocks are given the same tensor."""
+        """Whether all blocks get the same tensor."""
         given = {call.arguments[path].seen.identity for call in self.calls if path in call.arguments}
         return len(self.calls) > 1 and len(given) == 1
 
@@ -48,7 +48,7 @@ class Stack:
         return any(out.seen.shape == moving.seen.shape for out in self.first.outputs.values())
 
     def companions(self) -> dict[str, Moving]:
-        """What else enters the blocks and moves with tokens, by path."""
+        """The other inputs of the blocks that change with numbers of tokens, by path."""
         streams = self.streams()
         return {
             path: moving

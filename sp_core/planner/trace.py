@@ -1,7 +1,7 @@
-"""Trace of one plain forward: which modules were called, in order, with tensors of which shape, and which are the same.
+"""Trace of one plain forward: the calls of modules in order, the shapes of their tensors, and which are the same.
 
-A model and the keyword arguments of a forward come in; a `Trace` goes out, to `sp_core.planner.movement`, which
-compares those of several lengths.
+A model and the keyword arguments of a forward come in; a `Trace` goes out to `sp_core.planner.movement`, which compares
+traces of several lengths.
 """
 
 import inspect
@@ -21,7 +21,7 @@ class Seen:
 
     Attributes:
         shape: its shape.
-        floating: it holds real floating numbers, so that it may be a token stream.
+        floating: whether it holds real floating numbers, and so may be a token stream.
         identity: equal for the same memory in the same shape, within one trace.
     """
 

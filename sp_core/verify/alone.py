@@ -1,13 +1,13 @@
-"""A parallelized model as one rank would compute it, without taking it apart: the reference of a gang's self-test.
+"""Runs a parallelized model as one rank would compute it: the reference of a gang's self-test.
 
     with alone([model], mesh):               # a collective of the ranks that share weights
         plain = model(**inputs)
     with alone([model], mesh), in_fp32():
         exact = model(**inputs)
 
-Inside `alone` every axis of the mesh has this rank only, so nothing is split and attention is local. A layer of which
-the rank holds a part gathers its whole weight when it runs, and drops it: no more than one layer is whole at a time.
-Nothing is compiled. Called by `workers.gang.self_test`; no other forward may run meanwhile.
+Inside `alone` every axis of the mesh has only this rank, so nothing is split and attention is local. A layer of which
+the rank holds a part gathers its whole weight when it runs, and drops it afterwards, so at most one layer is whole at a
+time. Nothing is compiled. Called by `workers.gang.self_test`; no other forward may run meanwhile.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ CONVERSIONS = {torch.Tensor.half, torch.Tensor.bfloat16}
 
 @contextmanager
 def alone(models: Iterable[nn.Module], mesh: ParallelMesh) -> Iterator[None]:
-    """Inside, these models compute what they would on one rank. All ranks must run the same forwards of them.
+    """Inside, these models compute as on one rank. All ranks must run the same forwards of them.
 
     Args:
         models: parallelized over the mesh, with their weights.
@@ -48,7 +48,7 @@ def alone(models: Iterable[nn.Module], mesh: ParallelMesh) -> Iterator[None]:
 
 
 def _make_whole(module: nn.Module, tp: MeshAxis, undo: ExitStack) -> None:
-    """Let a module compute with the weights of all ranks."""
+    """Make a module compute with the weights of all ranks."""
     if "heads_of_all_ranks" in vars(module):
         undo.callback(setattr, module, "heads", module.heads)
         module.heads = module.heads_of_all_ranks
@@ -91,7 +91,7 @@ def _norm(layer: AcrossHeadsRMSNorm, tp: MeshAxis, hidden_states: torch.Tensor) 
 
 
 def _gathered(part: torch.Tensor, dim: int, index: torch.Tensor, tp: MeshAxis) -> torch.Tensor:
-    """A parameter, whole, from the ranks' parts."""
+    """A whole parameter, from the ranks' parts."""
     # A copy, which `in_fp32` makes one of fp32: what is sent and what receives it must be of one type.
     parts = collectives.all_gather_equal(part.detach().movedim(dim, 0).clone(), tp)
     order = torch.cat(collectives.all_gather_equal(index.to(part.device), tp))
@@ -99,14 +99,14 @@ def _gathered(part: torch.Tensor, dim: int, index: torch.Tensor, tp: MeshAxis) -
 
 
 def rounds(model: nn.Module) -> bool:
-    """Whether its forward rounds to half precision, whatever it is loaded in."""
+    """Whether its forward rounds to half precision, whatever dtype it has."""
     family = find_family(kind.__name__ for kind in type(model).__mro__)
     return family is not None and bool(family.rounds)
 
 
 @contextmanager
 def in_fp32() -> Iterator[None]:
-    """Inside, what is computed from half precision is computed in fp32, whatever the code says.
+    """Inside, all computations in half precision are done in fp32, whatever the code says.
 
     Weights are converted where they are used, one layer at a time.
     """
@@ -128,7 +128,7 @@ class _Widened(TorchFunctionMode):
 
 
 def _wide(value: Any) -> Any:
-    """The same with fp32 in place of half precision: tensors, types, and those in lists and tuples."""
+    """The same with fp32 instead of half precision: tensors, types, and those in lists and tuples."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in HALF else value
     if isinstance(value, torch.dtype):

@@ -1,7 +1,7 @@
-"""Where a parallel forward leaves the plain one: the outputs of all modules, compared share by share.
+"""Finds where a parallel forward departs from the plain one, by comparing the outputs of all modules share by share.
 
 `sp_core.verify.verify` and `workers.gang.self_test` record a plain and a parallel forward of the same model and inputs
-on each rank, and ask for the first module whose output is neither the plain one's nor this rank's part of it.
+on each rank, and ask for the first module whose output is neither the plain output nor this rank's part of it.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from sp_core.region import RunningForward
 from sp_core.token_layout import TokenLayout
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]
-"""How far an output is from its reference, of the same shape."""
+"""Measures the distance of an output from its reference of the same shape."""
 
 
 class Divergence(NamedTuple):
     """The first output of a module that differs.
 
     Attributes:
-        place: of the output among those of the plain forward, and so the same on all ranks.
-        module: its name.
-        how: its shape, and by how much.
+        place: the place of the output among those of the plain forward, and so the same on all ranks.
+        module: the name of the module.
+        how: the shape of the output, and by how much it differs.
     """
 
     place: int
@@ -82,9 +82,9 @@ class Recording:
         Args:
             plain: the same forward on one rank.
             bar: by how much an output may differ.
-            exact: of a model in half precision, the same in fp32: outputs may then be twice as far from it as the plain
-                ones, by `spread`, and by the bar besides.
-            parts: which part of features this rank may have, `(rank, size)`, where ranks share layers.
+            exact: for a model in half precision, the same forward in fp32. Outputs may then be twice as far from it as
+                the plain ones, by `spread`, plus the bar.
+            parts: the part of features that this rank may have, `(rank, size)`, if ranks share layers.
         """
         references = plain.by_module()
         exacts = references if exact is None else exact.by_module()
@@ -116,7 +116,7 @@ class Recording:
 
 
 def _parts(whole: torch.Tensor, share: torch.Tensor, rank: int, size: int) -> Iterator[torch.Tensor]:
-    """Of what a module returns on one process, all that it may return where ranks share its layers."""
+    """The parts of a module's output on one process that it may return if ranks share its layers."""
     yield whole
     for dim in range(whole.ndim if size > 1 and whole.ndim == share.ndim else 0):
         if whole.shape[dim] == share.shape[dim] * size:
@@ -152,7 +152,7 @@ def _differences(
 
 
 def error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference, in units of max(1, max|reference|); infinite where either holds NaN.
+    """Largest difference, in units of max(1, max|reference|); infinite if either holds NaN.
 
     NaN itself is never returned: Python's max and min would drop it.
     """
@@ -166,9 +166,9 @@ def error(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def spread(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """The root of the mean square of the difference, in units of that of the reference; infinite where either has NaN.
+    """The root mean square of the difference, in units of that of the reference; infinite if either holds NaN.
 
-    For half precision, in which the largest difference of a few is a matter of luck.
+    For half precision, in which the largest of a few differences is a matter of luck.
     """
     if not reference.numel():
         return 0.0

@@ -1,8 +1,8 @@
 """The examples of all families, built: tiny transformers with random weights, and the cells they are proved on.
 
 A cell is a length, a mask and a batch. `python -m sp_core.verify.examples` prints which cells apply to which example,
-and why the others do not. Used by `sp_core.verify.verify`, by benchmarks and by the tests; what an example is made of
-is in the family's file in `sp_core.models`.
+and why others do not. Used by `sp_core.verify.verify`, by benchmarks and by the tests. The family's file in
+`sp_core.models` defines its examples.
 
 Lengths: "even" divides by 2, 3 and 4 in all streams, "uneven" by none of them, "short" has streams with fewer tokens
 than ranks.
@@ -94,7 +94,7 @@ class Tiny:
         return self.build()
 
     def build(self) -> nn.Module:
-        """The transformer, the same weights at every call. Norms and what begins as zeros are random too."""
+        """The transformer, with the same weights at every call. Norms and initial zeros are randomized too."""
         torch.manual_seed(0)
         model: nn.Module = getattr(diffusers, self.example.transformer_class)(**self.example.init).eval()
         with torch.no_grad():
@@ -111,7 +111,7 @@ class Tiny:
         return model
 
     def why_not(self, length: str, mask: str, batch: int) -> str | None:
-        """Why a cell does not apply; None where it does."""
+        """Why a cell does not apply; None if it does."""
         example = self.example
         if length in example.no_length:
             return example.no_length[length]
@@ -131,7 +131,7 @@ class Tiny:
         return self._inputs(ExampleTokens(*size, text, batch, mask))
 
     def probes(self) -> dict[str, Mapping[str, Any]]:
-        """Inputs by the letter of what is larger than usual: S the image, T the text, B the batch; empty: nothing."""
+        """Inputs, by the letter of the longer length: S of the image, T of the text, B the batch; empty: none."""
         mask = "none" if self.example.mask_input is None else "suffix"
         sizes = {"": (3, 7, 1), "S": (8, 7, 1), "T": (3, 38, 1), "B": (3, 7, 2)}
         return {
@@ -159,7 +159,7 @@ def inputs(name: str, length: str, mask: str, batch: int) -> dict[str, Any]:
 
 
 def quiet_diffusers() -> None:
-    """Let diffusers log no warnings in this process: some inputs are of a kind that it accepts but calls deprecated."""
+    """Silence diffusers' warnings in this process: some inputs are of a kind that it calls deprecated."""
     diffusers.logging.set_verbosity_error()
 
 

@@ -19,13 +19,13 @@ from sp_core.mesh import ParallelMesh
 from sp_core.torchvision_operators import declare_missing_operators
 
 TIMEOUT_S = 180.0
-"""Of each collective; long, because the ranks may share few cores with other work."""
+"""Seconds for each collective; many, because the ranks may share few cores with other work."""
 
 RENDEZVOUS_S = 240.0
-"""Until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
+"""Seconds until all ranks have met: on first use each imports what `fn` needs, and they may share few cores."""
 
 AFTERMATH_S = 5.0
-"""For the other ranks to end after one has failed; about the time that new processes take to start."""
+"""Seconds for the other ranks to end after one has failed; about the time that new processes take to start."""
 
 DIED = (False, ("the process died", "the process died"))
 """Stands for the answer of a rank that died."""

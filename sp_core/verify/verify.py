@@ -1,11 +1,11 @@
-"""Does a model give the same answer on every layout? The proof for whoever adds a model.
+"""Proves that a model gives the same answer on every layout, for authors of models.
 
     for is_good, line in verify("my_package.my_module:MyTransformer", worlds=(2, 3, 4)): print(line)
 
-The class is built small, with random weights, and run on one process and on gloo ranks of this machine, in every layout
-of each world size. Where the answers differ, the report names the first module whose output does. Classes of diffusers
-that `sp_core.verify.examples` knows need nothing more. Any other class says what its forward takes, in a class
-attribute or in a file:
+The class is built small, with random weights, and runs on one process and on gloo ranks of this machine, in every
+layout of each world size. If the answers differ, the report names the first module whose output differs. Classes of
+diffusers that `sp_core.verify.examples` knows need nothing more. Any other class describes the inputs of its forward,
+in a class attribute or in a file:
 
     class MyTransformer(nn.Module):
         _sp_example = {"hidden_states": ["B", "S", 64], "text": ["B", "T", 64], "text_mask": ["B", "T"], "scale": 2.0}
@@ -130,7 +130,7 @@ def closing_pool(size: int, device_type: str = "cpu") -> Iterator[RankPool]:
 
 
 def _run_alone(name: str, proof: Proof) -> None:
-    """Raise if the model does not even run on one process, so that the layouts are not blamed."""
+    """Raise if the model does not run on one process, so that layouts are not blamed for it."""
     model = proof.build()
     for case, inputs in proof.inputs.items():
         try:
@@ -169,7 +169,7 @@ def _report(pool: RankPool, degrees: ParallelDegrees, arguments: tuple[Any, ...]
 def compare(
     mesh: ParallelMesh, target: str, config: str | None, name: str, family: ModelFamily | None = None
 ) -> Outcome:
-    """On one rank: every case of a proof, parallel and plain. `family`: instead of the one of the class."""
+    """Run every case of a proof on this rank, parallel and plain. `family` replaces that of the class."""
     proof = find_proofs(target, config)[name]
     outcome = Outcome()
     model = proof.build().to(mesh.device)
@@ -214,14 +214,14 @@ def _first_divergence(
 
 
 def difference(outputs: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> float:
-    """Largest difference, in units of max(1, max|reference|); infinite where shapes differ or a value is NaN."""
+    """Largest difference, in units of max(1, max|reference|); infinite if shapes differ or a value is NaN."""
     if [output.shape for output in outputs] != [reference.shape for reference in references]:
         return math.inf
     return max((error(output, reference) for output, reference in zip(outputs, references, strict=True)), default=0.0)
 
 
 def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
-    """What to prove of a class, by the name of a variant.
+    """The proofs of a class, by the name of the variant.
 
     Raises:
         Unverifiable: see there.
@@ -247,7 +247,7 @@ def find_proofs(target: str, config: str | None) -> dict[str, Proof]:
 
 
 def find_probes(target: str, config: str | None, name: str) -> tuple[nn.Module, dict[str, Mapping[str, Any]]]:
-    """A variant of a class, and what its forward is given to see what moves with which length.
+    """A variant of a class, and inputs that show which dimensions change with which length.
 
     Returns:
         The model, and keyword arguments by the letter of the length that is larger than usual; empty: none is.

@@ -1,5 +1,5 @@
-"""AnyFlow: built as Wan is, with a modulation for each token. The forward uses the embedded timestep after the blocks,
-too, so both are split where they are made.
+"""AnyFlow: like Wan, with a modulation for each token. The forward also uses the embedded timestep after the blocks, so
+both are split where they are made.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What models that are built as Flux is have in common: their plan, and the size and inputs of their examples."""
+"""What models built like Flux have in common: their plan, and the size and inputs of their examples."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What models that are built as Wan is have in common: their plan, and the size and inputs of their examples."""
+"""What models built like Wan have in common: their plan, and the size and inputs of their examples."""
 
 from typing import Any
 

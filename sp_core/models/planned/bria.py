@@ -1,4 +1,4 @@
-"""Bria 3 and FIBO: built as Flux is. FIBO's blocks each get a layer of the text encoder, as long as the text."""
+"""Bria 3 and FIBO: like Flux. Each block of FIBO gets a layer of the text encoder, as long as the text."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""ChronoEdit: built as Wan is; its rotations skip frames."""
+"""ChronoEdit: like Wan; its rotations skip frames."""
 
 from sp_core.models.family import Example, ModelFamily
 from sp_core.models.planned import as_wan

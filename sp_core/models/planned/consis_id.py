@@ -1,4 +1,4 @@
-"""ConsisID: built as CogVideoX is. Both streams are gathered after the last block, for the forward joins them again.
+"""ConsisID: like CogVideoX. Both streams are gathered after the last block, because the forward joins them again.
 
 Faces, which are attended to between the blocks, have no example.
 """

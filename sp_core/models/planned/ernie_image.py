@@ -1,6 +1,6 @@
 """Ernie-Image: image and text are one stream whose tokens come first, `(S, B, D)`; each has its modulation beside it.
 
-The image is cut out of the stream after the last projection, so that is where it is gathered.
+The image is cut out of the stream after the last projection, so it is gathered there.
 """
 
 from typing import Any

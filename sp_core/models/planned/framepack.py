@@ -1,6 +1,6 @@
-"""HunyuanVideo Framepack: as HunyuanVideo, with earlier frames in front of the video's tokens.
+"""HunyuanVideo Framepack: like HunyuanVideo, with earlier frames in front of the video's tokens.
 
-The video is cut out of the stream after the last block, so that is where it is gathered.
+The video is cut out of the stream after the last block, so it is gathered there.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""HunyuanDiT: image tokens attend to themselves; text is only attended to and stays whole. Later blocks take what
-earlier ones have put out, which lies on the ranks as the image does, and so does what a ControlNet adds to it. The
-pipeline makes the rotations.
+"""HunyuanDiT: image tokens attend to themselves; text is only attended to and stays whole. Later blocks take the
+outputs of earlier ones, which are divided like the image; so are the residuals of a ControlNet. The pipeline makes the
+rotations.
 """
 
 from typing import Any

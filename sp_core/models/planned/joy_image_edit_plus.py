@@ -1,7 +1,7 @@
 """JoyImage-Edit Plus: the patches of all pictures are one stream, the text is another; each sample has its own shapes.
 
-Attention joins [pictures, text]. The forward makes the rotations of each sample by the shapes of its pictures, and
-hides what pads a sample to the longest.
+Attention joins [pictures, text]. The forward makes the rotations of each sample from the shapes of its pictures, and
+hides the padding of shorter samples.
 """
 
 from typing import Any

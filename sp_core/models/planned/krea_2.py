@@ -1,6 +1,6 @@
 """Krea 2: text and image are one stream from the first block on; several layers of the text encoder are fused before.
 
-The image is cut out of the stream after the last block, so that is where it is gathered.
+The image is cut out of the stream after the last block, so it is gathered there.
 """
 
 from typing import Any

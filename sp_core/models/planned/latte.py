@@ -1,7 +1,7 @@
 """Latte: blocks attend to the places of a frame and to the frames of a place in turn.
 
-Ranks share the places. The forward rearranges its tokens by the lengths that it finds, so that blocks that attend to
-frames see all frames of this rank's places: these are local. Text is only attended to and stays whole.
+Ranks divide the places. The forward rearranges its tokens by the lengths that it finds, so blocks that attend to frames
+see all frames of this rank's places, and their attention is local. Text is only attended to and stays whole.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""LongCat-Image: built as Flux is."""
+"""LongCat-Image: like Flux."""
 
 from sp_core.models.family import Example, ModelFamily
 from sp_core.models.planned import as_flux

@@ -1,12 +1,14 @@
 """Motif-Video: video, picture and text are streams through all blocks; the last blocks are a decoder.
 
 Peculiarities:
-- The forward makes its mask from the lengths that it sees after the embedders, and cross-attention cuts the text out of
-  keys and mask by counting. So each stream is split as its embedder puts it out, and the text's mask with the text: all
-  of these are then this rank's share.
-- Attention joins [video, picture, text]; cross-attention asks the text only.
-- Decoder blocks begin again with the embedded video, and join it with what the encoder has made of the video: the same
-  stream twice.
+- The forward makes its mask from the lengths after the embedders, and cross-attention cuts the text out of keys and
+    mask by
+  counting. So each stream is split at the output of its embedder, and the text's mask with the text: all of them are
+  then this rank's share.
+- Attention joins [video, picture, text]; cross-attention attends only to the text.
+- Decoder blocks begin again with the embedded video, and join it with the encoder's output for the video: the same
+    stream
+  twice.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Transformers that no sequence plan can divide yet, with the reasons: what whoever deploys one is told."""
+"""Transformers that no sequence plan can divide yet, with the reasons, which are the errors of their deployment."""
 
 from sp_core.models.family import ModelFamily
 

@@ -1,6 +1,6 @@
-"""OmniGen: text, timestep and image are one stream, with a mask that text does not see the image by.
+"""OmniGen: text, timestep and image are one stream, with a mask that hides the image from the text.
 
-The image is cut out of the stream after the last layer, so that is where it is gathered.
+The image is cut out of the stream after the last layer, so it is gathered there.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ovis-Image: built as Flux is, without a pooled prompt."""
+"""Ovis-Image: like Flux, without a pooled prompt."""
 
 from sp_core.models.family import Example, ModelFamily
 from sp_core.models.planned import as_flux

@@ -2,10 +2,12 @@
 
 Peculiarities:
 - Blocks put their tokens back onto the grid of the picture for the feed-forward. A share of the tokens is no grid, so
-  each block is told that it is one line, and the convolutions that look at neighbors get those of other ranks.
+    each
+  block gets it as one line, and the convolutions get the neighboring tokens of other ranks.
 - SANA-Video convolves along rows and columns in each frame, then along frames.
-- Image to video has a timestep for each token, `(B, S)`; all other requests have one for each sample, `(B, 1)`. What is
-  made of it is split where blocks and the last norm take it.
+- Image to video has a timestep for each token, `(B, S)`; all other requests have one for each sample, `(B, 1)`. Its
+    embedding
+  is split where blocks and the last norm take it.
 - ControlNet residuals are a list or None, as long as the image.
 """
 
@@ -62,8 +64,8 @@ _TINY: dict[str, Any] = {
     "num_cross_attention_heads": 6, "cross_attention_head_dim": 24, "cross_attention_dim": 144, "caption_channels": 16,
 }  # fmt: skip
 _GAINS = {"attn1.to_out": 2, "attn2.to_out": 0.03, "conv_depth": 2, "conv_temp": 2, "scale_shift_table": 2}
-"""The model hides a text by adding -10000 to its scores. Where all of it is hidden, their last digit is then 1e-3, and
-a last-bit difference moves what cross-attention puts out by as much: it must count little."""
+"""The model hides a text by adding -10000 to its scores. If all of it is hidden, the last digit of the scores is 1e-3,
+and a last-bit difference changes the output of cross-attention by as much, so that output must count little."""
 
 SANA = ModelFamily(
     transformer_classes=("SanaTransformer2DModel",),

@@ -1,7 +1,7 @@
-"""SkyReels V2: built as Wan is. Diffusion forcing has a timestep for each frame: modulation is then one per token.
+"""SkyReels V2: like Wan. Diffusion forcing has a timestep for each frame, so each token has its own modulation.
 
-The forward modulates the tokens once more after the last block, by what is whole on every rank, so they are gathered
-there and not at the last projection.
+The forward modulates the tokens once more after the last block, by a tensor that every rank has whole, so they are
+gathered there and not at the last projection.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stable Audio: sound is one stream, with a token for what is asked in front; text is only attended to and stays whole.
+"""Stable Audio: sound is one stream, with a token for the request in front; text is only attended to and stays whole.
 
 Its pipeline makes sound, which spray does not serve.
 """
