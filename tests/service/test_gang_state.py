@@ -2,7 +2,6 @@
 
 import time
 
-
 from service.state.gang_state import GangState, best
 from service.state.turns import Turns
 from tests.service.test_turns import idle, story, ticket

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from service.api.rest import rest_app
+from service.cli.main import main
 from service.cli.progress import StepProgress
 from tests.support.backend import FakeBackend
 from tests.support.command_line import run
@@ -175,3 +176,23 @@ def test_colors_are_for_terminals_that_want_them(
     code, out, err = run(capsys, *command)
     assert code == 0, err
     assert bool("\x1b[3" in out + err) == (no_color == "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ulysses_degree", "2"], "--ulysses_degree: the deployment sets the layout of a server"),
+        (["--ring-degree=2", "--server", "http://x"], "--ring_degree: the deployment sets the layout"),
+        (["--device", "cpu"], "--device: the deployment sets the layout"),
+        (["--local"], "--local needs --model FOLDER"),
+        (["--local", "--server", "http://x"], "exclude each other"),
+        (["--width", "64"], "--width and --height go together"),
+        (["--output", "x.gif"], "--output must end in .png, .jpg, .jpeg, .webp"),
+        (["--local", "--model", "m", "--ulysses_degree", "0"], "ulysses_degree must be a whole number"),
+    ],
+)
+def test_command_lines_that_contradict_themselves(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a cup", *arguments]) == 2
+    assert says in capsys.readouterr().err
