@@ -191,18 +191,18 @@ async def overload(server: str, seconds: float, step_ms: float) -> dict[str, Any
     load = (complete(one, f"{step_ms:g} ms", "short") for one in drawn(kinds, 0, 10 * capacity, None, seconds))
     drive = Drive(server, 60.0, lambda line: None)
     await drive.open_loop(load)
-    refused = [1e3 * one.seconds for one in drive.asked if one.code == "queue_full"]
-    answered = sum(one.code == OK for one in drive.asked)
-    others = [one for one in drive.asked if one.code not in (OK, "queue_full")]
+    refused = [1e3 * one.seconds for one in drive.outcomes if one.code == "queue_full"]
+    answered = sum(one.code == OK for one in drive.outcomes)
+    others = [one for one in drive.outcomes if one.code not in (OK, "queue_full")]
     return {
-        "sent": len(drive.asked),
+        "sent": len(drive.outcomes),
         "answered": answered,
         "refused": len(refused),
         "others": ", ".join(sorted({f"{one.code} {one.message}" for one in others})) or "none",
         "of capacity": answered / (capacity * drive.seconds),
         "p50": percentile(refused, 50) if refused else math.nan,
         "p99": percentile(refused, 99) if refused else math.nan,
-        "late p99": percentile([1e3 * one.sent_late_s for one in drive.asked], 99),
+        "late p99": percentile([1e3 * one.sent_late_s for one in drive.outcomes], 99),
     }
 
 

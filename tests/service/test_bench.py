@@ -19,7 +19,7 @@ from service.api.backend import Report
 from service.api.rest import rest_app
 from service.cli.bench import plot, report
 from service.cli.bench.load import Planned, complete, drawn, read_mix, read_trace, seconds
-from service.cli.bench.sending import Asked
+from service.cli.bench.sending import Outcome
 from service.cli.main import main
 from service.cli.options import UsageError
 from tests.support.backend import FakeBackend
@@ -235,13 +235,16 @@ def test_a_body_becomes_a_stream() -> None:
 
 
 def test_percentiles_are_times_of_requests() -> None:
-    asked = [Asked("a", 0.0, seconds=float(i + 1)) for i in range(100)]
-    found = report.summary(asked, 0, 50.0, slo_s=25.0)
+    outcomes = [Outcome("a", 0.0, seconds=float(i + 1)) for i in range(100)]
+    found = report.summary(outcomes, 0, 50.0, slo_s=25.0)
     told = found["total"]["end_to_end_s"]
     assert (told["p50"], told["p90"], told["p99"], told["max"]) == (50.0, 90.0, 99.0, 100.0)
     assert (found["total"]["within_slo"], found["total"]["goodput_per_second"]) == (25, 0.5)
-    asked = [Asked("a", 0.0, seconds=3.0, stages={"encode": 0.5}, steps=[1.0, 1.0]), Asked("a", 0.0, code="queue_full")]
-    found = report.summary(asked, 0, 2.0, None)
+    outcomes = [
+        Outcome("a", 0.0, seconds=3.0, stages={"encode": 0.5}, steps=[1.0, 1.0]),
+        Outcome("a", 0.0, code="queue_full"),
+    ]
+    found = report.summary(outcomes, 0, 2.0, None)
     assert found["times_s"]["waited"] == {
         "count": 1,
         "mean": 0.5,

@@ -12,14 +12,14 @@ import httpx
 
 from service.cli.bench import sending
 from service.cli.bench.load import Planned
-from service.cli.bench.sending import Asked
+from service.cli.bench.sending import Outcome
 from service.cli.client import ServerError
 
 TOLD_EVERY_S = 10.0
 
 
 class Drive:
-    """One run. Its outcomes are in `asked`, even after an interruption.
+    """One run. `outcomes` grows while it runs, and stays after an interruption.
 
     Args:
         server: its base URL.
@@ -28,7 +28,7 @@ class Drive:
     """
 
     def __init__(self, server: str, timeout_s: float, say: Callable[[str], None]) -> None:
-        self.asked: list[Asked] = []
+        self.outcomes: list[Outcome] = []
         self.unfinished = 0
         self.seconds = 0.0
         self._server, self._timeout_s, self._say = server, timeout_s, say
@@ -42,9 +42,9 @@ class Drive:
         """
         now = asyncio.get_running_loop().time()
         async with sending.client(self._server) as http:
-            asked = await sending.send(http, planned, now, now, self._timeout_s)
-        if asked.code != sending.OK:
-            raise ServerError(f"warm-up, a request of {asked.kind!r}: {asked.message or asked.code}")
+            outcome = await sending.send(http, planned, now, now, self._timeout_s)
+        if outcome.code != sending.OK:
+            raise ServerError(f"warm-up, a request of {outcome.kind!r}: {outcome.message or outcome.code}")
 
     async def open_loop(self, planned: Iterator[Planned]) -> None:
         """Send each request at its time, and wait for all answers."""
@@ -83,14 +83,15 @@ class Drive:
 
     async def _send(self, http: httpx.AsyncClient, one: Planned, due: float) -> None:
         self.unfinished += 1
-        self.asked.append(await sending.send(http, one, self._began, due, self._timeout_s))
+        self.outcomes.append(await sending.send(http, one, self._began, due, self._timeout_s))
         self.unfinished -= 1  # a request that is interrupted remains unfinished
 
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(TOLD_EVERY_S)
-            failed = sum(one.code != sending.OK for one in self.asked)
+            failed = sum(one.code != sending.OK for one in self.outcomes)
             passed_s = asyncio.get_running_loop().time() - self._began
             self._say(
-                f"{passed_s:.0f} s: {len(self.asked) - failed} answered, {failed} failed, {self.unfinished} under way"
+                f"{passed_s:.0f} s: {len(self.outcomes) - failed} answered, {failed} failed, "
+                f"{self.unfinished} under way"
             )

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.cli.bench.sending import OK, Asked
+from service.cli.bench.sending import OK, Outcome
 from service.cli.options import UsageError
 
 
@@ -23,7 +23,7 @@ def check_plot(file: Path) -> None:
         raise UsageError("--plot needs matplotlib; install it with: pip install 'spray[plot]'")
 
 
-def plot(asked: Sequence[Asked], slo_s: float | None, file: Path) -> None:
+def plot(outcomes: Sequence[Outcome], slo_s: float | None, file: Path) -> None:
     """Draw the outcomes of a load, and write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: only this needs it
     from matplotlib.figure import Figure
@@ -31,12 +31,12 @@ def plot(asked: Sequence[Asked], slo_s: float | None, file: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     times, shares = figure.subplots(1, 2)
-    for kind in sorted({one.kind for one in asked}):
-        answered = [one for one in asked if one.kind == kind and one.code == OK]
+    for kind in sorted({one.kind for one in outcomes}):
+        answered = [one for one in outcomes if one.kind == kind and one.code == OK]
         times.plot([one.at_s for one in answered], [one.seconds for one in answered], ".", label=kind)
         took = sorted(one.seconds for one in answered)
         shares.plot(took, [100 * (i + 1) / len(took) for i in range(len(took))], label=kind, drawstyle="steps-post")
-    failed = [one for one in asked if one.code != OK]
+    failed = [one for one in outcomes if one.code != OK]
     if failed:
         times.plot([one.at_s for one in failed], [one.seconds for one in failed], "x", color="black", label="failed")
     if slo_s is not None:

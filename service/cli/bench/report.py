@@ -12,37 +12,37 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from service.cli.bench.sending import OK, Asked
+from service.cli.bench.sending import OK, Outcome
 from service.cli.output import table
 
 PERCENTILES = (50, 90, 95, 99)
 
 
-def summary(asked: Sequence[Asked], unfinished: int, seconds: float, slo_s: float | None) -> dict[str, Any]:
+def summary(outcomes: Sequence[Outcome], unfinished: int, seconds: float, slo_s: float | None) -> dict[str, Any]:
     """All numbers of the tables and the JSON file.
 
     Args:
-        asked: the requests that were answered or refused.
+        outcomes: the requests that were answered or refused.
         unfinished: the number of interrupted requests.
         seconds: how long the load took, to the last answer.
         slo_s: seconds; a slower answer does not count as goodput. None: there is no goal.
     """
-    kinds = sorted({one.kind for one in asked})
-    parts = {kind: [one for one in asked if one.kind == kind] for kind in kinds}
+    kinds = sorted({one.kind for one in outcomes})
+    parts = {kind: [one for one in outcomes if one.kind == kind] for kind in kinds}
     return {
         "seconds": seconds,
         "unfinished": unfinished,
-        "errors": dict(Counter(one.code for one in asked if one.code != OK).most_common()),
-        "total": _counts(asked, seconds, slo_s),
+        "errors": dict(Counter(one.code for one in outcomes if one.code != OK).most_common()),
+        "total": _counts(outcomes, seconds, slo_s),
         "kinds": {kind: _counts(part, seconds, slo_s) for kind, part in parts.items()},
-        "times_s": _times([one for one in asked if one.code == OK]),
-        "sent_late_s": _spread([one.sent_late_s for one in asked]),
+        "times_s": _times([one for one in outcomes if one.code == OK]),
+        "sent_late_s": _spread([one.sent_late_s for one in outcomes]),
     }
 
 
-def _counts(asked: Sequence[Asked], seconds: float, slo_s: float | None) -> dict[str, Any]:
-    took = [one.seconds for one in asked if one.code == OK]
-    found: dict[str, Any] = {"sent": len(asked), "ok": len(took), "per_second": _rate(len(took), seconds)}
+def _counts(outcomes: Sequence[Outcome], seconds: float, slo_s: float | None) -> dict[str, Any]:
+    took = [one.seconds for one in outcomes if one.code == OK]
+    found: dict[str, Any] = {"sent": len(outcomes), "ok": len(took), "per_second": _rate(len(took), seconds)}
     if slo_s is not None:
         good = sum(each <= slo_s for each in took)
         found |= {"within_slo": good, "goodput_per_second": _rate(good, seconds)}
@@ -53,7 +53,7 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds else 0.0
 
 
-def _times(answered: Sequence[Asked]) -> dict[str, Any]:
+def _times(answered: Sequence[Outcome]) -> dict[str, Any]:
     """Where the time of the answered requests went."""
     firsts = [one.first_step_s for one in answered if one.first_step_s is not None]
     stages = {

@@ -25,7 +25,7 @@ NO_RESULT = "no_result"
 
 
 @dataclass
-class Asked:
+class Outcome:
     """A request and its answer. Times are seconds.
 
     Attributes:
@@ -71,7 +71,7 @@ def client(server: str) -> httpx.AsyncClient:
         raise ServerError(f"{server!r} is no URL: {error}") from None
 
 
-async def send(http: httpx.AsyncClient, planned: Planned, began: float, due: float, timeout_s: float) -> Asked:
+async def send(http: httpx.AsyncClient, planned: Planned, began: float, due: float, timeout_s: float) -> Outcome:
     """Send one request and read its answer to the end.
 
     Args:
@@ -82,49 +82,49 @@ async def send(http: httpx.AsyncClient, planned: Planned, began: float, due: flo
         timeout_s: seconds from now for the whole answer.
     """
     loop = asyncio.get_running_loop()
-    asked = Asked(planned.kind, due - began, sent_late_s=loop.time() - due)
+    outcome = Outcome(planned.kind, due - began, sent_late_s=loop.time() - due)
     try:
         async with asyncio.timeout(timeout_s), http.stream("POST", planned.path, json=planned.body) as response:
             if response.status_code != 200:
-                _refused(asked, await response.aread(), response.status_code)
+                _refused(outcome, await response.aread(), response.status_code)
             else:
-                await _read(response, asked, due)
+                await _read(response, outcome, due)
     except TimeoutError:
-        asked.code = TIMEOUT
+        outcome.code = TIMEOUT
     except (httpx.TransportError, OSError) as error:
-        asked.code, asked.message = NO_ANSWER, f"no answer from {http.base_url}: {error or type(error).__name__}"
+        outcome.code, outcome.message = NO_ANSWER, f"no answer from {http.base_url}: {error or type(error).__name__}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        asked.code, asked.message = UNREADABLE, f"the answer is not that of spray: {error!r}"
-    asked.seconds = loop.time() - due
-    return asked
+        outcome.code, outcome.message = UNREADABLE, f"the answer is not that of spray: {error!r}"
+    outcome.seconds = loop.time() - due
+    return outcome
 
 
-async def _read(response: httpx.Response, asked: Asked, due: float) -> None:
-    """Read the events of a stream into `asked`."""
-    asked.code = NO_RESULT
+async def _read(response: httpx.Response, outcome: Outcome, due: float) -> None:
+    """Read the events of a stream into `outcome`."""
+    outcome.code = NO_RESULT
     async for line in response.aiter_lines():
         if not line.startswith("data: {"):
             continue
         event: dict[str, Any] = json.loads(line[6:])
         if "error" in event:
-            asked.code, asked.message = str(event["error"]["code"]), str(event["error"]["message"])
+            outcome.code, outcome.message = str(event["error"]["code"]), str(event["error"]["message"])
         elif event["type"].endswith(".progress"):
-            if asked.first_step_s is None:
-                asked.first_step_s = asyncio.get_running_loop().time() - due
+            if outcome.first_step_s is None:
+                outcome.first_step_s = asyncio.get_running_loop().time() - due
         elif event["type"].endswith(".completed"):
-            asked.code = OK
+            outcome.code = OK
             told = event["metrics"]
-            asked.steps = told["step_seconds"]
-            asked.stages = {
+            outcome.steps = told["step_seconds"]
+            outcome.stages = {
                 "encode": told["encode_seconds"],
                 "decode": told["decode_seconds"],
                 "files": told["encode_media_seconds"],
             }
 
 
-def _refused(asked: Asked, body: bytes, status: int) -> None:
+def _refused(outcome: Outcome, body: bytes, status: int) -> None:
     try:
         error = json.loads(body)["error"]
-        asked.code, asked.message = str(error["code"]), str(error["message"])
+        outcome.code, outcome.message = str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
-        asked.code, asked.message = f"http_{status}", body[:200].decode(errors="replace")
+        outcome.code, outcome.message = f"http_{status}", body[:200].decode(errors="replace")

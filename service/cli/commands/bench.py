@@ -107,7 +107,7 @@ def bench(
         asyncio.run(_run(drive, load, lambda one: complete(one, prompt, model)))
     except KeyboardInterrupt:
         stopped = True
-    found = summary(drive.asked, drive.unfinished, drive.seconds, slo_s)
+    found = summary(drive.outcomes, drive.unfinished, drive.seconds, slo_s)
     show(tables(found))
     if json_file:
         flags = {
@@ -116,10 +116,10 @@ def bench(
         }  # fmt: skip
         _write(json_file, flags, found, drive)
     if plot_file:
-        plot(drive.asked, slo_s, plot_file)
+        plot(drive.outcomes, slo_s, plot_file)
     if stopped:
         raise KeyboardInterrupt
-    if not any(one.code == OK for one in drive.asked):
+    if not any(one.code == OK for one in drive.outcomes):
         raise ServerError(f"no request was answered: {', '.join(found['errors']) or 'none was due'}")
 
 
@@ -159,6 +159,6 @@ async def _run(drive: Drive, load: Load, complete: Callable[[Planned], Planned])
 
 
 def _write(file: Path, flags: dict[str, Any], found: dict[str, Any], drive: Drive) -> None:
-    rows = [asdict(one) | {"waited_s": one.waited_s} for one in drive.asked]
+    rows = [asdict(one) | {"waited_s": one.waited_s} for one in drive.outcomes]
     told = {"ended_at": datetime.now(UTC).isoformat(timespec="seconds"), "flags": flags, **found, "requests": rows}
     file.write_text(json.dumps(told, indent=1) + "\n")

@@ -125,10 +125,10 @@ def generate(
         | {f"lora {name}": scale for name, scale in generation.loras}
     )
     if detach:
-        with _told_of_the_output(generation):
+        with _naming_the_output(generation):
             submit(generation, server_url(server), as_json, webhook)
         return
-    with StepProgress() as progress, _told_of_the_output(generation):
+    with StepProgress() as progress, _naming_the_output(generation):
         if local:
             made = locally(generation, device, degrees, progress)
         else:
@@ -137,7 +137,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _told_of_the_output(generation: Generation) -> Iterator[None]:
+def _naming_the_output(generation: Generation) -> Iterator[None]:
     """Turn the error that a model does not make this kind of output into one that names the flag.
 
     Raises:
