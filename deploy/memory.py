@@ -47,7 +47,7 @@ MOST_RANKS = 16
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What the largest rank of a gang needs, in bytes.
+    """The memory of the largest rank of a gang, in bytes.
 
     Attributes:
         weights: all parts of the model that it holds, and an upper bound for its adapters.

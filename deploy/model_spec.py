@@ -174,7 +174,7 @@ class ModelSpec(Section):
         reasons = {
             "compile is false; set it": not self.compile,
             "device is cpu; leave cuda_graphs out": self.device == "cpu",
-            # Sums between ranks would be recorded too, and whoever replays alone waits for ever.
+            # Sums between ranks would be recorded too, and a rank that replays alone waits forever.
             "tensor_parallel_size is above 1; use ulysses_degree or ring_degree": (
                 self.parallel.tensor_parallel_size > 1
             ),
@@ -235,12 +235,12 @@ class ModelSpec(Section):
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """What a gang cannot change while it runs, as JSON."""
+        """The keys that cannot change while a gang runs, as JSON."""
         return self.model_dump(mode="json", exclude=set(LIVE))
 
     @property
     def live(self) -> dict[str, Any]:
-        """What changes while gangs run, as JSON. `fixed` and `live` together are the whole model."""
+        """The keys that change while gangs run, as JSON. `fixed` and `live` together are the whole model."""
         return self.model_dump(mode="json", include=set(LIVE))
 
     @property

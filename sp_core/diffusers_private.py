@@ -23,7 +23,7 @@ class _Backend(StrEnum):
 
 
 class AttentionConfig:
-    """What a processor carries as its `_parallel_config` when its attention is ours."""
+    """The `_parallel_config` of a processor whose attention is ours."""
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """`(B, L, H, D)` for this rank's queries; options as diffusers' backends take them."""

@@ -43,7 +43,7 @@ def bind(
         The function that undoes it.
 
     Raises:
-        ValueError: the module is no convolution that keeps the size of a grid.
+        ValueError: the module is not a convolution that keeps the size of a grid.
     """
     if type(module) is not nn.Conv2d or not _keeps_size(module):
         raise ValueError(
@@ -77,7 +77,7 @@ class ConvolutionSite:
 
 
 class GridConvolution(nn.Conv2d):
-    """What a convolution is while it is bound. A class, so that compiled blocks share their graph.
+    """The class of a convolution while it is bound. It is a class, so that compiled blocks share their graph.
 
     Attributes:
         site: which one this is.

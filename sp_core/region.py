@@ -1,4 +1,4 @@
-"""What is split in a running forward.
+"""The streams and companions that are split in a running forward.
 
     SequenceContext   one per parallelized model: what never changes between its forwards
     RunningForward    one per forward: begins and ends with it

@@ -235,7 +235,7 @@ class _Modulations:
 
     def _own_of_timestep(self, embedding: torch.Tensor, timestep: float | None) -> torch.Tensor:
         """One row for all samples, since they have the same timestep."""
-        # Batches differ in their last bits, layouts in who computes what.
+        # Batches differ in their last bits, layouts in the layers of each rank.
         key = (timestep, embedding.shape, embedding.dtype, embedding.device, self._mesh.degrees)
         if key not in self._kept:
             self._kept[key] = self._own(embedding[:1])

@@ -355,7 +355,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank answers to a ping, also while it computes.
+    """The answer of a rank to a ping, also while it computes.
 
     Attributes:
         rank: its number in the gang.

@@ -4,7 +4,7 @@ from deploy.families.family import AUTOENCODER_KL, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import FLOW_MATCH
 
 SHIFTED = {"use_flow_sigmas": True, "use_dynamic_shifting": True}
-"""What the pipeline gives a solver makes sense to it with both only."""
+"""A solver can use the sigmas that the pipeline passes only with both of these."""
 
 FAMILY = PipelineFamily(
     pipeline="FluxPipeline",

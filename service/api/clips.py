@@ -11,7 +11,7 @@ import sys
 from workers.errors import InvalidParameter
 
 SECONDS = 90
-"""For decoding one."""
+"""Seconds for decoding one clip."""
 
 _found = importlib.util.find_spec("workers.clip_decoder")  # which needs nothing else of ours, and is not imported here
 assert _found is not None and _found.origin is not None

@@ -15,10 +15,10 @@ from service.public_address import AddressRefused, public_address
 from workers.errors import InvalidParameter
 
 SECONDS = 20.0
-"""For all URLs of a body."""
+"""Seconds for fetching all URLs of a body."""
 
 MOST_URLS = 12
-"""Of a body."""
+"""The most URLs of a body."""
 
 
 async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str], most_bytes: int) -> object:

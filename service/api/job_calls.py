@@ -256,7 +256,7 @@ class Pace:
         self._first: tuple[int, int, float] | None = None  # fence, step, when: the first look at this attempt's steps
 
     def judge(self, seen: Seen) -> Seen:
-        """The same, with an estimate for a job that runs: of the steps that are left."""
+        """The same job; if it runs, with an estimate from its remaining steps."""
         job, now = seen.job, time.monotonic()
         if job.state != "running" or not job.step:
             self._first = None

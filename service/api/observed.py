@@ -25,7 +25,7 @@ GONE = "499"
 """The status of a call whose caller has left before the answer began."""
 
 key_name: ContextVar[str] = ContextVar("key_name", default="")
-"""Of the caller's API key, in the task that answers; set by the backend's `admit`. Empty: there is none."""
+"""The name of the caller's API key, in the task that answers; set by the backend's `admit`. Empty: no key."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Call:
 
 
 current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
-"""What the task answers; None: nothing, such as where a job runs."""
+"""The call that this task answers; None if it answers none, such as a task that runs a job."""
 
 
 def callers_trace() -> str:

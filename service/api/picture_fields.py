@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from service.api.pictures import from_data_url
 
 MOST_IMAGES = 10
-"""Of one edit."""
+"""The most pictures of one edit."""
 
 
 def _picture(given: object) -> object:

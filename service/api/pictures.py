@@ -78,7 +78,7 @@ def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
 
 
 def decode(files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (1, 1)) -> tuple[MediaInput, ...]:
-    """The same, in this thread.
+    """Like `read_pictures`, in this thread.
 
     Raises:
         InvalidParameter: see `read_pictures`.

@@ -25,7 +25,7 @@ MAX_TEXT_BYTES = 1 << 20
 """The most bytes of a body without pictures: the longest prompts take a quarter of it."""
 
 MAX_FILES = 16
-"""Of a form. Their bytes count as all others of a body."""
+"""The most files of a form. Their bytes count against the limit of the body."""
 
 BODY_S = 30.0
 """Seconds for reading a body. Serve's proxies already wait for all but the largest: see `service.edge`."""

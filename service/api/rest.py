@@ -28,7 +28,7 @@ from workers.errors import InvalidParameter, SprayError
 DESCRIPTION = "Pictures and videos from diffusion transformers, in OpenAI's shapes. Every error has OpenAI's envelope."
 
 CODES = {404: "unknown_path", 405: "method_not_allowed", 416: "range_not_satisfiable"}
-"""Of Starlette's own errors."""
+"""The codes of Starlette's own errors, by status."""
 
 
 class RestApp(FastAPI):

@@ -30,7 +30,7 @@ from service.jobs.inputs import request_of
 router = APIRouter(prefix="/videos")
 
 POLL = {"openai-poll-after-ms": "1000"}
-"""After which OpenAI's clients ask again."""
+"""The header that says after how many milliseconds OpenAI's clients ask again."""
 
 QUERY_ERRORS = READING_ERRORS | {400: ERRORS[400]}
 """Errors of routes with query parameters."""

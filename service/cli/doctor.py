@@ -70,7 +70,7 @@ class Finding:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; empty if it is missing, fails, or takes more than two minutes."""
+    """The output of a command; empty if it is missing, fails, or takes more than two minutes."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -15,7 +15,7 @@ REF = "#/components/schemas/"
 
 
 def request_schemas(description: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """By path, the JSON schema of a body that the model takes there.
+    """The JSON schemas of the bodies that the model takes, by path.
 
     Args:
         description: `/openapi.json`.

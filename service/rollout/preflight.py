@@ -140,7 +140,7 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
 
 
 def _answers(model: ModelSpec, models_folder: str | None) -> list[tuple[ModelSpec, str]]:
-    """What `_prepare` returns on each node that may run the model. All nodes fetch at once."""
+    """The results of `_prepare` on each node that may run the model. All nodes fetch at once."""
     asked = {}
     for host in hosts(model):
         on_host = NodeAffinitySchedulingStrategy(host, soft=False)

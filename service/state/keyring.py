@@ -25,7 +25,7 @@ MINUTE_S = 60.0
 
 
 class Allowance:
-    """What one key may still do.
+    """The remaining allowance of one key.
 
     Work is a bucket that holds a minute's worth and fills up steadily. A request takes its work at once, and may
     overdraw a full bucket, so that no request is too large forever. All gateways share one bucket: each knows what its
@@ -133,7 +133,7 @@ class Keyring:
         return find_key((*self._from_variable, *self._from_file), sent)
 
     def allowance(self, key: ApiKey) -> Allowance:
-        """What the key has left."""
+        """The remaining allowance of the key."""
         return self._allowances.setdefault(key.name, Allowance())
 
     @property

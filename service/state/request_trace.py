@@ -35,12 +35,12 @@ class RequestTrace:
 
     @property
     def traceparent(self) -> str:
-        """For the gang, and for the caller; empty: the request is not traced."""
+        """The `traceparent` for the gang and for the caller; empty: the request is not traced."""
         return self._span.traceparent
 
     @property
     def trace_id(self) -> str:
-        """For the log; empty: the request is not traced."""
+        """The id of the trace, for the log; empty: the request is not traced."""
         return self._span.place.trace_id if self._span.place else ""
 
     def waits(self) -> None:

@@ -169,7 +169,7 @@ class _Capture(TorchFunctionMode):
 
 
 class _CaptureHidden(_Capture):
-    """The same, where a processor would leave out hidden tokens, so that prompts decided how many tokens a rank holds.
+    """The same for a processor that drops hidden tokens, so that prompts would decide how many tokens a rank holds.
 
     No token is left out: the mask of the sample, `(tokens,)`, that the processor looks at hides them as keys instead.
     """

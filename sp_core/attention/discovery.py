@@ -91,7 +91,7 @@ def find_attention(model: nn.Module, family: ModelFamily | None = None, *, optio
 
 
 def _declared(names: Iterable[str], by_pattern: Mapping[str, str]) -> dict[str, str]:
-    """What is declared for the first pattern that each name matches, for names that match one."""
+    """The value of the first pattern that each name matches, for names that match one."""
     found = {name: next((said for pattern, said in by_pattern.items() if fnmatch(name, pattern)), "") for name in names}
     return {name: said for name, said in found.items() if said}
 

@@ -16,7 +16,7 @@ from sp_core.models.family import ModelFamily
 
 @functools.cache
 def files() -> dict[str, tuple[ModelFamily, ...]]:
-    """What each file declares, by its name."""
+    """The families of each file, by its name."""
     return _in(models) | _in(planned)
 
 
@@ -28,7 +28,7 @@ def families() -> tuple[ModelFamily, ...]:
 
 @functools.cache
 def planned_families() -> tuple[ModelFamily, ...]:
-    """Those of `planned`."""
+    """The families of `planned`."""
     return tuple(family for found in _in(planned).values() for family in found)
 
 

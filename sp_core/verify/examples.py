@@ -26,7 +26,7 @@ MASKS = ("none", "suffix", "scattered", "per row", "whole stream")
 BATCHES = (1, 2)
 
 SIZES = {"even": ((1, 3, 4), 12), "uneven": ((1, 5, 5), 7), "short": ((1, 1, 3), 1)}
-"""By the name of a length: frames, height and width in tokens, and the length of the text."""
+"""Sizes by the name of a length: frames, height and width in tokens, and the length of the text."""
 
 Cell = tuple[str, str, int]
 """Length, mask, batch."""
@@ -150,7 +150,7 @@ class Tiny:
 
 
 TINY: Mapping[str, Tiny] = {name: Tiny(example) for family in families() for name, example in family.examples.items()}
-"""By the name of the variant."""
+"""The examples, by the name of the variant."""
 
 
 def inputs(name: str, length: str, mask: str, batch: int) -> dict[str, Any]:

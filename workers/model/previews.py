@@ -123,7 +123,7 @@ def example(latents: torch.Tensor, made: Any, request: GenerationRequest) -> tup
 
 
 class Previews:
-    """Those of one request, on rank 0.
+    """The previews of one request, on rank 0.
 
     Args:
         request: which asks for them.

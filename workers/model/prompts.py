@@ -24,7 +24,7 @@ FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
 """Pipelines that fail if a prompt is too long: the first in its own warning, the second when it encodes."""
 
 IDEOGRAM_TOKENS = 2048
-"""What its call reads at most, by its default, with the words of the chat around the prompt."""
+"""The most tokens that its call reads by default, including the words of the chat around the prompt."""
 
 
 def check_words(name: str, pipeline: Any, request: GenerationRequest) -> None:

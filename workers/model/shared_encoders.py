@@ -85,7 +85,7 @@ class ReadingVAE:
         return getattr(self._vae, name)
 
     def encode(self, *args: Any, **kwargs: Any) -> AutoencoderKLOutput | EncoderOutput:
-        """What the VAE's own `encode` returns.
+        """The result of the VAE's own `encode`.
 
         Raises:
             TypeError: it returns something else than a Gaussian distribution or latents.

@@ -14,7 +14,7 @@ THUMBNAIL_EDGE, SHEET_EDGE = 480, 240
 """Pixels of the longer edge, of the first frame and of each frame of a sheet."""
 
 MOST_FRAMES = 25
-"""Of a sheet: five rows of five."""
+"""Frames of a sheet: five rows of five."""
 
 
 def thumbnail(video: IO[bytes]) -> bytes:

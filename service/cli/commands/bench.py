@@ -35,7 +35,7 @@ DEFAULT_PROMPT = "a cup of coffee on a wooden table"
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent.
+    """The requests of a load.
 
     Attributes:
         planned: the requests, in their order.
