@@ -3,7 +3,8 @@
     records.py      the record of a job, and what may happen to one
     tables.py       the same as rows; migrations/ makes and changes the tables
     engines.py      SQLite in a file, or PostgreSQL
-    store.py        submits, claims, publishes, lists: each call is one transaction of database.py
+    store.py        submits, finds, lists, cancels: each call is one transaction of database.py
+    leases.py       the part of it for runners: claims, renews, publishes
     queries.py      how jobs are found
     transitions.py  what becomes of a job whose runner is silent, or whose attempt failed
     store_actor.py  the store as gateways reach it: one actor that owns the file, or PostgreSQL

@@ -1,4 +1,4 @@
-"""Transactions of the job store, with the time in them. For `service.jobs.store`."""
+"""Transactions of the job store, with the time in them. For `service.jobs.store` and `service.jobs.leases`."""
 
 import contextlib
 import logging

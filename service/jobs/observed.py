@@ -13,7 +13,7 @@ from workers.errors import JobsUnavailable
 from workers.metrics import JOB_STORE_ERRORS, JOB_STORE_SECONDS, JOBS, JOBS_ENDED
 from workers.observing import GONE
 
-OPERATIONS = tuple(name for name in vars(JobStore) if not name.startswith("_"))
+OPERATIONS = tuple(name for name in dir(JobStore) if not name.startswith("_"))
 
 
 class ObservedJobs:

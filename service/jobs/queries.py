@@ -1,4 +1,5 @@
-"""How jobs are found: one query each. For `service.jobs.store`, whose methods say what comes out."""
+"""How jobs are found: one query each. For `service.jobs.store` and `service.jobs.leases`, whose methods say what comes
+out."""
 
 import sqlalchemy as sa
 

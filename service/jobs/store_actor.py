@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.spec import SpecError
-from service.jobs import database, engines, input_notes, outbox, queries, records, store, tables, transitions
+from service.jobs import database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions
 from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.observed import begin_at_zero, observing_store
 from service.jobs.store import JobStore
@@ -177,7 +177,7 @@ class Jobs:
 
     def _actor_name(self) -> str:
         # Whole modules: to find a class in one, inspect parses it, which fails now and then in a thread of Python 3.11.
-        parts = (database, engines, input_notes, outbox, queries, records, store, tables, transitions)
+        parts = (database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions)
         source = "".join(map(inspect.getsource, (*parts, sys.modules[__name__]))) + json.dumps(self._folder)
         return f"jobs-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 

@@ -1,7 +1,7 @@
 """What becomes of a job: one change and its event, and what ends or returns without a word of its runner.
 
-Called by `service.jobs.store` with an open transaction and rows that it has locked; `count_ends` by
-`service.jobs.database` at the transaction's end.
+Called by `service.jobs.store` and `service.jobs.leases` with an open transaction and rows that it has locked;
+`count_ends` by `service.jobs.database` at the transaction's end.
 """
 
 from collections import Counter

@@ -22,7 +22,6 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from deploy.gateway_spec import GatewaySpec
 from deploy.spec import SpecError
-from service.jobs import engines
 from service.jobs import webhooks as module
 from service.jobs.outbox import KEEP_S
 from service.jobs.records import Delivery
@@ -30,7 +29,7 @@ from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.jobs.webhooks import LEASE_S, Webhooks
 from service.public_address import AddressRefused
-from tests.service.jobs.stores import BROKEN, FILM, Clock, new_job, take
+from tests.service.jobs.stores import BROKEN, new_job
 from workers.errors import InvalidParameter
 
 KEY, OLD_KEY = (f"whsec_{base64.b64encode(bytes([number]) * 32).decode()}" for number in (1, 2))
@@ -337,108 +336,6 @@ def test_what_a_deployment_may_say() -> None:
     for wrong in ("https://a.example", "a.example:443", "*.example.com", "A.example", ""):
         with pytest.raises(ValueError, match="is no host"):
             GatewaySpec(webhook_hosts=(wrong,), webhook_key_env="HOOKS")
-
-
-def end(store: JobStore, clock: Clock, how: str) -> Any:
-    """A job with a webhook that ends so; its id."""
-    job, _ = store.submit(new_job(webhook_url="https://hooks.example.com/", deadline_s=5.0))
-    if how == "cancelled":
-        store.cancel(job.id, None)
-        return job.id
-    if how == "expired":
-        clock.now += 5
-        store.sweep()
-        return job.id
-    (held,) = take(store)
-    if how == "succeeded":
-        store.publish(job.id, held.fence, [FILM], {})
-    else:
-        store.lose_gang(job.id, held.fence, 2, "rank 0 died")
-    return job.id
-
-
-@pytest.mark.parametrize("how", ["succeeded", "failed", "cancelled", "expired"])
-def test_every_end_is_told_and_outlives_the_job(store: JobStore, clock: Clock, how: str) -> None:
-    store.submit(new_job())  # of which nobody wants to hear
-    store.cancel(store.page(None).jobs[0].id, None)
-    job_id = end(store, clock, how)
-    clock.now += 2000
-    store.sweep()
-    assert store.page(None).jobs == ()
-    (delivery,) = store.due_webhooks(10, LEASE_S)
-    told = json.loads(delivery.body)
-    assert (told["type"], told["data"]["id"], delivery.attempt) == (f"job.{how}", job_id, 1)
-    assert delivery.url == "https://hooks.example.com/"
-
-
-def test_a_lease_holds_back_others_until_it_ends(store: JobStore, clock: Clock) -> None:
-    end(store, clock, "succeeded")
-    (first,) = store.due_webhooks(10, LEASE_S)
-    assert store.due_webhooks(10, LEASE_S) == []
-    clock.now += LEASE_S
-    (second,) = store.due_webhooks(10, LEASE_S)
-    assert (second.id, second.body, second.attempt) == (first.id, first.body, 2)
-    assert store.webhook_not_sent(first, 0.0)  # of an attempt that lasted too long: it says nothing
-    assert store.due_webhooks(10, LEASE_S) == []
-    assert store.webhook_not_sent(second, 7.0)
-    clock.now += 6.9
-    assert store.due_webhooks(10, LEASE_S) == []
-    clock.now += 0.1
-    (third,) = store.due_webhooks(10, LEASE_S)
-    store.webhook_sent(third.id)
-    clock.now += KEEP_S
-    assert store.due_webhooks(10, LEASE_S) == []
-
-
-def test_a_host_with_many_calls_leaves_room_for_others(store: JobStore, clock: Clock) -> None:
-    def told_of(host: str, count: int) -> None:
-        for _ in range(count):
-            clock.now += 1
-            job, _ = store.submit(new_job(webhook_url=f"https://{host}/"))
-            store.cancel(job.id, None)
-
-    told_of("SLOW.example.com:8443", 5)
-    told_of("quick.example.com", 1)
-    told_of("removed.example.com", 2)
-    taken = store.due_webhooks(10, LEASE_S, {"slow.example.com": 2, "quick.example.com": 2})
-    hosts = [delivery.url.split("/")[2] for delivery in taken]
-    assert sorted(hosts) == [*["SLOW.example.com:8443"] * 2, "quick.example.com", *["removed.example.com"] * 2]
-    assert store.due_webhooks(10, LEASE_S, {"slow.example.com": 0}) == []
-    assert len(store.due_webhooks(2, LEASE_S, {"slow.example.com": 3})) == 2
-
-
-def test_calls_of_an_older_version_get_their_hosts(store: JobStore, clock: Clock) -> None:
-    end(store, clock, "failed")
-    engine = store._database._engine
-    with engine.begin() as connection:
-        for statement in (
-            "DROP TABLE job_inputs", "DROP TABLE job_ends",
-            "DROP INDEX webhooks_of_host", "ALTER TABLE webhooks DROP COLUMN host",
-            "UPDATE alembic_version SET version_num = '0002'",
-        ):  # fmt: skip
-            connection.exec_driver_sql(statement)
-    with engine.begin() as connection:
-        engines._migrate(connection)
-        connection.exec_driver_sql(  # one that the older version adds while it still runs
-            "INSERT INTO webhooks (id, job_id, url, body, created_at, not_before, attempt) "
-            "SELECT 'msg_old', job_id, url, body, created_at, not_before, attempt FROM webhooks"
-        )
-        found = connection.exec_driver_sql("SELECT id, host FROM webhooks").all()
-    assert sorted(host for _, host in found) == ["", "hooks.example.com"]
-    assert [call.id for call in store.due_webhooks(9, LEASE_S, {"hooks.example.com": 0})] == ["msg_old"]
-
-
-def test_after_a_day_it_is_given_up(store: JobStore, clock: Clock) -> None:
-    end(store, clock, "failed")
-    attempts, began = 0, clock.now
-    while found := store.due_webhooks(1, LEASE_S):
-        attempts += 1
-        if not store.webhook_not_sent(found[0], 4 * 3600.0):
-            break
-        clock.now += 4 * 3600.0
-    assert (attempts, clock.now - began) == (6, 20 * 3600.0)
-    clock.now += 10 * KEEP_S
-    assert store.due_webhooks(1, LEASE_S) == []
 
 
 def test_attempts_are_spread_over_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
