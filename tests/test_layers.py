@@ -33,7 +33,7 @@ ALLOWED = {
         "standardwebhooks",
         "obstore",
     }
-    | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "alembic"}
+    | {"grpc", "grpc_health", "grpc_status", "google", "sqlalchemy", "psycopg", "alembic"}
     | {"psutil"}  # the processes of a node that ends
     | {"yaml", "matplotlib"},  # of `spray bench`; the latter where present
 }

@@ -3,6 +3,7 @@
     records.py      the record of a job, and what may happen to one
     tables.py       the same as rows; migrations/ makes and changes the tables
     engines.py      SQLite in a file, or PostgreSQL
+    bounded.py      how long PostgreSQL may take to answer
     store.py        submits, finds, lists, cancels: each call is one transaction of database.py
     leases.py       the part of it for runners: claims, renews, publishes
     queries.py      how jobs are found

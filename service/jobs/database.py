@@ -7,30 +7,37 @@ from collections.abc import Callable, Iterator
 
 import sqlalchemy as sa
 
+from service.jobs import bounded
 from service.jobs.transitions import ENDS, count_ends, settle
 from workers.errors import JobsUnavailable
 
 logger = logging.getLogger("ray.serve")
 
-PATIENCE_S = 5.0
-"""After the database was away, runners have so long to be heard of before their leases count."""
+PATIENCE_S = 8.0
+"""After the database was away, runners have so long to be heard of before their leases count: their reports come every
+five seconds at least."""
+
+LATE_S = 3.0
+"""Whoever has waited longer for the database assumes that others could not be heard either."""
 
 UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
-"""The server is away or stopping, the disk is full, or no connection came free."""
-
+"""The server is away, stopping or silent, the disk is full, or no connection came free."""
 
 CLAIMING = 7_207_735_117
 """The lock in PostgreSQL by which one gateway at a time claims jobs; any number that others do not use."""
 
-CLAIMING_S = 10
-"""Seconds for which a gateway that stops in the middle of a claim holds up others; PostgreSQL then ends its session."""
+IDLE_S = 5.0
+"""For which a gateway that stops in the middle of a transaction, or is cut off, holds what it has locked; PostgreSQL
+then ends its session. Shorter than a call, so that those who wait for the lock get it."""
+
+BEGAN = "began"
+"""What a connection knows of its transaction: when it was asked for, by `time.monotonic`."""
 
 
 def one_claims(connection: sa.Connection) -> None:
     """Wait until no other transaction claims jobs: what it takes is not seen before it ends. SQLite has one writer."""
     if connection.dialect.name == "postgresql":
-        limit = sa.func.set_config("idle_in_transaction_session_timeout", f"{CLAIMING_S}s", True)  # this transaction's
-        connection.execute(sa.select(limit, sa.func.pg_advisory_xact_lock(CLAIMING)))
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(CLAIMING)))
 
 
 @contextlib.contextmanager
@@ -56,26 +63,40 @@ class Database:
         self._engine = engine
         self._clock = clock
         self._patience_s = patience_s
-        self._sound_since = time.monotonic()
+        self._sound_since = self._used_at = time.monotonic()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[tuple[sa.Connection, float]]:
         """A transaction, and the time: seconds since the epoch. It is on disk when the block has ended.
 
+        On PostgreSQL it ends within `bounded.CALL_S`, also if nobody answers.
+
         Raises:
-            JobsUnavailable: the database is away or cannot write; nothing was changed, or nobody can tell.
+            JobsUnavailable: the database is away, silent or cannot write; nothing was changed, or nobody can tell.
         """
+        began = time.monotonic()
+        if began - self._used_at > self._patience_s:  # this process stood still, and with it all that it hears
+            self._sound_since = began
+        limit = bounded.until(began + bounded.CALL_S) if self._postgres else contextlib.nullcontext()
         try:
-            with answering(), self._engine.begin() as connection:
-                connection.info.pop(ENDS, None)  # of a transaction before that was rolled back
-                yield connection, self._now(connection)
-                count_ends(connection)
+            with limit, answering():
+                _in_time()
+                with self._engine.begin() as connection:
+                    connection.info[BEGAN] = began
+                    connection.info.pop(ENDS, None)  # of a transaction before that was rolled back
+                    yield connection, self._now(connection)
+                    count_ends(connection)
+                    _in_time()  # whoever asked is told by now that the store does not answer
         except JobsUnavailable:
             self._sound_since = time.monotonic()
             raise
+        finally:
+            self._used_at = time.monotonic()
+        self._note_wait(began)
 
     def settle(self, connection: sa.Connection, now: float, keep_s: float) -> None:
         """See `service.jobs.transitions.settle`. Nothing is done just after an outage: no runner could renew then."""
+        self._note_wait(connection.info[BEGAN])
         if time.monotonic() - self._sound_since >= self._patience_s:
             settle(connection, now, keep_s)
 
@@ -83,9 +104,29 @@ class Database:
         """Close the connections."""
         self._engine.dispose()
 
+    def _note_wait(self, began: float) -> None:
+        if time.monotonic() - began > LATE_S:
+            self._sound_since = time.monotonic()
+
+    @property
+    def _postgres(self) -> bool:
+        return self._engine.dialect.name == "postgresql"
+
     def _now(self, connection: sa.Connection) -> float:
-        if self._clock is not None:
-            return self._clock()
-        if connection.dialect.name == "sqlite":
-            return time.time()
-        return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
+        """The time. On PostgreSQL the same statement limits what follows, by settings that end with the transaction:
+        such as a pooler between lets through."""
+        if not self._postgres:
+            return self._clock() if self._clock is not None else time.time()
+        limits = {
+            "statement_timeout": bounded.CALL_S,
+            "idle_in_transaction_session_timeout": IDLE_S,
+            "tcp_user_timeout": bounded.CALL_S,  # for an answer that does not arrive
+        }
+        settings = (sa.func.set_config(name, str(int(1000 * limit)), True) for name, limit in limits.items())
+        found = connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()), *settings)).one()
+        return self._clock() if self._clock is not None else float(found[0])
+
+
+def _in_time() -> None:
+    if bounded.left_s() <= 0:
+        raise sa.exc.TimeoutError("it took too long")

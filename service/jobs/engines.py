@@ -12,12 +12,13 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext, MigrationStep
 from alembic.script import ScriptDirectory
 
+from service.jobs.bounded import CONNECT_S, OVER_TCP, connect
+
 MIGRATIONS = Path(__file__).with_name("migrations")
 
 BUSY_S = 30.0
 """How long a connection of SQLite waits for another one's transaction."""
 
-CONNECT_S = 5
 CONNECTIONS = 4
 """Of one gateway to PostgreSQL."""
 
@@ -64,7 +65,8 @@ def open_postgres(url: str) -> sa.Engine:
     """A database of PostgreSQL 12 or later.
 
     Args:
-        url: `postgresql://user:password@host/database`. It is not repeated in errors.
+        url: `postgresql://user:password@host/database`, and perhaps parameters of libpq, which come before `OVER_TCP`.
+            It is not repeated in errors.
 
     Raises:
         ValueError: it is no URL of PostgreSQL.
@@ -84,9 +86,10 @@ def open_postgres(url: str) -> sa.Engine:
         max_overflow=0,
         pool_pre_ping=True,  # the server may have been restarted
         pool_timeout=CONNECT_S,
-        connect_args={"connect_timeout": CONNECT_S},
+        connect_args={name: value for name, value in OVER_TCP.items() if name not in parsed.query},
         hide_parameters=True,
     )
+    sa.event.listen(engine, "do_connect", connect)
     with engine.begin() as connection:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))
         _migrate(connection)

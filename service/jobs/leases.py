@@ -27,6 +27,9 @@ from service.jobs.records import (
 from service.jobs.tables import Row, jobs, to_job
 from service.jobs.transitions import change, end, end_unserved, queue_again
 
+FORGOTTEN_AT_ONCE = 1000
+"""Expired jobs that one transaction removes, so that none is long, whatever has gathered while no gateway ran."""
+
 
 class Leases:
     """Jobs in a database, as their runners see them.
@@ -187,7 +190,9 @@ class Leases:
         """Settle what nobody claims, and forget ended jobs that have expired. Somebody calls it every few seconds."""
         with self._database.transaction() as (connection, now):
             self._database.settle(connection, now, self.keep_s)
-            connection.execute(sa.delete(jobs).where(jobs.c.expires_at <= now))
+            expired = sa.select(jobs.c.id).where(jobs.c.expires_at <= now).limit(FORGOTTEN_AT_ONCE)
+            ids = connection.execute(expired.with_for_update(skip_locked=True)).scalars().all()
+            connection.execute(sa.delete(jobs).where(jobs.c.id.in_(ids)))
 
     def end_unserved(self, model: str, after_s: float) -> int:
         """End jobs that have waited for so long for a model that the caller's deployment does not have.

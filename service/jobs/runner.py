@@ -151,12 +151,12 @@ class Runner:
             await asyncio.wait([self._following])  # it may be claiming jobs
         if self._sweeping is not None:
             self._sweeping.cancel()
-        running = list(self._running.values())
-        for _, task in running:
-            task.cancel()
-        for job, task in running:
-            await asyncio.wait([task])
-            await self._tell(job, JobStore.give_back, "its gateway stops")
+        await asyncio.gather(*(self._give_back(job, task) for job, task in list(self._running.values())))
+
+    async def _give_back(self, job: Job, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        await asyncio.wait([task])
+        await self._tell(job, JobStore.give_back, "its gateway stops")
 
     async def _follow(self) -> None:
         while not self._stopped:
@@ -247,11 +247,10 @@ class Runner:
                     step = report
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
-                now = time.monotonic()
-                if now - renewed_at >= RENEW_S:
-                    renewed_at = now
+                if time.monotonic() - renewed_at >= RENEW_S:
                     with contextlib.suppress(JobsUnavailable):  # the work goes on, and is published later
                         await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, step.step, step.total_steps)
+                    renewed_at = time.monotonic()  # what was reported while it lasted is not told step by step
         raise GangLost("the ranks ended without a result")
 
     async def _request(self, job: Job) -> GenerationRequest:

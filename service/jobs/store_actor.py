@@ -4,6 +4,9 @@
 where it lies, because SQLite locks files on shared disks badly; the actor is on the head's node, whose loss ends the
 cluster anyway. PostgreSQL takes any number of callers, so gateways call it themselves, in threads.
 
+Each call ends in time, whatever hangs: the actor, its start, PostgreSQL or the way to it. Then nobody knows whether it
+was carried out. So nothing is acknowledged; what is told twice changes nothing, and what was claimed lapses.
+
 For `service.gateway`, `service.jobs.runner` and the APIs.
 """
 
@@ -14,8 +17,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -24,8 +29,20 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.spec import SpecError
-from service.jobs import database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions
-from service.jobs.engines import open_postgres, open_sqlite
+from service.jobs import (
+    bounded,
+    database,
+    engines,
+    input_notes,
+    leases,
+    outbox,
+    queries,
+    records,
+    store,
+    tables,
+    transitions,
+)
+from service.jobs.engines import CONNECTIONS, open_postgres, open_sqlite
 from service.jobs.observed import begin_at_zero, observing_store
 from service.jobs.store import JobStore
 from service.state.output_folder import own_folder
@@ -36,8 +53,10 @@ from workers.private_folder import make_private
 logger = logging.getLogger("ray.serve")
 
 ANSWER_S = 20.0
-"""For one call of the actor. It may have to start first, also again: then it is told once more. What callers tell the
-store may be told twice, and a claim whose answer is lost lapses."""
+"""For one call of the actor. It may have to start first, also again: then it is told once more."""
+
+GRACE_S = 1.0
+"""Beyond `bounded.CALL_S`, for the answer of a call of PostgreSQL that has just been in time."""
 
 LOOK_S = 5.0
 """Between two looks for an actor that another gateway may have started: each asks Ray's control store. That gateway
@@ -83,6 +102,9 @@ class Jobs:
         self._actor: Any = None
         self._looked_at = -LOOK_S
         self._own: JobStore | None = None  # PostgreSQL; without a cluster, SQLite too
+        self._opening = threading.Lock()
+        # Threads of its own: while they wait for a database, files are written by others.
+        self._threads = ThreadPoolExecutor(CONNECTIONS, "jobs")
         begin_at_zero()
 
     def follow(self, folder: str | None, url_env: str | None, keep_s: float) -> None:
@@ -114,13 +136,12 @@ class Jobs:
         """The answer of a method of `JobStore`.
 
         Raises:
-            JobsUnavailable: the store cannot be reached.
+            JobsUnavailable: the store cannot be reached, or has not answered in time; it may have done what was asked.
             Exception: what the method raises.
         """
         with observing_store(call.__name__):
             if self._url_env is not None or not ray.is_initialized():
-                own = await asyncio.to_thread(self._open)
-                return await asyncio.to_thread(call, own, *args, **kwargs)
+                return await self._ask_own(call, args, kwargs)
             found: Result = await self._ask_actor(call.__name__, args, kwargs)
             return found
 
@@ -139,25 +160,40 @@ class Jobs:
             return False
         return True
 
-    async def _ask_actor(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        loop, error = asyncio.get_running_loop(), "it took too long"
-        until = loop.time() + ANSWER_S
-        while loop.time() < until:
-            try:
-                actor = self._actor = self._actor or await asyncio.to_thread(self._start)
-                asked = actor.call.remote(method, self._keep_s, args, kwargs)
-                return await asyncio.wait_for(_result(asked), until - loop.time())
-            except RayTaskError as failed:
-                raise failed.cause from None
-            except RayActorError as ended:  # Ray starts it again on the same node, with the same file
-                error, self._actor = str(ended), None
-                await asyncio.sleep(PAUSE_S)
-            except (RayError, ValueError, TimeoutError) as failed:
-                error = str(failed) or type(failed).__name__
-                break
-        self._actor = None
-        logger.error("the store of jobs cannot be reached: %s", error)
-        raise JobsUnavailable("the store of jobs cannot be reached now; try again later") from None
+    async def _ask_own(self, call: Callable[..., Result], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+        longest = ANSWER_S if self._url_env is None else bounded.CALL_S
+        until = time.monotonic() + longest
+
+        def answer() -> Result:
+            own = self._open(until)
+            with bounded.until(until):  # nothing begins after that
+                return call(own, *args, **kwargs)
+
+        try:
+            async with asyncio.timeout(longest + GRACE_S):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, answer)
+        except TimeoutError:
+            raise _away("it has not answered in time") from None
+
+    async def _ask_actor(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        error = "it has not answered in time"
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                while True:
+                    try:
+                        actor = self._actor = self._actor or await self._started()
+                        return await actor.call.remote(method, self._keep_s, args, kwargs)
+                    except RayActorError as ended:  # Ray starts it again on the same node, with the same file
+                        error, self._actor = str(ended), None
+                        await asyncio.sleep(PAUSE_S)
+        except RayTaskError as failed:
+            raise failed.cause from None
+        except (RayError, ValueError, TimeoutError) as failed:
+            self._actor = None
+            raise _away(str(failed) or error) from None
+
+    async def _started(self) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._start)
 
     def _start(self) -> Any:
         """The actor, started if it is not there. Blocks. Gateways of another version have one of their own, which reads
@@ -177,19 +213,25 @@ class Jobs:
 
     def _actor_name(self) -> str:
         # Whole modules: to find a class in one, inspect parses it, which fails now and then in a thread of Python 3.11.
-        parts = (database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions)
+        parts = (bounded, database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions)
         source = "".join(map(inspect.getsource, (*parts, sys.modules[__name__]))) + json.dumps(self._folder)
         return f"jobs-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
-    def _open(self) -> JobStore:
-        if self._own is None:
-            if self._url_env is None:
-                self._own = _open_file(self._folder, self._keep_s)
-            else:
-                with database.answering():
-                    self._own = JobStore(open_postgres(os.environ[self._url_env]), self._keep_s)
-        self._own.keep_s = self._keep_s
-        return self._own
+    def _open(self, until: float) -> JobStore:
+        """The store, opened by the first call, whose tables may take longer than a call."""
+        if not self._opening.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise _away("it is not open yet")
+        try:
+            if self._own is None:
+                if self._url_env is None:
+                    self._own = _open_file(self._folder, self._keep_s)
+                else:
+                    with database.answering():
+                        self._own = JobStore(open_postgres(os.environ[self._url_env]), self._keep_s)
+            self._own.keep_s = self._keep_s
+            return self._own
+        finally:
+            self._opening.release()
 
 
 def _open_file(folder: str | None, keep_s: float) -> JobStore:
@@ -198,5 +240,6 @@ def _open_file(folder: str | None, keep_s: float) -> JobStore:
         return JobStore(open_sqlite(place / FILE), keep_s)
 
 
-async def _result(reference: Any) -> Any:
-    return await reference
+def _away(error: str) -> JobsUnavailable:
+    logger.error("the store of jobs cannot be reached: %s", error)
+    return JobsUnavailable("the store of jobs cannot be reached now; try again later")

@@ -1,6 +1,7 @@
 """What lies between gateways and PostgreSQL: it forwards bytes, and can be cut for one process.
 
-A connection over it is held, not closed, as by a network that drops packets; what was sent meanwhile arrives later.
+A connection over it is held, not closed, as by a network that drops packets, or a proxy whose server hangs: bytes are
+taken, and nobody answers. What was sent meanwhile arrives later, as does the end of a connection.
 """
 
 import contextlib
@@ -34,14 +35,15 @@ class Link:
         self.url = server.url.replace(self._server, str(self._folder))
         self.held = 0
         self._cut: int | None = None
+        self._answers = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._folder / SOCKET))
         self._listener.listen(64)
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self, pid: int) -> None:
-        """Let nothing through from this process, or to it, from now on."""
-        self.held, self._cut = 0, pid
+    def cut(self, pid: int, answers: bool = False) -> None:
+        """Let nothing through from this process, or to it, from now on; or only no answers."""
+        self.held, self._answers, self._cut = 0, answers, pid
 
     def heal(self) -> None:
         """Let everything through again, with what was held."""
@@ -64,18 +66,21 @@ class Link:
                 except OSError:  # it is stopped
                     client.close()
                     continue
-                for ends in ((client, server), (server, client)):
+                for ends in ((client, server, False), (server, client, True)):
                     threading.Thread(target=self._forward, args=(pid, *ends), daemon=True).start()
 
-    def _forward(self, pid: int, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(PART):
-                self.held += self._cut == pid
-                while self._cut == pid:
+    def _forward(self, pid: int, source: socket.socket, target: socket.socket, answers: bool) -> None:
+        def is_cut() -> bool:
+            return self._cut == pid and (answers or not self._answers)
+
+        data = b"?"
+        with contextlib.suppress(OSError):
+            while data:
+                data = source.recv(PART)
+                self.held += is_cut()
+                while is_cut():
                     threading.Event().wait(LOOK_S)
                 target.sendall(data)
-        except OSError:
-            pass
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

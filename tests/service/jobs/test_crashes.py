@@ -15,6 +15,7 @@ from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.store import JobStore
 from tests.service.jobs.stores import BACKENDS, LEASE_S, new_job, open_engine
 from tests.support.postgres import Postgres
+from workers.errors import JobsUnavailable
 
 KILLS = 20
 ROUNDS = 30
@@ -71,19 +72,17 @@ def test_two_processes_claim_no_job_twice_and_no_more_than_there_is_room_for(whe
 
 
 def test_a_gateway_that_stops_in_the_middle_of_a_claim_does_not_hold_up_the_others(
-    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(database, "CLAIMING_S", 1)
+    monkeypatch.setattr(database, "IDLE_S", 1)
     engine = open_engine("postgres", tmp_path, postgres.url)
     store = JobStore(engine, 60.0)
     job, _ = store.submit(new_job())
-    stopped = engine.connect()
-    stopped.begin()
-    database.one_claims(stopped)
-    assert [taken.id for taken in store.claim({"film": 1}, "r", LEASE_S)] == [job.id]
-    with pytest.raises(sa.exc.InternalError, match="idle-in-transaction"):
+    with pytest.raises(JobsUnavailable), store._database.transaction() as (stopped, _):
+        database.one_claims(stopped)
+        assert [taken.id for taken in store.claim({"film": 1}, "r", LEASE_S)] == [job.id]
         stopped.execute(sa.select(1))
-    stopped.close()
+    assert "idle-in-transaction" in caplog.text
     store.close()
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from service.jobs.store_actor import Jobs, StoreActor
 from service.rollout.cluster_folder import place
 from tests.service.jobs.stores import FILM, LEASE_S, new_job
 from tests.support.postgres import Postgres
-from workers.errors import JobNotFound
+from workers.errors import JobNotFound, JobsUnavailable
 
 KILLS = 2
 
@@ -111,6 +112,39 @@ def test_what_was_acknowledged_outlives_the_actor(
         found = [job.id for job in page.jobs]
         assert len(acknowledged) >= 5 * KILLS
         assert sorted(found) == sorted(acknowledged)  # none is missing, and none is there twice
+        ray.kill(actor)
+
+    asyncio.run(story())
+
+
+@pytest.mark.processes
+def test_an_actor_that_hangs_or_does_not_start_is_told_in_time(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.store_actor.StoreActor", Tells)
+
+    async def in_time(jobs: Jobs) -> None:
+        async with asyncio.timeout(30):
+            with pytest.raises(JobsUnavailable):
+                await jobs.ask(JobStore.submit, new_job())
+
+    async def story() -> None:
+        jobs = gateway(tmp_path)
+        job, _ = await jobs.ask(JobStore.submit, new_job())
+        actor = jobs._actor
+        pid = await asyncio.to_thread(ray.get, actor.pid.remote())
+        monkeypatch.setattr("service.jobs.store_actor.ANSWER_S", 1.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await in_time(jobs)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        starts = threading.Event()
+        monkeypatch.setattr(Jobs, "_start", lambda _: starts.wait(60) and actor)
+        await in_time(jobs)  # it has forgotten the actor, and looks for it
+        monkeypatch.setattr("service.jobs.store_actor.ANSWER_S", 60.0)
+        starts.set()
+        assert (await jobs.ask(JobStore.get, job.id, "ann")) == job
         ray.kill(actor)
 
     asyncio.run(story())
