@@ -19,7 +19,9 @@ from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.ledger import Accepted, Ledger, read_lines
 from tests.benchmarks.job_faults.link import SOCKET, Link
 from tests.benchmarks.job_faults.report import report
+from tests.benchmarks.job_faults.scene import NotNoticed, Scene
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
+from tests.benchmarks.job_faults.together import HOLDING, PLAIN, groups, meanwhile
 from tests.benchmarks.job_faults.verdict import Verdict, judge
 from tests.service.jobs.stores import FILM, LEASE_S, new_job
 from tests.support.backend import FakeBackend
@@ -42,6 +44,37 @@ def test_a_round_has_every_kind_once_and_a_longer_plan_begins_the_same() -> None
     assert long[:30] == short
     assert set(Counter(long[: 3 * len(kinds)]).values()) == {3}
     assert plan(8, kinds, 100) != long
+
+
+def test_some_faults_of_a_plan_come_in_pairs_and_those_of_a_longer_plan_too() -> None:
+    kinds = plan(7, list(STRIKES), 200)
+    found = groups(7, kinds)
+    assert [number for group in found for number in group] == list(range(200))
+    assert groups(7, kinds[:50])[:-1] == found[: len(groups(7, kinds[:50])) - 1]
+    pairs = [(kinds[group[0]], kinds[group[1]]) for group in found if len(group) == 2]
+    assert 30 <= len(pairs) <= 70
+    assert {meanwhile(*pair) for pair in pairs} == {True, False}
+    assert {*HOLDING, *PLAIN} <= set(STRIKES)
+    assert meanwhile("store full", "gateway") and not meanwhile("gateway", "store full")
+
+
+def test_only_the_refusal_of_the_fault_itself_counts(tmp_path: Path) -> None:
+    """A gateway that another fault has met refuses, too, or does not answer."""
+    answers: list[Any] = [None, (503, "model_unavailable"), (202, ""), (503, "jobs_unavailable")]
+
+    def once(*_: Any, **__: Any) -> Any:
+        answer = answers.pop(0)
+        told = answer and httpx.Response(answer[0], json={"error": {"code": answer[1]}})
+        return SimpleNamespace(result=lambda: told)
+
+    callers: Any = SimpleNamespace(once=once)
+    nothing: Any = None
+    scene = Scene(nothing, callers, nothing)
+    answer, accepted = scene.refused(503, "jobs_unavailable", accepts=True)
+    assert (answer.status_code, accepted, answers) == (503, 1, [])
+    answers[:] = [None, (202, "")]
+    with pytest.raises(NotNoticed, match="202"):
+        scene.refused(503, "jobs_unavailable")
 
 
 def test_a_caller_submits_follows_and_downloads(tmp_path: Path) -> None:
@@ -141,9 +174,11 @@ def test_what_ended_once_is_sound(store: JobStore, tmp_path: Path) -> None:
     verdict = verdict_of(store, tmp_path, done, failed)
     assert verdict.sound
     assert verdict.states == {"succeeded": 1, "failed: request_quarantined": 1}
+    failed.poisoned, failed.struck = False, 2
+    assert verdict_of(store, tmp_path, done, failed).sound
 
 
-@pytest.mark.parametrize("wrong", ["missing", "open", "twice", "made twice", "failed", "expired", "survived"])
+@pytest.mark.parametrize("wrong", ["missing", "open", "twice", "made twice", "failed", "expired", "survived", "hasty"])
 def test_what_is_wrong_is_not_sound(store: JobStore, tmp_path: Path, wrong: str) -> None:
     done = accepted(id=published(store), state="succeeded", sha256="0")
     jobs = [done]
@@ -161,6 +196,8 @@ def test_what_is_wrong_is_not_sound(store: JobStore, tmp_path: Path, wrong: str)
         jobs = [accepted(id="job_other", key="k", state="succeeded")]
     elif wrong == "survived":
         done.poisoned = True
+    elif wrong == "hasty":  # one fault does not take so many attempts
+        done.state, done.code, done.struck = "failed", "request_quarantined", 1
     elif wrong == "failed":
         done.state, done.code = "failed", "internal_error"
     else:
@@ -173,10 +210,14 @@ def test_the_report_has_a_row_for_each_kind_and_says_what_was_not_noticed(store:
         {"fault": 0, "kind": "rank", "met": 3, "met_running": 1, "served_s": 5.0, "settled_s": 6.0},
         {"fault": 1, "kind": "rank", "met": 2, "met_running": 1, "served_s": 7.0, "settled_s": 9.0},
         {"fault": 2, "kind": "proxy", "trouble": "not noticed: there is no proxy"},
+        {"fault": 3, "kind": "rank", "met": 1, "served_s": 90.0, "settled_s": 90.0, "beside": "store full"},
+        {"fault": 4, "kind": "store full", "served_s": 80.0, "settled_s": 90.0, "beside": "rank"},
         json.loads(json.dumps(vars(verdict_of(store, tmp_path, accepted())))),
     ]
-    said = report(lines)
-    assert "| rank | 2 | 5 | 2 | 6.0 s | 7.0 s | 7.5 s | 9.0 s |" in said
+    said = report(lines, ["gang"])
+    assert "| rank | 3 | 3 | 1 | 6 | 2 | 6.0 s | 7.0 s | 7.5 s | 9.0 s |" in said
+    assert "| proxy | 1 | 0 | 0 |" in said and "| gang | 0 | 0 | 0 |" in said
+    assert "5 faults of 3 kinds, 2 of them in pairs" in said
     assert "- fault 2, proxy: not noticed: there is no proxy" in said
     assert "Accepted 1, ended 0" in said
     assert "1 lost" in said
@@ -203,5 +244,20 @@ def test_a_link_that_is_cut_for_a_process_holds_what_it_sends(tmp_path: Path) ->
             link.heal()
             reached.settimeout(10)
             assert reached.recv(9) == b"b"
+            link.cut(os.getpid(), answers=True)
+            client.sendall(b"c")
+            assert reached.recv(9) == b"c"
+            reached.sendall(b"d")
+            client.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                client.recv(9)
+            link.cut(os.getpid())
+            client.close()
+            reached.settimeout(0.3)
+            with pytest.raises(TimeoutError):  # nobody hears of its end either
+                reached.recv(9)
+            link.heal()
+            reached.settimeout(10)
+            assert reached.recv(9) == b""
             reached.close()
         link.close()

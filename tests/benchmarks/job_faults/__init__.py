@@ -8,6 +8,7 @@
     ledger.py     what was accepted, and how it ended, as its callers saw it
     callers.py    callers that submit, retry, follow and download
     strikes.py    the kinds of faults: each does harm, and proves that it was noticed
+    together.py   which faults strike together
     poisoned.py   the kind that comes with a request: whatever runs it dies
     verdict.py    what the faults of one run have cost, by the ledger and by the store
     report.py     the table of all runs

@@ -4,17 +4,19 @@
 
 Four callers submit jobs all the time, with idempotency keys and retries. In each round every kind of fault comes once,
 in an order that the seed decides. A fault is over when another job has ended, and with it all jobs that it has met;
-the seconds are counted from the fault, or from the end of what holds for a while.
+the seconds are counted from the fault, or from the end of what holds for a while. The seed also decides which faults
+come in pairs: the second one meanwhile, or at once; in their lines `beside` is the kind of the other.
 
 `faults.jsonl` in the folder gets a line for each fault and each run, `jobs.jsonl` one for each job that is accepted or
 ends. A command that was interrupted goes on where it was with the same arguments, and with the jobs that it has left.
-The exit code is 1 if a job was lost, published twice or failed for another reason than too many faults of its own, if a
-picture differs from the one that is drawn at leisure, or if a fault was not noticed.
+The exit code is 1 if a job was lost, published twice or failed for another reason than two faults of its own or more,
+if a picture differs from the one that is drawn at leisure, or if a fault was not noticed.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import random
 import signal
@@ -35,6 +37,7 @@ from tests.benchmarks.job_faults.link import Link
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.scene import NotNoticed, Scene
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
+from tests.benchmarks.job_faults.together import groups, meanwhile
 from tests.benchmarks.job_faults.verdict import Verdict, compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
@@ -54,12 +57,14 @@ def main() -> None:
     kinds = _kinds(given, own_disk)
     lines = folder / "faults.jsonl"
     before = read_lines(lines)
-    planned = list(enumerate(plan(given.seed, kinds, given.faults)))[sum("kind" in line for line in before) :]
-    if planned or "accepted" not in before[-1]:
+    planned, done = plan(given.seed, kinds, given.faults), sum("kind" in line for line in before)
+    left = [[(number, planned[number]) for number in group if number >= done] for group in groups(given.seed, planned)]
+    left = [group for group in left if group]
+    if left or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
-            Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, planned)
+            Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, left)
     after = read_lines(lines)
-    print(report(after))
+    print(report(after, kinds))
     unsound = [line for line in after if "accepted" in line and not Verdict(**line).sound]
     sys.exit(bool(unsound) or any(line.get("trouble") for line in after))
 
@@ -88,17 +93,14 @@ class Run:
         self._ledger = Ledger(folder / "jobs.jsonl")
         self._callers = Callers(lambda: self._cluster.url, self._ledger, self._cluster.models, patience_s)
 
-    def strike(self, seed: int, planned: list[tuple[int, str]]) -> None:
-        """Strike by plan, then judge."""
+    def strike(self, seed: int, planned: list[list[tuple[int, str]]]) -> None:
+        """Strike by plan, what comes together at once, then judge."""
         try:
             self._cluster.start()
             self._callers.begin(CALLERS)
-            for number, kind in planned:
-                rng = random.Random(f"{seed}/{number}")
-                scene = Scene(
-                    self._cluster, self._callers, rng, self._disk, self._store_disk, self._postgres, self._link
-                )
-                self._write({"fault": number, "kind": kind, "at": time.time()} | self._one(scene, kind))
+            for group in planned:
+                self._cluster.check()
+                self._strike(seed, group)
             self._callers.end()
             compared = compare_pictures(self._ledger, self._callers)
         finally:
@@ -115,21 +117,42 @@ class Run:
         store.close()
         self._write(dataclasses.asdict(verdict))
 
-    def _one(self, scene: Scene, kind: str) -> dict[str, Any]:
-        """Strike once; what was seen."""
-        self._cluster.check()
-        try:
-            facts = STRIKES[kind](scene)
-        except NotNoticed as error:
-            facts = {"trouble": f"not noticed: {error}"}
+    def _strike(self, seed: int, group: list[tuple[int, str]]) -> None:
+        """Strike once, or twice together; write what was seen."""
+        scenes = {number: self._scene(random.Random(f"{seed}/{number}")) for number, _ in group}
+        seen: dict[int, dict[str, Any]] = {}
+
+        def once(number: int, kind: str) -> None:
+            seen[number] = {"fault": number, "kind": kind, "at": time.time()}
+            try:
+                seen[number] |= STRIKES[kind](scenes[number])
+            except NotNoticed as error:
+                seen[number]["trouble"] = f"not noticed: {error}"
+
+        (first, kind), (last, other) = group[0], group[-1]
+        if meanwhile(kind, other):
+            scenes[first].meanwhile = functools.partial(once, last, other)
+        for number, each in group:
+            if number not in seen:
+                once(number, each)
+        for number, _ in group:
+            self._settle(scenes[number], seen[number])
+            seen[number] |= {"beside": other if number == first else kind} if len(group) > 1 else {}
+        for number, _ in group:
+            self._write(seen[number])
+
+    def _scene(self, rng: random.Random) -> Scene:
+        return Scene(self._cluster, self._callers, rng, self._disk, self._store_disk, self._postgres, self._link)
+
+    def _settle(self, scene: Scene, facts: dict[str, Any]) -> None:
+        """Wait for the end of all that a fault has met; add how long that took."""
         if scene.probe is None:
-            return facts
+            return
         facts["served_s"] = round(scene.probe.result(), 1)
         wait(self._patience_s, lambda: not any(job.open for job in scene.met))
         facts["settled_s"] = round(time.monotonic() - scene.struck_at, 1)
         if facts["served_s"] > self._patience_s:
             facts["trouble"] = facts.get("trouble", "") + "nothing was served again"
-        return facts
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

@@ -143,7 +143,7 @@ class Callers:
                 if follow:
                     self.follow(job)
                 else:
-                    self._steady.append(self._pool.submit(self.follow, job))
+                    self.follow_beside(job)
             return answer
 
         return self._pool.submit(call)
@@ -174,6 +174,11 @@ class Callers:
             if job.open:
                 time.sleep(LOOK_S)
         self.ledger.write(job)
+
+    def follow_beside(self, job: Accepted) -> "Future[None]":
+        """The same by a caller of its own."""
+        self._steady.append(following := self._pool.submit(self.follow, job))
+        return following
 
     def draw(self, job: Accepted) -> bytes | None:
         """The picture that the same request draws when its caller waits for it; None if there is none."""

@@ -13,6 +13,9 @@ from typing import Any
 
 ENDED = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
+LEAST_FAULTS = 2
+"""A job that has met fewer must not fail, unless it is poisoned."""
+
 
 @dataclass
 class Accepted:

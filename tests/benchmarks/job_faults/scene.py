@@ -2,9 +2,12 @@
 
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+import httpx
 
 from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.cluster import NEAR, Cluster, wait
@@ -17,6 +20,9 @@ NOTICED_S = 120.0
 
 AT_WORK_S = 20.0
 """For jobs to be running before a fault."""
+
+LOOK_S = 0.3
+"""Between two submissions of somebody who wants to be refused."""
 
 WAITING = 6
 """Jobs that wait or run before a fault that concerns those, at least."""
@@ -40,6 +46,7 @@ class Scene:
         store_disk: of the store's file; likewise.
         postgres: that keeps jobs; None: SQLite does.
         link: by which gateways reach it.
+        meanwhile: another fault, which strikes while this one holds; None: it is alone.
         probe: the job that was submitted as soon as the harm was done.
         struck_at: when that was, by the clock of `time.monotonic`.
         met: the jobs that the fault has met.
@@ -52,6 +59,7 @@ class Scene:
     store_disk: Disk | None = None
     postgres: Postgres | None = None
     link: Link | None = None
+    meanwhile: Callable[[], None] | None = None
     probe: "Future[float] | None" = None
     struck_at: float = 0.0
     met: list[Any] = field(default_factory=list)
@@ -78,9 +86,55 @@ class Scene:
             raise NotNoticed(f"there is no {process} to strike")
         return self.rng.choice(sorted(found)), found
 
+    def refused(self, status: int, code: str, accepts: bool = False) -> tuple[httpx.Response, int]:
+        """Submit until somebody is refused so: other refusals are those of what another fault has just met.
+
+        Args:
+            status: of the answer.
+            code: of its error.
+            accepts: submissions may be accepted before.
+
+        Returns:
+            The answer, and how many were accepted before.
+
+        Raises:
+            NotNoticed: a submission is accepted, or nobody is refused so within `NOTICED_S`.
+        """
+        accepted, until = 0, time.monotonic() + NOTICED_S
+        while True:
+            answer = self.callers.once(NEAR, follow=False).result()
+            if answer is not None and (answer.status_code, _code(answer)) == (status, code):
+                return answer, accepted
+            taken = answer is not None and answer.status_code == 202
+            accepted += taken
+            if (taken and not accepts) or time.monotonic() > until:
+                raise NotNoticed(f"{accepted} submissions were accepted, the last one was answered with {answer}")
+            if not taken:
+                time.sleep(LOOK_S)
+
+    def hold(self, seconds: float) -> None:
+        """Let the harm last so long, and until what strikes meanwhile is noticed."""
+        until = time.monotonic() + seconds
+        if self.meanwhile is not None:
+            self.meanwhile()
+        time.sleep(max(0.0, until - time.monotonic()))
+
     def recover(self, model: str = NEAR) -> None:
         """The harm is done: submit the job whose end says that the cluster serves again."""
+        met = {job.id for job in self.met}
+        for job in self.callers.ledger.open_jobs():  # accepted since
+            if job.id not in met:
+                job.struck += 1
+                self.met.append(job)
         self.struck_at, self.probe = time.monotonic(), self.callers.probe(model)
+
+
+def _code(answer: httpx.Response) -> str:
+    """The code of an error; empty: it has none, as what a proxy says by itself."""
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def replaced(cluster: Cluster, process: str, pid: int, before: set[int]) -> Facts:

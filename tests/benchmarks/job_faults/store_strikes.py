@@ -6,6 +6,8 @@ import threading
 import time
 from typing import Any
 
+import httpx
+
 from service.jobs.engines import open_postgres
 from service.jobs.runner import LEASE_S
 from service.jobs.store import JobStore
@@ -54,17 +56,18 @@ def stop_store(scene: Scene) -> Facts:
     facts = scene.meet()
     hold_s = scene.rng.choice(STORE_STOPPED_S)
     os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
     try:
         asked = scene.callers.once(NEAR)
-        time.sleep(hold_s)
+        scene.hold(hold_s)
         early = asked.result() if asked.done() else None
+        felt = "no answer" if early is None else str(early.status_code)
     finally:
         os.kill(pid, signal.SIGCONT)
-    scene.recover()
-    if early is not None and early.status_code != 503:
+        scene.recover()
+    if early is not None and early.status_code < 500:  # 500 and more: another fault may have met it
         raise NotNoticed(f"a submission was answered with {early.status_code} meanwhile")
-    felt = "503" if early is not None else f"no answer for {hold_s:g} s"
-    return facts | {"pid": pid, "held_s": hold_s, "felt": felt}
+    return facts | {"pid": pid, "held_s": round(scene.struck_at - began, 1), "felt": felt}
 
 
 def fill_store(scene: Scene) -> Facts:
@@ -72,20 +75,15 @@ def fill_store(scene: Scene) -> Facts:
     assert scene.store_disk is not None
     scene.wait_at_work()
     facts = scene.meet()
-    accepted, until = 0, time.monotonic() + NOTICED_S
     scene.store_disk.fill()
-    try:
-        while (answer := scene.callers.once(NEAR, follow=False).result()) is None or answer.status_code == 202:
-            accepted += 1  # by pages of its log that it writes over
-            if time.monotonic() > until:
-                raise NotNoticed(f"{accepted} submissions were accepted, the last one with {answer}")
-        time.sleep(hold_s := scene.rng.uniform(2.0, 5.0))
+    began = time.monotonic()
+    try:  # some are accepted, by pages of its log that it writes over
+        answer, accepted = scene.refused(503, "jobs_unavailable", accepts=True)
+        scene.hold(scene.rng.uniform(2.0, 5.0))
     finally:
         scene.store_disk.free()
-    scene.recover()
-    if answer.status_code != 503 or "retry-after" not in answer.headers:
-        raise NotNoticed(f"a submission was answered with {answer}")
-    return facts | {"held_s": round(hold_s, 1), "accepted_before": accepted, "felt": "503"}
+        scene.recover()
+    return facts | {"held_s": round(scene.struck_at - began, 1), "accepted_before": accepted} | _felt(answer)
 
 
 def stop_database(scene: Scene) -> Facts:
@@ -93,17 +91,15 @@ def stop_database(scene: Scene) -> Facts:
     assert scene.postgres is not None
     scene.wait_at_work()
     facts = scene.meet()
-    hold_s = scene.rng.uniform(3.0, 10.0)
     scene.postgres.stop()
+    began = time.monotonic()
     try:
-        answer = scene.callers.once(NEAR).result()
-        time.sleep(hold_s)
+        answer, _ = scene.refused(503, "jobs_unavailable")
+        scene.hold(scene.rng.uniform(3.0, 10.0))
     finally:
         scene.postgres.start()
-    scene.recover()
-    if answer is None or answer.status_code != 503 or "retry-after" not in answer.headers:
-        raise NotNoticed(f"a submission was answered with {answer}")
-    return facts | {"held_s": round(hold_s, 1), "felt": f"503, retry after {answer.headers['retry-after']} s"}
+        scene.recover()
+    return facts | {"held_s": round(scene.struck_at - began, 1)} | _felt(answer)
 
 
 def cut_off(scene: Scene) -> Facts:
@@ -117,6 +113,8 @@ def cut_off(scene: Scene) -> Facts:
         for _ in range(TRIES):
             scene.callers.burst(WAITING)
             scene.wait_at_work()
+            if not wait(NOTICED_S, lambda: not _without_word(store)):
+                raise NotNoticed("jobs have no runner before the cut, and would be taken for those of the cut one")
             pid, _ = scene.one_of("gateway")
             facts = scene.meet()
             link.cut(pid)
@@ -128,15 +126,26 @@ def cut_off(scene: Scene) -> Facts:
         else:
             raise NotNoticed(f"none of {TRIES} gateways ran a job")
         over = wait(NOTICED_S, lambda: all(_taken_over(store, job_id, runner) for job_id, runner in held.items()))
-        time.sleep(scene.rng.uniform(0.0, 5.0))  # before the others have drawn it, or after
+        scene.hold(scene.rng.uniform(0.0, 5.0))  # before the others have drawn it, or after
     finally:
         link.heal()
-    scene.recover()
-    store.close()
+        scene.recover()
+        store.close()
     if not over:
         raise NotNoticed(f"{', '.join(held)} were not taken over")
     held_s = round(scene.struck_at - cut_at, 1)
     return facts | {"pid": pid, "held_s": held_s, "taken_over": list(held), "messages_late": link.held}
+
+
+def _felt(answer: httpx.Response) -> Facts:
+    """How a submission was refused.
+
+    Raises:
+        NotNoticed: its caller does not hear when to come again.
+    """
+    if "retry-after" not in answer.headers:
+        raise NotNoticed(f"a submission was answered with {answer}, without Retry-After")
+    return {"felt": f"{answer.status_code}, retry after {answer.headers['retry-after']} s"}
 
 
 def _without_word(store: JobStore) -> dict[str, str]:

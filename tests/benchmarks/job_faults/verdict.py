@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from service.jobs.store import JobStore
 from tests.benchmarks.job_faults.callers import Callers
-from tests.benchmarks.job_faults.ledger import Ledger
+from tests.benchmarks.job_faults.ledger import LEAST_FAULTS, Ledger
 
 EXPECTED = ("request_quarantined",)
 """How a job may fail: faults have met it so often that it is not tried again."""
@@ -29,6 +29,7 @@ class Verdict:
         different: ids of those that were not the same, byte for byte.
         refused: submissions that were refused for good.
         survived: ids of poisoned jobs that did not fail as quarantined.
+        hasty: ids of jobs that failed so, but have met fewer faults than that takes.
     """
 
     accepted: int
@@ -40,13 +41,15 @@ class Verdict:
     different: list[str]
     refused: list[str]
     survived: list[str] = field(default_factory=list)
+    hasty: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Whether nothing went wrong."""
         failed = [name for name in self.states if name.startswith("failed") and not name.endswith(EXPECTED)]
         ended = all(name.startswith(("succeeded", "failed")) for name in self.states)
-        return ended and not (self.lost or self.twice or self.unknown or self.different or self.survived or failed)
+        wrong = (self.lost, self.twice, self.unknown, self.different, self.survived, self.hasty, failed)
+        return ended and not any(wrong)
 
 
 def compare_pictures(ledger: Ledger, callers: Callers) -> tuple[int, list[str]]:
@@ -78,8 +81,10 @@ def judge(ledger: Ledger, store: JobStore, refused: list[str], compared: tuple[i
     unknown = [job.id for job in kept if by_key.get(job.idempotency_key or "", job.id) != job.id]
     poisoned = [job for job in ledger.jobs.values() if job.poisoned]
     survived = [job.id for job in poisoned if (job.state, job.code) != ("failed", *EXPECTED)]
+    few = [job for job in ledger.jobs.values() if job.struck < LEAST_FAULTS and not (job.poisoned or job.inherited)]
+    hasty = [job.id for job in few if (job.state, job.code) == ("failed", *EXPECTED)]
     ends = Counter(job.state if job.code is None else f"{job.state}: {job.code}" for job in ledger.jobs.values())
-    return Verdict(len(ledger.jobs), dict(ends), lost, twice, unknown, *compared, refused, survived)
+    return Verdict(len(ledger.jobs), dict(ends), lost, twice, unknown, *compared, refused, survived, hasty)
 
 
 def _publications(store: JobStore, job_id: str) -> int:

@@ -1,0 +1,31 @@
+"""Which faults of a plan strike together: two in a row, of which the second does not wait for the end of the first.
+
+Where the first one holds for a while, as a full disk does, and the second kills or stops one process, it does so
+meanwhile; else it strikes as soon as the first one is over. For `__main__`.
+"""
+
+import random
+
+SHARE = 0.3
+"""Of the faults, those that the next one joins."""
+
+HOLDING = ("store full", "outputs full", "store stopped", "database", "partition")
+"""Kinds that hold for a while; see `Scene.hold`."""
+
+PLAIN = ("gateway", "rank", "gang", "proxy", "controller", "rank stopped")
+"""Kinds that strike one process, in whatever state the cluster is."""
+
+
+def groups(seed: int, kinds: list[str]) -> list[list[int]]:
+    """The numbers of the faults of a plan, alone or in pairs; a longer plan begins the same, but for its last fault."""
+    rng, found, number = random.Random(f"{seed}/together"), list[list[int]](), 0
+    while number < len(kinds):
+        size = min(1 + (rng.random() < SHARE), len(kinds) - number)
+        found.append(list(range(number, number + size)))
+        number += size
+    return found
+
+
+def meanwhile(first: str, second: str) -> bool:
+    """Whether the second one strikes while the first one holds."""
+    return first in HOLDING and second in PLAIN
