@@ -86,9 +86,13 @@ class Watched:
 
 
 def repeated(watched: Watched) -> int:
-    """Steps that it has done twice, between the loss of its ranks and the end."""
+    """Steps that it has done twice, after the only loss of its ranks. 0: its state had just been kept."""
     steps = [step for step, _ in watched.steps]
-    (back,) = (i for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1)
+    jumps = [i for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1]
+    if not jumps:
+        assert steps == list(range(1, watched.request["num_inference_steps"] + 1))
+        return 0
+    (back,) = jumps
     assert steps[:back] == list(range(1, back + 1))
     assert steps[back:] == list(range(steps[back], watched.request["num_inference_steps"] + 1))
     return steps[back - 1] - steps[back] + 1

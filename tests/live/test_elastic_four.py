@@ -83,17 +83,18 @@ def obey(actor: Any, folder: Path) -> None:
 
 
 @pytest.fixture
-def holds(cluster: LocalCluster, tmp_path: Path) -> Iterator[Holds]:
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+@pytest.fixture
+def holds(cluster: LocalCluster, threads: ThreadPoolExecutor, tmp_path: Path) -> Iterator[Holds]:
+    """Released before the threads are waited for, which call for what is held."""
     ray.get([rank.__ray_call__.remote(obey, tmp_path) for rank in rank_actors("demo")], timeout=120)
     holds = Holds(tmp_path)
     yield holds
     holds.release()
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as threads:
-        yield threads
 
 
 def by_total(cluster: LocalCluster) -> dict[int, dict[str, Any]]:
