@@ -18,7 +18,8 @@ import json, os, sys
 
 def look(event, arguments):
     if event == "import" and arguments[0] == "ray":
-        print(json.dumps({name: value for name, value in os.environ.items() if name.startswith("RAY_")}), flush=True)
+        read = {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "MALLOC_"))}
+        print(json.dumps(read), flush=True)
         os._exit(0)
 
 sys.addaudithook(look)
@@ -29,7 +30,7 @@ sys.exit(main(sys.argv[1:]))
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
     """Of an operator with this home, who has set nothing else for Ray."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MALLOC_"))}
     return kept | {"HOME": str(home), **variables}
 
 
