@@ -60,10 +60,14 @@ def test_a_process_that_hangs_before_its_first_word_is_lost(
 
 
 def test_a_process_that_is_stopped_before_its_first_word_is_lost_at_once(killed: list[Any]) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stopped:
+    stopped = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
         os.kill(stopped.pid, signal.SIGSTOP)
         elsewhere = Process(stopped=True, where=("elsewhere", stopped.pid))
         with pytest.raises(GangLost, match=f"process, {stopped.pid}, was stopped or died before it had said anything"):
             assemble(elsewhere, Process(stopped=True, where=("here", stopped.pid)))
-        assert stopped.wait() == -signal.SIGKILL
+        assert stopped.wait(30) == -signal.SIGKILL
         assert killed == [elsewhere]
+    finally:
+        stopped.kill()
+        stopped.wait()
