@@ -35,6 +35,7 @@ from service.rollout.ports import bind_error
 from service.rollout.preflight import settle_here
 from service.rollout.serve_client import apply_config, dead_processes, disconnect, start_ray, start_serve
 from service.rollout.stopped_processes import StoppedProcesses
+from service.rollout.survivors import end_survivors
 from service.state.keyring import check_keys
 from service.state.model_states import failure
 from workers.errors import GangLost
@@ -52,6 +53,9 @@ ANSWERS_WITHIN_S = 20.0
 SHARED_MEMORY = Path("/dev/shm")
 
 OBJECT_STORE_BYTES = 200 * 2**20
+
+METRICS = "metrics"
+"""Below the folder of a cluster."""
 
 
 class LocalCluster:
@@ -98,7 +102,7 @@ class LocalCluster:
                 self.token_file.touch(mode=0o600)
                 self.token_file.write_text(token)
             os.environ.pop("RAY_ADDRESS", None)
-            metrics, outputs = self._folder / "metrics", self._folder / "outputs"
+            metrics, outputs = self._folder / METRICS, self._folder / "outputs"
             with _inherited("SPRAY_METRICS_DIR", metrics), _inherited("SPRAY_OUTPUTS_DIR", outputs):
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self._stopped_processes.start()
@@ -188,6 +192,8 @@ class LocalCluster:
         with impatient() as arm:
             if ray.is_initialized():
                 aside(disconnect, arm)  # halfway through, Ray gives SIGTERM its default action
+                if self._folder is not None:
+                    end_survivors(self._folder / METRICS)
             while self._reservations:
                 self._reservations.pop().close()
             if self._folder is not None:

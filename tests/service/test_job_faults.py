@@ -77,6 +77,18 @@ def test_only_the_refusal_of_the_fault_itself_counts(tmp_path: Path) -> None:
         scene.refused(503, "jobs_unavailable")
 
 
+def test_a_fault_is_settled_when_the_last_job_that_it_has_met_has_ended() -> None:
+    nothing: Any = None
+    scene = Scene(nothing, nothing, nothing, struck_at=100.0)
+    assert (scene.settled, scene.settled_s) == (True, 0.0)
+    scene.met = [accepted(until=104.0), accepted(until=0.0)]
+    assert not scene.settled
+    scene.met[1].until = 130.26
+    assert (scene.settled, scene.settled_s) == (True, 30.3)
+    scene.met = [accepted(until=99.0)]  # it had ended before the harm was done
+    assert scene.settled_s == 0.0
+
+
 def test_a_caller_submits_follows_and_downloads(tmp_path: Path) -> None:
     with served(rest_app(FakeBackend())) as url:
         callers = Callers(lambda: url, Ledger(tmp_path / "jobs.jsonl"), ["one"], 20)
@@ -87,6 +99,7 @@ def test_a_caller_submits_follows_and_downloads(tmp_path: Path) -> None:
     jobs = list(callers.ledger.jobs.values())
     assert len(jobs) >= 4
     assert {(job.state, job.trouble, len(job.sha256)) for job in jobs} == {("succeeded", "", 64)}
+    assert all(job.until for job in jobs)
     assert callers.refused == []
     again = Ledger(tmp_path / "jobs.jsonl")
     assert again.jobs.keys() == callers.ledger.jobs.keys()
@@ -100,14 +113,14 @@ def test_a_submission_is_retried_with_its_key_and_no_other_is(monkeypatch: pytes
     ]  # fmt: skip
     keys = []
 
-    def request(method: str, url: str, headers: dict[str, str], **_: Any) -> httpx.Response:
+    def request(_: httpx.Client, method: str, url: str, headers: dict[str, str], **__: Any) -> httpx.Response:
         keys.append(headers["idempotency-key"])
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return httpx.Response(answer[0], headers=answer[1], json={"id": "job_1"})
 
-    monkeypatch.setattr(module.httpx, "request", request)
+    monkeypatch.setattr(module.httpx.Client, "request", request)
     callers = Callers(lambda: "http://nowhere", Ledger(tmp_path / "jobs.jsonl"), ["one"], 20)
     job = callers.submit()
     assert job is not None
@@ -124,7 +137,7 @@ def test_a_job_that_is_unknown_or_does_not_end_is_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, state: str, trouble: str
 ) -> None:
     told = {"attempt": 1, "state": state, "error": None}
-    monkeypatch.setattr(module.httpx, "request", lambda *_, **__: httpx.Response(status, json=told))
+    monkeypatch.setattr(module.httpx.Client, "request", lambda *_, **__: httpx.Response(status, json=told))
     callers = Callers(lambda: "http://nowhere", Ledger(tmp_path / "jobs.jsonl"), ["one"], 0.2)
     callers.follow(job := accepted())
     assert trouble in job.trouble

@@ -3,9 +3,10 @@
     python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...]
 
 Four callers submit jobs all the time, with idempotency keys and retries. In each round every kind of fault comes once,
-in an order that the seed decides. A fault is over when another job has ended, and with it all jobs that it has met;
-the seconds are counted from the fault, or from the end of what holds for a while. The seed also decides which faults
-come in pairs: the second one meanwhile, or at once; in their lines `beside` is the kind of the other.
+in an order that the seed decides. The cluster serves again when a job that was submitted after the fault has ended;
+then the next fault strikes, though jobs that the first one has met may still be under way. The seconds are counted from
+the fault, or from the end of what holds for a while. The seed also decides which faults come in pairs: the second one
+meanwhile, or at once; in their lines `beside` is the kind of the other.
 
 `faults.jsonl` in the folder gets a line for each fault and each run, `jobs.jsonl` one for each job that is accepted or
 ends. A command that was interrupted goes on where it was with the same arguments, and with the jobs that it has left.
@@ -46,6 +47,9 @@ ONLY_SQLITE = ("store", "store stopped", "store full")
 ONLY_POSTGRES = ("database", "partition")
 OWN_DISK = ("outputs full", "store full")
 
+MOST_OPEN = 24
+"""Jobs that may be under way when a fault strikes."""
+
 
 def main() -> None:
     """Strike as often as asked for, less what earlier runs have done, and print the report of all runs."""
@@ -57,8 +61,10 @@ def main() -> None:
     kinds = _kinds(given, own_disk)
     lines = folder / "faults.jsonl"
     before = read_lines(lines)
-    planned, done = plan(given.seed, kinds, given.faults), sum("kind" in line for line in before)
-    left = [[(number, planned[number]) for number in group if number >= done] for group in groups(given.seed, planned)]
+    planned, done = plan(given.seed, kinds, given.faults), {line["fault"] for line in before if "kind" in line}
+    left = [
+        [(number, planned[number]) for number in group if number not in done] for group in groups(given.seed, planned)
+    ]
     left = [group for group in left if group]
     if left or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
@@ -92,6 +98,7 @@ class Run:
         self._disk = Disk(self._cluster.outputs) if own_disk else None
         self._ledger = Ledger(folder / "jobs.jsonl")
         self._callers = Callers(lambda: self._cluster.url, self._ledger, self._cluster.models, patience_s)
+        self._unsettled: list[tuple[Scene, dict[str, Any]]] = []
 
     def strike(self, seed: int, planned: list[list[tuple[int, str]]]) -> None:
         """Strike by plan, what comes together at once, then judge."""
@@ -100,8 +107,11 @@ class Run:
             self._callers.begin(CALLERS)
             for group in planned:
                 self._cluster.check()
+                wait(self._patience_s, lambda: len(self._ledger.open_jobs()) <= MOST_OPEN)
                 self._strike(seed, group)
+                self._write_settled()
             self._callers.end()
+            self._write_settled()
             compared = compare_pictures(self._ledger, self._callers)
         finally:
             self._callers.abandon()
@@ -118,7 +128,7 @@ class Run:
         self._write(dataclasses.asdict(verdict))
 
     def _strike(self, seed: int, group: list[tuple[int, str]]) -> None:
-        """Strike once, or twice together; write what was seen."""
+        """Strike once, or twice together, and wait until the cluster serves again."""
         scenes = {number: self._scene(random.Random(f"{seed}/{number}")) for number, _ in group}
         seen: dict[int, dict[str, Any]] = {}
 
@@ -136,23 +146,30 @@ class Run:
             if number not in seen:
                 once(number, each)
         for number, _ in group:
-            self._settle(scenes[number], seen[number])
+            self._wait_served(scenes[number], seen[number])
             seen[number] |= {"beside": other if number == first else kind} if len(group) > 1 else {}
-        for number, _ in group:
-            self._write(seen[number])
+            self._unsettled.append((scenes[number], seen[number]))
 
     def _scene(self, rng: random.Random) -> Scene:
         return Scene(self._cluster, self._callers, rng, self._disk, self._store_disk, self._postgres, self._link)
 
-    def _settle(self, scene: Scene, facts: dict[str, Any]) -> None:
-        """Wait for the end of all that a fault has met; add how long that took."""
+    def _wait_served(self, scene: Scene, facts: dict[str, Any]) -> None:
+        """Wait for the end of the job that was submitted after a fault; add how long that took."""
         if scene.probe is None:
             return
         facts["served_s"] = round(scene.probe.result(), 1)
-        wait(self._patience_s, lambda: not any(job.open for job in scene.met))
-        facts["settled_s"] = round(time.monotonic() - scene.struck_at, 1)
         if facts["served_s"] > self._patience_s:
             facts["trouble"] = facts.get("trouble", "") + "nothing was served again"
+
+    def _write_settled(self) -> None:
+        """Write what was seen of each fault all of whose jobs have ended, and how long that took."""
+        open_still = []
+        for scene, facts in self._unsettled:
+            if scene.settled:
+                self._write(facts | ({"settled_s": scene.settled_s} if scene.probe else {}))
+            else:
+                open_still.append((scene, facts))
+        self._unsettled = open_still
 
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

@@ -51,6 +51,9 @@ class Callers:
         self._name = uuid.uuid4().hex[:6]
         self._stopping, self._abandoned = threading.Event(), threading.Event()
         self._pool = ThreadPoolExecutor(64)
+        # One client: each new one reads the certificates again. No kept connections: a killed proxy leaves dead ones.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=limits)
         self._steady: list[Future[None]] = []
         self.refused: list[str] = []
 
@@ -173,6 +176,7 @@ class Callers:
                 job.trouble = f"lost: {job.state} {self.patience_s:g} s after it was accepted"
             if job.open:
                 time.sleep(LOOK_S)
+        job.until = time.monotonic()
         self.ledger.write(job)
 
     def follow_beside(self, job: Accepted) -> "Future[None]":
@@ -221,7 +225,7 @@ class Callers:
 
     def _ask(self, method: str, path: str, **given: Any) -> httpx.Response | None:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.request(method, f"{self._url()}{path}", timeout=TIMEOUT_S, trust_env=False, **given)
+            return self._client.request(method, f"{self._url()}{path}", **given)
         return None
 
 

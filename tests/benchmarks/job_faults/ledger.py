@@ -6,8 +6,7 @@ ledger that the cluster does not know, or that does not end, is lost.
 
 import json
 import threading
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class Accepted:
         sha256: of the picture that was downloaded.
         struck: how many faults it has met before it ended.
         trouble: what its caller must never see; empty if all is well.
-        since: when it was accepted, by the clock of `time.monotonic`.
+        until: when its caller had seen its end, by the clock of `time.monotonic`; 0: that waits still.
         inherited: it was accepted in a run that was interrupted.
         poisoned: whatever runs it dies, so it must fail as quarantined.
     """
@@ -47,7 +46,7 @@ class Accepted:
     sha256: str = ""
     struck: int = 0
     trouble: str = ""
-    since: float = field(default_factory=time.monotonic)
+    until: float = 0.0
     inherited: bool = False
     poisoned: bool = False
 
@@ -68,8 +67,7 @@ class Ledger:
         self._lock = threading.Lock()
         self.jobs: dict[str, Accepted] = {}
         for line in read_lines(file):
-            del line["since"], line["inherited"]
-            self.jobs[line["id"]] = Accepted(**line, inherited=True)
+            self.jobs[line["id"]] = Accepted(**line | {"inherited": True})
         self._file = file.open("a")
 
     def write(self, job: Accepted) -> None:

@@ -64,6 +64,16 @@ class Scene:
     struck_at: float = 0.0
     met: list[Any] = field(default_factory=list)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all jobs that the fault has met have ended."""
+        return all(job.until for job in self.met)
+
+    @property
+    def settled_s(self) -> float:
+        """How long after the harm the last one of them ended."""
+        return round(max(0.0, *(job.until - self.struck_at for job in self.met)), 1) if self.met else 0.0
+
     def wait_at_work(self) -> None:
         """Return when a job runs, or after `AT_WORK_S`."""
         wait(AT_WORK_S, lambda: any(job.state == "running" for job in self.callers.ledger.open_jobs()))
