@@ -1,6 +1,8 @@
 """Fixtures that several test modules share."""
 
+import functools
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ from workers.demo_models.writer import write_demo_model
 
 def pytest_configure() -> None:
     """Called by pytest before it imports tests, and so before Ray."""
+    # Each of thousands of calls by httpx outside a client would read all certificates, for 20 ms.
+    ssl.create_default_context = functools.cache(ssl.create_default_context)
     os.environ.pop("SPRAY_OUTPUTS_DIR", None)  # tests share no folder
     use_private_cluster()
 

@@ -10,6 +10,7 @@ local_cluster.py  a Ray cluster of our own on this machine, for `spray serve`, t
 cluster_folder.py  the folder of such a cluster, for its user alone
 drain.py          moves the gangs and gateways of a node elsewhere before it ends; for Kubernetes
 core_watch.py     notices when the core of such a cluster is gone
+cluster_guard.py  a small process beside such a cluster, which ends what is left of it
 stopped_processes.py  ends processes of such a cluster that a signal has stopped
 devices.py        the devices of this machine
 ports.py          why a port cannot be bound, and who can reach it

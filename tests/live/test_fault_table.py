@@ -46,6 +46,7 @@ def test_a_struck_cluster_serves_again_or_ends(bench: Bench, row: Cell) -> None:
             assert row.exit.startswith(f"{code} after"), row
         else:
             assert row.exit != "-", row
+        assert row.left == "no process; 0 folders", row
     else:
         assert row.served.endswith(" s"), row  # seconds; else "not ..."
         assert not row.served.startswith("not"), row

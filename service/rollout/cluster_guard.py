@@ -1,0 +1,75 @@
+"""Ends what is left of a local cluster when the process that has started it ends, however it does. For `LocalCluster`.
+
+Ray's processes end when they miss their core, but not all at once: an agent first tries to tell the gcs of it, for a
+minute if that is gone, too, and what a signal has stopped misses nothing. A process of its own looks, because one that
+is killed cleans nothing up. Python runs this file by its path and without site-packages, so that the guard starts in
+some milliseconds: it imports nothing of ours.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+GRACE_S = 2.0
+"""Within which most processes end by themselves."""
+
+KILLED_S = 10.0
+"""A killed process is gone much sooner, unless the system is at a loss."""
+
+LOOK_S = 0.05
+
+
+def start_guard(folder: Path, metrics: Path, grace_s: float = GRACE_S) -> subprocess.Popen[bytes]:
+    """Guard a cluster that this process is about to start.
+
+    Args:
+        folder: of the cluster; it is removed at the end.
+        metrics: what `SPRAY_METRICS_DIR` says in all processes of the cluster, and in those of no other.
+        grace_s: how long they may take to end by themselves.
+
+    Returns:
+        The guard. It begins when its standard input is closed, and ends when nothing is left.
+    """
+    command = [sys.executable, "-I", "-S", __file__, str(folder), str(metrics), str(grace_s)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def clean_up(folder: Path, metrics: Path, grace_s: float) -> None:
+    """Return when no process of the cluster is there anymore, nor its folder."""
+    kill_at = time.monotonic() + grace_s
+    while (left := list(processes(folder, metrics))) and time.monotonic() < kill_at + KILLED_S:
+        if time.monotonic() > kill_at:
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        time.sleep(LOOK_S)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes(folder: Path, metrics: Path) -> Iterator[int]:
+    """The ids of the living processes of Ray in the cluster. None where the system does not tell."""
+    mark = f"SPRAY_METRICS_DIR={metrics}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if mark not in environment:
+                continue
+            of_raylet = any(each.startswith(b"RAY_RAYLET_PID=") for each in environment)
+            if of_raylet or os.fsencode(folder) in (process / "cmdline").read_bytes():
+                yield int(process.name)
+        except OSError:  # it has ended, or is not ours
+            continue
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.read()
+    clean_up(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
