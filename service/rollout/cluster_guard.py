@@ -24,25 +24,24 @@ KILLED_S = 10.0
 LOOK_S = 0.05
 
 
-def start_guard(folder: Path, metrics: Path, grace_s: float = GRACE_S) -> subprocess.Popen[bytes]:
+def start_guard(folder: Path, grace_s: float = GRACE_S) -> subprocess.Popen[bytes]:
     """Guard a cluster that this process is about to start.
 
     Args:
         folder: of the cluster; it is removed at the end.
-        metrics: what `SPRAY_METRICS_DIR` says in all processes of the cluster, and in those of no other.
-        grace_s: how long they may take to end by themselves.
+        grace_s: how long its processes may take to end by themselves.
 
     Returns:
         The guard. It begins when its standard input is closed, and ends when nothing is left.
     """
-    command = [sys.executable, "-I", "-S", __file__, str(folder), str(metrics), str(grace_s)]
+    command = [sys.executable, "-I", "-S", __file__, str(folder), str(grace_s)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def clean_up(folder: Path, metrics: Path, grace_s: float) -> None:
+def clean_up(folder: Path, grace_s: float) -> None:
     """Return when no process of the cluster is there anymore, nor its folder."""
     kill_at = time.monotonic() + grace_s
-    while (left := list(processes(folder, metrics))) and time.monotonic() < kill_at + KILLED_S:
+    while (left := list(processes(folder))) and time.monotonic() < kill_at + KILLED_S:
         if time.monotonic() > kill_at:
             for pid in left:
                 try:
@@ -53,23 +52,21 @@ def clean_up(folder: Path, metrics: Path, grace_s: float) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def processes(folder: Path, metrics: Path) -> Iterator[int]:
-    """The ids of the living processes of Ray in the cluster. None where the system does not tell."""
-    mark = f"SPRAY_METRICS_DIR={metrics}".encode()
+def processes(folder: Path) -> Iterator[int]:
+    """The ids of the living processes of the cluster: each of Ray's writes its log below the folder. Their environment
+    tells less, for the titles that they give themselves cover it. None where the system does not tell.
+    """
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-            if mark not in environment:
-                continue
-            of_raylet = any(each.startswith(b"RAY_RAYLET_PID=") for each in environment)
-            if of_raylet or os.fsencode(folder) in (process / "cmdline").read_bytes():
-                yield int(process.name)
+            logs = [(process / "fd" / number).readlink() for number in ("1", "2")]
         except OSError:  # it has ended, or is not ours
             continue
+        if any(folder in log.parents for log in logs):
+            yield int(process.name)
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    clean_up(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    clean_up(Path(sys.argv[1]), float(sys.argv[2]))

@@ -102,7 +102,7 @@ class LocalCluster:
                 self.token_file.write_text(token)
             os.environ.pop("RAY_ADDRESS", None)
             metrics, outputs = self._folder / "metrics", self._folder / "outputs"
-            self._guard = start_guard(self._folder, metrics)
+            self._guard = start_guard(self._folder)
             with _inherited("SPRAY_METRICS_DIR", metrics), _inherited("SPRAY_OUTPUTS_DIR", outputs):
                 start_ray(LOOPBACK, self._folder / "ray", devices, OBJECT_STORE_BYTES)
             self._stopped_processes.start()

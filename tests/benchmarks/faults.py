@@ -33,7 +33,7 @@ import httpx
 import yaml
 
 from service.cli.client import read_cluster
-from tests.support.processes import hear_signals, marked_processes
+from tests.support.processes import cluster_processes, hear_signals
 from workers.demo_models.writer import write_demo_model
 
 TITLES = {
@@ -149,7 +149,7 @@ class Serving:
 
     def processes(self) -> dict[int, str]:
         """The living processes of this cluster, with their command lines."""
-        return marked_processes(self._mark)
+        return cluster_processes(self._mark, self._folders)
 
     def find(self, process: str) -> int:
         """The id of a process, once there is one that was not struck; of ranks that serve, that of the second one, once

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from deploy.spec import Auth, Metrics, SpecError
 from service.rollout import local_cluster as local
 from service.rollout.cluster_folder import make_folder, place
 from tests.support.deployments import deployment, model
-from tests.support.processes import hear_signals, marked_processes
+from tests.support.processes import cluster_processes, hear_signals, marked_processes
 
 DRAINED = deployment(model(Path("/nowhere")))
 
@@ -56,11 +56,11 @@ def marked(mark: str) -> list[str]:
     return list(marked_processes(mark).values())
 
 
-def wait_gone(mark: str, seconds: float = 120) -> list[str]:
+def wait_gone(mark: str, folders: Iterable[str] = (), seconds: float = 10) -> list[str]:
     deadline = time.monotonic() + seconds
-    while marked(mark) and time.monotonic() < deadline:
+    while (left := cluster_processes(mark, folders)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return marked(mark)
+    return list(left.values())
 
 
 def end(demos: list[subprocess.Popen[str]]) -> None:
@@ -120,7 +120,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(mark: str, sign: signal.Signa
     finally:
         end([demo])
     assert "Traceback" not in rest
-    assert wait_gone(mark) == []
+    assert wait_gone(mark, folders) == []
     assert len(folders) == 1  # its own: others come and go here as well
     assert not any(Path(folder).exists() for folder in folders)
     assert not (tmp_path / "x.png").exists()
@@ -164,7 +164,7 @@ def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen
     assert serving.returncode == 1, said
     assert f"error: the cluster is gone: Ray has ended: {core.rpartition('/')[2]} died" in said
     assert "Traceback" not in said
-    assert wait_gone(mark) == []
+    assert wait_gone(mark, folders) == []
     assert not any(Path(folder).exists() for folder in folders)
 
 
@@ -175,7 +175,7 @@ def test_serve_stops_when_its_terminal_closes(serving: subprocess.Popen[str], ma
     serving.send_signal(signal.SIGHUP)
     said, _ = serving.communicate(timeout=120)
     assert (serving.returncode, "stopped" in said, "Traceback" in said) == (0, True, False), said
-    assert wait_gone(mark) == []
+    assert wait_gone(mark, folders) == []
     assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
 
 
@@ -191,7 +191,7 @@ def test_serve_leaves_nothing_behind_however_often_it_is_interrupted(
     said, _ = serving.communicate(timeout=120)
     assert serving.returncode in (code, -sign), said  # the second: it had ended but for its last moment
     assert "Traceback" not in said
-    assert wait_gone(mark) == []
+    assert wait_gone(mark, folders) == []
     assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
 
 

@@ -1,8 +1,12 @@
 """Subprocesses of tests, and all that they start, found by a mark in their environment."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
+
+from service.rollout import cluster_guard
 
 
 def marked_processes(mark: str) -> dict[int, str]:
@@ -14,6 +18,17 @@ def marked_processes(mark: str) -> dict[int, str]:
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:  # it has ended, or is not ours
             continue
+    return found
+
+
+def cluster_processes(mark: str, folders: Iterable[str]) -> dict[int, str]:
+    """Those that carry the mark, and those of the local clusters with these folders: the titles of Ray's agents cover
+    their environment."""
+    by_log = {pid: Path(f"/proc/{pid}/cmdline") for folder in folders for pid in cluster_guard.processes(Path(folder))}
+    found = marked_processes(mark)
+    for pid, command in by_log.items():
+        with contextlib.suppress(OSError):
+            found.setdefault(pid, command.read_bytes().replace(b"\0", b" ").decode())
     return found
 
 
