@@ -7,7 +7,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,26 +52,22 @@ def run(part: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
-    """The rows of each part; two parts at a time, as most machines have cores for."""
-    folder = tmp_path_factory.mktemp("results")
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(command.PARTS, pool.map(lambda part: run(part, folder), command.PARTS), strict=True))
-    for part, process in done.items():
-        assert process.returncode == 0, f"{part}:\n{process.stdout}\n{process.stderr}"
-    texts = {part: next(folder.glob(f"*-{part}-fake.md")).read_text() for part in command.PARTS}
-    for part, text in texts.items():
-        assert text in done[part].stdout
-        assert "On the CPU, with small sizes" in text
-        assert f"`make gpu PART={part} FAKE=1`" in text
-        assert "failed" not in text
-    return {part: rows(text) for part, text in texts.items()}
+def written(part: str, folder: Path) -> list[Row]:
+    """The rows of a part."""
+    process = run(part, folder)
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+    (file,) = folder.glob(f"*-{part}-fake.md")
+    text = file.read_text()
+    assert text in process.stdout
+    assert "On the CPU, with small sizes" in text
+    assert f"`make gpu PART={part} FAKE=1`" in text
+    assert "failed" not in text
+    return rows(text)
 
 
 @pytest.mark.processes
-def test_checks_prove_the_same_answer_on_each_layout(written: dict[str, list[Row]]) -> None:
-    found = written["checks"]
+def test_checks_prove_the_same_answer_on_each_layout(tmp_path: Path) -> None:
+    found = written("checks", tmp_path)
     answers = [row for row in found if "attention kept local" in row]
     assert {row["layout"] for row in answers} == {"1 rank", "ulysses_degree=2", "ring_degree=2"}
     assert all(float(row["differs by"]) <= 1e-5 for row in answers)
@@ -83,16 +78,16 @@ def test_checks_prove_the_same_answer_on_each_layout(written: dict[str, list[Row
     assert all("collected" in outcome or outcome == "no test has the mark" for outcome in tests)
 
 
-@pytest.mark.processes
-def test_kernels_have_a_rate_and_an_error(written: dict[str, list[Row]]) -> None:
-    found = [row for row in written["kernels"] if "error" in row]
+@pytest.mark.soak
+def test_kernels_have_a_rate_and_an_error(tmp_path: Path) -> None:
+    found = [row for row in written("kernels", tmp_path) if "error" in row]
     assert {row["mask"] for row in found} == {"none", "text"}
     assert all(float(row["TFLOP/s"]) > 0 and float(row["error"]) < 1e-5 for row in found)
 
 
-@pytest.mark.processes
-def test_steps_stand_beside_plain_diffusers(written: dict[str, list[Row]]) -> None:
-    found = written["steps"]
+@pytest.mark.soak
+def test_steps_stand_beside_plain_diffusers(tmp_path: Path) -> None:
+    found = written("steps", tmp_path)
     for model in ("tiny z-image", "tiny qwen-image"):
         by = {(row["by"], row["mode"]): row for row in found if row["model"] == model}
         for mode in ("eager", "compiled"):
@@ -110,8 +105,8 @@ def test_steps_stand_beside_plain_diffusers(written: dict[str, list[Row]]) -> No
 
 
 @pytest.mark.processes
-def test_a_rank_starts_draws_cancels_and_outlives_a_lack_of_memory(written: dict[str, list[Row]]) -> None:
-    found = written["serve"]
+def test_a_rank_starts_draws_cancels_and_outlives_a_lack_of_memory(tmp_path: Path) -> None:
+    found = written("serve", tmp_path)
     phases = {row["phase"]: row["note"] for row in found if "phase" in row}
     assert {"process, imports", "transformer, from its files", "first request", "second request"} <= set(phases)
     assert phases["second picture"] == "the same, to the byte"

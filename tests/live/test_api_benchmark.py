@@ -7,6 +7,7 @@ import pytest
 from tests.benchmarks import api
 
 
+@pytest.mark.soak
 def test_a_small_run_fills_all_tables(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--requests 3 --callers 2 --step-ms 0 20 --steps 2 --cancellations 1 --overload-s 1"
     code = api.main(flags.split())

@@ -32,6 +32,7 @@ def hold(actor: Any, calm: Path) -> None:
     actor._rank._loaded.pipeline.transformer.register_forward_pre_hook(lambda *_: wait_while(calm))
 
 
+@pytest.mark.soak  # the next one goes the same way
 def test_gangs_come_and_go_with_the_load(cluster: LocalCluster, tmp_path: Path) -> None:
     run = measure(cluster.url, seconds=0, most=FEW.max_replicas)
     assert set(run.answers) == {200}

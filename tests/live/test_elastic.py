@@ -134,7 +134,9 @@ def now(cluster: LocalCluster) -> dict[str, Any]:
     return dict(gang["now"])
 
 
-@pytest.mark.parametrize(("victim", "fault"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("victim", "fault"), [(1, signal.SIGKILL), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.soak)]
+)
 def test_what_runs_beside_a_lost_rank_does_not_notice(
     cluster: LocalCluster, demo_model: Path, victim: int, fault: signal.Signals
 ) -> None:

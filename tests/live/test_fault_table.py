@@ -17,8 +17,9 @@ pytestmark = pytest.mark.fault
 def once(row: Cell) -> bool:
     """False for what `make fault` proves with more than this row: the ends of a cluster cost a new one each. What is
     stopped of Ray's core is ended by the same few lines, whether it is the raylet or the gcs."""
-    ends = row.process in ENDS
-    return not ends or (row.phase != "idle" and (row.process, row.signal) != ("gcs", "SIGSTOP"))
+    if row.process not in ENDS:
+        return True
+    return row.phase != "idle" and (row.process == "serve" or (row.process, row.signal) == ("raylet", "SIGSTOP"))
 
 
 ROWS = rows(PHASES) if os.environ.get("FULL") else [row for row in rows(("idle", "denoise")) if once(row)]

@@ -169,17 +169,6 @@ def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen
 
 
 @pytest.mark.fault
-def test_serve_stops_when_its_terminal_closes(serving: subprocess.Popen[str], mark: str) -> None:
-    """`test_fault_table` has the other signals."""
-    folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
-    serving.send_signal(signal.SIGHUP)
-    said, _ = serving.communicate(timeout=120)
-    assert (serving.returncode, "stopped" in said, "Traceback" in said) == (0, True, False), said
-    assert wait_gone(mark, folders) == []
-    assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
-
-
-@pytest.mark.fault
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_serve_leaves_nothing_behind_however_often_it_is_interrupted(
     serving: subprocess.Popen[str], mark: str, sign: signal.Signals, code: int

@@ -160,6 +160,7 @@ LATER = (
     "latte",
     "lumina-next proportional",
     "mochi",
+    "sd3.5",
     "z-image",
 )
 
@@ -167,7 +168,7 @@ LATER = (
 @pytest.mark.parametrize(
     "name",
     [
-        *["sd3.5", "sana-video per token"],
+        "sana-video per token",
         *(pytest.param(name, marks=pytest.mark.soak) for name in LATER),
     ],
 )

@@ -180,6 +180,7 @@ def compiled(mesh: ParallelMesh, name: str, proven: Path) -> tuple[dict[str, flo
     return found, graphs
 
 
+@pytest.mark.soak  # `tests/workers/test_warm_up.py` compiles blocks with an adapter, too
 def test_compiled_blocks_switch(ranks: RankPool, proof: Proof) -> None:
     for found, graphs in ranks.run(LAYOUTS["tp 2"], compiled, "wan", proof("wan")):
         assert max(found.values()) <= BAR

@@ -159,7 +159,7 @@ def reported(watched: Watched, known: Mapping[str, int] = NO_WAITS) -> dict[str,
     return {"refused": watched.refused, "faults": dict(faults), "waits": dict(waits - Counter(known))}
 
 
-ON_EVERY_LAYOUT = ("qwen-image", "qwen-image, masked", "wan", "flux")
+ON_EVERY_LAYOUT = ("qwen-image", "wan")
 
 
 def marks(name: str, layout: str) -> list[pytest.MarkDecorator]:

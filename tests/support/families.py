@@ -23,7 +23,7 @@ IN_THE_SHORT_RUN = frozenset(families()) | {
 }
 
 PROVED_IN_THE_SHORT_RUN = (
-    "ChromaPipeline", "PixArtAlphaPipeline", "CogVideoXPipeline",
+    "ChromaPipeline",
     "Kandinsky5T2VPipeline",  # its transformer rounds
     "SkyReelsV2DiffusionForcingPipeline",  # a scheduler for each frame; windows that begin with frames before them
 )  # fmt: skip

@@ -95,7 +95,7 @@ def note(root: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.processes
+@pytest.mark.soak  # `test_warm_up.py` proves it of a rank that serves
 def test_a_second_start_compiles_nothing(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "counting"
     compiler.write_text(COUNTING.format(calls=tmp_path / "calls"))

@@ -21,7 +21,7 @@ def looks_ms() -> float:
     return 1e3 * min(timeit.repeat(lambda: (time.perf_counter(), time.perf_counter()), number=number)) / number
 
 
-@pytest.mark.processes
+@pytest.mark.soak
 def test_measuring_costs_little_more_than_looking_at_the_clock() -> None:
     before = looks_ms()
     command = [sys.executable, "-m", "tests.benchmarks.observing", "--rounds", "20"]
