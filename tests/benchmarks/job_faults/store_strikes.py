@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import httpx
 from service.jobs.engines import open_postgres
 from service.jobs.runner import LEASE_S
 from service.jobs.store import JobStore
+from service.jobs.store_actor import FILE
 from tests.benchmarks.job_faults.cluster import NEAR, wait
 from tests.benchmarks.job_faults.scene import NOTICED_S, WAITING, Facts, NotNoticed, Scene, replaced
 
@@ -74,10 +77,13 @@ def fill_store(scene: Scene) -> Facts:
     """Fill the disk of the store: as soon as its file cannot grow, submissions are refused with 503."""
     assert scene.store_disk is not None
     scene.wait_at_work()
+    # Else its log has room for minutes: a large store writes over old pages of it.
+    with closing(sqlite3.connect(scene.cluster.store / FILE, timeout=NOTICED_S)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     facts = scene.meet()
     scene.store_disk.fill()
     began = time.monotonic()
-    try:  # some are accepted, by pages of its log that it writes over
+    try:  # some are accepted, by what it has written since then
         answer, accepted = scene.refused(503, "jobs_unavailable", accepts=True)
         scene.hold(scene.rng.uniform(2.0, 5.0))
     finally:
