@@ -6,9 +6,11 @@ is killed cleans nothing up. Python runs this file by its path and without site-
 some milliseconds: it imports nothing of ours.
 """
 
+import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -21,7 +23,10 @@ GRACE_S = 2.0
 KILLED_S = 10.0
 """A killed process is gone much sooner, unless the system is at a loss."""
 
-LOOK_S = 0.05
+LOOK_S = 0.1
+
+STARTER = os.getppid() if __name__ == "__main__" else os.getpid()
+"""The process that has started the cluster: it writes there, too."""
 
 
 def start_guard(folder: Path, grace_s: float = GRACE_S) -> subprocess.Popen[bytes]:
@@ -44,25 +49,29 @@ def clean_up(folder: Path, grace_s: float) -> None:
     while (left := list(processes(folder))) and time.monotonic() < kill_at + KILLED_S:
         if time.monotonic() > kill_at:
             for pid in left:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
         time.sleep(LOOK_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes(folder: Path) -> Iterator[int]:
-    """The ids of the living processes of the cluster: each of Ray's writes its log below the folder. Their environment
+    """The ids of the living processes of the cluster: each of Ray's writes to a log below the folder. Their environment
     tells less, for the titles that they give themselves cover it. None where the system does not tell.
     """
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            logs = [(process / "fd" / number).readlink() for number in ("1", "2")]
-        except OSError:  # it has ended, or is not ours
-            continue
-        if any(folder in log.parents for log in logs):
+        if int(process.name) != STARTER and writes_below(folder, process / "fd"):
             yield int(process.name)
+
+
+def writes_below(folder: Path, files: Path) -> bool:
+    """Whether one of these open files of a process lies below a folder, and may be written."""
+    with contextlib.suppress(OSError):  # the process has ended, or is not ours
+        for file in files.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed since
+                if file.lstat().st_mode & stat.S_IWUSR and folder in file.readlink().parents:
+                    return True
+    return False
 
 
 if __name__ == "__main__":

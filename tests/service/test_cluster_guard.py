@@ -29,11 +29,12 @@ def started() -> Iterator[ExitStack]:
         yield stack
 
 
-def start(started: ExitStack, folder: Path, code: str = SLEEPS) -> subprocess.Popen[bytes]:
-    """A process whose log is below a folder."""
+def start(started: ExitStack, folder: Path, code: str = SLEEPS, mode: str = "ab") -> subprocess.Popen[bytes]:
+    """A process with an open file below a folder, not as its output: Ray's agents have pipes there."""
     (folder / "ray").mkdir(parents=True, exist_ok=True)
-    with (folder / "ray" / "log").open("ab") as log:
-        process = started.enter_context(subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log))
+    (folder / "ray" / "log").touch()
+    with (folder / "ray" / "log").open(mode) as log:
+        process = started.enter_context(subprocess.Popen([sys.executable, "-c", code], pass_fds=[log.fileno()]))
     started.callback(process.kill)
     return process
 
@@ -51,16 +52,17 @@ def ignores(pid: int, sign: signal.Signals) -> bool:
 
 
 def test_what_is_left_of_the_cluster_is_ended_and_nothing_else(started: ExitStack, folder: Path) -> None:
+    started.enter_context((folder / "in_use").open("w"))  # as the starter has
     worker, stopped = start(started, folder), start(started, folder)
     stopped.send_signal(signal.SIGSTOP)
-    neighbor = start(started, folder.with_name("spray-12"))
+    neighbor, reader = start(started, folder.with_name("spray-12")), start(started, folder, mode="rb")
     guard = start_guard(folder, grace_s=0.1)
     with pytest.raises(subprocess.TimeoutExpired):
         guard.wait(1.0)
     assert worker.poll() is None, "the cluster is at work"
     guard.communicate(timeout=30)
     assert [process.wait(30) for process in (worker, stopped)] == [-signal.SIGKILL] * 2
-    assert neighbor.poll() is None
+    assert [process.poll() for process in (neighbor, reader)] == [None, None]
     assert not folder.exists()
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from service.rollout.environment import PRIVATE_CLUSTER
-from tests.support.processes import hear_signals, marked_processes
+from tests.support.processes import cluster_processes, hear_signals, marked_processes
 from workers.demo_models.writer import write_demo_model
 
 ROOT = Path(__file__).parents[3]
@@ -176,7 +176,9 @@ class Cluster:
 
     def _kill(self, node: str = "") -> list[int]:
         killed = []
-        while living := self.processes(node):  # some start others before their turn comes
+        folders = set() if node else set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(self.processes().values())))
+        # In a loop, for some start others before their turn comes.
+        while living := self.processes(node) if node else cluster_processes(self._mark, folders):
             for pid in living:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
