@@ -1,4 +1,4 @@
-"""Ends what is left of a local cluster when the process that has started it ends, however it does. For `LocalCluster`.
+"""Ends what is left of a local cluster once the process that started it has ended, in whatever way. For `LocalCluster`.
 
 Ray's processes end when they miss their core, but not all at once: an agent first tries to tell the gcs of it, for a
 minute if that is gone, too, and what a signal has stopped misses nothing. A process of its own looks, because one that
@@ -23,10 +23,17 @@ GRACE_S = 2.0
 KILLED_S = 10.0
 """A killed process is gone much sooner, unless the system is at a loss."""
 
+ENDS_WITHIN_S = GRACE_S + KILLED_S + 5.0
+"""A guard takes longer only if it is stopped itself."""
+
 LOOK_S = 0.1
 
+OUTPUTS = (".out", ".err")
+"""Ray gives all that it starts such files for output, in the logs of its session. A program that has only connected to
+the cluster, such as `spray deploy`, has others there."""
+
 STARTER = os.getppid() if __name__ == "__main__" else os.getpid()
-"""The process that has started the cluster: it writes there, too."""
+"""The process that has started the cluster. It opens these files when it starts Ray."""
 
 
 def start_guard(folder: Path, grace_s: float = GRACE_S) -> subprocess.Popen[bytes]:
@@ -43,6 +50,15 @@ def start_guard(folder: Path, grace_s: float = GRACE_S) -> subprocess.Popen[byte
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
+def end_guard(guard: subprocess.Popen[bytes]) -> None:
+    """Let a guard begin, and wait until it has ended."""
+    try:
+        guard.communicate(timeout=ENDS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        guard.kill()
+        guard.wait()
+
+
 def clean_up(folder: Path, grace_s: float) -> None:
     """Return when no process of the cluster is there anymore, nor its folder."""
     kill_at = time.monotonic() + grace_s
@@ -56,20 +72,22 @@ def clean_up(folder: Path, grace_s: float) -> None:
 
 
 def processes(folder: Path) -> Iterator[int]:
-    """The ids of the living processes of the cluster: each of Ray's writes to a log below the folder. Their environment
-    tells less, for the titles that they give themselves cover it. None where the system does not tell.
+    """The ids of the living processes that Ray has started for the cluster, by their `OUTPUTS`. Their environment tells
+    less, for the titles that they give themselves cover it. None where the system does not tell.
     """
     for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) != STARTER and writes_below(folder, process / "fd"):
+        if int(process.name) != STARTER and has_output_below(folder, process / "fd"):
             yield int(process.name)
 
 
-def writes_below(folder: Path, files: Path) -> bool:
-    """Whether one of these open files of a process lies below a folder, and may be written."""
+def has_output_below(folder: Path, files: Path) -> bool:
+    """Whether one of these open files of a process is an output of Ray's below a folder, open for writing."""
     with contextlib.suppress(OSError):  # the process has ended, or is not ours
         for file in files.iterdir():
             with contextlib.suppress(FileNotFoundError):  # it was closed since
-                if file.lstat().st_mode & stat.S_IWUSR and folder in file.readlink().parents:
+                path = file.readlink()
+                is_output = path.name.removesuffix(" (deleted)").endswith(OUTPUTS)
+                if is_output and folder in path.parents and file.lstat().st_mode & stat.S_IWUSR:
                     return True
     return False
 

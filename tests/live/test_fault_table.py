@@ -15,8 +15,9 @@ pytestmark = pytest.mark.fault
 
 
 def once(row: Cell) -> bool:
-    """False for what `make fault` proves with more than this row: the ends of a cluster cost a new one each. What is
-    stopped of Ray's core is ended by the same few lines, whether it is the raylet or the gcs."""
+    """False for what `make fault` proves with more than this row: the ends of a cluster cost a new one each. When a
+    raylet or a gcs dies is in `test_local_cluster.py`; whichever of them is stopped is ended by the same few lines.
+    """
     if row.process not in ENDS:
         return True
     return row.phase != "idle" and (row.process == "serve" or (row.process, row.signal) == ("raylet", "SIGSTOP"))

@@ -160,12 +160,23 @@ def test_serve_ends_with_the_reason_when_its_core_dies(serving: subprocess.Popen
     folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
     (pid,) = own(mark, core)
     os.kill(pid, signal.SIGKILL)
-    said, _ = serving.communicate(timeout=30)
+    said, _ = serving.communicate(timeout=60)
     assert serving.returncode == 1, said
     assert f"error: the cluster is gone: Ray has ended: {core.rpartition('/')[2]} died" in said
     assert "Traceback" not in said
     assert wait_gone(mark, folders) == []
     assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.fault
+def test_serve_stops_when_it_is_asked_to(serving: subprocess.Popen[str], mark: str) -> None:
+    """`test_fault_table` has the codes of the other signals."""
+    folders = set(re.findall(r"/[\w./-]*/spray-\w{8}\b", "\n".join(marked(mark))))
+    serving.terminate()
+    said, _ = serving.communicate(timeout=120)
+    assert (serving.returncode, "stopped" in said, "Traceback" in said) == (0, True, False), said
+    assert wait_gone(mark, folders) == []
+    assert len(folders) == 1 and not any(Path(folder).exists() for folder in folders)
 
 
 @pytest.mark.fault

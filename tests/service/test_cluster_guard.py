@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from service.rollout.cluster_guard import start_guard
+from service.rollout import cluster_guard
+from service.rollout.cluster_guard import end_guard, start_guard
 from tests.support.deployments import wait_for
 
 SLEEPS = "import time; time.sleep(600)"
@@ -29,11 +31,13 @@ def started() -> Iterator[ExitStack]:
         yield stack
 
 
-def start(started: ExitStack, folder: Path, code: str = SLEEPS, mode: str = "ab") -> subprocess.Popen[bytes]:
-    """A process with an open file below a folder, not as its output: Ray's agents have pipes there."""
-    (folder / "ray").mkdir(parents=True, exist_ok=True)
-    (folder / "ray" / "log").touch()
-    with (folder / "ray" / "log").open(mode) as log:
+def start(
+    started: ExitStack, folder: Path, code: str = SLEEPS, file: str = "raylet.out", mode: str = "ab"
+) -> subprocess.Popen[bytes]:
+    """A process with an open file below a folder, besides its own outputs: those of Ray's agents are pipes."""
+    (logs := folder / "ray" / "logs").mkdir(parents=True, exist_ok=True)
+    (logs / file).touch()
+    with (logs / file).open(mode) as log:
         process = started.enter_context(subprocess.Popen([sys.executable, "-c", code], pass_fds=[log.fileno()]))
     started.callback(process.kill)
     return process
@@ -52,17 +56,18 @@ def ignores(pid: int, sign: signal.Signals) -> bool:
 
 
 def test_what_is_left_of_the_cluster_is_ended_and_nothing_else(started: ExitStack, folder: Path) -> None:
-    started.enter_context((folder / "in_use").open("w"))  # as the starter has
+    started.enter_context((folder / "monitor.out").open("w"))  # as the starter has for a moment
     worker, stopped = start(started, folder), start(started, folder)
     stopped.send_signal(signal.SIGSTOP)
     neighbor, reader = start(started, folder.with_name("spray-12")), start(started, folder, mode="rb")
+    driver = start(started, folder, file="python-core-driver-1.log")  # as `spray deploy` has
     guard = start_guard(folder, grace_s=0.1)
     with pytest.raises(subprocess.TimeoutExpired):
         guard.wait(1.0)
     assert worker.poll() is None, "the cluster is at work"
     guard.communicate(timeout=30)
     assert [process.wait(30) for process in (worker, stopped)] == [-signal.SIGKILL] * 2
-    assert [process.poll() for process in (neighbor, reader)] == [None, None]
+    assert [process.poll() for process in (neighbor, reader, driver)] == [None] * 3
     assert not folder.exists()
 
 
@@ -86,3 +91,18 @@ def test_it_begins_when_its_process_is_killed(started: ExitStack, folder: Path) 
         os.kill(guard, number)  # as systemd does to all that it has started
     starter.kill()
     assert worker.wait(30) == -signal.SIGKILL
+
+
+def test_nobody_waits_for_a_guard_that_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_guard, "ENDS_WITHIN_S", 0.5)
+    guard = start_guard(folder)
+    guard.send_signal(signal.SIGSTOP)
+    end_guard(guard)
+    assert guard.returncode == -signal.SIGKILL
+
+
+def test_what_writes_to_files_that_were_removed_is_found(started: ExitStack, folder: Path) -> None:
+    """The next local cluster removes the folder of one whose process was killed."""
+    worker = start(started, folder)
+    shutil.rmtree(folder)
+    assert list(cluster_guard.processes(folder)) == [worker.pid]

@@ -21,7 +21,7 @@ from tests.benchmarks.job_faults.link import SOCKET, Link
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.scene import NotNoticed, Scene
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
-from tests.benchmarks.job_faults.together import HOLDING, PLAIN, groups, meanwhile
+from tests.benchmarks.job_faults.together import HOLDING, PLAIN, groups, meanwhile, remaining
 from tests.benchmarks.job_faults.verdict import Verdict, judge
 from tests.service.jobs.stores import FILM, LEASE_S, new_job
 from tests.support.backend import FakeBackend
@@ -56,6 +56,10 @@ def test_some_faults_of_a_plan_come_in_pairs_and_those_of_a_longer_plan_too() ->
     assert {meanwhile(*pair) for pair in pairs} == {True, False}
     assert {*HOLDING, *PLAIN} <= set(STRIKES)
     assert meanwhile("store full", "gateway") and not meanwhile("gateway", "store full")
+
+
+def test_a_fault_that_was_not_done_when_a_later_one_was_comes_again() -> None:
+    assert remaining([[0], [1, 2], [3, 4], [5]], {0, 2, 3, 4}) == [[1], [5]]
 
 
 def test_only_the_refusal_of_the_fault_itself_counts(tmp_path: Path) -> None:

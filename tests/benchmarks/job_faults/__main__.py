@@ -38,7 +38,7 @@ from tests.benchmarks.job_faults.link import Link
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.scene import NotNoticed, Scene
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
-from tests.benchmarks.job_faults.together import groups, meanwhile
+from tests.benchmarks.job_faults.together import groups, meanwhile, remaining
 from tests.benchmarks.job_faults.verdict import Verdict, compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
@@ -62,13 +62,11 @@ def main() -> None:
     lines = folder / "faults.jsonl"
     before = read_lines(lines)
     planned, done = plan(given.seed, kinds, given.faults), {line["fault"] for line in before if "kind" in line}
-    left = [
-        [(number, planned[number]) for number in group if number not in done] for group in groups(given.seed, planned)
-    ]
-    left = [group for group in left if group]
+    left = remaining(groups(given.seed, planned), done)
     if left or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
-            Run(folder, lines, postgres, own_disk, 60 * given.patience).strike(given.seed, left)
+            run = Run(folder, lines, postgres, own_disk, 60 * given.patience)
+            run.strike(given.seed, [[(number, planned[number]) for number in group] for group in left])
     after = read_lines(lines)
     print(report(after, kinds))
     unsound = [line for line in after if "accepted" in line and not Verdict(**line).sound]

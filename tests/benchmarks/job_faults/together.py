@@ -5,6 +5,7 @@ meanwhile; else it strikes as soon as the first one is over. For `__main__`.
 """
 
 import random
+from collections.abc import Container
 
 SHARE = 0.3
 """Of the faults, those that the next one joins."""
@@ -24,6 +25,12 @@ def groups(seed: int, kinds: list[str]) -> list[list[int]]:
         found.append(list(range(number, number + size)))
         number += size
     return found
+
+
+def remaining(planned: list[list[int]], done: Container[int]) -> list[list[int]]:
+    """What is left of such a plan. A later fault may be done first: each is, once all jobs that it has met have ended."""
+    left = [[number for number in group if number not in done] for group in planned]
+    return [group for group in left if group]
 
 
 def meanwhile(first: str, second: str) -> bool:
