@@ -28,7 +28,7 @@ def groups(seed: int, kinds: list[str]) -> list[list[int]]:
 
 
 def remaining(planned: list[list[int]], done: Container[int]) -> list[list[int]]:
-    """What is left of such a plan. A later fault may be done first: each is, once all jobs that it has met have ended."""
+    """What is left of such a plan. A later fault may be done first: each is when all that it has met has ended."""
     left = [[number for number in group if number not in done] for group in planned]
     return [group for group in left if group]
 
