@@ -137,7 +137,7 @@ def main() -> int:
     asked = set(parser.parse_args().pipelines)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     declare_missing_operators()
-    from workers.pipeline_proof import Unproved
+    from workers.pipeline_proof import Unproved  # here: it loads torchvision, whose operators were just declared
 
     known = {each["pipeline"]: each for each in supported()}
     pool, rows, failed = RankPool(2), [], 0

@@ -258,7 +258,7 @@ def find_probes(target: str, config: str | None, name: str) -> tuple[nn.Module, 
     model = find_proofs(target, config)[name].build()
     shapes = _described(config).get("inputs", getattr(_load(target), "_sp_example", None))
     if shapes is None:
-        from sp_core.verify import examples
+        from sp_core.verify import examples  # here: only classes without a description need them
 
         return model, examples.TINY[name].probes()
     letters = {size for shape in shapes.values() if isinstance(shape, list | tuple) for size in shape}

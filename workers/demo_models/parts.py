@@ -73,7 +73,7 @@ def controlnet(kind: Any, transformer: Any, **init: Any) -> Any:
 
 def umt5_encoder(tokens: int) -> Any:
     """A `UMT5EncoderModel` of two layers, for a vocabulary of so many tokens."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel  # here: few families need it
 
     config = UMT5Config(vocab_size=tokens, d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH, num_layers=2, num_heads=4)
     return UMT5EncoderModel(config).eval()
@@ -81,7 +81,7 @@ def umt5_encoder(tokens: int) -> Any:
 
 def qwen_vl_encoder(tokenizer: Any, layers: int = 2) -> Any:
     """A `Qwen2_5_VLForConditionalGeneration` of a few layers, for `vocabulary.qwen2`."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # here: few families need it
 
     token_id = tokenizer.convert_tokens_to_ids
     text = {
@@ -111,7 +111,7 @@ def qwen_vl_encoder(tokenizer: Any, layers: int = 2) -> Any:
 
 def qwen3_encoder(tokens: int) -> Any:
     """A `Qwen3Model` of two layers, for a vocabulary of so many tokens."""
-    from transformers import Qwen3Config, Qwen3Model
+    from transformers import Qwen3Config, Qwen3Model  # here: few families need it
 
     config = Qwen3Config(
         hidden_size=TEXT_WIDTH,
