@@ -27,7 +27,7 @@ def unpacked(data: bytes, device: torch.device, keep_on_host: bool = False) -> A
     """
 
     def place(storage: Any, at: str) -> Any:
-        return storage if at == "cpu" else storage.to(device)
+        return storage if at == "cpu" else storage.to(device=device)
 
     return torch.load(io.BytesIO(data), map_location=place if keep_on_host else device, weights_only=True)
 
