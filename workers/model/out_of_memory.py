@@ -17,7 +17,10 @@ from workers.messages import GenerationRequest
 ALLOCATORS_SAY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",  # NCCL
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for its workspace
+    "CUDNN_STATUS_ALLOC_FAILED",
     "can't allocate memory",
 )
 """Messages of errors without a class of their own."""
