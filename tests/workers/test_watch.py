@@ -98,8 +98,28 @@ def test_a_rank_that_loads_and_reads_nothing_is_hung(started: Any, monkeypatch: 
     reads, sleeps = started(READS), started(SLEEPS)
     assert reason_of(FakeRank(status(0, reads, "load")), within_s=3) == ""
     assert reason_of(FakeRank(status(0, sleeps, "starting")), within_s=3) == "", "it may wait for its peers"
-    hung = [FakeRank(status(0, reads, "load")), FakeRank(status(1, sleeps, "load"))]
+    assert reason_of(FakeRank(status(0, sleeps, "load"))) == "rank 0 has read nothing for 1 s while it loads"
+    hung = [FakeRank(replace(status(0, reads, "load"), loaded=0.5)), FakeRank(status(1, sleeps, "load"))]
     assert reason_of(*hung) == "rank 1 has read nothing for 1 s while it loads"
+
+
+def test_a_rank_that_has_read_more_than_another_may_wait_for_it(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They agree on an attention kernel before each transformer: the fastest reader waits for the slowest."""
+    monkeypatch.setattr(watch, "SILENT_LOAD_S", 1.0)
+    reads, waits = started(READS), started(SLEEPS)
+    slow = FakeRank(status(0, reads, "load"))
+    assert reason_of(slow, FakeRank(replace(status(1, waits, "load"), loaded=0.5)), within_s=3) == ""
+    assert reason_of(slow, FakeRank(status(1, waits, "load")), within_s=3) == "", "the first tries the kernels"
+
+    class Reads(FakeRank):
+        async def remote(self) -> RankStatus:
+            self.said = replace(self.said, loaded=self.said.loaded + 0.01)
+            return self.said
+
+    far = Reads(replace(status(0, reads, "load"), node_id="elsewhere"))
+    assert reason_of(far, FakeRank(replace(status(1, waits, "load"), loaded=0.5)), within_s=3) == ""
+    stops = FakeRank(far.said)
+    assert "rank 1 has read" in reason_of(stops, FakeRank(replace(status(1, waits, "load"), loaded=0.5)))
 
 
 def test_a_silent_rank_elsewhere_is_lost_one_here_may_import(started: Any) -> None:

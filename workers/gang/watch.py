@@ -6,6 +6,8 @@ serve, `watch_start` at ranks that start, `watch_creation` at processes before t
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Never
 
@@ -29,7 +31,8 @@ IDLE_S = 5.0
 """Between two calls of ranks that wait for a request: each costs CPU time on both sides."""
 
 SILENT_LOAD_S = 9.0
-"""A rank that loads and neither reads nor computes for this time is hung, however long loading may take."""
+"""A rank that loads and neither reads nor computes for this time is hung, however long loading may take, unless it may
+wait for another."""
 
 
 class Watch:
@@ -154,20 +157,15 @@ async def watch_start(ranks: Sequence[Any], statuses: Sequence[RankStatus], time
     Raises:
         GangLost: the process of one is stopped or dead, or it loads and reads nothing, or it does not answer.
     """
-    halts, latest = _Halts(statuses), list(statuses)
-    here = ray.get_runtime_context().get_node_id()
-    activities = {status.rank: Activity(status.pid) for status in statuses if status.node_id == here}
-    pings = [asyncio.ensure_future(_ping(rank, i, latest, timeouts.ping_s, i in activities)) for i, rank in
+    halts, loading, latest = _Halts(statuses), _Loading(statuses), list(statuses)
+    pings = [asyncio.ensure_future(_ping(rank, i, latest, timeouts.ping_s, loading.is_local(i))) for i, rank in
              enumerate(ranks)]  # fmt: skip
     try:
         while True:
             for rank in halts.find():
                 raise GangLost(f"the process of rank {rank} was stopped or died in its start")
-            for rank, activity in activities.items():
-                if latest[rank].phase != "load":
-                    activity.restart()
-                elif activity.idle_s() > SILENT_LOAD_S:
-                    raise GangLost(f"rank {rank} has read nothing for {SILENT_LOAD_S:g} s while it loads")
+            for rank in loading.find(latest):
+                raise GangLost(f"rank {rank} has read nothing for {SILENT_LOAD_S:g} s while it loads")
             for ping in pings:
                 if ping.done():
                     ping.result()
@@ -203,6 +201,50 @@ class _Halts:
         halted = {status.rank for status in self._local if is_halted(status.pid)}
         found, self._suspects = halted & self._suspects, halted
         return found
+
+
+class _Loading:
+    """Finds ranks of this node that load and do nothing, although they wait for no other.
+
+    Before they read a transformer, ranks agree on its attention kernel. So a rank that has read as much as another, or
+    more, may wait for it.
+    """
+
+    def __init__(self, statuses: Sequence[RankStatus]) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        self._activities = {status.rank: Activity(status.pid) for status in statuses if status.node_id == here}
+        self._grown = {status.rank: (status.loaded, time.monotonic()) for status in statuses}
+
+    def is_local(self, rank: int) -> bool:
+        """Whether its process can be seen from here; of the others, only what they say they have read."""
+        return rank in self._activities
+
+    def find(self, latest: Sequence[RankStatus]) -> list[int]:
+        """Those that are hung.
+
+        Args:
+            latest: what each rank has said last.
+        """
+        for status in latest:
+            if status.phase != "load" or status.loaded != self._grown[status.rank][0]:
+                self._restart(status)
+        idle = {status.rank: self._idle_s(status.rank) for status in latest if status.phase == "load"}
+        least = min((latest[rank].loaded for rank, s in idle.items() if s <= SILENT_LOAD_S), default=math.inf)
+        return [
+            rank
+            for rank, s in idle.items()
+            if self.is_local(rank) and s > SILENT_LOAD_S and latest[rank].loaded < least
+        ]
+
+    def _restart(self, status: RankStatus) -> None:
+        self._grown[status.rank] = status.loaded, time.monotonic()
+        if self.is_local(status.rank):
+            self._activities[status.rank].restart()
+
+    def _idle_s(self, rank: int) -> float:
+        if self.is_local(rank):
+            return self._activities[rank].idle_s()
+        return time.monotonic() - self._grown[rank][1]
 
 
 async def _status(rank: Any) -> RankStatus:
