@@ -4,6 +4,9 @@ diffusers' VAEs cut large latents into overlapping tiles, decode each tile and b
 and blends; we replace the calls of the decoder in between. A first pass only records the calls. Every rank makes its
 share of them, rank 0 collects the results, and a second pass of the same code gets each call answered. So the picture
 is the same as that of the VAE's own tiled decode on one process. Called by `workers.model.denoising`.
+
+Calls of a decoder that keeps something from one to the next cannot be made on several ranks, so only the classes of
+`SHARED` are decoded like this.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +19,29 @@ from torch import nn
 from sp_core import collectives
 from sp_core.mesh import ParallelMesh
 
+SHARED = frozenset(
+    {
+        "AutoencoderDC",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanImage",
+        "AutoencoderKLHunyuanVideo",
+        "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLLTXVideo",
+        "AutoencoderKLQwenImage",
+        "AutoencoderKLWan",
+    }
+)
+"""Classes of VAEs whose decoder keeps nothing between calls, or only in the list that it is given as `feat_cache`. Each
+has a test. Others may keep frames in their layers (`AutoencoderKLMagvit`) or return them (`AutoencoderKLCogVideoX`)."""
+
+WRONG_ALONE = frozenset({"AutoencoderKLHunyuanImageRefiner"})
+"""Classes whose own tiled decode is wrong in diffusers 0.42: this one returns a few rows of each tile."""
+
+
+class HandOverFailed(Exception):
+    """What was decoded did not reach rank 0. Other ranks may wait for this one, so all ranks are lost."""
+
 
 class TilesHandedOver(Exception):
     """This rank has decoded its tiles and sent them to rank 0, which makes the picture."""
@@ -25,17 +51,39 @@ class PeerTileFailed(RuntimeError):
     """Another rank could not decode its tiles. That rank raises the reason."""
 
 
+def can_tile(vae: Any) -> bool:
+    """Whether this VAE, or a pipeline's lack of one, can decode in tiles on one rank."""
+    return hasattr(vae, "use_tiling") and type(vae).__name__ not in WRONG_ALONE
+
+
+def can_share(vae: Any) -> bool:
+    """Whether ranks can divide the tiles of this VAE."""
+    return type(vae).__name__ in SHARED
+
+
 class TileParallelVAE:
     """A VAE that divides the tiles of a decode among all ranks. Everything else is the VAE's own.
 
+    For one call of a pipeline. Some decode in several parts; the other ranks end their call at the first, so rank 0
+    decodes the following ones alone.
+
     Args:
-        vae: a VAE of diffusers with `use_tiling`.
-        mesh: the ranks, each of which has the VAE. None: this rank decodes all tiles.
+        vae: a VAE of diffusers that can tile.
+        mesh: the ranks, each of which has the VAE, of a class of `SHARED`. None: this rank decodes all tiles.
+
+    Attributes:
+        handed_over: on rank 0, whether it has the tiles of the others, who wait for it no more in this call.
     """
 
     def __init__(self, vae: Any, mesh: ParallelMesh | None) -> None:
+        assert mesh is None or can_share(vae)
         self._vae = vae
         self._mesh = mesh
+        self.handed_over = False
+
+    def for_another_call(self) -> "TileParallelVAE":
+        """The same VAE for another call of a pipeline."""
+        return TileParallelVAE(self._vae, self._mesh)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
@@ -46,9 +94,10 @@ class TileParallelVAE:
         Raises:
             TilesHandedOver: on all ranks but the first.
             PeerTileFailed: another rank failed.
+            HandOverFailed: the tiles of this rank, or of others, did not reach rank 0.
         """
         with _tiling(self._vae):
-            if self._mesh is None or self._mesh.degrees.world_size == 1:
+            if self._mesh is None or self._mesh.degrees.world_size == 1 or self.handed_over:
                 return self._vae.decode(latents, *args, **kwargs)
             return self._decode(self._mesh, latents, *args, **kwargs)
 
@@ -64,8 +113,13 @@ class TileParallelVAE:
             record = _Record()
             with _answered(self._vae.decoder, record):
                 self._vae.decode(latents, *args, **kwargs)
-            shares = _shares(record.tiles, axis.size)
-            mine = [output for tile in shares[axis.rank] for output in _run(self._vae.decoder, record.tiles[tile])]
+            tiles = record.tiles
+            del record
+            counts, shares = [len(tile) for tile in tiles], _shares(tiles, axis.size)
+            mine: list[torch.Tensor] = []
+            for i in shares[axis.rank]:
+                mine += _run(self._vae.decoder, tiles[i])
+                tiles[i] = []  # frees its cache, which holds frames of all layers
         except Exception as error:
             failure = error
         (failed,) = mesh.agree(failure is not None)
@@ -73,14 +127,19 @@ class TileParallelVAE:
             raise failure
         if failed:
             raise PeerTileFailed("another rank could not decode its tiles")
-        gathered = collectives.gather(mine, axis)
+        del tiles
+        try:
+            gathered = collectives.gather(mine, axis)
+        except Exception as error:
+            raise HandOverFailed(f"rank {axis.rank}: {type(error).__name__}: {error}") from None
         if axis.rank != 0:
             raise TilesHandedOver
-        outputs: list[list[torch.Tensor]] = [[]] * len(record.tiles)
-        for tiles, theirs in zip(shares, gathered, strict=True):
+        self.handed_over = True
+        outputs: list[list[torch.Tensor]] = [[]] * len(counts)
+        for share, theirs in zip(shares, gathered, strict=True):
             following = iter(theirs)
-            for tile in tiles:
-                outputs[tile] = [next(following) for _ in record.tiles[tile]]
+            for i in share:
+                outputs[i] = [next(following) for _ in range(counts[i])]
         in_order = (output for tile in outputs for output in tile)
         with _answered(self._vae.decoder, lambda *_args, **_kwargs: next(in_order)):
             return self._vae.decode(latents, *args, **kwargs)

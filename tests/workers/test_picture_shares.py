@@ -15,6 +15,7 @@ from PIL import Image
 from sp_core import collectives
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
+from sp_core.tile_parallel import HandOverFailed
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
 from tests.workers.test_denoising import begun, pixels
@@ -23,7 +24,7 @@ from workers.gang.rank import Rank
 from workers.messages import Drawn, GenerationRequest
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
-from workers.model.picture_shares import HandOverFailed, decode_shared
+from workers.model.picture_shares import decode_shared
 
 ALONE = ParallelDegrees()
 

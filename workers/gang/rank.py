@@ -20,7 +20,7 @@ import torch
 from deploy.model_sections import LoRA
 from deploy.model_spec import ModelSpec
 from sp_core.cuda_kernels import in_use
-from sp_core.tile_parallel import PeerTileFailed
+from sp_core.tile_parallel import HandOverFailed, PeerTileFailed
 from workers.errors import OutOfMemory, PeerFailed, RequestError, RequestFailed
 from workers.gang.boundary import Boundary
 from workers.gang.encoding import Encoding
@@ -45,7 +45,6 @@ from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
 from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
-from workers.model.picture_shares import HandOverFailed
 from workers.model.step_ends import StepEnd
 
 Result = TypeVar("Result")

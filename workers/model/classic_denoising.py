@@ -13,7 +13,6 @@ disagree on what several pictures in one call mean, and so each is the same as w
 pictures, one at a time. Groups of ranks do not divide branches or pictures, because for a call both are one batch.
 """
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SCMScheduler
 
-from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
+from sp_core.tile_parallel import HandOverFailed, TileParallelVAE, TilesHandedOver
 from workers.messages import GenerationRequest
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
@@ -59,7 +58,8 @@ class ClassicDenoising(Denoising):
         self._latents = torch.empty(0)  # from the first step on
         self._made_by_encoders: list[Any] | None = None  # on another rank, if the encoders run there
         self._calls: list[SteppedCall] = []  # as soon as all their arguments are here
-        self._schedulers: list[Any] = []  # one for each call
+        self._schedulers: list[Any] = []  # one for each call, like the next
+        self._vaes: list[Any] = []
 
     @property
     def guidance(self) -> str:
@@ -116,9 +116,15 @@ class ClassicDenoising(Denoising):
                 call.close()
             return []
         made: list[Any] = []
-        for call in self._calls:
-            with contextlib.suppress(TilesHandedOver):
+        for call, vae in zip(self._calls, self._vaes, strict=True):
+            try:
                 made += call.finish()[0]
+            except TilesHandedOver:
+                continue
+            except Exception as error:
+                if call is not self._calls[-1] and isinstance(vae, TileParallelVAE) and vae.handed_over:
+                    raise HandOverFailed(f"rank 0: {type(error).__name__}: {error}") from None  # others share the next
+                raise
         return made
 
     def _begin(self) -> None:
@@ -131,6 +137,8 @@ class ClassicDenoising(Denoising):
         for drawn_by in apart:
             pipeline = copy.copy(self._pipeline)
             pipeline.scheduler = self._scheduler_of(drawn_by)
+            if self._tiles:
+                pipeline.vae = self._pipeline.vae.for_another_call()
             for name, part in self._adapter.parts(pipeline, self.request).items():
                 setattr(pipeline, name, part)
             told = self._adapter.unsaid(pipeline) | self._inputs() | {self._adapter.count_input: len(drawn_by)}
@@ -141,6 +149,7 @@ class ClassicDenoising(Denoising):
             arguments = {name: value for name, value in told.items() if name not in untold}  # not all can count
             self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
             self._schedulers.append(pipeline.scheduler)
+            self._vaes.append(getattr(pipeline, "vae", None))
             encoders = SharedEncoders(self._encoders.made, self.request.seed)
 
 

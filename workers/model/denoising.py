@@ -19,7 +19,7 @@ from diffusers.modular_pipelines import BlockState, PipelineState
 
 from sp_core import collectives
 from sp_core.shared_modulation import same_timestep
-from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
+from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver, can_share, can_tile
 from sp_core.traffic import is_sampled
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
@@ -87,7 +87,7 @@ class Denoising:
         size = request.width * request.height * request.num_frames
         # In an elastic gang a rank does not wait for the other ranks of its request to decode: it has other requests.
         together = model.vae == "all" and mesh.degrees.world_size > 1 and model.elastic is None
-        self._tiles = size > model.vae_tiling_above and hasattr(self._vae, "use_tiling")
+        self._tiles = size > model.vae_tiling_above and can_tile(self._vae)
         self._shares_decoding = together and request.n > 1 and not self._tiles
         self._previews: Previews | None = None
         if request.previews:
@@ -95,8 +95,9 @@ class Denoising:
             if mesh.axis("gang").rank == 0:
                 self._previews = Previews(request, self._pipeline.scheduler, loaded.colors, self._warnings)
         if self._tiles:
-            self._pipeline.vae = TileParallelVAE(pipeline.vae, mesh if together else None)
-            self._decodes = self._decodes or together
+            shared = together and can_share(self._vae)
+            self._pipeline.vae = TileParallelVAE(self._vae, mesh if shared else None)
+            self._decodes = self._decodes or shared
         self._timesteps: list[float] = []  # from `prepare` on
         self._steps_done = 0
         self._held = False

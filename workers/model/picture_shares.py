@@ -13,11 +13,8 @@ from PIL import Image
 
 from sp_core import collectives
 from sp_core.mesh import ParallelMesh
+from sp_core.tile_parallel import HandOverFailed
 from workers.errors import PeerFailed
-
-
-class HandOverFailed(Exception):
-    """Decoded pictures did not reach rank 0. Other ranks may wait for this one, so all ranks are lost."""
 
 
 def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) -> list[Any]:
