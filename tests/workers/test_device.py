@@ -4,8 +4,8 @@ import contextlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import pytest
 import ray
@@ -17,12 +17,13 @@ from deploy.model_spec import ModelSpec
 from deploy.storage_spec import Storage
 from service.rollout.cluster_folder import place
 from sp_core.degrees import ParallelDegrees
-from workers.gang import rank_processes
+from workers.gang import local, rank_processes
 from workers.gang.device import CUDA_ENVIRONMENT, Place, _visible_index, by_device, environment
 from workers.gang.placement import bundle
 from workers.gang.rank import Rank
 from workers.gang.rank_actor import RankActor
 from workers.gang.rank_processes import create
+from workers.messages import GenerationRequest
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,21 @@ def test_every_method_that_computes_uses_the_ranks_gpu(monkeypatch: pytest.Monke
         thread.start()
         thread.join()
         assert used.pop() == (3, thread.ident), call
+
+
+def test_ranks_without_ray_have_the_environment_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Mapping[str, str]] = []
+
+    def note(variables: Mapping[str, str]) -> NoReturn:
+        given.append(variables)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "_environment", note)
+    spec = a_model(env={"NCCL_DEBUG": "INFO"})
+    with pytest.raises(KeyboardInterrupt):
+        local.generate_locally(spec, GenerationRequest("a", "a", "a cup", 64, 64, 2, seed=7), print)
+    assert given == [environment(spec)]
+    assert given[0].keys() > CUDA_ENVIRONMENT.keys()
 
 
 @pytest.fixture(scope="module")

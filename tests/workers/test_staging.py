@@ -4,7 +4,6 @@ There is no GPU: a queue stands for a stream, and nothing that is sent is read b
 pinned memory is any faster, only a GPU can say.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +25,11 @@ class Stream:
     """Does what it is told only when somebody waits for it."""
 
     issued: ClassVar[list["Stream"]] = []
+    of: ClassVar[torch.device | None] = None
+    """The device of this thread; another one's stream, which torch goes back to, would open a context there."""
 
-    def __init__(self, _: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
+        assert device == self.of
         self.queue: list[Callable[[], object]] = []
         self.most = 0
         self.issued.append(self)
@@ -93,6 +95,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """No GPU, but streams as above. The sizes of all pinned memory that was asked for."""
     asked: list[int] = []
     Stream.issued.clear()
+    Stream.of = None
     Current.waited_for = 0
 
     def plain(size: int) -> torch.Tensor:
@@ -102,7 +105,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(staging, "_pinned", plain)
     for name, value in (("Stream", Stream), ("Event", Event), ("current_stream", lambda _: Current())):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(Stream, "of", device))
     yield asked
 
 

@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from deploy.model_spec import ModelSpec
 
 CUDA_ENVIRONMENT = {
@@ -47,6 +45,8 @@ class Place:
 
 def own_place() -> Place:
     """Where this actor runs."""
+    import ray  # here, for ranks of `workers.gang.local` have none, and start sooner without
+
     context = ray.get_runtime_context()
     gpus = [str(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])]
     return Place(context.get_node_id(), os.getpid(), gpus[0] if gpus else "")

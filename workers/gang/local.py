@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 
 from deploy.model_spec import ModelSpec
 from workers.errors import GangLost, PeerFailed, SprayError
+from workers.gang.device import environment
 from workers.gang.network import use_interface
 from workers.gang.rank_process import import_rank
 from workers.messages import Drawn, GenerationRequest, GenerationResult, Preview, StepEvent
@@ -49,7 +50,7 @@ def generate_locally(
         for i, (_, theirs) in enumerate(pipes)
     ]
     try:
-        with _environment(model.env):
+        with _environment(environment(model)):
             for process in processes:
                 process.start()
         for _, theirs in pipes:

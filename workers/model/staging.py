@@ -18,7 +18,7 @@ BUFFER_BYTES = 32 * 2**20
 
 
 class Staging:
-    """Buffers that take turns, and a stream for what they send. For one thread.
+    """Buffers that take turns, and a stream for what they send. For one thread, whose device becomes this one.
 
     Args:
         device: where tensors go.
@@ -27,9 +27,10 @@ class Staging:
 
     def __init__(self, device: torch.device, size: int = BUFFER_BYTES) -> None:
         self._device = device
-        with torch.cuda.device(device):  # a thread begins on the first GPU, and pinning would open a context there
-            self._stream = torch.cuda.Stream(device)
-            self._turns = itertools.cycle([(_pinned(size), torch.cuda.Event()) for _ in range(BUFFERS)])
+        # A thread begins on the first GPU. Pinning there, or leaving a stream for one there, would open a context.
+        torch.cuda.set_device(device)
+        self._stream = torch.cuda.Stream(device)
+        self._turns = itertools.cycle([(_pinned(size), torch.cuda.Event()) for _ in range(BUFFERS)])
 
     def move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device, complete for whatever its current stream does next.
