@@ -52,7 +52,7 @@ class Adapters:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._loaded: dict[str, AdapterShare] = {}
-        self._active: dict[str, float] = {}
+        self._active: dict[str, float] | None = {}
 
     @property
     def names(self) -> list[str]:
@@ -61,8 +61,8 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """The scale of each adapter that is active."""
-        return dict(self._active)
+        """The scale of each adapter that is active; empty after an activation that was interrupted."""
+        return dict(self._active or {})
 
     def load(self, name: str, weights: Mapping[str, LowRank]) -> None:
         """Keep this rank's part of an adapter, on the device and in the dtype of its layers. It is not active yet.
@@ -111,7 +111,7 @@ class Adapters:
             ValueError: no adapter has this name.
         """
         self._check_names([name])
-        self.activate({other: scale for other, scale in self._active.items() if other != name})
+        self.activate({other: scale for other, scale in self.active.items() if other != name})
         del self._loaded[name]
 
     def activate(self, scales: Mapping[str, float]) -> None:
@@ -135,6 +135,7 @@ class Adapters:
         requested = {name: float(scale) for name, scale in scales.items() if scale}
         if requested == self._active:
             return
+        self._active = None  # some layers have others, should memory run out half-way
         for module in dict.fromkeys(module for parts in self._loaded.values() for module in parts):
             terms = [(self._loaded[n][module], s) for n, s in requested.items() if module in self._loaded[n]]
             _set_terms(self._model.get_submodule(module), terms)

@@ -10,6 +10,7 @@ Called by `workers.model.weights` when a rank loads its model. Anyone else may c
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
 
@@ -34,7 +35,7 @@ from sp_core.sp_plan import (
     get_sp_plan_from_model,
     plan_from_diffusers,
 )
-from sp_core.tensor_parallel import apply_tensor_parallel
+from sp_core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, apply_tensor_parallel
 from sp_core.tp_plan import TensorParallelPlan, tp_plan_from_diffusers
 
 _parallelized: WeakSet[nn.Module] = WeakSet()
@@ -51,7 +52,8 @@ def parallelize(
     dtype: torch.dtype | None = None,
     kernel: str | None = None,
 ) -> Handle:
-    """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence.
+    """Make `model` compute the same answer on all ranks of `mesh`, each holding a share of the sequence. For inference:
+    collectives pass no gradients.
 
     Every rank must call it, on models with equal weights. The model's code does not change, nor do its weights, unless
     the layout is tensor parallel: then each rank keeps only its part of them.
@@ -69,11 +71,14 @@ def parallelize(
         The handle whose `remove()` gives the plain model back; for a tensor-parallel model it raises and does nothing.
 
     Raises:
-        ValueError: the layout, the plan or the kernel does not fit the model, or the model has no plan.
+        ValueError: the layout, the plan or the kernel does not fit the model, the model has no plan, or it is parallel
+            already.
         RuntimeError: the kernel does not work here, or none does.
     """
     if model in _parallelized:
         raise ValueError(f"{type(model).__name__} is parallelized already; remove() that first")
+    if any(isinstance(module, ColumnParallelLinear | RowParallelLinear) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} holds only a part of its weights already; load it again")
     config = _config(model)
     check_layout(mesh.degrees, num_heads(config))
     if family is not None and plan is None:
@@ -95,16 +100,18 @@ def parallelize(
         raise ValueError(
             f"the plan of {type(model).__name__} splits but gathers nothing: each rank would return a share"
         )
-    forget_kernel = settle_kernel(model, mesh, dtype or _dtype(model), _head_size(config), kernel)
-    _report(model, mesh, config)
-    attention = find_attention(model, family, optional=found == {})
-    context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
-    hooks = install_hooks(model, found, context)
-    restore = apply_replacements(model, replacing, config, mesh)
-    release = bind_attention(model, attention, context)
+    with ExitStack() as on_failure:
+        undo = [settle_kernel(model, mesh, dtype or _dtype(model), _head_size(config), kernel)]
+        on_failure.callback(Handle(undo).remove)
+        _report(model, mesh, config)
+        attention = find_attention(model, family, optional=found == {})
+        context = context_of_plan(found, mesh, order_known=order_known, local_attention=attention.local_attention)
+        undo.append(install_hooks(model, found, context).remove)
+        undo += apply_replacements(model, replacing, config, mesh)
+        undo.append(bind_attention(model, attention, context))
+        on_failure.pop_all()
     _parallelized.add(model)
-    undo = [forget_kernel, lambda: _parallelized.discard(model), hooks.remove, *restore, release]
-    return Handle(undo, context, irreversible)
+    return Handle([*undo, lambda: _parallelized.discard(model)], context, irreversible)
 
 
 def _class_names(model: nn.Module) -> list[str]:

@@ -119,7 +119,7 @@ def _prove(
     except RankFailed as failure:
         raise CannotPlan(f"{head}: {failure.said}") from None
     worst = max(by for outcome in outcomes for by in outcome.differences.values())
-    control = max(by for outcome in outcomes for by in outcome.controls.values())
+    control = min(max(outcome.controls[case] for outcome in outcomes) for case in outcomes[0].controls)
     if not worst <= BAR:
         first = next(first for outcome in outcomes for first in outcome.diverged.values())
         raise CannotPlan(f"{head}: differs by {worst:.1e}; first at {first}")

@@ -157,10 +157,10 @@ def _report(pool: RankPool, degrees: ParallelDegrees, arguments: tuple[Any, ...]
         case = next(iter(wrong))
         first = next(o.diverged[case] for o in outcomes if case in o.diverged)
         return False, f"{head} differs by {wrong[case]:.1e} ({case}); first at {first}"
-    seen = max(control.values())
+    blind, seen = min(control.items(), key=lambda each: each[1])
     if not seen > BLIND:
         return False, (
-            f"{head} proves nothing: with attention kept local the answer differs by only {seen:.1e}; "
+            f"{head} proves nothing ({blind}): with attention kept local the answer differs by only {seen:.1e}; "
             "give the model weights with which attention matters"
         )
     return True, f"{head} same within {max(worst.values()):.1e} (with attention kept local: {seen:.1e})"

@@ -221,6 +221,27 @@ def test_adapters_come_and_go() -> None:
     assert switch.active == {} and type(model[0]) is nn.Linear
 
 
+def test_an_activation_that_fails_half_way_leaves_nothing_behind() -> None:
+    """A request without memory for its adapters is followed by one without adapters."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4)
+    plain, switch, set_terms = model(x), Adapters(model), lora._set_terms
+    weights = LowRank(torch.ones(1, 4), torch.ones(4, 1))
+
+    def no_room(layer: nn.Module, terms: Any) -> None:
+        if layer is model[1] and terms:
+            raise MemoryError("no room")
+        set_terms(layer, terms)
+
+    for following in (lambda: switch.activate({}), lambda: switch.replace({})):
+        switch.load("a", {"0": weights, "1": weights})
+        with mock.patch.object(lora, "_set_terms", no_room), pytest.raises(MemoryError):
+            switch.activate({"a": 1})
+        assert not torch.equal(model(x), plain)
+        following()
+        assert torch.equal(model(x), plain)
+        switch.replace({})
+
+
 def test_what_does_not_fit_a_model() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 4, device="meta"))
     switch, good = Adapters(model), LowRank(torch.ones(2, 6), torch.ones(4, 2))

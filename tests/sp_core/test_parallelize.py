@@ -38,6 +38,7 @@ def bypass(mesh: ParallelMesh) -> list[str]:
     with pytest.raises(ValueError) as own_backend:
         parallelize(own, mesh)
     said.append(str(own_backend.value))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in own.modules())
     return said
 
 
@@ -46,6 +47,24 @@ def test_attention_cannot_bypass_the_backend(ranks: RankPool) -> None:
         assert "remove() that first" in said[0]
         assert "no attention of this forward went across ranks" in said[1]
         assert "has its own attention backend" in said[2]
+
+
+def cut_twice(mesh: ParallelMesh) -> list[str]:
+    """A model whose weights are cut already, on a mesh that would cut them again, and on one that would not."""
+    said = []
+    model = qwen.transformer()
+    parallelize(model, mesh)
+    for degrees in (mesh.degrees, ParallelDegrees(ulysses_degree=2)):
+        again = ParallelMesh.create(degrees, device_type="cpu", timeout_s=60)
+        with pytest.raises(ValueError) as refused:
+            parallelize(model, again)
+        said.append(str(refused.value))
+    return said
+
+
+def test_weights_are_cut_once(ranks: RankPool) -> None:
+    said = "QwenImageTransformer2DModel holds only a part of its weights already; load it again"
+    assert ranks.run(ParallelDegrees(tensor_parallel_size=2), cut_twice) == [[said] * 2] * 2
 
 
 def remove_and_return(mesh: ParallelMesh) -> tuple[bool, bool]:
