@@ -193,9 +193,31 @@ OTHERS = {
 def test_variables_of_other_purposes(file: Path) -> None:
     assert load_spec(file, OTHERS) == load_spec(file)
     assert "SPRAY_PORT: unknown key" in refusal(file, {"SPRAY_PORT": "9000"})
-    keys = {"SPRAY_TEAM_KEYS": "a"}
-    assert "SPRAY_TEAM_KEYS: unknown key" in refusal(file, keys)
-    assert load_spec(file, keys, ["auth.api_keys_env=SPRAY_TEAM_KEYS"]).auth.api_keys_env == "SPRAY_TEAM_KEYS"
+
+
+@pytest.mark.parametrize(
+    ("key", "variable"),
+    [
+        ("auth.api_keys_env", "SPRAY_TEAM_KEYS"),
+        ("gateway.webhook_key_env", "SPRAY_WEBHOOK_KEY"),
+        ("storage.jobs_url_env", "SPRAY_JOBS_URL"),
+    ],
+)
+def test_a_variable_that_a_key_names_is_no_configuration(file: Path, key: str, variable: str) -> None:
+    secret = {variable: "a"}
+    assert f"{variable}: unknown key" in refusal(file, secret)
+    assert value(load_spec(file, secret, [f"{key}={variable}"]), key) == variable
+
+
+def test_every_key_that_names_a_variable_ends_alike() -> None:
+    """By its end `deploy.overrides` knows it."""
+    described = {
+        f"{name}.{key}": key
+        for name, section in DeploymentSpec.model_fields.items()
+        for key, field in getattr(section.annotation, "model_fields", {}).items()
+        if "environment variable" in (field.description or "")
+    }
+    assert len(described) == 3 and all(key.endswith("_env") for key in described.values()), described
 
 
 @pytest.mark.parametrize(
