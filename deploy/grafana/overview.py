@@ -33,7 +33,7 @@ OVERVIEW = Board(
                 [
                     (
                         f"(sum(rate(spray_requests_total{{{M},{FAILED}}}{RATE})) or vector(0))"
-                        f" / sum(rate(spray_requests_total{{{M}}}{RATE}))",
+                        f" / (sum(rate(spray_requests_total{{{M}}}{RATE})) > 0)",
                         "share",
                     )
                 ],
@@ -90,7 +90,7 @@ OVERVIEW = Board(
                     (
                         'sum by (model) (rate(spray_stage_seconds_sum{model=~"$model",rank="0",'
                         f'stage=~"encode|prepare|denoise|decode"}}{RATE}))'
-                        " / sum by (model) (spray_capacity_seconds{" + M + "})",
+                        " / (sum by (model) (spray_capacity_seconds{" + M + "}) > 0)",
                         "{{model}}",
                     )
                 ],
@@ -108,7 +108,7 @@ OVERVIEW = Board(
                 [
                     (
                         f'max by (model) (spray_rank_memory_bytes{{{M},kind="peak"}}'
-                        f' / ignoring (kind) spray_rank_memory_bytes{{{M},kind="limit"}})',
+                        f' / ignoring (kind) (spray_rank_memory_bytes{{{M},kind="limit"}} > 0))',
                         "{{model}}",
                     )
                 ],
