@@ -83,7 +83,7 @@ def test_the_command_line_goes_before_the_environment_before_the_file_before_the
         ("SPRAY_MODELS__WAN2_2__LORAS__0__NAME", "b", "models.1.loras.0.name", "b"),
         ("SPRAY_GATEWAY__HOST", "::1", "gateway.host", "::1"),
         ("SPRAY_GATEWAY", "{port: 5}", "gateway.port", 5),
-        ("SPRAY_STORAGE__MODELS", "@x", "storage.models", "@x"),
+        ("SPRAY_GATEWAY__WEBHOOK_KEY_ENV", "@x", "gateway.webhook_key_env", "@x"),
         ("SPRAY_MODELS", "[{name: a, source: b/c}]", "models.0.name", "a"),
     ],
 )
@@ -259,6 +259,20 @@ def test_every_key_that_names_a_variable_ends_alike() -> None:
             "d.yaml:2: models.0: defaults.width is 640, above limits.max_width, 512; change one "
             f"(models.0.limits.max_width is from {QWEN}LIMITS__MAX_WIDTH, models.0.defaults.width is from --set)",
         ),
+        (
+            {f"{QWEN}LIMITS__MAX_WORK": "50000000"},
+            [],
+            "d.yaml:2: models.0: a request that leaves all to defaults has width x height x num_frames x "
+            "num_inference_steps 52428800, above limits.max_work, 50000000; change one "
+            f"(models.0.limits.max_work is from {QWEN}LIMITS__MAX_WORK)",
+        ),
+        (
+            {"SPRAY_STORAGE__MODELS": "~/hub"},
+            [],
+            "SPRAY_STORAGE__MODELS: storage.models: must be an absolute path, got '~/hub'",
+        ),
+        ({}, ["storage.compiled=c"], "--set: storage.compiled: must be an absolute path, got 'c'"),
+        ({}, ["storage.outputs.folder=o"], "--set: storage.outputs.folder: must be an absolute path, got 'o'"),
     ],
 )
 def test_mistakes_name_where_they_are(file: Path, environ: dict[str, str], flags: list[str], says: str) -> None:
