@@ -271,6 +271,7 @@ VARIATIONS: dict[str, Values] = {
         "ray": {"authMode": "disabled", "idleTimeoutSeconds": 60, "existingTokenSecret": "token"},
         "upgrade": {"type": "None", "drainSeconds": 3600},
     },
+    "old gangs stop first": {"upgrade": {"newGangsFirst": False}},
     "limits and folders": {
         "limits": {"max_body_bytes": 1 << 25},
         "storage": {
