@@ -337,9 +337,50 @@ def test_a_job_fetches_what_comes_from_the_hub() -> None:
     told = {each["name"]: each.get("value") for each in container["env"]}
     assert json.loads(told["SPRAY_MODELS"]) == [{"name": "b", "source": "org/b", "revision": "v1"}]
     assert told["SPRAY_FOLDER"] == "/models/hub"
-    changed = with_values(CASES["weights ahead"], {"image": {"tag": "0.2.0"}})
-    (other,) = of_kind(render(changed), "Job")
-    assert other["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": {"tag": "0.2.0"}},
+        {"image": {"pullPolicy": "Always"}},
+        {"image": {"pullSecrets": ["registry"]}},
+        {"hubToken": {"existingSecret": "other"}},
+        {"cache": {"existingClaim": "weights"}},
+        {"podSecurityContext": {"runAsUser": 2000}},
+        {"storage": {"models": "/models/other"}},
+        {"models": [{"name": "d", "source": "org/d", "device": "cpu"}]},
+    ],
+    ids=str,
+)
+def test_a_job_whose_pod_changes_is_another_job(change: Values) -> None:
+    """Kubernetes refuses to change the pod of a Job."""
+    before, after = (
+        of_kind(render(values), "Job")[0]
+        for values in (CASES["weights ahead"], with_values(CASES["weights ahead"], change))
+    )
+    assert before["spec"]["template"] != after["spec"]["template"]
+    assert before["metadata"]["name"] != after["metadata"]["name"]
+
+
+def test_a_job_is_the_same_while_its_pod_is() -> None:
+    """Else each upgrade would run it again, and a new version of the chart too."""
+    values = with_values(CASES["weights ahead"], {"commonLabels": {"a": "b"}, "gateway": {"replicas": 2}})
+    jobs = [of_kind(render(each), "Job")[0] for each in (CASES["weights ahead"], values)]
+    assert jobs[0]["metadata"]["name"] == jobs[1]["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_that_become_labels_or_hosts_have_63_characters_at_most(name: str) -> None:
+    """With the longest name of a release, which the chart cuts to 47."""
+    objects = render(with_values(CASES[name], {"fullnameOverride": "a" * 60}), KUBERNETES[name])
+    names = [
+        each["metadata"]["name"]
+        for each in objects
+        if each["kind"] in ("RayService", "Job", "Pod", "Service", "StatefulSet", "ServiceAccount")
+    ]
+    names.append(ray_service(objects)["spec"]["serveService"]["metadata"]["name"])
+    assert len(names) >= 2 and max(map(len, names)) <= 63, names
 
 
 def test_rules_and_dashboards_arrive_as_they_are() -> None:
