@@ -18,6 +18,7 @@ from deploy.keys import keys_at, section_keys
 from deploy.model_spec import ModelSpec
 from deploy.overrides import Overrides, dotted
 from deploy.spec import DeploymentSpec, SpecError
+from deploy.storage_spec import ABSOLUTE
 from deploy.yaml_text import KeyPath, YamlMistake, parse_yaml
 
 NO_ENVIRONMENT: Mapping[str, str] = {}
@@ -133,6 +134,8 @@ def _message(mistake: Any) -> str:
         close = difflib.get_close_matches(str(key), allowed, n=1)
         return "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}")
     message = str(mistake["msg"]).removeprefix("Value error, ")
+    if mistake["type"] == "string_pattern_mismatch" and mistake["ctx"]["pattern"] == ABSOLUTE:
+        message = "must be an absolute path"
     given = mistake["input"]
     if isinstance(given, str | int | float):
         message += f", got {given!r}"

@@ -161,6 +161,13 @@ class ModelSpec(Section):
         for name, default, _ in pairs[:2]:
             if default % self.limits.size_multiple:
                 raise ValueError(f"defaults.{name} is {default}, not a multiple of {self.limits.size_multiple}")
+        # As service.api.schemas counts a request, of one picture or video.
+        work = self.defaults.width * self.defaults.height * self.defaults.num_frames * self.defaults.num_inference_steps
+        if self.limits.max_work is not None and work > self.limits.max_work:
+            raise ValueError(
+                f"a request that leaves all to defaults has width x height x num_frames x num_inference_steps {work}, "
+                f"above limits.max_work, {self.limits.max_work}; change one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ NOT_CONFIGURATION = frozenset(
     {"SPRAY_ADDRESS", "SPRAY_SERVER", "SPRAY_API_KEYS", "SPRAY_API_KEY", "SPRAY_METRICS_DIR", "SPRAY_OUTPUTS_DIR"}
 )
 """Variables with other purposes: the cluster and the server to talk to, the keys that a gateway accepts, a caller's
-key. The variable that `auth.api_keys_env` names is not configuration either."""
+key. The variables that keys like `auth.api_keys_env` name are not configuration either."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Overrides:
     @property
     def mistakes(self) -> list[str]:
         """One line for each variable or flag that cannot be used."""
-        auth = self.raw.get("auth")
-        keys = auth.get("api_keys_env") if isinstance(auth, dict) else None
-        return [f"{said}: {why}" for said, why in self._mistakes.items() if said != keys]
+        sections = [section for section in self.raw.values() if isinstance(section, dict)]
+        named = [name for section in sections for key, name in section.items() if str(key).endswith("_env")]
+        return [f"{said}: {why}" for said, why in self._mistakes.items() if said not in named]
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
         """Apply the `SPRAY_*` variables: whole sections first, then single keys."""

@@ -9,13 +9,16 @@ from pydantic import Field, model_validator
 
 from deploy.section import Section
 
+ABSOLUTE = r"^/[^\x00]*$"
+"""Of folders on nodes. A relative one would start where the process that opens it does, and `~` at its user's home."""
+
 
 class Outputs(Section):
     """Finished pictures and videos, for answers that hold their URL."""
 
     folder: str | None = Field(
         None,
-        pattern=r"^/[^\x00]*$",
+        pattern=ABSOLUTE,
         description="absolute; shared by all nodes that a gateway may run on; absent: one of each node and cluster",
     )
     url: str | None = Field(
@@ -40,7 +43,7 @@ class Idempotency(Section):
 
     folder: str | None = Field(
         None,
-        pattern=r"^/[^\x00]*$",
+        pattern=ABSOLUTE,
         description="absolute, on a local disk of the head's node; absent: one that ends with the cluster",
     )
     ttl_s: float = Field(86_400.0, gt=0, le=31_536_000, description="seconds for which a key is known")
@@ -55,16 +58,20 @@ class Storage(Section):
     """Where each node keeps files."""
 
     models: str | None = Field(
-        None, description="folder for models from the hub, on every node; absent: Hugging Face's own cache"
+        None,
+        pattern=ABSOLUTE,
+        description="absolute folder for models from the hub, on every node; absent: Hugging Face's own cache",
     )
     compiled: str | None = Field(
-        None, description="folder for compiled blocks, on every node; absent: a private one among temporary files"
+        None,
+        pattern=ABSOLUTE,
+        description="absolute folder for compiled blocks, on every node; absent: a private one among temporary files",
     )
     outputs: Outputs = Field(Outputs(), description="finished pictures and videos, for answers that hold their URL")
     idempotency: Idempotency = Field(Idempotency(), description="answers of requests with an idempotency key")
     jobs: str | None = Field(
         None,
-        pattern=r"^/[^\x00]*$",
+        pattern=ABSOLUTE,
         description="absolute folder of jobs on a local disk of the head's node; absent: jobs end with the cluster",
     )
     jobs_url_env: str | None = Field(

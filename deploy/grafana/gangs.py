@@ -121,7 +121,7 @@ GANGS = Board(
             Panel(
                 "Free disk",
                 "percentunit",
-                [("spray_disk_free_bytes / spray_disk_size_bytes", "{{instance}} {{folder}}")],
+                [("spray_disk_free_bytes / (spray_disk_size_bytes > 0)", "{{instance}} {{folder}}")],
                 "Where each node keeps its files.",
             ),
             Panel(

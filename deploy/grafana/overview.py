@@ -33,7 +33,7 @@ OVERVIEW = Board(
                 [
                     (
                         f"(sum(rate(spray_requests_total{{{M},{FAILED}}}{RATE})) or vector(0))"
-                        f" / sum(rate(spray_requests_total{{{M}}}{RATE}))",
+                        f" / (sum(rate(spray_requests_total{{{M}}}{RATE})) > 0)",
                         "share",
                     )
                 ],
@@ -90,7 +90,7 @@ OVERVIEW = Board(
                     (
                         'sum by (model) (rate(spray_stage_seconds_sum{model=~"$model",rank="0",'
                         f'stage=~"encode|prepare|denoise|decode"}}{RATE}))'
-                        " / sum by (model) (spray_capacity_seconds{" + M + "})",
+                        " / (sum by (model) (spray_capacity_seconds{" + M + "}) > 0)",
                         "{{model}}",
                     )
                 ],
@@ -107,12 +107,12 @@ OVERVIEW = Board(
                 "percentunit",
                 [
                     (
-                        f'max by (model) (spray_rank_memory_bytes{{{M},kind="peak"}}'
-                        f' / ignoring (kind) spray_rank_memory_bytes{{{M},kind="limit"}})',
+                        f'max by (model) (spray_rank_memory_bytes{{{M},kind="used"}}'
+                        f' / ignoring (kind) (spray_rank_memory_bytes{{{M},kind="limit"}} > 0))',
                         "{{model}}",
                     )
                 ],
-                "Its peak, as a share of its limit.",
+                "What it holds after its latest request, as a share of its limit. The alert looks at the same.",
                 warn=0.9,
                 alarm=0.95,
             ),

@@ -13,9 +13,9 @@ def quantile(share: float, metric: str, by: str, where: str = M) -> str:
 
 
 def mean(metric: str, by: str, where: str = M) -> str:
-    """The mean of a histogram."""
+    """The mean of a histogram; nothing where nothing was observed, for instance in a process that has ended."""
     total, count = (f"sum by ({by}) (rate({metric}_{part}{{{where}}}{RATE}))" for part in ("sum", "count"))
-    return f"{total} / {count}"
+    return f"{total} / ({count} > 0)"
 
 
 def per_second(metric: str, by: str, where: str = M) -> str:

@@ -32,6 +32,7 @@
 {{- include "spray.checkHosts" $groups }}
 {{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size .Values.outputs.s3.existingSecret }}
 {{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups "holds" $holds) }}
+{{- include "spray.checkFolders" (dict "root" . "sections" $sections "groups" $groups "models" $models) }}
 {{- range $models }}
 {{- if gt (float64 .all.grace_period_s) (float64 (sub $.Values.upgrade.drainSeconds 30)) }}
 {{- fail (printf "models.%s.grace_period_s is %v, but upgrade.drainSeconds is %d; a pod needs 30 s more than its longest request, so raise the latter" .all.name .all.grace_period_s (int $.Values.upgrade.drainSeconds)) }}
@@ -113,13 +114,7 @@
 
 {{- define "spray.checkGateways" -}}
 {{- $wanted := get .gateway "node_labels" | default dict }}
-{{- $homes := list }}
-{{- range .groups }}
-{{- $group := . }}
-{{- $fits := true }}
-{{- range $key, $value := $wanted }}{{ if ne (get $group.labels $key | default "" | toString) (toString $value) }}{{ $fits = false }}{{ end }}{{ end }}
-{{- if $fits }}{{ $homes = append $homes .name }}{{ end }}
-{{- end }}
+{{- $homes := (include "spray.labeled" (dict "labels" $wanted "groups" .groups) | fromJson).names }}
 {{- if not $homes }}
 {{- fail (printf "gateway.node_labels is %s, which no group has; give it to gatewayNodes.labels" (toJson $wanted)) }}
 {{- end }}
@@ -127,6 +122,87 @@
 {{- $others := without $homes $own }}
 {{- if and .holds $others }}
 {{- fail (printf "gateway.node_labels is %s, so a gateway may run on nodes of %s, which have no keys, jobs and outputs of gateways; use a label that only gatewayNodes has" (toJson $wanted) (join ", " $others)) }}
+{{- end }}
+{{- end }}
+
+{{/* The names of the groups whose nodes have these labels, as {"names": [...]}. Takes "labels", "groups". */}}
+{{- define "spray.labeled" -}}
+{{- $wanted := .labels | default dict }}
+{{- $names := list }}
+{{- range .groups }}
+{{- $group := . }}
+{{- $fits := true }}
+{{- range $key, $value := $wanted }}{{ if ne (get $group.labels $key | default "" | toString) (toString $value) }}{{ $fits = false }}{{ end }}{{ end }}
+{{- if $fits }}{{ $names = append $names .name }}{{ end }}
+{{- end }}
+{{- toJson (dict "names" $names) }}
+{{- end }}
+
+{{/*
+Folders that pods cannot write, their root being read-only: of jobs and keys on the head, of outputs where gateways may run,
+of weights and compiled blocks where gangs may. Takes "root", "sections", "groups", "models".
+*/}}
+{{- define "spray.checkFolders" -}}
+{{- if .root.Values.securityContext.readOnlyRootFilesystem }}
+{{- $root := .root }}
+{{- $storage := .sections.storage }}
+{{- $head := include "spray.node" (dict "defaults" $root.Values.nodeDefaults "node" $root.Values.head) | fromJson }}
+{{- $onHead := dict "root" $root "node" $head "role" "head" "where" "the head" "mount" "head.extraVolumeMounts" }}
+{{- $state := "leave it out and set state.size" }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.jobs" "folder" (get $storage "jobs") "instead" $state) $onHead) }}
+{{- $keys := dig "folder" "" (default dict (get $storage "idempotency")) }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.idempotency.folder" "folder" $keys "instead" $state) $onHead) }}
+{{- $models := .models }}
+{{- if and $root.Values.cache.prefetch (not (hasPrefix "/models/" (printf "%s/" $storage.models))) }}
+{{- fail (printf "storage.models is %s, and cache.prefetch fills the claim at /models; leave storage.models out, or name a folder there" $storage.models) }}
+{{- end }}
+{{- $gateways := (include "spray.labeled" (dict "labels" .sections.gateway.node_labels "groups" .groups) | fromJson).names }}
+{{- $outputs := dig "folder" "" (default dict (get $storage "outputs")) }}
+{{- range $index, $group := .groups }}
+{{- $role := ternary "gateway" "worker" (eq $index 0) }}
+{{- $mount := printf "extraVolumeMounts of groups.%s" .name }}
+{{- if eq $index 0 }}{{ $mount = "gatewayNodes.extraVolumeMounts" }}{{ end }}
+{{- $here := dict "root" $root "node" . "role" $role "where" (printf "the nodes of %s" .name) "mount" $mount }}
+{{- if has .name $gateways }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.outputs.folder" "folder" $outputs "instead" "leave it out and set outputs.size") $here) }}
+{{- end }}
+{{- range $models }}
+{{- $place := .all.placement }}
+{{- $labeled := (include "spray.labeled" (dict "labels" $place.node_labels "groups" (list $group)) | fromJson).names }}
+{{- $accelerated := or (not $place.accelerator_type) (eq (toString $place.accelerator_type) $group.accelerator) }}
+{{- if and $labeled $accelerated (or (eq .all.device "cpu") (gt (int $group.gpus) 0)) }}
+{{- if not (hasPrefix "/" .all.source) }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.models" "folder" $storage.models "instead" "leave it out and set cache.size") $here) }}
+{{- end }}
+{{- if .all.compile }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.compiled" "folder" (get $storage "compiled") "instead" "name a folder in /models") $here) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/*
+Whether a pod may write to a folder: the nearest mount above it is not read-only. Takes "root", "node" and "role" of the pod,
+"key" and "folder", and to say what to do, "where", "instead" and "mount".
+*/}}
+{{- define "spray.checkFolder" -}}
+{{- with .folder }}
+{{- $folder := . }}
+{{- $above := "" }}
+{{- $writable := false }}
+{{- $pod := include "spray.podTemplate" (dict "root" $.root "node" $.node "role" $.role) | fromYaml }}
+{{- range (first $pod.spec.containers).volumeMounts }}
+{{- $at := trimSuffix "/" .mountPath }}
+{{- if and (hasPrefix (printf "%s/" $at) (printf "%s/" $folder)) (gt (len $at) (len $above)) }}
+{{- $above = $at }}
+{{- $writable = not (get . "readOnly") }}
+{{- end }}
+{{- end }}
+{{- if not $writable }}
+{{- fail (printf "%s is %s, which %s cannot write: the root is read-only; %s, or mount a volume there by %s" $.key $folder $.where $.instead $.mount) }}
+{{- end }}
 {{- end }}
 {{- end }}
 

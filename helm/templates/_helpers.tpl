@@ -76,6 +76,24 @@ without max_queued_s has no such bound; then only its grace_period_s counts. */}
 {{- $longest }}
 {{- end }}
 
+{{/*
+What `helm test` and the notes ask for, as {"model", "video"}: tests.model, or the first model that draws pictures from text, or
+the first. What a model makes is known by its tasks, or by the frames of its defaults.
+*/}}
+{{- define "spray.asked" -}}
+{{- $wanted := .Values.tests.model }}
+{{- $asked := dict }}
+{{- range .Values.models }}
+{{- $video := gt (int (get (default dict (get . "defaults")) "num_frames")) 1 }}
+{{- with get . "tasks" }}{{ $video = not (has "text-to-image" .) }}{{ end }}
+{{- $named := has $wanted (concat (list .name) (default list (get . "aliases"))) }}
+{{- if and (not $asked) (ternary $named (not $video) (ne $wanted "")) }}
+{{- $asked = dict "model" (default .name $wanted) "video" $video }}
+{{- end }}
+{{- end }}
+{{- toJson (default (dict "model" (default (first .Values.models).name $wanted) "video" (eq $wanted "")) $asked) }}
+{{- end }}
+
 {{/* The head's claim; empty if it has none. */}}
 {{- define "spray.stateClaim" -}}
 {{- $state := .Values.state }}

@@ -113,8 +113,9 @@ spec:
         - {name: serve-grpc, containerPort: {{ . }}}
         {{- end }}
         - {name: metrics, containerPort: 8080}
-        {{- with get $values.metrics "port" }}
-        - {name: spray-metrics, containerPort: {{ . }}}
+        {{- /* Gateways and gangs export; the head has neither, and a target there would count as down. */}}
+        {{- if and (get $values.metrics "port") (ne $role "head") }}
+        - {name: spray-metrics, containerPort: {{ get $values.metrics "port" }}}
         {{- end }}
       env:
         - {name: HOME, value: /home/spray}

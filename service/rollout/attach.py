@@ -4,7 +4,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from deploy.spec import SpecError
 from service.rollout.serve_client import connect, disconnect
@@ -20,18 +20,29 @@ def attach(address: str | None) -> Iterator[None]:
         address: of the head: `host:port` of its GCS, `ray://host:port`, or None or `auto` for the one on this machine.
 
     Raises:
-        SpecError: there is no cluster at this address, or it does not let this machine in.
+        SpecError: there is no cluster at this address, it does not let this machine in, or it has gone since.
     """
     address = address or "auto"
     own = _own_address(address) if ":" in address and "://" not in address else None
     try:
         connect(address, own)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise _not_there(address, str(error).strip().partition("\n")[0] or type(error).__name__) from None
+        raise _not_there(address, _first_line(error)) from None
     try:
         yield
+    except RayTaskError:  # an answer, if a bad one
+        raise
+    except (ConnectionError, RayError, RuntimeError) as error:
+        raise SpecError(
+            f"the Ray cluster at {address!r} no longer answers: {_first_line(error)}; where it still runs, it goes on "
+            "with what it was told; look with `spray ps`"
+        ) from None
     finally:
         disconnect()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _own_address(address: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from deploy.grafana.__main__ import BOARDS, FOLDER
 from deploy.grafana.builders import WIDTH, Panel, board_json
 from tests.deploy.test_prometheus import FOLDER as RULES
-from tests.deploy.test_prometheus import NAME, RECORDS, exported
+from tests.deploy.test_prometheus import NAME, RECORDS, divisors, exported
 from tests.support.observed import LATE_S, STEP_S
 from tests.support.prometheus import answers, free_port, scraping
 
@@ -69,6 +69,14 @@ def test_panels_ask_for_what_there_is() -> None:
             labels = set(re.findall(r"{{(\w+)}}", legend))
             if grouped and not any(name in RECORDS for name in used):
                 assert labels <= grouped, (panel.title, legend)
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    """NaN of a series that no longer rises would be the value of a whole panel."""
+    for _, panel in PANELS:
+        for expression, _ in panel.queries:
+            for divisor in divisors(expression):
+                assert divisor.startswith("(") and divisor.endswith("> 0)"), (panel.title, divisor)
 
 
 def test_the_chosen_models_are_asked_for() -> None:

@@ -83,7 +83,7 @@ def test_the_command_line_goes_before_the_environment_before_the_file_before_the
         ("SPRAY_MODELS__WAN2_2__LORAS__0__NAME", "b", "models.1.loras.0.name", "b"),
         ("SPRAY_GATEWAY__HOST", "::1", "gateway.host", "::1"),
         ("SPRAY_GATEWAY", "{port: 5}", "gateway.port", 5),
-        ("SPRAY_STORAGE__MODELS", "@x", "storage.models", "@x"),
+        ("SPRAY_GATEWAY__WEBHOOK_KEY_ENV", "@x", "gateway.webhook_key_env", "@x"),
         ("SPRAY_MODELS", "[{name: a, source: b/c}]", "models.0.name", "a"),
     ],
 )
@@ -193,9 +193,31 @@ OTHERS = {
 def test_variables_of_other_purposes(file: Path) -> None:
     assert load_spec(file, OTHERS) == load_spec(file)
     assert "SPRAY_PORT: unknown key" in refusal(file, {"SPRAY_PORT": "9000"})
-    keys = {"SPRAY_TEAM_KEYS": "a"}
-    assert "SPRAY_TEAM_KEYS: unknown key" in refusal(file, keys)
-    assert load_spec(file, keys, ["auth.api_keys_env=SPRAY_TEAM_KEYS"]).auth.api_keys_env == "SPRAY_TEAM_KEYS"
+
+
+@pytest.mark.parametrize(
+    ("key", "variable"),
+    [
+        ("auth.api_keys_env", "SPRAY_TEAM_KEYS"),
+        ("gateway.webhook_key_env", "SPRAY_WEBHOOK_KEY"),
+        ("storage.jobs_url_env", "SPRAY_JOBS_URL"),
+    ],
+)
+def test_a_variable_that_a_key_names_is_no_configuration(file: Path, key: str, variable: str) -> None:
+    secret = {variable: "a"}
+    assert f"{variable}: unknown key" in refusal(file, secret)
+    assert value(load_spec(file, secret, [f"{key}={variable}"]), key) == variable
+
+
+def test_every_key_that_names_a_variable_ends_alike() -> None:
+    """By its end `deploy.overrides` knows it."""
+    described = {
+        f"{name}.{key}": key
+        for name, section in DeploymentSpec.model_fields.items()
+        for key, field in getattr(section.annotation, "model_fields", {}).items()
+        if "environment variable" in (field.description or "")
+    }
+    assert len(described) == 3 and all(key.endswith("_env") for key in described.values()), described
 
 
 @pytest.mark.parametrize(
@@ -237,6 +259,20 @@ def test_variables_of_other_purposes(file: Path) -> None:
             "d.yaml:2: models.0: defaults.width is 640, above limits.max_width, 512; change one "
             f"(models.0.limits.max_width is from {QWEN}LIMITS__MAX_WIDTH, models.0.defaults.width is from --set)",
         ),
+        (
+            {f"{QWEN}LIMITS__MAX_WORK": "50000000"},
+            [],
+            "d.yaml:2: models.0: a request that leaves all to defaults has width x height x num_frames x "
+            "num_inference_steps 52428800, above limits.max_work, 50000000; change one "
+            f"(models.0.limits.max_work is from {QWEN}LIMITS__MAX_WORK)",
+        ),
+        (
+            {"SPRAY_STORAGE__MODELS": "~/hub"},
+            [],
+            "SPRAY_STORAGE__MODELS: storage.models: must be an absolute path, got '~/hub'",
+        ),
+        ({}, ["storage.compiled=c"], "--set: storage.compiled: must be an absolute path, got 'c'"),
+        ({}, ["storage.outputs.folder=o"], "--set: storage.outputs.folder: must be an absolute path, got 'o'"),
     ],
 )
 def test_mistakes_name_where_they_are(file: Path, environ: dict[str, str], flags: list[str], says: str) -> None:

@@ -58,6 +58,26 @@ def test_each_alert_names_a_paragraph_that_exists(alert: dict[str, Any]) -> None
     assert alert["labels"]["severity"] in ("info", "warning", "critical")
 
 
+def divisors(expression: str) -> Iterator[str]:
+    """What is divided by: the text in parentheses, or one letter where there are none."""
+    for division in re.finditer(r" / (?:ignoring \([^)]*\) )?", expression):
+        rest, depth = expression[division.end() :], 0
+        for end, sign in enumerate(rest, start=1):
+            depth += {"(": 1, ")": -1}.get(sign, 0)
+            if depth <= 0:
+                yield rest[:end]
+                break
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    """A count that does not rise has the rate 0, and NaN of one series is NaN of all that it is added to."""
+    expressions = [rule["expr"] for group in RULES for rule in group["rules"]]
+    assert len([*divisors(" ".join(expressions))]) > 5
+    for expression in expressions:
+        for divisor in divisors(expression):
+            assert divisor.startswith("(") and divisor.endswith("> 0)"), (expression, divisor)
+
+
 def test_rules_use_what_there_is() -> None:
     known = {*exported(), *RECORDS}
     for group in RULES:

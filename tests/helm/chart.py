@@ -271,10 +271,11 @@ VARIATIONS: dict[str, Values] = {
         "ray": {"authMode": "disabled", "idleTimeoutSeconds": 60, "existingTokenSecret": "token"},
         "upgrade": {"type": "None", "drainSeconds": 3600},
     },
+    "old gangs stop first": {"upgrade": {"newGangsFirst": False}},
     "limits and folders": {
         "limits": {"max_body_bytes": 1 << 25},
         "storage": {
-            "models": "/m",
+            "models": "/models/m",
             "compiled": "/models/c",
             "idempotency": {"ttl_s": 60},
             "outputs": {"url": "s3://bucket/prefix"},
@@ -298,15 +299,19 @@ VARIATIONS: dict[str, Values] = {
         "metrics": {"host": "127.0.0.1", "port": 9465},
         "tracing": {"otlp_endpoint": "http://collector:4318", "sample_ratio": 0.5},
         "storage": {
-            "models": "/m",
+            "models": "/models/m",
             "compiled": "/models/c",
-            "outputs": {"folder": "/o", "url": None, "ttl_s": 60, "max_bytes": 1 << 30},
-            "idempotency": {"folder": "/i", "ttl_s": 60, "max_bytes": 1 << 20},
-            "jobs": "/j",
+            "outputs": {"folder": "/home/spray/o", "url": None, "ttl_s": 60, "max_bytes": 1 << 30},
+            "idempotency": {"folder": "/keys/i", "ttl_s": 60, "max_bytes": 1 << 20},
+            "jobs": "/keys/j",
             "jobs_url_env": None,
         },
         "auth": {"insecure": True, "api_keys_env": "SPRAY_API_KEYS", "api_keys_file": None},
         "gatewayNodes": {"env": [{"name": "SPRAY_API_KEYS", **SECRET}, {"name": "HOOKS", **SECRET}]},
+        "head": {
+            "extraVolumes": [{"name": "keys", "emptyDir": {}}],
+            "extraVolumeMounts": [{"name": "keys", "mountPath": "/keys"}],
+        },
     },
     "gateways anywhere": {"gateway": {"node_labels": None}, "tests": {"enabled": False}},
 }

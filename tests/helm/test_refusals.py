@@ -19,6 +19,9 @@ def models(*changes: Values) -> Values:
     return {**GPU_GROUPS, "models": [with_values(GPU_MODEL, change) for change in changes]}
 
 
+HUB = {"name": "hub", "mountPath": "/hub"}
+"""A volume of a group."""
+
 REFUSED: dict[str, tuple[Values, str]] = {
     "no model": ({"models": []}, "models is empty"),
     "a degree below 1": (models({"parallel": {"ulysses_degree": 0}}), "at '/models/0/parallel/ulysses_degree'"),
@@ -146,6 +149,48 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"groups": [{"name": "a", "minReplicas": 2}]},
         "groups.a.minReplicas is 2, above maxReplicas, 1",
     ),
+    "jobs that the head cannot write": (
+        {"storage": {"jobs": "/jobs"}},
+        "storage.jobs is /jobs, which the head cannot write: the root is read-only; leave it out and set state.size, "
+        "or mount a volume there by head.extraVolumeMounts",
+    ),
+    "jobs where only other nodes have a volume": (
+        {"storage": {"jobs": "/jobs"}, "gatewayNodes": {"extraVolumeMounts": [{"name": "a", "mountPath": "/jobs"}]}},
+        "storage.jobs is /jobs",
+    ),
+    "answers that the head cannot write": (
+        {"storage": {"idempotency": {"folder": "/var/lib/spray"}}},
+        "storage.idempotency.folder is /var/lib/spray, which the head cannot write",
+    ),
+    "outputs that gateways cannot write": (
+        {"storage": {"outputs": {"folder": "/shared/outputs"}}},
+        "storage.outputs.folder is /shared/outputs, which the nodes of gateways cannot write: the root is read-only; "
+        "leave it out and set outputs.size, or mount a volume there by gatewayNodes.extraVolumeMounts",
+    ),
+    "outputs beside a volume": (
+        {"storage": {"outputs": {"folder": "/tmpfiles"}}},
+        "storage.outputs.folder is /tmpfiles",
+    ),
+    "outputs on a volume to read": (
+        {
+            "storage": {"outputs": {"folder": "/shared/outputs"}},
+            "nodeDefaults": {"extraVolumeMounts": [{"name": "a", "mountPath": "/shared", "readOnly": True}]},
+        },
+        "storage.outputs.folder is /shared/outputs",
+    ),
+    "weights that gangs cannot write": (
+        models({}) | {"storage": {"models": "/hub"}, "cache": {"size": "1Gi"}},
+        "storage.models is /hub, which the nodes of l40s cannot write: the root is read-only; leave it out and set "
+        "cache.size, or mount a volume there by extraVolumeMounts of groups.l40s",
+    ),
+    "weights ahead beside their claim": (
+        models({}) | {"storage": {"models": "/tmp/hub"}, "cache": {"size": "1Gi", "prefetch": True}},
+        "storage.models is /tmp/hub, and cache.prefetch fills the claim at /models",
+    ),
+    "compiled blocks that gangs cannot write": (
+        models({"compile": True, "warmup_shapes": [{"width": 64, "height": 64}]}) | {"storage": {"compiled": "/code"}},
+        "storage.compiled is /code, which the nodes of l40s cannot write",
+    ),
     "two groups of one name": ({"groups": [{"name": "gateways"}]}, 'groups: two are called "gateways"'),
 }
 """What is wrong over the trial's values, and what is said of it."""
@@ -167,6 +212,23 @@ def test_it_is_refused_with_the_reason(name: str) -> None:
         models({"parallel": {"ulysses_degree": 16}, "placement": {"strategy": "PACK"}}),
         models({"placement": {"accelerator_type": "L40S", "cpus_per_rank": 2}}),
         models({"placement": {"node_labels": {"zone": "a"}}, "grace_period_s": 1830}),
+        {
+            "storage": {
+                "jobs": "/tmp/jobs",
+                "outputs": {"folder": "/dev/shm/o"},
+                "idempotency": {"folder": "/home/spray"},
+            }
+        },
+        {"storage": {"jobs": "/jobs", "models": "/hub"}, "securityContext": {"readOnlyRootFilesystem": False}},
+        {"storage": {"jobs": "/a/jobs"}, "head": {"extraVolumeMounts": [{"name": "a", "mountPath": "/a/"}]}},
+        {  # only the second group has gangs with weights from the hub, and none compiles
+            **models(
+                {"placement": {"node_labels": {"zone": "a"}}},
+                {"name": "b", "source": "/b", "placement": {"accelerator_type": "L40S"}},
+            ),
+            "groups": [GPU_GROUPS["groups"][0], GPU_GROUPS["groups"][1] | {"extraVolumeMounts": [HUB]}],
+            "storage": {"models": "/hub", "compiled": "/code"},
+        },
         models(SPANS) | {"groups": [HOSTS]},
         models(SPANS) | {"groups": [HOSTS | {"maxReplicas": 2, "minReplicas": 2}]},
         models(with_values(SPANS, {"parallel": {"ulysses_degree": 32}}))

@@ -170,6 +170,17 @@ def test_a_node_that_is_not_there_yet_tells_the_autoscaler_its_gpu() -> None:
     assert types["gateways"]["labels"] == {"spray-role": "gateway"}
 
 
+def test_a_part_of_a_gpu_is_a_gpu_to_the_autoscaler() -> None:
+    """MIG's resources end in what the autoscaler does not know."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
+
+    group = {"name": "parts", "gpus": 2, "gpuResource": "nvidia.com/mig-3g.40gb"}
+    cluster = ray_service(render(with_values(profile("trial"), {"groups": [group]})))["spec"]["rayClusterConfig"]
+    types = _generate_available_node_types_from_ray_cr_spec(cluster)
+    assert types["parts"]["resources"]["GPU"] == 2
+    assert "GPU" not in types["gateways"]["resources"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_secret_is_in_plain(name: str) -> None:
     """Neither an object of kind Secret nor a value of a variable that sounds like one."""
@@ -190,6 +201,28 @@ def test_only_the_gateways_ports_are_open() -> None:
     named = with_values(profile("production"), {"networkPolicy": {"clients": [{"podSelector": {}}]}})
     (policy,) = of_kind(render(named), "NetworkPolicy")
     assert all("from" in rule for rule in policy["spec"]["ingress"])
+
+
+def test_an_empty_list_of_peers_lets_in_nobody() -> None:
+    closed = {"networkPolicy": {"operator": [], "monitoring": [], "clients": [{"podSelector": {}}]}}
+    (policy,) = of_kind(render(with_values(profile("production"), closed)), "NetworkPolicy")
+    among, clients = policy["spec"]["ingress"]
+    assert among["from"] and [port["port"] for port in clients["ports"]] == [8000, 9000]
+    (policy,) = of_kind(render(profile("production")), "NetworkPolicy")
+    _, *ours = policy["spec"]["ingress"]
+    ports = [[each["port"] for each in rule["ports"]] for rule in ours]
+    assert ports == [[8000, 9000], [8265, 8000], [8080, 9464, 44217, 44227]]  # the control
+
+
+def test_metrics_are_asked_for_where_something_exports() -> None:
+    """Gateways and gangs do; a port of the head would be a target that is always down."""
+    templates = pod_templates(render(profile("production")))
+    named = {
+        name: {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+        for name, template in templates.items()
+    }
+    assert {name for name, ports in named.items() if "spray-metrics" in ports} == {"gateways", "h100-4x"}
+    assert all("metrics" in ports for ports in named.values())
 
 
 def test_a_budget_keeps_all_gateway_nodes_but_one() -> None:
@@ -304,9 +337,50 @@ def test_a_job_fetches_what_comes_from_the_hub() -> None:
     told = {each["name"]: each.get("value") for each in container["env"]}
     assert json.loads(told["SPRAY_MODELS"]) == [{"name": "b", "source": "org/b", "revision": "v1"}]
     assert told["SPRAY_FOLDER"] == "/models/hub"
-    changed = with_values(CASES["weights ahead"], {"image": {"tag": "0.2.0"}})
-    (other,) = of_kind(render(changed), "Job")
-    assert other["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": {"tag": "0.2.0"}},
+        {"image": {"pullPolicy": "Always"}},
+        {"image": {"pullSecrets": ["registry"]}},
+        {"hubToken": {"existingSecret": "other"}},
+        {"cache": {"existingClaim": "weights"}},
+        {"podSecurityContext": {"runAsUser": 2000}},
+        {"storage": {"models": "/models/other"}},
+        {"models": [{"name": "d", "source": "org/d", "device": "cpu"}]},
+    ],
+    ids=str,
+)
+def test_a_job_whose_pod_changes_is_another_job(change: Values) -> None:
+    """Kubernetes refuses to change the pod of a Job."""
+    before, after = (
+        of_kind(render(values), "Job")[0]
+        for values in (CASES["weights ahead"], with_values(CASES["weights ahead"], change))
+    )
+    assert before["spec"]["template"] != after["spec"]["template"]
+    assert before["metadata"]["name"] != after["metadata"]["name"]
+
+
+def test_a_job_is_the_same_while_its_pod_is() -> None:
+    """Else each upgrade would run it again, and a new version of the chart too."""
+    values = with_values(CASES["weights ahead"], {"commonLabels": {"a": "b"}, "gateway": {"replicas": 2}})
+    jobs = [of_kind(render(each), "Job")[0] for each in (CASES["weights ahead"], values)]
+    assert jobs[0]["metadata"]["name"] == jobs[1]["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_that_become_labels_or_hosts_have_63_characters_at_most(name: str) -> None:
+    """With the longest name of a release, which the chart cuts to 47."""
+    objects = render(with_values(CASES[name], {"fullnameOverride": "a" * 60}), KUBERNETES[name])
+    names = [
+        each["metadata"]["name"]
+        for each in objects
+        if each["kind"] in ("RayService", "Job", "Pod", "Service", "StatefulSet", "ServiceAccount")
+    ]
+    names.append(ray_service(objects)["spec"]["serveService"]["metadata"]["name"])
+    assert len(names) >= 2 and max(map(len, names)) <= 63, names
 
 
 def test_rules_and_dashboards_arrive_as_they_are() -> None:

@@ -66,6 +66,19 @@ def test_models_change_and_no_pod_does(change: Any) -> None:
     assert configs[0] == configs[1]
 
 
+def test_where_there_is_no_room_old_gangs_stop_first() -> None:
+    """By the same upgrade that changes the model, and no pod changes."""
+    values = with_values(changed(other_degrees), {"upgrade": {"newGangsFirst": False}})
+    before, after = render(profile("production")), render(values)
+    assert pod_templates(before) == pod_templates(after)
+    surges = [
+        [deployment.get("max_surge_percent") for each in config["applications"] for deployment in each["deployments"]]
+        for config in (serve_config_of(before), serve_config_of(after))
+    ]
+    gateway = surges[0][-1]
+    assert surges == [[1, 1, 1, gateway], [0, 0, 0, gateway]]
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError, RayTaskError, RpcError
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -358,6 +359,33 @@ def test_a_head_that_does_not_answer_is_said_at_once() -> None:
             pass
     with pytest.raises(SpecError, match="no Ray cluster at 'host:x'"), attach("host:x"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RayActorError(error_msg="The actor died.\nIts log:"), "no longer answers: The actor died.; where"),
+        (RpcError("UNAVAILABLE"), "no longer answers: .*UNAVAILABLE"),
+        (RuntimeError("Failed to connect to GCS"), "no longer answers: Failed to connect to GCS"),
+        (ConnectionError(), "no longer answers: ConnectionError"),
+    ],
+)
+def test_a_cluster_that_goes_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    ended = []
+    monkeypatch.setattr("service.rollout.attach.connect", lambda address, own: None)
+    monkeypatch.setattr("service.rollout.attach.disconnect", lambda: ended.append(True))
+    with pytest.raises(SpecError, match=said), attach("auto"):
+        raise error
+    assert ended == [True]
+
+
+def test_what_a_cluster_answers_is_no_loss_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rollout.attach.connect", lambda address, own: None)
+    monkeypatch.setattr("service.rollout.attach.disconnect", lambda: None)
+    for error in (RayTaskError("deploy", "trace", ValueError("a bug")), SpecError("a: rank 1 died"), TimeoutError()):
+        with pytest.raises(type(error)) as raised, attach("auto"):
+            raise error
+        assert raised.value is error
 
 
 def test_nodes_must_have_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
