@@ -48,7 +48,12 @@ class Link:
 
 def new_input_name() -> str:
     """A name that nobody can guess, for an input of a job."""
-    return f"{secrets.token_urlsafe(24)}.input"
+    return new_output_name("input")
+
+
+def new_output_name(kind: str) -> str:
+    """A name that nobody can guess, for an output with this suffix."""
+    return f"{secrets.token_urlsafe(24)}.{kind}"
 
 
 class OutputStore:
@@ -97,12 +102,18 @@ class OutputStore:
         """
         self._open().check(self._max_bytes)
 
-    def keep(self, content: bytes, kind: str) -> Link:
+    @property
+    def ttl_s(self) -> float:
+        """How long an output is kept after it was written, in seconds."""
+        return self._ttl_s
+
+    def keep(self, content: bytes, kind: str, name: str | None = None) -> Link:
         """Write a file. Even after a crash it is there whole, or not at all. Blocks.
 
         Args:
             content: the content of the file.
             kind: the suffix of the file, such as png.
+            name: from `new_output_name`; a file of this name is written again, and expires later. None: a new one.
 
         Raises:
             OSError: the folder cannot be written.
@@ -110,7 +121,7 @@ class OutputStore:
             OutputsUnavailable: the bucket does not answer.
         """
         place, expires = self._open(), int(time.time() + self._ttl_s) + 1
-        name = f"{secrets.token_urlsafe(24)}.{kind}"
+        name = name or new_output_name(kind)
         place.write(name, content, expires)
         return Link(name, expires, self._sign(name, expires))
 

@@ -176,7 +176,7 @@ def test_what_is_drawn_while_the_store_is_away_is_published_later(
 
 
 def test_outputs_that_cannot_be_written_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(outputs: OutputStore, content: bytes, kind: str) -> Any:
+    def full(outputs: OutputStore, content: bytes, kind: str, name: str) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(OutputStore, "keep", full)

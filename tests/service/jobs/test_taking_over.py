@@ -129,7 +129,7 @@ def test_who_is_cut_off_from_the_store_past_its_lease_adds_no_second_result(
 
         link, world.script = Cut(world.jobs), attempts
         gateway: Any = world.runner
-        gateway._jobs = link
+        gateway._jobs = gateway._results._jobs = link
         job = await world.submit()
         await asyncio.wait_for(begun[0].wait(), 10)
         assert world.jobs._own is not None
