@@ -5,7 +5,7 @@ What a runner changes, it changes under its fence: a job that was cancelled, del
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -51,21 +51,22 @@ class Leases:
         self.keep_s = keep_s
         self._database = Database(engine, clock, patience_s)
 
-    def claim(self, room: Mapping[str, int], runner: str, lease_s: float) -> list[Job]:
+    def claim(self, room: Mapping[str, int], runner: str, lease_s: float, strangers: Collection[str] = ()) -> list[Job]:
         """Take jobs to run them; each counts as an attempt from now on.
 
         Args:
-            room: by model, how many may run at once, whoever runs them; of two gateways that claim at the same moment
-                the second one counts what the first one took.
+            room: by model, how many may run at once, whoever runs them but strangers; of two gateways that claim at the
+                same moment the second one counts what the first one took.
             runner: who takes them.
             lease_s: seconds after which they are queued again if `renew` is not called.
         """
         taken = []
         with self._database.transaction() as (connection, now):
             one_claims(connection)
+            strangers: runners of other clusters, which have room of their own.
             self._database.settle(connection, now, self.keep_s)
             for model in sorted(room):
-                free = room[model] - queries.running(connection, model)
+                free = room[model] - queries.running(connection, model, strangers)
                 for row in queries.next_in_line(connection, model, free, now):
                     values = {"fence": row["fence"] + 1, "attempt": row["attempt"] + 1, "runner": runner}
                     values |= {"lease_until": now + lease_s, "started_at": now, "step": 0, "total_steps": 0}

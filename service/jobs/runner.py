@@ -85,7 +85,7 @@ class Runner:
         outputs: where finished files go.
         name: of this gateway, for the record.
         generate: runs a request of an owner.
-        room: by model, how many jobs may run in the whole deployment now.
+        room: by model, how many jobs may run in the whole deployment now, which is that of one cluster.
         models: of the deployment; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
         lost: which other runners are gone.
@@ -182,8 +182,9 @@ class Runner:
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
         self._observed.tell(counts, self._room())
         waiting = {model: most for model, most in self._room().items() if model in counts and counts[model].queued}
-        room = {model: most for model, most in waiting.items() if most > counts[model].running}
-        claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else []
+        others = self._lost.strangers  # who are counted, too
+        room = {model: most for model, most in waiting.items() if others or most > counts[model].running}
+        claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S, others) if room else []
         for job in claimed:
             self.drop(job.id)  # an attempt that has lost its lease, and has not heard of it
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
