@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from service.jobs import queries
 from service.jobs.database import PATIENCE_S, Database, one_claims
 from service.jobs.records import (
+    CANCELLED,
     DEADLINE,
     MAX_ATTEMPTS,
     MAX_GANG_LOSSES,
@@ -26,6 +27,9 @@ from service.jobs.records import (
 )
 from service.jobs.tables import Row, jobs, to_job
 from service.jobs.transitions import change, end, end_unserved, queue_again
+
+ENDS_AS: Mapping[str, State] = {DEADLINE: "expired", CANCELLED: "cancelled"}
+"""By the code of its error, how a job has ended that has not failed."""
 
 FORGOTTEN_AT_ONCE = 1000
 """Expired jobs that one transaction removes, so that none is long, whatever has gathered while no gateway ran."""
@@ -59,11 +63,11 @@ class Leases:
                 same moment the second one counts what the first one took.
             runner: who takes them.
             lease_s: seconds after which they are queued again if `renew` is not called.
+            strangers: runners of other clusters, which have room of their own.
         """
         taken = []
         with self._database.transaction() as (connection, now):
             one_claims(connection)
-            strangers: runners of other clusters, which have room of their own.
             self._database.settle(connection, now, self.keep_s)
             for model in sorted(room):
                 free = room[model] - queries.running(connection, model, strangers)
@@ -123,14 +127,14 @@ class Leases:
             return change(connection, row, now, state="succeeded", **made)
 
     def fail(self, job_id: str, fence: int, error: JobError) -> Job:
-        """End a job that would fail again; one that failed for its deadline is expired.
+        """End a job that would fail again; one that failed for its deadline is expired, one whose request was cancelled
+        by another call is cancelled.
 
         Raises:
             LeaseLost: it is not this runner's anymore.
         """
         with self._held(job_id, fence) as (connection, row, now):
-            state: State = "expired" if error.code == DEADLINE else "failed"
-            return end(connection, row, now, self.keep_s, state, error)
+            return end(connection, row, now, self.keep_s, ENDS_AS.get(error.code, "failed"), error)
 
     def give_back(self, job_id: str, fence: int, reason: str, after_s: float = 0.0) -> Job:
         """Queue a job again that could not be begun, or whose runner has to stop. The attempt does not count.
