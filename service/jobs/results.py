@@ -49,18 +49,24 @@ class NotWritten(Exception):
     """The outputs of a job cannot be written."""
 
 
-async def in_time(call: Callable[..., Result], *args: Any) -> Result:
-    """A call of the place of files, in a thread.
+class Silent(OSError):
+    """A folder or bucket has said nothing for `SILENT_S`."""
+
+
+async def in_time(work: Awaitable[Result]) -> Result:
+    """What `work` returns, which asks a folder or bucket.
 
     Raises:
-        TimeoutError: which is an OSError: it has said nothing for `SILENT_S`.
-        Exception: what the call raises.
+        Silent: it has said nothing in time.
+        Exception: what `work` raises.
     """
     try:
-        async with asyncio.timeout(SILENT_S):
-            return await asyncio.to_thread(call, *args)
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer in {SILENT_S:g} s") from error
+        async with asyncio.timeout(SILENT_S) as limit:
+            return await work
+    except TimeoutError:
+        if limit.expired():
+            raise Silent(f"no answer in {SILENT_S:g} s") from None
+        raise
 
 
 class Results:
@@ -142,11 +148,11 @@ class Results:
         for name, content in files.items():
             for left in reversed(range(WRITES)):
                 try:
-                    await in_time(self._outputs.keep, content, kind, name)
+                    await in_time(asyncio.to_thread(self._outputs.keep, content, kind, name))
                     break
                 except NOT_NOW as error:
                     said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-                    if not left or isinstance(error, TimeoutError):
+                    if not left or isinstance(error, Silent):
                         raise NotWritten(said) from error
                     logger.warning("an output of job %s cannot be written, and is tried again: %s", job.id, said)
                 await asyncio.sleep(AWAY_S)

@@ -20,7 +20,7 @@ from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
 from service.jobs.records import QUARANTINED, Counts, Job, JobError, LeaseLost
-from service.jobs.results import NOT_NOW, NotWritten, Results, in_time
+from service.jobs.results import AWAY_S, NOT_NOW, NotWritten, Results, in_time
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.state.outputs import OutputStore
@@ -282,10 +282,17 @@ class Runner:
             NotRead: it cannot be read now.
         """
         try:
-            return await in_time(inputs.request_of, self._outputs, job)
+            return await in_time(self._read(job))
         except NOT_NOW as error:
             logger.warning("what job %s begins with cannot be read, and is tried again: %s", job.id, error)
             raise NotRead("what the job begins with cannot be read now") from error
+
+    async def _read(self, job: Job) -> GenerationRequest:
+        while True:
+            try:
+                return await inputs.request_of(self._jobs, self._outputs, job)
+            except JobsUnavailable:  # it has pictures, too, and just let this gateway claim the job
+                await asyncio.sleep(AWAY_S)
 
     async def _lose_gang(self, job: Job, losses: int, reason: str) -> None:
         """Count a lost gang.

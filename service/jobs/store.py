@@ -52,6 +52,7 @@ class JobStore(Leases):
                         row = to_row(job, now + HEAD_START_S[new.priority])
                         connection.execute(sa.insert(jobs).values(**row))
                         note(connection, row, now, "")
+                        input_notes.add_data(connection, job.id, new.input_data)
                     return job, True
                 except sa.exc.IntegrityError:  # another gateway was faster with the same key
                     found = queries.same(connection, new)
@@ -172,6 +173,11 @@ class JobStore(Leases):
             input_notes.forget(connection, names)
 
     def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
+    def input_data(self, job_id: str) -> Mapping[int, bytes]:
+        """What a job begins with that lies in no files, by its place in the request. Without such a job: nothing."""
+        with self._database.transaction() as (connection, _):
+            return input_notes.data_of(connection, job_id)
+
         """Take webhooks to send them; each counts as an attempt from now on.
 
         Args:
