@@ -58,16 +58,17 @@ class JobStore(Leases):
                     found = queries.same(connection, new)
                     if found is None:
                         raise
-            if found.id == new.id:
-                return found, True
-            if found.fingerprint != new.fingerprint:
-                raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
-            return found, False
+            return _the_same(new, found), found.id == new.id
 
-    def known(self, new: NewJob) -> bool:
-        """Whether this job is there, or its idempotency key has brought one."""
+    def known(self, new: NewJob) -> Job | None:
+        """The job that its idempotency key has brought already; None: it is new.
+
+        Raises:
+            KeyReused: the key came with another body before.
+        """
         with self._database.transaction() as (connection, _):
-            return queries.same(connection, new) is not None
+            found = queries.same(connection, new)
+            return found and _the_same(new, found)
 
     def cancel(self, job_id: str, owner: str | None) -> Job:
         """End a job that has not ended. Its runner hears of it when it renews its lease.
@@ -172,12 +173,12 @@ class JobStore(Leases):
         with self._database.transaction() as (connection, _):
             input_notes.forget(connection, names)
 
-    def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
     def input_data(self, job_id: str) -> Mapping[int, bytes]:
         """What a job begins with that lies in no files, by its place in the request. Without such a job: nothing."""
         with self._database.transaction() as (connection, _):
             return input_notes.data_of(connection, job_id)
 
+    def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
         """Take webhooks to send them; each counts as an attempt from now on.
 
         Args:
@@ -198,3 +199,14 @@ class JobStore(Leases):
         """A webhook has not arrived: it is taken again after so many seconds. False: it is too old, and given up."""
         with self._database.transaction() as (connection, now):
             return outbox.not_sent(connection, delivery, now, after_s)
+
+
+def _the_same(new: NewJob, found: Job) -> Job:
+    """The job that was found for a new one, if it was submitted as this one.
+
+    Raises:
+        KeyReused: it has the same key and another body.
+    """
+    if found.id != new.id and found.fingerprint != new.fingerprint:
+        raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
+    return found
