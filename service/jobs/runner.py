@@ -11,6 +11,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from service.api.backend import Report, Restarted
@@ -281,8 +282,11 @@ class Runner:
             InputNotFound: what it begins with is gone, or is another picture.
             NotRead: it cannot be read now.
         """
+        deadline_at = None
+        if job.deadline_at is not None and job.started_at is not None:  # by the store's clock, and just started
+            deadline_at = time.time() + job.deadline_at - job.started_at
         try:
-            return await in_time(self._read(job))
+            return replace(await in_time(self._read(job)), deadline_at=deadline_at)
         except NOT_NOW as error:
             logger.warning("what job %s begins with cannot be read, and is tried again: %s", job.id, error)
             raise NotRead("what the job begins with cannot be read now") from error
