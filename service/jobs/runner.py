@@ -70,8 +70,8 @@ NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
 """Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
 
 
-class NotRead(Exception):
-    """What a job begins with cannot be read now."""
+class NotNow(Exception):
+    """What a job begins with cannot be read now, or there is no room for what it makes."""
 
 
 Result = TypeVar("Result")
@@ -213,7 +213,7 @@ class Runner:
             await self._attempt(job)
         except LeaseLost:
             logger.info("job %s is not run here anymore", job.id)
-        except (*NOT_BEGUN, NotRead) as error:
+        except (*NOT_BEGUN, NotNow) as error:
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
         except (ModelUnavailable, NotWritten) as error:
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
@@ -276,20 +276,21 @@ class Runner:
             await asyncio.wait([task])
 
     async def _request(self, job: Job) -> GenerationRequest:
-        """What is to be run.
+        """What is to be run, once there is room for what it makes.
 
         Raises:
             InputNotFound: what it begins with is gone, or is another picture.
-            NotRead: it cannot be read now.
+            NotNow: it cannot be run now.
         """
         deadline_at = None
         if job.deadline_at is not None and job.started_at is not None:  # by the store's clock, and just started
             deadline_at = time.time() + job.deadline_at - job.started_at
         try:
+            await in_time(asyncio.to_thread(self._outputs.prepare, outputs_only=True))
             return replace(await in_time(self._read(job)), deadline_at=deadline_at)
         except NOT_NOW as error:
-            logger.warning("what job %s begins with cannot be read, and is tried again: %s", job.id, error)
-            raise NotRead("what the job begins with cannot be read now") from error
+            logger.warning("job %s cannot be begun now, and is tried again: %s", job.id, error)
+            raise NotNow("its files cannot be read or written now") from error
 
     async def _read(self, job: Job) -> GenerationRequest:
         while True:

@@ -92,15 +92,19 @@ class OutputStore:
         """Whether the deployment names the place. Otherwise it may end with the cluster, or belong to one node."""
         return self._where != (None, None)
 
-    def prepare(self) -> None:
+    def prepare(self, outputs_only: bool = False) -> None:
         """Check that files can be kept, before they are computed. Blocks.
+
+        Args:
+            outputs_only: count no inputs of jobs against `storage.outputs.max_bytes`. They stay until their jobs have
+                run, which would otherwise wait for each other.
 
         Raises:
             OSError: the folder cannot be made or written.
             OutputsFull: there is no room.
             OutputsUnavailable: the bucket does not answer.
         """
-        self._open().check(self._max_bytes)
+        self._open().check(self._max_bytes, outputs_only)
 
     @property
     def ttl_s(self) -> float:
