@@ -62,9 +62,9 @@ AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
 UNSERVED_S = 900.0
-"""How long jobs wait for a model that the deployment does not have. Not at once: an operator who has left a model out
-by mistake puts it back within minutes, and wants what was accepted to be drawn then. Not for ever: whoever polls a job,
-or waits for its webhook, has to hear that nobody will draw it."""
+"""How long jobs wait for a model that the deployment does not have, or that cannot be started. Not at once: an operator
+who has left a model out by mistake, or has broken it, puts it right within minutes, and wants what was accepted to be
+drawn then. Not for ever: whoever polls a job, or waits for its webhook, has to hear that nobody will draw it."""
 
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
 """Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
@@ -107,6 +107,7 @@ class Runner:
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
         self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
+        self._unavailable: dict[str, tuple[float, float]] = {}  # models that could not be started, first and last when
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._results = Results(jobs, outputs)
         self._observed = ObservedJobs()
@@ -209,13 +210,21 @@ class Runner:
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""
+        next_at_once = True
         try:
             await self._attempt(job)
         except LeaseLost:
             logger.info("job %s is not run here anymore", job.id)
         except (*NOT_BEGUN, NotNow) as error:
+            next_at_once = False  # it would most likely fare the same, and so on through the whole queue
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
-        except (ModelUnavailable, NotWritten) as error:
+        except ModelUnavailable as error:
+            next_at_once = False
+            if self._is_patient(job):
+                await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
+            else:
+                await self._tell(job, JobStore.fail, _told(error))
+        except NotWritten as error:
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
         except Exception as error:
             if not isinstance(error, SprayError):
@@ -224,7 +233,17 @@ class Runner:
         finally:
             if job.id in self._running and self._running[job.id][0] is job:  # else the next attempt has begun
                 del self._running[job.id]
-            self.wake()
+            if next_at_once:
+                self.wake()
+
+    def _is_patient(self, job: Job) -> bool:
+        """Whether a job waits on, whose model cannot be started. Like one whose model is gone: see `UNSERVED_S`."""
+        now = time.monotonic()
+        since, last = self._unavailable.get(job.model, (now, now))
+        since = since if now - last < UNSERVED_S else now
+        self._unavailable[job.model] = since, now
+        waited_s = (job.started_at or 0.0) - job.created_at
+        return now - since < UNSERVED_S or waited_s < UNSERVED_S
 
     async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
         """Say how an attempt ended. If the store is away, the lease says it."""
@@ -245,6 +264,7 @@ class Runner:
                     await self._lose_gang(job, losses, report.reason)
                 if isinstance(report, StepEvent):
                     step = report
+                    self._unavailable.pop(job.model, None)
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
                 if time.monotonic() - renewed_at >= RENEW_S:

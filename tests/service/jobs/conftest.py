@@ -35,3 +35,4 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a runner wait for nothing."""
     for name in ("runner.RENEW_S", "runner.AGAIN_S", "results.AWAY_S"):
         monkeypatch.setattr(f"service.jobs.{name}", 0.0)
+    monkeypatch.setattr("service.jobs.runner.PERIOD_S", 0.05)
