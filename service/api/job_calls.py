@@ -110,6 +110,7 @@ async def submit(
     try:
         # What was accepted stays so: it is not charged again, nor refused for what is full or late by now.
         if key is not None and (known := await backend.jobs.ask(JobStore.known, new)) is not None:
+            backend.runner.wake()
             return known, False
         if late is not None:
             raise late
