@@ -114,10 +114,10 @@ async def submit(
             return known, False
         if late is not None:
             raise late
-        await asyncio.to_thread(backend.outputs.prepare)
-        backend.charge(request)
-        new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
-        job, fresh = await backend.jobs.ask(JobStore.submit, new)
+        with backend.charge(request):
+            await asyncio.to_thread(backend.outputs.prepare)
+            new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
+            job, fresh = await backend.jobs.ask(JobStore.submit, new)
     except KeyReused as error:
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         raise IdempotencyKeyReused(str(error)) from None

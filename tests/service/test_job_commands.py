@@ -153,6 +153,7 @@ def test_a_job_is_waited_for_while_the_server_does_not_answer(
         job_client.follow_job(server, slow, lambda step: None)
 
 
+@pytest.mark.timeout(30)
 def test_a_stream_that_says_nothing_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(job_client, "SILENT_S", 0.2)

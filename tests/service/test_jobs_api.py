@@ -1,6 +1,7 @@
 """`/v1/jobs`, jobs of pictures, events and remixes, on a gateway without Ray."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -136,10 +137,12 @@ def test_what_was_accepted_with_a_key_is_not_charged_again_nor_refused(
 ) -> None:
     charged: list[Any] = []
 
-    def charge(request: Any) -> None:
+    @contextlib.contextmanager
+    def charge(request: Any) -> Iterator[None]:
         if charged and refusal == "no work left":
             raise RateLimited("used up")
         charged.append(request)
+        yield
 
     monkeypatch.setattr(jobs_backend, "charge", charge)
     body, key = BODY | {"deadline_s": 100}, ASYNC | {"idempotency-key": "k"}

@@ -129,7 +129,9 @@ def test_a_job_that_is_cancelled_while_its_files_are_written_leaves_none(
         async with asyncio.timeout(20):
             while world.runner._running:
                 await asyncio.sleep(0.01)
+        assert not place.go.is_set()
         assert written and not (tmp_path / "outputs" / written[0]).exists()
+        place.go.set()  # else the end of the loop waits for its thread
 
     async def two(request: GenerationRequest) -> AsyncGenerator[Report]:
         yield _two()
@@ -183,30 +185,33 @@ def test_an_attempt_that_has_lost_its_lease_is_stopped_and_does_not_hide_the_nex
     live(tmp_path, draws, story)
 
 
-def test_a_result_that_the_store_may_have_keeps_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place
+@pytest.mark.parametrize("first", ["publish", "cancel"])
+def test_the_store_says_whether_a_job_was_cancelled_before_it_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place, first: str
 ) -> None:
-    """It was published, and cancelled before the runner had the answer."""
+    """Both come at the same moment. The files are those of a job that has succeeded, or nobody's."""
     ask, told, go = Jobs.ask, asyncio.Event(), asyncio.Event()
 
     async def late(jobs: Jobs, call: Any, *args: Any) -> Any:
-        answer = await ask(jobs, call, *args)
-        if call is JobStore.publish:
-            told.set()
-            await go.wait()
-        return answer
+        if call is not JobStore.publish:
+            return await ask(jobs, call, *args)
+        answer = await ask(jobs, call, *args) if first == "publish" else None
+        told.set()
+        await go.wait()
+        return answer or await ask(jobs, call, *args)
 
     async def story(world: World) -> None:
         job = await world.submit()
         await asyncio.wait_for(told.wait(), 20)
-        assert (await world.jobs.ask(JobStore.cancel, job.id, None)).state == "succeeded"
+        cancelled = await world.jobs.ask(JobStore.cancel, job.id, None)
         world.runner.drop(job.id)
         go.set()
-        (output,) = (await world.ended(job)).outputs
         async with asyncio.timeout(20):
             while world.runner._running:
                 await asyncio.sleep(0.01)
-        assert world.outputs.file(output.name).read_bytes() == b"film"
+        files = [file.name for file in (tmp_path / "outputs").glob("*.mp4")]
+        assert files == [output.name for output in cancelled.outputs]
+        assert (cancelled.state, len(files)) == (("succeeded", 1) if first == "publish" else ("cancelled", 0))
 
     monkeypatch.setattr(Jobs, "ask", late)
     live(tmp_path, draws, story)
