@@ -7,7 +7,7 @@ Its table of models comes as `user_config`, so that it changes without a restart
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -202,8 +202,9 @@ class Gateway(GrpcMethods):
         method, args = question
         return await self._live.told(*args) if method == "told" else self._live.cancel(*args)
 
-    def charge(self, request: GenerationRequest) -> None:
-        """Count a job's work for the caller's key.
+    @contextlib.contextmanager
+    def charge(self, request: GenerationRequest) -> Iterator[None]:
+        """Count a job's work for the caller's key, while it is submitted; not if the store cannot take it.
 
         Raises:
             ShuttingDown: the gateway is draining.
@@ -213,7 +214,7 @@ class Gateway(GrpcMethods):
         if self.draining:
             raise ShuttingDown("the server is stopping and takes no new requests")
         with self._access.taking(request):
-            pass
+            yield
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
         """Refuse a job that would end too late.

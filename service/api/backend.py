@@ -4,6 +4,7 @@
 """
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -113,8 +114,9 @@ class Backend(Protocol):
     async def cancel(self, request_id: str) -> bool:
         """End a request that this caller may see, in any gateway; False: no gateway has it."""
 
-    def charge(self, request: GenerationRequest) -> None:
-        """Charge the caller's key for this request as a job; raise if its allowance is used up."""
+    def charge(self, request: GenerationRequest) -> AbstractContextManager[None]:
+        """Charge the caller's key for this request as a job, if it is accepted inside the context; raise if the
+        allowance is used up."""
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
         """Raise unless the caller may have this request as a job that ends in time, as far as is known."""

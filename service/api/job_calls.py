@@ -5,6 +5,7 @@ Every gateway knows every job. A caller sees its own jobs; with the scope `admin
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -26,9 +27,12 @@ from workers.errors import (
     JobNotFound,
     JobNotReady,
     OutputNotFound,
+    OutputsUnavailable,
     QueueFull,
 )
 from workers.messages import GenerationRequest
+
+logger = logging.getLogger("ray.serve")
 
 LOOK_S = 0.5
 """Seconds between two looks at a watched job. Runners report its progress about as often."""
@@ -98,16 +102,22 @@ async def submit(
     known_as = _known_as(backend.caller(), request, webhook_url)
     request = replace(request, traceparent=callers_trace())
     new = new_job(request, backend.caller(), priority, deadline_s, key, known_as, remixed_from, webhook_url)
+    late: DeadlineExceeded | None = None
     try:
         await backend.check_job(request, priority, deadline_s)
-    except DeadlineExceeded:
-        if key is None or not await backend.jobs.ask(JobStore.known, new):  # what was accepted stays so
-            raise
-    backend.charge(request)
-    await asyncio.to_thread(backend.outputs.prepare)
-    new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
+    except DeadlineExceeded as error:
+        late = error
     try:
-        job, fresh = await backend.jobs.ask(JobStore.submit, new)
+        # What was accepted stays so: it is not charged again, nor refused for what is full or late by now.
+        if key is not None and (known := await backend.jobs.ask(JobStore.known, new)) is not None:
+            backend.runner.wake()
+            return known, False
+        if late is not None:
+            raise late
+        with backend.charge(request):
+            await asyncio.to_thread(backend.outputs.prepare)
+            new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
+            job, fresh = await backend.jobs.ask(JobStore.submit, new)
     except KeyReused as error:
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         raise IdempotencyKeyReused(str(error)) from None
@@ -183,7 +193,10 @@ async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> Non
     backend.runner.drop(job_id)
     await asyncio.to_thread(inputs.discard, backend.outputs, job.request)
     for output in job.outputs:
-        await asyncio.to_thread(backend.outputs.discard, output.name)
+        try:
+            await asyncio.to_thread(backend.outputs.discard, output.name)
+        except (OSError, OutputsUnavailable) as error:  # the job is forgotten already; its file expires
+            logger.warning("an output of job %s, which was deleted, cannot be removed: %s", job_id, error)
 
 
 async def file_of(

@@ -4,7 +4,6 @@ Every gateway knows every job. Each caller sees its own jobs; with the scope `ad
 is 200, since the request for it succeeds.
 """
 
-import asyncio
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -120,7 +119,7 @@ async def remix_video(
     """Accept a video that varies another one: a new prompt, and all else the same, seed and priority included."""
     before = (await job_calls.find(backend, video_id, "video")).job
     find_model(backend.models(), before.model)  # it may have been removed since
-    request = await asyncio.to_thread(request_of, backend.outputs, before)
+    request = await request_of(backend.jobs, backend.outputs, before)
     request = replace(request, request_id=request_id(http), deadline_at=None, prompt=body.prompt)
     key = http.headers.get(KEY_HEADER)
     job, fresh = await job_calls.submit(backend, request, before.priority, None, key, video_id, body.webhook_url)

@@ -38,11 +38,16 @@ class ServerError(Exception):
     Args:
         message: in one line.
         code: the code of the server's error; None: it has none.
+        again: whether the same call may succeed later.
     """
 
-    def __init__(self, message: str, code: str | None = None) -> None:
+    def __init__(self, message: str, code: str | None = None, again: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.again = code, again
+
+
+class NoAnswer(ServerError):
+    """The server cannot be reached, or has stopped to answer."""
 
 
 @dataclass(frozen=True)
@@ -188,12 +193,12 @@ def answering(server: str) -> Iterator[None]:
     """Call a server inside this context.
 
     Raises:
-        ServerError: it cannot be reached.
+        NoAnswer: it cannot be reached.
     """
     try:
         yield
     except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:  # the last: no name of a host
-        raise ServerError(f"no answer from {server}: {error}") from None
+        raise NoAnswer(f"no answer from {server}: {error}", again=True) from None
 
 
 def ask(
@@ -265,11 +270,12 @@ def _told(line: str) -> StepEvent | bytes | Generated | None:
 
 def refusal(body: bytes, status: int) -> ServerError:
     """The error that an answer with this status and body means."""
+    again = status in (429, 502, 503)
     try:
         error = json.loads(body)["error"]
-        return ServerError(str(error["message"]), error.get("code"))
+        return ServerError(str(error["message"]), error.get("code"), again)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return ServerError(f"HTTP {status}: {_line(body.decode(errors='replace'))}")
+        return ServerError(f"HTTP {status}: {_line(body.decode(errors='replace'))}", again=again)
 
 
 def _line(text: str) -> str:

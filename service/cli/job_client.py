@@ -1,6 +1,7 @@
 """Jobs of a server, for the commands: submits, lists, follows and fetches them, by `service.cli.client`."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,17 @@ from urllib.parse import urlencode
 
 import httpx
 
-from service.cli.client import NO_LIMIT, VIDEOS, ServerError, answering, ask, authorization, refusal, understood
+from service.cli.client import (
+    NO_LIMIT,
+    VIDEOS,
+    NoAnswer,
+    ServerError,
+    answering,
+    ask,
+    authorization,
+    refusal,
+    understood,
+)
 from service.jobs.records import ENDED
 from workers.messages import StepEvent
 
@@ -17,6 +28,15 @@ VIDEO_JOBS = "/v1/videos"
 
 AGAIN_S = 1.0
 """Seconds between two streams of one job: a gateway that stops ends its streams."""
+
+PASSES = ("jobs_unavailable", "shutting_down", "queue_full", "rate_limit_exceeded")
+"""Codes of errors in a stream after which it is asked for again."""
+
+SILENT_S = 30.0
+"""After which a stream is given up that says nothing: a gateway gives a sign of life every five seconds."""
+
+PATIENCE_S = 300.0
+"""How long a job is asked for again that was there, while the server does not answer or has no room."""
 
 
 def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
@@ -74,15 +94,23 @@ def follow_job(server: str, job_id: str, on_step: Callable[[StepEvent], None]) -
         ServerError: it cannot be reached, refuses, or has no such job of this caller.
     """
     step, since = 0, time.monotonic()
+    heard, failing_since = False, math.inf
     while True:
-        for job in _events(server, job_id):
-            with understood(server, "GET /v1/jobs/ID/events"):
-                now, done, ended = time.monotonic(), int(job["step"]), job["state"] in ENDED
-                if done > step:
-                    on_step(StepEvent(done, int(job["total_steps"]), (now - since) / (done - step)))
-                step, since = done, now
-            if ended:
-                return job
+        try:
+            for job in _events(server, job_id):
+                heard, failing_since = True, math.inf
+                with understood(server, "GET /v1/jobs/ID/events"):
+                    now, done, ended = time.monotonic(), int(job["step"]), job["state"] in ENDED
+                    if done > step:
+                        on_step(StepEvent(done, int(job["total_steps"]), (now - since) / (done - step)))
+                    step, since = done, now
+                if ended:
+                    return job
+        except ServerError as error:
+            failing_since = min(failing_since, time.monotonic())
+            mistaken = isinstance(error, NoAnswer) and not heard  # the address may be wrong
+            if mistaken or not error.again or time.monotonic() - failing_since >= PATIENCE_S:
+                raise
         time.sleep(AGAIN_S)
 
 
@@ -94,7 +122,7 @@ def _events(server: str, job_id: str) -> Iterator[dict[str, Any]]:
             "GET",
             f"{server.rstrip('/')}/v1/jobs/{job_id}/events",
             headers=authorization(),
-            timeout=NO_LIMIT,
+            timeout=httpx.Timeout(10.0, read=SILENT_S),
             trust_env=False,
         ) as response,
     ):
@@ -109,7 +137,7 @@ def _events(server: str, job_id: str) -> Iterator[dict[str, Any]]:
                 if not error:
                     job = dict(event["job"])
             if error:
-                raise ServerError(str(error["message"]), error.get("code"))
+                raise ServerError(str(error["message"]), error.get("code"), error.get("code") in PASSES)
             yield job
 
 

@@ -15,7 +15,8 @@
     outbox.py       webhooks that have to be sent, as rows
     webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store
-    runner.py       claims and runs jobs in a gateway, and publishes their outputs
+    runner.py       claims and runs jobs in a gateway
+    results.py      writes and publishes their outputs
     lost_runners.py which other gateways that run jobs have died
     backlog.py      jobs that wait, for the autoscaler, metrics and deadlines
 

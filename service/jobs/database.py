@@ -20,6 +20,10 @@ five seconds at least."""
 LATE_S = 3.0
 """Whoever has waited longer for the database assumes that others could not be heard either."""
 
+STEP_S = 2.0
+"""By which the time of leases may grow more or less than that of this process between two transactions. Beyond it a
+clock was set, or the machine slept: leases may seem to have ended that nobody could renew."""
+
 UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 """The server is away, stopping or silent, the disk is full, or no connection came free."""
 
@@ -64,6 +68,7 @@ class Database:
         self._clock = clock
         self._patience_s = patience_s
         self._sound_since = self._used_at = time.monotonic()
+        self._offset: float | None = None  # of the time of leases and that of this process, at the last transaction
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[tuple[sa.Connection, float]]:
@@ -84,7 +89,9 @@ class Database:
                 with self._engine.begin() as connection:
                     connection.info[BEGAN] = began
                     connection.info.pop(ENDS, None)  # of a transaction before that was rolled back
-                    yield connection, self._now(connection)
+                    now = self._now(connection)
+                    self._note_step(now)
+                    yield connection, now
                     count_ends(connection)
                     _in_time()  # whoever asked is told by now that the store does not answer
         except JobsUnavailable:
@@ -106,6 +113,11 @@ class Database:
 
     def _note_wait(self, began: float) -> None:
         if time.monotonic() - began > LATE_S:
+            self._sound_since = time.monotonic()
+
+    def _note_step(self, now: float) -> None:
+        before, self._offset = self._offset, now - time.monotonic()
+        if before is not None and abs(self._offset - before) > STEP_S:
             self._sound_since = time.monotonic()
 
     @property

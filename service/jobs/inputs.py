@@ -3,7 +3,7 @@
 For `service.api.job_calls`, which keeps them before it submits their job, and `service.jobs.runner`, which reads them
 and sweeps those that no job has. They are kept as long as their job, since it may be remixed. A place that the
 deployment does not name may end with the cluster, or be one node's, which no accepted job may depend on: there they lie
-in the row, in base64, as an older version has written all of them.
+in a table of the store. Rows of older versions have them in base64.
 """
 
 import asyncio
@@ -55,23 +55,24 @@ async def keep(jobs: Jobs, outputs: OutputStore, new: NewJob, inputs: Sequence[M
         names = [new_input_name() for _ in inputs]
         await jobs.ask(JobStore.note_inputs, new.id, names)
         await asyncio.to_thread(_write, outputs, names, inputs)
-        found: list[dict[str, Any]] = [{"name": name} for name in names]
-    else:
-        found = await asyncio.to_thread(lambda: [{"data": base64.b64encode(each.data).decode()} for each in inputs])
-    rows = [row | where for row, where in zip(new.request["inputs"], found, strict=True)]
-    return replace(new, request={**new.request, "inputs": rows})
+        rows = [row | {"name": name} for row, name in zip(new.request["inputs"], names, strict=True)]
+        return replace(new, request={**new.request, "inputs": rows})
+    return replace(new, input_data=tuple(each.data for each in inputs))
 
 
-def request_of(outputs: OutputStore, job: Job) -> GenerationRequest:
-    """The request of a job's attempt, with what it begins with: to the bit what was accepted. Blocks.
+async def request_of(jobs: Jobs, outputs: OutputStore, job: Job) -> GenerationRequest:
+    """The request of a job's attempt, with what it begins with: to the bit what was accepted.
 
     Raises:
         InputNotFound: a file is not kept here anymore, or is another one by now.
         OSError: the folder cannot be read.
         OutputsUnavailable: the bucket does not answer.
+        JobsUnavailable: the store does not, which has what it begins with.
     """
     rows = job.request.get("inputs", ())
-    return replace(asked_of(job), inputs=tuple(MediaInput(row["role"], _read(outputs, row)) for row in rows))
+    in_store = any("name" not in row and "data" not in row for row in rows)
+    data = await jobs.ask(JobStore.input_data, job.id) if in_store else {}
+    return await asyncio.to_thread(_with_inputs, outputs, job, data)
 
 
 def discard(outputs: OutputStore, request: Mapping[str, Any]) -> None:
@@ -104,10 +105,16 @@ def _write(outputs: OutputStore, names: Sequence[str], inputs: Sequence[MediaInp
         raise
 
 
-def _read(outputs: OutputStore, row: Mapping[str, Any]) -> bytes:
+def _with_inputs(outputs: OutputStore, job: Job, data: Mapping[int, bytes]) -> GenerationRequest:
+    rows = enumerate(job.request.get("inputs", ()))
+    found = (MediaInput(row["role"], _read(outputs, row, data.get(number))) for number, row in rows)
+    return replace(asked_of(job), inputs=tuple(found))
+
+
+def _read(outputs: OutputStore, row: Mapping[str, Any], data: bytes | None) -> bytes:
     if "data" in row:
         data = base64.b64decode(row["data"])
-    else:
+    elif data is None:
         try:
             data = outputs.input(row.get("name", "")).read_bytes()
         except OutputNotFound:

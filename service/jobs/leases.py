@@ -5,7 +5,7 @@ What a runner changes, it changes under its fence: a job that was cancelled, del
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from service.jobs import queries
 from service.jobs.database import PATIENCE_S, Database, one_claims
 from service.jobs.records import (
+    CANCELLED,
     DEADLINE,
     MAX_ATTEMPTS,
     MAX_GANG_LOSSES,
@@ -26,6 +27,9 @@ from service.jobs.records import (
 )
 from service.jobs.tables import Row, jobs, to_job
 from service.jobs.transitions import change, end, end_unserved, queue_again
+
+ENDS_AS: Mapping[str, State] = {DEADLINE: "expired", CANCELLED: "cancelled"}
+"""By the code of its error, how a job has ended that has not failed."""
 
 FORGOTTEN_AT_ONCE = 1000
 """Expired jobs that one transaction removes, so that none is long, whatever has gathered while no gateway ran."""
@@ -51,21 +55,22 @@ class Leases:
         self.keep_s = keep_s
         self._database = Database(engine, clock, patience_s)
 
-    def claim(self, room: Mapping[str, int], runner: str, lease_s: float) -> list[Job]:
+    def claim(self, room: Mapping[str, int], runner: str, lease_s: float, strangers: Collection[str] = ()) -> list[Job]:
         """Take jobs to run them; each counts as an attempt from now on.
 
         Args:
-            room: by model, how many may run at once, whoever runs them; of two gateways that claim at the same moment
-                the second one counts what the first one took.
+            room: by model, how many may run at once, whoever runs them but strangers; of two gateways that claim at the
+                same moment the second one counts what the first one took.
             runner: who takes them.
             lease_s: seconds after which they are queued again if `renew` is not called.
+            strangers: runners of other clusters, which have room of their own.
         """
         taken = []
         with self._database.transaction() as (connection, now):
             one_claims(connection)
             self._database.settle(connection, now, self.keep_s)
             for model in sorted(room):
-                free = room[model] - queries.running(connection, model)
+                free = room[model] - queries.running(connection, model, strangers)
                 for row in queries.next_in_line(connection, model, free, now):
                     values = {"fence": row["fence"] + 1, "attempt": row["attempt"] + 1, "runner": runner}
                     values |= {"lease_until": now + lease_s, "started_at": now, "step": 0, "total_steps": 0}
@@ -122,14 +127,14 @@ class Leases:
             return change(connection, row, now, state="succeeded", **made)
 
     def fail(self, job_id: str, fence: int, error: JobError) -> Job:
-        """End a job that would fail again; one that failed for its deadline is expired.
+        """End a job that would fail again; one that failed for its deadline is expired, one whose request was cancelled
+        by another call is cancelled.
 
         Raises:
             LeaseLost: it is not this runner's anymore.
         """
         with self._held(job_id, fence) as (connection, row, now):
-            state: State = "expired" if error.code == DEADLINE else "failed"
-            return end(connection, row, now, self.keep_s, state, error)
+            return end(connection, row, now, self.keep_s, ENDS_AS.get(error.code, "failed"), error)
 
     def give_back(self, job_id: str, fence: int, reason: str, after_s: float = 0.0) -> Job:
         """Queue a job again that could not be begun, or whose runner has to stop. The attempt does not count.

@@ -2,7 +2,7 @@
 
 Comes in: the names of those who run jobs. Goes out: which of them are gone. A runner has the name of its gateway's
 actor. Other clusters may share a store, and their actors cannot be seen from here: of a runner that was never seen
-alive only its lease tells. Called by `service.jobs.runner`.
+alive only its lease tells. What such strangers run takes nothing of this cluster. Called by `service.jobs.runner`.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ class LostRunners:
     def __init__(self, own: str, lives: Callable[[str], bool] = is_alive) -> None:
         self._own, self._lives = own, lives
         self._seen: set[str] = set()
+        self.strangers: frozenset[str] = frozenset()  # at the last look: of other clusters, or gone
         self._look: asyncio.Task[list[str]] | None = None
 
     async def among(self, runners: Collection[str]) -> list[str]:
@@ -44,5 +45,5 @@ class LostRunners:
     def _gone(self, runners: set[str]) -> list[str]:
         alive = {runner for runner in runners if self._lives(runner)}
         gone = sorted(self._seen & runners - alive)
-        self._seen = alive
+        self._seen, self.strangers = alive, frozenset(runners - alive)
         return gone

@@ -1,6 +1,8 @@
 """How jobs are found: one query each. For `service.jobs.store` and `service.jobs.leases`, whose methods say what comes
 out."""
 
+from collections.abc import Collection
+
 import sqlalchemy as sa
 
 from service.jobs.records import Counts, Job, JobEvent, Kind, NewJob, Page, State
@@ -52,9 +54,10 @@ def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -
     return list(connection.execute(query).mappings())
 
 
-def running(connection: sa.Connection, model: str) -> int:
-    """How many jobs of a model run, in whatever gateway."""
+def running(connection: sa.Connection, model: str, strangers: Collection[str]) -> int:
+    """How many jobs of a model run, in whatever gateway but these."""
     query = sa.select(sa.func.count()).where(jobs.c.state == "running", jobs.c.model == model)
+    query = query.where(jobs.c.runner.not_in(strangers)) if strangers else query
     return int(connection.execute(query).scalar_one())
 
 

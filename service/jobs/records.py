@@ -99,6 +99,7 @@ class NewJob:
         idempotency_key: the same key of the same owner is the same job; None: each call is a new one.
         fingerprint: of the body that came with the key.
         webhook_url: what is called when it has ended; None: nothing.
+        input_data: what it begins with, in the order of the request, unless it lies in files.
     """
 
     kind: Kind
@@ -112,6 +113,7 @@ class NewJob:
     idempotency_key: str | None = None
     fingerprint: str = ""
     webhook_url: str | None = None
+    input_data: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

@@ -7,31 +7,30 @@ result is queued again by whoever looks at the store next. Started by `service.g
 
 import asyncio
 import contextlib
-import hashlib
+import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
-from service.api.responses import metrics
 from service.jobs import inputs
 from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
-from service.jobs.records import QUARANTINED, Counts, Job, JobError, JobOutput, LeaseLost
-from service.jobs.requests import asked_of
+from service.jobs.records import QUARANTINED, Counts, Job, JobError, LeaseLost
+from service.jobs.results import AWAY_S, NOT_NOW, NotWritten, Results, in_time
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
-from service.state.outputs import Link, OutputStore
+from service.state.outputs import OutputStore
 from workers.errors import (
     GangLost,
     InvalidParameter,
     JobsUnavailable,
     ModelNotFound,
     ModelUnavailable,
-    OutputsFull,
-    OutputsUnavailable,
     QueueFull,
     RateLimited,
     ShuttingDown,
@@ -47,6 +46,9 @@ LEASE_S = 30.0
 RENEW_S = 0.5
 """At most so often: each is a write to the store's disk."""
 
+BEAT_S = 5.0
+"""Between two extensions of a lease while files are read or written, of which nobody reports."""
+
 PERIOD_S = 1.0
 """Between two looks for jobs that other gateways have taken in."""
 
@@ -59,32 +61,20 @@ INPUTS_S = 60.0
 AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
-AWAY_S = 1.0
-"""Between two tries to publish while the store is away, or the outputs cannot be written."""
-
-WRITES = 5
-"""Tries to write a file, before its job is drawn again."""
-
-NOT_NOW = (OSError, OutputsFull, OutputsUnavailable)
-"""What may pass."""
-
 UNSERVED_S = 900.0
-"""How long jobs wait for a model that the deployment does not have. Not at once: an operator who has left a model out
-by mistake puts it back within minutes, and wants what was accepted to be drawn then. Not for ever: whoever polls a job,
-or waits for its webhook, has to hear that nobody will draw it."""
+"""How long jobs wait for a model that the deployment does not have, or that cannot be started. Not at once: an operator
+who has left a model out by mistake, or has broken it, puts it right within minutes, and wants what was accepted to be
+drawn then. Not for ever: whoever polls a job, or waits for its webhook, has to hear that nobody will draw it."""
 
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
 """Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
 
 
-class NotRead(Exception):
-    """What a job begins with cannot be read now."""
+class NotNow(Exception):
+    """What a job begins with cannot be read now, or there is no room for what it makes."""
 
 
-class NotWritten(Exception):
-    """The outputs of a job cannot be written."""
-
-
+Result = TypeVar("Result")
 Generate = Callable[[str, GenerationRequest], AsyncGenerator[Report]]
 
 
@@ -96,7 +86,7 @@ class Runner:
         outputs: where finished files go.
         name: of this gateway, for the record.
         generate: runs a request of an owner.
-        room: by model, how many jobs may run in the whole deployment now.
+        room: by model, how many jobs may run in the whole deployment now, which is that of one cluster.
         models: of the deployment; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
         lost: which other runners are gone.
@@ -117,7 +107,9 @@ class Runner:
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
         self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
+        self._unavailable: dict[str, tuple[float, float]] = {}  # models that could not be started, first and last when
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._results = Results(jobs, outputs)
         self._observed = ObservedJobs()
         self._wake = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
@@ -136,9 +128,14 @@ class Runner:
         self._wake.set()
 
     def drop(self, job_id: str) -> None:
-        """A job was cancelled or deleted here: stop it at once, if it runs here."""
+        """A job was cancelled or deleted here, or is begun anew: stop it at once, if it runs here.
+
+        One whose result is being told hears from the store whether it came too late.
+        """
         if job_id in self._running:
-            self._running[job_id][1].cancel()
+            job, task = self._running[job_id]
+            if not self._results.tells(job):
+                task.cancel()
 
     async def stop(self) -> None:
         """Take no more jobs, and give back those that run here: another gateway begins them anew at once.
@@ -187,9 +184,11 @@ class Runner:
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
         self._observed.tell(counts, self._room())
         waiting = {model: most for model, most in self._room().items() if model in counts and counts[model].queued}
-        room = {model: most for model, most in waiting.items() if most > counts[model].running}
-        claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S) if room else []
+        others = self._lost.strangers  # who are counted, too
+        room = {model: most for model, most in waiting.items() if others or most > counts[model].running}
+        claimed = await self._jobs.ask(JobStore.claim, room, self._name, LEASE_S, others) if room else []
         for job in claimed:
+            self.drop(job.id)  # an attempt that has lost its lease, and has not heard of it
             self._running[job.id] = job, asyncio.get_running_loop().create_task(self._run(job))
         await self._backlog.tell(_without(counts, claimed))
 
@@ -211,21 +210,40 @@ class Runner:
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""
+        next_at_once = True
         try:
             await self._attempt(job)
         except LeaseLost:
             logger.info("job %s is not run here anymore", job.id)
-        except (*NOT_BEGUN, NotRead) as error:
+        except (*NOT_BEGUN, NotNow) as error:
+            next_at_once = False  # it would most likely fare the same, and so on through the whole queue
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
-        except (ModelUnavailable, NotWritten) as error:
+        except ModelUnavailable as error:
+            next_at_once = False
+            if self._is_patient(job):
+                await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
+            else:
+                await self._tell(job, JobStore.fail, _told(error))
+        except NotWritten as error:
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
         except Exception as error:
             if not isinstance(error, SprayError):
                 logger.exception("job %s failed", job.id)
             await self._tell(job, JobStore.fail, _told(error))
         finally:
-            self._running.pop(job.id, None)
-            self.wake()
+            if job.id in self._running and self._running[job.id][0] is job:  # else the next attempt has begun
+                del self._running[job.id]
+            if next_at_once:
+                self.wake()
+
+    def _is_patient(self, job: Job) -> bool:
+        """Whether a job waits on, whose model cannot be started. Like one whose model is gone: see `UNSERVED_S`."""
+        now = time.monotonic()
+        since, last = self._unavailable.get(job.model, (now, now))
+        since = since if now - last < UNSERVED_S else now
+        self._unavailable[job.model] = since, now
+        waited_s = (job.started_at or 0.0) - job.created_at
+        return now - since < UNSERVED_S or waited_s < UNSERVED_S
 
     async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
         """Say how an attempt ended. If the store is away, the lease says it."""
@@ -233,18 +251,20 @@ class Runner:
             await self._jobs.ask(call, job.id, job.fence, *args)
 
     async def _attempt(self, job: Job) -> None:
-        request = await self._request(job)
+        request = await self._holding(job, self._request(job))
         renewed_at, losses, step = time.monotonic(), job.gang_losses, StepEvent(0, 0, 0.0)
         async with contextlib.aclosing(self._generate(job.owner, request)) as reports:
             async for report in reports:
                 if isinstance(report, GenerationResult):
-                    await self._publish(job, report)
+                    holding = functools.partial(self._holding, job, steps=request.num_inference_steps)
+                    await self._results.publish(job, report, holding)
                     return
                 if isinstance(report, Restarted) and report.begun:
                     losses += 1
                     await self._lose_gang(job, losses, report.reason)
                 if isinstance(report, StepEvent):
                     step = report
+                    self._unavailable.pop(job.model, None)
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
                 if time.monotonic() - renewed_at >= RENEW_S:
@@ -253,18 +273,51 @@ class Runner:
                     renewed_at = time.monotonic()  # what was reported while it lasted is not told step by step
         raise GangLost("the ranks ended without a result")
 
+    async def _holding(self, job: Job, work: Coroutine[Any, Any, Result], steps: int = 0) -> Result:
+        """What `work` returns, which waits for a folder or bucket and not for a gang. The lease is extended meanwhile.
+
+        Args:
+            job: of this runner.
+            work: ends in time by itself. It is cancelled with this call.
+            steps: that are done by now.
+
+        Raises:
+            LeaseLost: the job is not this runner's anymore.
+            Exception: what `work` raises.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        try:
+            while not (await asyncio.wait([task], timeout=BEAT_S))[0]:
+                with contextlib.suppress(JobsUnavailable):
+                    await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, steps, steps)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
     async def _request(self, job: Job) -> GenerationRequest:
-        """What is to be run.
+        """What is to be run, once there is room for what it makes.
 
         Raises:
             InputNotFound: what it begins with is gone, or is another picture.
-            NotRead: it cannot be read now.
+            NotNow: it cannot be run now.
         """
+        deadline_at = None
+        if job.deadline_at is not None and job.started_at is not None:  # by the store's clock, and just started
+            deadline_at = time.time() + job.deadline_at - job.started_at
         try:
-            return await asyncio.to_thread(inputs.request_of, self._outputs, job)
-        except (OSError, OutputsUnavailable) as error:
-            logger.warning("what job %s begins with cannot be read, and is tried again: %s", job.id, error)
-            raise NotRead("what the job begins with cannot be read now") from error
+            await in_time(asyncio.to_thread(self._outputs.prepare, outputs_only=True))
+            return replace(await in_time(self._read(job)), deadline_at=deadline_at)
+        except NOT_NOW as error:
+            logger.warning("job %s cannot be begun now, and is tried again: %s", job.id, error)
+            raise NotNow("its files cannot be read or written now") from error
+
+    async def _read(self, job: Job) -> GenerationRequest:
+        while True:
+            try:
+                return await inputs.request_of(self._jobs, self._outputs, job)
+            except JobsUnavailable:  # it has pictures, too, and just let this gateway claim the job
+                await asyncio.sleep(AWAY_S)
 
     async def _lose_gang(self, job: Job, losses: int, reason: str) -> None:
         """Count a lost gang.
@@ -275,54 +328,6 @@ class Runner:
         with contextlib.suppress(JobsUnavailable):
             if (await self._jobs.ask(JobStore.lose_gang, job.id, job.fence, losses, reason)).ended:
                 raise LeaseLost(job.id)
-
-    async def _publish(self, job: Job, result: GenerationResult) -> None:
-        """Write the outputs, then tell the store, however long it is away.
-
-        Raises:
-            LeaseLost: the job is not this runner's anymore. Its outputs are removed.
-            NotWritten: they cannot be written.
-        """
-        kind = str(asked_of(job).output_format)
-        made: list[JobOutput] = []
-        try:
-            for content, seed in zip(result.outputs, result.seeds, strict=True):
-                link = await self._keep(job, content, kind)
-                digest = await asyncio.to_thread(hashlib.sha256, content)
-                made.append(JobOutput(link.name, kind, len(content), digest.hexdigest(), seed))
-            while True:
-                try:
-                    said = (metrics(result), result.warnings, len(result.step_seconds))
-                    await self._jobs.ask(JobStore.publish, job.id, job.fence, made, *said)
-                    return
-                except JobsUnavailable:
-                    await asyncio.sleep(AWAY_S)
-        except (LeaseLost, NotWritten):
-            for output in made:
-                with contextlib.suppress(*NOT_NOW):
-                    await asyncio.to_thread(self._outputs.discard, output.name)
-            raise
-
-    async def _keep(self, job: Job, content: bytes, kind: str) -> Link:
-        """Write a file. What was drawn is worth some patience.
-
-        Raises:
-            LeaseLost: the job is not this runner's anymore.
-            NotWritten: it cannot be written.
-        """
-        for left in reversed(range(WRITES)):
-            try:
-                return await asyncio.to_thread(self._outputs.keep, content, kind)
-            except NOT_NOW as error:
-                said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-                if not left:
-                    raise NotWritten(said) from error
-                logger.warning("an output of job %s cannot be written, and is tried again: %s", job.id, said)
-            await asyncio.sleep(AWAY_S)
-            steps = asked_of(job).num_inference_steps
-            with contextlib.suppress(JobsUnavailable):
-                await self._jobs.ask(JobStore.renew, job.id, job.fence, LEASE_S, steps, steps)
-        raise AssertionError
 
 
 def _without(counts: Mapping[str, Counts], claimed: Sequence[Job]) -> dict[str, Counts]:

@@ -52,21 +52,23 @@ class JobStore(Leases):
                         row = to_row(job, now + HEAD_START_S[new.priority])
                         connection.execute(sa.insert(jobs).values(**row))
                         note(connection, row, now, "")
+                        input_notes.add_data(connection, job.id, new.input_data)
                     return job, True
                 except sa.exc.IntegrityError:  # another gateway was faster with the same key
                     found = queries.same(connection, new)
                     if found is None:
                         raise
-            if found.id == new.id:
-                return found, True
-            if found.fingerprint != new.fingerprint:
-                raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
-            return found, False
+            return _the_same(new, found), found.id == new.id
 
-    def known(self, new: NewJob) -> bool:
-        """Whether this job is there, or its idempotency key has brought one."""
+    def known(self, new: NewJob) -> Job | None:
+        """The job that its idempotency key has brought already; None: it is new.
+
+        Raises:
+            KeyReused: the key came with another body before.
+        """
         with self._database.transaction() as (connection, _):
-            return queries.same(connection, new) is not None
+            found = queries.same(connection, new)
+            return found and _the_same(new, found)
 
     def cancel(self, job_id: str, owner: str | None) -> Job:
         """End a job that has not ended. Its runner hears of it when it renews its lease.
@@ -171,6 +173,11 @@ class JobStore(Leases):
         with self._database.transaction() as (connection, _):
             input_notes.forget(connection, names)
 
+    def input_data(self, job_id: str) -> Mapping[int, bytes]:
+        """What a job begins with that lies in no files, by its place in the request. Without such a job: nothing."""
+        with self._database.transaction() as (connection, _):
+            return input_notes.data_of(connection, job_id)
+
     def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
         """Take webhooks to send them; each counts as an attempt from now on.
 
@@ -192,3 +199,14 @@ class JobStore(Leases):
         """A webhook has not arrived: it is taken again after so many seconds. False: it is too old, and given up."""
         with self._database.transaction() as (connection, now):
             return outbox.not_sent(connection, delivery, now, after_s)
+
+
+def _the_same(new: NewJob, found: Job) -> Job:
+    """The job that was found for a new one, if it was submitted as this one.
+
+    Raises:
+        KeyReused: it has the same key and another body.
+    """
+    if found.id != new.id and found.fingerprint != new.fingerprint:
+        raise KeyReused(f"the idempotency key was sent with another body before; its job is {found.id}")
+    return found

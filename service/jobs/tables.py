@@ -107,6 +107,15 @@ inputs = sa.Table(
 )
 """Files that jobs begin with; a file may be here before its job, and after it."""
 
+input_data = sa.Table(
+    "job_input_data",
+    metadata,
+    sa.Column("job_id", Id, sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+"""What jobs begin with, if it lies in no files. It is big: in the job's row it would be moved at each look and step."""
+
 
 def to_row(job: Job, order_at: float) -> dict[str, Any]:
     """The columns of a job."""

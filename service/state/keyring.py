@@ -15,13 +15,23 @@ from pathlib import Path
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
 from service.state.key_use import Use
-from workers.errors import QueueFull, RateLimited, RequestQuarantined
+from workers.errors import (
+    JobsUnavailable,
+    OutputsFull,
+    OutputsUnavailable,
+    QueueFull,
+    RateLimited,
+    RequestQuarantined,
+)
 
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 2.0
 
 MINUTE_S = 60.0
+
+NOTHING_DONE = (QueueFull, RequestQuarantined, JobsUnavailable, OutputsFull, OutputsUnavailable)
+"""After these nothing was computed, and no job accepted: the allowance is given back."""
 
 
 class Allowance:
@@ -89,7 +99,7 @@ class Allowance:
         self._running += 1
         try:
             yield
-        except (QueueFull, RequestQuarantined):  # nothing was computed
+        except NOTHING_DONE:
             self._spent = max(0.0, self._spent - work * (key.max_work_per_minute is not None))
             raise
         finally:

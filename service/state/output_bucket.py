@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from deploy.spec import SpecError
-from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, Stored, refuse_above
+from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, KeptBytes, Stored
 from workers.errors import OutputNotFound, OutputsUnavailable
 
 CONNECT_S, ANSWER_S, RETRY_S = 5, 60, 20
@@ -49,7 +49,7 @@ class Bucket:
             self._store = S3Store.from_url(url, client_options=options, retry_config=again)  # type: ignore[arg-type]
         except BaseError as error:
             raise SpecError(f"storage.outputs.url is {url}, which cannot be opened: {error}") from None
-        self._bytes: int | None = None  # of all files, when it was last swept; what was written since is added
+        self._bytes: KeptBytes | None = None  # when it was last swept; what was written since is added
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -61,20 +61,20 @@ class Bucket:
                     obstore.put(self._store, KEY, secrets.token_bytes(KEY_BYTES), mode="create")
                 return bytes(obstore.get(self._store, KEY).bytes())
 
-    def check(self, max_bytes: int | None) -> None:
+    def check(self, max_bytes: int | None, outputs_only: bool = False) -> None:
         """See `Place`."""
         with _answering():
             obstore.head(self._store, KEY)
         if max_bytes is not None:
-            self._bytes = sum(size for _, size, _ in self._files()) if self._bytes is None else self._bytes
-            refuse_above(self._bytes, max_bytes)
+            kept = self._bytes = self._bytes or KeptBytes((name, size) for name, size, _ in self._files())
+            kept.refuse_above(max_bytes, outputs_only)
 
     def write(self, name: str, content: bytes, expires: int) -> None:
         """See `Place`."""
         with _answering():
             obstore.put(self._store, name, content)
-        if self._bytes is not None:
-            self._bytes += len(content)
+        if (kept := self._bytes) is not None:  # a sweep may forget it meanwhile
+            kept.add(name, len(content))
 
     def find(self, name: str) -> Stored:
         """See `Place`."""
@@ -92,12 +92,12 @@ class Bucket:
 
     def sweep(self, ttl_s: float) -> None:
         """Remove outputs that were written longer ago than this."""
-        kept = 0
+        kept = KeptBytes()
         for name, size, written_at in self._files():
             if NAME.fullmatch(name) and written_at + ttl_s < time.time():
                 self.remove(name)
             else:
-                kept += size
+                kept.add(name, size)
         self._bytes = kept
 
     def _files(self) -> Iterator[tuple[str, int, float]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, Stored, refuse_above
+from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, KeptBytes, Stored
 from workers.errors import OutputNotFound, OutputsFull
 from workers.private_folder import is_own, make_private
 
@@ -45,7 +45,7 @@ class Folder:
     def __init__(self, folder: str | None) -> None:
         self._given = folder
         self._folder = Path(folder or own_folder())
-        self._bytes: int | None = None  # of all files, when it was last swept; what was written since is added
+        self._bytes: KeptBytes | None = None  # when it was last swept; what was written since is added
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -61,23 +61,23 @@ class Folder:
         """Whether the folder still exists: a cleaner of temporary files may have removed it."""
         return self._folder.is_dir()
 
-    def check(self, max_bytes: int | None) -> None:
+    def check(self, max_bytes: int | None, outputs_only: bool = False) -> None:
         """See `Place`."""
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{self._folder} cannot be written; set storage.outputs.folder to one that can")
         if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
             raise OutputsFull(DISK_FULL)
         if max_bytes is not None:
-            self._bytes = self._sum() if self._bytes is None else self._bytes
-            refuse_above(self._bytes, max_bytes)
+            kept = self._bytes = self._bytes or KeptBytes(self._sizes())
+            kept.refuse_above(max_bytes, outputs_only)
 
     def write(self, name: str, content: bytes, expires: int) -> None:
         """See `Place`."""
         unfinished = self._folder / f"{name}{UNFINISHED}"
         with _told_if_full():
             self._write(unfinished, name, content, expires)
-        if self._bytes is not None:
-            self._bytes += len(content)
+        if (kept := self._bytes) is not None:  # a sweep may forget it meanwhile
+            kept.add(name, len(content))
 
     def _write(self, unfinished: Path, name: str, content: bytes, expires: int) -> None:
         try:
@@ -119,12 +119,10 @@ class Folder:
                         file.unlink()
         self._bytes = None
 
-    def _sum(self) -> int:
-        total = 0
+    def _sizes(self) -> Iterator[tuple[str, int]]:
         for file in filter(lambda file: KEPT.fullmatch(file.name), self._folder.glob("*")):
             with contextlib.suppress(OSError):
-                total += file.lstat().st_size
-        return total
+                yield file.name, file.lstat().st_size
 
 
 def own_folder() -> str:

@@ -48,7 +48,12 @@ class Link:
 
 def new_input_name() -> str:
     """A name that nobody can guess, for an input of a job."""
-    return f"{secrets.token_urlsafe(24)}.input"
+    return new_output_name("input")
+
+
+def new_output_name(kind: str) -> str:
+    """A name that nobody can guess, for an output with this suffix."""
+    return f"{secrets.token_urlsafe(24)}.{kind}"
 
 
 class OutputStore:
@@ -87,22 +92,32 @@ class OutputStore:
         """Whether the deployment names the place. Otherwise it may end with the cluster, or belong to one node."""
         return self._where != (None, None)
 
-    def prepare(self) -> None:
+    def prepare(self, outputs_only: bool = False) -> None:
         """Check that files can be kept, before they are computed. Blocks.
+
+        Args:
+            outputs_only: count no inputs of jobs against `storage.outputs.max_bytes`. They stay until their jobs have
+                run, which would otherwise wait for each other.
 
         Raises:
             OSError: the folder cannot be made or written.
             OutputsFull: there is no room.
             OutputsUnavailable: the bucket does not answer.
         """
-        self._open().check(self._max_bytes)
+        self._open().check(self._max_bytes, outputs_only)
 
-    def keep(self, content: bytes, kind: str) -> Link:
+    @property
+    def ttl_s(self) -> float:
+        """How long an output is kept after it was written, in seconds."""
+        return self._ttl_s
+
+    def keep(self, content: bytes, kind: str, name: str | None = None) -> Link:
         """Write a file. Even after a crash it is there whole, or not at all. Blocks.
 
         Args:
             content: the content of the file.
             kind: the suffix of the file, such as png.
+            name: from `new_output_name`; a file of this name is written again, and expires later. None: a new one.
 
         Raises:
             OSError: the folder cannot be written.
@@ -110,7 +125,7 @@ class OutputStore:
             OutputsUnavailable: the bucket does not answer.
         """
         place, expires = self._open(), int(time.time() + self._ttl_s) + 1
-        name = f"{secrets.token_urlsafe(24)}.{kind}"
+        name = name or new_output_name(kind)
         place.write(name, content, expires)
         return Link(name, expires, self._sign(name, expires))
 

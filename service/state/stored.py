@@ -1,7 +1,7 @@
 """A kept file, and the operations of a place that keeps files. For `service.state.outputs`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Protocol
 
@@ -48,13 +48,33 @@ class Stored:
             return opened.read()
 
 
-def refuse_above(kept: int, max_bytes: int | None) -> None:
-    """Refuse to begin a request while more than `max_bytes` are kept.
+class KeptBytes:
+    """How many bytes a place keeps.
 
-    Raises:
-        OutputsFull: more are kept.
+    Args:
+        files: name and size of each.
     """
-    if max_bytes is not None and kept > max_bytes:
+
+    def __init__(self, files: Iterable[tuple[str, int]] = ()) -> None:
+        self._outputs = self._inputs = 0
+        for name, size in files:
+            self.add(name, size)
+
+    def add(self, name: str, size: int) -> None:
+        """A file was written."""
+        if INPUT.fullmatch(name):
+            self._inputs += size
+        else:
+            self._outputs += size
+
+    def refuse_above(self, max_bytes: int, outputs_only: bool) -> None:
+        """Refuse to begin a request while more than `max_bytes` are kept.
+
+        Raises:
+            OutputsFull: more are kept.
+        """
+        if self._outputs + (0 if outputs_only else self._inputs) <= max_bytes:
+            return
         raise OutputsFull(f"as much is kept as may be, {max_bytes} bytes; try again when some of it has expired")
 
 
@@ -68,8 +88,12 @@ class Place(Protocol):
     def key(self) -> bytes:
         """The key of the place; the first process makes it."""
 
-    def check(self, max_bytes: int | None) -> None:
+    def check(self, max_bytes: int | None, outputs_only: bool = False) -> None:
         """Check that files can be kept.
+
+        Args:
+            max_bytes: of all files; None: as many as there is room for.
+            outputs_only: do not count the inputs of jobs.
 
         Raises:
             OutputsFull: there is no room, or more than `max_bytes` are kept.

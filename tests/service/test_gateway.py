@@ -29,6 +29,7 @@ from workers.errors import (
     AdminOnly,
     DeadlineExceeded,
     GangLost,
+    JobsUnavailable,
     ModelNotAllowed,
     RateLimited,
     RequestFailed,
@@ -221,18 +222,21 @@ def test_a_job_runs_in_its_owners_name_without_its_limits(
         )
         opened.admit("Bearer k1")
         assert opened.caller() == "ann"
-        opened.charge(REQUEST)
-        with pytest.raises(RateLimited):
-            opened.charge(REQUEST)
-        with pytest.raises(ModelNotAllowed):
-            opened.charge(replace(REQUEST, model="two"))
+        with pytest.raises(JobsUnavailable), opened.charge(REQUEST):
+            raise JobsUnavailable("away")  # nothing was accepted, and nothing is charged
+        with opened.charge(REQUEST):
+            pass
+        with pytest.raises(RateLimited), opened.charge(REQUEST):
+            pass
+        with pytest.raises(ModelNotAllowed), opened.charge(replace(REQUEST, model="two")):
+            pass
         opened.admit("Bearer k1")
         assert [report async for report in opened._run_for("ann", REQUEST)] == [RESULT]
         assert [report async for report in opened._run_for("", REQUEST)] == [RESULT]
         assert seen == ["ann", ""]
         opened.draining = True
-        with pytest.raises(ShuttingDown):
-            opened.charge(REQUEST)
+        with pytest.raises(ShuttingDown), opened.charge(REQUEST):
+            pass
         assert opened._room() == {}
 
     asyncio.run(story())

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from service.api import job_calls
 from service.api.rest import rest_app
-from service.cli import job_client
+from service.cli import client, job_client
 from service.cli.output import job_table, jobs_table, plain
 from service.jobs.store import JobStore
 from tests.support.backend import FakeBackend
@@ -119,6 +120,45 @@ def test_a_stream_that_ends_early_is_asked_for_again(
     monkeypatch.setattr(job_client, "_events", counted)
     found = job_client.follow_job(server, slow, lambda step: None)
     assert asked >= 3 and found["state"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        client.NoAnswer("no answer from here", again=True),
+        client.refusal(b"{}", 503),
+        client.refusal(b'{"error": {"message": "too many", "code": "queue_full"}}', 429),
+        client.ServerError("away", "jobs_unavailable", again=True),
+    ],
+)
+def test_a_job_is_waited_for_while_the_server_does_not_answer(
+    server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    slow = run(capsys, "generate", "slow", "--model", "one", "--seed", "7", "--detach")[1].strip()
+    job, asked = job_client.read_job(server, slow), 0
+
+    def sometimes(*args: Any) -> Iterator[dict[str, Any]]:
+        nonlocal asked
+        asked += 1
+        yield job
+        if asked < 4:
+            raise error
+        yield job | {"state": "succeeded"}
+
+    monkeypatch.setattr(job_client, "_events", sometimes)
+    assert job_client.follow_job(server, slow, lambda step: None)["state"] == "succeeded"
+    monkeypatch.setattr(job_client, "PATIENCE_S", 0.0)
+    asked = 0
+    with pytest.raises(client.ServerError):
+        job_client.follow_job(server, slow, lambda step: None)
+
+
+@pytest.mark.timeout(30)
+def test_a_stream_that_says_nothing_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(job_client, "SILENT_S", 0.2)
+        with pytest.raises(client.NoAnswer):
+            next(job_client._events(f"http://127.0.0.1:{silent.getsockname()[1]}", UNKNOWN))
 
 
 def test_a_job_that_is_deleted_meanwhile_is_said_so(server: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Jobs that begin with pictures, as their callers see them, where the deployment names a folder of outputs."""
 
 import base64
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,11 @@ class SharedBackend(FakeBackend):
         self.folder = folder
         self.jobs.follow(str(folder / "jobs"), None, 1000.0)
 
-    def charge(self, request: Any) -> None:
+    @contextlib.contextmanager
+    def charge(self, request: Any) -> Iterator[None]:
         """Called in the loop, before anything is kept."""
         self.outputs.follow(str(self.folder / "outputs"), 1000.0)
+        yield
 
     @property
     def files(self) -> list[Path]:

@@ -1,6 +1,7 @@
 """`/v1/jobs`, jobs of pictures, events and remixes, on a gateway without Ray."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from service.api.rest import rest_app
 from service.jobs.store import JobStore
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
+from workers.errors import DeadlineExceeded, OutputsFull, OutputsUnavailable, RateLimited
 
 BODY = {"model": "one", "prompt": "a cup", "seed": 7}
 ASYNC = {"prefer": "respond-async"}
@@ -127,6 +129,65 @@ def test_the_same_key_is_the_same_job(client: httpx.Client) -> None:
     assert [each.headers.get("idempotency-replayed") for each in (first, again)] == [None, "true"]
     other = client.post("/images/generations", json=body | {"n": 2}, headers=key)
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
+
+
+@pytest.mark.parametrize("refusal", ["no work left", "full", "late"])
+def test_what_was_accepted_with_a_key_is_not_charged_again_nor_refused(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    charged: list[Any] = []
+
+    @contextlib.contextmanager
+    def charge(request: Any) -> Iterator[None]:
+        if charged and refusal == "no work left":
+            raise RateLimited("used up")
+        charged.append(request)
+        yield
+
+    monkeypatch.setattr(jobs_backend, "charge", charge)
+    body, key = BODY | {"deadline_s": 100}, ASYNC | {"idempotency-key": "k"}
+    first = client.post("/images/generations", json=body, headers=key).json()["id"]
+    until(client, first, "succeeded")
+    if refusal == "full":
+        monkeypatch.setattr(jobs_backend.outputs, "prepare", raising(OutputsFull("full")))
+    if refusal == "late":
+        monkeypatch.setattr(jobs_backend, "check_job", raising(DeadlineExceeded("too late")))
+    again = client.post("/images/generations", json=body, headers=key)
+    assert (again.status_code, again.json().get("id"), len(charged)) == (202, first, 1), again.text
+    other = client.post("/images/generations", json=body | {"n": 2}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
+    new = client.post("/images/generations", json=body, headers=ASYNC)
+    assert new.status_code in (429, 504, 507)
+
+
+def raising(error: Exception) -> Any:
+    """A call that does no more."""
+
+    def call(*args: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OutputsUnavailable("away")])
+def test_a_job_is_deleted_though_its_files_cannot_be_removed_now(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    job = accept(client)
+    until(client, job["id"], "succeeded")
+    monkeypatch.setattr(jobs_backend.outputs, "discard", raising(error))
+    assert client.delete(f"/jobs/{job['id']}").is_success
+    assert client.get(f"/jobs/{job['id']}").status_code == 404
+
+
+def test_who_cancels_the_request_of_a_job_cancels_the_job(client: httpx.Client) -> None:
+    job = accept(client, prompt="never")
+    until(client, job["id"], "running")
+    deadline = time.monotonic() + 30
+    while not (found := client.get("/requests").json()["data"]):
+        assert time.monotonic() < deadline
+    assert client.delete(f"/requests/{found[0]['id']}").is_success
+    assert until(client, job["id"], "cancelled", "failed")["state"] == "cancelled"
 
 
 def test_the_same_key_with_another_webhook_is_another_request(

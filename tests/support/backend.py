@@ -1,8 +1,9 @@
 """A backend without Ray for tests of the API: it answers at once, or does what the prompt names."""
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from deploy.model_sections import Defaults, Limits, LoRA
@@ -99,8 +100,10 @@ class FakeBackend:
         """The key, if a test has set one."""
         return self.key or None
 
-    def charge(self, request: GenerationRequest) -> None:
+    @contextlib.contextmanager
+    def charge(self, request: GenerationRequest) -> Iterator[None]:
         """Nobody pays."""
+        yield
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
         """Whatever asks for `late` comes too late with a deadline."""

@@ -33,5 +33,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Itera
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a runner wait for nothing."""
-    for name in ("RENEW_S", "AGAIN_S", "AWAY_S"):
-        monkeypatch.setattr(f"service.jobs.runner.{name}", 0.0)
+    for name in ("runner.RENEW_S", "runner.AGAIN_S", "results.AWAY_S"):
+        monkeypatch.setattr(f"service.jobs.{name}", 0.0)
+    monkeypatch.setattr("service.jobs.runner.PERIOD_S", 0.05)

@@ -25,7 +25,7 @@ def test_the_migrations_make_the_tables_that_the_code_uses(
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         engines._migrate(connection)  # once more changes nothing
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0005"]
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == ["0006"]
     engine.dispose()
 
 
@@ -37,6 +37,7 @@ def test_jobs_that_had_ended_before_they_were_counted_are_counted(store: JobStor
     with store._database._engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE job_ends")
         connection.exec_driver_sql("DROP TABLE job_inputs")
+        connection.exec_driver_sql("DROP TABLE job_input_data")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0003'")
     with store._database._engine.begin() as connection:
         engines._migrate(connection)

@@ -4,12 +4,14 @@ import asyncio
 import base64
 import hashlib
 import json
+import pickle
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from service.api.backend import Report
 from service.jobs import inputs, runner
@@ -17,12 +19,13 @@ from service.jobs.inputs import STRAY_S, keep, request_of
 from service.jobs.records import Job, NewJob
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
+from service.jobs.store_actor import Jobs
 from service.state import outputs as module
 from service.state.outputs import OutputStore, new_input_name
 from tests.service.jobs.gateways import REQUEST, RESULT, Script, World, draws, live
-from tests.service.jobs.stores import KEEP_S, Clock
+from tests.service.jobs.stores import BROKEN, KEEP_S, Clock, take
 from tests.service.jobs.stores import new_job as any_job
-from workers.errors import InputNotFound, OutputNotFound, OutputsFull, OutputsUnavailable
+from workers.errors import InputNotFound, JobsUnavailable, OutputNotFound, OutputsFull, OutputsUnavailable
 from workers.messages import GenerationRequest, MediaInput
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -105,34 +108,81 @@ def test_what_cannot_be_read_now_is_read_later(
     live(tmp_path, draws, story)
 
 
+def run(outputs: OutputStore, job: Job) -> GenerationRequest:
+    """What a job asks whose store has nothing of it."""
+    jobs = Jobs()
+    return asyncio.run(request_of(jobs, outputs, job))
+
+
 def test_a_row_of_an_older_version_has_the_pictures_in_it() -> None:
     old = [{"role": each.role, "data": base64.b64encode(each.data).decode()} for each in EDIT.inputs]
     new = new_job(EDIT, "")
     job = stored(replace(new, request={**new.request, "inputs": old}))
-    found = request_of(OutputStore(), job)
+    found = run(OutputStore(), job)
     assert found == replace(EDIT, request_id=f"{new.id}-2", report_steps=True, priority="standard")
     before = {name: value for name, value in new.request.items() if name not in ("inputs", "strength")}  # older still
-    assert request_of(OutputStore(), replace(job, request=before)).inputs == ()
+    assert run(OutputStore(), replace(job, request=before)).inputs == ()
 
 
 def test_a_job_whose_pictures_nobody_has_kept_cannot_be_run() -> None:
     with pytest.raises(InputNotFound, match="image"):
-        request_of(OutputStore(), stored(new_job(EDIT, "")))
+        run(OutputStore(), stored(new_job(EDIT, "")))
 
 
-def test_a_place_that_may_end_with_the_cluster_keeps_no_pictures_of_jobs(tmp_path: Path) -> None:
+def test_a_place_that_may_end_with_the_cluster_keeps_no_pictures_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "own"))
+    away, ask = 3, Jobs.ask
+
+    async def sometimes(jobs: Jobs, call: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal away
+        if call is JobStore.input_data and (away := away - 1) >= 0:
+            raise JobsUnavailable("away")
+        return await ask(jobs, call, *args, **kwargs)
+
+    monkeypatch.setattr(Jobs, "ask", sometimes)
+
     async def story(world: World) -> None:
-        world.outputs = OutputStore()
         world.outputs.follow(None, 1000.0)
-        new = await keep(world.jobs, world.outputs, new_job(EDIT, "ann"), EDIT.inputs)
-        assert [row.keys() for row in new.request["inputs"]] == [{"role", "data", "sha256", "size"}] * 2
-        assert files(tmp_path) == []
-        assert request_of(world.outputs, stored(new)).inputs == EDIT.inputs
-        new.request["inputs"][0]["data"] = base64.b64encode(LAST).decode()
+        job = await world.submit(EDIT)
+        assert [row.keys() for row in job.request["inputs"]] == [{"role", "sha256", "size"}] * 2
+        done = await world.ended(job)
+        assert (done.state, done.attempt) == ("succeeded", 1)
+        ((_, asked),) = world.asked
+        assert asked.inputs == EDIT.inputs
+        assert list((tmp_path / "own").glob("*.input*")) == []
+        rows = [row | {"sha256": "0" * 64} for row in done.request["inputs"]]
         with pytest.raises(InputNotFound, match="was changed"):
-            request_of(world.outputs, stored(new))
+            await request_of(world.jobs, world.outputs, replace(done, request={**done.request, "inputs": rows}))
+        await world.jobs.ask(JobStore.delete, job.id, None)
+        with pytest.raises(InputNotFound, match="not kept here"):
+            await request_of(world.jobs, world.outputs, done)
 
     live(tmp_path, draws, story)
+
+
+def test_what_lies_in_no_file_is_read_by_those_alone_who_ask_for_it(store: JobStore, clock: Clock) -> None:
+    big = tuple(bytes([each]) * 100_000 for each in (1, 2))
+    new = replace(any_job(owner="ann"), input_data=big)
+    read: list[str] = []
+    sa.event.listen(
+        store._database._engine, "before_cursor_execute", lambda _, __, statement, *more: read.append(statement)
+    )
+    for _ in range(2):  # told again
+        store.submit(new)
+    del read[:]
+    (held,) = take(store)
+    store.look(new.id, "ann")
+    store.page("ann")
+    renewed = store.renew(held.id, held.fence, 30.0, 1, 4)
+    assert len(pickle.dumps((held, renewed))) < 10_000
+    assert read and not any("job_input_data" in statement for statement in read)
+    assert store.input_data(new.id) == dict(enumerate(big))
+    store.fail(held.id, held.fence, BROKEN)
+    clock.now += KEEP_S
+    store.sweep()
+    assert store.input_data(new.id) == {}
 
 
 def test_a_full_disk_leaves_nothing_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,24 @@ def test_nobody_claims_twice_nor_more_than_it_has_room_for(store: JobStore) -> N
     assert len({job.id for job in first + second} & ids) == 4
 
 
+@pytest.mark.parametrize(
+    ("code", "state"), [("deadline_exceeded", "expired"), ("cancelled", "cancelled"), ("generation_failed", "failed")]
+)
+def test_an_error_says_how_a_job_has_ended(store: JobStore, code: str, state: str) -> None:
+    store.submit(new_job())
+    (held,) = take(store)
+    assert store.fail(held.id, held.fence, JobError(code, "so it is")).state == state
+
+
+def test_what_other_clusters_run_takes_no_room_of_this_one(store: JobStore) -> None:
+    for _ in range(3):
+        store.submit(new_job())
+    assert len(store.claim({"film": 1}, "elsewhere", LEASE_S)) == 1
+    assert store.claim({"film": 1}, "here", LEASE_S) == []
+    assert len(store.claim({"film": 1}, "here", LEASE_S, frozenset({"elsewhere", "another"}))) == 1
+    assert store.claim({"film": 1}, "here", LEASE_S, ["elsewhere"]) == []
+
+
 def test_an_old_attempt_can_change_nothing(store: JobStore, clock: Clock) -> None:
     job, _ = store.submit(new_job())
     (old,) = take(store)

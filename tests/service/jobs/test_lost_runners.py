@@ -16,6 +16,7 @@ def test_who_is_gone() -> None:
         lost = LostRunners("own", lambda runner: runner in alive)
         runners = ["own", "", "a", "b", "elsewhere", "a"]
         assert await lost.among(runners) == []
+        assert lost.strangers == {"elsewhere"}
         alive.remove("a")
         assert await lost.among(runners) == ["a"]
         assert await lost.among(runners) == []  # its leases have ended

@@ -85,7 +85,7 @@ def test_calls_of_an_older_version_get_their_hosts(store: JobStore, clock: Clock
     engine = store._database._engine
     with engine.begin() as connection:
         for statement in (
-            "DROP TABLE job_inputs", "DROP TABLE job_ends",
+            "DROP TABLE job_inputs", "DROP TABLE job_input_data", "DROP TABLE job_ends",
             "DROP INDEX webhooks_of_host", "ALTER TABLE webhooks DROP COLUMN host",
             "UPDATE alembic_version SET version_num = '0002'",
         ):  # fmt: skip

@@ -1,7 +1,9 @@
 """What a gateway does with jobs: it runs them, extends their leases, and says how they end."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,17 @@ from service.jobs.store_actor import Jobs
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
 from tests.service.jobs.gateways import REQUEST, RESULT, Script, World, draws, live
-from workers.errors import GangLost, JobsUnavailable, ModelNotFound, ModelUnavailable, QueueFull, RequestFailed
-from workers.messages import GenerationRequest
+from workers.errors import (
+    GangLost,
+    JobsUnavailable,
+    ModelNotFound,
+    ModelUnavailable,
+    OutputsFull,
+    OutputsUnavailable,
+    QueueFull,
+    RequestFailed,
+)
+from workers.messages import GenerationRequest, MediaInput
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -105,8 +116,7 @@ def failing(*errors: Exception) -> Script:
     [
         ([QueueFull("full")] * 5, "succeeded", None, 1),
         ([ModelNotFound("removed")] * 5, "succeeded", None, 1),
-        ([ModelUnavailable("asleep")] * 2, "succeeded", None, 3),
-        ([ModelUnavailable("asleep")] * 3, "failed", "model_unavailable", 3),
+        ([ModelUnavailable("being deployed")] * 5, "succeeded", None, 1),
         ([RequestFailed("rank 1: MemoryError")], "failed", "generation_failed", 1),
         ([GangLost("twice")], "failed", "request_quarantined", 1),
         ([ZeroDivisionError("secret detail")], "failed", "internal_error", 1),
@@ -121,6 +131,85 @@ def test_an_error_decides_what_becomes_of_the_job(
         assert "secret" not in str(done.error)
 
     live(tmp_path, failing(*errors), story)
+
+
+def test_a_model_that_cannot_be_started_is_waited_for_as_long_as_one_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNSERVED_S", 0.5)
+
+    async def story(world: World) -> None:
+        done = await world.ended(await world.submit())
+        assert (done.state, done.error and done.error.code, done.attempt) == ("failed", "model_unavailable", 1)
+        assert len(world.asked) > 3
+        assert (done.ended_at or 0.0) - done.created_at >= 0.5
+
+    live(tmp_path, failing(*[ModelUnavailable("rank 0: no memory")] * 10_000), story)
+
+
+@pytest.mark.parametrize("error", [OutputsFull("full"), OutputsUnavailable("away"), OSError(5, "Input/output error")])
+def test_nothing_is_drawn_before_there_is_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    looks, prepare = 0, OutputStore.prepare
+
+    def sometimes(outputs: OutputStore, outputs_only: bool = False) -> None:
+        nonlocal looks
+        looks += 1
+        if looks <= 5:
+            raise error
+        prepare(outputs, outputs_only)
+
+    monkeypatch.setattr(OutputStore, "prepare", sometimes)
+
+    async def story(world: World) -> None:
+        done = await world.ended(await world.submit())
+        assert (done.state, done.attempt, len(world.asked), looks) == ("succeeded", 1, 1, 6)
+
+    live(tmp_path, draws, story)
+
+
+def test_a_queue_that_cannot_be_begun_is_not_run_through_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PERIOD_S", 0.5)
+    monkeypatch.setattr(module, "AGAIN_S", 60.0)
+
+    async def story(world: World) -> None:
+        for _ in range(20):
+            await world.jobs.ask(JobStore.submit, new_job(REQUEST, "ann"))
+        world.runner.wake()
+        await asyncio.sleep(1.2)
+        assert 1 <= len(world.asked) <= 4
+
+    live(tmp_path, failing(*[QueueFull("full")] * 100), story)
+
+
+def test_jobs_run_though_what_they_begin_with_takes_all_that_may_be_kept(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.outputs.follow(str(tmp_path / "outputs"), 1000.0, max_bytes=10)
+        job = await world.submit(replace(REQUEST, inputs=(MediaInput("image", b"a" * 100),)))
+        assert (await world.ended(job)).state == "succeeded"
+        world.outputs.keep(b"a" * 11, "png")
+        late = await world.submit()
+        await world.until(late, lambda found: found.fence >= 3)
+        assert len(world.asked) == 1
+
+    live(tmp_path, draws, story)
+
+
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+def test_a_deadline_is_that_of_the_store_whatever_its_clock_says(tmp_path: Path, off_s: float) -> None:
+    async def story(world: World) -> None:
+        await world.jobs.ask(JobStore.counts)
+        assert world.jobs._own is not None
+        world.jobs._own._database._clock = lambda: time.time() + off_s
+        job = await world.submit(deadline_s=100.0)
+        assert (await world.ended(job)).state == "succeeded"
+        ((_, asked),) = world.asked
+        assert asked.deadline_at == pytest.approx(time.time() + 100.0, abs=30.0)
+
+    live(tmp_path, draws, story)
 
 
 def test_lost_gangs_are_counted_if_they_had_begun(tmp_path: Path) -> None:
@@ -176,7 +265,7 @@ def test_what_is_drawn_while_the_store_is_away_is_published_later(
 
 
 def test_outputs_that_cannot_be_written_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(outputs: OutputStore, content: bytes, kind: str) -> Any:
+    def full(outputs: OutputStore, content: bytes, kind: str, name: str) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(OutputStore, "keep", full)

@@ -129,7 +129,7 @@ def test_who_is_cut_off_from_the_store_past_its_lease_adds_no_second_result(
 
         link, world.script = Cut(world.jobs), attempts
         gateway: Any = world.runner
-        gateway._jobs = link
+        gateway._jobs = gateway._results._jobs = link
         job = await world.submit()
         await asyncio.wait_for(begun[0].wait(), 10)
         assert world.jobs._own is not None
@@ -184,3 +184,19 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
         assert (done.state, done.runner, done.attempt) == ("succeeded", "gateway-2", 2)
 
     live(tmp_path, hangs, story)
+
+
+def test_clusters_that_share_a_store_run_jobs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+
+    async def story(world: World) -> None:
+        world.gone.add("elsewhere")  # cannot be seen from here
+        first, _ = await world.jobs.ask(JobStore.submit, new_job(REQUEST, "ann"))
+        await world.jobs.ask(JobStore.claim, {"film": 1}, "elsewhere", 60.0)
+        assert world.room == {"film": 1}
+        second = await world.submit()
+        assert (await world.ended(second)).runner == "gateway-1"
+        assert (await world.jobs.ask(JobStore.get, first.id, None)).runner == "elsewhere"
+        assert len(world.asked) == 1
+
+    live(tmp_path, draws, story)
