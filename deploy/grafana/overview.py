@@ -107,12 +107,12 @@ OVERVIEW = Board(
                 "percentunit",
                 [
                     (
-                        f'max by (model) (spray_rank_memory_bytes{{{M},kind="used"}}'
+                        f'max by (model) (spray_rank_memory_bytes{{{M},kind="peak"}}'
                         f' / ignoring (kind) (spray_rank_memory_bytes{{{M},kind="limit"}} > 0))',
                         "{{model}}",
                     )
                 ],
-                "What it holds after its latest request, as a share of its limit. The alert looks at the same.",
+                "The most in its latest request, as a share of its limit. The alert looks at the same.",
                 warn=0.9,
                 alarm=0.95,
             ),

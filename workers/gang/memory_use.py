@@ -12,12 +12,18 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def memory_use(device: torch.device) -> dict[str, int]:
-    """`used` and `peak` of this rank, and the `limit`: on a GPU what torch has reserved, and the size of the GPU; on a
-    CPU what the process has resident, and what the container or the machine has for all processes."""
+    """`used` and `peak` of this rank, and the `limit`.
+
+    On a GPU: what torch has reserved, the most that tensors took since the last call, and the size of the GPU. On a CPU:
+    what the process has resident, the most since it began, and what the container or the machine has for all processes.
+    """
     if device.type == "cuda":
+        # Not the most that was reserved: torch keeps that for later requests, so it would not tell how near they come.
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return {
             "used": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_reserved(device),
+            "peak": peak,
             "limit": torch.cuda.get_device_properties(device).total_memory,
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
