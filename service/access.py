@@ -27,7 +27,7 @@ class Access:
         gateway: its name, by which others tell its use of keys from theirs.
 
     Attributes:
-        configured: keys have been read before.
+        configured: see `Keyring`.
     """
 
     def __init__(self, gateway: str) -> None:

@@ -97,7 +97,12 @@ class Allowance:
 
 
 class Keyring:
-    """The keys of one gateway. Without any, anybody may call."""
+    """The keys of one gateway. Without any, anybody may call.
+
+    Attributes:
+        open: nobody needs a key.
+        configured: who may call is known: anybody, or the holders of the keys.
+    """
 
     def __init__(self) -> None:
         self.open = False
@@ -113,12 +118,18 @@ class Keyring:
         """Use the keys of this variable and file from now on.
 
         Raises:
-            SpecError: one of them holds no usable keys. The former keys remain valid.
+            SpecError: one of them holds no usable keys. The former keys remain valid; if there were none, nobody may
+                call anymore.
         """
-        from_variable = variable_keys(variable)
         path = Path(file) if file else None
         read = _stamp(path) if path else None
-        from_file = read_api_keys(path) if path else ()
+        try:
+            from_variable = variable_keys(variable)
+            from_file = read_api_keys(path) if path else ()
+        except SpecError:
+            if self.open:  # keys are asked for: nobody may call without one
+                self.open = self.configured = False
+            raise
         self.open, self.configured = variable is None and file is None, True
         self._from_variable, self._from_file, self._file, self._read = from_variable, from_file, path, read
         if path is not None and self._following is None:

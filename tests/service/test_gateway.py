@@ -180,6 +180,42 @@ def test_keys_that_are_missing_later_leave_those_that_were(opened: Gateway, monk
         opened.admit("Bearer k2")
 
 
+@pytest.mark.parametrize("keys", [{"api_keys_env": "NO_KEYS"}, {"api_keys_file": "/none/keys.yaml"}])
+def test_keys_that_are_asked_for_and_missing_close_an_open_gateway(opened: Gateway, keys: dict[str, str]) -> None:
+    local = TABLE | {"local_only": True}
+    asyncio.run(opened.reconfigure(local))
+    opened.admit(None)
+    for _ in range(2):  # Serve may tell a gateway again
+        with pytest.raises(RuntimeError, match=r"KEYS|keys\.yaml"):
+            asyncio.run(opened.reconfigure(TABLE | keys))
+        with pytest.raises(Unauthorized):
+            opened.admit(None)
+        assert opened.local_only, "nothing is let in before the keys are known"
+    asyncio.run(opened.reconfigure(local))
+    opened.admit(None)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {"jobs": {"folder": None, "url_env": "NO_URL"}},
+        {"webhook_hosts": ["hooks.example.com"], "webhook_key_env": "NO_HOOKS"},
+    ],
+)
+def test_what_else_is_missing_withdraws_a_key_nevertheless(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, missing: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("KEYS", "k1,k2")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
+    monkeypatch.setenv("OTHER", "k2")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "OTHER"} | missing))
+    opened.admit("Bearer k2")
+    with pytest.raises(Unauthorized):
+        opened.admit("Bearer k1")
+    with pytest.raises(RuntimeError, match="NO_"):
+        asyncio.run(Gateway("other").reconfigure(TABLE | missing))
+
+
 def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any]) -> list[GenerationRequest]:
     """Let gangs answer with these reports, one list per request; an exception is raised. Returns what was sent."""
     coming, sent = list(answers), []
