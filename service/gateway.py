@@ -111,6 +111,7 @@ class Gateway(GrpcMethods):
         self.local_only = False
         self.cors_origins: Sequence[str] = ()
         self.media_hosts: Sequence[str] = ()
+        self.public_url: str | None = None
         self.in_flight = 0
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys(_own_name())
@@ -151,6 +152,7 @@ class Gateway(GrpcMethods):
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
         self.media_hosts = tuple(user_config.get("media_hosts", ()))  # likewise
+        self.public_url = user_config.get("public_url")  # likewise
         self._log.follow(**user_config.get("log", NO_LOG))  # likewise
         self._tracing.follow(**user_config.get("tracing", OFF))  # likewise
         self._backlog.gateways = user_config.get("gateways", 1)

@@ -94,7 +94,7 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
         raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
     request = replace(await settled(http, backend, body), deadline_at=deadline(http))
     headers = ignored_header(body.ignored)
-    deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
+    deliver = Delivery(form, backend.outputs, backend.public_url or f"{http.url.scheme}://{http.url.netloc}")
     if form == "url":
         await asyncio.to_thread(backend.outputs.prepare)
     attempt = await begin(backend, request, http.headers.get(KEY_HEADER))

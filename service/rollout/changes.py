@@ -103,6 +103,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
             "media_hosts": options["user_config"].get("media_hosts", []),
+            "public_url": options["user_config"].get("public_url"),
             "webhook_hosts": options["user_config"].get("webhook_hosts", []),
             "webhook_key_env": options["user_config"].get("webhook_key_env"),
             "node_labels": options["ray_actor_options"].get("label_selector", {}),
