@@ -95,7 +95,8 @@ class Gang:
     async def generate(
         self, request: GenerationRequest, caller: str = ""
     ) -> AsyncIterator[Begun | StepEvent | Preview | Profiled | Answer]:
-        """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows.
+        """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows. In an
+        elastic gang a request may have to stand by before it has begun.
 
         So the next request can begin while the pictures of this one are encoded.
 
@@ -137,7 +138,6 @@ class Gang:
     ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """`generate` beside other requests. What has lost its ranks goes on from where it was kept."""
         journey = elastic.begin(request)
-        yield Begun()
         while True:
             async with self._turn(request) as any_ranks:
                 ranks = cast("ElasticRankGroup", any_ranks)
@@ -159,7 +159,7 @@ class Gang:
 
     async def _run_elastic(
         self, elastic: Elastic, ranks: ElasticRankGroup, journey: Journey, span: OpenSpan
-    ) -> AsyncGenerator[StepEvent | Preview | Profiled | Answer]:
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """What is left of a request, on these ranks."""
         request = journey.request
         async with contextlib.aclosing(elastic.run(ranks, journey, span.add)) as reports:
