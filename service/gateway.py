@@ -272,7 +272,7 @@ class Gateway(GrpcMethods):
         try:
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
-            with self._access.taking(request):
+            with self._access.taking(request, lambda: trace.has_begun):
                 request = replace(request, traceparent=trace.traceparent)
                 reports = self._live.watched(request, key, self._dispatcher.run(request, key, trace))
                 async with contextlib.aclosing(reports):

@@ -9,19 +9,22 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
 from service.state.key_use import Use
-from workers.errors import QueueFull, RateLimited, RequestQuarantined
+from workers.errors import InvalidParameter, RateLimited
 
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 2.0
 
 MINUTE_S = 60.0
+
+DRAWN_AND_REFUSED = "content_policy_violation"
+"""The code of the one refusal that may come after the work: of what a guardrail has seen in the pictures."""
 
 
 class Allowance:
@@ -58,12 +61,13 @@ class Allowance:
         self._at = now
 
     @contextlib.contextmanager
-    def take(self, key: ApiKey, work: float) -> Iterator[None]:
-        """Take the allowance of one request, while it waits and runs.
+    def take(self, key: ApiKey, work: float, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Take the allowance of one request, while it waits and runs. Its work is given back if nothing was computed.
 
         Args:
             key: with its limits, which may have changed.
             work: pixels x frames x steps x pictures.
+            begun: whether a gang has begun with it.
 
         Raises:
             RateLimited: the allowance is used up.
@@ -89,8 +93,9 @@ class Allowance:
         self._running += 1
         try:
             yield
-        except (QueueFull, RequestQuarantined):  # nothing was computed
-            self._spent = max(0.0, self._spent - work * (key.max_work_per_minute is not None))
+        except BaseException as error:  # also a caller who leaves
+            if key.max_work_per_minute is not None and (not begun() or _refused(error)):
+                self._spent = max(0.0, self._spent - work)
             raise
         finally:
             self._running -= 1
@@ -186,6 +191,11 @@ class Keyring:
         if file == self._file:
             self._read, self._from_file = stamp, keys
             logger.info("%s: %d API keys", file, len(keys))
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the ranks have refused a request before they computed anything."""
+    return isinstance(error, InvalidParameter) and error.code != DRAWN_AND_REFUSED
 
 
 def check_keys(auth: Auth) -> None:

@@ -29,10 +29,14 @@ from workers.errors import (
     AdminOnly,
     DeadlineExceeded,
     GangLost,
+    InvalidParameter,
     ModelNotAllowed,
+    ModelNotFound,
+    ModelUnavailable,
     RateLimited,
     RequestFailed,
     ShuttingDown,
+    SprayError,
     Unauthorized,
 )
 from workers.gang.cost import Cost, Costs
@@ -240,6 +244,39 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
 
 
 RESULT = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("reports", "pays"),
+    [
+        ([DeadlineExceeded("queued")], False),
+        ([ModelUnavailable("failed")], False),
+        ([ModelNotFound("removed")], False),
+        ([Begun(), InvalidParameter("size", "of the ranks' check")], False),
+        ([Begun(), InvalidParameter("prompt", "seen by a guardrail", "content_policy_violation")], True),
+        ([Begun(), RequestFailed("a step")], True),
+        ([Begun(), GangLost("ranks"), ModelUnavailable("failed")], True),
+        ([Begun(), RESULT], True),
+    ],
+)
+def test_a_key_pays_for_what_was_begun(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reports: list[Any], pays: bool
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"keys: [{{name: ann, sha256: {digest('k1')}, max_work_per_minute: 1}}]")
+    lost = [i for i, each in enumerate(reports) if isinstance(each, GangLost)]
+    serving(opened, monkeypatch, *([reports[: lost[0] + 1], reports[lost[0] + 1 :]] if lost else [reports]))
+
+    async def story() -> None:
+        await opened.reconfigure(
+            TABLE | {"models": [a_model("one").model_dump(mode="json")], "api_keys_file": str(keys)}
+        )
+        opened.admit("Bearer k1")
+        with contextlib.suppress(SprayError):
+            await ask(opened, REQUEST)
+        assert bool(opened._access._keyring.used().get("ann")) == pays
+
+    asyncio.run(story())
 
 
 def test_a_job_runs_in_its_owners_name_without_its_limits(
