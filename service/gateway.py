@@ -249,8 +249,6 @@ class Gateway(GrpcMethods):
 
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
-        for name in self._models:
-            self._dispatcher.greet(name)
         return self._poller.cluster()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:

@@ -220,6 +220,15 @@ def test_what_else_is_missing_withdraws_a_key_nevertheless(
         asyncio.run(Gateway("other").reconfigure(TABLE | missing))
 
 
+def handle_of(remote: Any) -> Any:
+    """A dispatcher's way to gangs that are called so."""
+
+    async def handle(model: str) -> Any:
+        return SimpleNamespace(generate=SimpleNamespace(remote=remote))
+
+    return handle
+
+
 def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any]) -> list[GenerationRequest]:
     """Let gangs answer with these reports, one list per request; an exception is raised. Returns what was sent."""
     coming, sent = list(answers), []
@@ -236,9 +245,7 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
             yield report
 
     monkeypatch.setattr(dispatch, "PAUSE_S", 0)
-    monkeypatch.setattr(
-        opened._dispatcher, "_handle", lambda model: SimpleNamespace(generate=SimpleNamespace(remote=remote))
-    )
+    monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(remote))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
     return sent
 
@@ -332,7 +339,6 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     result = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
     answers: list[GenerationResult | Exception] = [GangLost("ranks"), result, RequestFailed("no"), result]
     answer = object.__new__(DeploymentResponseGenerator)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
 
     async def attended(*_: Any) -> AsyncGenerator[GenerationResult]:
         coming = answers.pop(0)
@@ -342,7 +348,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
         yield coming
 
     monkeypatch.setattr(dispatch, "PAUSE_S", 0)
-    monkeypatch.setattr(opened._dispatcher, "_handle", lambda model: handle)
+    monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(lambda *_: answer))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
 
     async def story() -> None:
