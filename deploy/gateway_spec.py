@@ -42,6 +42,11 @@ class GatewaySpec(Section):
         description="sites whose pages may call the API from a browser, such as https://app.example.com; "
         "*: all, only where callers need a key",
     )
+    public_url: str | None = Field(
+        None,
+        description="where callers reach the gateway if not at the address that their requests name, such as "
+        "https://media.example.com behind an ingress that ends TLS; URLs of answers begin with it",
+    )
     media_hosts: tuple[str, ...] = Field(
         (),
         description="hosts from which pictures are fetched, over https, where a request names them by URL, such as "
@@ -71,6 +76,16 @@ class GatewaySpec(Section):
                     "its port unless that is 80 or 443, and no path; such as https://app.example.com"
                 )
         return origins
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_an_origin(cls, url: str | None) -> str | None:
+        if url is not None and not ORIGIN.fullmatch(url):
+            raise ValueError(
+                f"{url!r} is not http:// or https://, a host in lower case, an optional port, and no path; such as "
+                "https://media.example.com"
+            )
+        return url
 
     @field_validator("media_hosts")
     @classmethod

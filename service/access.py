@@ -5,7 +5,7 @@ An `Authorization` header comes in once per call; afterwards every task of that 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from deploy.api_keys import ApiKey
@@ -27,7 +27,7 @@ class Access:
         gateway: its name, by which others tell its use of keys from theirs.
 
     Attributes:
-        configured: keys have been read before.
+        configured: see `Keyring`.
     """
 
     def __init__(self, gateway: str) -> None:
@@ -91,8 +91,8 @@ class Access:
             raise ModelNotAllowed(f"the key {key.name!r} may not ask {model!r}; it may: {', '.join(key.models)}")
 
     @contextlib.contextmanager
-    def taking(self, request: GenerationRequest) -> Iterator[None]:
-        """Count a request for the call's key, as long as it waits or runs.
+    def taking(self, request: GenerationRequest, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Count a request for the call's key, as long as it waits or runs. See `Allowance.take`.
 
         Raises:
             ModelNotAllowed: the key is for other models.
@@ -102,5 +102,5 @@ class Access:
         if (key := _key.get()) is None:
             yield
             return
-        with self._keyring.allowance(key).take(key, request.work):
+        with self._keyring.allowance(key).take(key, request.work, begun):
             yield

@@ -155,6 +155,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
             "gateways": spec.gateway.replicas,
             "local_only": is_loopback(spec.gateway.host) and not spec.auth.needs_key,
             "cors_origins": list(spec.gateway.cors_origins),
+            "public_url": spec.gateway.public_url,
             "media_hosts": list(spec.gateway.media_hosts),
             "log": {"log_format": spec.gateway.log_format, "prompts": spec.gateway.log_prompts},
             "max_body_bytes": spec.limits.max_body_bytes,

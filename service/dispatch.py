@@ -37,6 +37,11 @@ PAUSE_S = 0.7
 PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
+KNOWN_S = 5.0
+"""For Serve to know a model of the table: it is looked at every second, and may have come just now."""
+
+LOOK_S = 0.05
+
 
 class Dispatcher:
     """The requests of one gateway on their way to gangs.
@@ -67,9 +72,13 @@ class Dispatcher:
         self._quarantine.follow()
 
     def greet(self, model: str) -> None:
-        """Create a model's router, through which its gangs report. Its first request would wait a second for it."""
-        with contextlib.suppress(ModelUnavailable):  # it is being deployed
-            self._handle(model)
+        """Create the router of a model that Serve knows. Its gangs report through it, and requests wait for it."""
+        if model not in self._handles:
+            # Unchecked, for to ask whether it is there blocks the loop, without a limit while the controller is away.
+            handle: DeploymentHandle[Any] = serve.get_deployment_handle(
+                GANG, app_name(model), _check_exists=False, _record_telemetry=False
+            )
+            self._handles[model] = handle.options(stream=True)
 
     async def run(self, request: GenerationRequest, caller: str, trace: RequestTrace) -> AsyncGenerator[Report]:
         """Run one request, on another gang if the first is lost.
@@ -104,7 +113,7 @@ class Dispatcher:
             waiting.enter(request.request_id, place)
             trace.waits()
             try:
-                answer = self._handle(request.model).generate.remote(request, self._gateway)
+                answer = (await self._handle(request.model)).generate.remote(request, self._gateway)
                 assert isinstance(answer, DeploymentResponseGenerator)
                 async with contextlib.aclosing(self._attended(request.model, answer, request.request_id)) as reports:
                     async for report in reports:
@@ -169,13 +178,13 @@ class Dispatcher:
         if isinstance(cause, RayActorError):
             await asyncio.sleep(PAUSE_S)
 
-    def _handle(self, model: str) -> DeploymentHandle[Any]:
+    async def _handle(self, model: str) -> DeploymentHandle[Any]:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KNOWN_S):
+                while model not in self._handles:
+                    await asyncio.sleep(LOOK_S)
         if model not in self._handles:
-            try:
-                handle: DeploymentHandle[Any] = serve.get_deployment_handle(GANG, app_name(model))
-            except KeyError:
-                raise ModelUnavailable(f"{model!r} is being deployed; try again in a moment") from None
-            self._handles[model] = handle.options(stream=True)
+            raise ModelUnavailable(f"{model!r} is being deployed; try again in a moment")
         return self._handles[model]
 
     async def _attended(
@@ -187,7 +196,7 @@ class Dispatcher:
         """
         told = _with_result(answer)
         coming = asyncio.ensure_future(anext(told, None))
-        unfinished = True
+        unfinished, begun = True, False
         try:
             while True:
                 # Not wait_for: it would cancel the pending report, and with it the request, at every timeout.
@@ -198,10 +207,13 @@ class Dispatcher:
                     if report is None:
                         return
                     unfinished = True
+                    begun = begun or isinstance(report, Begun)
                     yield report
                     coming = asyncio.ensure_future(anext(told, None))
                     continue
                 state = self._states().get(model)
+                if state is None and not begun:  # its gangs finish what they compute, and begin nothing
+                    raise ModelNotFound(f"the model {model!r} was removed")
                 if state is None and app_name(model) not in await asyncio.to_thread(_applications):
                     raise ModelNotFound(f"the model {model!r} was removed")
                 if state is not None and state.state == "failed":

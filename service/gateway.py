@@ -111,6 +111,7 @@ class Gateway(GrpcMethods):
         self.local_only = False
         self.cors_origins: Sequence[str] = ()
         self.media_hosts: Sequence[str] = ()
+        self.public_url: str | None = None
         self.in_flight = 0
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys(_own_name())
@@ -137,14 +138,21 @@ class Gateway(GrpcMethods):
         """Called by Serve at start and whenever the model table changes; see `service.app.gateway_application`.
 
         Raises:
-            RuntimeError: at start, the variable for the API keys holds none; nobody could call.
+            RuntimeError: keys are asked for that cannot be read, and there are none from before: nobody may call. Serve
+                then fails the rollout. At start also: the variable for jobs or webhooks holds nothing.
         """
+        starting = not self._access.configured
+        try:  # before all else: what follows may fail, or let more callers in
+            self._access.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
+        except SpecError as error:
+            self._complain(error, fatal=not self._access.configured)
         specs = [ModelSpec.model_validate(model) for model in user_config["models"]]
         self._models = {spec.name: spec for spec in specs}
         self.draining = user_config["draining"]
         self.local_only = user_config.get("local_only", False)  # a running older version deployed none
         self.cors_origins = tuple(user_config.get("cors_origins", ()))  # likewise
         self.media_hosts = tuple(user_config.get("media_hosts", ()))  # likewise
+        self.public_url = user_config.get("public_url")  # likewise
         self._log.follow(**user_config.get("log", NO_LOG))  # likewise
         self._tracing.follow(**user_config.get("tracing", OFF))  # likewise
         self._backlog.gateways = user_config.get("gateways", 1)
@@ -156,12 +164,12 @@ class Gateway(GrpcMethods):
         outputs = user_config.get("outputs", Outputs().model_dump())  # an older version deployed none
         try:
             self.jobs.follow(**user_config.get("jobs", NO_JOBS), keep_s=outputs["ttl_s"])
-            self.webhooks.follow(user_config.get("webhook_hosts", ()), user_config.get("webhook_key_env"))  # likewise
-            self._access.configure(user_config["api_keys_env"], user_config.get("api_keys_file"))
         except SpecError as error:
-            if not self._access.configured:
-                raise RuntimeError(str(error)) from None
-            logger.error("%s; what was valid before remains so", error)
+            self._complain(error, fatal=starting)
+        try:
+            self.webhooks.follow(user_config.get("webhook_hosts", ()), user_config.get("webhook_key_env"))  # likewise
+        except SpecError as error:
+            self._complain(error, fatal=starting)
         self._poller.follow(self._models)
         self._dispatcher.follow(self._models)
         self.outputs.follow(**outputs)
@@ -213,7 +221,7 @@ class Gateway(GrpcMethods):
         """
         if self.draining:
             raise ShuttingDown("the server is stopping and takes no new requests")
-        with self._access.taking(request):
+        with self._access.taking(request, begun=lambda: False):
             yield
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:
@@ -242,8 +250,6 @@ class Gateway(GrpcMethods):
 
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
-        for name in self._models:
-            self._dispatcher.greet(name)
         return self._poller.cluster()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
@@ -265,7 +271,7 @@ class Gateway(GrpcMethods):
         try:
             if self.draining:
                 raise ShuttingDown("the server is stopping and takes no new requests")
-            with self._access.taking(request):
+            with self._access.taking(request, lambda: trace.has_begun):
                 request = replace(request, traceparent=trace.traceparent)
                 reports = self._live.watched(request, key, self._dispatcher.run(request, key, trace))
                 async with contextlib.aclosing(reports):
@@ -285,6 +291,12 @@ class Gateway(GrpcMethods):
             metrics.ended(outcome)
             self._log.ended(request, key, outcome, time.monotonic() - began, attempts, result, trace.trace_id)
             trace.ended(outcome, attempts, result)
+
+    def _complain(self, error: SpecError, *, fatal: bool) -> None:
+        """Say what cannot be followed, as an error of the rollout if `fatal`."""
+        if fatal:
+            raise RuntimeError(str(error)) from None
+        logger.error("%s; what was valid before remains so", error)
 
     def _traced(self, request: GenerationRequest) -> RequestTrace:
         """The trace of a request, which is part of the trace of the call that asks for it, or has asked for its job."""

@@ -89,7 +89,7 @@ SPEC_KEYS = frozenset(
     models.placement.node_labels models.placement.memory
     models.timeouts models.timeouts.startup_s models.timeouts.phase_s models.timeouts.ping_s
     gateway gateway.host gateway.port gateway.grpc_port gateway.replicas gateway.cors_origins gateway.media_hosts
-    gateway.node_labels gateway.log_format gateway.log_prompts
+    gateway.public_url gateway.node_labels gateway.log_format gateway.log_prompts
     gateway.webhook_hosts gateway.webhook_key_env
     limits limits.max_body_bytes metrics metrics.host metrics.port tracing tracing.otlp_endpoint tracing.sample_ratio
     storage storage.models storage.compiled storage.outputs storage.outputs.folder storage.outputs.ttl_s

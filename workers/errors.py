@@ -48,6 +48,10 @@ class RequestError(SprayError):
     param: str | None = None
 
 
+UNKNOWN_LORA = "unknown_lora"
+"""The code of an adapter that the ranks do not have."""
+
+
 class InvalidParameter(RequestError):
     """One parameter of the request is wrong.
 

@@ -93,7 +93,11 @@ section as a default says what each item of a given list has.
 {{- if .Values.apiKeys.existingSecret }}{{ $_ := set $auth "api_keys_file" (printf "/etc/spray/keys/%s" .Values.apiKeys.key) }}{{ end }}
 {{- $at := dict "host" (default .Values.gateway.host (get .Values.metrics "host")) "port" (get .Values.metrics "port" | default nil) }}
 {{- if not (hasKey .Values.metrics "port") }}{{ $_ := set $at "port" nil }}{{ end }}
-{{- toJson (dict "gateway" .Values.gateway "limits" .Values.limits "metrics" $at "storage" $storage "auth" $auth) }}
+{{- $gateway := deepCopy .Values.gateway }}
+{{- if and .Values.ingress.enabled .Values.ingress.tlsSecret (not (get $gateway "public_url")) }}
+{{- $_ := set $gateway "public_url" (printf "https://%s" .Values.ingress.host) }}
+{{- end }}
+{{- toJson (dict "gateway" $gateway "limits" .Values.limits "metrics" $at "storage" $storage "auth" $auth) }}
 {{- end }}
 
 {{/* What RayService calls serveConfigV2. */}}

@@ -29,5 +29,6 @@ schemas.py     a body -> GenerationRequest
 generation.py  a body -> its answer: JSON, a file or a stream
 answers.py     the declared bodies of answers
 responses.py   results, events and models -> bodies of answers
+made.py        the real size of what was made
 errors.py      the one table of errors -> HTTP answers
 """

@@ -92,6 +92,7 @@ class Backend(Protocol):
     local_only: bool
     cors_origins: Sequence[str]
     media_hosts: Sequence[str]
+    public_url: str | None
     in_flight: int
     outputs: OutputStore
     idempotency: IdempotencyKeys

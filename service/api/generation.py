@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from service.api.backend import Backend, result_of
 from service.api.bodies import GenerationBody, ResponseFormat, VideoGenerationBody
+from service.api.made import made_size
 from service.api.once import KEY_HEADER, begin
 from service.api.origin import deadline, request_id
 from service.api.outputs import KINDS
@@ -94,7 +95,7 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
         raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
     request = replace(await settled(http, backend, body), deadline_at=deadline(http))
     headers = ignored_header(body.ignored)
-    deliver = Delivery(form, backend.outputs, f"{http.url.scheme}://{http.url.netloc}")
+    deliver = Delivery(form, backend.outputs, backend.public_url or f"{http.url.scheme}://{http.url.netloc}")
     if form == "url":
         await asyncio.to_thread(backend.outputs.prepare)
     attempt = await begin(backend, request, http.headers.get(KEY_HEADER))
@@ -122,7 +123,8 @@ def _file(request: GenerationRequest, result: GenerationResult, headers: Mapping
         "content-disposition": f'attachment; filename="{request.model}-{result.seeds[0]}.{kind}"',
     }
     if kind == "mp4":
-        said |= {"x-num-frames": str(request.num_frames), "x-fps": str(request.fps)}
+        made = made_size(request.width, request.height, request.num_frames, result.warnings)
+        said |= {"x-num-frames": str(made.num_frames), "x-fps": str(request.fps)}
     return Response(content, media_type=KINDS[kind], headers=said | dict(headers))
 
 

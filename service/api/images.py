@@ -15,6 +15,7 @@ from service.api.bodies import ImageEditBody, ImageGenerationBody
 from service.api.generation import respond, settled
 from service.api.once import KEY_HEADER, REPLAYED_HEADER
 from service.api.openapi import BYTES, ERRORS, event_stream, takes
+from service.api.origin import timeout_s
 from service.api.reading import reader
 from service.api.responses import ignored_header, job_object
 from workers.errors import InvalidParameter
@@ -89,9 +90,8 @@ async def _accept(http: Request, backend: Backend, body: ImageGenerationBody) ->
             raise InvalidParameter(name, said)
     request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(
-        backend, request, body.priority, body.deadline_s, key, webhook_url=body.webhook_url
-    )
+    deadline_s = timeout_s(http) if body.deadline_s is None else body.deadline_s
+    job, fresh = await job_calls.submit(backend, request, body.priority, deadline_s, key, webhook_url=body.webhook_url)
     headers = {"location": f"/v1/jobs/{job.id}", "preference-applied": RESPOND_ASYNC, **ignored_header(body.ignored)}
     headers |= {} if fresh else {REPLAYED_HEADER: "true"}
     return JSONResponse(job_object(job), status_code=202, headers=headers)

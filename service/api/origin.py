@@ -79,7 +79,13 @@ def reject_foreign_hosts(http: Request, local_only: bool) -> None:
 
 
 def deadline(http: Request) -> float | None:
-    """The caller's deadline, in seconds since the epoch; None if the request has none.
+    """The caller's deadline, in seconds since the epoch; None if the request has none. See `timeout_s`."""
+    seconds = timeout_s(http)
+    return None if seconds is None else time.time() + seconds
+
+
+def timeout_s(http: Request) -> float | None:
+    """The seconds for which the caller waits; None if the request does not say.
 
     Raises:
         InvalidParameter: the header is no number of seconds, or too many.
@@ -95,7 +101,7 @@ def deadline(http: Request) -> float | None:
         raise InvalidParameter(
             TIMEOUT_HEADER, f"{TIMEOUT_HEADER} must be a number of seconds, at most {MOST_SECONDS}, got {given[:40]!r}"
         )
-    return time.time() + seconds
+    return seconds
 
 
 def request_id(http: Request) -> str:

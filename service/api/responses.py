@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploy.model_spec import ModelSpec
+from service.api.made import made_size
 from service.jobs.records import Job, State
 from service.jobs.requests import REMIXED_FROM, asked_of
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
@@ -38,11 +39,12 @@ def generation_response(
         result: the result of the request.
         data: for each picture or video its seed, and its content or URL.
     """
-    video = {"num_frames": request.num_frames, "fps": request.fps} if is_video(request) else {}
+    made = made_size(request.width, request.height, request.num_frames, result.warnings)
+    video = {"num_frames": made.num_frames, "fps": request.fps} if is_video(request) else {}
     return {
         "created": int(result.created_at or time.time()),
-        "data": [dict(made) for made in data],
-        "size": f"{request.width}x{request.height}",
+        "data": [dict(each) for each in data],
+        "size": f"{made.width}x{made.height}",
         "output_format": request.output_format,
         "background": "opaque",
         **video,
@@ -116,6 +118,7 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
         position: its place among the jobs that wait for its model; 0: it does not wait, or the place was not asked for.
     """
     asked, done = job.request, job.state == "succeeded"
+    made = made_size(asked["width"], asked["height"], asked["num_frames"], job.warnings)
     return {
         "id": job.id,
         "object": "video",
@@ -128,10 +131,10 @@ def video_object(job: Job, position: int = 0) -> dict[str, Any]:
         "error": {"code": job.error.code, "message": job.error.message} if job.error else None,
         "prompt": asked["prompt"],
         "remixed_from_video_id": asked.get(REMIXED_FROM),
-        "seconds": f"{asked['num_frames'] / asked['fps']:g}",
-        "size": f"{asked['width']}x{asked['height']}",
+        "seconds": f"{made.num_frames / asked['fps']:g}",
+        "size": f"{made.width}x{made.height}",
         "seed": asked["seed"],
-        "num_frames": asked["num_frames"],
+        "num_frames": made.num_frames,
         "fps": asked["fps"],
         "priority": job.priority,
         "position": position,

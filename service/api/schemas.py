@@ -111,7 +111,7 @@ def to_request(
         n=n,
         report_steps=body.stream,
         previews=_previews(body),
-        extra_params=body.extra_params or {},
+        extra_params=_extra(body),
         inputs=inputs,
         strength=body.strength if isinstance(body, ImageEditBody | VideoGenerationBody) else None,
     )
@@ -152,9 +152,27 @@ def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def _extra(body: GenerationBody) -> dict[str, Any]:
+    """Parameters of the model's pipeline. Its ranks know their names and ranges; here it is enough that none is nested,
+    since all that handles a request would have to follow it."""
+    for name, value in (body.extra_params or {}).items():
+        if not isinstance(value, bool | int | float | str):
+            raise InvalidParameter(
+                f"extra_params.{name}", f"extra_params.{name} must be a number, a text, true or false"
+            )
+    return body.extra_params or {}
+
+
 def _previews(body: GenerationBody) -> PreviewOptions | None:
     """The previews of a stream; None: none."""
+    if not body.stream and body.stream_options.model_fields_set:
+        raise InvalidParameter("stream_options", "stream_options is for streams; add stream: true, or leave it out")
     if not body.partial_images:
+        if "preview_decoder" in body.stream_options.model_fields_set:
+            raise InvalidParameter(
+                "stream_options.preview_decoder",
+                "stream_options.preview_decoder is for previews; ask for partial_images, or leave it out",
+            )
         return None
     if not body.stream:
         raise InvalidParameter("partial_images", "partial_images is for streams; add stream: true, or leave it out")

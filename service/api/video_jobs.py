@@ -18,7 +18,7 @@ from service.api.generation import settled
 from service.api.job_events import JobEvents
 from service.api.once import KEY_HEADER, REPLAYED_HEADER
 from service.api.openapi import BYTES, ERRORS, READING_ERRORS, event_stream, takes
-from service.api.origin import request_id
+from service.api.origin import request_id, timeout_s
 from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
@@ -60,9 +60,8 @@ async def create_video(
     """Accept a video. It is kept on disk when this answers."""
     request = await settled(http, backend, body)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(
-        backend, request, body.priority, body.deadline_s, key, webhook_url=body.webhook_url
-    )
+    deadline_s = timeout_s(http) if body.deadline_s is None else body.deadline_s
+    job, fresh = await job_calls.submit(backend, request, body.priority, deadline_s, key, webhook_url=body.webhook_url)
     response.headers.update(POLL | ignored_header(body.ignored) | ({} if fresh else {REPLAYED_HEADER: "true"}))
     return video_object(job)
 
@@ -122,7 +121,8 @@ async def remix_video(
     request = await request_of(backend.jobs, backend.outputs, before)
     request = replace(request, request_id=request_id(http), deadline_at=None, prompt=body.prompt)
     key = http.headers.get(KEY_HEADER)
-    job, fresh = await job_calls.submit(backend, request, before.priority, None, key, video_id, body.webhook_url)
+    deadline_s = timeout_s(http)
+    job, fresh = await job_calls.submit(backend, request, before.priority, deadline_s, key, video_id, body.webhook_url)
     response.headers.update(POLL | ({} if fresh else {REPLAYED_HEADER: "true"}))
     return video_object(job)
 

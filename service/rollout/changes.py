@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from deploy.model_spec import ModelSpec
 from deploy.spec import DeploymentSpec, SpecError, Tracing
+from deploy.storage_spec import Idempotency, Outputs
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX
 from service.rollout.serve_client import grpc_port, listens_at
 
@@ -28,6 +29,21 @@ WORDS: dict[Action, str] = {
 
 DEPLOYING: tuple[Action, ...] = ("add", "upgrade", "adjust")
 """The actions that change what Serve runs."""
+
+
+LOST = {
+    (
+        "outputs.folder",
+        "outputs.url",
+    ): "files in the former place stay there and are found no more, neither by URLs that "
+    "were answered nor by their jobs",
+    ("idempotency.folder",): "keys that callers have used are forgotten; a request that is repeated is drawn again",
+    (
+        "jobs",
+        "jobs_url_env",
+    ): "jobs in the former store stay there; they are found no more, and those that wait do not run",
+}
+"""By keys of `storage`, what is out of reach when one of them changes, until it is put back."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
             "replicas": options["num_replicas"],
             "cors_origins": options["user_config"].get("cors_origins", []),
             "media_hosts": options["user_config"].get("media_hosts", []),
+            "public_url": options["user_config"].get("public_url"),
             "webhook_hosts": options["user_config"].get("webhook_hosts", []),
             "webhook_key_env": options["user_config"].get("webhook_key_env"),
             "node_labels": options["ray_actor_options"].get("label_selector", {}),
@@ -112,12 +129,14 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         "auth": {key: options["user_config"].get(key) for key in ("api_keys_env", "api_keys_file")},
         "metrics": options["user_config"]["metrics"],
         "tracing": options["user_config"].get("tracing", Tracing().model_dump()),
+        "storage": _storage_before(options["user_config"]),
     }
     after = spec.model_dump(mode="json", include={name: set(keys) for name, keys in before.items()}) | {
         "metrics": spec.metrics_at
     }
     changed = _differences(before, after)
     lines = [f"adjust  {GATEWAY_APP}: requests in flight go on ({', '.join(changed)})"] if changed else []
+    lines += [f"lose    {GATEWAY_APP}: {lost}" for keys, lost in LOST.items() if _moved(keys, before, after)]
     host, port = listens_at()
     if (host, port) != (spec.gateway.host, spec.gateway.port) and spec.gateway.port:
         lines.append(f"keep    {GATEWAY_APP}: listens at {host}:{port} until Serve is restarted")
@@ -125,6 +144,23 @@ def find_gateway_changes(spec: DeploymentSpec, present: Mapping[str, dict[str, A
         place = "does not answer gRPC" if before_port is None else f"answers gRPC at {host}:{before_port}"
         lines.append(f"keep    {GATEWAY_APP}: {place} until Serve is restarted")
     return lines
+
+
+def _storage_before(told: dict[str, Any]) -> dict[str, Any]:
+    """What a gateway keeps; the defaults if an older version is deployed."""
+    jobs = told.get("jobs", {"folder": None, "url_env": None})
+    return {
+        "outputs": Outputs().model_dump() | told.get("outputs", {}),
+        "idempotency": Idempotency().model_dump() | told.get("idempotency", {}),
+        "jobs": jobs["folder"],
+        "jobs_url_env": jobs["url_env"],
+    }
+
+
+def _moved(keys: tuple[str, ...], before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether something is kept in another place, which one of these keys of `storage` names."""
+    told = _differences(before["storage"], after["storage"])
+    return any(each.startswith(f"{key} ") for each in told for key in keys)
 
 
 def _log_before(log: dict[str, Any] | None) -> dict[str, Any]:

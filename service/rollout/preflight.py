@@ -128,7 +128,8 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
     missing = {}
     for model in spec.models:
         application = statuses.get(app_name(model.name))
-        asleep = application is not None and not application.deployments[GANG].replica_states
+        built = application.deployments.get(GANG) if application is not None else None  # not yet, if it is being built
+        asleep = built is not None and not built.replica_states
         reason = None
         if model.name in upgraded and not asleep:
             reason = unschedulable(model, nodes)

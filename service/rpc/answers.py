@@ -8,6 +8,7 @@ from deploy.model_spec import ModelSpec
 from deploy.tasks import makes_video
 from service.api.backend import Restarted, Waiting
 from service.api.job_calls import Seen
+from service.api.made import made_size
 from service.api.outputs import KINDS
 from service.jobs.records import Job, JobOutput
 from service.jobs.requests import asked_of
@@ -17,6 +18,13 @@ from service.state.model_states import ModelState
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
 
 Event = pb.GenerateStreamResponse
+
+WARNINGS = {
+    "previews": ("previews_failed", "options.preview_every_n_steps"),
+    "size": ("size_changed", "params.width"),
+    "num_frames": ("num_frames_changed", "params.num_frames"),
+}
+"""Code and parameter of a warning, by what it is about; all others are of texts that were cut."""
 
 
 def image_response(request: GenerationRequest, result: GenerationResult, began: float) -> pb.GenerateImageResponse:
@@ -93,15 +101,16 @@ def report_event(report: StepEvent | Preview | Waiting | Restarted, taken: list[
 def header(request: GenerationRequest, result: GenerationResult, index: int) -> pb.OutputHeader:
     """What is told of one file."""
     data, video = result.outputs[index], request.output_format == "mp4"
+    made = made_size(request.width, request.height, request.num_frames, result.warnings)
     return pb.OutputHeader(
         index=index,
         mime_type="video/mp4" if video else f"image/{request.output_format}",
         total_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         seed=result.seeds[index],
-        width=request.width,
-        height=request.height,
-        num_frames=request.num_frames,
+        width=made.width,
+        height=made.height,
+        num_frames=made.num_frames,
         fps=request.fps if video else 0,
     )
 
@@ -136,15 +145,16 @@ def job_message(seen: Seen) -> pb.Job:
 def output_header(job: Job, output: JobOutput, index: int) -> pb.OutputHeader:
     """What is told of one file of a job."""
     asked, video = job.request, output.kind == "mp4"
+    made = made_size(asked["width"], asked["height"], asked["num_frames"], job.warnings)
     return pb.OutputHeader(
         index=index,
         mime_type=KINDS[output.kind],
         total_bytes=output.size,
         sha256=output.sha256,
         seed=output.seed,
-        width=asked["width"],
-        height=asked["height"],
-        num_frames=asked["num_frames"],
+        width=made.width,
+        height=made.height,
+        num_frames=made.num_frames,
         fps=asked["fps"] if video else 0,
     )
 
@@ -230,12 +240,11 @@ def _metrics(result: GenerationResult, began: float) -> pb.Metrics:
 
 
 def _warnings(texts: tuple[str, ...]) -> list[pb.Warning]:
-    """The warnings of a result: which prompt was cut (`prompt: ...`), or that previews failed (`previews: ...`)."""
+    """The warnings of a result. Each text begins with the name of what it is about."""
     return [_warning(text) for text in texts]
 
 
 def _warning(text: str) -> pb.Warning:
     name = text.partition(":")[0]
-    if name == "previews":
-        return pb.Warning(code="previews_failed", message=text, param="options.preview_every_n_steps")
-    return pb.Warning(code="prompt_truncated", message=text, param=f"params.{name}")
+    code, param = WARNINGS.get(name, ("prompt_truncated", f"params.{name}"))
+    return pb.Warning(code=code, message=text, param=param)

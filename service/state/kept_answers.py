@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import ray
 
-from service.state.output_folder import own_folder
+from service.state.output_folder import ANSWERS, own_folder
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
 from workers import errors
 from workers.errors import Forbidden, OutputNotFound, SprayError
 from workers.gang.caller import is_alive
 from workers.messages import GenerationResult
+from workers.private_folder import make_private
 
 logger = logging.getLogger("ray.serve")
 
@@ -277,9 +278,12 @@ class KeptAnswers:
         self._used_at = time.monotonic()
         if self._opened is not None:
             return
-        self._files.follow(f"{self._folder}/files" if self._folder else None, self._ttl_s)
+        folder = Path(self._folder) if self._folder else make_private(Path(own_folder()))
+        self._files.follow(
+            str(folder / ANSWERS), self._ttl_s
+        )  # beside the outputs, whose bytes have a limit of their own
         self._files.prepare()
-        path = Path(self._folder or own_folder()) / "idempotency.sqlite"
+        path = folder / "idempotency.sqlite"
         opened = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         for order in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", TABLE):
             opened.execute(order)

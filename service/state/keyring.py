@@ -9,20 +9,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
 from service.state.key_use import Use
-from workers.errors import (
-    JobsUnavailable,
-    OutputsFull,
-    OutputsUnavailable,
-    QueueFull,
-    RateLimited,
-    RequestQuarantined,
-)
+from workers.errors import InvalidParameter, RateLimited
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,8 +23,8 @@ PERIOD_S = 2.0
 
 MINUTE_S = 60.0
 
-NOTHING_DONE = (QueueFull, RequestQuarantined, JobsUnavailable, OutputsFull, OutputsUnavailable)
-"""After these nothing was computed, and no job accepted: the allowance is given back."""
+DRAWN_AND_REFUSED = "content_policy_violation"
+"""The code of the one refusal that may come after the work: of what a guardrail has seen in the pictures."""
 
 
 class Allowance:
@@ -68,12 +61,13 @@ class Allowance:
         self._at = now
 
     @contextlib.contextmanager
-    def take(self, key: ApiKey, work: float) -> Iterator[None]:
-        """Take the allowance of one request, while it waits and runs.
+    def take(self, key: ApiKey, work: float, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Take the allowance of one request, while it waits and runs. Its work is given back if nothing was computed.
 
         Args:
             key: with its limits, which may have changed.
             work: pixels x frames x steps x pictures.
+            begun: whether a gang has begun with it.
 
         Raises:
             RateLimited: the allowance is used up.
@@ -99,15 +93,21 @@ class Allowance:
         self._running += 1
         try:
             yield
-        except NOTHING_DONE:
-            self._spent = max(0.0, self._spent - work * (key.max_work_per_minute is not None))
+        except BaseException as error:  # also a caller who leaves
+            if key.max_work_per_minute is not None and (not begun() or _refused(error)):
+                self._spent = max(0.0, self._spent - work)
             raise
         finally:
             self._running -= 1
 
 
 class Keyring:
-    """The keys of one gateway. Without any, anybody may call."""
+    """The keys of one gateway. Without any, anybody may call.
+
+    Attributes:
+        open: nobody needs a key.
+        configured: who may call is known: anybody, or the holders of the keys.
+    """
 
     def __init__(self) -> None:
         self.open = False
@@ -123,12 +123,18 @@ class Keyring:
         """Use the keys of this variable and file from now on.
 
         Raises:
-            SpecError: one of them holds no usable keys. The former keys remain valid.
+            SpecError: one of them holds no usable keys. The former keys remain valid; if there were none, nobody may
+                call anymore.
         """
-        from_variable = variable_keys(variable)
         path = Path(file) if file else None
         read = _stamp(path) if path else None
-        from_file = read_api_keys(path) if path else ()
+        try:
+            from_variable = variable_keys(variable)
+            from_file = read_api_keys(path) if path else ()
+        except SpecError:
+            if self.open:  # keys are asked for: nobody may call without one
+                self.open = self.configured = False
+            raise
         self.open, self.configured = variable is None and file is None, True
         self._from_variable, self._from_file, self._file, self._read = from_variable, from_file, path, read
         if path is not None and self._following is None:
@@ -185,6 +191,11 @@ class Keyring:
         if file == self._file:
             self._read, self._from_file = stamp, keys
             logger.info("%s: %d API keys", file, len(keys))
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the ranks have refused a request before they computed anything."""
+    return isinstance(error, InvalidParameter) and error.code != DRAWN_AND_REFUSED
 
 
 def check_keys(auth: Auth) -> None:

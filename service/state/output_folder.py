@@ -33,6 +33,8 @@ LEAST_FREE_BYTES = 32 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL = "the disk that keeps pictures and videos is full; try again later"
 FOLDER = "spray-outputs-"
+ANSWERS = "files"
+"""The folder inside one of this node and cluster with the answers of idempotency keys, which are no outputs."""
 
 
 class Folder:
@@ -111,7 +113,8 @@ class Folder:
         it.
         """
         own = [self._folder] if self._given else {self._folder, *filter(is_own, self._folder.parent.glob(f"{FOLDER}*"))}
-        for place in own:
+        left = [] if self._given else [place / ANSWERS for place in own]
+        for place in (*own, *left):
             for file in filter(lambda file: OURS.fullmatch(file.name), place.glob("*")):
                 late = UNFINISHED_S if file.name.endswith(UNFINISHED) else 0.0
                 with contextlib.suppress(OSError):  # another gateway was faster

@@ -16,6 +16,9 @@ class RequestTrace:
         request: what is asked for.
         traceparent: the caller's; empty: it has sent none.
         key: the name of the caller's API key; empty: none is needed.
+
+    Attributes:
+        has_begun: some gang has had it.
     """
 
     def __init__(self, tracing: Tracing, request: GenerationRequest, traceparent: str, key: str) -> None:
@@ -32,6 +35,7 @@ class RequestTrace:
         self._tracing = tracing
         self._span = tracing.request(traceparent, "request", asked)
         self._queued_at: float | None = None
+        self.has_begun = False
 
     @property
     def traceparent(self) -> str:
@@ -49,6 +53,10 @@ class RequestTrace:
 
     def begun(self) -> None:
         """Note that a gang has it."""
+        self.has_begun = True
+        self._end_queue()
+
+    def _end_queue(self) -> None:
         if self._queued_at is not None:
             self._span.inner("queue", self._queued_at)
         self._queued_at = None
@@ -59,7 +67,7 @@ class RequestTrace:
 
     def ended(self, outcome: str, attempts: int, result: GenerationResult | None) -> None:
         """Note that it has ended, for whatever reason, and send what was recorded."""
-        self.begun()  # where it has ended in the queue
+        self._end_queue()  # where it has ended in the queue
         self._span.attributes |= {"spray.outcome": outcome, "spray.attempts": attempts}
         if result is None:
             self._span.error = outcome

@@ -149,6 +149,7 @@ class SharedTurns:
         self._away = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
         self._shared: set[Turn] = set()  # those that the keeper gave
+        self._unsent: dict[Turn, bool] = {}  # of these, those that ended while it was away, and whether refused
 
     async def take(self, ticket: Ticket) -> Turn:
         """See `Turns.take`."""
@@ -168,6 +169,8 @@ class SharedTurns:
         self._shared.discard(turn)
         if self._keeper is not None:
             self._keeper.end.remote(self._application, turn, refused)
+        else:  # it may only be slow, and would keep the turn for good: the gang is hardly ever seen idle
+            self._unsent[turn] = refused
 
     def lose(self, request_id: str) -> None:
         """See `Turns.lose`."""
@@ -233,6 +236,8 @@ class SharedTurns:
             await asyncio.wait_for(_result(beat), SILENT_S)
             self._keeper = found
             self._away.clear()
+            while self._unsent:
+                found.end.remote(self._application, *self._unsent.popitem())
         except (RayError, TimeoutError, ValueError) as error:
             self._lose_keeper(error)
 

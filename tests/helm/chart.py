@@ -192,6 +192,10 @@ VARIATIONS: dict[str, Values] = {
         ],
     },
     "an ingress": {"ingress": {"enabled": True, "host": "a.example", "grpcHost": "b.example", "tlsSecret": "tls"}},
+    "an ingress in front of which something else ends TLS": {
+        "ingress": {"enabled": True, "host": "a.example", "tlsSecret": "tls"},
+        "gateway": {"public_url": "https://b.example"},
+    },
     "an ingress of another kind": {
         "ingress": {"enabled": True, "host": "a.example", "nginx": False, "annotations": {"a/b": "c"}}
     },
@@ -292,6 +296,7 @@ VARIATIONS: dict[str, Values] = {
             "log_format": "json",
             "log_prompts": True,
             "media_hosts": ["media.example.com"],
+            "public_url": "https://api.example.com:8443",
             "webhook_hosts": ["hooks.example.com"],
             "webhook_key_env": "HOOKS",
         },

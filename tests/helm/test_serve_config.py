@@ -37,6 +37,8 @@ def deployment(values: Values) -> DeploymentSpec:
     for section, key in (("gateway", "grpc_port"), ("metrics", "port")):  # helm takes out what is null
         sections[section].setdefault(key, None)
     sections["storage"].setdefault("models", "/models/hub")
+    if merged["ingress"]["enabled"] and merged["ingress"]["tlsSecret"]:
+        sections["gateway"].setdefault("public_url", f"https://{merged['ingress']['host']}")
     if merged["outputs"].get("size") or merged["outputs"].get("existingClaim"):
         sections["storage"]["outputs"] = sections["storage"].get("outputs", {}) | {"folder": "/outputs"}
     if merged["outputs"]["s3"].get("url"):

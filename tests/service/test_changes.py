@@ -253,6 +253,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
                 update={
                     "cors_origins": ("https://app.example.com",),
                     "media_hosts": ("images.example.com",),
+                    "public_url": "https://media.example.com",
                     "log_format": "json",
                     "webhook_hosts": ("hooks.example.com",),
                     "webhook_key_env": "HOOKS",
@@ -285,6 +286,7 @@ def test_what_the_gateway_is_told_restarts_no_gateway() -> None:
         "local_only": False,
         "cors_origins": ["https://app.example.com"],
         "media_hosts": ["images.example.com"],
+        "public_url": "https://media.example.com",
         "log": {"log_format": "json", "prompts": False},
         "max_body_bytes": 2048,
         "api_keys_env": "KEYS",

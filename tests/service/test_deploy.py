@@ -26,6 +26,7 @@ from deploy.gateway_spec import GatewaySpec
 from deploy.model_sections import LoRA
 from deploy.model_spec import ModelSpec
 from deploy.spec import Auth, DeploymentSpec, Metrics, SpecError
+from deploy.storage_spec import Idempotency, Outputs, Storage
 from service.app import serve_config
 from service.cli.main import main
 from service.rollout import apply, changes, preflight, serve_client
@@ -188,6 +189,14 @@ def test_room_beside_the_old_gangs(
     )
 
 
+def test_a_model_whose_application_is_being_built_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = {"model-a": SimpleNamespace(deployments={})}
+    monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
+    for free, lack in (([NODE], []), ([], ["a"])):
+        monkeypatch.setattr(preflight, "free_nodes", lambda free=free: free)
+        assert list(preflight.missing_surge_room(DeploymentSpec(models=(A,)), [], ["a"])) == lack
+
+
 def test_an_adjusted_model_keeps_its_arguments(cluster: Cluster) -> None:
     carried_out(A.model_copy(update={"max_queued": 5}))
     (told,) = cluster.told
@@ -290,6 +299,14 @@ def test_what_becomes_of_the_gateway_is_said(cluster: Cluster, monkeypatch: pyte
         "keep    gateway: listens at 127.0.0.1:8000 until Serve is restarted",
         "keep    gateway: answers gRPC at 127.0.0.1:9000 until Serve is restarted",
     ]
+    storage = Storage(outputs=Outputs(ttl_s=60, max_bytes=1 << 30), idempotency=Idempotency(ttl_s=70))
+    (line,) = find_gateway_changes(spec.model_copy(update={"storage": storage}), cluster.applications)
+    assert "(storage.outputs.ttl_s 3600.0 -> 60.0, storage.outputs.max_bytes None -> 1073741824, storage.idem" in line
+    storage = Storage(outputs=Outputs(folder="/o"), idempotency=Idempotency(folder="/i"), jobs_url_env="URL")
+    moved = find_gateway_changes(spec.model_copy(update={"storage": storage}), cluster.applications)
+    assert "storage.outputs.folder None -> /o" in moved[0] and "storage.jobs_url_env None -> URL" in moved[0]
+    for line, what in zip(moved[1:], ("files in the former", "keys that callers", "jobs in the former"), strict=True):
+        assert line.startswith(f"lose    gateway: {what}")
     monkeypatch.setattr(changes, "grpc_port", lambda: None)
     (line,) = find_gateway_changes(spec, cluster.applications)
     assert line == "keep    gateway: does not answer gRPC until Serve is restarted"

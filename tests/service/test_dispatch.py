@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import OwnerDiedError, RayActorError
 
 from service import dispatch
@@ -22,7 +24,7 @@ from service.state.model_states import ModelState
 from service.state.quarantine import Quarantine
 from service.state.tickets import Prospect
 from service.state.waiting import Place, waiting_for
-from tests.service.test_gateway import REQUEST, RESULT, TABLE, ask, opened, serving
+from tests.service.test_gateway import REQUEST, RESULT, TABLE, ask, handle_of, opened, serving
 from tests.support.backend import a_model
 from workers import messages
 from workers.errors import (
@@ -88,6 +90,57 @@ def test_a_request_that_waits_for_nothing_ends(
 
     asyncio.run(story())
     assert answer.cancelled
+
+
+def test_a_request_that_has_not_begun_ends_with_its_model_and_another_is_finished(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The application of a removed model stays until its gangs have finished what they compute."""
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(dispatch, "_applications", lambda: ["model-one"])
+    monkeypatch.setattr(opened, "states", dict)
+
+    class Computes(Answer):
+        said = False
+
+        async def __anext__(self) -> Any:
+            if self.said:
+                await asyncio.sleep(0.1)
+                return StepEvent(1, 4, 0.1)
+            self.said = True
+            return Begun()
+
+    async def story() -> None:
+        with pytest.raises(ModelNotFound, match="'one' was removed"):
+            await asyncio.wait_for(anext(opened._dispatcher._attended("one", Answer())), 10)  # type: ignore[arg-type]
+        async with contextlib.aclosing(opened._dispatcher._attended("one", Computes())) as reports:  # type: ignore[arg-type]
+            assert [await anext(reports), await anext(reports)] == [Begun(), StepEvent(1, 4, 0.1)]
+
+    asyncio.run(story())
+
+
+def test_a_model_that_serve_knows_gets_its_router_without_a_question(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask the controller would block the loop for as long as it is away."""
+    assert {"_check_exists", "_record_telemetry"} <= inspect.signature(serve.get_deployment_handle).parameters.keys()
+    asked: list[dict[str, Any]] = []
+    handle = SimpleNamespace(options=lambda **_: "router")
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_, **how: asked.append(how) or handle)
+    monkeypatch.setattr(dispatch, "KNOWN_S", 0.3)
+    opened.cluster()
+
+    async def story() -> None:
+        with pytest.raises(ModelUnavailable, match="'one' is being deployed"):
+            await opened._dispatcher._handle("one")
+        soon = asyncio.create_task(opened._dispatcher._handle("one"))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            opened._dispatcher.greet("one")
+        assert await soon == "router"
+
+    asyncio.run(story())
+    assert asked == [{"_check_exists": False, "_record_telemetry": False}]
 
 
 def test_a_request_that_waits_hears_its_place(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,15 +371,13 @@ def test_the_queue_is_limited_but_not_for_a_request_that_waits_again(
 
     monkeypatch.setattr("service.state.router_registry.lose", lose)
     sent = serving(opened, monkeypatch, LOST, [Begun(), RESULT])
-    inner = opened._dispatcher._handle("full").generate.remote
+    inner: Any = asyncio.run(opened._dispatcher._handle("full")).generate.remote
 
     def remote(request: GenerationRequest, caller: str) -> Any:
         places.append(waiting.place(request.request_id))
         return inner(request, caller)
 
-    monkeypatch.setattr(
-        opened._dispatcher, "_handle", lambda _: SimpleNamespace(generate=SimpleNamespace(remote=remote))
-    )
+    monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(remote))
 
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [full.model_dump(mode="json")]})
@@ -393,8 +444,7 @@ def test_a_deadline_is_held_against_the_estimate_and_against_the_clock(
         with pytest.raises(DeadlineExceeded, match=r"wait about 30\.0 s; its deadline is in 29\.0 s"):
             await ask(opened, request)
         answer = Answer()
-        handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
-        monkeypatch.setattr(opened._dispatcher, "_handle", lambda _: handle)
+        monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(lambda *_: answer))
         monkeypatch.setattr("service.dispatch.DeploymentResponseGenerator", Answer)
         monkeypatch.setattr("service.state.router_registry.prospect", nothing_waits)
         with pytest.raises(DeadlineExceeded, match="it was stopped"):

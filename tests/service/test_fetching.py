@@ -29,13 +29,16 @@ from workers.errors import InvalidParameter
 PICTURE = file(colored(64, 48))
 FIELDS = frozenset({"image", "mask"})
 HOST = "images.example.com"
+TRUSTED = fetching._trusted
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    encodings: list[str | None] = []  # noqa: RUF012
     seen: list[tuple[str, str]] = []  # noqa: RUF012  # of the one server of these tests
 
     def do_GET(self) -> None:  # http.server's name
         Handler.seen.append((self.path, self.headers["host"]))
+        Handler.encodings.append(self.headers["accept-encoding"])
         if self.path == "/elsewhere":
             self.send_response(302)
             self.send_header("location", "https://169.254.169.254/")
@@ -81,8 +84,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(chain))
         trusted = ssl.create_default_context(cafile=str(chain))
-        client = httpx.AsyncClient
-        patch.setattr(httpx, "AsyncClient", lambda **options: client(verify=trusted, **options))
+        patch.setattr(fetching, "_trusted", lambda: trusted)
         yield server.server_address[1]
     server.shutdown()
     server.server_close()
@@ -115,6 +117,7 @@ def test_urls_of_named_hosts_become_bytes(port: int, at_loopback: None) -> None:
     host, url = f"{HOST}:{port}", f"https://{HOST}:{port}/cup.png?a=b"
     assert fetch({"image": url, "prompt": "https://a"}, host) == {"image": PICTURE, "prompt": "https://a"}
     assert Handler.seen[-1] == ("/cup.png?a=b", host)
+    assert Handler.encodings[-1] == "identity"
     several = {"image": [{"image_url": url}, "data:,"], "mask": {"image_url": url.replace("images", "IMAGES")}}
     assert fetch(several, host) == {"image": [PICTURE, "data:,"], "mask": PICTURE}
 
@@ -197,6 +200,23 @@ def test_without_hosts_nothing_is_fetched(client: TestClient, backend: FakeBacke
     body = {"prompt": "a", "model": "one", "image": f"https://{HOST}/"}
     answer = client.post("/v1/images/edits", json=body)
     assert "no URL is fetched" in answer.json()["error"]["message"]
+
+
+def test_a_body_without_urls_costs_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "AsyncClient", None)
+    monkeypatch.setattr(fetching, "_trusted", None)
+    for raw in ({"prompt": "a"}, {"image": "data:,"}, {"image": [b"a", "data:,"], "mask": None}):
+        assert fetch(raw, HOST) == raw
+
+
+def test_certificates_are_read_once_and_not_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[threading.Thread] = []
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: read.append(threading.current_thread()))
+    monkeypatch.setattr(fetching, "_trusted", trusted := functools.cache(TRUSTED.__wrapped__))
+    for _ in range(2):
+        with pytest.raises(InvalidParameter):
+            fetch({"image": "https://elsewhere.example/"}, HOST)
+    assert trusted.cache_info().misses == len(read) == 1 and read[0] is not threading.main_thread()
 
 
 def test_a_route_fetches(port: int, at_loopback: None, client: TestClient, backend: FakeBackend) -> None:

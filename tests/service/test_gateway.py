@@ -29,11 +29,15 @@ from workers.errors import (
     AdminOnly,
     DeadlineExceeded,
     GangLost,
+    InvalidParameter,
     JobsUnavailable,
     ModelNotAllowed,
+    ModelNotFound,
+    ModelUnavailable,
     RateLimited,
     RequestFailed,
     ShuttingDown,
+    SprayError,
     Unauthorized,
 )
 from workers.gang.cost import Cost, Costs
@@ -181,6 +185,51 @@ def test_keys_that_are_missing_later_leave_those_that_were(opened: Gateway, monk
         opened.admit("Bearer k2")
 
 
+@pytest.mark.parametrize("keys", [{"api_keys_env": "NO_KEYS"}, {"api_keys_file": "/none/keys.yaml"}])
+def test_keys_that_are_asked_for_and_missing_close_an_open_gateway(opened: Gateway, keys: dict[str, str]) -> None:
+    local = TABLE | {"local_only": True}
+    asyncio.run(opened.reconfigure(local))
+    opened.admit(None)
+    for _ in range(2):  # Serve may tell a gateway again
+        with pytest.raises(RuntimeError, match=r"KEYS|keys\.yaml"):
+            asyncio.run(opened.reconfigure(TABLE | keys))
+        with pytest.raises(Unauthorized):
+            opened.admit(None)
+        assert opened.local_only, "nothing is let in before the keys are known"
+    asyncio.run(opened.reconfigure(local))
+    opened.admit(None)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {"jobs": {"folder": None, "url_env": "NO_URL"}},
+        {"webhook_hosts": ["hooks.example.com"], "webhook_key_env": "NO_HOOKS"},
+    ],
+)
+def test_what_else_is_missing_withdraws_a_key_nevertheless(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, missing: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("KEYS", "k1,k2")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "KEYS"}))
+    monkeypatch.setenv("OTHER", "k2")
+    asyncio.run(opened.reconfigure(TABLE | {"api_keys_env": "OTHER"} | missing))
+    opened.admit("Bearer k2")
+    with pytest.raises(Unauthorized):
+        opened.admit("Bearer k1")
+    with pytest.raises(RuntimeError, match="NO_"):
+        asyncio.run(Gateway("other").reconfigure(TABLE | missing))
+
+
+def handle_of(remote: Any) -> Any:
+    """A dispatcher's way to gangs that are called so."""
+
+    async def handle(model: str) -> Any:
+        return SimpleNamespace(generate=SimpleNamespace(remote=remote))
+
+    return handle
+
+
 def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any]) -> list[GenerationRequest]:
     """Let gangs answer with these reports, one list per request; an exception is raised. Returns what was sent."""
     coming, sent = list(answers), []
@@ -197,14 +246,45 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
             yield report
 
     monkeypatch.setattr(dispatch, "PAUSE_S", 0)
-    monkeypatch.setattr(
-        opened._dispatcher, "_handle", lambda model: SimpleNamespace(generate=SimpleNamespace(remote=remote))
-    )
+    monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(remote))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
     return sent
 
 
 RESULT = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("reports", "pays"),
+    [
+        ([DeadlineExceeded("queued")], False),
+        ([ModelUnavailable("failed")], False),
+        ([ModelNotFound("removed")], False),
+        ([Begun(), InvalidParameter("size", "of the ranks' check")], False),
+        ([Begun(), InvalidParameter("prompt", "seen by a guardrail", "content_policy_violation")], True),
+        ([Begun(), RequestFailed("a step")], True),
+        ([Begun(), GangLost("ranks"), ModelUnavailable("failed")], True),
+        ([Begun(), RESULT], True),
+    ],
+)
+def test_a_key_pays_for_what_was_begun(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reports: list[Any], pays: bool
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"keys: [{{name: ann, sha256: {digest('k1')}, max_work_per_minute: 1}}]")
+    lost = [i for i, each in enumerate(reports) if isinstance(each, GangLost)]
+    serving(opened, monkeypatch, *([reports[: lost[0] + 1], reports[lost[0] + 1 :]] if lost else [reports]))
+
+    async def story() -> None:
+        await opened.reconfigure(
+            TABLE | {"models": [a_model("one").model_dump(mode="json")], "api_keys_file": str(keys)}
+        )
+        opened.admit("Bearer k1")
+        with contextlib.suppress(SprayError):
+            await ask(opened, REQUEST)
+        assert bool(opened._access._keyring.used().get("ann")) == pays
+
+    asyncio.run(story())
 
 
 def test_a_job_runs_in_its_owners_name_without_its_limits(
@@ -263,7 +343,6 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
     result = GenerationResult((b"",), (1,), ParallelDegrees(), 0.25, (0.25,), 0.5)
     answers: list[GenerationResult | Exception] = [GangLost("ranks"), result, RequestFailed("no"), result]
     answer = object.__new__(DeploymentResponseGenerator)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda *_: answer))
 
     async def attended(*_: Any) -> AsyncGenerator[GenerationResult]:
         coming = answers.pop(0)
@@ -273,7 +352,7 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
         yield coming
 
     monkeypatch.setattr(dispatch, "PAUSE_S", 0)
-    monkeypatch.setattr(opened._dispatcher, "_handle", lambda model: handle)
+    monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(lambda *_: answer))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
 
     async def story() -> None:

@@ -97,6 +97,14 @@ def test_so_many_at_once_and_no_more() -> None:
         pass
 
 
+def test_a_caller_who_leaves_the_queue_does_not_pay() -> None:
+    key, allowance = ApiKey(name="a", sha256=digest("a"), max_work_per_minute=60.0), Allowance()
+    for begun in (False, True):
+        with pytest.raises(GeneratorExit), allowance.take(key, 60, lambda begun=begun: begun):
+            raise GeneratorExit
+        assert bool(allowance.used.spent) == begun
+
+
 def test_work_is_a_bucket_that_fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]  # whole seconds: of others, sums are rounded
     monkeypatch.setattr("service.state.keyring.time.monotonic", lambda: now[0])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
@@ -19,6 +20,7 @@ from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.state import kept_answers
 from service.state.idempotency import IdempotencyKeys
 from service.state.kept_answers import Claim, KeptAnswers
+from service.state.output_folder import Folder
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
 from tests.support.grpc_calls import Backend, finished, params, served
@@ -324,6 +326,25 @@ def test_answers_outlive_the_actor_and_lie_in_files(tmp_path: Path) -> None:
     (answer,) = table.execute("SELECT answer FROM answers_1 WHERE scope = 'k'").fetchone()
     assert "one" not in json.loads(answer)["result"]["outputs"]
     assert table.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_kept_answers_are_not_counted_among_outputs_and_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "own"))
+
+    async def story() -> None:
+        keeper = KeptAnswers(None, 60.0, 1 << 20, lives=lambda _: True)
+        await keeper.claim("k", "f", 3, "a", "1", 0.0)
+        assert await keeper.finish("k", "1", RESULT, "png")
+
+    run(story())
+    outputs, files = Folder(None), tmp_path / "own" / "files"
+    assert outputs._sum() == 0 and len(list(files.glob("*.png"))) == 2
+    for file in files.glob("*.png"):
+        os.utime(file, (1, 1))
+    outputs.sweep(60.0)  # of a cluster that has ended, too
+    assert not list(files.glob("*.png"))
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

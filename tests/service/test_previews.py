@@ -16,12 +16,15 @@ from fastapi.testclient import TestClient
 from openai.types import ImageGenPartialImageEvent
 from PIL import Image
 
+from service.api.responses import generation_response, video_object
 from service.api.rest import rest_app
 from service.cli.commands import generate as generate_command
 from service.cli.main import main
 from service.cli.pictures import for_iterm, for_kitty, shown_by_terminal
+from service.jobs.records import Job, JobOutput
+from service.jobs.requests import new_job
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
-from service.rpc.answers import finished_events
+from service.rpc.answers import finished_events, header, output_header
 from service.state.quarantine import fingerprint
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
@@ -29,6 +32,7 @@ from tests.support.grpc_calls import Backend, stream
 from tests.support.in_process import served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, GenerationResult, PreviewOptions
+from workers.model.media import what_differs
 
 IMAGES, VIDEOS = ("/v1/images/generations", "one", "image"), ("/v1/videos/sync", "film", "video")
 
@@ -163,6 +167,26 @@ def test_grpc_says_that_previews_have_failed() -> None:
         ("prompt_truncated", "params.prompt"),
         ("previews_failed", "options.preview_every_n_steps"),
     ]
+
+
+def test_answers_have_the_size_that_the_model_has_made() -> None:
+    request = GenerationRequest("a", "one", "a", 64, 64, 4, seed=1, num_frames=9, fps=4, output_format="mp4")
+    texts = tuple(what_differs([Image.new("RGB", (96, 80))] * 5, request))
+    result = GenerationResult((b"a",), (1,), ParallelDegrees(), 0.1, (0.1,), 0.1, texts)
+    *_, done = finished_events(request, result, 1 << 20, 0.0, [])
+    assert [(warning.code, warning.param) for warning in done.done.warnings] == [
+        ("size_changed", "params.width"),
+        ("num_frames_changed", "params.num_frames"),
+    ]
+    told = header(request, result, 0)
+    assert (told.width, told.height, told.num_frames) == (96, 80, 5)
+    answer = generation_response(request, result, [{}])
+    assert (answer["size"], answer["num_frames"]) == ("96x80", 5)
+    kept = new_job(request, "").request
+    job = Job("job_1", "video", "film", "", kept, 1, "standard", "succeeded", 1.0, warnings=texts)
+    video, of_job = video_object(job), output_header(job, JobOutput("a", "mp4", 1, "", 1), 0)
+    assert (video["size"], video["num_frames"], video["seconds"]) == ("96x80", 5, "1.25")
+    assert (of_job.width, of_job.height, of_job.num_frames) == (96, 80, 5)
 
 
 PICTURE = Image.effect_noise((96, 64), 50).convert("RGB")

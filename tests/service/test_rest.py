@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from deploy.gateway_spec import GatewaySpec
 from service.api.bodies import MAX_SEED, ImageGenerationBody, LoRAChoice, StreamOptions, VideoGenerationBody
 from service.api.generation import Delivery
 from service.api.origin import new_id
@@ -59,6 +60,11 @@ REFUSED = [
     ({"background": "transparent"}, "background", "invalid_value"),
     ({"partial_images": 2}, "partial_images", "invalid_value"),
     ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+    ({"stream_options": {"include_progress": True}}, "stream_options", "invalid_value"),
+    ({"stream": True, "stream_options": {"preview_decoder": "vae"}}, "stream_options.preview_decoder", "invalid_value"),
+    ({"extra_params": {"a": [[1]]}}, "extra_params.a", "invalid_value"),
+    ({"extra_params": {"b": 1, "a": {"c": 1}}}, "extra_params.a", "invalid_value"),
+    ({"extra_params": {"a": None}}, "extra_params.a", "invalid_value"),
     ({"model": None}, "model", "missing_required_parameter"),
     ({"modle": None}, "modle", "unknown_parameter"),
     ({"loras": [{"name": None}]}, "loras.0.name", "missing_required_parameter"),
@@ -262,6 +268,23 @@ def test_a_zip_is_the_same_at_any_time(client: TestClient) -> None:
         assert [entry.filename for entry in archive.infolist()] == ["0-7.png", "1-8.png"]
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # the least that a zip has
         assert archive.read("1-8.png") == b"picture 8"
+
+
+def test_urls_begin_where_callers_reach_the_gateway(client: TestClient, backend: FakeBackend) -> None:
+    for public, begin in (
+        (None, "http://testserver/v1/outputs/"),
+        ("https://a.example", "https://a.example/v1/outputs/"),
+    ):
+        backend.public_url = public
+        assert post(client, response_format="url").json()["data"][0]["url"].startswith(begin)
+        assert f'"url":"{begin}' in post(client, response_format="url", stream=True).text.replace('": "', '":"')
+
+
+@pytest.mark.parametrize("url", ["a.example", "https://A.example", "https://a.example/", "https://a.example/spray"])
+def test_a_public_url_is_an_origin(url: str) -> None:
+    assert GatewaySpec(public_url="https://a.example:8443").public_url
+    with pytest.raises(ValueError, match="and no path; such as https://"):
+        GatewaySpec(public_url=url)
 
 
 def test_stream_without_options_has_progress_as_comments(client: TestClient) -> None:

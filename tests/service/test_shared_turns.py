@@ -131,6 +131,21 @@ def test_without_a_keeper_each_goes_on_by_itself_and_then_they_meet_again() -> N
     story("killed", tell)
 
 
+def test_a_turn_that_ends_while_the_keeper_is_away_ends_there_too() -> None:
+    """The gang always reports itself busy, so nobody else would notice."""
+
+    async def tell(one: SharedTurns, two: SharedTurns) -> None:
+        first = await one.take(ticket("x"))
+        second = asyncio.create_task(two.take(ticket("y")))
+        while await two.standing("y") is None:
+            await asyncio.sleep(0.01)
+        one._lose_keeper(TimeoutError("one look took long"))
+        one.end(first)
+        await asyncio.wait_for(second, 20)
+
+    story("slow", tell)
+
+
 def test_the_keeper_passes_on_questions_also_when_it_was_killed() -> None:
     async def run() -> None:
         async def answer_of(name: str, question: Question) -> tuple[str, Question]:

@@ -64,6 +64,25 @@ def test_a_video_is_told_as_it_is(url: str) -> None:
     assert video["expires_at"] > video["completed_at"] >= video["created_at"]
 
 
+@pytest.mark.parametrize(
+    ("path", "headers"), [("videos", {}), ("images/generations", {"prefer": "respond-async"})], ids=["video", "picture"]
+)
+def test_who_waits_for_so_long_has_a_job_that_ends_by_then(url: str, path: str, headers: dict[str, str]) -> None:
+    base = url.removesuffix("/videos")
+    body = BODY if path == "videos" else BODY | {"model": "one"}
+
+    def deadline_s(given: str, **also: Any) -> Any:
+        answer = httpx.post(f"{base}/{path}", json=body | also, headers=headers | {"x-request-timeout-seconds": given})
+        if answer.is_error:
+            return answer.status_code, answer.json()["error"]["param"]
+        job = httpx.get(f"{base}/jobs/{answer.json()['id']}").json()
+        return round(job["deadline_at"] - job["created_at"])
+
+    assert deadline_s("60") == 60
+    assert deadline_s("60", deadline_s=100) == 100
+    assert deadline_s("soon") == (400, "x-request-timeout-seconds")
+
+
 def test_content_has_ranges_and_a_name(url: str) -> None:
     video = httpx.post(url, json=BODY).json()
     until(f"{url}/{video['id']}", "completed")

@@ -45,6 +45,7 @@ class FakeBackend:
         self.local_only = False
         self.cors_origins: tuple[str, ...] = ()
         self.media_hosts: tuple[str, ...] = ()
+        self.public_url: str | None = None
         self.in_flight = 0
         self.outputs = OutputStore()
         self.idempotency = IdempotencyKeys("")

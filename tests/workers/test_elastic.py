@@ -20,7 +20,7 @@ from workers.gang.elastic import Elastic, slots
 from workers.gang.elastic_rank_group import ElasticRankGroup
 from workers.gang.journey import Journey
 from workers.gang.step_costs import StepCosts
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, StepEvent
+from workers.messages import Begun, Drawn, GenerationRequest, GenerationResult, Kept, Part, StepEvent
 
 REQUEST = GenerationRequest("a", "demo", "a fox", width=64, height=64, num_inference_steps=4, seed=1)
 
@@ -124,7 +124,8 @@ def test_a_request_alone_has_all_ranks_in_whole_tensor_groups(elastic: Elastic) 
         assert elastic.busy == 1.0
         for _ in range(4):
             await ranks.step("a")
-        *steps, drawn = await asked
+        begun, *steps, drawn = await asked
+        assert begun == Begun()
         assert [step.step for step in steps] == [1, 2, 3, 4]
         assert drawn.took.step_seconds == (0.5,) * 4
         assert not elastic.has_work
@@ -154,7 +155,7 @@ def test_a_second_one_gets_half_of_the_ranks_after_a_step_and_gives_them_back(el
         assert elastic.changes == {"move": 1, "pause": 0}  # no step with the latest ranks has ended yet
         for _ in range(6):
             await ranks.step("a")
-        *steps, drawn = await first
+        _, *steps, drawn = await first
         assert elastic.take_counts()[1] == {"move": 2, "pause": 0}
         assert elastic.take_counts()[1] == {"move": 0, "pause": 0}
         assert [step.step for step in steps] == list(range(1, 9))
@@ -184,6 +185,44 @@ def test_what_is_urgent_makes_something_stand_still_which_then_can_be_cancelled(
             task.cancel()
         await settled()
         assert not elastic.has_work
+
+    drive(story, elastic)
+
+
+def test_a_request_begins_when_it_first_has_ranks_and_once(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        said: dict[str, list[Any]] = {}
+
+        async def listen(name: str) -> None:
+            journey = elastic.begin(replace(REQUEST, request_id=name, num_inference_steps=4))
+            async for report in elastic.run(cast("ElasticRankGroup", ranks), journey):
+                said.setdefault(name, []).append(report)
+
+        tasks = [asyncio.create_task(listen(name)) for name in "abc"]
+        await settled()
+        (stands,) = {*"abc"} - {*ranks.parts} if len(ranks.parts) == 2 else {"c"}
+        assert stands not in said, "it has no ranks: it is not the cause of what happens"
+        while not all(task.done() for task in tasks):
+            for name in list(ranks.parts):
+                await ranks.step(name)
+            assert said.keys() >= ranks.parts.keys()
+        for reports in said.values():
+            assert [each for each in reports if isinstance(each, Begun)] == reports[:1]
+
+    drive(story, elastic)
+
+
+def test_who_loses_ranks_to_its_prompts_has_begun(elastic: Elastic) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        async def encode(_: GenerationRequest) -> bytes:
+            raise GangLost("rank 0 died")
+
+        ranks.encode = encode  # type: ignore[method-assign]
+        journey, said = elastic.begin(REQUEST), []
+        with pytest.raises(GangLost):
+            async for report in elastic.run(cast("ElasticRankGroup", ranks), journey):
+                said.append(report)
+        assert said == [Begun()] and not journey.fall_back(ranks)
 
     drive(story, elastic)
 
@@ -266,7 +305,7 @@ def test_what_has_lost_its_rank_goes_on_beside_what_has_not(singles: Elastic) ->
         steps = [each.step for each in await again if isinstance(each, StepEvent)]
         assert steps == list(range(3, 9))  # kept after the second
         for each in beside:
-            assert [step.step for step in (await each)[:-1]] == list(range(1, 9))
+            assert [step.step for step in (await each)[1:-1]] == list(range(1, 9))
 
     drive(story, singles)
 

@@ -5,13 +5,34 @@ import asyncio
 import pytest
 
 from tests.workers.gang_cases import REQUEST, FakeRanks, ask, gang_with_ink
-from workers.errors import RequestCancelled
+from workers.errors import UNKNOWN_LORA, InvalidParameter, ModelUnavailable, RequestCancelled
 from workers.gang.gang import Gang
 
 
 @pytest.fixture
 def inked(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
     return gang_with_ink(monkeypatch)
+
+
+def test_an_adapter_that_the_deployment_has_and_the_ranks_lack_is_no_fault_of_the_caller(
+    inked: tuple[Gang, FakeRanks],
+) -> None:
+    gang, ranks = inked
+
+    async def story() -> None:
+        ranks.finish.set()
+        ranks.lost = InvalidParameter("loras", "the model has no adapter 'pencil'", UNKNOWN_LORA)
+        with pytest.raises(ModelUnavailable, match="no adapter 'pencil'; it was deployed just now"):
+            await ask(gang)
+        gang._setup.adapters.want(())
+        gang._setup.adapters._refusal = "the adapters cannot be changed: no such file"
+        with pytest.raises(ModelUnavailable, match="cannot be changed: no such file"):
+            await ask(gang)
+        ranks.lost = InvalidParameter("size", "is odd")
+        with pytest.raises(InvalidParameter):
+            await ask(gang)
+
+    asyncio.run(story())
 
 
 def test_a_request_ends_when_its_caller_is_killed(

@@ -25,7 +25,7 @@ from workers.gang.journey import Journey
 from workers.gang.rank_group import OnSpans
 from workers.gang.rank_run import Report
 from workers.gang.step_costs import StepCosts
-from workers.messages import Drawn, GenerationRequest, GenerationResult, Kept, Part, Priority, StepEvent
+from workers.messages import Begun, Drawn, GenerationRequest, GenerationResult, Kept, Part, Priority, StepEvent
 from workers.tracing import Place, spanning
 
 NO_REQUESTS: dict[str, Any] = {"requests": [], "changes": {}, "change_s": 0.0}
@@ -84,8 +84,11 @@ class Elastic:
 
     async def run(
         self, ranks: ElasticRankGroup, journey: Journey, on_spans: OnSpans = lambda spans: None
-    ) -> AsyncGenerator[Report]:
+    ) -> AsyncGenerator[Begun | Report]:
         """Run a request, or what is left of it, and yield all steps. `on_spans` as in `RankGroup.run`.
+
+        `Begun` comes once, when it first has ranks to itself, or if its prompts have cost some: until then it stands
+        by, and is not the cause of what happens to the gang.
 
         Raises:
             As `RankGroup.run`.
@@ -97,8 +100,13 @@ class Elastic:
             self._require(ranks, journey)
             if journey.encoded is None:
                 journey.computes = True
-                with spanning(Place.parse(journey.request.traceparent), "encode", {"spray.rank": 0}, on_spans):
-                    journey.encoded = await ranks.encode(journey.request)
+                try:
+                    with spanning(Place.parse(journey.request.traceparent), "encode", {"spray.rank": 0}, on_spans):
+                        journey.encoded = await ranks.encode(journey.request)
+                except GangLost:
+                    if journey.begins():
+                        yield Begun()
+                    raise
                 journey.computes = False
             finished = False
             while not finished:
@@ -111,6 +119,8 @@ class Elastic:
                 self.changes["pause"] += journey.part > 0 and not journey.turn.done()
                 block = await journey.turn
                 self._require(ranks, journey)
+                if journey.begins():
+                    yield Begun()
                 async with contextlib.aclosing(self._advance(ranks, journey, block, on_spans)) as reports:
                     async for report in reports:
                         finished = finished or isinstance(report, Drawn)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from deploy.families.lookup import find_family
 from deploy.model_spec import ModelSpec
 from deploy.storage_spec import Storage
 from workers.disk import watch_disk
-from workers.errors import GangLost
+from workers.errors import UNKNOWN_LORA, GangLost, InvalidParameter, ModelUnavailable
 from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
@@ -95,7 +95,8 @@ class Gang:
     async def generate(
         self, request: GenerationRequest, caller: str = ""
     ) -> AsyncIterator[Begun | StepEvent | Preview | Profiled | Answer]:
-        """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows.
+        """Run one request on all ranks: `Begun`, then steps and previews, then an `Answer`, whose result follows. In an
+        elastic gang a request may have to stand by before it has begun.
 
         So the next request can begin while the pictures of this one are encoded.
 
@@ -106,16 +107,23 @@ class Gang:
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on.
+            ModelUnavailable: the ranks lack an adapter that the deployment has.
             GangLost: the ranks are lost; the request can run again.
         """
-        if self._elastic:
-            with self._tracing.span(request.traceparent, "gang", self._described) as span:
-                told = dataclasses.replace(request, traceparent=span.traceparent)
-                parts = self._generate_elastic(self._elastic, told, caller, span)
-                async with contextlib.aclosing(parts):
-                    async for said in parts:
-                        yield said
-            return
+        with self._own_adapters():
+            parts = (
+                self._generate_elastic(self._elastic, request, caller)
+                if self._elastic
+                else self._generate(request, caller)
+            )
+            async with contextlib.aclosing(parts):
+                async for said in parts:
+                    yield said
+
+    async def _generate(
+        self, request: GenerationRequest, caller: str
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
+        """`generate` with all ranks for one request at a time."""
         async with self._turn(request) as ranks:
             watching = asyncio.create_task(cancel_when_gone(caller, lambda: ranks.cancel(request.request_id)))
             try:
@@ -132,12 +140,36 @@ class Gang:
             finally:
                 watching.cancel()
 
+    @contextlib.contextmanager
+    def _own_adapters(self) -> Iterator[None]:
+        """The gateway has let a request in by the adapters of the deployment: if the ranks lack one, that is no fault
+        of the caller.
+
+        Raises:
+            ModelUnavailable: they do, since its file cannot be read, or since they have not been told yet.
+        """
+        try:
+            yield
+        except InvalidParameter as error:
+            if error.code != UNKNOWN_LORA:
+                raise
+            why = self._setup.adapters.trouble or "it was deployed just now"
+            raise ModelUnavailable(f"{self._setup.model.name!r}: {error}; {why}") from None
+
     async def _generate_elastic(
-        self, elastic: Elastic, request: GenerationRequest, caller: str, span: OpenSpan
+        self, elastic: Elastic, request: GenerationRequest, caller: str
     ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """`generate` beside other requests. What has lost its ranks goes on from where it was kept."""
+        with self._tracing.span(request.traceparent, "gang", self._described) as span:
+            told = dataclasses.replace(request, traceparent=span.traceparent)
+            async with contextlib.aclosing(self._travel(elastic, told, caller, span)) as parts:
+                async for said in parts:
+                    yield said
+
+    async def _travel(
+        self, elastic: Elastic, request: GenerationRequest, caller: str, span: OpenSpan
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         journey = elastic.begin(request)
-        yield Begun()
         while True:
             async with self._turn(request) as any_ranks:
                 ranks = cast("ElasticRankGroup", any_ranks)
@@ -159,7 +191,7 @@ class Gang:
 
     async def _run_elastic(
         self, elastic: Elastic, ranks: ElasticRankGroup, journey: Journey, span: OpenSpan
-    ) -> AsyncGenerator[StepEvent | Preview | Profiled | Answer]:
+    ) -> AsyncGenerator[Begun | StepEvent | Preview | Profiled | Answer]:
         """What is left of a request, on these ranks."""
         request = journey.request
         async with contextlib.aclosing(elastic.run(ranks, journey, span.add)) as reports:

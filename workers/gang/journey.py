@@ -36,6 +36,7 @@ class Journey:
         leaving: it was told to pause.
         cancelled: it was told to stop.
         computes: ranks encode its prompts, or take its steps. If they are lost, it may be the cause.
+        begun: `begins` was asked.
         fallbacks: times that it went on after it had lost its ranks; again on others that were started with them counts
             once.
         lost: the ranks of which it has lost some last.
@@ -59,6 +60,7 @@ class Journey:
     leaving: bool = False
     cancelled: bool = False
     computes: bool = False
+    begun: bool = False
     fallbacks: int = 0
     lost: object = None
 
@@ -71,6 +73,11 @@ class Journey:
     def decodes(self) -> bool:
         """Whether all of its steps are done."""
         return self.has_ranks and self.steps_done == self.total_steps
+
+    def begins(self) -> bool:
+        """It has its first ranks. True once."""
+        first, self.begun = not self.begun, True
+        return first
 
     def fall_back(self, ranks: object) -> bool:
         """It has lost some of these ranks: go back to what was kept. False: it may be the cause, and it cannot, or has

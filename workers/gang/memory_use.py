@@ -14,8 +14,9 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 def memory_use(device: torch.device) -> dict[str, int]:
     """`used` and `peak` of this rank, and the `limit`.
 
-    On a GPU: what torch has reserved, the most that tensors took since the last call, and the size of the GPU. On a CPU:
-    what the process has resident, the most since it began, and what the container or the machine has for all processes.
+    On a GPU, they are what torch has reserved, the most that tensors took since the last call, and the size of the GPU.
+    On a CPU, they are what the process has resident, the most since it began, and what the container or the machine has
+    for all processes.
     """
     if device.type == "cuda":
         # Not the most that was reserved: torch keeps that for later requests, so it would not tell how near they come.

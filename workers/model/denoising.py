@@ -21,7 +21,7 @@ from sp_core import collectives
 from sp_core.shared_modulation import same_timestep
 from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver, can_share, can_tile
 from sp_core.traffic import is_sampled
-from workers.errors import InvalidParameter
+from workers.errors import UNKNOWN_LORA, InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
 from workers.model.guidance import Guidance
@@ -334,7 +334,7 @@ class Denoising:
         for name, _ in self.request.loras:
             if name not in known:
                 raise InvalidParameter(
-                    "loras", f"the model has no adapter {name!r}; it has: {', '.join(known) or 'none'}", "unknown_lora"
+                    "loras", f"the model has no adapter {name!r}; it has: {', '.join(known) or 'none'}", UNKNOWN_LORA
                 )
 
     def _activate_loras(self) -> None:
