@@ -22,7 +22,8 @@ from torch import nn
 from sp_core.models.family import Example
 from sp_core.models.lookup import families
 
-MASKS = ("none", "suffix", "scattered", "per row", "whole stream")
+HIDES_ALL = "whole stream"
+MASKS = ("none", "suffix", "scattered", "per row", HIDES_ALL)
 BATCHES = (1, 2)
 
 SIZES = {"even": ((1, 3, 4), 12), "uneven": ((1, 5, 5), 7), "short": ((1, 1, 3), 1)}
@@ -46,7 +47,7 @@ def text_mask(kind: str, batch: int, text: int) -> torch.Tensor | None:
         "suffix": lambda row: at < max(1, text - 3),
         "scattered": lambda row: (at + row) % 3 != 1,
         "per row": lambda row: at < max(1, text - 4 * row),
-        "whole stream": lambda row: at < 0,
+        HIDES_ALL: lambda row: at < 0,
     }
     return torch.stack([rows[kind](row) for row in range(batch)])
 
@@ -121,7 +122,7 @@ class Tiny:
             return example.no_mask
         if mask == "per row" and batch == 1:
             return "one row"
-        if example.counts_mask and mask in ("scattered", "whole stream"):
+        if example.counts_mask and mask in ("scattered", HIDES_ALL):
             return "the model reads how many tokens the mask shows, not which"
         return None
 
