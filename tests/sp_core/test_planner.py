@@ -67,7 +67,8 @@ NOT_FOUND = {
     # They convolve over their tokens, which nothing finds by looking at forwards.
     "SanaTransformer2DModel", "SanaVideoTransformer3DModel",
     # Their plans have companions, more than one grid, streams by sample, or attention that the family declares.
-    "AllegroTransformer3DModel", "AnyFlowTransformer3DModel", "ConsisIDTransformer3DModel", "ErnieImageTransformer2DModel",
+    "AllegroTransformer3DModel", "AnyFlowTransformer3DModel", "ConsisIDTransformer3DModel",
+    "ErnieImageTransformer2DModel",
     "HunyuanDiT2DModel", "HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel", "LatteTransformer3DModel",
     "LuminaNextDiT2DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel", "PRXTransformer2DModel",
