@@ -279,9 +279,8 @@ class KeptAnswers:
         if self._opened is not None:
             return
         folder = Path(self._folder) if self._folder else make_private(Path(own_folder()))
-        self._files.follow(
-            str(folder / ANSWERS), self._ttl_s
-        )  # beside the outputs, whose bytes have a limit of their own
+        # Beside the outputs, whose bytes have a limit of their own.
+        self._files.follow(str(folder / ANSWERS), self._ttl_s)
         self._files.prepare()
         path = folder / "idempotency.sqlite"
         opened = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
