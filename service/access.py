@@ -91,7 +91,7 @@ class Access:
             raise ModelNotAllowed(f"the key {key.name!r} may not ask {model!r}; it may: {', '.join(key.models)}")
 
     @contextlib.contextmanager
-    def taking(self, request: GenerationRequest, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def taking(self, request: GenerationRequest, begun: Callable[[], bool] | None = lambda: True) -> Iterator[None]:
         """Count a request for the call's key, as long as it waits or runs. See `Allowance.take`.
 
         Raises:

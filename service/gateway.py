@@ -221,7 +221,7 @@ class Gateway(GrpcMethods):
         """
         if self.draining:
             raise ShuttingDown("the server is stopping and takes no new requests")
-        with self._access.taking(request, begun=lambda: False):
+        with self._access.taking(request, begun=None):
             yield
 
     async def check_job(self, request: GenerationRequest, priority: Priority, deadline_s: float | None) -> None:

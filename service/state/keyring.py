@@ -61,13 +61,13 @@ class Allowance:
         self._at = now
 
     @contextlib.contextmanager
-    def take(self, key: ApiKey, work: float, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def take(self, key: ApiKey, work: float, begun: Callable[[], bool] | None = lambda: True) -> Iterator[None]:
         """Take the allowance of one request, while it waits and runs. Its work is given back if nothing was computed.
 
         Args:
             key: with its limits, which may have changed.
             work: pixels x frames x steps x pictures.
-            begun: whether a gang has begun with it.
+            begun: whether a gang has begun with it; None: it is submitted as a job, which does not run meanwhile.
 
         Raises:
             RateLimited: the allowance is used up.
@@ -90,15 +90,16 @@ class Allowance:
                     over / key.max_work_per_minute * MINUTE_S,
                 )
             self._spent += work
-        self._running += 1
+        runs = begun is not None
+        self._running += runs
         try:
             yield
         except BaseException as error:  # also a caller who leaves
-            if key.max_work_per_minute is not None and (not begun() or _refused(error)):
+            if key.max_work_per_minute is not None and (begun is None or not begun() or _refused(error)):
                 self._spent = max(0.0, self._spent - work)
             raise
         finally:
-            self._running -= 1
+            self._running -= runs
 
 
 class Keyring:

@@ -97,6 +97,15 @@ def test_so_many_at_once_and_no_more() -> None:
         pass
 
 
+def test_jobs_may_be_submitted_at_once() -> None:
+    """They run later, on no caller's time."""
+    key, allowance = ApiKey(name="a", sha256=digest("a"), max_concurrent=1), Allowance()
+    with allowance.take(key, 1, begun=None), allowance.take(key, 1, begun=None):
+        assert allowance.used.running == 0
+    with allowance.take(key, 1), pytest.raises(RateLimited), allowance.take(key, 1, begun=None):
+        raise AssertionError("the key has a request that runs")
+
+
 def test_a_caller_who_leaves_the_queue_does_not_pay() -> None:
     key, allowance = ApiKey(name="a", sha256=digest("a"), max_work_per_minute=60.0), Allowance()
     for begun in (False, True):
