@@ -19,14 +19,24 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from deploy.model_spec import ModelSpec
 from service.api.backend import Report, Restarted, Waiting
 from service.deadline import check_deadline
-from service.names import GANG, app_name
+from service.names import app_name
+from service.rollout.serve_client import gang_handle
 from service.state import router_registry
 from service.state.live_requests import LiveRequests
 from service.state.model_states import ModelState
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
 from service.state.request_trace import RequestTrace
 from service.state.waiting import Place, waiting_for
-from workers.errors import GangLost, ModelNotFound, ModelUnavailable, OutOfMemory, QueueFull, SprayError
+from workers.errors import (
+    UNKNOWN_LORA,
+    GangLost,
+    InvalidParameter,
+    ModelNotFound,
+    ModelUnavailable,
+    OutOfMemory,
+    QueueFull,
+    SprayError,
+)
 from workers.messages import Answer, Begun, GenerationRequest, GenerationResult, Preview, Profiled, StepEvent
 
 logger = logging.getLogger("ray.serve")
@@ -74,11 +84,7 @@ class Dispatcher:
     def greet(self, model: str) -> None:
         """Create the router of a model that Serve knows. Its gangs report through it, and requests wait for it."""
         if model not in self._handles:
-            # Unchecked, for to ask whether it is there blocks the loop, without a limit while the controller is away.
-            handle: DeploymentHandle[Any] = serve.get_deployment_handle(
-                GANG, app_name(model), _check_exists=False, _record_telemetry=False
-            )
-            self._handles[model] = handle.options(stream=True)
+            self._handles[model] = gang_handle(app_name(model)).options(stream=True)
 
     async def run(self, request: GenerationRequest, caller: str, trace: RequestTrace) -> AsyncGenerator[Report]:
         """Run one request, on another gang if the first is lost.
@@ -93,7 +99,8 @@ class Dispatcher:
             DeadlineExceeded: it would be answered too late.
             RequestError: the model refuses the request.
             RequestFailed: it failed, and its gang is still sound.
-            ModelUnavailable: no gang of the model runs, and none can start.
+            ModelUnavailable: no gang of the model runs, and none can start; or its gangs lack an adapter of the
+                deployment.
             ModelNotFound: the model was removed while the request waited.
             GangLost: it lost as many gangs as it may.
             RequestQuarantined: the same request did so before.
@@ -131,6 +138,8 @@ class Dispatcher:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 if isinstance(cause, OutOfMemory) and not cause.agreed:
                     await self._quarantine.count(known_as)  # it has cost a gang, and would cost the next one
+                if self._lacks_an_adapter(request, cause):
+                    raise ModelUnavailable(f"{request.model!r}: {cause}; it is deployed, try again") from None
                 if not isinstance(cause, GangLost | RayActorError | ObjectLostError):
                     raise cause from None  # another gang would fail the same way
                 await self._lost(request, known_as, cause, begun)
@@ -162,6 +171,13 @@ class Dispatcher:
                 "allowed; try again later",
                 wait_s - model.max_queued_s,
             )
+
+    def _lacks_an_adapter(self, request: GenerationRequest, cause: Exception) -> bool:
+        """Whether a gang lacks an adapter that the deployment has, which is no fault of the caller."""
+        if not isinstance(cause, InvalidParameter) or cause.code != UNKNOWN_LORA or request.model not in self._models:
+            return False
+        deployed = {lora.name for lora in self._models[request.model].loras}
+        return deployed.issuperset(name for name, _ in request.loras)
 
     async def _lost(self, request: GenerationRequest, known_as: str, cause: Exception, begun: bool) -> None:
         """Return if the request may go to another gang.

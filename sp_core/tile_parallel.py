@@ -6,7 +6,7 @@ share of them, rank 0 collects the results, and a second pass of the same code g
 is the same as that of the VAE's own tiled decode on one process. Called by `workers.model.denoising`.
 
 Calls of a decoder that keeps something from one to the next cannot be made on several ranks, so only the classes of
-`SHARED` are decoded like this.
+`sp_core.models.vaes.SHARED` are decoded like this.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,25 +18,8 @@ from torch import nn
 
 from sp_core import collectives
 from sp_core.mesh import ParallelMesh
-
-SHARED = frozenset(
-    {
-        "AutoencoderDC",
-        "AutoencoderKL",
-        "AutoencoderKLFlux2",
-        "AutoencoderKLHunyuanImage",
-        "AutoencoderKLHunyuanVideo",
-        "AutoencoderKLHunyuanVideo15",
-        "AutoencoderKLLTXVideo",
-        "AutoencoderKLQwenImage",
-        "AutoencoderKLWan",
-    }
-)
-"""Classes of VAEs whose decoder keeps nothing between calls, or only in the list that it is given as `feat_cache`. Each
-has a test. Others may keep frames in their layers (`AutoencoderKLMagvit`) or return them (`AutoencoderKLCogVideoX`)."""
-
-WRONG_ALONE = frozenset({"AutoencoderKLHunyuanImageRefiner"})
-"""Classes whose own tiled decode is wrong in diffusers 0.42: this one returns a few rows of each tile."""
+from sp_core.models.vaes import SHARED, WRONG_TILES
+from sp_core.stand_in import StandIn
 
 
 class HandOverFailed(Exception):
@@ -53,15 +36,15 @@ class PeerTileFailed(RuntimeError):
 
 def can_tile(vae: Any) -> bool:
     """Whether this VAE, or a pipeline's lack of one, can decode in tiles on one rank."""
-    return hasattr(vae, "use_tiling") and type(vae).__name__ not in WRONG_ALONE
+    return hasattr(vae, "use_tiling") and vae.__class__.__name__ not in WRONG_TILES
 
 
 def can_share(vae: Any) -> bool:
     """Whether ranks can divide the tiles of this VAE."""
-    return type(vae).__name__ in SHARED
+    return vae.__class__.__name__ in SHARED
 
 
-class TileParallelVAE:
+class TileParallelVAE(StandIn):
     """A VAE that divides the tiles of a decode among all ranks. Everything else is the VAE's own.
 
     For one call of a pipeline. Some decode in several parts; the other ranks end their call at the first, so rank 0
@@ -77,16 +60,12 @@ class TileParallelVAE:
 
     def __init__(self, vae: Any, mesh: ParallelMesh | None) -> None:
         assert mesh is None or can_share(vae)
-        self._vae = vae
-        self._mesh = mesh
-        self.handed_over = False
+        super().__init__(vae)
+        self._vae, self._mesh, self.handed_over = vae, mesh, False
 
     def for_another_call(self) -> "TileParallelVAE":
         """The same VAE for another call of a pipeline."""
         return TileParallelVAE(self._vae, self._mesh)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
 
     def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The VAE's own `decode` with tiling enabled. A collective of all ranks.

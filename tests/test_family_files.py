@@ -37,6 +37,7 @@ NOT_FAMILIES = {
     "pipeline_source",
     "schedulers",
     "source_patterns",
+    "vaes",
     deployed.CLASSIC,
 }
 CODE = [path for layer in ("sp_core", "deploy", "workers", "service") for path in sorted((ROOT / layer).rglob("*.py"))]

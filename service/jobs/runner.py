@@ -107,7 +107,7 @@ class Runner:
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
         self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
-        self._unavailable: dict[str, tuple[float, float]] = {}  # models that could not be started, first and last when
+        self._unavailable: dict[str, tuple[float, float]] = {}  # jobs whose model was not there, first and last when
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._results = Results(jobs, outputs)
         self._observed = ObservedJobs()
@@ -239,11 +239,10 @@ class Runner:
     def _is_patient(self, job: Job) -> bool:
         """Whether a job waits on, whose model cannot be started. Like one whose model is gone: see `UNSERVED_S`."""
         now = time.monotonic()
-        since, last = self._unavailable.get(job.model, (now, now))
-        since = since if now - last < UNSERVED_S else now
-        self._unavailable[job.model] = since, now
-        waited_s = (job.started_at or 0.0) - job.created_at
-        return now - since < UNSERVED_S or waited_s < UNSERVED_S
+        lately = {id: times for id, times in self._unavailable.items() if now - times[1] < UNSERVED_S}
+        since = lately.get(job.id, (now, now))[0]
+        self._unavailable = lately | {job.id: (since, now)}
+        return now - since < UNSERVED_S
 
     async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
         """Say how an attempt ended. If the store is away, the lease says it."""
@@ -264,7 +263,7 @@ class Runner:
                     await self._lose_gang(job, losses, report.reason)
                 if isinstance(report, StepEvent):
                     step = report
-                    self._unavailable.pop(job.model, None)
+                    self._unavailable.pop(job.id, None)
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
                 if time.monotonic() - renewed_at >= RENEW_S:

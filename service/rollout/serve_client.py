@@ -21,6 +21,7 @@ from ray import serve
 from ray._private import worker
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, HandleMetricReport, TimeStampedValue
 from ray.serve.context import _disconnect, _get_global_client
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeDeploySchema, ServeStatus
 
 from service.names import GANG
@@ -151,6 +152,14 @@ def _overview(told: Mapping[str, Any]) -> ApplicationStatusOverview:
         for name, each in told["deployments"].items()
     }
     return ApplicationStatusOverview(told["status"], told["message"], told["last_deployed_time_s"], deployments)
+
+
+def gang_handle(application: str) -> DeploymentHandle[Any]:
+    """The gangs of an application that is known to be there.
+
+    Unchecked: to ask whether it is there blocks the event loop, without a limit while the controller is away.
+    """
+    return serve.get_deployment_handle(GANG, application, _check_exists=False, _record_telemetry=False)
 
 
 def report_waiting(source: str, waiting: Mapping[str, Sequence[tuple[float, float]]]) -> None:

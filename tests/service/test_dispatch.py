@@ -28,8 +28,10 @@ from tests.service.test_gateway import REQUEST, RESULT, TABLE, ask, handle_of, o
 from tests.support.backend import a_model
 from workers import messages
 from workers.errors import (
+    UNKNOWN_LORA,
     DeadlineExceeded,
     GangLost,
+    InvalidParameter,
     ModelNotFound,
     ModelUnavailable,
     OutOfMemory,
@@ -248,6 +250,21 @@ def test_too_large_a_request_goes_to_no_other_gang_and_costs_two_at_most(
             assert len(sent) == count
         with pytest.raises(OutOfMemory if agreed else RequestQuarantined):  # agreed: it has cost nothing
             await ask(opened, REQUEST)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("name", "raised"), [("ink", ModelUnavailable), ("pencil", InvalidParameter)])
+def test_a_gang_that_lacks_an_adapter_of_the_deployment_is_no_fault_of_the_caller(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, name: str, raised: type[Exception]
+) -> None:
+    """Its file may be gone, or it was deployed a moment ago. One that was taken out is not waited for."""
+    serving(opened, monkeypatch, [Begun(), InvalidParameter("loras", f"no adapter {name!r}", UNKNOWN_LORA)])
+
+    async def story() -> None:
+        opened._dispatcher.follow({"one": a_model("one")})
+        with pytest.raises(raised, match="no adapter"):
+            await ask(opened, replace(REQUEST, loras=((name, 1.0),)))
 
     asyncio.run(story())
 

@@ -20,7 +20,8 @@ from diffusers import (
 from sp_core import collectives
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
-from sp_core.tile_parallel import SHARED, HandOverFailed, PeerTileFailed, TileParallelVAE, TilesHandedOver, can_tile
+from sp_core.models.vaes import SHARED
+from sp_core.tile_parallel import HandOverFailed, PeerTileFailed, TileParallelVAE, TilesHandedOver, can_tile
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
@@ -149,7 +150,7 @@ def test_all_classes_that_share_are_tried() -> None:
 
 
 def test_a_vae_that_tiles_wrongly_does_not_tile() -> None:
-    """If this fails, diffusers has been mended: then take the class out of `WRONG_ALONE`."""
+    """If this fails, diffusers has been mended: then take the class out of `WRONG_TILES`."""
     made, latents = vae_of_demo(*REFINER)
     assert not can_tile(made) and can_tile(vae("kl")[0]) and not can_tile(None)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.workers.gang_cases import REQUEST, FakeRanks, ask, gang_with_ink
-from workers.errors import UNKNOWN_LORA, InvalidParameter, ModelUnavailable, RequestCancelled
+from workers.errors import UNKNOWN_LORA, InvalidParameter, RequestCancelled
 from workers.gang.gang import Gang
 
 
@@ -14,20 +14,19 @@ def inked(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
     return gang_with_ink(monkeypatch)
 
 
-def test_an_adapter_that_the_deployment_has_and_the_ranks_lack_is_no_fault_of_the_caller(
-    inked: tuple[Gang, FakeRanks],
-) -> None:
+def test_a_gang_says_why_it_lacks_an_adapter(inked: tuple[Gang, FakeRanks]) -> None:
     gang, ranks = inked
 
     async def story() -> None:
         ranks.finish.set()
         ranks.lost = InvalidParameter("loras", "the model has no adapter 'pencil'", UNKNOWN_LORA)
-        with pytest.raises(ModelUnavailable, match="no adapter 'pencil'; it was deployed just now"):
+        with pytest.raises(InvalidParameter, match=r"no adapter 'pencil'$"):
             await ask(gang)
         gang._setup.adapters.want(())
         gang._setup.adapters._refusal = "the adapters cannot be changed: no such file"
-        with pytest.raises(ModelUnavailable, match="cannot be changed: no such file"):
+        with pytest.raises(InvalidParameter, match="'pencil'; the adapters cannot be changed: no such file") as refused:
             await ask(gang)
+        assert refused.value.code == UNKNOWN_LORA
         ranks.lost = InvalidParameter("size", "is odd")
         with pytest.raises(InvalidParameter):
             await ask(gang)

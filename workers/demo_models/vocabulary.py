@@ -55,11 +55,12 @@ def qwen2(words: str = SYSTEM_WORDS, special: tuple[str, ...] = (), **options: A
     )
 
 
-def t5() -> Any:
-    """A token per character, for T5 and UMT5. What it does not know is one and the same token."""
+def t5(**options: Any) -> Any:
+    """A token per character, for T5 and UMT5. What it does not know is one and the same token. Options of the tokenizer
+    may be added."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *CHARACTERS]
     scores = [0.0 if len(piece) > 1 else -1.0 for piece in pieces]
-    return T5Tokenizer(vocab=list(zip(pieces, scores, strict=True)), extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=list(zip(pieces, scores, strict=True)), extra_ids=0, model_max_length=512, **options)
 
 
 def clip() -> Any:

@@ -24,7 +24,7 @@ from deploy.families.lookup import find_family
 from deploy.model_spec import ModelSpec
 from deploy.storage_spec import Storage
 from workers.disk import watch_disk
-from workers.errors import UNKNOWN_LORA, GangLost, InvalidParameter, ModelUnavailable
+from workers.errors import UNKNOWN_LORA, GangLost, InvalidParameter
 from workers.exporter import Exporter, share_values
 from workers.gang.adapter_sync import AdapterSync
 from workers.gang.caller import cancel_when_gone
@@ -107,10 +107,9 @@ class Gang:
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: it failed, or was canceled; the ranks go on.
-            ModelUnavailable: the ranks lack an adapter that the deployment has.
             GangLost: the ranks are lost; the request can run again.
         """
-        with self._own_adapters():
+        with self._why_it_lacks_adapters():
             parts = (
                 self._generate_elastic(self._elastic, request, caller)
                 if self._elastic
@@ -141,20 +140,14 @@ class Gang:
                 watching.cancel()
 
     @contextlib.contextmanager
-    def _own_adapters(self) -> Iterator[None]:
-        """The gateway has let a request in by the adapters of the deployment: if the ranks lack one, that is no fault
-        of the caller.
-
-        Raises:
-            ModelUnavailable: they do, since its file cannot be read, or since they have not been told yet.
-        """
+    def _why_it_lacks_adapters(self) -> Iterator[None]:
+        """Say of an adapter that the ranks lack why they do, if its file cannot be read or they change to it now."""
         try:
             yield
         except InvalidParameter as error:
-            if error.code != UNKNOWN_LORA:
+            if error.code != UNKNOWN_LORA or not (why := self._setup.adapters.trouble):
                 raise
-            why = self._setup.adapters.trouble or "it was deployed just now"
-            raise ModelUnavailable(f"{self._setup.model.name!r}: {error}; {why}") from None
+            raise InvalidParameter(error.param, f"{error}; {why}", UNKNOWN_LORA) from None
 
     async def _generate_elastic(
         self, elastic: Elastic, request: GenerationRequest, caller: str

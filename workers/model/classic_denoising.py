@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SCMScheduler
 
+from sp_core.stand_in import StandIn
 from sp_core.tile_parallel import HandOverFailed, TileParallelVAE, TilesHandedOver
 from workers.messages import GenerationRequest
 from workers.model.adapters.classic import ClassicAdapter
@@ -122,7 +123,7 @@ class ClassicDenoising(Denoising):
             except TilesHandedOver:
                 continue
             except Exception as error:
-                if call is not self._calls[-1] and isinstance(vae, TileParallelVAE) and vae.handed_over:
+                if call is not self._calls[-1] and getattr(vae, "handed_over", False):
                     raise HandOverFailed(f"rank 0: {type(error).__name__}: {error}") from None  # others share the next
                 raise
         return made
@@ -157,21 +158,15 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-class _OneByOne:
+class _OneByOne(StandIn):
     """A VAE that decodes the pictures of a batch one by one, if it can, because that takes the least memory.
 
     Args:
-        vae: a VAE of diffusers.
+        original: a VAE of diffusers.
     """
-
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """The VAE's own `decode`."""
-        one_by_one = copy.copy(self._vae)
+        one_by_one = copy.copy(self._original)
         one_by_one.use_slicing = True
         return one_by_one.decode(*args, **kwargs)

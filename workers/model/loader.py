@@ -23,6 +23,7 @@ from deploy.safetensors_headers import headers_by_file
 from sp_core.compiled_blocks import compile_blocks
 from sp_core.lora import Adapters, AdapterShare
 from sp_core.mesh import ParallelMesh
+from sp_core.stand_in import StandIn
 from workers.model.adapters.lookup import find_adapter
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.classic_parts import ClassicParts
@@ -139,7 +140,7 @@ def _load_pipeline(
     }
     check_vocabularies(folder, loaded)
     pipeline.register_components(**loaded)
-    absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae")) if "vae" in absent else None
+    absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae"), mesh.device) if "vae" in absent else None
     guardrail = None
     if isinstance(pipeline, ClassicParts):
         guardrail = make_guardrail(pipeline.kind, checks_here=mesh.axis("gang").rank == 0)
@@ -217,15 +218,16 @@ def _dtype(model: ModelSpec, folder: Path, component: str) -> torch.dtype:
     return dtype
 
 
-class _AbsentVAE:
+class _AbsentVAE(StandIn):
     """The geometry of a VAE without its weights, except means and deviations of latents, if these are among them.
 
-    Pipelines ask for these, and guess a geometry if there is no VAE. It is not an `nn.Module`, because a pipeline takes
-    its device from any module that it has.
+    Pipelines ask for these, and guess a geometry if there is no VAE.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._vae: Any = build(folder)
+        super().__init__(self._vae)
+        self.device = device  # a pipeline takes its own from any module that it has
         place = {name: file for file, names in headers_by_file(folder).items() for name in names}
         for name, buffer in self._vae.named_buffers():
             if name in place:
@@ -233,5 +235,6 @@ class _AbsentVAE:
                     told = tensors.get_tensor(name)
                 buffer.data = told.to(dtype) if told.is_floating_point() else told
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
+    def to(self, *_: Any, **__: Any) -> "_AbsentVAE":
+        """Nothing of it can move."""
+        return self

@@ -13,6 +13,8 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+from sp_core.stand_in import StandIn
+
 DRAWN = "generate_prior_tokens"
 """The one of `METHODS` whose answer is random, without a generator of the request: only one rank may call it."""
 
@@ -75,14 +77,12 @@ class SharedEncoders:
         return ReadingVAE(vae, self, self._seed)
 
 
-class ReadingVAE:
+class ReadingVAE(StandIn):
     """A VAE whose `encode` goes through `SharedEncoders`. Everything else is the VAE's own."""
 
     def __init__(self, vae: Any, encoders: SharedEncoders, seed: int) -> None:
+        super().__init__(vae)
         self._vae, self._encoders, self._seed = vae, encoders, seed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
 
     def encode(self, *args: Any, **kwargs: Any) -> AutoencoderKLOutput | EncoderOutput:
         """The result of the VAE's own `encode`.

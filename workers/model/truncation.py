@@ -4,9 +4,12 @@
 warnings once the prompts are encoded.
 """
 
+import copy
 from typing import Any
 
 import torch
+
+from sp_core.stand_in import StandIn
 
 PROMPTS = ("prompt", "negative_prompt")
 """The prompts, in the order in which every pipeline encodes them."""
@@ -22,8 +25,8 @@ def watch_tokenizers(pipeline: Any, unread: int, warnings: list[str], read: list
             setattr(pipeline, name, WatchedTokenizer(name, tokenizer, unread, warnings, read))
 
 
-class WatchedTokenizer:
-    """A tokenizer that remembers which texts it has cut.
+class WatchedTokenizer(StandIn):
+    """A tokenizer that remembers which texts it has cut. For one request: what a pipeline sets stays with it.
 
     Args:
         name: the name of the component.
@@ -34,19 +37,22 @@ class WatchedTokenizer:
     """
 
     def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str], read: list[int]) -> None:
+        super().__init__(copy.copy(tokenizer))
         self._name = name
-        self._tokenizer = tokenizer
         self._unread = unread
         self._warnings = warnings
         self._read = read
         self._encoded = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:  # such as the side of the padding, which pipelines set before they use it
+            setattr(self._original, name, value)
 
     def __call__(self, text: Any, *, truncation: bool = False, max_length: int | None = None, **options: Any) -> Any:
         """The tokenizer's own result. Records its length, and a warning if the text was cut."""
-        made = self._tokenizer(text=text, truncation=truncation, max_length=max_length, **options)
+        made = self._original(text=text, truncation=truncation, max_length=max_length, **options)
         if "attention_mask" in made:
             self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))
         if truncation and max_length is not None:
@@ -58,7 +64,7 @@ class WatchedTokenizer:
         prompt = PROMPTS[min(self._encoded, len(PROMPTS) - 1)]
         self._encoded += 1
         texts = [text] if isinstance(text, str) else text
-        whole = max(len(ids) for ids in self._tokenizer(text=texts, verbose=False, **pictures).input_ids)
+        whole = max(len(ids) for ids in self._original(text=texts, verbose=False, **pictures).input_ids)
         if whole > kept:
             encoder = self._name.replace("tokenizer", "text_encoder")
             self._warnings.append(f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it")

@@ -147,6 +147,27 @@ def test_a_model_that_cannot_be_started_is_waited_for_as_long_as_one_that_is_gon
     live(tmp_path, failing(*[ModelUnavailable("rank 0: no memory")] * 10_000), story)
 
 
+def test_a_job_that_can_never_begin_ends_although_others_of_its_model_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNSERVED_S", 0.5)
+
+    async def script(request: GenerationRequest) -> AsyncGenerator[Report]:
+        if request.prompt == "hopeless":
+            raise ModelUnavailable("the ranks lack an adapter")
+        async for report in draws(request):
+            yield report
+
+    async def story(world: World) -> None:
+        hopeless = await world.submit(replace(REQUEST, prompt="hopeless"))
+        for _ in range(10):
+            assert (await world.ended(await world.submit())).state == "succeeded"
+            await asyncio.sleep(0.1)
+        assert (await world.ended(hopeless)).state == "failed"
+
+    live(tmp_path, script, story)
+
+
 @pytest.mark.parametrize("error", [OutputsFull("full"), OutputsUnavailable("away"), OSError(5, "Input/output error")])
 def test_nothing_is_drawn_before_there_is_room_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
