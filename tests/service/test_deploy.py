@@ -105,6 +105,16 @@ def test_a_new_model_beside_the_others(cluster: Cluster) -> None:
     assert sorted(in_table(told)) == ["a", "b", "c"]
 
 
+def test_the_gateway_has_time_and_places_for_models_that_are_left(cluster: Cluster) -> None:
+    small, long = A.model_copy(update={"grace_period_s": 60.0}), B.model_copy(update={"max_queued": 500})
+    deployed = serve_config(DeploymentSpec(models=(small, long)), "the instance")["applications"]
+    cluster.applications = {application["name"]: application for application in deployed}
+    carried_out(small)
+    (told,) = cluster.told
+    assert told["gateway"] == cluster.applications["gateway"]
+    assert told["gateway"]["deployments"][0]["graceful_shutdown_timeout_s"] == long.grace_period_s
+
+
 def test_pruning_removes_models_of_ours_and_no_others(cluster: Cluster) -> None:
     carried_out(A, prune=True)
     (told,) = cluster.told
