@@ -18,8 +18,10 @@ from deploy.families.lookup import find_family
 from deploy.model_folder import model_folder
 from deploy.model_spec import ModelSpec
 from deploy.spec import DeploymentSpec
-from service.names import GANG, app_name
+from service.app import GATEWAY_ROUTE
+from service.names import GANG, GATEWAY_APP, app_name
 from service.rollout.changes import with_digests_of
+from service.rollout.serve_client import routes
 from sp_core.torchvision_operators import declare_missing_operators
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
 from workers.model.digests import settle_loras, verify_lora
@@ -115,6 +117,16 @@ def homeless_gateway(spec: DeploymentSpec) -> list[str]:
     if any(wanted.items() <= dict(node.labels).items() for node in alive_nodes()):
         return []
     return [f"gateway.node_labels: no node is labeled {', '.join(f'{key}={value}' for key, value in wanted.items())}"]
+
+
+def taken_route() -> list[str]:
+    """A line for each application of somebody else that answers where the gateway must."""
+    others = [name for name, route in routes().items() if route == GATEWAY_ROUTE and name != GATEWAY_APP]
+    return [
+        f"the application {name!r} has the route prefix {GATEWAY_ROUTE!r}, which the gateway needs; "
+        "deploy it with another route_prefix, or remove it"
+        for name in others
+    ]
 
 
 def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:

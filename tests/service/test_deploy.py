@@ -267,11 +267,13 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         *flags: str,
         obstacles: tuple[str, ...] = (),
         unschedulable: tuple[str, ...] = (),
+        routes: Mapping[str, str] = {"gateway": "/", "not-ours": "/else"},
         starved: Mapping[str, str] = {},
     ) -> tuple[int, list[str | None]]:
         monkeypatch.setattr(preflight, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
         monkeypatch.setattr(preflight, "unschedulable_models", lambda spec, names: list(unschedulable))
         monkeypatch.setattr(preflight, "homeless_gateway", lambda spec: [])
+        monkeypatch.setattr(preflight, "routes", lambda: routes)
         monkeypatch.setattr(preflight, "missing_surge_room", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
@@ -368,6 +370,37 @@ def test_what_is_refused_or_only_tried_changes_nothing(
 def test_a_model_that_fits_nowhere_yet_is_deployed_on_demand(cluster: Cluster, command: Any) -> None:
     assert command("--allow-pending", unschedulable=("a: needs 2 GPUs",))[0] == 0
     assert len(cluster.told) == 1
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], [], ["--allow-pending", "--allow-downtime"]])
+def test_another_application_in_the_gateways_place_is_named(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert command(*flags, routes={"gateway": "/", "theirs": "/"})[0] == 1
+    assert "error: the application 'theirs' has the route prefix '/', which the gateway" in capsys.readouterr().err
+    assert cluster.told == []
+
+
+def test_the_routes_of_all_applications_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {
+        "gateway": {"status": "RUNNING", "route_prefix": "/", "deployed_app_config": {"route_prefix": "/"}},
+        "model-a": {"status": "RUNNING", "route_prefix": None, "deployed_app_config": {"route_prefix": None}},
+        "starting": {"status": "DEPLOYING", "route_prefix": None, "deployed_app_config": {"name": "starting"}},
+        "run-by-hand": {"status": "RUNNING", "route_prefix": "/hand", "deployed_app_config": None},
+        "going": {"status": "DELETING", "route_prefix": "/", "deployed_app_config": None},
+    }
+    client = SimpleNamespace(get_serve_details=lambda: {"applications": details})
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: client)
+    assert serve_client.routes() == {"gateway": "/", "starting": "/", "run-by-hand": "/hand"}
+
+
+def test_what_serve_does_not_accept_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda: object())
+    wanted = serve_config(DeploymentSpec(models=(A,)))["applications"]
+    with pytest.raises(
+        SpecError, match='not accept the applications: Found duplicate applications for route prefix "/"'
+    ):
+        serve_client.apply_config([*wanted, FOREIGN | {"route_prefix": "/"}])
 
 
 def test_a_gang_that_cannot_start_is_the_commands_failure(

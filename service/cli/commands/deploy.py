@@ -76,6 +76,7 @@ def _preflight(
     from service.rollout.preflight import (  # here, for it imports Ray
         homeless_gateway,
         missing_surge_room,
+        taken_route,
         unschedulable_models,
         verify_on_nodes,
     )
@@ -83,6 +84,7 @@ def _preflight(
     changed = {change.model for change in changes if change.action in DEPLOYING}
     added, upgraded = ({change.model for change in changes if change.action == a} for a in ("add", "upgrade"))
     spec, problems = verify_on_nodes(spec, changed)
+    problems += taken_route()
     if not allow_pending:
         reasons = homeless_gateway(spec) + unschedulable_models(spec, changed)
         problems += [f"{reason}; --allow-pending deploys it nevertheless" for reason in reasons]
