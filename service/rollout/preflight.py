@@ -133,7 +133,7 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
     """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
     A sleeping model has no old gangs. Models are counted in the file's order: new models and earlier upgrades take
-    room.
+    room, as many gangs of each as start at once. A model that may sleep starts none before its first request.
     """
     nodes = free_nodes()
     statuses = serve.status().applications if upgraded else {}
@@ -147,7 +147,12 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
             reason = unschedulable(model, nodes)
             if reason:
                 missing[model.name] = f"{model.name}: a new gang beside the old ones {reason} free"
-        if (model.name in upgraded or model.name in added) and not reason:
+        starting = 0
+        if model.name in added or (model.name in upgraded and asleep):
+            starting = model.autoscaling.min_replicas
+        elif model.name in upgraded and not reason:
+            starting = 1  # gangs are replaced one by one
+        for _ in range(starting):
             nodes = without(model, nodes)
     return missing
 

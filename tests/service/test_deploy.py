@@ -23,7 +23,7 @@ from ray.serve.schema import (
 from safetensors.torch import save_file
 
 from deploy.gateway_spec import GatewaySpec
-from deploy.model_sections import LoRA
+from deploy.model_sections import Autoscaling, LoRA
 from deploy.model_spec import ModelSpec
 from deploy.spec import Auth, DeploymentSpec, Metrics, SpecError
 from deploy.storage_spec import Idempotency, Outputs, Storage
@@ -197,6 +197,27 @@ def test_room_beside_the_old_gangs(
         line.startswith(f"{name}: a new gang beside the old ones needs 2 GPUs on one node")
         for name, line in missing.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("action", "fewest", "lack"),
+    [("upgrade", 0, []), ("upgrade", 1, ["b"]), ("add", 0, []), ("add", 1, ["b"]), ("add", 2, ["b"])],
+)
+def test_room_is_taken_by_gangs_that_start(
+    monkeypatch: pytest.MonkeyPatch, action: str, fewest: int, lack: list[str]
+) -> None:
+    first = A.model_copy(update={"autoscaling": Autoscaling(min_replicas=fewest, max_replicas=2)})
+    states = {"model-a": {}, "model-b": {"RUNNING": 1}}  # the first sleeps, or is new
+    statuses = {
+        name: SimpleNamespace(deployments={"Gang": SimpleNamespace(replica_states=of_replicas)})
+        for name, of_replicas in states.items()
+    }
+    monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
+    added, upgraded = (["a"], ["b"]) if action == "add" else ([], ["a", "b"])
+    spec = DeploymentSpec(models=(first, B))
+    for room, missing in ((max(fewest, 1), lack), (fewest + 1, [])):
+        monkeypatch.setattr(preflight, "free_nodes", lambda room=room: [NODE] * room)
+        assert list(preflight.missing_surge_room(spec, added, upgraded)) == missing
 
 
 def test_a_model_whose_application_is_being_built_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
