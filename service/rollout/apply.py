@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 
 from deploy.gateway_spec import is_loopback
 from deploy.model_spec import ModelSpec
@@ -16,7 +17,10 @@ from service.app import gateway_application, grpc_options, serve_config
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 from service.rollout.changes import DEPLOYING, Change, running_models, user_config
 from service.rollout.serve_client import applications, apply_config, listens_at, start_serve
-from service.state.model_states import failure
+from service.state.model_states import failure, is_broken
+
+GIVEN_UP = "failed to start"
+"""In Serve's message about a deployment whose new replicas it starts no more."""
 
 
 def apply_changes(
@@ -85,8 +89,20 @@ def failures(changes: Sequence[Change]) -> Iterator[str]:
     names = {change.model: app_name(change.model) for change in changes if change.action in DEPLOYING}
     for model, name in {**names, GATEWAY_APP: GATEWAY_APP}.items():
         application = statuses.get(name)
-        if application is not None and application.status == "DEPLOY_FAILED":
+        if application is not None and application.status == "DEPLOY_FAILED" and not _is_passing(application):
             yield f"{model}: {failure(application)}"
+
+
+def _is_passing(application: ApplicationStatusOverview) -> bool:
+    """Whether Serve replaces a gang that was lost during the change, which it calls DEPLOY_FAILED too.
+
+    A change that Serve has given up is none, though old gangs serve: only the message says it then, not the trigger.
+    """
+    return not is_broken(application) and all(
+        deployment.status_trigger == "HEALTH_CHECK_FAILED" and GIVEN_UP not in deployment.message
+        for deployment in application.deployments.values()
+        if deployment.status == "DEPLOY_FAILED"
+    )
 
 
 def _reject_other_deployments(

@@ -271,6 +271,24 @@ def test_what_a_deployment_waits_for(
     assert list(failures([Change("a", action)])) == fails
 
 
+@pytest.mark.parametrize(
+    ("trigger", "replicas", "said", "fails"),
+    [
+        ("HEALTH_CHECK_FAILED", {"RUNNING": 1}, "A replica's health check failed.", False),
+        ("HEALTH_CHECK_FAILED", {}, "A replica's health check failed.", True),
+        ("HEALTH_CHECK_FAILED", {"RUNNING": 1}, "The deployment failed to start 3 times in a row during a", True),
+        ("REPLICA_STARTUP_FAILED", {"RUNNING": 1}, "rank 1 died", True),  # old gangs, but no new ones
+    ],
+)
+def test_a_gang_that_is_lost_meanwhile_is_no_failed_deployment(
+    monkeypatch: pytest.MonkeyPatch, trigger: str, replicas: Any, said: str, fails: bool
+) -> None:
+    gang = DeploymentStatusOverview(DeploymentStatus.DEPLOY_FAILED, DeploymentStatusTrigger(trigger), replicas, said)
+    application = ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "", 0.0, {"Gang": gang})
+    monkeypatch.setattr(apply.serve, "status", lambda: ServeStatus(applications={"model-a": application}))
+    assert bool(list(failures([Change("a", "upgrade")]))) == fails
+
+
 FILE = "models: [{name: a, source: %s, parallel: {ulysses_degree: 2}, dtype: float16}]"
 
 
