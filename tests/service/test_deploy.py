@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -448,6 +449,20 @@ def test_a_gang_that_cannot_start_is_the_commands_failure(
     monkeypatch.setattr(apply.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
     assert command()[0] == 1
     assert capsys.readouterr().err == "error: a: rank 1 died\n"
+
+
+@pytest.mark.parametrize(("patience", "code"), [(30.0, 0), (-1.0, None)])
+def test_a_controller_that_is_replaced_meanwhile_is_waited_for(
+    command: Any, monkeypatch: pytest.MonkeyPatch, patience: float, code: int | None
+) -> None:
+    said = [status(gateway="RUNNING", model_a="RUNNING")] * 2
+    monkeypatch.setattr(apply.serve, "status", Mock(side_effect=[RayActorError(), *said]))
+    monkeypatch.setattr("service.cli.commands.deploy.SILENT_S", patience)
+    if code is None:
+        with pytest.raises(RayActorError):  # which `attach` says in a line
+            command()
+    else:
+        assert command()[0] == code
 
 
 def test_a_head_that_does_not_answer_is_said_at_once() -> None:
