@@ -30,6 +30,9 @@ ROUTING_STATS_PERIOD_S = 1.0
 SPARE_REQUESTS = 1000
 """Of a gateway, beyond all that its models may queue: health checks are answered however full it is."""
 
+GATEWAY_ROUTE = "/"
+"""Of the gateway: it answers all paths."""
+
 HEALTH_CHECK = {"health_check_period_s": 1.0, "health_check_timeout_s": 2.0}
 """Serve replaces a replica after three checks without an answer: within ten seconds, where its defaults take 100."""
 
@@ -173,7 +176,7 @@ def gateway_application(spec: DeploymentSpec, instance_id: str) -> dict[str, Any
     }
     return {
         "name": GATEWAY_APP,
-        "route_prefix": "/",
+        "route_prefix": GATEWAY_ROUTE,
         "import_path": "service.app:gateway_app",
         "args": {"instance_id": instance_id},
         "deployments": [options],

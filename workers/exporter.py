@@ -22,8 +22,9 @@ import shutil
 import struct
 import tempfile
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Metric, start_http_server, values
@@ -39,6 +40,9 @@ from workers.value_file import ValueFile
 logger = logging.getLogger("ray.serve")
 
 RETRY_S = 2.0
+
+FOLD_PERIOD_S = 300.0
+"""Seconds between two looks for files of ended processes, whether somebody scrapes or not."""
 
 KEPT = "kept"
 """Takes the place of a pid in the name of the files that hold what ended processes have counted."""
@@ -90,7 +94,7 @@ def share_values() -> Path | None:
 
 
 class Exporter:
-    """One process's share in answering Prometheus.
+    """One process's share in answering Prometheus, and in keeping the folder small where nobody asks.
 
     Args:
         folder: what `share_values` returned; None: never answer.
@@ -98,6 +102,8 @@ class Exporter:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        if folder is not None:
+            threading.Thread(target=_fold_now_and_then, args=(folder,), name="spray-metrics-fold", daemon=True).start()
         self._where: tuple[str, int | None] | None = None
         self._stopped = threading.Event()
 
@@ -136,10 +142,25 @@ class NodeCollector(Collector):
                 "metrics: %s was deleted; it is made again, but processes that run now export no more", self._folder
             )
             self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "collect.lock").open("a") as lock:  # or one scrape would unlink what another reads
+        with self._alone():
+            return _merged(self._sound_files())
+
+    def fold(self) -> None:
+        """Add the files of ended processes to those that are kept, as each scrape does; else they would pile up.
+
+        Raises:
+            OSError: the folder cannot be used.
+        """
+        with self._alone():
+            self._sound_files()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While it lasts, no other process of the node reads or folds: it would unlink what this one reads."""
+        with (self._folder / "collect.lock").open("a") as lock:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
             _finish_fold(self._folder)
-            return _merged(self._sound_files())
+            yield
 
     def _sound_files(self) -> set[Path]:
         """The files to read: of running processes, and one per kind with what ended processes have counted.
@@ -306,6 +327,25 @@ def _serve(host: str, port: int, folder: Path, stopped: threading.Event) -> None
             stopped.wait()
             server.shutdown()
             server.server_close()
+
+
+def _fold_now_and_then(folder: Path) -> None:
+    """Fold as long as this process runs, if it is the one of the node that has the lock.
+
+    It needs no port: a deployment may name none, and another program may hold it.
+    """
+    collector = NodeCollector(folder)
+    while True:
+        time.sleep(FOLD_PERIOD_S)
+        try:
+            with (folder / "fold.lock").open("a") as lock:
+                while _try_lock(lock.fileno()):
+                    collector.fold()
+                    time.sleep(FOLD_PERIOD_S)
+        except FileNotFoundError:
+            continue  # the folder was deleted; a scrape makes it again
+        except Exception:  # the next try may succeed, on a disk with room
+            logger.exception("metrics: files of ended processes in %s pile up", folder)
 
 
 def _try_lock(file: int) -> bool:

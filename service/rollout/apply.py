@@ -8,15 +8,19 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 
 from deploy.gateway_spec import is_loopback
 from deploy.model_spec import ModelSpec
 from deploy.spec import DeploymentSpec, SpecError
-from service.app import gateway_table, grpc_options, serve_config
+from service.app import gateway_application, grpc_options, serve_config
 from service.names import GATEWAY_APP, MODEL_APP_PREFIX, app_name
 from service.rollout.changes import DEPLOYING, Change, running_models, user_config
 from service.rollout.serve_client import applications, apply_config, listens_at, start_serve
-from service.state.model_states import failure
+from service.state.model_states import failure, is_broken
+
+GIVEN_UP = "failed to start"
+"""In Serve's message about a deployment whose new replicas it starts no more."""
 
 
 def apply_changes(
@@ -42,7 +46,8 @@ def apply_changes(
     running = running_models(present)
     left = [running[change.model] for change in changes if change.action == "leave"]
     _reject_duplicate_names(spec, left)
-    config = serve_config(spec, _instance_id(present))
+    instance_id = _instance_id(present)
+    config = serve_config(spec, instance_id)
     desired = {application["name"]: application for application in config["applications"]}
     for name in without_surge:
         desired[app_name(name)]["deployments"][0]["max_surge_percent"] = 0
@@ -50,7 +55,9 @@ def apply_changes(
         desired[app_name(model.name)] = present[app_name(model.name)]
         of_nodes = {"metrics": spec.metrics_at, "tracing": spec.tracing.model_dump()}  # they have one, whatever runs
         user_config(desired[app_name(model.name)]).update(of_nodes)
-    user_config(desired[GATEWAY_APP]).update(gateway_table([*spec.models, *left]))
+    # The gateway serves these too: its grace period and its places are for all models that run.
+    served = spec.model_copy(update={"models": (*spec.models, *left)})
+    desired[GATEWAY_APP] = gateway_application(served, instance_id)
     removed = {app_name(change.model) for change in changes if change.action == "remove"}
     others = {name: app for name, app in present.items() if name not in desired and name not in removed}
     start_serve(spec.gateway.host, spec.gateway.port, grpc_options(spec.gateway.grpc_port))
@@ -82,8 +89,20 @@ def failures(changes: Sequence[Change]) -> Iterator[str]:
     names = {change.model: app_name(change.model) for change in changes if change.action in DEPLOYING}
     for model, name in {**names, GATEWAY_APP: GATEWAY_APP}.items():
         application = statuses.get(name)
-        if application is not None and application.status == "DEPLOY_FAILED":
+        if application is not None and application.status == "DEPLOY_FAILED" and not _is_passing(application):
             yield f"{model}: {failure(application)}"
+
+
+def _is_passing(application: ApplicationStatusOverview) -> bool:
+    """Whether Serve replaces a gang that was lost during the change, which it calls DEPLOY_FAILED too.
+
+    A change that Serve has given up is none, though old gangs serve: only the message says it then, not the trigger.
+    """
+    return not is_broken(application) and all(
+        deployment.status_trigger == "HEALTH_CHECK_FAILED" and GIVEN_UP not in deployment.message
+        for deployment in application.deployments.values()
+        if deployment.status == "DEPLOY_FAILED"
+    )
 
 
 def _reject_other_deployments(

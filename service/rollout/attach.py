@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import traceback
 from collections.abc import Iterator
 
 from ray.exceptions import RayError, RayTaskError
@@ -30,15 +31,25 @@ def attach(address: str | None) -> Iterator[None]:
         raise _not_there(address, _first_line(error)) from None
     try:
         yield
-    except RayTaskError:  # an answer, if a bad one
+    except (RayTaskError, BrokenPipeError):  # an answer, if a bad one; the reader of our output has gone
         raise
     except (ConnectionError, RayError, RuntimeError) as error:
+        if not isinstance(error, ConnectionError | RayError) and not _raised_by_ray(error):
+            raise  # a fault of ours, which needs its traceback
         raise SpecError(
             f"the Ray cluster at {address!r} no longer answers: {_first_line(error)}; where it still runs, it goes on "
             "with what it was told; look with `spray ps`"
         ) from None
     finally:
         disconnect()
+
+
+def _raised_by_ray(error: Exception) -> bool:
+    """Whether Ray's own code has raised it. Ray has no class of its own for a lost connection."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+    return module.partition(".")[0] == "ray"
 
 
 def _first_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ from service.rollout.preflight import settle_here
 from service.rollout.serve_client import apply_config, dead_processes, disconnect, start_ray, start_serve
 from service.rollout.stopped_processes import StoppedProcesses
 from service.state.keyring import check_keys
-from service.state.model_states import failure
+from service.state.model_states import failure, is_broken
 from workers.errors import GangLost
 
 LOOPBACK = "127.0.0.1"
@@ -141,7 +141,7 @@ class LocalCluster:
         while time.monotonic() < deadline:
             # First: what has failed never becomes ready, and its reason beats a timeout.
             _raise_if_gone()
-            within(ANSWERS_WITHIN_S, self._raise_failures, "asking Serve for its state", meanwhile=_raise_if_gone)
+            within(ANSWERS_WITHIN_S, _raise_failures, "asking Serve for its state", meanwhile=_raise_if_gone)
             answer = _readiness(self.url)
             if "error" in answer and answer["error"]["code"] != GATEWAY_LOST:
                 raise GangLost(f"the gateway cannot answer: {answer['error']}")
@@ -243,10 +243,15 @@ class LocalCluster:
         self.spec = self.spec.model_copy(update={"metrics": self.spec.metrics.model_copy(update={"port": port})})
         self.metrics_url = f"http://{_in_url(host)}:{port}/metrics"
 
-    def _raise_failures(self) -> None:
-        for name, application in serve.status().applications.items():
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise GangLost(f"{name.removeprefix(MODEL_APP_PREFIX)} cannot be started: {failure(application)}")
+
+def _raise_failures() -> None:
+    try:
+        applications = serve.status().applications
+    except RayError:  # Serve's controller is replaced: it answers again soon, or the wait ends at its limit
+        return
+    for name, application in applications.items():
+        if is_broken(application):
+            raise GangLost(f"{name.removeprefix(MODEL_APP_PREFIX)} cannot be started: {failure(application)}")
 
 
 def _raise_if_gone() -> None:

@@ -18,8 +18,10 @@ from deploy.families.lookup import find_family
 from deploy.model_folder import model_folder
 from deploy.model_spec import ModelSpec
 from deploy.spec import DeploymentSpec
-from service.names import GANG, app_name
+from service.app import GATEWAY_ROUTE
+from service.names import GANG, GATEWAY_APP, app_name
 from service.rollout.changes import with_digests_of
+from service.rollout.serve_client import routes
 from sp_core.torchvision_operators import declare_missing_operators
 from workers.gang.placement import alive_nodes, free_nodes, hosts, unschedulable, without
 from workers.model.digests import settle_loras, verify_lora
@@ -117,11 +119,21 @@ def homeless_gateway(spec: DeploymentSpec) -> list[str]:
     return [f"gateway.node_labels: no node is labeled {', '.join(f'{key}={value}' for key, value in wanted.items())}"]
 
 
+def taken_route() -> list[str]:
+    """A line for each application of somebody else that answers where the gateway must."""
+    others = [name for name, route in routes().items() if route == GATEWAY_ROUTE and name != GATEWAY_APP]
+    return [
+        f"the application {name!r} has the route prefix {GATEWAY_ROUTE!r}, which the gateway needs; "
+        "deploy it with another route_prefix, or remove it"
+        for name in others
+    ]
+
+
 def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: Collection[str]) -> Mapping[str, str]:
     """For each upgraded model without room for a new gang beside its old ones: a line that says what is missing.
 
     A sleeping model has no old gangs. Models are counted in the file's order: new models and earlier upgrades take
-    room.
+    room, as many gangs of each as start at once. A model that may sleep starts none before its first request.
     """
     nodes = free_nodes()
     statuses = serve.status().applications if upgraded else {}
@@ -135,7 +147,12 @@ def missing_surge_room(spec: DeploymentSpec, added: Collection[str], upgraded: C
             reason = unschedulable(model, nodes)
             if reason:
                 missing[model.name] = f"{model.name}: a new gang beside the old ones {reason} free"
-        if (model.name in upgraded or model.name in added) and not reason:
+        starting = 0
+        if model.name in added or (model.name in upgraded and asleep):
+            starting = model.autoscaling.min_replicas
+        elif model.name in upgraded and not reason:
+            starting = 1  # gangs are replaced one by one
+        for _ in range(starting):
             nodes = without(model, nodes)
     return missing
 

@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray._private import worker
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, HandleMetricReport, TimeStampedValue
 from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeDeploySchema, ServeStatus
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+    ServeDeploySchema,
+    ServeStatus,
+)
 
+from deploy.spec import SpecError
 from service.names import GANG
 from workers.errors import GangLost
 
@@ -122,6 +130,24 @@ def applications() -> dict[str, dict[str, Any]]:
     return {name: copy.deepcopy(config) for name, config in configs.items() if config}
 
 
+def routes() -> dict[str, str]:
+    """Where Serve's applications answer HTTP, by name, without those that answer none or are being removed.
+
+    Others than ours too, also those that were deployed without a config, as `serve.run` does.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = {}
+    for name, told in client.get_serve_details()["applications"].items():
+        if told["status"] != ApplicationStatus.DELETING:
+            config = told.get("deployed_app_config")
+            found[name] = (
+                config.get("route_prefix", "/") if config else told.get("route_prefix")
+            )  # "/": Serve's default
+    return {name: route for name, route in found.items() if route is not None}
+
+
 def serve_state() -> tuple[ServeStatus, dict[str, int]]:
     """The applications of `serve.status`, and the number of gangs that Serve aims at, by application; empty without
     Serve.
@@ -205,10 +231,19 @@ def grpc_port() -> int | None:
 
 
 def apply_config(applications: Sequence[dict[str, Any]], **options: Any) -> None:
-    """Tell Serve which applications to run. It removes all others."""
+    """Tell Serve which applications to run. It removes all others.
+
+    Raises:
+        SpecError: Serve does not accept these applications together. Nothing was changed.
+    """
     client = _get_global_client()
     assert client is not None, "Serve runs"
-    client.deploy_apps(ServeDeploySchema.model_validate({"applications": list(applications), **options}))
+    try:
+        config = ServeDeploySchema.model_validate({"applications": list(applications), **options})
+    except ValidationError as error:
+        said = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise SpecError(f"Serve does not accept the applications: {said}") from None
+    client.deploy_apps(config)
 
 
 def _connect(**options: Any) -> None:

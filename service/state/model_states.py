@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ray.serve.schema import ApplicationStatusOverview, ServeStatus
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
 from deploy.model_spec import ModelSpec
 from service.names import GANG, app_name
@@ -70,8 +70,7 @@ def model_state(
     """
     application = status.applications.get(app_name(model.name))
     deployment = application.deployments.get(GANG) if application else None
-    states = deployment.replica_states if deployment else {}  # typed as members of an enum, in fact their names
-    replicas = {str(state).rpartition(".")[2]: count for state, count in states.items()}
+    replicas = _replicas(deployment) if deployment else {}
     lacking = unschedulable(model, free) if replicas.get("STARTING") and not placed else None
     state, reason = _state(model, application, replicas, nodes, lacking)
     if state == "running":
@@ -83,6 +82,16 @@ def model_state(
     return ModelState(state, reason, replicas, **reported)
 
 
+def is_broken(application: ApplicationStatusOverview) -> bool:
+    """Whether an application cannot serve. One that serves meanwhile can, and so can one that is being replaced."""
+    replicas = {name for deployment in application.deployments.values() for name in _replicas(deployment)}
+    if replicas & {"RUNNING", "UPDATING"}:
+        return False
+    # UNHEALTHY while one starts means that it is being replaced
+    broken = ("DEPLOY_FAILED",) if "STARTING" in replicas else ("DEPLOY_FAILED", "UNHEALTHY")
+    return application.status in broken
+
+
 def failure(application: ApplicationStatusOverview) -> str:
     """Why Serve could not start an application: the last exception's message. The log has the traceback."""
     return last_error(application) or _said(application)
@@ -92,6 +101,11 @@ def last_error(application: ApplicationStatusOverview) -> str:
     """The message of the last exception that Serve reports of an application; empty if there is none."""
     raised = RAISED.findall(_said(application))
     return str(raised[-1]) if raised else ""
+
+
+def _replicas(deployment: DeploymentStatusOverview) -> dict[str, int]:
+    """The replicas of a deployment by state. The states are typed as members of an enum; in fact they are names."""
+    return {str(state).rpartition(".")[2]: count for state, count in deployment.replica_states.items() if count}
 
 
 def _said(application: ApplicationStatusOverview) -> str:
@@ -161,9 +175,7 @@ def _state(
     starting = replicas.get("STARTING", 0)
     if replicas.get("RUNNING") or replicas.get("UPDATING"):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
-    # UNHEALTHY while one starts means that it is being replaced
-    broken = ("DEPLOY_FAILED",) if starting else ("DEPLOY_FAILED", "UNHEALTHY")
-    if application is not None and application.status in broken:
+    if application is not None and is_broken(application):
         return "failed", failure(application)
     if application is not None and set(replicas) <= {"STOPPING"} and not model.autoscaling.min_replicas:
         return "asleep", ""

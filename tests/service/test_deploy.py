@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ray.serve.schema import (
 from safetensors.torch import save_file
 
 from deploy.gateway_spec import GatewaySpec
-from deploy.model_sections import LoRA
+from deploy.model_sections import Autoscaling, LoRA
 from deploy.model_spec import ModelSpec
 from deploy.spec import Auth, DeploymentSpec, Metrics, SpecError
 from deploy.storage_spec import Idempotency, Outputs, Storage
@@ -103,6 +104,16 @@ def test_a_new_model_beside_the_others(cluster: Cluster) -> None:
     (told,) = cluster.told
     assert set(told) == {"model-a", "model-b", "model-c", "gateway", "not-ours"}
     assert sorted(in_table(told)) == ["a", "b", "c"]
+
+
+def test_the_gateway_has_time_and_places_for_models_that_are_left(cluster: Cluster) -> None:
+    small, long = A.model_copy(update={"grace_period_s": 60.0}), B.model_copy(update={"max_queued": 500})
+    deployed = serve_config(DeploymentSpec(models=(small, long)), "the instance")["applications"]
+    cluster.applications = {application["name"]: application for application in deployed}
+    carried_out(small)
+    (told,) = cluster.told
+    assert told["gateway"] == cluster.applications["gateway"]
+    assert told["gateway"]["deployments"][0]["graceful_shutdown_timeout_s"] == long.grace_period_s
 
 
 def test_pruning_removes_models_of_ours_and_no_others(cluster: Cluster) -> None:
@@ -189,6 +200,27 @@ def test_room_beside_the_old_gangs(
     )
 
 
+@pytest.mark.parametrize(
+    ("action", "fewest", "lack"),
+    [("upgrade", 0, []), ("upgrade", 1, ["b"]), ("add", 0, []), ("add", 1, ["b"]), ("add", 2, ["b"])],
+)
+def test_room_is_taken_by_gangs_that_start(
+    monkeypatch: pytest.MonkeyPatch, action: str, fewest: int, lack: list[str]
+) -> None:
+    first = A.model_copy(update={"autoscaling": Autoscaling(min_replicas=fewest, max_replicas=2)})
+    states = {"model-a": {}, "model-b": {"RUNNING": 1}}  # the first sleeps, or is new
+    statuses = {
+        name: SimpleNamespace(deployments={"Gang": SimpleNamespace(replica_states=of_replicas)})
+        for name, of_replicas in states.items()
+    }
+    monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
+    added, upgraded = (["a"], ["b"]) if action == "add" else ([], ["a", "b"])
+    spec = DeploymentSpec(models=(first, B))
+    for room, missing in ((max(fewest, 1), lack), (fewest + 1, [])):
+        monkeypatch.setattr(preflight, "free_nodes", lambda room=room: [NODE] * room)
+        assert list(preflight.missing_surge_room(spec, added, upgraded)) == missing
+
+
 def test_a_model_whose_application_is_being_built_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = {"model-a": SimpleNamespace(deployments={})}
     monkeypatch.setattr(preflight.serve, "status", lambda: SimpleNamespace(applications=statuses))
@@ -240,6 +272,24 @@ def test_what_a_deployment_waits_for(
     assert list(failures([Change("a", action)])) == fails
 
 
+@pytest.mark.parametrize(
+    ("trigger", "replicas", "said", "fails"),
+    [
+        ("HEALTH_CHECK_FAILED", {"RUNNING": 1}, "A replica's health check failed.", False),
+        ("HEALTH_CHECK_FAILED", {}, "A replica's health check failed.", True),
+        ("HEALTH_CHECK_FAILED", {"RUNNING": 1}, "The deployment failed to start 3 times in a row during a", True),
+        ("REPLICA_STARTUP_FAILED", {"RUNNING": 1}, "rank 1 died", True),  # old gangs, but no new ones
+    ],
+)
+def test_a_gang_that_is_lost_meanwhile_is_no_failed_deployment(
+    monkeypatch: pytest.MonkeyPatch, trigger: str, replicas: Any, said: str, fails: bool
+) -> None:
+    gang = DeploymentStatusOverview(DeploymentStatus.DEPLOY_FAILED, DeploymentStatusTrigger(trigger), replicas, said)
+    application = ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "", 0.0, {"Gang": gang})
+    monkeypatch.setattr(apply.serve, "status", lambda: ServeStatus(applications={"model-a": application}))
+    assert bool(list(failures([Change("a", "upgrade")]))) == fails
+
+
 FILE = "models: [{name: a, source: %s, parallel: {ulysses_degree: 2}, dtype: float16}]"
 
 
@@ -257,11 +307,13 @@ def command(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         *flags: str,
         obstacles: tuple[str, ...] = (),
         unschedulable: tuple[str, ...] = (),
+        routes: Mapping[str, str] = {"gateway": "/", "not-ours": "/else"},
         starved: Mapping[str, str] = {},
     ) -> tuple[int, list[str | None]]:
         monkeypatch.setattr(preflight, "verify_on_nodes", lambda spec, touched: (spec, list(obstacles)))
         monkeypatch.setattr(preflight, "unschedulable_models", lambda spec, names: list(unschedulable))
         monkeypatch.setattr(preflight, "homeless_gateway", lambda spec: [])
+        monkeypatch.setattr(preflight, "routes", lambda: routes)
         monkeypatch.setattr(preflight, "missing_surge_room", lambda spec, added, upgraded: starved)
         file = tmp_path / "a.yaml"
         file.write_text(FILE % "/a")
@@ -360,12 +412,57 @@ def test_a_model_that_fits_nowhere_yet_is_deployed_on_demand(cluster: Cluster, c
     assert len(cluster.told) == 1
 
 
+@pytest.mark.parametrize("flags", [["--dry-run"], [], ["--allow-pending", "--allow-downtime"]])
+def test_another_application_in_the_gateways_place_is_named(
+    cluster: Cluster, command: Any, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert command(*flags, routes={"gateway": "/", "theirs": "/"})[0] == 1
+    assert "error: the application 'theirs' has the route prefix '/', which the gateway" in capsys.readouterr().err
+    assert cluster.told == []
+
+
+def test_the_routes_of_all_applications_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {
+        "gateway": {"status": "RUNNING", "route_prefix": "/", "deployed_app_config": {"route_prefix": "/"}},
+        "model-a": {"status": "RUNNING", "route_prefix": None, "deployed_app_config": {"route_prefix": None}},
+        "starting": {"status": "DEPLOYING", "route_prefix": None, "deployed_app_config": {"name": "starting"}},
+        "run-by-hand": {"status": "RUNNING", "route_prefix": "/hand", "deployed_app_config": None},
+        "going": {"status": "DELETING", "route_prefix": "/", "deployed_app_config": None},
+    }
+    client = SimpleNamespace(get_serve_details=lambda: {"applications": details})
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda **_: client)
+    assert serve_client.routes() == {"gateway": "/", "starting": "/", "run-by-hand": "/hand"}
+
+
+def test_what_serve_does_not_accept_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_client, "_get_global_client", lambda: object())
+    wanted = serve_config(DeploymentSpec(models=(A,)))["applications"]
+    with pytest.raises(
+        SpecError, match='not accept the applications: Found duplicate applications for route prefix "/"'
+    ):
+        serve_client.apply_config([*wanted, FOREIGN | {"route_prefix": "/"}])
+
+
 def test_a_gang_that_cannot_start_is_the_commands_failure(
     command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apply.serve, "status", lambda: status(gateway="RUNNING", model_a="DEPLOY_FAILED"))
     assert command()[0] == 1
     assert capsys.readouterr().err == "error: a: rank 1 died\n"
+
+
+@pytest.mark.parametrize(("patience", "code"), [(30.0, 0), (-1.0, None)])
+def test_a_controller_that_is_replaced_meanwhile_is_waited_for(
+    command: Any, monkeypatch: pytest.MonkeyPatch, patience: float, code: int | None
+) -> None:
+    said = [status(gateway="RUNNING", model_a="RUNNING")] * 2
+    monkeypatch.setattr(apply.serve, "status", Mock(side_effect=[RayActorError(), *said]))
+    monkeypatch.setattr("service.cli.commands.deploy.SILENT_S", patience)
+    if code is None:
+        with pytest.raises(RayActorError):  # which `attach` says in a line
+            command()
+    else:
+        assert command()[0] == code
 
 
 def test_a_head_that_does_not_answer_is_said_at_once() -> None:
@@ -383,7 +480,6 @@ def test_a_head_that_does_not_answer_is_said_at_once() -> None:
     [
         (RayActorError(error_msg="The actor died.\nIts log:"), "no longer answers: The actor died.; where"),
         (RpcError("UNAVAILABLE"), "no longer answers: .*UNAVAILABLE"),
-        (RuntimeError("Failed to connect to GCS"), "no longer answers: Failed to connect to GCS"),
         (ConnectionError(), "no longer answers: ConnectionError"),
     ],
 )
@@ -396,10 +492,24 @@ def test_a_cluster_that_goes_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch, 
     assert ended == [True]
 
 
+def test_a_lost_cluster_for_which_ray_has_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rollout.attach.connect", lambda address, own: None)
+    monkeypatch.setattr("service.rollout.attach.disconnect", lambda: None)
+    lost = RuntimeError("Failed to connect to GCS")
+    with pytest.raises(SpecError, match="no longer answers: Failed to connect to GCS"), attach("auto"):
+        raises_in_ray(lost)
+
+
+def raises_in_ray(error: Exception) -> None:
+    """Raise it as compiled code of Ray does."""
+    exec("raise error", {"__name__": "ray._raylet", "error": error})
+
+
 def test_what_a_cluster_answers_is_no_loss_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.rollout.attach.connect", lambda address, own: None)
     monkeypatch.setattr("service.rollout.attach.disconnect", lambda: None)
-    for error in (RayTaskError("deploy", "trace", ValueError("a bug")), SpecError("a: rank 1 died"), TimeoutError()):
+    ours = (SpecError("a: rank 1 died"), TimeoutError(), BrokenPipeError(), RuntimeError("a bug"))
+    for error in (RayTaskError("deploy", "trace", ValueError("a bug")), *ours):
         with pytest.raises(type(error)) as raised, attach("auto"):
             raise error
         assert raised.value is error

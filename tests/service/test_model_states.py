@@ -1,8 +1,11 @@
 """The facts of a cluster: each model's state with its reason."""
 
+import contextlib
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
     ApplicationStatus,
@@ -16,8 +19,10 @@ from ray.serve.schema import (
 from deploy.model_sections import Autoscaling, Placement
 from deploy.model_spec import ModelSpec
 from service.names import GANG, app_name
+from service.rollout import local_cluster
 from service.state.model_states import STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
+from workers.errors import GangLost
 from workers.gang.placement import Node
 
 MODEL = ModelSpec(name="a", source="/a", parallel=ParallelDegrees(ulysses_degree=2))
@@ -181,3 +186,26 @@ def test_the_body_of_a_cluster() -> None:
         "queued": 3,
         "gangs": [gang(5, 20), gang(0, 0, "idle")],
     }
+
+
+@pytest.mark.parametrize(
+    ("state", "replicas", "raises"),
+    [
+        ("UNHEALTHY", {"RUNNING": 1}, False),
+        ("UNHEALTHY", {"STARTING": 1}, False),
+        ("DEPLOY_FAILED", {"RUNNING": 1, "STARTING": 1}, False),
+        ("DEPLOY_FAILED", {"STARTING": 1}, True),
+        ("UNHEALTHY", {"STOPPING": 1}, True),
+    ],
+)
+def test_a_local_cluster_ends_for_what_is_broken_only(
+    monkeypatch: pytest.MonkeyPatch, state: str, replicas: Any, raises: bool
+) -> None:
+    monkeypatch.setattr(local_cluster.serve, "status", lambda: status(state, replicas, "rank 1 died"))
+    with pytest.raises(GangLost, match="rank 1 died") if raises else contextlib.nullcontext():
+        local_cluster._raise_failures()
+
+
+def test_a_local_cluster_waits_for_a_controller_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_cluster.serve, "status", Mock(side_effect=RayActorError()))
+    local_cluster._raise_failures()

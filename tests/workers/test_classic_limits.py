@@ -1,6 +1,7 @@
 """What classic pipelines cannot make is refused before a step, where it would cost the gang."""
 
 import io
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from deploy.families.classic import classic_family
-from workers.demo_models.pipelines import demo_module, served
+from workers.demo_models.pipelines import demo_module, demo_of, served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.classic import ClassicAdapter
@@ -68,3 +69,31 @@ def test_what_would_fail_in_a_step_is_refused(pipeline: str, changes: dict[str, 
 
 def test_callers_do_not_make_the_timesteps() -> None:
     assert not {"mu", "std"} & set(adapter("Ideogram4Pipeline").extra_kinds)
+
+
+def limited(transformer: Any, width: int, height: int) -> None:
+    request = GenerationRequest("a", "demo", "", width, height, 2, seed=0)
+    check_positions(SimpleNamespace(transformer=transformer), request, 8, 4)
+
+
+@pytest.mark.parametrize("family", ["aura_flow", "stable_diffusion_3"])
+def test_sizes_beyond_a_table_of_positions_are_refused(family: str) -> None:
+    """Of AuraFlow the number is that of all places, of Stable Diffusion 3 that of an edge."""
+    transformer = demo_of(family).transformer
+    table = transformer.config["pos_embed_max_size"]
+    edge = (math.isqrt(table) if family == "aura_flow" else table) * transformer.config["patch_size"] * 8
+    limited(transformer, edge, edge)
+    for size in ((edge + 16, 64), (64, edge + 16)):
+        with pytest.raises(InvalidParameter, match=f"must be at most {edge}, got {edge + 16}"):
+            limited(transformer, *size)
+
+
+def test_learned_positions_are_of_one_size() -> None:
+    config = {"use_learned_positional_embeddings": True, "sample_height": 60, "sample_width": 90}
+    transformer = SimpleNamespace(config=config)
+    limited(transformer, 720, 480)
+    with pytest.raises(InvalidParameter, match="this model makes 720x480, got 144x112"):
+        limited(transformer, 144, 112)
+    adapter = ClassicAdapter(classic_family("CogVideoXImageToVideoPipeline"))
+    pipeline = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)
+    assert adapter.small_size(pipeline, (5, 112, 144)) == (5, 480, 720)

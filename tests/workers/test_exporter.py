@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import pytest
 from prometheus_client import values
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-from workers.exporter import NOTE, NodeCollector, share_values
+from workers import exporter
+from workers.exporter import NOTE, Exporter, NodeCollector, share_values
 
 
 def run(work: str, **env: str) -> str:
@@ -118,6 +120,25 @@ def test_counts_of_ended_processes_are_kept_once(tmp_path: Path) -> None:
         count(tmp_path, ENDED, 10)
         assert [total(collector) for _ in range(3)] == [10 * more + 1] * 3
     assert sorted(file.name for file in tmp_path.glob("*.db")) == [f"counter_{os.getpid()}.db", "counter_kept.db"]
+
+
+@pytest.mark.parametrize("port", [None, 1])
+def test_counts_of_ended_processes_are_kept_once_though_nobody_asks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, port: int | None
+) -> None:
+    monkeypatch.setattr(exporter, "FOLD_PERIOD_S", 0.05)
+    process = Exporter(tmp_path)
+    process.serve_at("127.0.0.1", port)  # nowhere, or where it may not listen
+    try:
+        for _ in range(2):
+            ended = count(tmp_path, ENDED, 10)
+            deadline = time.monotonic() + 10
+            while ended.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not ended.exists()
+    finally:
+        process.serve_at("127.0.0.1", None)
+    assert total(NodeCollector(tmp_path)) == 20
 
 
 def empty(file: Path) -> None:

@@ -16,6 +16,9 @@ from service.rollout.ports import open_to_all
 if TYPE_CHECKING:
     from service.rollout.changes import Change
 
+SILENT_S = 30.0
+"""Seconds without an answer after which the cluster counts as gone. Serve's controller may be replaced meanwhile."""
+
 
 def deploy(
     file: File,
@@ -76,6 +79,7 @@ def _preflight(
     from service.rollout.preflight import (  # here, for it imports Ray
         homeless_gateway,
         missing_surge_room,
+        taken_route,
         unschedulable_models,
         verify_on_nodes,
     )
@@ -83,6 +87,7 @@ def _preflight(
     changed = {change.model for change in changes if change.action in DEPLOYING}
     added, upgraded = ({change.model for change in changes if change.action == a} for a in ("add", "upgrade"))
     spec, problems = verify_on_nodes(spec, changed)
+    problems += taken_route()
     if not allow_pending:
         reasons = homeless_gateway(spec) + unschedulable_models(spec, changed)
         problems += [f"{reason}; --allow-pending deploys it nevertheless" for reason in reasons]
@@ -101,17 +106,27 @@ def _wait(spec: DeploymentSpec, changes: "Sequence[Change]") -> None:
         SpecError: a model cannot be started; what ran before goes on.
         TimeoutError: it takes longer than all gangs of a model may take, one after the other.
     """
+    from ray.exceptions import RayError  # here, as below
+
     from service.rollout.apply import failures, unfinished  # here, for it imports Ray
     from service.rollout.preflight import unschedulable_models  # here, for it imports Ray
 
     limits = [(m.timeouts.startup_s + m.grace_period_s) * m.autoscaling.max_replicas for m in spec.models]
     deadline = time.monotonic() + max(limits)
+    answered = time.monotonic()
     while time.monotonic() < deadline:
-        failed = list(failures(changes))  # first: a failed model stays unfinished, and would be waited for
+        try:
+            failed = list(failures(changes))  # first: a failed model stays unfinished, and would be waited for
+            left = unfinished(changes)
+            waiting = unschedulable_models(spec, left)
+        except RayError:
+            if time.monotonic() > answered + SILENT_S:
+                raise
+            time.sleep(0.5)
+            continue
+        answered = time.monotonic()
         if failed:
             raise SpecError("\n".join(failed))
-        left = unfinished(changes)
-        waiting = unschedulable_models(spec, left)
         if len(waiting) >= len(left):
             for line in waiting:
                 say(f"waiting: {line}")

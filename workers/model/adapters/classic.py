@@ -19,7 +19,7 @@ from workers.model.adapters.pipeline_adapter import PipelineAdapter
 from workers.model.controlnets import check_control_mode, control_modes
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
-from workers.model.positions import check_positions
+from workers.model.positions import check_positions, only_size
 from workers.model.prompts import check_length, check_words
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -301,6 +301,8 @@ class ClassicAdapter(PipelineAdapter):
             width, height = min(sizes, key=math.prod)
             return size[0], height, width
         frames = self._fixed_frames(pipeline) or size[0]
+        if only := only_size(getattr(pipeline, "transformer", None), _first(pipeline, REDUCTIONS, 8)):
+            return frames, *only
         return tiles.size if tiles else (frames, *size[1:])
 
     def _fixed_frames(self, pipeline: Any) -> int:
