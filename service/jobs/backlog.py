@@ -36,7 +36,7 @@ class Speed(NamedTuple):
     """How fast the gangs of a model are, by the requests that they have run. Seconds are those of a whole gang.
 
     Attributes:
-        per_work_s: seconds for a unit of `GenerationRequest.work`.
+        per_work_s: seconds for a unit of `NewJob.work`.
         outside_s: seconds of a request outside its steps.
         request_s: seconds of a typical request.
     """

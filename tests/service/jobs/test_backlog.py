@@ -10,9 +10,12 @@ from service.autoscaling import LOOK_BACK_S
 from service.jobs import backlog as module
 from service.jobs.backlog import POINT_S, SOURCE, JobBacklog
 from service.jobs.records import Counts, Queued
+from service.jobs.requests import new_job
 from service.names import app_name
+from sp_core.degrees import ParallelDegrees
 from tests.service.jobs.stores import Clock
-from workers.gang.cost import Cost, Costs
+from workers.gang.cost import Cost, CostModel, Costs
+from workers.messages import GenerationRequest, GenerationResult, MediaInput
 
 SMALL = Cost(10, 10, 1, 1, 2, 0, 0.1, 1.0, 0.1, 1.0, 3)
 LARGE = Cost(20, 20, 1, 1, 2, 0, 0.4, 1.0, 0.4, 1.0, 1)
@@ -88,3 +91,17 @@ def test_jobs_count_as_what_they_cost_an_elastic_gang(clock: Clock, told: Told) 
     backlog = JobBacklog(lambda: {"film": [{"request_s": 0.5, "costs": Costs("", tuple(shares)).as_stats()}]})
     tell(backlog, film=Counts(queued=2, queued_work=10 * 400))
     assert backlog.share()["film"].seconds == pytest.approx((4.0 + 2 * 1.0) / 4)
+
+
+def test_a_job_that_does_a_share_of_its_steps_counts_for_that_share(clock: Clock, told: Told) -> None:
+    picture = (MediaInput("image", b"one"),)
+    request = GenerationRequest("a", "film", "a", 64, 64, 10, seed=1, inputs=picture, strength=0.3)
+    costs = CostModel()
+    result = GenerationResult((), (), ParallelDegrees(), 0.5, (0.5,) * 3, 0.5)
+    costs.observe(request, 2, result)
+    gang = {"request_s": costs.mean_cost_s, "costs": costs.costs("FluxPipeline").as_stats()}
+    backlog = JobBacklog(lambda: {"film": [gang]})
+    counts = Counts(queued=4, queued_work=4 * new_job(request, "ann").work)
+    tell(backlog, film=counts)
+    assert backlog.share()["film"].seconds == pytest.approx(4 * 2.5)
+    assert told[-1][1][app_name("film")][-1][1] == pytest.approx(4.0)
