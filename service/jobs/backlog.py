@@ -7,6 +7,7 @@ it is not counted here. Called by `service.jobs.runner` at each look for work, a
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,7 +63,7 @@ class JobBacklog:
         self._speeds: dict[str, Speed] = {}  # also of models that are asleep
         self._counts: Mapping[str, Counts] = {}
         self._told: dict[str, deque[tuple[float, float]]] = {}  # by model: when how many waited
-        self._told_at = 0.0
+        self._told_at = -math.inf  # by the monotonic clock
         self._reported: set[str] = set()  # applications of which Serve believes that jobs wait
         self.gateways = 1
 
@@ -73,6 +74,8 @@ class JobBacklog:
         woken = False
         for model in gangs:
             told, count = self._told.setdefault(model, deque()), self._requests(model)
+            if told and now < told[-1][0]:  # the clock was set back: these times are yet to come
+                told.clear()
             woken |= bool(count) and not any(before for _, before in told)
             if told and now - told[-1][0] < POINT_S:
                 told[-1] = (told[-1][0], count)
@@ -81,8 +84,9 @@ class JobBacklog:
             while told[0][0] < now - LOOK_BACK_S:
                 told.popleft()
         self._told = {model: told for model, told in self._told.items() if model in gangs}
-        if woken or now - self._told_at >= POINT_S:
-            self._told_at = now
+        moment = time.monotonic()
+        if woken or moment - self._told_at >= POINT_S:
+            self._told_at = moment
             await self._report()
 
     def share(self) -> dict[str, Queued]:

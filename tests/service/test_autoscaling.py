@@ -177,7 +177,8 @@ def test_a_clock_that_is_set_back_while_a_model_sleeps_adds_no_load() -> None:
 
 
 def test_a_clock_that_is_set_back_does_not_prolong_the_wait_for_lost_gangs() -> None:
-    policy, state, wanted = BacklogPolicy(), {}, 1
+    state: dict[str, Any] = {}
+    policy, wanted = BacklogPolicy(), 1
     for now_s in (5000.0, 1000.0, 1000.0 + RECOVERY_S + 1):
         pending = {"current_num_replicas": 0, "target_num_replicas": 1, "current_time": now_s}
         wanted, state = policy(context([], policy_state=state, **pending))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ Told = list[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module.time, "time", lambda: clock.now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=clock, monotonic=clock))
     return clock
 
 
@@ -83,6 +84,20 @@ def test_serve_hears_of_the_end_and_then_nothing(clock: Clock, told: Told) -> No
     clock.now += POINT_S
     tell(backlog)
     assert len(told) == reports
+
+
+def test_a_clock_that_is_set_back_silences_nobody(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall, steady = Clock(), Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=wall, monotonic=steady))
+    backlog = JobBacklog(lambda: {"film": ()})
+    tell(backlog, film=Counts(queued=1))
+    wall.now -= 3600
+    for queued in (2, 3):
+        steady.now += POINT_S
+        wall.now += POINT_S
+        tell(backlog, film=Counts(queued=queued))
+    last = told[-1][1][app_name("film")]
+    assert last == [(wall.now - POINT_S, 2.0), (wall.now, 3.0)]
 
 
 def test_jobs_count_as_what_they_cost_an_elastic_gang(clock: Clock, told: Told) -> None:
