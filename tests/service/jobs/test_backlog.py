@@ -9,7 +9,7 @@ import pytest
 
 from service.autoscaling import LOOK_BACK_S
 from service.jobs import backlog as module
-from service.jobs.backlog import POINT_S, SOURCE, JobBacklog
+from service.jobs.backlog import HELD_S, POINT_S, SOURCE, JobBacklog
 from service.jobs.records import Counts, Queued
 from service.jobs.requests import new_job
 from service.names import app_name
@@ -98,6 +98,24 @@ def test_a_clock_that_is_set_back_silences_nobody(told: Told, monkeypatch: pytes
         tell(backlog, film=Counts(queued=queued))
     last = told[-1][1][app_name("film")]
     assert last == [(wall.now - POINT_S, 2.0), (wall.now, 3.0)]
+
+
+def test_jobs_that_cannot_be_begun_bring_no_gangs(clock: Clock, told: Told) -> None:
+    backlog = JobBacklog(lambda: {"film": ()})
+    tell(backlog, film=Counts(queued=9))
+    backlog.hold()
+    for _ in range(60):
+        clock.now += POINT_S
+        tell(backlog, film=Counts(queued=9))
+    assert len(told) == 1  # Serve forgets it after ten seconds
+    assert backlog.share()["film"].jobs == 9
+    backlog.release()
+    tell(backlog, film=Counts(queued=9))  # at once
+    assert told[-1][1][app_name("film")][-1][1] == 9.0
+    backlog.hold()
+    clock.now += HELD_S  # and none was claimed by this gateway since
+    tell(backlog, film=Counts(queued=9))
+    assert len(told) == 3
 
 
 def test_jobs_count_as_what_they_cost_an_elastic_gang(clock: Clock, told: Told) -> None:
