@@ -42,6 +42,9 @@ work."""
 RECOVERY_S = 30.0
 """Seconds after the first decision by which the gangs of a lost controller have reported."""
 
+MOST_GANGS = 1000
+"""Numbers of gangs that are tried for a load, where the most that a model may have is not known."""
+
 
 @dataclass(frozen=True)
 class PolicyState:
@@ -71,7 +74,12 @@ class PolicyState:
 
 
 def decide(
-    now_s: float, queued: float, loads: Sequence[GangLoad], starting: int, before: PolicyState | None = None
+    now_s: float,
+    queued: float,
+    loads: Sequence[GangLoad],
+    starting: int,
+    before: PolicyState | None = None,
+    most: int = MOST_GANGS,
 ) -> PolicyState:
     """Decide how many gangs to run. The result is also the state for the next decision.
 
@@ -81,6 +89,7 @@ def decide(
         loads: the loads of the running gangs; at least one.
         starting: gangs that were requested and do not serve yet.
         before: the last decision; None at first.
+        most: gangs that the model may have.
     """
     target_s = max(load.target_s for load in loads)
     startup_s = sum(load.startup_s for load in loads) / len(loads)
@@ -97,7 +106,8 @@ def decide(
         weight = _weight(passed_s, startup_s, request_s)
         offered = max(0.0, before.offered + weight * (arriving - before.offered))
     waiting_then_s = queued * request_s + startup_s * (offered - len(loads) - starting / 2)  # half started, on average
-    wanted = max(gangs_for_load(offered, request_s, target_s), math.ceil(offered + waiting_then_s / target_s - 1e-9))
+    needed = gangs_for_load(offered, request_s, target_s, most)
+    wanted = max(needed, math.ceil(offered + waiting_then_s / target_s - 1e-9))
     if wanted <= 1:
         wanted = int(queued > 0 or remaining_s > 0 or busy > 0)
     return PolicyState(now_s, wanted, offered, busy, queued, remaining_s, request_s, startup_s, target_s)
@@ -111,11 +121,11 @@ def asleep(now_s: float, before: PolicyState) -> PolicyState:
 
 
 def _weight(passed_s: float, startup_s: float, request_s: float) -> float:
-    """The weight of the last `passed_s` seconds in the average of the offered load."""
-    return 1 - math.exp(-passed_s / (startup_s + REQUESTS_AVERAGED * request_s))
+    """The weight of the last `passed_s` seconds in the average of the offered load; 0 if the clock was set back."""
+    return 1 - math.exp(-max(0.0, passed_s) / (startup_s + REQUESTS_AVERAGED * request_s))
 
 
-def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
+def gangs_for_load(offered: float, request_s: float, target_s: float, most: int = MOST_GANGS) -> int:
     """The fewest gangs at which at most `LATE` of the requests wait longer than the target.
 
     By Erlang's C formula: the share of requests that wait, given the number of gangs. The length of their wait is
@@ -125,10 +135,10 @@ def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
         offered: gangs that the arriving work keeps busy, on average.
         request_s: seconds of a typical request.
         target_s: how many seconds a request should wait at most.
+        most: the answer if more were needed. Serve's controller waits for it, so it must come soon for any load.
     """
-    blocked, gangs = 1.0, 0
-    while True:
-        gangs += 1
+    blocked = 1.0
+    for gangs in range(1, most):
         blocked = offered * blocked / (gangs + offered * blocked)
         spare = gangs - offered
         if spare <= 0:
@@ -136,6 +146,7 @@ def gangs_for_load(offered: float, request_s: float, target_s: float) -> int:
         share_waiting = gangs * blocked / (spare + offered * blocked)
         if share_waiting * math.exp(-spare * target_s / request_s) <= LATE:
             return gangs
+    return max(1, most)
 
 
 def keep(gangs: int, decision: PolicyState) -> PolicyState:
@@ -152,7 +163,7 @@ def _load_for(gangs: int, request_s: float, target_s: float) -> float:
     low, high = 0.0, float(gangs)
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if gangs_for_load(middle, request_s, target_s) <= gangs else (low, middle)
+        low, high = (middle, high) if gangs_for_load(middle, request_s, target_s, gangs + 1) <= gangs else (low, middle)
     return low
 
 
@@ -185,14 +196,14 @@ class BacklogPolicy:
         loads = loads_in(ctx.aggregated_metrics or {})
         queued = ctx.total_queued_requests or 0.0
         if not loads:
-            first_s = float(ctx.policy_state.get("first_s", now_s))
+            first_s = min(now_s, float(ctx.policy_state.get("first_s", now_s)))  # the clock may have been set back
             recovering = before is None and now_s - first_s < RECOVERY_S
             wanted = ctx.target_num_replicas if ctx.current_num_replicas or recovering else 0
             if before is not None and not wanted and not queued:
                 state = dict(vars(asleep(now_s, before)))
             return max(wanted, int(queued > 0)), state or {"first_s": first_s}
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
-        decision = decide(now_s, queued, loads, starting, before)
+        decision = decide(now_s, queued, loads, starting, before, ctx.capacity_adjusted_max_replicas)
         if before is None and ctx.target_num_replicas:
             decision = keep(ctx.target_num_replicas, decision)
         return decision.wanted, dict(vars(decision))

@@ -7,6 +7,7 @@ it is not counted here. Called by `service.jobs.runner` at each look for work, a
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,10 @@ SOURCE = "jobs"
 POINT_S = 0.5
 """Between two points of what Serve is told, and between two reports."""
 
+HELD_S = 600.0
+"""Seconds for which this gateway says nothing of jobs after one that it could not begin. Longer than a folder or bucket
+may be silent before that is noticed again."""
+
 Gangs = Mapping[str, Sequence[Mapping[str, Any]]]
 """By model, the last report of each running gang."""
 
@@ -36,7 +41,7 @@ class Speed(NamedTuple):
     """How fast the gangs of a model are, by the requests that they have run. Seconds are those of a whole gang.
 
     Attributes:
-        per_work_s: seconds for a unit of `GenerationRequest.work`.
+        per_work_s: seconds for a unit of `NewJob.work`.
         outside_s: seconds of a request outside its steps.
         request_s: seconds of a typical request.
     """
@@ -62,7 +67,8 @@ class JobBacklog:
         self._speeds: dict[str, Speed] = {}  # also of models that are asleep
         self._counts: Mapping[str, Counts] = {}
         self._told: dict[str, deque[tuple[float, float]]] = {}  # by model: when how many waited
-        self._told_at = 0.0
+        self._told_at = -math.inf  # by the monotonic clock
+        self._held_until = -math.inf  # likewise
         self._reported: set[str] = set()  # applications of which Serve believes that jobs wait
         self.gateways = 1
 
@@ -70,9 +76,12 @@ class JobBacklog:
         """Tell Serve of what waits in the store now."""
         self._counts, now, gangs = counts, time.time(), self._gangs()
         self._learn(gangs)
-        woken = False
+        woken, moment = False, time.monotonic()
+        held = moment < self._held_until
         for model in gangs:
-            told, count = self._told.setdefault(model, deque()), self._requests(model)
+            told, count = self._told.setdefault(model, deque()), 0.0 if held else self._requests(model)
+            if told and now < told[-1][0]:  # the clock was set back: these times are yet to come
+                told.clear()
             woken |= bool(count) and not any(before for _, before in told)
             if told and now - told[-1][0] < POINT_S:
                 told[-1] = (told[-1][0], count)
@@ -81,9 +90,21 @@ class JobBacklog:
             while told[0][0] < now - LOOK_BACK_S:
                 told.popleft()
         self._told = {model: told for model, told in self._told.items() if model in gangs}
-        if woken or now - self._told_at >= POINT_S:
-            self._told_at = now
+        if not held and (woken or moment - self._told_at >= POINT_S):
+            self._told_at = moment
             await self._report()
+
+    def hold(self) -> None:
+        """A job could not be begun: what it reads or writes is full or away, and so for all others of this gateway.
+
+        More gangs would be of no use. Serve hears nothing of this gateway's until one can be begun, and forgets what it
+        was told. It is not told that nothing waits: another gateway may reach the place, and reports the same jobs.
+        """
+        self._held_until = time.monotonic() + HELD_S
+
+    def release(self) -> None:
+        """A job can be begun."""
+        self._held_until = -math.inf
 
     def share(self) -> dict[str, Queued]:
         """By model, what waits, divided by the number of gateways: in metrics the gateways are summed."""

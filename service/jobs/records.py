@@ -93,7 +93,7 @@ class NewJob:
         model: name of the model in the deployment.
         owner: name of the API key that asks; empty where none is needed.
         request: all of it as JSON, seed included: nothing is random after this.
-        work: pixels x frames x steps x pictures.
+        work: pixels x frames x pictures x the steps that are done: with `strength`, a share of those asked for.
         priority: see `HEAD_START_S`.
         deadline_s: seconds from now after which it is worth nothing; None: never.
         idempotency_key: the same key of the same owner is the same job; None: each call is a new one.

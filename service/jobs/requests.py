@@ -42,7 +42,7 @@ def new_job(
         model=request.model,
         owner=owner,
         request=kept,
-        work=request.work,
+        work=round(request.work * request.steps_asked / request.num_inference_steps),
         priority=priority,
         deadline_s=deadline_s,
         idempotency_key=idempotency_key,

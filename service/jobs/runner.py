@@ -306,10 +306,13 @@ class Runner:
             deadline_at = time.time() + job.deadline_at - job.started_at
         try:
             await in_time(asyncio.to_thread(self._outputs.prepare, outputs_only=True))
-            return replace(await in_time(self._read(job)), deadline_at=deadline_at)
+            request = replace(await in_time(self._read(job)), deadline_at=deadline_at)
         except NOT_NOW as error:
+            self._backlog.hold()
             logger.warning("job %s cannot be begun now, and is tried again: %s", job.id, error)
             raise NotNow("its files cannot be read or written now") from error
+        self._backlog.release()
+        return request
 
     async def _read(self, job: Job) -> GenerationRequest:
         while True:

@@ -83,7 +83,7 @@ class Turns:
         for state in self._gangs.values():
             for number in [number for number, given in state.turns.items() if given.ticket.request_id == request_id]:
                 del state.turns[number]
-                state.freed_at = time.time()
+                state.freed_at = time.monotonic()
         self._give()
 
     def end(self, turn: Turn, refused: bool = False) -> None:
@@ -92,9 +92,9 @@ class Turns:
         if state is None or state.turns.pop(turn.number, None) is None:
             return
         if refused:
-            state.refused_at = time.time()
+            state.refused_at = time.monotonic()
         else:
-            state.freed_at = time.time()
+            state.freed_at = time.monotonic()
         self._give()
 
     def lose(self, request_id: str) -> None:
@@ -102,22 +102,20 @@ class Turns:
         for state in self._gangs.values():
             holds = [state.latest, *(given.ticket for given in state.turns.values())]
             if any(ticket is not None and ticket.request_id == request_id for ticket in holds):
-                state.lost_at = time.time()
+                state.lost_at = time.monotonic()
 
     def know(self, asker: str, reports: Mapping[str, GangBacklog]) -> None:
         """Take the gangs that a gateway can reach, with the last report of each."""
         for name, report in reports.items():
             state = self._gangs.setdefault(name, GangState())
-            state.askers.add(asker)
-            if report.reported_at >= state.report.reported_at:
-                state.report = report
-            idle = not report.busy and not report.replacing
+            state.hear(asker, report)
+            idle = not state.report.busy and not state.report.replacing
             given_at = max((given.at for given in state.turns.values()), default=math.inf)
-            if idle and report.reported_at > given_at + OVERDUE_S:
+            if idle and state.reported_at > given_at + OVERDUE_S:
                 state.turns.clear()
-                state.freed_at = time.time()
+                state.freed_at = time.monotonic()
         for name in [name for name in self._gangs if name not in reports]:
-            self._gangs[name].askers.discard(asker)
+            self._gangs[name].askers.pop(asker, None)
             if not self._gangs[name].askers:
                 del self._gangs[name]
         self._give()
@@ -139,7 +137,7 @@ class Turns:
 
     def _expect(self, ahead: Sequence[Ticket]) -> Prospect:
         """The wait of a request behind these. An elastic gang is free again when one of its requests ends."""
-        now = time.time()
+        now = time.monotonic()
         if not ahead and self._free(now):
             return Prospect(0, 0.0)
         learned = [state.report.request_s for state in self._gangs.values() if state.report.request_s]
@@ -187,7 +185,7 @@ class Turns:
 
     def _give(self) -> None:
         """Give free gangs to the requests that are next."""
-        now = time.time()
+        now = time.monotonic()
         while self._waiting:
             free = self._free(now)
             if not free:

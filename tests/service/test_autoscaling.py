@@ -6,7 +6,7 @@ import pytest
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from service.autoscaling import RECOVERY_S, BacklogPolicy, PolicyState, decide, gangs_for_load, loads_in
+from service.autoscaling import MOST_GANGS, RECOVERY_S, BacklogPolicy, PolicyState, decide, gangs_for_load, loads_in
 from workers.gang.stats import GangLoad
 
 
@@ -163,6 +163,35 @@ def test_the_load_fades_while_a_model_sleeps() -> None:
     assert 2 < state["offered"] < 4
     assert asleep["offered"] < 0.01
     assert asleep["request_s"] == 20.0
+
+
+def test_a_clock_that_is_set_back_while_a_model_sleeps_adds_no_load() -> None:
+    policy = BacklogPolicy()
+    _, state = policy(context([gang(busy=1, remaining_s=10)] * 4, current_time=1e6))
+    _, asleep = policy(context([], policy_state=state, current_time=1e6 + 10))
+    woken, _ = policy(context([gang()], queued=1, policy_state=asleep, current_time=1e6 + 20))
+    for now_s in (1e6 - 3600, 1e6 - 2e5):
+        _, asleep = policy(context([], policy_state=asleep, current_time=now_s))
+        assert asleep["offered"] <= state["offered"]
+    assert policy(context([gang()], queued=1, policy_state=asleep, current_time=1e6 - 2e5 + 10))[0] == woken
+
+
+def test_a_clock_that_is_set_back_does_not_prolong_the_wait_for_lost_gangs() -> None:
+    state: dict[str, Any] = {}
+    policy, wanted = BacklogPolicy(), 1
+    for now_s in (5000.0, 1000.0, 1000.0 + RECOVERY_S + 1):
+        pending = {"current_num_replicas": 0, "target_num_replicas": 1, "current_time": now_s}
+        wanted, state = policy(context([], policy_state=state, **pending))
+    assert wanted == 0
+
+
+def test_a_huge_load_is_answered_soon_by_the_most_gangs() -> None:
+    huge = 1e12
+    assert gangs_for_load(huge, 20, 30, 10) == 10
+    assert gangs_for_load(huge, 20, 30) == MOST_GANGS
+    assert [gangs_for_load(3.0, 20, 1e9, most) for most in (0, 1, 3, 4, 5)] == [1, 1, 3, 4, 4]
+    state = dict(vars(PolicyState(990.0, offered=huge)))
+    assert BacklogPolicy()(context([gang()], policy_state=state))[0] >= 10
 
 
 def test_serve_asks_often_and_gets_the_same_answer_within_a_second() -> None:

@@ -123,6 +123,15 @@ def test_a_closed_loop_has_so_many_under_way(server: str, backend: OneAtATime, t
     assert found["times_s"]["decode"]["p50"] == 0.2
 
 
+@pytest.mark.parametrize("flags", [("--concurrency", "3"), ("--rate", "40", "--warmup", "3")])
+def test_the_warm_up_comes_at_once_so_that_each_gang_gets_one(
+    server: str, backend: OneAtATime, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    backend.together = 3  # else the first is never answered
+    code, found = bench(server, tmp_path, *flags, "--requests", "3", "--timeout", "20s")
+    assert (code, found["total"]["ok"], backend.count) == (0, 3, 6)
+
+
 def test_errors_are_counted_by_code_and_do_not_count_as_fast_answers(
     server: str, backend: OneAtATime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +147,7 @@ def test_errors_are_counted_by_code_and_do_not_count_as_fast_answers(
     assert found["errors"] == {"queue_full": 2, "worker_lost": 1, "generation_failed": 1}
     assert (found["kinds"]["mine"]["sent"], found["kinds"]["mine"]["ok"], found["kinds"]["film"]["ok"]) == (6, 2, 1)
     assert found["total"]["end_to_end_s"]["count"] == 3
-    assert [request.prompt for request in backend.requests[:4]] == ["a", "v", "a", "v"]  # the warm-up
+    assert [request.prompt for request in backend.requests[:4]] == ["a", "a", "v", "v"]  # the warm-up
     assert sorted(r.seed for r in backend.requests[4:]) == [0, 1, 2, 3, 4, 5, 9]
     said = capsys.readouterr().out
     assert "2 x queue_full" in said

@@ -12,7 +12,7 @@ import pytest
 from service.state import gang_state
 from service.state import turns as module
 from service.state.tickets import Ticket, Turn
-from service.state.turns import OVERDUE_S, Turns
+from service.state.turns import Turns
 from workers.gang.stats import GangBacklog
 
 SHAPE = (512, 768, 1)
@@ -269,18 +269,20 @@ def test_whoever_leaves_waits_no_more_and_holds_nothing() -> None:
     story(tell)
 
 
-def test_a_gang_that_says_it_is_idle_is_free() -> None:
+def test_a_gang_that_says_it_is_idle_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the end of a request get lost, the gang would else be held for ever."""
 
     async def tell(turns: Turns) -> None:
         turns.know("", {"a": idle()})
         turn = await turns.take(ticket("x"))
-        later = time.time() + OVERDUE_S + 1
-        turns.know("", {"a": GangBacklog(reported_at=later, busy=True)})
+        monkeypatch.setattr(module, "OVERDUE_S", 0.02)
+        await asyncio.sleep(0.05)
+        turns.know("", {"a": idle(busy=True)})
         waiting = asyncio.create_task(turns.take(ticket("y")))
         await settle()
         assert not waiting.done()
-        turns.know("", {"a": GangBacklog(reported_at=later + 1)})
+        turns.know("", {"a": idle()})
+        monkeypatch.undo()
         after = await asyncio.wait_for(waiting, 10)
         turns.end(turn)  # too late: it is another's
         third = asyncio.create_task(turns.take(ticket("z")))
@@ -390,7 +392,7 @@ def test_what_a_new_request_would_wait_for() -> None:
             (0, pytest.approx(10, abs=1)),
             (1, pytest.approx(15, abs=1)),
         ]
-        turns.know("", {name: GangBacklog(4.0, time.time() + 1, 10.0, busy=True) for name in "ab"})
+        turns.know("", {name: GangBacklog(5.0, time.time(), 10.0, busy=True) for name in "ab"})
         assert turns.prospect("one").wait_s == pytest.approx((6 * 10 + 2 * 5) / 2, abs=1)
 
     story(tell)

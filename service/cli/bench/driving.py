@@ -34,16 +34,18 @@ class Drive:
         self._server, self._timeout_s, self._say = server, timeout_s, say
         self._began = 0.0
 
-    async def warm_up(self, planned: Planned) -> None:
-        """Send a request that is not measured.
+    async def warm_up(self, planned: Planned, at_once: int) -> None:
+        """Send a request that is not measured, so many times at once: one after another would all go to one gang.
 
         Raises:
-            ServerError: it was not answered.
+            ServerError: none was answered.
         """
         now = asyncio.get_running_loop().time()
         async with sending.client(self._server) as http:
-            outcome = await sending.send(http, planned, now, now, self._timeout_s)
-        if outcome.code != sending.OK:
+            sent = (sending.send(http, planned, now, now, self._timeout_s) for _ in range(at_once))
+            outcomes = await asyncio.gather(*sent)
+        outcome = outcomes[0]
+        if all(each.code != sending.OK for each in outcomes):  # a full queue may have refused some
             raise ServerError(f"warm-up, a request of {outcome.kind!r}: {outcome.message or outcome.code}")
 
     async def open_loop(self, planned: Iterator[Planned]) -> None:

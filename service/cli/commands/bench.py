@@ -39,13 +39,15 @@ class Load:
 
     Attributes:
         planned: the requests, in their order.
-        warm_up: requests that are sent first and not measured.
+        warm_up: requests that are sent first and not measured: one of each kind.
+        at_once: how often each of these is sent at once.
         callers: the callers of a closed loop; None: an open loop.
         ends_s: seconds from the start after which callers send no more; None: they send everything.
     """
 
     planned: Iterator[Planned]
     warm_up: list[Planned]
+    at_once: int
     callers: int | None
     ends_s: float | None
 
@@ -67,7 +69,14 @@ def bench(
         str | None, typer.Option(help=f"How long to send, such as 30s or 5m. Default: {DEFAULT_DURATION}, or all.")
     ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="How many to send.")] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests of each kind that are sent first, not measured.")] = 1,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Requests of each kind that are sent first, at once, not measured; of each caller with --concurrency. "
+            "With --rate or --trace, give the number of gangs to warm all.",
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Draws the same load again.")] = 0,
     slo: Annotated[str | None, typer.Option(help="Goodput is what is answered within this time, such as 5s.")] = None,
     timeout: Annotated[str, typer.Option(help="A request that takes longer is given up.")] = "10m",
@@ -132,15 +141,16 @@ def _read_load(
     if trace is None and (rate is None) == (concurrency is None):
         raise UsageError("give --rate for an open loop, --concurrency for a closed one, or --trace")
     ends_s = seconds(duration) if duration else None
+    at_once = warmup * (concurrency or 1)
     if trace is not None:
         planned = read_trace(trace)[:requests]
         if concurrency is None and ends_s is not None:
             planned = [one for one in planned if one.at_s <= ends_s]
-        return Load(iter(planned), first_of_each(planned) * warmup, concurrency, ends_s)
+        return Load(iter(planned), first_of_each(planned), at_once, concurrency, ends_s)
     if ends_s is None and requests is None:
         ends_s = seconds(DEFAULT_DURATION)
     kinds = read_mix(mix) if mix else DEFAULT_KINDS
-    return Load(drawn(kinds, seed, rate, requests, ends_s), one_of_each(kinds) * warmup, concurrency, ends_s)
+    return Load(drawn(kinds, seed, rate, requests, ends_s), one_of_each(kinds), at_once, concurrency, ends_s)
 
 
 async def _run(drive: Drive, load: Load, complete: Callable[[Planned], Planned]) -> None:
@@ -149,8 +159,8 @@ async def _run(drive: Drive, load: Load, complete: Callable[[Planned], Planned])
     Raises:
         ServerError: a request of the warm-up is not answered.
     """
-    for one in load.warm_up:
-        await drive.warm_up(complete(one))
+    for one in load.warm_up if load.at_once else ():
+        await drive.warm_up(complete(one), load.at_once)
     planned = (complete(one) for one in load.planned)
     if load.callers is None:
         await drive.open_loop(planned)

@@ -182,9 +182,13 @@ def test_nothing_is_drawn_before_there_is_room_for_it(
         prepare(outputs, outputs_only)
 
     monkeypatch.setattr(OutputStore, "prepare", sometimes)
+    held: list[bool] = []  # whether the jobs that wait are kept from the autoscaler
+    monkeypatch.setattr(JobBacklog, "hold", lambda backlog: held.append(True))
+    monkeypatch.setattr(JobBacklog, "release", lambda backlog: held.append(False))
 
     async def story(world: World) -> None:
         done = await world.ended(await world.submit())
+        assert held == [True] * 5 + [False]
         assert (done.state, done.attempt, len(world.asked), looks) == ("succeeded", 1, 1, 6)
 
     live(tmp_path, draws, story)
