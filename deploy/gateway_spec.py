@@ -46,6 +46,7 @@ class GatewaySpec(Section):
         None,
         description="where callers reach the gateway if not at the address that their requests name, such as "
         "https://media.example.com behind an ingress that ends TLS; URLs of answers begin with it",
+        json_schema_extra={"pattern": "^https?://[^/?#]+$"},  # for helm, which does not run the check below
     )
     media_hosts: tuple[str, ...] = Field(
         (),

@@ -172,7 +172,7 @@ of weights and compiled blocks where gangs may. Takes "root", "sections", "group
 {{- $accelerated := or (not $place.accelerator_type) (eq (toString $place.accelerator_type) $group.accelerator) }}
 {{- if and $labeled $accelerated (or (eq .all.device "cpu") (gt (int $group.gpus) 0)) }}
 {{- if not (hasPrefix "/" .all.source) }}
-{{- include "spray.checkFolder" (merge (dict "key" "storage.models" "folder" $storage.models "instead" "leave it out and set cache.size") $here) }}
+{{- include "spray.checkFolder" (merge (dict "key" "storage.models" "folder" $storage.models "instead" "leave it out and set cache.size" "fetched" true) $here) }}
 {{- end }}
 {{- if .all.compile }}
 {{- include "spray.checkFolder" (merge (dict "key" "storage.compiled" "folder" (get $storage "compiled") "instead" "name a folder in /models") $here) }}
@@ -184,12 +184,13 @@ of weights and compiled blocks where gangs may. Takes "root", "sections", "group
 {{- end }}
 
 {{/*
-Whether a pod may write to a folder: the nearest mount above it is not read-only. Takes "root", "node" and "role" of the pod,
-"key" and "folder", and to say what to do, "where", "instead" and "mount".
+Whether a pod may write to a folder: the nearest mount above it is not read-only. What is "fetched" may have been fetched
+before. Takes "root", "node" and "role" of the pod, "key" and "folder", and to say what to do, "where", "instead" and "mount".
 */}}
 {{- define "spray.checkFolder" -}}
 {{- with .folder }}
 {{- $folder := . }}
+{{- $fetched := get $ "fetched" }}
 {{- $above := "" }}
 {{- $writable := false }}
 {{- $pod := include "spray.podTemplate" (dict "root" $.root "node" $.node "role" $.role) | fromYaml }}
@@ -197,7 +198,7 @@ Whether a pod may write to a folder: the nearest mount above it is not read-only
 {{- $at := trimSuffix "/" .mountPath }}
 {{- if and (hasPrefix (printf "%s/" $at) (printf "%s/" $folder)) (gt (len $at) (len $above)) }}
 {{- $above = $at }}
-{{- $writable = not (get . "readOnly") }}
+{{- $writable = or $fetched (not (get . "readOnly")) }}
 {{- end }}
 {{- end }}
 {{- if not $writable }}

@@ -139,7 +139,8 @@ section as a default says what each item of a given list has.
 {{- $_ := set $options "placement_group_strategy" $model.placement.strategy }}
 {{- with $model.placement.node_labels }}{{ $_ := set $options "placement_group_bundle_label_selector" (list .) }}{{ end }}
 {{- $_ := set $options "graceful_shutdown_timeout_s" $model.grace_period_s }}
-{{- if not $.Values.upgrade.newGangsFirst }}{{ $_ := set $options "max_surge_percent" 0 }}{{ end }}
+{{- /* Not `not`: values of an older chart, as --reuse-values takes them, have no such key. */}}
+{{- if eq (get $.Values.upgrade "newGangsFirst" | toString) "false" }}{{ $_ := set $options "max_surge_percent" 0 }}{{ end }}
 {{- /* As slots() of workers/gang/elastic.py. */}}
 {{- if $model.elastic }}{{ $_ := set $options "max_ongoing_requests" (mul 2 (div .ranks $model.parallel.tensor_parallel_size)) }}{{ end }}
 {{- $name := printf "%s%s" (trimSuffix "a" $ofModel.name) $model.name }}

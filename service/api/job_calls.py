@@ -64,6 +64,10 @@ class Seen:
     eta_s: float | None = None
 
 
+class _AcceptedMeanwhile(Exception):
+    """Another call with the same idempotency key was faster."""
+
+
 async def submit(
     backend: Backend,
     request: GenerationRequest,
@@ -118,6 +122,10 @@ async def submit(
             await asyncio.to_thread(backend.outputs.prepare)
             new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
             job, fresh = await backend.jobs.ask(JobStore.submit, new)
+            if not fresh:
+                raise _AcceptedMeanwhile  # the charge is given back
+    except _AcceptedMeanwhile:
+        pass
     except KeyReused as error:
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         raise IdempotencyKeyReused(str(error)) from None

@@ -90,13 +90,15 @@ class Allowance:
                     over / key.max_work_per_minute * MINUTE_S,
                 )
             self._spent += work
+        taken_at = time.monotonic()
         runs = begun is not None
         self._running += runs
         try:
             yield
         except BaseException as error:  # also a caller who leaves
             if key.max_work_per_minute is not None and (begun is None or not begun() or _refused(error)):
-                self._spent = max(0.0, self._spent - work)
+                filled = key.max_work_per_minute * (time.monotonic() - taken_at) / MINUTE_S
+                self._spent = max(0.0, self._spent - max(0.0, work - filled))  # not what has filled up since
             raise
         finally:
             self._running -= runs

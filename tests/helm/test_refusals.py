@@ -229,6 +229,11 @@ def test_it_is_refused_with_the_reason(name: str) -> None:
             "groups": [GPU_GROUPS["groups"][0], GPU_GROUPS["groups"][1] | {"extraVolumeMounts": [HUB]}],
             "storage": {"models": "/hub", "compiled": "/code"},
         },
+        {  # weights that were fetched before, on a volume to read
+            **models({}),
+            "nodeDefaults": {"extraVolumeMounts": [HUB | {"readOnly": True}]},
+            "storage": {"models": "/hub"},
+        },
         models(SPANS) | {"groups": [HOSTS]},
         models(SPANS) | {"groups": [HOSTS | {"maxReplicas": 2, "minReplicas": 2}]},
         models(with_values(SPANS, {"parallel": {"ulysses_degree": 32}}))

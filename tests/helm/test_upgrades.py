@@ -79,6 +79,13 @@ def test_where_there_is_no_room_old_gangs_stop_first() -> None:
     assert surges == [[1, 1, 1, gateway], [0, 0, 0, gateway]]
 
 
+def test_values_of_an_older_chart_have_new_gangs_first() -> None:
+    """As `helm upgrade --reuse-values` takes them: without the key."""
+    config = serve_config_of(render(with_values(profile("production"), {"upgrade": {"newGangsFirst": None}})))
+    (model, *_) = config["applications"]
+    assert model["deployments"][0]["max_surge_percent"] == 1
+
+
 @pytest.mark.parametrize(
     "values",
     [

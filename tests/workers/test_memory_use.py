@@ -1,7 +1,5 @@
 """What a rank says of its memory."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ def test_on_a_gpu_the_peak_is_that_of_the_latest_request(monkeypatch: pytest.Mon
         "memory_reserved": lambda _: 90,
         "max_memory_allocated": lambda _: peaks[-1],
         "reset_peak_memory_stats": lambda _: peaks.append(20),
-        "get_device_properties": lambda _: SimpleNamespace(total_memory=100),
+        "mem_get_info": lambda _: (10, 128),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     gpu = torch.device("cuda", 1)
