@@ -4,6 +4,7 @@ A VAE may keep frames between two calls of its decoder, and a call may decode in
 ranks make what one of them makes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -81,3 +82,38 @@ def test_ranks_decode_what_one_decodes(ranks: RankPool, tmp_path: Path, pipeline
     assert _apart(first, alone) <= 1
     assert second == []
     assert shares is (pipeline not in ALONE)
+
+
+def fails_half_way(mesh: ParallelMesh, folder: Path, request: GenerationRequest) -> str:
+    """What this rank raises if rank 0 fails after it has the tiles of the first of two calls."""
+    spec = ModelSpec(name="demo", source=str(folder), device="cpu", parallel=mesh.degrees, vae_tiling_above=1)
+    loaded = load_model(spec, mesh)
+    kind, first = type(loaded.pipeline.vae), mesh.axis("gang").rank == 0
+    own = kind.decode
+    decodes = iter([own, mock.Mock(side_effect=MemoryError("no room"))])
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        return next(decodes)(*args, **kwargs) if first else own(*args, **kwargs)
+
+    with small_pictures(folder):
+        denoising = begun(loaded, request)
+        with mock.patch.object(kind, "decode", decode):
+            try:
+                denoising.finish()
+            except Exception as error:
+                if first:
+                    mesh.agree(True)  # else the other would wait for the second call
+                return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def test_a_failure_after_the_tiles_were_handed_over_loses_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """The others share the tiles of the next call by then, and would wait for this rank."""
+    pipeline = "StableDiffusion3Img2ImgPipeline"
+    write_demo_model(tmp_path / "demo", served()[pipeline], pipeline)
+    (request, *_) = [each for each in requests_of(pipeline) if each.inputs]
+    said = ranks.run(ParallelDegrees(ulysses_degree=2), fails_half_way, tmp_path / "demo", replace(request, n=2))
+    assert said == [
+        "HandOverFailed: rank 0: MemoryError: no room",
+        "PeerTileFailed: another rank could not decode its tiles",
+    ]
