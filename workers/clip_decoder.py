@@ -23,8 +23,8 @@ CODECS = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
 MAX_PIXELS = 1 << 22
 """Of one frame."""
 
-MOST_PIXELS = 1 << 26
-"""Of all frames that are read."""
+MOST_PIXELS = 1 << 27
+"""Of all frames that are read: 145 of 1280x720, each of which takes three bytes here."""
 
 CUT = "cut"
 """A text in the PNG of a clip that has more frames than these."""

@@ -51,6 +51,26 @@ BASIC = (
 """Components without which no request can run, among those that pipelines take."""
 
 
+VAE_IN_FP32 = frozenset(
+    {
+        "AllegroPipeline",
+        "ChronoEditPipeline",
+        "LucyEditPipeline",
+        "SanaImageToVideoPipeline",
+        "SanaVideoPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2Pipeline",
+        "WanImageToVideoPipeline",
+        "WanVACEPipeline",
+        "WanVideoToVideoPipeline",
+    }
+)
+"""Pipelines whose examples in diffusers run the VAE in fp32. Others do not give it what it reads in that type."""
+
+
 def classic_family(pipeline: str) -> PipelineFamily:
     """The family of a pipeline that runs through its classic call.
 
@@ -80,6 +100,7 @@ def classic_family(pipeline: str) -> PipelineFamily:
         prompt_form=EDIT_INSTRUCTION if call.prompts_are_json else "%s",
         components=tuple(name for name in BASIC if name in call.parts),
         packages=call.packages,
+        vae_in_fp32=pipeline in VAE_IN_FP32,
         schedulers=schedulers_of(call.schedulers, call.gives_sigmas),
     )
 

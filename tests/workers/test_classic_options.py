@@ -40,6 +40,21 @@ def test_half_precision_is_that_of_the_classic_pipeline(folder_of: Callable[[str
     assert error(exact, reference.float()) > 100 * BAR
 
 
+def test_a_vae_of_which_its_authors_say_so_runs_in_fp32(folder_of: Callable[[str], Path]) -> None:
+    """Wan's, whatever pipeline has it."""
+    _, pipeline, request, told = CASES["first and last"]
+    assert pipeline == "WanImageToVideoPipeline"
+    request, folder = replace(request, n=1), folder_of("first and last")
+    reference, _ = asked(folder, request, told, torch.bfloat16, vae_in_fp32=True)
+    in_half, _ = asked(folder, request, told, torch.bfloat16)
+    with small_pictures(folder):
+        mesh = ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60)
+        latents, made = generate(mesh, folder, request, dtype="bfloat16")
+    assert made
+    assert error(latents.float(), reference.float()) <= BAR
+    assert error(in_half.float(), reference.float()) > 100 * BAR
+
+
 LAYERS = {
     "control": ("transformer_blocks", ("attn.to_q", "attn.to_v", "attn.add_k_proj")),
     "image to video": ("transformer_blocks", ("attn1.to_q", "attn2.to_v")),

@@ -74,10 +74,13 @@ def asked(
     told: dict[str, Any],
     dtype: torch.dtype = torch.float32,
     lora: Path | None = None,
+    vae_in_fp32: bool = False,
 ) -> tuple[torch.Tensor, list[Any]]:
     """The latents after the last step of the classic call, and what it makes, each seed asked for alone."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    if vae_in_fp32:
+        pipeline.vae = type(pipeline.vae).from_pretrained(folder / "vae", local_files_only=True)
     draw_by_seed(pipeline.vae, request.seed)
     if lora:
         pipeline.load_lora_weights(lora)
