@@ -27,6 +27,7 @@ Reading order, from intent to arithmetic (README.md says how to add a model):
     cfg_parallel.py   the branches of guidance on separate groups of ranks
     batched_guidance.py  the branches of guidance as one batch
     tile_parallel.py  the tiles of a VAE's decode shared among all ranks
+    stand_in.py       what stands in for a part of a pipeline, such as its VAE
     collectives.py    every data-moving collective call in the package
     traffic.py        what they send, and how long a step spends in them
     probe.py          tries every group once before it is used
