@@ -15,7 +15,7 @@ from pathlib import Path
 from deploy.api_keys import ApiKey, digest, find_key, read_api_keys
 from deploy.spec import Auth, SpecError
 from service.state.key_use import Use
-from workers.errors import InvalidParameter, ModelUnavailable, RateLimited
+from workers.errors import InvalidParameter, RateLimited
 
 logger = logging.getLogger("ray.serve")
 
@@ -198,9 +198,7 @@ class Keyring:
 
 def _refused(error: BaseException) -> bool:
     """Whether the ranks have refused a request before they computed anything."""
-    if isinstance(error, InvalidParameter):
-        return error.code != DRAWN_AND_REFUSED
-    return isinstance(error, ModelUnavailable)
+    return isinstance(error, InvalidParameter) and error.code != DRAWN_AND_REFUSED
 
 
 def check_keys(auth: Auth) -> None:

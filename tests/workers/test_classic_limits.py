@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from deploy.families.classic import classic_family
@@ -89,7 +90,7 @@ def test_sizes_beyond_a_table_of_positions_are_refused(family: str) -> None:
 
 
 def test_learned_positions_are_of_one_size() -> None:
-    config = {"use_learned_positional_embeddings": True, "sample_height": 60, "sample_width": 90}
+    config = FrozenDict(use_learned_positional_embeddings=True, sample_height=60, sample_width=90)
     transformer = SimpleNamespace(config=config)
     limited(transformer, 720, 480)
     with pytest.raises(InvalidParameter, match="this model makes 720x480, got 144x112"):

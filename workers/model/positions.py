@@ -58,10 +58,10 @@ def only_size(transformer: Any, pixels: int) -> tuple[int, int] | None:
         transformer: of diffusers.
         pixels: the VAE's reduction of rows and columns.
     """
-    config = getattr(transformer, "config", None) or {}
-    if not config.get("use_learned_positional_embeddings"):
+    config = getattr(transformer, "config", None)
+    if not getattr(config, "use_learned_positional_embeddings", False):
         return None
-    return config["sample_height"] * pixels, config["sample_width"] * pixels
+    return config.sample_height * pixels, config.sample_width * pixels
 
 
 def _edges(transformer: Any, request: GenerationRequest, pixels: int) -> Iterator[tuple[str, int, int]]:
