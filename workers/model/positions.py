@@ -58,7 +58,7 @@ def only_size(transformer: Any, pixels: int) -> tuple[int, int] | None:
         transformer: of diffusers.
         pixels: the VAE's reduction of rows and columns.
     """
-    config = getattr(transformer, "config", None)
+    config: Any = getattr(transformer, "config", None)
     if not getattr(config, "use_learned_positional_embeddings", False):
         return None
     return config.sample_height * pixels, config.sample_width * pixels
