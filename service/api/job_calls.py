@@ -123,14 +123,11 @@ async def submit(
             new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
             job, fresh = await backend.jobs.ask(JobStore.submit, new)
             if not fresh:
-                raise _AcceptedMeanwhile  # the charge is given back
-    except _AcceptedMeanwhile:
-        pass
-    except KeyReused as error:
+                raise _AcceptedMeanwhile  # so the charge is given back
+    except (KeyReused, _AcceptedMeanwhile) as error:  # a store that does not answer leaves inputs, which are swept
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
-        raise IdempotencyKeyReused(str(error)) from None
-    if not fresh:  # where the store does not answer, nobody knows; what is then left is swept
-        await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
+        if isinstance(error, KeyReused):
+            raise IdempotencyKeyReused(str(error)) from None
     backend.runner.wake()
     return job, fresh
 

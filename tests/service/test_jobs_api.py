@@ -131,6 +131,25 @@ def test_the_same_key_is_the_same_job(client: httpx.Client) -> None:
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reuse")
 
 
+def test_of_two_first_calls_with_a_key_one_pays(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither finds the other's job before it submits its own."""
+    paid: list[bool] = []
+
+    @contextlib.contextmanager
+    def charge(request: Any) -> Iterator[None]:
+        paid.append(False)
+        yield
+        paid[-1] = True
+
+    monkeypatch.setattr(jobs_backend, "charge", charge)
+    monkeypatch.setattr(JobStore, "known", lambda *_: None)
+    answers = [client.post("/images/generations", json=BODY, headers=ASYNC | {"idempotency-key": "k"}) for _ in "ab"]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert paid == [True, False]
+
+
 @pytest.mark.parametrize("refusal", ["no work left", "full", "late"])
 def test_what_was_accepted_with_a_key_is_not_charged_again_nor_refused(
     client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, refusal: str
