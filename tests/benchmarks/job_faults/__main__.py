@@ -9,7 +9,10 @@ the fault, or from the end of what holds for a while. The seed also decides whic
 meanwhile, or at once; in their lines `beside` is the kind of the other.
 
 `faults.jsonl` in the folder gets a line for each fault and each run, `jobs.jsonl` one for each job that is accepted or
-ends. A command that was interrupted goes on where it was with the same arguments, and with the jobs that it has left.
+ends. SIGTERM ends a run in order: nothing more is struck, and the verdict is on what there was; a second one stops it
+at once. The same arguments go on with the faults that are left. After a crash SQLite still has the jobs, PostgreSQL
+does not.
+
 The exit code is 1 if a job was lost, published twice or failed for another reason than two faults of its own or more,
 if a picture differs from the one that is drawn at leisure, or if a fault was not noticed.
 """
@@ -22,6 +25,7 @@ import json
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +58,7 @@ MOST_OPEN = 24
 def main() -> None:
     """Strike as often as asked for, less what earlier runs have done, and print the report of all runs."""
     given = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped
+    enough = _told_to_end()
     folder = given.folder.resolve() if given.folder else ROOT / ".soak" / f"{given.store}-{given.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     own_disk = enter_namespace()
@@ -65,7 +69,7 @@ def main() -> None:
     left = remaining(groups(given.seed, planned), done)
     if left or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
-            run = Run(folder, lines, postgres, own_disk, 60 * given.patience)
+            run = Run(folder, lines, postgres, own_disk, 60 * given.patience, enough)
             run.strike(given.seed, [[(number, planned[number]) for number in group] for group in left])
     after = read_lines(lines)
     print(report(after, kinds))
@@ -82,9 +86,19 @@ class Run:
         postgres: that keeps jobs; None: SQLite does.
         own_disk: outputs get a disk of their own.
         patience_s: for every job, and for what follows a fault.
+        enough: set: no more strikes.
     """
 
-    def __init__(self, folder: Path, lines: Path, postgres: Postgres | None, own_disk: bool, patience_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lines: Path,
+        postgres: Postgres | None,
+        own_disk: bool,
+        patience_s: float,
+        enough: threading.Event,
+    ) -> None:
+        self._enough = enough
         self._store_disk = KeptDisk(folder / "store") if own_disk and postgres is None else None
         forgotten = self._store_disk is not None and self._store_disk.forgotten
         if postgres is not None or forgotten:  # the store is empty
@@ -104,6 +118,8 @@ class Run:
             self._cluster.start()
             self._callers.begin(CALLERS)
             for group in planned:
+                if self._enough.is_set():
+                    break
                 self._cluster.check()
                 wait(self._patience_s, lambda: len(self._ledger.open_jobs()) <= MOST_OPEN)
                 self._strike(seed, group)
@@ -173,6 +189,19 @@ class Run:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         print(json.dumps(line), flush=True)
+
+
+def _told_to_end() -> threading.Event:
+    """Set by the first SIGTERM; the next one raises `SystemExit`, so that the cluster is stopped."""
+    told = threading.Event()
+
+    def tell(*_: object) -> None:
+        if told.is_set():
+            sys.exit(1)
+        told.set()
+
+    signal.signal(signal.SIGTERM, tell)
+    return told
 
 
 def _arguments() -> argparse.Namespace:
