@@ -39,6 +39,7 @@ from workers.messages import GenerationRequest
 from workers.model.adapters.classic import REWRITES, SCHEDULES
 from workers.model.classic_denoising import begin
 from workers.model.controlnets import control_modes
+from workers.model.decoder_noise import fix_noise
 from workers.model.denoising import Denoising
 from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel, load_model
@@ -227,6 +228,7 @@ def _classic_answer(pipeline: str, folder: Path, request: GenerationRequest, las
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # pictures one by one, as we do
         draw_by_seed(vae, request.seed)
+        fix_noise(vae)
         if fixed_tiles(vae):
             vae.enable_tiling()
     if last_bits is not None:

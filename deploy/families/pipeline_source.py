@@ -19,6 +19,9 @@ from deploy.model_folder import GUARDRAIL
 OF_TWO_STEPS = ("SCMScheduler",)
 """The only scheduler that takes `intermediate_timesteps`, for pipelines that set it, whatever `__init__` says."""
 
+ROUNDED_DOWN = "int(num_inference_steps * strength)"
+"""How some calls count the steps that `strength` leaves."""
+
 
 @dataclass(frozen=True)
 class ClassicCall:
@@ -37,6 +40,8 @@ class ClassicCall:
         schedulers: the scheduler classes in the signature of `__init__`.
         shows_progress: whether it opens a progress bar at its loop.
         takes_strength: whether its `strength` is one number, the share of the steps to do.
+        usual_strength: the default of `strength`; 0: it has none.
+        rounds_steps_down: whether `strength` may leave no step at all, because what it leaves is rounded down.
         takes_several: whether its `image` may be, or its `images` are, several pictures from which it makes one.
         sized_by_image: whether the output has the size or shape of `image`, whatever height and width say.
         may_lack: optional parameters that it works without.
@@ -69,6 +74,8 @@ class ClassicCall:
     schedulers: tuple[str, ...]
     shows_progress: bool
     takes_strength: bool
+    usual_strength: float
+    rounds_steps_down: bool
     takes_several: bool
     sized_by_image: bool
     may_lack: frozenset[str]
@@ -99,6 +106,7 @@ def classic_call(pipeline: str) -> ClassicCall | None:
     names = tuple(argument.arg for argument in call.args[1:])
     set_to = dict(zip(names[len(names) - defaults :], call.defaults, strict=True))
     unset = {name for name, default in set_to.items() if patterns.is_none(default)}
+    strength = dict(patterns.defaults(methods["__call__"])).get("strength")
     scale = "true_cfg_scale" if "true_cfg_scale" in set_to and patterns.guides(set_to) else "guidance_scale"
     return ClassicCall(
         parameters=(*names, *(argument.arg for argument in call.kwonlyargs)),
@@ -113,6 +121,8 @@ def classic_call(pipeline: str) -> ClassicCall | None:
         schedulers=OF_TWO_STEPS if "intermediate_timesteps" in names else patterns.schedulers(methods["__init__"].args),
         shows_progress=any(patterns.is_attribute(node, "progress_bar") for node in ast.walk(methods["__call__"])),
         takes_strength=any(a.arg == "strength" and patterns.one_number(a) for a in call.args),
+        usual_strength=float(strength or 0),
+        rounds_steps_down=ROUNDED_DOWN in ast.unparse(methods.get("get_timesteps", methods["__call__"])),
         takes_several=any(
             patterns.goes_through(node, name) for name in ("image", "images") for node in ast.walk(methods["__call__"])
         ),
@@ -180,10 +190,12 @@ def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
     defaults = dict(patterns.defaults(call))
     windows = [defaults.get("latent_window_size"), defaults.get("base_num_frames")]
     latents, frames = (value if isinstance(value, int) else 0 for value in windows)
-    one_generator = any(patterns.refuses_generators(node) for method in methods.values() for node in ast.walk(method))
+    nodes = [node for method in methods.values() for node in ast.walk(method)]
+    one_generator = any(patterns.refuses_generators(node) or patterns.draws_by_one(node) for node in nodes)
     first = methods.get("normalize_first_frame")
     told_one = any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body)
     told_one = told_one or "view(1).repeat(2)" in ast.unparse(call)  # a timestep for each branch of one sample
+    told_one = told_one or "[decode_timestep] * batch_size" in ast.unparse(call)  # for each prompt, not for each video
     return {
         "makes_one": one_generator or told_one or bool(frames),  # one by one: the transformer may take one only
         "one_generator": one_generator,

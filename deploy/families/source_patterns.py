@@ -124,6 +124,13 @@ def refuses_generators(node: ast.AST) -> bool:
     return isinstance(node.body[0], ast.Raise)
 
 
+def draws_by_one(node: ast.AST) -> bool:
+    """Whether this is `torch.randn(..., generator=generator)`, which takes no list of generators."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "torch.randn":
+        return False
+    return any(each.arg == "generator" and is_name(each.value, "generator") for each in node.keywords)
+
+
 def hands_on(node: ast.AST, name: str) -> bool:
     """Whether this passes a parameter to a method."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):

@@ -56,7 +56,7 @@ def test_what_a_call_does_with_frames_is_read_from_its_source() -> None:
     assert call_of("HunyuanVideoFramepackPipeline").latent_window == 9
     assert (call_of("WanPipeline").fixed_frames, call_of("WanPipeline").latent_window) == (0, 0)
     assert call_of("WanVACEPipeline").one_generator and not call_of("CogVideoXPipeline").one_generator
-    one = {"WanVACEPipeline", "CogVideoXPipeline", "PRXPipeline", "PRXPixelPipeline"}
+    one = {"WanVACEPipeline", "CogVideoXPipeline", "PRXPipeline", "PRXPixelPipeline", "LTXPipeline"}
     assert {each for each in (*one, "WanPipeline") if call_of(each).makes_one} == one
     assert call_of("LTXConditionPipeline").counts_frames and not call_of("LucyEditPipeline").counts_frames
 

@@ -98,3 +98,24 @@ def test_learned_positions_are_of_one_size() -> None:
     adapter = ClassicAdapter(classic_family("CogVideoXImageToVideoPipeline"))
     pipeline = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)
     assert adapter.small_size(pipeline, (5, 112, 144)) == (5, 480, 720)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "steps", "strength", "refused"),
+    [
+        ("CogVideoXVideoToVideoPipeline", 4, 0.24, True),
+        ("CogVideoXVideoToVideoPipeline", 4, 0.25, False),
+        ("WanVideoToVideoPipeline", 4, 0.24, True),
+        ("WanVideoToVideoPipeline", 1, None, True),  # by default it does 80 % of the steps
+        ("WanVideoToVideoPipeline", 2, None, False),
+        ("FluxImg2ImgPipeline", 4, 0.01, False),  # it does one
+    ],
+)
+def test_a_strength_that_leaves_no_step_is_refused(
+    pipeline: str, steps: int, strength: float | None, refused: bool
+) -> None:
+    given = (MediaInput("image", b""),)
+    request = replace(REQUEST, num_inference_steps=steps, strength=strength, inputs=given)
+    with pytest.raises(InvalidParameter, match=rf"leaves none of {steps} steps") if refused else nullcontext():
+        adapter(pipeline)._check_steps(request)
+    adapter(pipeline)._check_steps(replace(request, inputs=()))

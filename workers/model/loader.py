@@ -29,6 +29,7 @@ from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.classic_parts import ClassicParts
 from workers.model.components import check_vocabularies, load_component, read_pipeline
 from workers.model.controlnets import run_whole
+from workers.model.decoder_noise import fix_noise
 from workers.model.digests import verify_lora
 from workers.model.guardrail import CheckedElsewhere, make_guardrail
 from workers.model.guidance import why_not_batched
@@ -139,6 +140,7 @@ def _load_pipeline(
         if name in others
     }
     check_vocabularies(folder, loaded)
+    fix_noise(loaded.get("vae"))
     pipeline.register_components(**loaded)
     absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae"), mesh.device) if "vae" in absent else None
     guardrail = None

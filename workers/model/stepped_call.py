@@ -5,8 +5,7 @@ A pipeline and the arguments of its call come in; latents go out, and at the end
 
 The call runs in a greenlet, a stack of its own on the same thread. A thread would not do, because torch keeps state by
 thread: the current device and stream, whether gradients are recorded, and the pools of CUDA graphs. And only one
-    greenlet
-runs at a time, so collectives keep their order without a lock.
+greenlet runs at a time, so collectives keep their order without a lock.
 """
 
 import contextlib

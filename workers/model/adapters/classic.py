@@ -245,6 +245,15 @@ class ClassicAdapter(PipelineAdapter):
             raise InvalidParameter(
                 "num_inference_steps", f"this model takes at least {least} steps, got {request.num_inference_steps}"
             )
+        if not (self._call.takes_strength and self._call.rounds_steps_down and request.inputs):
+            return
+        strength = self._call.usual_strength if request.strength is None else request.strength
+        if int(request.num_inference_steps * strength) < 1:
+            raise InvalidParameter(
+                "strength",
+                f"a strength of {strength:g} leaves none of {request.num_inference_steps} steps; raise either, so that "
+                "their product is at least 1",
+            )
 
     def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a size that the pipeline would replace by another."""
