@@ -60,10 +60,10 @@ def test_a_silent_controller_is_noticed(monkeypatch: pytest.MonkeyPatch, hangs: 
 
 def test_a_controller_that_answers_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_watch, "PERIOD_S", 0.01)
-    monkeypatch.setattr(core_watch, "SILENT_S", 1.0)
+    monkeypatch.setattr(core_watch, "SILENT_S", 2.0)  # a busy machine may stand still for a second
     monkeypatch.setattr(core_watch.serve, "status", lambda: None)
     with CoreWatch() as watch:
-        time.sleep(1.2)
+        time.sleep(2.2)
         assert watch.failure() == ""
 
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from service.state.output_folder import Folder
 from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
 from tests.support.grpc_calls import Backend, finished, params, served
+from tests.support.waiting import until
 from workers.errors import OutOfMemory, RequestCancelled, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult
 
@@ -78,12 +79,6 @@ async def post(client: httpx.AsyncClient, key: str | None = "k", **body: Any) ->
 
 def run(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 120))
-
-
-async def until(seen: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not seen():
-            await asyncio.sleep(0.01)
 
 
 def test_the_same_key_has_the_same_answer_at_any_gateway(keeper: KeptAnswers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from ray.exceptions import RayActorError
 
 from deploy.storage_spec import Storage
 from tests.support.deployments import model
+from tests.support.waiting import until
 from workers.gang import spare_ranks
 from workers.gang.spare_ranks import SpareRanks
 
@@ -56,9 +57,8 @@ def test_they_are_made_later_and_taken_once(killed: list[Any], monkeypatch: pyte
     async def story() -> None:
         made = [Process(), Process()]
         found = spares(monkeypatch, *made)
-        await asyncio.sleep(0.2)
+        await until(lambda: found.ready == 2)
         assert [process.imports for process in made] == [1, 1]
-        assert found.ready == 2
         assert await found.take() == made
         assert (await found.take(), found.ready) == ([], 0)
         soon = spares(monkeypatch, *made)
@@ -75,7 +75,7 @@ def test_one_that_is_gone_makes_all_useless(killed: list[Any], monkeypatch: pyte
     async def story() -> None:
         made = [Process(), Process()]
         found = spares(monkeypatch, *made)
-        await asyncio.sleep(0.1)
+        await until(lambda: found.ready == 2)
         made[1].state = state
         assert await found.take() == []
         assert killed == made
@@ -87,7 +87,7 @@ def test_one_that_dies_while_it_imports_is_no_harm(killed: list[Any], monkeypatc
     async def story() -> None:
         made = [Process("dead"), Process()]
         found = spares(monkeypatch, *made)
-        await asyncio.sleep(0.1)
+        await until(lambda: killed)
         assert killed == made
         assert await found.take() == []
 
@@ -101,8 +101,7 @@ def test_they_are_made_at_once_if_they_are_needed_soon(killed: list[Any], monkey
         made = [Process(), Process()]
         found = spares(monkeypatch, *made)  # which would rest first
         found.hurry(MODEL, Storage(), "b")
-        await asyncio.sleep(0.05)
-        assert found.ready == 2
+        await until(lambda: found.ready == 2)
         found.hurry(MODEL, Storage(), "c")  # they are there
         await asyncio.sleep(0.05)
         assert [process.imports for process in made] == [1, 1]
