@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import signal
 import socket
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from service.api.rest import rest_app
 from service.jobs.engines import open_sqlite
 from service.jobs.store import JobStore
 from tests.benchmarks.job_faults import callers as module
+from tests.benchmarks.job_faults.__main__ import _told_to_end
 from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.ledger import Accepted, Ledger, read_lines
 from tests.benchmarks.job_faults.link import SOCKET, Link
@@ -79,6 +82,28 @@ def test_only_the_refusal_of_the_fault_itself_counts(tmp_path: Path) -> None:
     answers[:] = [None, (202, "")]
     with pytest.raises(NotNoticed, match="202"):
         scene.refused(503, "jobs_unavailable")
+
+
+def test_another_process_is_struck_than_those_that_were_struck_in_vain() -> None:
+    cluster: Any = SimpleNamespace(find=lambda process, node: {3, 5})
+    nothing: Any = None
+    scene = Scene(cluster, nothing, random.Random(0))
+    assert {scene.one_of("gateway")[0] for _ in range(20)} == {3, 5}
+    assert {scene.one_of("gateway", rather_not={3})[0] for _ in range(20)} == {5}
+    assert {scene.one_of("gateway", rather_not={3, 5})[0] for _ in range(20)} == {3, 5}
+
+
+def test_a_run_is_told_to_end_once_in_order_and_twice_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        told = _told_to_end()
+        assert not told.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert told.is_set()
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_fault_is_settled_when_the_last_job_that_it_has_met_has_ended() -> None:

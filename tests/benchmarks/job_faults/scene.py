@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +85,13 @@ class Scene:
             job.struck += 1
         return {"met": len(self.met), "met_running": sum(job.state == "running" for job in self.met)}
 
-    def one_of(self, process: str, node: str = "") -> tuple[int, set[int]]:
+    def one_of(self, process: str, node: str = "", rather_not: Collection[int] = ()) -> tuple[int, set[int]]:
         """One process of a kind, and all of them.
+
+        Args:
+            process: the kind.
+            node: where it is; empty: anywhere.
+            rather_not: taken only if there are no others.
 
         Raises:
             NotNoticed: there is none.
@@ -94,7 +99,7 @@ class Scene:
         found = wait(NOTICED_S, lambda: self.cluster.find(process, node))
         if not found:
             raise NotNoticed(f"there is no {process} to strike")
-        return self.rng.choice(sorted(found)), found
+        return self.rng.choice(sorted(found.difference(rather_not) or found)), found
 
     def refused(self, status: int, code: str, accepts: bool = False) -> tuple[httpx.Response, int]:
         """Submit until somebody is refused so: other refusals are those of what another fault has just met.

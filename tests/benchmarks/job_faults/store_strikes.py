@@ -115,13 +115,14 @@ def cut_off(scene: Scene) -> Facts:
     """
     assert scene.link is not None and scene.postgres is not None
     link, store = scene.link, JobStore(open_postgres(scene.postgres.url), 3600.0)
+    idle: set[int] = set()
     try:
         for _ in range(TRIES):
             scene.callers.burst(WAITING)
             scene.wait_at_work()
             if not wait(NOTICED_S, lambda: not _without_word(store)):
                 raise NotNoticed("jobs have no runner before the cut, and would be taken for those of the cut one")
-            pid, _ = scene.one_of("gateway")
+            pid, _ = scene.one_of("gateway", rather_not=idle)
             facts = scene.meet()
             link.cut(pid)
             cut_at = time.monotonic()
@@ -129,6 +130,7 @@ def cut_off(scene: Scene) -> Facts:
             if held:
                 break
             link.heal()  # it ran nothing
+            idle.add(pid)
         else:
             raise NotNoticed(f"none of {TRIES} gateways ran a job")
         over = wait(NOTICED_S, lambda: all(_taken_over(store, job_id, runner) for job_id, runner in held.items()))
