@@ -252,6 +252,11 @@ class Gateway(GrpcMethods):
         """The body of `GET /v1/cluster`."""
         return self._poller.cluster()
 
+    async def end(self) -> None:
+        """Called when Serve ends this gateway and the last request has been answered."""
+        await self.runner.stop()
+        await self._tracing.close()
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run one request, on another gang if the first is lost. While it waits, its model's state is yielded.
 

@@ -6,6 +6,7 @@ OpenTelemetry, and the others load it only where a deployment names a collector:
 background, and drops what it cannot send.
 """
 
+import asyncio
 import random
 import re
 import secrets
@@ -26,6 +27,9 @@ FORM = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-
 
 Value = str | bool | int | float
 Kind = Literal["server", "internal"]
+
+LAST_S = 2.0
+"""For the last spans of a process to be sent."""
 
 OFF: Mapping[str, float | None] = {"otlp_endpoint": None, "sample_ratio": 1.0}
 """How an older version traced: not at all."""
@@ -192,13 +196,26 @@ class Tracing:
         self._ratio = sample_ratio
         if otlp_endpoint == self._endpoint:
             return
-        self._endpoint, before, self._sender = otlp_endpoint, self._sender, None
+        self._stop()
+        self._endpoint = otlp_endpoint
         if otlp_endpoint is not None:
             from workers.otlp import Sender  # here: whoever does not trace does not load OpenTelemetry
 
             self._sender = Sender(otlp_endpoint)
-        if before is not None:
-            threading.Thread(target=before.stop, daemon=True).start()  # it sends what it has, which may take long
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a collector."""
+        return self._sender is not None
+
+    def _stop(self) -> threading.Thread | None:
+        """Trace no more; the thread sends what has come, which may take long."""
+        before, self._sender, self._endpoint = self._sender, None, None
+        if before is None:
+            return None
+        sending = threading.Thread(target=before.stop, daemon=True)
+        sending.start()
+        return sending
 
     def request(self, traceparent: str, name: str, attributes: Mapping[str, Value]) -> OpenSpan:
         """The first span of a request in this deployment. The caller's decision counts, else chance decides.
@@ -228,3 +245,9 @@ class Tracing:
         """Send them in the background."""
         if self._sender is not None:
             self._sender.send(spans)
+
+    async def close(self) -> None:
+        """Trace no more, and let a collector have what has come: the process ends. One that is away gets `LAST_S`."""
+        sending = self._stop()
+        if sending is not None:
+            await asyncio.to_thread(sending.join, LAST_S)

@@ -78,9 +78,6 @@ class JobRunner(Protocol):
     def drop(self, job_id: str) -> None:
         """Stop a job that was cancelled or deleted here, if it runs here."""
 
-    async def stop(self) -> None:
-        """Stop, because the gateway ends; other gateways take over its jobs."""
-
 
 class Backend(Protocol):
     """Runs requests and knows the models."""
@@ -133,6 +130,9 @@ class Backend(Protocol):
 
     def cluster(self) -> dict[str, Any]:
         """The body of `GET /v1/cluster`."""
+
+    async def end(self) -> None:
+        """End what goes on between requests, because the last one has been answered."""
 
 
 async def get_backend(http: Request) -> Backend:

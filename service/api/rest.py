@@ -66,7 +66,7 @@ def rest_app(backend: Backend) -> FastAPI:
 async def _until_the_end(app: FastAPI) -> AsyncGenerator[None]:
     """Runs around all requests. Serve ends it when the gateway has answered the last one."""
     yield
-    await app.state.backend.runner.stop()
+    await app.state.backend.end()
 
 
 async def _answer_error(http: Request, error: Exception) -> Response:

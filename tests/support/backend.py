@@ -127,6 +127,10 @@ class FakeBackend:
         """Marked, so that a test recognizes it."""
         return {"object": "cluster", "mark": "of the backend"}
 
+    async def end(self) -> None:
+        """Stop its runner."""
+        await self.runner.stop()
+
     async def find_requests(self) -> Found:
         """Those of this backend."""
         return Found(await self.live.told(None))

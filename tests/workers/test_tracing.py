@@ -1,5 +1,6 @@
 """Spans reach a collector as they were recorded; one that is away holds nobody up; what is not traced costs nothing."""
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from tests.support.otlp import collector
+from workers import tracing as module
 from workers.gang.rank_spans import RankSpans
 from workers.gang.rank_trace import RankTrace
 from workers.messages import GenerationRequest, RankStatus
@@ -153,6 +155,27 @@ def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
     tracing.follow("http://127.0.0.1:1", 1.0)
     tracing.send([span])
     tracing.follow(None, 1.0)
+
+
+def test_the_last_spans_of_a_process_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracing, span = Tracing(), Span(Place(TRACE, PARENT), "", "request", 1.0, 2.0)
+    asyncio.run(tracing.close())  # of none
+    with collector() as kept:
+        tracing.follow(kept.url, 1.0)
+        assert tracing.on
+        tracing.send([span])
+        asyncio.run(tracing.close())
+        assert [each.trace_id for each in kept.spans] == [TRACE]
+        tracing.send([span])
+        assert not tracing.on
+        tracing.follow(kept.url, 1.0)
+        assert tracing.on  # again
+        kept.answers.clear()
+        monkeypatch.setattr(module, "LAST_S", 0.2)
+        tracing.send([span])
+        began = time.monotonic()
+        asyncio.run(asyncio.wait_for(tracing.close(), 30))  # of a collector that does not answer
+        assert time.monotonic() - began < 8  # not until the sender itself gives up
 
 
 UNTRACED = """

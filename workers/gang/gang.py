@@ -61,13 +61,13 @@ class Gang:
     _elastic: Elastic | None = None  # also if the gang is not
 
     def __init__(self, fixed: dict[str, Any]) -> None:
+        self._tracing = Tracing()
         self._guard = start_guard()
         keep_replica_on_node_ip()
         self._fixed = fixed
         self._exporter = Exporter(share_values())
         self._adapter_change: asyncio.Task[None] | None = None  # also while it runs: a reference keeps it alive
         self._costs = CostModel()
-        self._tracing = Tracing()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
@@ -216,7 +216,13 @@ class Gang:
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Called by Serve when this replica ends, after its last request: the ranks stay until they have answered."""
         ranks = self._supervisor.ranks if self._supervisor else None
-        return ranks.answered() if ranks and ranks.answering else None
+        answered = ranks.answered() if ranks and ranks.answering else None
+        return self._end(answered) if answered or self._tracing.on else None
+
+    async def _end(self, answered: Coroutine[Any, Any, None] | None) -> None:
+        if answered:
+            await answered
+        await self._tracing.close()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for its autoscaler; see `GangLoad`."""
