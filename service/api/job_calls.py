@@ -95,8 +95,7 @@ async def submit(
         InvalidParameter: the URL may not be called.
         IdempotencyKeyReused: the key came with another request, or another URL.
         DeadlineExceeded: it would end too late, and is new.
-        OSError: its outputs could not be kept, or its pictures.
-        OutputsFull: likewise.
+        OutputsFull, OutputsUnavailable: its outputs could not be kept, or its pictures.
         Exception: what `Backend.charge` raises.
     """
     if key is not None:
@@ -200,7 +199,7 @@ async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> Non
     for output in job.outputs:
         try:
             await asyncio.to_thread(backend.outputs.discard, output.name)
-        except (OSError, OutputsUnavailable) as error:  # the job is forgotten already; its file expires
+        except OutputsUnavailable as error:  # the job is forgotten already; its file expires
             logger.warning("an output of job %s, which was deleted, cannot be removed: %s", job_id, error)
 
 

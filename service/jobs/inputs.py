@@ -45,8 +45,7 @@ async def keep(jobs: Jobs, outputs: OutputStore, new: NewJob, inputs: Sequence[M
 
     Raises:
         OutputsFull: there is no room; nothing of them is left.
-        OSError: the folder cannot be written.
-        OutputsUnavailable: the bucket does not answer.
+        OutputsUnavailable: the folder or the bucket cannot be used.
         JobsUnavailable: the store does not.
     """
     if not inputs:
@@ -66,8 +65,8 @@ async def request_of(jobs: Jobs, outputs: OutputStore, job: Job) -> GenerationRe
     Raises:
         InputNotFound: a file is not kept here anymore, or is another one by now.
         OSError: the folder cannot be read.
-        OutputsUnavailable: the bucket does not answer.
-        JobsUnavailable: the store does not, which has what it begins with.
+        OutputsUnavailable: the folder or the bucket cannot be used.
+        JobsUnavailable: the store does not answer, which has what it begins with.
     """
     rows = job.request.get("inputs", ())
     in_store = any("name" not in row and "data" not in row for row in rows)
@@ -78,7 +77,7 @@ async def request_of(jobs: Jobs, outputs: OutputStore, job: Job) -> GenerationRe
 def discard(outputs: OutputStore, request: Mapping[str, Any]) -> None:
     """Remove what a job begins with; what cannot be removed now is swept later. Blocks."""
     for row in request.get("inputs", ()):
-        with contextlib.suppress(OSError, OutputsUnavailable):
+        with contextlib.suppress(OutputsUnavailable):
             outputs.discard(row.get("name", ""))
 
 
@@ -89,7 +88,7 @@ async def sweep(jobs: Jobs, outputs: OutputStore) -> None:
             for name in names:
                 await asyncio.to_thread(outputs.discard, name)
             await jobs.ask(JobStore.forget_inputs, names)
-    except (JobsUnavailable, OSError, OutputsUnavailable) as error:
+    except (JobsUnavailable, OutputsUnavailable) as error:
         logger.warning("what jobs began with cannot be swept, and is tried again: %s", error)
 
 
@@ -100,7 +99,7 @@ def _write(outputs: OutputStore, names: Sequence[str], inputs: Sequence[MediaInp
             outputs.keep_input(name, each.data)
     except BaseException:
         for name in names:
-            with contextlib.suppress(OSError, OutputsUnavailable):
+            with contextlib.suppress(OutputsUnavailable):
                 outputs.discard(name)
         raise
 

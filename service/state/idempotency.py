@@ -22,7 +22,7 @@ from service.state import kept_answers
 from service.state.kept_answers import Claim, KeptAnswers
 from service.state.shared_turns import NAMESPACE
 from workers import messages
-from workers.errors import KeysUnavailable, SprayError
+from workers.errors import KeysUnavailable, OutputsFull, OutputsUnavailable, SprayError
 from workers.messages import GenerationResult
 
 logger = logging.getLogger("ray.serve")
@@ -35,6 +35,9 @@ TRIES = 3
 
 WAITING = 10_000
 """Calls that may wait in the actor at once."""
+
+NOT_KEPT = (RayError, ValueError, TimeoutError, OSError, sqlite3.Error, OutputsFull, OutputsUnavailable)
+"""What the keeper may raise that cannot keep a key."""
 
 HEAD = "node:__internal_head__"
 """The resource by which Ray marks the head's node."""
@@ -125,7 +128,7 @@ class IdempotencyKeys:
                 return await asyncio.wait_for(_result(asked.remote(*args)), ANSWERS_S + patience_s)
             except RayActorError as ended:
                 error, self._keeper = ended, None
-            except (RayError, ValueError, TimeoutError, OSError, sqlite3.Error) as failed:
+            except NOT_KEPT as failed:
                 error = failed
                 break
         self._keeper = None

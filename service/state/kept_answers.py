@@ -23,7 +23,7 @@ from service.state.output_folder import ANSWERS, own_folder
 from service.state.outputs import OutputStore
 from sp_core.degrees import ParallelDegrees
 from workers import errors
-from workers.errors import Forbidden, OutputNotFound, SprayError
+from workers.errors import Forbidden, OutputNotFound, OutputsUnavailable, SprayError
 from workers.gang.caller import is_alive
 from workers.messages import GenerationResult
 from workers.private_folder import make_private
@@ -223,7 +223,7 @@ class KeptAnswers:
         try:
             files = [await asyncio.to_thread(self._files.find, *_named(link)) for link in kept["links"]]
             outputs = tuple([await asyncio.to_thread(file.read_bytes) for file in files])
-        except (Forbidden, OutputNotFound, OSError):
+        except (Forbidden, OutputNotFound, OutputsUnavailable, OSError):
             return None
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in kept["result"].items()
@@ -270,7 +270,7 @@ class KeptAnswers:
 
     def _remove(self, answer: str) -> None:
         for link in json.loads(answer or '{"links": []}')["links"]:
-            with contextlib.suppress(Forbidden, OutputNotFound, OSError):
+            with contextlib.suppress(Forbidden, OutputNotFound, OutputsUnavailable):
                 self._files.discard(_named(link)[0])
 
     def _use(self) -> None:

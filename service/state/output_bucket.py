@@ -8,6 +8,7 @@ files expire by that time.
 import contextlib
 import functools
 import io
+import logging
 import os
 import secrets
 import time
@@ -22,6 +23,8 @@ from obstore.store import S3Store
 from deploy.spec import SpecError
 from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, KeptBytes, Stored
 from workers.errors import OutputNotFound, OutputsUnavailable
+
+logger = logging.getLogger("ray.serve")
 
 CONNECT_S, ANSWER_S, RETRY_S = 5, 60, 20
 READ_BYTES = 4 << 20
@@ -146,4 +149,5 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as error:
+        logger.warning("the bucket of outputs cannot be used: %s", error)
         raise OutputsUnavailable("the bucket that keeps pictures and videos cannot be used now") from error

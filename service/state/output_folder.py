@@ -6,6 +6,7 @@ A file's modification time is when it expires, so a sweep needs to know nothing 
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
 import secrets
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from service.state.stored import GONE, KEPT, KEY, KEY_BYTES, NAME, KeptBytes, Stored
-from workers.errors import OutputNotFound, OutputsFull
+from workers.errors import OutputNotFound, OutputsFull, OutputsUnavailable
 from workers.private_folder import is_own, make_private
+
+logger = logging.getLogger("ray.serve")
 
 UNFINISHED = ".new"
 OURS = re.compile(rf"{NAME.pattern}|({KEPT.pattern}|[0-9a-f]{{16}}){re.escape(UNFINISHED)}")
@@ -51,11 +54,11 @@ class Folder:
 
     def key(self) -> bytes:
         """See `Place`."""
-        if self._given:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        else:
-            make_private(self._folder)
-        with _told_if_full():
+        with _answering():
+            if self._given:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            else:
+                make_private(self._folder)
             return _shared_key(self._folder)
 
     @property
@@ -65,9 +68,11 @@ class Folder:
 
     def check(self, max_bytes: int | None, outputs_only: bool = False) -> None:
         """See `Place`."""
-        if not os.access(self._folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"{self._folder} cannot be written; set storage.outputs.folder to one that can")
-        if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
+        with _answering():
+            if not os.access(self._folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{self._folder} cannot be written; set storage.outputs.folder to one that can")
+            free = shutil.disk_usage(self._folder).free
+        if free < LEAST_FREE_BYTES:
             raise OutputsFull(DISK_FULL)
         if max_bytes is not None:
             kept = self._bytes = self._bytes or KeptBytes(self._sizes())
@@ -76,7 +81,7 @@ class Folder:
     def write(self, name: str, content: bytes, expires: int) -> None:
         """See `Place`."""
         unfinished = self._folder / f"{name}{UNFINISHED}"
-        with _told_if_full():
+        with _answering():
             self._write(unfinished, name, content, expires)
         if (kept := self._bytes) is not None:  # a sweep may forget it meanwhile
             kept.add(name, len(content))
@@ -96,15 +101,17 @@ class Folder:
     def find(self, name: str) -> Stored:
         """See `Place`."""
         file = self._folder / name
-        try:
-            size = file.stat().st_size
-        except FileNotFoundError:
-            raise OutputNotFound(GONE) from None
+        with _answering():
+            try:
+                size = file.stat().st_size
+            except FileNotFoundError:
+                raise OutputNotFound(GONE) from None
         return Stored(name, size, functools.partial(_open, file))
 
     def remove(self, name: str) -> None:
         """See `Place`."""
-        (self._folder / name).unlink(missing_ok=True)
+        with _answering():
+            (self._folder / name).unlink(missing_ok=True)
 
     def sweep(self, ttl_s: float) -> None:
         """See `Place`. It also sweeps the folders that ended clusters of this user have left.
@@ -135,20 +142,28 @@ def own_folder() -> str:
 
 
 @contextlib.contextmanager
-def _told_if_full() -> Iterator[None]:
+def _answering() -> Iterator[None]:
+    """Replace the system's errors by ours: they name folders, and only go to the log.
+
+    Raises:
+        OutputsFull: the disk is.
+        OutputsUnavailable: the folder cannot be used.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise OutputsFull(DISK_FULL) from error
-        raise
+        logger.warning("the folder of outputs cannot be used: %s", error)
+        raise OutputsUnavailable("the folder that keeps pictures and videos cannot be used now") from error
 
 
 def _open(file: Path) -> IO[bytes]:
-    try:
-        return file.open("rb")
-    except FileNotFoundError:
-        raise OutputNotFound(GONE) from None
+    with _answering():
+        try:
+            return file.open("rb")
+        except FileNotFoundError:
+            raise OutputNotFound(GONE) from None
 
 
 def _shared_key(folder: Path) -> bytes:

@@ -100,9 +100,8 @@ class OutputStore:
                 run, which would otherwise wait for each other.
 
         Raises:
-            OSError: the folder cannot be made or written.
             OutputsFull: there is no room.
-            OutputsUnavailable: the bucket does not answer.
+            OutputsUnavailable: the folder cannot be used, or the bucket does not answer.
         """
         self._open().check(self._max_bytes, outputs_only)
 
@@ -120,9 +119,8 @@ class OutputStore:
             name: from `new_output_name`; a file of this name is written again, and expires later. None: a new one.
 
         Raises:
-            OSError: the folder cannot be written.
             OutputsFull: there is no room.
-            OutputsUnavailable: the bucket does not answer.
+            OutputsUnavailable: the folder cannot be used, or the bucket does not answer.
         """
         place, expires = self._open(), int(time.time() + self._ttl_s) + 1
         name = name or new_output_name(kind)
@@ -137,7 +135,7 @@ class OutputStore:
             content: the content of the file.
 
         Raises:
-            OSError, OutputsFull, OutputsUnavailable: see `keep`.
+            OutputsFull, OutputsUnavailable: see `keep`.
         """
         self._open().write(name, content, int(time.time()))
 
@@ -146,7 +144,7 @@ class OutputStore:
 
         Raises:
             OutputNotFound: it is not kept here, or not anymore.
-            OutputsUnavailable: the bucket does not answer.
+            OutputsUnavailable: the folder cannot be used, or the bucket does not answer.
         """
         place = self._open()
         if not INPUT.fullmatch(name):
@@ -177,7 +175,7 @@ class OutputStore:
 
         Raises:
             OutputNotFound: it is not kept here, or not anymore.
-            OutputsUnavailable: the bucket does not answer.
+            OutputsUnavailable: the folder cannot be used, or the bucket does not answer.
         """
         place = self._open()
         if not NAME.fullmatch(name):

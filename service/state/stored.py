@@ -79,7 +79,7 @@ class KeptBytes:
 
 
 class Place(Protocol):
-    """Keeps files. All calls block, and raise `OutputsUnavailable` or `OSError` if the place does not answer."""
+    """Keeps files. All calls block, and raise `OutputsUnavailable` if the place does not answer."""
 
     @property
     def there(self) -> bool:

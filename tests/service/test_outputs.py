@@ -17,7 +17,7 @@ from service.state import output_folder, outputs
 from service.state.outputs import OutputStore
 from service.state.stored import KEY
 from tests.support.backend import FakeBackend
-from workers.errors import Forbidden, OutputNotFound, OutputsFull
+from workers.errors import Forbidden, OutputNotFound, OutputsFull, OutputsUnavailable
 
 CONTENT = bytes(range(256)) * 9000
 
@@ -151,7 +151,9 @@ def test_a_folder_that_is_given_may_change(tmp_path: Path, outputs_folder: Path)
     asyncio.run(story())
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    outputs_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = OutputStore()
     store.keep(b"a", "png")
 
@@ -160,8 +162,9 @@ def test_a_file_that_cannot_be_written_leaves_nothing(outputs_folder: Path, monk
 
     monkeypatch.setattr(output_folder.os, "fsync", full)
     before = sorted(outputs_folder.iterdir())
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OutputsUnavailable, match="cannot be used now"):
         store.keep(b"b", "png")
+    assert "no space" in caplog.text
     assert sorted(outputs_folder.iterdir()) == before
 
 
@@ -286,12 +289,14 @@ def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "file"))
     backend = FakeBackend()
-    client = TestClient(rest_app(backend), raise_server_exceptions=False)
-    for stream in (True, False):
-        body = {"model": "one", "prompt": "a", "response_format": "url", "stream": stream}
-        answer = client.post("/v1/images/generations", json=body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
-        assert str(tmp_path) not in answer.text
+    with TestClient(rest_app(backend)) as client:
+        bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
+        for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):
+            answer = client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "outputs_unavailable")
+            assert answer.headers["retry-after"] == "5"
+            assert str(tmp_path) not in answer.text
+        assert client.get("/v1/jobs").json()["data"] == []
     assert backend.requests == []
 
 
