@@ -235,9 +235,12 @@ class Jobs:
 
 
 def _open_file(folder: str | None, keep_s: float) -> JobStore:
-    place = make_private(Path(own_folder())) if folder is None else Path(folder)
-    with database.answering():
-        return JobStore(open_sqlite(place / FILE), keep_s)
+    try:
+        place = make_private(Path(own_folder())) if folder is None else Path(folder)
+        with database.answering():
+            return JobStore(open_sqlite(place / FILE), keep_s)
+    except OSError as error:  # the folder cannot be made or written
+        raise _away(str(error)) from None
 
 
 def _away(error: str) -> JobsUnavailable:

@@ -289,6 +289,7 @@ def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "file"))
     backend = FakeBackend()
+    backend.jobs.follow(str(tmp_path / "jobs"), None, 60.0)
     with TestClient(rest_app(backend)) as client:
         bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
         for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):

@@ -45,6 +45,13 @@ class Tells(StoreActor):
         return os.getpid()
 
 
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "jobs"):
+        with pytest.raises(JobsUnavailable, match="cannot be reached now"):
+            StoreActor(str(folder)).call("page", 60.0, (None,), {})
+
+
 @pytest.mark.processes
 def test_every_gateway_reaches_the_same_jobs(cluster: None, tmp_path: Path) -> None:
     async def story() -> None:
