@@ -6,14 +6,13 @@ internet, and the checked address is the one that is connected to. Called by `se
 """
 
 import asyncio
-import functools
-import ssl
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from service.authorities import authorities
 from service.public_address import AddressRefused, public_address
 from workers.errors import InvalidParameter
 
@@ -46,7 +45,7 @@ async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str]
         raise InvalidParameter(name, f"at most {MOST_URLS} pictures are fetched for a request")
     left, found = most_bytes, dict(raw)
     try:
-        trusted = await asyncio.to_thread(_trusted)
+        trusted = await asyncio.to_thread(authorities)
         client = httpx.AsyncClient(verify=trusted, trust_env=False, follow_redirects=False)
         async with asyncio.timeout(SECONDS), client:
             for name in dict.fromkeys(asked):
@@ -59,12 +58,6 @@ async def with_fetched(raw: object, fields: frozenset[str], hosts: Sequence[str]
     except TimeoutError:
         raise InvalidParameter(name, f"the pictures could not be fetched within {SECONDS:g} s") from None
     return found
-
-
-@functools.cache
-def _trusted() -> ssl.SSLContext:
-    """The authorities of certificates, for all bodies: to read them takes tens of milliseconds."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 def _listed(value: object) -> list[Any]:

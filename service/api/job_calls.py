@@ -117,12 +117,19 @@ async def submit(
             return known, False
         if late is not None:
             raise late
+        left: asyncio.CancelledError | None = None
         with backend.charge(request):
             await asyncio.to_thread(backend.outputs.prepare)
             new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
-            job, fresh = await backend.jobs.ask(JobStore.submit, new)
-            if not fresh:
-                raise _AcceptedMeanwhile  # so the charge is given back
+            try:
+                job, fresh = await backend.jobs.ask(JobStore.submit, new)
+            except asyncio.CancelledError as error:  # the job is accepted all the same, so it is paid for
+                left = error
+            else:
+                if not fresh:
+                    raise _AcceptedMeanwhile  # so the charge is given back
+        if left is not None:
+            raise left
     except (KeyReused, _AcceptedMeanwhile) as error:  # a store that does not answer leaves inputs, which are swept
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         if isinstance(error, KeyReused):

@@ -3,6 +3,7 @@
 A validated body comes in; a `GenerationRequest` in which everything is settled goes out.
 """
 
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -154,13 +155,21 @@ def _seeds(body: GenerationBody, n: int) -> tuple[int, ...]:
 
 def _extra(body: GenerationBody) -> dict[str, Any]:
     """Parameters of the model's pipeline. Its ranks know their names and ranges; here it is enough that none is nested,
-    since all that handles a request would have to follow it."""
+    since all that handles a request would have to follow it, and that each can be kept and told in any form."""
     for name, value in (body.extra_params or {}).items():
-        if not isinstance(value, bool | int | float | str):
+        if not _is_plain(value):
             raise InvalidParameter(
-                f"extra_params.{name}", f"extra_params.{name} must be a number, a text, true or false"
+                f"extra_params.{name}",
+                f"extra_params.{name} must be a number of at most 2**53, a text of valid Unicode, true or false",
             )
     return body.extra_params or {}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON, databases and Protocol Buffers all have this value."""
+    if isinstance(value, str):
+        return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= 2**53
 
 
 def _previews(body: GenerationBody) -> PreviewOptions | None:

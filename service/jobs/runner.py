@@ -75,6 +75,8 @@ class NotNow(Exception):
 
 
 Result = TypeVar("Result")
+Waits = tuple[str, str]
+"""The id of a job, or behind an empty one the name of a model."""
 Generate = Callable[[str, GenerationRequest], AsyncGenerator[Report]]
 
 
@@ -107,7 +109,7 @@ class Runner:
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
         self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
-        self._unavailable: dict[str, tuple[float, float]] = {}  # jobs whose model was not there, first and last when
+        self._unavailable: dict[Waits, tuple[float, float]] = {}  # whose model was not there, first and last when
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._results = Results(jobs, outputs)
         self._observed = ObservedJobs()
@@ -238,11 +240,13 @@ class Runner:
 
     def _is_patient(self, job: Job) -> bool:
         """Whether a job waits on, whose model cannot be started. Like one whose model is gone: see `UNSERVED_S`."""
-        now = time.monotonic()
-        lately = {id: times for id, times in self._unavailable.items() if now - times[1] < UNSERVED_S}
-        since = lately.get(job.id, (now, now))[0]
-        self._unavailable = lately | {job.id: (since, now)}
-        return now - since < UNSERVED_S
+        now, waited_s = time.monotonic(), (job.started_at or job.created_at) - job.created_at
+        lately = {who: times for who, times in self._unavailable.items() if now - times[1] < UNSERVED_S}
+        own, models = (lately.get(who, (now, now))[0] for who in ((job.id, ""), ("", job.model)))
+        self._unavailable = lately | {(job.id, ""): (own, now), ("", job.model): (models, now)}
+        if now - models >= UNSERVED_S and waited_s >= UNSERVED_S:  # others have tried for it
+            return False
+        return now - own < UNSERVED_S
 
     async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
         """Say how an attempt ended. If the store is away, the lease says it."""
@@ -263,7 +267,8 @@ class Runner:
                     await self._lose_gang(job, losses, report.reason)
                 if isinstance(report, StepEvent):
                     step = report
-                    self._unavailable.pop(job.id, None)
+                    for who in ((job.id, ""), ("", job.model)):
+                        self._unavailable.pop(who, None)
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
                 if time.monotonic() - renewed_at >= RENEW_S:

@@ -154,11 +154,11 @@ class Jobs:
         if time.monotonic() - self._looked_at < LOOK_S:
             return False
         self._looked_at = time.monotonic()
-        try:
-            self._actor = await asyncio.to_thread(ray.get_actor, self._actor_name(), NAMESPACE)
-        except (ValueError, RayError):
+        try:  # one of an older version may have left jobs in the file
+            there = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        except RayError:
             return False
-        return True
+        return any(each["namespace"] == NAMESPACE and each["name"].startswith(self._place_name) for each in there)
 
     async def _ask_own(self, call: Callable[..., Result], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
         longest = ANSWER_S if self._url_env is None else bounded.CALL_S
@@ -211,11 +211,15 @@ class Jobs:
         )
         return made.remote(self._folder)
 
+    @property
+    def _place_name(self) -> str:
+        """How the names of the actors begin that have this file, whatever their version."""
+        return f"jobs-{_digest(json.dumps(self._folder))}-"
+
     def _actor_name(self) -> str:
         # Whole modules: to find a class in one, inspect parses it, which fails now and then in a thread of Python 3.11.
         parts = (bounded, database, engines, input_notes, leases, outbox, queries, records, store, tables, transitions)
-        source = "".join(map(inspect.getsource, (*parts, sys.modules[__name__]))) + json.dumps(self._folder)
-        return f"jobs-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+        return self._place_name + _digest("".join(map(inspect.getsource, (*parts, sys.modules[__name__]))))
 
     def _open(self, until: float) -> JobStore:
         """The store, opened by the first call, whose tables may take longer than a call."""
@@ -241,6 +245,10 @@ def _open_file(folder: str | None, keep_s: float) -> JobStore:
             return JobStore(open_sqlite(place / FILE), keep_s)
     except OSError as error:  # the folder cannot be made or written
         raise _away(str(error)) from None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _away(error: str) -> JobsUnavailable:

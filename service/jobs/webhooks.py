@@ -24,6 +24,7 @@ from standardwebhooks import Webhook
 
 from deploy.gateway_spec import is_loopback
 from deploy.spec import SpecError
+from service.authorities import authorities
 from service.jobs.outbox import host_of
 from service.jobs.records import Delivery
 from service.jobs.store import JobStore
@@ -175,8 +176,9 @@ class Webhooks:
             "webhook-signature": " ".join(signatures),
         }
         named = {"sni_hostname": url.raw_host.decode()}  # by which the certificate is checked
+        trusted = await asyncio.to_thread(authorities)
         async with (
-            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=ANSWER_S) as client,
+            httpx.AsyncClient(verify=trusted, trust_env=False, follow_redirects=False, timeout=ANSWER_S) as client,
             client.stream(
                 "POST", url.copy_with(host=address), content=delivery.body, headers=headers, extensions=named
             ) as answer,

@@ -218,12 +218,16 @@ class KeptAnswers:
         return done
 
     async def _read(self, answer: str) -> GenerationResult | None:
-        """A kept answer; None if its files are gone."""
+        """A kept answer; None if its files are gone.
+
+        Raises:
+            OSError, OutputsFull, OutputsUnavailable: they cannot be read now.
+        """
         kept = json.loads(answer)
         try:
             files = [await asyncio.to_thread(self._files.find, *_named(link)) for link in kept["links"]]
             outputs = tuple([await asyncio.to_thread(file.read_bytes) for file in files])
-        except (Forbidden, OutputNotFound, OutputsUnavailable, OSError):
+        except (Forbidden, OutputNotFound):
             return None
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in kept["result"].items()

@@ -64,7 +64,10 @@ class Folder:
     @property
     def there(self) -> bool:
         """Whether the folder still exists: a cleaner of temporary files may have removed it."""
-        return self._folder.is_dir()
+        try:
+            return self._folder.is_dir()
+        except OSError:  # of a network; `key` tells
+            return False
 
     def check(self, max_bytes: int | None, outputs_only: bool = False) -> None:
         """See `Place`."""

@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 from deploy.gateway_spec import GatewaySpec
 from service.api import fetching
 from service.api.fetching import with_fetched
+from service.authorities import authorities
 from service.public_address import is_public, public_address
 from tests.support.backend import FakeBackend
 from tests.support.hostile import colored, file
@@ -29,7 +30,6 @@ from workers.errors import InvalidParameter
 PICTURE = file(colored(64, 48))
 FIELDS = frozenset({"image", "mask"})
 HOST = "images.example.com"
-TRUSTED = fetching._trusted
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -84,7 +84,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(chain))
         trusted = ssl.create_default_context(cafile=str(chain))
-        patch.setattr(fetching, "_trusted", lambda: trusted)
+        patch.setattr(fetching, "authorities", lambda: trusted)
         yield server.server_address[1]
     server.shutdown()
     server.server_close()
@@ -204,7 +204,7 @@ def test_without_hosts_nothing_is_fetched(client: TestClient, backend: FakeBacke
 
 def test_a_body_without_urls_costs_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "AsyncClient", None)
-    monkeypatch.setattr(fetching, "_trusted", None)
+    monkeypatch.setattr(fetching, "authorities", None)
     for raw in ({"prompt": "a"}, {"image": "data:,"}, {"image": [b"a", "data:,"], "mask": None}):
         assert fetch(raw, HOST) == raw
 
@@ -212,7 +212,7 @@ def test_a_body_without_urls_costs_no_client(monkeypatch: pytest.MonkeyPatch) ->
 def test_certificates_are_read_once_and_not_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[threading.Thread] = []
     monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: read.append(threading.current_thread()))
-    monkeypatch.setattr(fetching, "_trusted", trusted := functools.cache(TRUSTED.__wrapped__))
+    monkeypatch.setattr(fetching, "authorities", trusted := functools.cache(authorities.__wrapped__))
     for _ in range(2):
         with pytest.raises(InvalidParameter):
             fetch({"image": "https://elsewhere.example/"}, HOST)

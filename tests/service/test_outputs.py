@@ -1,10 +1,12 @@
 """Outputs: files that expire, URLs that nobody makes up, and what HTTP says about both."""
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,29 @@ def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monk
             assert str(tmp_path) not in answer.text
         assert client.get("/v1/jobs").json()["data"] == []
     assert backend.requests == []
+
+
+def test_a_folder_that_is_away_for_a_while_is_said(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network's is: the system cannot even tell whether it is there."""
+    store = OutputStore()
+    name = store.keep(b"a", "png").name
+
+    def stale(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    calls: list[Callable[[], object]] = [
+        store.prepare,
+        lambda: store.keep(b"b", "png"),
+        lambda: store.file(name),
+        lambda: store.discard(name),
+    ]
+    with monkeypatch.context() as patch:
+        for method in ("stat", "mkdir", "is_dir", "open", "unlink"):
+            patch.setattr(Path, method, stale)
+        for call in calls:
+            with pytest.raises(OutputsUnavailable):
+                call()
+    assert store.file(name).read_bytes() == b"a"
 
 
 def test_an_answer_may_hold_urls(client: TestClient) -> None:

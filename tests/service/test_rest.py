@@ -65,6 +65,7 @@ REFUSED = [
     ({"extra_params": {"a": [[1]]}}, "extra_params.a", "invalid_value"),
     ({"extra_params": {"b": 1, "a": {"c": 1}}}, "extra_params.a", "invalid_value"),
     ({"extra_params": {"a": None}}, "extra_params.a", "invalid_value"),
+    ({"extra_params": {"a": 2**53 + 1}}, "extra_params.a", "invalid_value"),
     ({"model": None}, "model", "missing_required_parameter"),
     ({"modle": None}, "modle", "unknown_parameter"),
     ({"loras": [{"name": None}]}, "loras.0.name", "missing_required_parameter"),
@@ -187,6 +188,14 @@ def test_bodies_that_are_no_request(client: TestClient, content: bytes) -> None:
     answer = client.post("/v1/images/generations", content=content)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b"1e400", rb'"\ud800"'])
+def test_what_not_every_form_can_tell_is_refused(client: TestClient, value: bytes) -> None:
+    """A job with it could not be kept, or listed."""
+    body = b'{"model": "one", "prompt": "a", "extra_params": {"tea": %s}}' % value
+    answer = client.post("/v1/images/generations", content=body, headers={"prefer": "respond-async"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "extra_params.tea")
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos/sync"])

@@ -147,6 +147,23 @@ def test_a_model_that_cannot_be_started_is_waited_for_as_long_as_one_that_is_gon
     live(tmp_path, failing(*[ModelUnavailable("rank 0: no memory")] * 10_000), story)
 
 
+def test_who_waits_behind_others_for_a_model_that_cannot_be_started_is_told_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNSERVED_S", 1.5)
+    monkeypatch.setattr(module, "AGAIN_S", 0.1)
+
+    async def story(world: World) -> None:
+        jobs = [await world.submit(replace(REQUEST, prompt=f"number {i}")) for i in range(6)]
+        ended = [await world.ended(job) for job in jobs]
+        assert {job.error and job.error.code for job in ended} == {"model_unavailable"}
+        assert min((job.ended_at or 0.0) - job.created_at for job in ended) >= 1.5
+        times = [job.ended_at or 0.0 for job in ended]
+        assert max(times) - min(times) < 1.5  # not one after the other, each as long as the first
+
+    live(tmp_path, failing(*[ModelUnavailable("rank 0: no memory")] * 10_000), story)
+
+
 def test_a_job_that_can_never_begin_ends_although_others_of_its_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

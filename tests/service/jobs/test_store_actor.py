@@ -16,6 +16,7 @@ from deploy.spec import SpecError
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs, StoreActor
 from service.rollout.cluster_folder import place
+from service.state.shared_turns import NAMESPACE
 from tests.service.jobs.stores import FILM, LEASE_S, new_job
 from tests.support.postgres import Postgres
 from workers.errors import JobNotFound, JobsUnavailable
@@ -64,6 +65,29 @@ def test_every_gateway_reaches_the_same_jobs(cluster: None, tmp_path: Path) -> N
             await one.ask(JobStore.get, job.id, "bob")
 
     asyncio.run(story())
+
+
+@pytest.mark.processes
+def test_jobs_that_an_older_version_has_left_are_looked_for(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setattr("service.jobs.store_actor.LOOK_S", 0.0)
+
+    async def story() -> None:
+        new, other = gateway(None), gateway(tmp_path / "elsewhere")
+        assert not await new.in_use()
+        old = ray.remote(StoreActor).options(  # type: ignore[call-overload]
+            name=f"{new._place_name}of-old", namespace=NAMESPACE, lifetime="detached", num_cpus=0
+        )
+        kept = old.remote(None)
+        await kept.call.remote("page", 60.0, (None,), {})
+        assert await new.in_use() and other._place_name != new._place_name
+        ray.kill(kept)
+        while await new.in_use():
+            await asyncio.sleep(0.1)
+
+    asyncio.run(asyncio.wait_for(story(), 60))
 
 
 @pytest.mark.processes
