@@ -110,7 +110,7 @@ class TileParallelVAE(StandIn):
         try:
             gathered = collectives.gather(mine, axis)
         except Exception as error:
-            raise HandOverFailed(f"rank {axis.rank}: {type(error).__name__}: {error}") from None
+            raise HandOverFailed(f"rank {axis.rank}: {type(error).__name__}: {error}") from error
         if axis.rank != 0:
             raise TilesHandedOver
         self.handed_over = True

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from service.api import job_calls
 from service.api.answers import JobObject
 from service.api.rest import rest_app
+from service.jobs.records import Job
 from service.jobs.store import JobStore
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
 from workers.errors import DeadlineExceeded, OutputsFull, OutputsUnavailable, RateLimited
+from workers.messages import GenerationRequest
 
 BODY = {"model": "one", "prompt": "a cup", "seed": 7}
 ASYNC = {"prefer": "respond-async"}
@@ -148,6 +151,41 @@ def test_of_two_first_calls_with_a_key_one_pays(
     answers = [client.post("/images/generations", json=BODY, headers=ASYNC | {"idempotency-key": "k"}) for _ in "ab"]
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert paid == [True, False]
+
+
+def test_who_leaves_while_a_job_is_kept_pays_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is accepted all the same: to leave must not be a way to have it for nothing."""
+    paid: list[bool] = []
+    keeping, submitted = threading.Event(), JobStore.submit
+
+    @contextlib.contextmanager
+    def charge(request: Any) -> Iterator[None]:
+        paid.append(False)
+        yield
+        paid[-1] = True
+
+    def slow(store: JobStore, new: Job) -> Any:
+        keeping.set()
+        time.sleep(0.5)
+        return submitted(store, new)
+
+    monkeypatch.setattr(JobStore, "submit", slow)
+
+    async def story() -> None:
+        backend = FakeBackend()
+        monkeypatch.setattr(backend, "charge", charge)
+        request = GenerationRequest("a", "one", "a cup", 64, 64, 2, seed=1)
+        call = asyncio.create_task(job_calls.submit(backend, request, "standard", None, None))
+        assert await asyncio.to_thread(keeping.wait, 60)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert paid == [True]
+        async with asyncio.timeout(60):
+            while not (await backend.jobs.ask(JobStore.page, None, limit=10)).jobs:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("refusal", ["no work left", "full", "late"])

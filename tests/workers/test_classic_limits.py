@@ -11,11 +11,12 @@ import pytest
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
-from deploy.families.classic import classic_family
+from deploy.families.classic import classic_family, proved_pipelines
 from workers.demo_models.pipelines import demo_module, demo_of, served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.classic import ClassicAdapter
+from workers.model.extra_ranges import check_extra_ranges
 from workers.model.positions import check_positions
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=3)
@@ -98,6 +99,38 @@ def test_learned_positions_are_of_one_size() -> None:
     adapter = ClassicAdapter(classic_family("CogVideoXImageToVideoPipeline"))
     pipeline = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)
     assert adapter.small_size(pipeline, (5, 112, 144)) == (5, 480, 720)
+    for frames, refused in ((49, False), (25, True)):  # for 25 it would compute positions instead
+        config = FrozenDict(config, sample_frames=49)
+        pipeline = SimpleNamespace(transformer=SimpleNamespace(config=config), vae=None)
+        with pytest.raises(InvalidParameter, match="makes 49 frames, got") if refused else nullcontext():
+            adapter.check_frames(pipeline, replace(REQUEST, **VIDEO | {"num_frames": frames}))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "extra", "said"),
+    [
+        ("StableDiffusion3Pipeline", {"clip_skip": 0}, ""),
+        ("StableDiffusion3Pipeline", {"clip_skip": 99}, "clip_skip must be from 0 to"),
+        ("StableDiffusion3Pipeline", {"clip_skip": -3}, "clip_skip must be from 0 to"),
+        ("LTXConditionPipeline", {"frame_index": 6}, ""),
+        ("LTXConditionPipeline", {"frame_index": 7}, "frame_index must be from 0 to 6 for this request, got 7"),
+        ("LTXConditionPipeline", {"frame_index": -1}, "frame_index must be from 0 to 6"),
+    ],
+)
+def test_extra_values_that_fail_inside_a_call_are_refused(pipeline: str, extra: dict[str, Any], said: str) -> None:
+    demo: Any = demo_of(served()[pipeline].replace("-", "_"), pipeline)
+    request = replace(REQUEST, num_frames=7, extra_params=extra)
+    with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
+        check_extra_ranges(demo, request)
+    demo.text_encoder = demo.text_encoder_2 = None  # another rank encodes, and checks
+    if "clip_skip" in extra:
+        check_extra_ranges(demo, request)
+
+
+def test_callers_give_no_embeddings_nor_a_second_seed() -> None:
+    given = {name for pipeline in proved_pipelines() for name in adapter(pipeline).extra_kinds}
+    assert not {"negative_prompt_embeds", "seed", "image_embed_interleave"} & given
+    assert {"clip_skip", "frame_index"} <= given
 
 
 @pytest.mark.parametrize(

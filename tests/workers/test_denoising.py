@@ -22,7 +22,7 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
-from workers.model.loader import LoadedModel, load_model
+from workers.model.loader import LoadedModel, _AbsentVAE, load_model
 
 ALONE = ParallelDegrees()
 
@@ -168,6 +168,12 @@ def test_encoders_and_decoder_on_some_ranks_or_all(ranks: RankPool, demo_model: 
     request = REQUESTS["uneven, guided"]
     ((latents, pictures),) = ranks.run(ALONE, generate, demo_model, request)
     check(ranks.run(ParallelDegrees(ulysses_degree=2), generate_with, demo_model, request, options), latents, pictures)
+
+
+def test_a_vae_that_is_not_here_says_in_which_dtype_it_computes_elsewhere(demo_model: Path) -> None:
+    """Flux makes the pictures of some ControlNets in it, which no VAE sees."""
+    absent: Any = _AbsentVAE(demo_model / "vae", torch.bfloat16, torch.device("cpu"))
+    assert absent.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("vae", ["all", "rank0"])

@@ -1,5 +1,6 @@
 """Several pictures are decoded on all ranks that have the VAE: rank 0 has the pixels that one rank makes."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -154,8 +155,9 @@ def test_what_is_not_agreed_is_not_said_to_be(demo_model: Path) -> None:
         with mock.patch("workers.model.picture_shares.collectives.gather", no_room):
             return decode_shared(lambda _: Image.new("RGB", (4, 2)), 2, mesh)
 
-    with pytest.raises(HandOverFailed, match="MemoryError"):
+    with pytest.raises(HandOverFailed, match="MemoryError") as failed:
         Rank(0, model(demo_model))._finish(SimpleNamespace(finish=finish))  # type: ignore[arg-type]
+    assert isinstance(failed.value.__cause__, MemoryError)
 
 
 def hand_over(mesh: ParallelMesh, count: int) -> list[Any]:
@@ -166,3 +168,19 @@ def hand_over(mesh: ParallelMesh, count: int) -> list[Any]:
 def test_fewer_videos_than_ranks(ranks: RankPool) -> None:
     videos = [(3, (4, 2), (i, 0, 9)) for i in range(2)]
     assert ranks.run(ParallelDegrees(ring_degree=4), hand_over, 2) == [videos, [], [], []]
+
+
+def test_a_hand_over_without_memory_is_no_reason_to_try_another_gang(demo_model: Path) -> None:
+    """These ranks are lost, and those of any other gang would be."""
+
+    def fails(*_: Any) -> Iterator[Any]:
+        try:
+            raise MemoryError("no room")
+        except MemoryError as error:
+            raise HandOverFailed("rank 0: MemoryError: no room") from error
+        yield
+
+    rank = Rank(0, model(demo_model, ulysses_degree=2))
+    with mock.patch.object(Rank, "_generate", fails), pytest.raises(OutOfMemory, match="ask for fewer") as told:
+        list(rank.generate(request(2)))
+    assert not told.value.agreed

@@ -21,6 +21,7 @@ from typing import Any
 from deploy.families.lookup import find_family
 from deploy.model_sections import LoRA
 from sp_core.degrees import ParallelDegrees, smaller_layout, smaller_layouts
+from sp_core.tile_parallel import HandOverFailed
 from workers.errors import OutOfMemory, RequestError, RequestFailed
 from workers.gang.profiling import StepProfile
 from workers.gang.rank import Rank
@@ -126,10 +127,10 @@ class ElasticRank(Rank):
             with self._turnstile.inside():
                 yield from self._advance(part)
         except Exception as error:
-            failed_together = isinstance(error, RequestFailed)
-            if not is_out_of_memory(error.__cause__ if failed_together else error):
+            told = isinstance(error, RequestFailed | HandOverFailed)
+            if not is_out_of_memory(error.__cause__ if told else error):
                 raise
-            agreed = failed_together or part.ranks == 1
+            agreed = isinstance(error, RequestFailed) or part.ranks == 1
         finally:
             self.telemetry.phase = "idle"
             self._boundary.forget(request.request_id)

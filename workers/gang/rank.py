@@ -156,10 +156,10 @@ class Rank:
         try:
             yield from self._generate(request)
         except Exception as error:
-            failed_together = isinstance(error, RequestFailed)
-            if not is_out_of_memory(error.__cause__ if failed_together else error):
+            told = isinstance(error, RequestFailed | HandOverFailed)
+            if not is_out_of_memory(error.__cause__ if told else error):
                 raise
-            agreed = failed_together or self.model.parallel.world_size == 1
+            agreed = isinstance(error, RequestFailed) or self.model.parallel.world_size == 1
         finally:
             self.telemetry.phase = "idle"
             self._boundary.forget(request.request_id)

@@ -124,7 +124,7 @@ class ClassicDenoising(Denoising):
                 continue
             except Exception as error:
                 if call is not self._calls[-1] and getattr(vae, "handed_over", False):
-                    raise HandOverFailed(f"rank 0: {type(error).__name__}: {error}") from None  # others share the next
+                    raise HandOverFailed(f"rank 0: {type(error).__name__}: {error}") from error  # others share the next
                 raise
         return made
 

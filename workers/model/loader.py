@@ -229,7 +229,7 @@ class _AbsentVAE(StandIn):
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._vae: Any = build(folder)
         super().__init__(self._vae)
-        self.device = device  # a pipeline takes its own from any module that it has
+        self.device, self.dtype = device, dtype  # of which pipelines make what they give to other parts
         place = {name: file for file, names in headers_by_file(folder).items() for name in names}
         for name, buffer in self._vae.named_buffers():
             if name in place:

@@ -47,7 +47,7 @@ def decode_shared(decode: Callable[[int], Any], count: int, mesh: ParallelMesh) 
     try:
         shares = collectives.gather(pixels, replace(gang, group=gang.host_group))
     except Exception as error:
-        raise HandOverFailed(f"rank {gang.rank}: {type(error).__name__}: {error}") from None
+        raise HandOverFailed(f"rank {gang.rank}: {type(error).__name__}: {error}") from error
     if gang.rank != 0:
         return []
     pictures = [made, *([_made(each) for each in share] for share in shares[1:])]

@@ -17,6 +17,7 @@ from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
 from workers.model.controlnets import check_control_mode, control_modes
+from workers.model.extra_ranges import check_extra_ranges
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
 from workers.model.positions import check_positions, only_size
@@ -47,10 +48,11 @@ GUIDERS = ("guider", "ocr_guider")
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
     "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
-    "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$"
+    "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$|^seed$|_embeds$|^image_embed_interleave$"
 )
 """Parameters that a request may not set as extra ones: those with a field of their own, those that decide how much is
-computed, one that draws noise without a seed, and two that make the timesteps, where wrong values fail in a step."""
+computed, one that draws noise without a seed, those that make the timesteps or embeddings, where wrong values fail in a
+step, and one that belongs to the model."""
 
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
@@ -223,6 +225,7 @@ class ClassicAdapter(PipelineAdapter):
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         super().check(pipeline, request)
+        check_extra_ranges(pipeline, request)
         check_control_mode(pipeline, request)
         check_words(self.family.pipeline, pipeline, request)
         check_length(self.family.pipeline, pipeline, request)
@@ -317,7 +320,8 @@ class ClassicAdapter(PipelineAdapter):
     def _fixed_frames(self, pipeline: Any) -> int:
         """The number of frames that its call, or the positions of its transformer, fix; 0: as requested."""
         config = getattr(getattr(pipeline, "transformer", None), "config", None)
-        return self._call.fixed_frames or getattr(config, "video_length", 0)
+        learned = getattr(config, "use_learned_positional_embeddings", False)  # it has others for other frames
+        return self._call.fixed_frames or getattr(config, "sample_frames" if learned else "video_length", 0)
 
     def size_multiple(self, pipeline: Any) -> int:
         """See `PipelineAdapter.size_multiple`: the multiple to which the pipeline would round sizes.
