@@ -8,7 +8,7 @@
     routing.py      which gang a request goes to, when its turn comes
     autoscaling.py  how many gangs a model needs
     edge.py         limits on reading requests, in the proxies of Serve
-    authorities.py      who vouches for such a host
+    authorities.py      who vouches for the servers that somebody else named
     public_address.py   where a host that somebody else named is called, if that is safe
     names.py        what the applications are called in Serve
     api/            the REST API, and the table of errors
