@@ -15,7 +15,7 @@ from service.api.observed import callers_trace
 from service.api.once import check_key
 from service.api.responses import eta_seconds
 from service.jobs import inputs
-from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, Page, Priority, State
+from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, NewJob, Page, Priority, State
 from service.jobs.requests import new_job
 from service.jobs.store import JobStore
 from service.state.quarantine import fingerprint
@@ -117,7 +117,22 @@ async def submit(
             return known, False
         if late is not None:
             raise late
-        left: asyncio.CancelledError | None = None
+        job, fresh = await _accept(backend, request, new)
+    except KeyReused as error:
+        raise IdempotencyKeyReused(str(error)) from None
+    backend.runner.wake()
+    return job, fresh
+
+
+async def _accept(backend: Backend, request: GenerationRequest, new: NewJob) -> tuple[Job, bool]:
+    """Keep a job and what it begins with, for its charge; or find the one that a call with its key has made meanwhile.
+
+    Raises:
+        KeyReused: that one is of another request.
+        Exception: see `submit`.
+    """
+    left: asyncio.CancelledError | None = None
+    try:
         with backend.charge(request):
             await asyncio.to_thread(backend.outputs.prepare)
             new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
@@ -128,13 +143,12 @@ async def submit(
             else:
                 if not fresh:
                     raise _AcceptedMeanwhile  # so the charge is given back
-        if left is not None:
-            raise left
     except (KeyReused, _AcceptedMeanwhile) as error:  # a store that does not answer leaves inputs, which are swept
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         if isinstance(error, KeyReused):
-            raise IdempotencyKeyReused(str(error)) from None
-    backend.runner.wake()
+            raise
+    if left is not None:
+        raise left
     return job, fresh
 
 

@@ -20,6 +20,7 @@ from service.jobs import inputs
 from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
+from service.jobs.patience import UNSERVED_S, Patience
 from service.jobs.records import QUARANTINED, Counts, Job, JobError, LeaseLost
 from service.jobs.results import AWAY_S, NOT_NOW, NotWritten, Results, in_time
 from service.jobs.store import JobStore
@@ -61,11 +62,6 @@ INPUTS_S = 60.0
 AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
-UNSERVED_S = 900.0
-"""How long jobs wait for a model that the deployment does not have, or that cannot be started. Not at once: an operator
-who has left a model out by mistake, or has broken it, puts it right within minutes, and wants what was accepted to be
-drawn then. Not for ever: whoever polls a job, or waits for its webhook, has to hear that nobody will draw it."""
-
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
 """Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
 
@@ -75,8 +71,6 @@ class NotNow(Exception):
 
 
 Result = TypeVar("Result")
-Waits = tuple[str, str]
-"""The id of a job, or behind an empty one the name of a model."""
 Generate = Callable[[str, GenerationRequest], AsyncGenerator[Report]]
 
 
@@ -109,7 +103,7 @@ class Runner:
         self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
         self._lost = lost
         self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
-        self._unavailable: dict[Waits, tuple[float, float]] = {}  # whose model was not there, first and last when
+        self._patience = Patience()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._results = Results(jobs, outputs)
         self._observed = ObservedJobs()
@@ -222,7 +216,7 @@ class Runner:
             await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
         except ModelUnavailable as error:
             next_at_once = False
-            if self._is_patient(job):
+            if self._patience.waits_on(job):
                 await self._tell(job, JobStore.give_back, str(error), AGAIN_S)
             else:
                 await self._tell(job, JobStore.fail, _told(error))
@@ -237,16 +231,6 @@ class Runner:
                 del self._running[job.id]
             if next_at_once:
                 self.wake()
-
-    def _is_patient(self, job: Job) -> bool:
-        """Whether a job waits on, whose model cannot be started. Like one whose model is gone: see `UNSERVED_S`."""
-        now, waited_s = time.monotonic(), (job.started_at or job.created_at) - job.created_at
-        lately = {who: times for who, times in self._unavailable.items() if now - times[1] < UNSERVED_S}
-        own, models = (lately.get(who, (now, now))[0] for who in ((job.id, ""), ("", job.model)))
-        self._unavailable = lately | {(job.id, ""): (own, now), ("", job.model): (models, now)}
-        if now - models >= UNSERVED_S and waited_s >= UNSERVED_S:  # others have tried for it
-            return False
-        return now - own < UNSERVED_S
 
     async def _tell(self, job: Job, call: Callable[..., Job], *args: object) -> None:
         """Say how an attempt ended. If the store is away, the lease says it."""
@@ -267,8 +251,7 @@ class Runner:
                     await self._lose_gang(job, losses, report.reason)
                 if isinstance(report, StepEvent):
                     step = report
-                    for who in ((job.id, ""), ("", job.model)):
-                        self._unavailable.pop(who, None)
+                    self._patience.begun(job)
                 elif isinstance(report, Restarted):
                     step = StepEvent(0, step.total_steps, 0.0)
                 if time.monotonic() - renewed_at >= RENEW_S:

@@ -59,7 +59,8 @@ class Folder:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             else:
                 make_private(self._folder)
-            return _shared_key(self._folder)
+            with _told_if_full():
+                return _shared_key(self._folder)
 
     @property
     def there(self) -> bool:
@@ -84,7 +85,7 @@ class Folder:
     def write(self, name: str, content: bytes, expires: int) -> None:
         """See `Place`."""
         unfinished = self._folder / f"{name}{UNFINISHED}"
-        with _answering():
+        with _answering(), _told_if_full():
             self._write(unfinished, name, content, expires)
         if (kept := self._bytes) is not None:  # a sweep may forget it meanwhile
             kept.add(name, len(content))
@@ -149,16 +150,23 @@ def _answering() -> Iterator[None]:
     """Replace the system's errors by ours: they name folders, and only go to the log.
 
     Raises:
-        OutputsFull: the disk is.
         OutputsUnavailable: the folder cannot be used.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise OutputsFull(DISK_FULL) from error
         logger.warning("the folder of outputs cannot be used: %s", error)
         raise OutputsUnavailable("the folder that keeps pictures and videos cannot be used now") from error
+
+
+@contextlib.contextmanager
+def _told_if_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputsFull(DISK_FULL) from error
+        raise
 
 
 def _open(file: Path) -> IO[bytes]:

@@ -6,11 +6,12 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -287,15 +288,20 @@ def made(client: TestClient, path: str = "/v1/images/generations", **body: Any) 
     return answer
 
 
+def answers_that_keep_files(client: TestClient) -> Iterator[httpx.Response]:
+    """To the calls whose pictures are kept: a job, an answer with URLs, and a stream of them."""
+    bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
+    for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):
+        yield client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body, headers=headers)
+
+
 def test_nothing_is_computed_for_a_url_that_cannot_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPRAY_OUTPUTS_DIR", str(tmp_path / "file"))
     backend = FakeBackend()
     backend.jobs.follow(str(tmp_path / "jobs"), None, 60.0)
     with TestClient(rest_app(backend)) as client:
-        bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
-        for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):
-            answer = client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body, headers=headers)
+        for answer in answers_that_keep_files(client):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "outputs_unavailable")
             assert answer.headers["retry-after"] == "5"
             assert str(tmp_path) not in answer.text
@@ -353,9 +359,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(outputs_folder: Path, monkeypat
     monkeypatch.setattr(output_folder, "LEAST_FREE_BYTES", 1 << 62)
     backend = FakeBackend()
     with TestClient(rest_app(backend)) as client:
-        bodies = ({"response_format": "url"}, {"response_format": "url", "stream": True})
-        for headers, body in (({"prefer": "respond-async"}, {}), *(({}, body) for body in bodies)):
-            answer = client.post("/v1/images/generations", json={"model": "one", "prompt": "a"} | body, headers=headers)
+        for answer in answers_that_keep_files(client):
             assert (answer.status_code, answer.json()["error"]["code"]) == (507, "outputs_full")
             assert answer.headers["retry-after"] == "5"
         assert client.get("/v1/jobs").json()["data"] == []

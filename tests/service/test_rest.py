@@ -190,7 +190,7 @@ def test_bodies_that_are_no_request(client: TestClient, content: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b"1e400", rb'"\ud800"'])
+@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b"1e400", b"1" * 400, rb'"\ud800"'])
 def test_what_not_every_form_can_tell_is_refused(client: TestClient, value: bytes) -> None:
     """A job with it could not be kept, or listed."""
     body = b'{"model": "one", "prompt": "a", "extra_params": {"tea": %s}}' % value

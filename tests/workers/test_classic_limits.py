@@ -12,12 +12,14 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from deploy.families.classic import classic_family, proved_pipelines
+from deploy.families.pipeline_source import classic_call
 from workers.demo_models.pipelines import demo_module, demo_of, served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.extra_ranges import check_extra_ranges
 from workers.model.positions import check_positions
+from workers.model.step_counts import check_steps
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=3)
 VIDEO: dict[str, Any] = {"num_frames": 7, "output_format": "mp4"}
@@ -147,8 +149,9 @@ def test_callers_give_no_embeddings_nor_a_second_seed() -> None:
 def test_a_strength_that_leaves_no_step_is_refused(
     pipeline: str, steps: int, strength: float | None, refused: bool
 ) -> None:
-    given = (MediaInput("image", b""),)
+    given, call = (MediaInput("image", b""),), classic_call(pipeline)
+    assert call is not None
     request = replace(REQUEST, num_inference_steps=steps, strength=strength, inputs=given)
     with pytest.raises(InvalidParameter, match=rf"leaves none of {steps} steps") if refused else nullcontext():
-        adapter(pipeline)._check_steps(request)
-    adapter(pipeline)._check_steps(replace(request, inputs=()))
+        check_steps(pipeline, call, request)
+    check_steps(pipeline, call, replace(request, inputs=()))

@@ -19,6 +19,7 @@ step_ends.py            when steps end on the device, and whether their latents 
 previews.py             previews of the clean latents; latent_colors.py fits their colors to the VAE
 picture_shares.py       several pictures, each decoded on one rank
 positions.py            sizes for which a transformer has no positions
+step_counts.py          how few steps a classic pipeline can take
 extra_ranges.py         extra parameters that would fail inside a call
 decoder_noise.py        the noise that some decoders add, the same each time
 prompts.py              refuses prompts that a classic pipeline cannot read

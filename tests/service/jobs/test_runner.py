@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from service.api.backend import Report, Restarted, Waiting
+from service.jobs import patience
 from service.jobs import runner as module
 from service.jobs.backlog import JobBacklog
 from service.jobs.records import Job
@@ -136,7 +137,7 @@ def test_an_error_decides_what_becomes_of_the_job(
 def test_a_model_that_cannot_be_started_is_waited_for_as_long_as_one_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "UNSERVED_S", 0.5)
+    monkeypatch.setattr(patience, "UNSERVED_S", 0.5)
 
     async def story(world: World) -> None:
         done = await world.ended(await world.submit())
@@ -150,7 +151,7 @@ def test_a_model_that_cannot_be_started_is_waited_for_as_long_as_one_that_is_gon
 def test_who_waits_behind_others_for_a_model_that_cannot_be_started_is_told_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "UNSERVED_S", 1.5)
+    monkeypatch.setattr(patience, "UNSERVED_S", 1.5)
     monkeypatch.setattr(module, "AGAIN_S", 0.1)
 
     async def story(world: World) -> None:
@@ -167,7 +168,7 @@ def test_who_waits_behind_others_for_a_model_that_cannot_be_started_is_told_with
 def test_a_job_that_can_never_begin_ends_although_others_of_its_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "UNSERVED_S", 0.5)
+    monkeypatch.setattr(patience, "UNSERVED_S", 0.5)
 
     async def script(request: GenerationRequest) -> AsyncGenerator[Report]:
         if request.prompt == "hopeless":

@@ -22,6 +22,7 @@ from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
 from workers.model.positions import check_positions, only_size
 from workers.model.prompts import check_length, check_words
+from workers.model.step_counts import check_steps
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
@@ -56,9 +57,6 @@ step, and one that belongs to the model."""
 
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
-
-LEAST_STEPS = {"MochiPipeline": 2}
-"""The least number of steps, for pipelines that cannot compute a schedule of fewer."""
 
 OVERLAP = "overlap_history"
 """The parameter for the number of frames that a window shares with the one before, in calls that make windows."""
@@ -232,7 +230,7 @@ class ClassicAdapter(PipelineAdapter):
         self._check_size(pipeline, request)
         check_positions(pipeline, request, _first(pipeline, REDUCTIONS, 8), _first(pipeline, FRAME_REDUCTIONS, 1))
         self._check_overlap(request)
-        self._check_steps(request)
+        check_steps(self.family.pipeline, self._call, request)
         if request.negative_prompt and self.family.guided_above is None:
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
         if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:
@@ -241,22 +239,6 @@ class ClassicAdapter(PipelineAdapter):
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
         if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
             raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
-
-    def _check_steps(self, request: GenerationRequest) -> None:
-        least = LEAST_STEPS.get(self.family.pipeline, 1)
-        if request.num_inference_steps < least:
-            raise InvalidParameter(
-                "num_inference_steps", f"this model takes at least {least} steps, got {request.num_inference_steps}"
-            )
-        if not (self._call.takes_strength and self._call.rounds_steps_down and request.inputs):
-            return
-        strength = self._call.usual_strength if request.strength is None else request.strength
-        if int(request.num_inference_steps * strength) < 1:
-            raise InvalidParameter(
-                "strength",
-                f"a strength of {strength:g} leaves none of {request.num_inference_steps} steps; raise either, so that "
-                "their product is at least 1",
-            )
 
     def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a size that the pipeline would replace by another."""
