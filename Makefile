@@ -42,12 +42,13 @@ soak: $(READY)
 	$(if $(filter file,$(origin FAULTS)),$(PYTEST) -m soak -s &&) cd $(ROOT) && $(BIN)/python -m tests.benchmarks.job_faults \
 	  --faults $(FAULTS) --seed $(SEED) --store $(ON)
 
-# On a GPU; FAKE=1 tries it on the CPU. PART=checks|kernels|steps|serve; without, all. ONLY= is the name of a model of
+# On a GPU; FAKE=1 tries it on the CPU. PART=checks|pipelines|kernels|steps|serve; without, all. ONLY= is the name of a model of
 # steps. RESULTS= is a folder for the tables.
 # With PYTHON= and no .venv, that Python as it is: it needs torch, no network, and what else it lacks in WHEELS=folder.
 GIVEN := $(and $(filter-out file,$(origin PYTHON)),$(if $(wildcard $(ROOT).venv),,yes))
 gpu: $(if $(GIVEN),,$(READY))
 	cd $(ROOT) && $(if $(GIVEN),$(PYTHON),$(BIN)/python) -m tests.benchmarks.gpu $(PART) $(if $(FAKE),--fake) $(if $(ONLY),--only '$(ONLY)') \
+	  $(if $(SECONDS),--seconds '$(SECONDS)') \
 	  $(if $(RESULTS),--results '$(abspath $(RESULTS))') $(if $(WHEELS),--wheels '$(abspath $(WHEELS))')
 
 # The generated code of the gRPC contract, after a change of the .proto file.

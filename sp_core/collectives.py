@@ -58,7 +58,7 @@ def all_reduce(tensor: torch.Tensor, axis: MeshAxis) -> torch.Tensor:
     return tensor
 
 
-@torch.library.custom_op("sp_core::all_reduce", mutates_args=("tensor",), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::all_reduce", mutates_args=("tensor",), tags=(torch.Tag.cudagraph_unsafe,))
 def _all_reduce_operator(tensor: torch.Tensor, number: int) -> None:
     """Opaque to torch.compile, so that a compiled block counts and times its sums like any other."""
     all_reduce(tensor, MeshAxis.numbered(number))

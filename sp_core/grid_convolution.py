@@ -135,7 +135,7 @@ def _convolved(
     return pad(convolved, (0, held - count)).unsqueeze(2)
 
 
-@torch.library.custom_op("sp_core::convolution", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::convolution", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _convolution_operator(
     line: torch.Tensor,
     weight: torch.Tensor,

@@ -152,7 +152,7 @@ def _innermost(caller: str) -> RunningForward:
     return forward
 
 
-@torch.library.custom_op("sp_core::shard", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::shard", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _shard_operator(
     tensor: torch.Tensor, dim: int, number: int, stream: str | None, padded: bool, replicated: int, rank: int, size: int
 ) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _(
     return tensor.new_empty(shape)
 
 
-@torch.library.custom_op("sp_core::gather", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::gather", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gather_operator(tensor: torch.Tensor, dim: int, number: int, stream: str | None, closes: bool) -> torch.Tensor:
     whole = gather(SequenceContext.numbered(number), tensor, dim, stream=stream, closes=closes)
     return whole.clone(memory_format=torch.contiguous_format)
@@ -184,7 +184,7 @@ def _(tensor: torch.Tensor, dim: int, number: int, stream: str | None, closes: b
     return tensor.new_empty(shape)
 
 
-@torch.library.custom_op("sp_core::grid", mutates_args=("noted",), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::grid", mutates_args=("noted",), tags=(torch.Tag.cudagraph_unsafe,))
 def _grid_operator(noted: torch.Tensor, name: str, size: int, number: int) -> None:
     """A compiled graph keeps an operator without a result only if it says that it changes something: `noted`."""
     running_forward(SequenceContext.numbered(number)).region.grid[name] = size

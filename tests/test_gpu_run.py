@@ -14,7 +14,7 @@ from PIL import Image
 
 from sp_core.degrees import ParallelDegrees
 from tests.benchmarks.gpu import __main__ as command
-from tests.benchmarks.gpu import checks, machine, rank_work, serve
+from tests.benchmarks.gpu import checks, machine, pack, rank_work, serve
 from tests.benchmarks.gpu.part import LeftOut, Part
 from tests.benchmarks.gpu.table import Table
 from workers.messages import GenerationResult
@@ -76,6 +76,17 @@ def test_checks_prove_the_same_answer_on_each_layout(tmp_path: Path) -> None:
     assert probed == ["sums agree; the probe passed"]
     tests = [row["outcome"] for row in found if "file" in row]
     assert all("collected" in outcome or outcome == "no test has the mark" for outcome in tests)
+
+
+@pytest.mark.soak
+def test_pipelines_draw_the_same_compiled_and_on_two_ranks(tmp_path: Path) -> None:
+    one, compiled, two = written("pipelines", tmp_path)
+    assert one["pipeline"] == two["pipeline"] == "ZImagePipeline"
+    assert float(one["latents"]) == 0.0  # the device is the CPU, too
+    assert float(one["bfloat16 latents"]) > 0.0
+    assert float(two["latents"]) <= 1e-5 < 1e-3 < float(two["attention kept local"])
+    assert float(compiled["differs by"]) <= 1e-4
+    assert compiled["again"] == "the same"
 
 
 @pytest.mark.soak
@@ -173,12 +184,9 @@ def test_a_file_of_tests_that_cannot_be_imported(
     ],
     ids=["hangs", "crashes"],
 )
-def test_a_part_that_hangs_or_crashes_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, limit_s: float, says: str
-) -> None:
-    monkeypatch.setattr(command, "LIMIT_S", limit_s)
+def test_a_part_that_hangs_or_crashes_has_failed(tmp_path: Path, program: str, limit_s: float, says: str) -> None:
     table = Table(tmp_path / "t.md")
-    assert command._run_part("steps", [sys.executable, "-c", program], dict(os.environ), table)
+    assert command._run_part("steps", [sys.executable, "-c", program], dict(os.environ), table, limit_s)
     assert says in (tmp_path / "t.md").read_text()
 
 
@@ -228,6 +236,15 @@ def test_wheels_are_put_on_the_path_of_the_parts(tmp_path: Path) -> None:
     assert not Path(path[0]).exists()
     with command._installed(None) as path:
         assert path == []
+
+
+def test_what_is_packed_is_all_that_spray_asks_for_and_nothing_of_what_is_there() -> None:
+    whole = pack.needed("spray", set())
+    assert {"torch", "ray", "uvicorn", "watchfiles", "pydantic-core", "av"} <= whole  # those of ray[serve], too
+    assert {"pytest", "nvidia-ml-py"}.isdisjoint(whole)
+    without = pack.needed("spray", {"torch", "transformers"})
+    assert {"torch", "transformers", "sympy"}.isdisjoint(without)
+    assert "regex" in without  # of diffusers, which asks for it itself
 
 
 def test_peaks_are_found_by_the_name_of_the_card() -> None:

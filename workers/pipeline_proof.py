@@ -17,7 +17,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -46,6 +46,8 @@ from workers.model.loader import LoadedModel, load_model
 from workers.model.picture_inputs import read, read_clip
 from workers.passing_checker import everything_passes
 from workers.small_pictures import small_pictures
+
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 Made = tuple[torch.Tensor, list[list[Image.Image]]]
 """The latents after the last step; and, on rank 0, the frames of each video, or the one of each picture."""
@@ -114,7 +116,7 @@ def prove(
     latents, pixels = _compared(pool, layouts, reference, (BAR, PIXELS), folder, request, rounds)
     local, drawn = _run(pool, LAYOUTS["u2"], "attention kept local", answer, folder, request, rounds, True)[0]
     blind = error(local, reference[0])
-    if not blind > BLIND or _apart(drawn, reference[1]) <= PIXELS:
+    if not blind > BLIND or apart(drawn, reference[1]) <= PIXELS:
         raise Unproved(f"with attention kept local the latents differ by {blind:.1e} only, so sameness proves nothing")
     proof = Proof(("1", *list(layouts)[1:]), latents, pixels, blind)
     return _proved_as_shipped(proof, pipeline, folder, request, pool, layouts) if rounds else proof
@@ -134,7 +136,7 @@ def _proved_as_shipped(
     for seed in range(1, LAST_BITS + 1):
         made = _run(pool, ALONE, "the classic call", classic_answer, pipeline, folder, request, False, seed)[0]
         explained = max(explained, _difference(made[0], shipped[0]))
-        pixels = max(pixels, _apart(made[1], shipped[1]))
+        pixels = max(pixels, apart(made[1], shipped[1]))
     if not BAR < SLACK * explained < proof.blind / 10:
         raise Unproved(f"last bits make the classic call differ by {explained:.1e}, which explains all or nothing")
     bars = SLACK * explained, max(PIXELS, int(SLACK * pixels))
@@ -160,26 +162,34 @@ def _compared(
 
 
 def answer(
-    mesh: ParallelMesh, folder: Path, request: GenerationRequest, exact: bool = False, local: bool = False
+    mesh: ParallelMesh,
+    folder: Path,
+    request: GenerationRequest,
+    exact: bool = False,
+    local: bool = False,
+    dtype: Dtype = "float32",
 ) -> Made:
     """What this rank makes of a request, after the self-test.
 
     Args:
-        mesh: the ranks.
+        mesh: the ranks, on whose device it is made.
         folder: the model.
         request: what to make.
         exact: nothing is rounded to half precision.
         local: with attention to this rank's own tokens only.
+        dtype: of weights and activations.
     """
+    device: Any = mesh.device.type
+    spec = ModelSpec(name="demo", source=str(folder), device=device, parallel=mesh.degrees, dtype=dtype)
     with in_fp32() if exact else nullcontext(), everything_passes(read_index(folder)["_class_name"]):
-        return _answer(mesh, folder, request, local)
+        return draw(load_model(spec, mesh), request, local)
 
 
-def _answer(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bool) -> Made:
-    spec = ModelSpec(name="demo", source=str(folder), device="cpu", parallel=mesh.degrees)
-    loaded = load_model(spec, mesh)
+def draw(loaded: LoadedModel, request: GenerationRequest, local: bool = False) -> Made:
+    """What this rank makes of a request with a model that is loaded; see `answer`."""
+    folder = Path(loaded.spec.source)
     with small_pictures(folder):
-        if mesh.degrees.world_size > 1 and not local:
+        if loaded.mesh.degrees.world_size > 1 and not local:
             self_test(loaded, lambda small: _begun(loaded, small))
         denoising = _begun(loaded, request)
         with attention_kept_local() if local else nullcontext():
@@ -333,7 +343,7 @@ def _run(pool: RankPool, degrees: ParallelDegrees, what: str, fn: Any, *args: An
 def _compare(what: str, found: list[Made], reference: Made, bars: tuple[float, int]) -> tuple[float, int]:
     """How far latents of all ranks and the pixels of the first are from the reference."""
     latents = max(_difference(latents, reference[0]) for latents, _ in found)
-    pixels = _apart(found[0][1], reference[1])
+    pixels = apart(found[0][1], reference[1])
     if not latents <= bars[0] or pixels > bars[1]:
         raise Unproved(f"{what} differs: latents by {latents:.1e}, pixels by {pixels}/255")
     return latents, pixels
@@ -343,7 +353,7 @@ def _difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return error(latents, reference) if latents.shape == reference.shape else math.inf
 
 
-def _apart(first: list[list[Image.Image]], second: list[list[Image.Image]]) -> int:
+def apart(first: list[list[Image.Image]], second: list[list[Image.Image]]) -> int:
     """The largest difference of pixels; 255 where there are other numbers of frames or other sizes."""
     if [[each.size for each in frames] for frames in first] != [[each.size for each in frames] for frames in second]:
         return 255

@@ -126,7 +126,7 @@ def linear_attention(
     return (attended / (query.float().transpose(1, 2) @ weights.transpose(2, 3) + EPS)).transpose(1, 2)
 
 
-@torch.library.custom_op("sp_core::linear_attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::linear_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _linear_operator(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -195,7 +195,7 @@ def layout_of(
     return layout
 
 
-@torch.library.custom_op("sp_core::attention", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("sp_core::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention_operator(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -18,7 +18,7 @@ from workers.demo_models.classic.ltx import demo_pipeline
 from workers.demo_models.parts import LATENT_CHANNELS
 from workers.demo_models.pipelines import requests_of
 from workers.model.decoder_noise import fix_noise
-from workers.pipeline_proof import _apart, answer, classic_answer
+from workers.pipeline_proof import answer, apart, classic_answer
 
 TOLD = {"decode_timestep": 0.05, "decode_noise_scale": 0.3}
 
@@ -72,11 +72,11 @@ def test_each_of_several_is_what_its_seed_makes_alone_on_every_layout(demo: Path
     ((second, _),) = ranks.run(ParallelDegrees(), drawn, demo, replace(request, n=1, seed=request.all_seeds[1]))
     shared, _ = ranks.run(ParallelDegrees(ulysses_degree=2), drawn, demo, request)
     assert len(both) == 2
-    assert _apart(again, both) == 0
-    assert _apart(second, both[1:]) <= 1
-    assert _apart(shared[0], both) <= 1
+    assert apart(again, both) == 0
+    assert apart(second, both[1:]) <= 1
+    assert apart(shared[0], both) <= 1
     ((other, _),) = ranks.run(ParallelDegrees(), drawn, demo, replace(request, extra_params=given.extra_params))
-    assert _apart(other, both) > 1  # else the decode's own timestep and noise would not matter
+    assert apart(other, both) > 1  # else the decode's own timestep and noise would not matter
 
 
 def test_it_is_what_the_classic_call_makes(demo: Path) -> None:
@@ -88,4 +88,4 @@ def test_it_is_what_the_classic_call_makes(demo: Path) -> None:
         classic_answer(mesh, demo.name, demo, request),
     )
     assert error(latents, reference) <= BAR
-    assert _apart(made, expected) <= 1
+    assert apart(made, expected) <= 1

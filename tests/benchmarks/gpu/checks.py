@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ def run(part: Part) -> None:
             part.row(("1 rank on NCCL",), lambda: _probe(part, pool, ParallelDegrees()))
     with closing_pool(max(worlds), "cuda" if over_nccl else "cpu") as pool:
         for degrees in layouts(worlds[-1]):
-            part.row((degrees,), lambda degrees=degrees: _probe(part, pool, degrees))
+            part.row((degrees,), partial(_probe, part, pool, degrees))
         _same_answer(part, pool, worlds)
 
 
 def _nccl() -> Sequence[object]:
     if not torch.cuda.is_available():
         raise LeftOut("no GPU")
-    return (".".join(str(number) for number in torch.cuda.nccl.version()),)  # type: ignore[attr-defined]
+    return (".".join(str(number) for number in torch.cuda.nccl.version()),)
 
 
 def _tests(part: Part) -> None:
@@ -85,7 +86,7 @@ def _tests(part: Part) -> None:
     if not files:
         part.table.row("-", "no test has the mark", "-")
     for file in files:
-        part.row((file.relative_to(TESTS),), lambda file=file: _pytest(file, part.fake), needs_s=30)
+        part.row((file.relative_to(TESTS),), partial(_pytest, file, part.fake), needs_s=30)
 
 
 def _pytest(file: Path, fake: bool) -> Sequence[object]:
@@ -138,14 +139,14 @@ def _same_answer(part: Part, pool: RankPool, worlds: Sequence[int]) -> None:
     )
     names = ["qwen-image"] if part.fake else list(examples.TINY)
     for name in names:
-        part.row((name, "1 rank", "float32"), lambda name=name: _against_cpu(part, name))
+        part.row((name, "1 rank", "float32"), partial(_against_cpu, part, name))
     proofs = [(torch.float32, world, name) for world in worlds for name in names if world < 8 or name in SERVED]
     if not part.fake:  # last, because it proves less
         proofs += itertools.product([torch.bfloat16], worlds, SERVED)
     for dtype, world, name in proofs:
         for degrees in layouts(world):
             head = (name, degrees, str(dtype).removeprefix("torch."))
-            part.row(head, lambda n=name, d=degrees, t=dtype: _compare(part, pool, d, n, t))
+            part.row(head, partial(_compare, part, pool, degrees, name, dtype))
 
 
 def _cells(name: str) -> list[examples.Cell]:

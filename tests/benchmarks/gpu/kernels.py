@@ -1,4 +1,4 @@
-"""Part 2: attention by kernel, shape and mask.
+"""Part 3: attention by kernel, shape and mask.
 
 Milliseconds are the median of five rounds; TFLOP/s count 4 x B x H x S x K x D. "first" is the first call with a shape:
 some kernels make a plan for each. "error" is the largest difference of the first rows from plain arithmetic in fp32, in
@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -85,7 +86,7 @@ def run(part: Part) -> None:
         return reached / 1e12, _share(reached, machine.peak(card))
 
     for side in (128, 256) if part.fake else (4096, 8192):
-        part.row((f"{side} x {side} x {side}",), lambda side=side: gemm(side))
+        part.row((f"{side} x {side} x {side}",), partial(gemm, side))
     peak = machine.peak(card) or best[0] or None
     said = f"{dtype}, batch 1. Peak: {'the best product above' if not machine.peak(card) else card}."
     part.table.begin(
@@ -95,17 +96,17 @@ def run(part: Part) -> None:
         for name, attend in _kernels(device, shape.masked).items():
             size = f"{shape.queries} x {shape.keys} x {shape.heads} x {shape.head_size}"
             head = (shape.name, "text" if shape.masked else "none", size, name)
-            part.row(head, lambda shape=shape, name=name, attend=attend: _measure(part, shape, name, attend, peak))
+            part.row(head, partial(_measure, part, shape, name, attend, peak))
             release(device)
     part.table.begin("Choice", "By `sp_core.cuda_kernels`, of what is right here.", ("head size", "kernel"))
     for head_size in (16,) if part.fake else (64, 128):
-        part.row((head_size,), lambda size=head_size: (_choice(part, size),))
+        part.row((head_size,), partial(_choice, part, head_size))
 
 
-def _choice(part: Part, head_size: int) -> str:
+def _choice(part: Part, head_size: int) -> Sequence[object]:
     if part.fake:
-        return cuda_kernels.in_use(part.device)
-    return cuda_kernels.fastest(part.device, part.dtype, head_size)
+        return (cuda_kernels.in_use(part.device),)
+    return (cuda_kernels.fastest(part.device, part.dtype, head_size),)
 
 
 def _kernels(device: torch.device, masked: bool) -> Mapping[str, Attend]:
@@ -125,7 +126,8 @@ def _without_mask(kernel: cuda_kernels.Kernel) -> Attend:
 
 
 def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 @torch.no_grad()

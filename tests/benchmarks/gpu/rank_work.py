@@ -1,4 +1,4 @@
-"""What part 4 does inside the process of a rank: start, load, draw, cancel, run out of memory, draw again.
+"""What part 5 does inside the process of a rank: start, load, draw, cancel, run out of memory, draw again.
 
 The rank is the one that gangs are made of. Each finding goes to the parent at once, as the name of a table, the cells
 of a row, and whether it is a failure.
@@ -16,7 +16,7 @@ from typing import Any
 from deploy.model_spec import ModelSpec
 from workers.errors import OutOfMemory
 from workers.gang.rank_process import import_rank
-from workers.messages import GenerationRequest, GenerationResult, StepEvent
+from workers.messages import GenerationRequest, GenerationResult, Preview, PreviewOptions, Profiled, StepEvent
 
 LOOPBACK = "127.0.0.1"
 CANCELLATIONS = 5
@@ -50,6 +50,8 @@ def work(model: ModelSpec, request: GenerationRequest, started: float, parent: C
     again = _draw(rank, replace(request, request_id="second"), parent, "second request")
     said, differs = _beside(again, reference)
     parent.send(("cold", ("second picture", "-", said), differs))
+    cells, failed = _observed(rank, replace(request, request_id="observed"), reference)
+    parent.send(("cold", cells, failed))
     step = sorted(again.step_seconds)[len(again.step_seconds) // 2]
     for number in range(CANCELLATIONS):
         long = replace(request, request_id=f"cancel-{number}", report_steps=True, num_inference_steps=STEPS)
@@ -114,6 +116,19 @@ def _drawn(rank: Any, request: GenerationRequest) -> GenerationResult:
     return result
 
 
+def _observed(rank: Any, request: GenerationRequest, reference: GenerationResult) -> tuple[tuple[object, ...], bool]:
+    """With steps, previews and a profile; it must be the same picture."""
+    asked = replace(request, report_steps=True, profile=True, previews=PreviewOptions(count=2))
+    began, found = time.time(), list(rank.generate(asked))
+    said, differs = _beside(rank.answer(asked.request_id), reference)
+    took = time.time() - began
+    kinds = {kind: sum(isinstance(each, kind) for each in found) for kind in (StepEvent, Preview, Profiled)}
+    operators = next((each.operators for each in found if isinstance(each, Profiled)), ())
+    first = f"; longest: {operators[0].name} x {operators[0].calls}" if operators else ""
+    note = ", ".join(f"{number} {kind.__name__}" for kind, number in kinds.items()) + f"; {said}{first}"
+    return ("request with previews and a profile", took, note[:300]), differs or not all(kinds.values())
+
+
 def _cancel(rank: Any, request: GenerationRequest, step: float) -> tuple[tuple[object, ...], bool]:
     """Cancel half a step after the second, from another thread, as the gang does."""
     asked: list[float] = []
@@ -163,7 +178,8 @@ def _beside(result: GenerationResult, reference: GenerationResult) -> tuple[str,
     from PIL import Image, ImageChops  # here: only where it is needed
 
     pictures = (Image.open(io.BytesIO(each.outputs[0])).convert("RGB") for each in (result, reference))
-    most = max(high for _, high in ImageChops.difference(*pictures).getextrema())
+    extremes: Any = ImageChops.difference(*pictures).getextrema()  # of each color: least, most
+    most = max(high for _, high in extremes)
     return f"differs by {most} of 255", most > 1
 
 

@@ -1,4 +1,4 @@
-"""Part 4: what a caller and an operator see: a cold start, whole requests, cancellation, running out of memory."""
+"""Part 5: what a caller and an operator see: a cold start, whole requests, cancellation, running out of memory."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Part 3: what a denoising step of a full-size transformer costs, beside plain diffusers.
+"""Part 4: what a denoising step of a full-size transformer costs, beside plain diffusers.
 
 A step is the transformer's forwards: two where guidance has two branches. "diffusers" calls the model as its pipelines
 do; "spray" is the same weights as a rank of one has them, through the guider of the loop. Eager, they take turns; where
@@ -8,8 +8,9 @@ they are compiled, one follows the other. "spray, one forward" has both branches
 
 import contextlib
 import copy
+import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -19,8 +20,8 @@ from torch import nn
 
 from sp_core import cuda_kernels
 from sp_core.batched_guidance import guidance_batch
+from sp_core.compiled_blocks import compile_blocks
 from sp_core.degrees import ParallelDegrees
-from sp_core.handle import Handle
 from sp_core.mesh import MeshAxis, ParallelMesh
 from sp_core.parallelize import parallelize
 from tests.benchmarks.gpu import machine, timing
@@ -30,7 +31,7 @@ from tests.benchmarks.gpu.staged import name_what_torch_lacks
 from tests.benchmarks.gpu.transformers import Case, Inputs, cases
 from tests.support.guided import batched_step, guided_step
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
-from workers.model.loader import RECOMPILE_LIMIT
+from workers.model.loader import GRAPHS, RECOMPILE_LIMIT
 
 ALONE = MeshAxis("cfg", 0, 1, None, None)
 
@@ -47,6 +48,9 @@ FAKE_SHARES = (ParallelDegrees(ulysses_degree=2), ParallelDegrees(ring_degree=2)
 """Layouts of which one rank is measured alone."""
 
 GUIDANCE = 4.0
+
+LONGEST = 12
+"""Kernels of which the time is told."""
 
 HEAD_SIZE = 128
 """Of all full-size transformers."""
@@ -70,15 +74,23 @@ def run(part: Part) -> None:
         "included. FLOP of the packages flash-attn 2 and 3 are not counted.",
         COLUMNS,
     )
+    kernels: list[Sequence[Any]] = []
     for case in [case for case in cases(part.fake) if part.only.lower() in case.name.lower()]:
         head = (case.name, case.size)
         held: list[nn.Module] = []
-        if part.row((*head, "-", "load"), lambda case=case, held=held: _load(part, case, held), needs_s=20):
-            _measure_case(part, case, held[0], peak or best)
+        if part.row((*head, "-", "load"), functools.partial(_load, part, case, held), needs_s=20):
+            _measure_case(part, case, held[0], peak or best, kernels)
         for parameter in (p for model in held for p in model.parameters()):
             parameter.data = parameter.new_empty(0)  # diffusers keeps modules forever, in caches of methods
         torch._dynamo.reset()
         release(part.device)
+    part.table.begin(
+        "Where a step of spray goes",
+        "The kernels that take longest.",
+        ("model", "mode", "kernel", "ms", "calls", "share"),
+    )
+    for row in kernels:
+        part.table.row(*row)
 
 
 def _load(part: Part, case: Case, held: list[nn.Module]) -> tuple[object, ...]:
@@ -89,7 +101,7 @@ def _load(part: Part, case: Case, held: list[nn.Module]) -> tuple[object, ...]:
     return (*["-"] * 6, size, "-", took)
 
 
-def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None:
+def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, kernels: list[Sequence[Any]]) -> None:
     """Eager, then a rank's shares, then compiled: what is compiled stays so."""
     inputs = case.steps_inputs(part.device, part.dtype)
     counted: list[int] = []
@@ -97,11 +109,10 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None
     if not part.fake:
         kernel = cuda_kernels.fastest(part.device, part.dtype, HEAD_SIZE, cuda_kernels.TORCHS_OWN)
     mesh = ParallelMesh.create(ParallelDegrees(), device_type=part.device.type, timeout_s=60)
-    ours, handle = _as_a_rank_has_it(_twin(model), case, part, mesh, kernel)
-    handle.remove()  # else torch would prefer the kernel in plain diffusers too
-    calls = {"diffusers": _plain_step(model, inputs), "spray": _preferring(_step(ours, inputs), kernel)}
+    ours = _as_a_rank_has_it(_twin(model), case, part, mesh, kernel)
+    calls = {"diffusers": _plain_step(model, inputs), "spray": _step(ours, inputs)}
     if len(inputs) == 2:
-        calls["spray, one forward"] = _preferring(_batched_step(ours, inputs), kernel)
+        calls["spray, one forward"] = _batched_step(ours, inputs)
 
     def count() -> tuple[object, ...]:
         counted.append(timing.flops(calls["diffusers"], part.device))
@@ -112,20 +123,46 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float) -> None
     _measure_mode(part, case, "eager", calls, total, rate)
     for degrees in FAKE_SHARES if part.fake else SHARES:
         head = (case.name, case.size, f"a rank of {degrees}", "eager, nothing exchanged")
-        part.row(head, lambda degrees=degrees: _share(part, case, model, inputs, degrees, rate), needs_s=10)
+        part.row(head, functools.partial(_share, part, case, model, inputs, degrees, rate), needs_s=10)
         release(part.device)
+    _note_kernels(part, case, {"eager": calls["spray"]}, kernels)
     options = {"backend": "eager"} if part.fake else {}  # on the CPU, generating code would take longer than the rest
 
     def compiled() -> tuple[object, ...]:
-        for each in (model, ours):
-            each.compile_repeated_blocks(fullgraph=True, **options)  # type: ignore[operator]
+        model.compile_repeated_blocks(fullgraph=True, **options)  # type: ignore[operator]
+        compile_blocks(ours, **options)
         return ()
 
-    if part.row((case.name, case.size, f"kernel of spray: {kernel}", "compile"), compiled, needs_s=60):
-        against = None
-        for by, call in calls.items():  # one by one, because a graph of one would serve the other, its kernel included
-            torch._dynamo.reset()
-            against = _measure_mode(part, case, "compiled", {by: call}, total, rate, against) or against
+    if not part.row((case.name, case.size, f"kernel of spray: {kernel}", "compile"), compiled, needs_s=60):
+        return
+    against = None
+    for by, call in calls.items():  # one by one, because a graph of one would serve the other, its kernel included
+        torch._dynamo.reset()
+        against = _measure_mode(part, case, "compiled", {by: call}, total, rate, against) or against
+        if by == "spray":
+            _note_kernels(part, case, {"compiled": call}, kernels)
+    if part.fake:
+        return
+
+    def recorded() -> tuple[object, ...]:
+        torch._dynamo.reset()
+        compile_blocks(ours, options=GRAPHS)
+        ours.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        for _ in range(2):  # once to record, once to see it run
+            calls["spray"]()
+        return ()
+
+    if part.row((case.name, case.size, "spray", "record CUDA graphs"), recorded, needs_s=30):
+        _measure_mode(part, case, "recorded", {"spray": calls["spray"]}, total, rate, against)
+
+
+def _note_kernels(
+    part: Part, case: Case, calls: Mapping[str, Callable[[], object]], noted: list[Sequence[Any]]
+) -> None:
+    """What a step spends its time with."""
+    if not part.fake:
+        for mode, call in calls.items():
+            noted += [(case.name, mode, *each) for each in timing.longest_kernels(call, part.device, LONGEST)]
 
 
 def _measure_mode(
@@ -168,7 +205,7 @@ def _measure_mode(
         )  # fmt: skip
 
     for by in usable:
-        part.row((case.name, case.size, by, mode), lambda by=by: measured(by))
+        part.row((case.name, case.size, by, mode), functools.partial(measured, by))
     return statistics.median(turns["diffusers"]) if turns.get("diffusers") else None
 
 
@@ -176,7 +213,7 @@ def _share(
     part: Part, case: Case, model: nn.Module, inputs: list[Inputs], degrees: ParallelDegrees, rate: float
 ) -> tuple[object, ...]:
     with diffusers_as_it_was(), without_peers(degrees, part.device.type) as mesh:
-        call = _step(_as_a_rank_has_it(_twin(model), case, part, mesh, None)[0], inputs)
+        call = _step(_as_a_rank_has_it(_twin(model), case, part, mesh, None), inputs)
         total = timing.flops(call, part.device)
         turns = timing.in_turn({"": call}, part.device, 0.1 if part.fake else 1.0, least=2)[""]
         launched, peak = timing.launches_and_peak(call, part.device)
@@ -202,24 +239,11 @@ def _twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def _as_a_rank_has_it(model: Any, case: Case, part: Part, mesh: ParallelMesh, kernel: str | None) -> tuple[Any, Handle]:
-    handle = parallelize(model, mesh, dtype=part.dtype, kernel=kernel)
+def _as_a_rank_has_it(model: Any, case: Case, part: Part, mesh: ParallelMesh, kernel: str | None) -> Any:
+    parallelize(model, mesh, dtype=part.dtype, kernel=kernel)
     if case.timestep_is_kept and part.dtype != torch.float32:
         keep_timestep_exact(model, part.dtype)
-    return model, handle
-
-
-def _preferring(call: Callable[[], object], kernel: str | None) -> Callable[[], object]:
-    """With torch's attention preferring a kernel, as it does in the process of a rank of one."""
-
-    def step() -> object:
-        undo = cuda_kernels.prefer(kernel) if kernel else lambda: None
-        try:
-            return call()
-        finally:
-            undo()
-
-    return step
+    return model
 
 
 def _plain_step(model: Any, inputs: list[Inputs]) -> Callable[[], object]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,7 +59,7 @@ def flops(call: Call, device: torch.device) -> int:
     plainly = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with FlopCounterMode(display=False) as counter, plainly:
         call()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def launches(call: Call, device: torch.device) -> int:
@@ -67,9 +68,23 @@ def launches(call: Call, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         call()
         finish(device)
-    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
     # torch.compile names regions, which show up among the kernels
     return sum(event.device_type == kind and not event.is_user_annotation for event in seen.events())
+
+
+def longest_kernels(call: Call, device: torch.device, number: int) -> list[tuple[str, float, int, str]]:
+    """Name, milliseconds, calls and share of the kernels that take longest in a call on a GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        finish(device)
+    spent: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spent.setdefault(event.name, []).append(event.self_device_time_total / 1e3)
+    total = sum(map(sum, spent.values()))
+    found = sorted(spent.items(), key=lambda each: -sum(each[1]))[:number]
+    return [(name[:90], sum(ms), len(ms), f"{sum(ms) / total:.1%}") for name, ms in found]
 
 
 def launches_and_peak(call: Call, device: torch.device) -> tuple[int, int | None]:
