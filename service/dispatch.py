@@ -86,13 +86,16 @@ class Dispatcher:
         if model not in self._handles:
             self._handles[model] = gang_handle(app_name(model)).options(stream=True)
 
-    async def run(self, request: GenerationRequest, caller: str, trace: RequestTrace) -> AsyncGenerator[Report]:
+    async def run(
+        self, request: GenerationRequest, caller: str, trace: RequestTrace, of_job: bool = False
+    ) -> AsyncGenerator[Report]:
         """Run one request, on another gang if the first is lost.
 
         Args:
             request: what to draw.
             caller: the name of the API key that asks.
             trace: is told what happens to the request.
+            of_job: nobody waits for the answer, so the request waits as long as it must.
 
         Raises:
             QueueFull: too many requests wait for the model, or it would wait too long.
@@ -111,7 +114,7 @@ class Dispatcher:
         before = len(waiting)
         waiting.enter(request.request_id, place)  # at once, so that those who come meanwhile count it
         try:
-            await self._check_queue(request, caller, before)
+            await self._check_queue(request, caller, before, of_job)
         except BaseException:
             waiting.leave(request.request_id)
             raise
@@ -148,7 +151,7 @@ class Dispatcher:
             attempt += 1
             yield Restarted(attempt, f"the ranks of {request.model!r} were lost", begun)  # the log has why
 
-    async def _check_queue(self, request: GenerationRequest, caller: str, waiting: int) -> None:
+    async def _check_queue(self, request: GenerationRequest, caller: str, waiting: int, of_job: bool) -> None:
         """Refuse a request that would have to wait too long, or among too many.
 
         Raises:
@@ -156,11 +159,13 @@ class Dispatcher:
             DeadlineExceeded: it would be too late then.
         """
         model = self._models.get(request.model)
-        if model is None or (not waiting and request.deadline_at is None and model.max_queued_s is None):
+        if model is None or (request.deadline_at is None and (of_job or (not waiting and model.max_queued_s is None))):
             return
         ahead, wait_s = await router_registry.prospect(app_name(model.name), caller)
         if request.deadline_at is not None:
             check_deadline(request.deadline_at, wait_s, *router_registry.takes(app_name(model.name), request))
+        if of_job:  # which was accepted, and whose caller does not hold a connection
+            return
         if waiting >= model.max_queued:
             raise QueueFull(
                 f"{waiting} requests wait for {model.name!r}; try again later", wait_s / (ahead + 1) or None

@@ -266,6 +266,12 @@ class Gateway(GrpcMethods):
             RateLimited: it has used what it may.
             Exception: what `Dispatcher.run` raises.
         """
+        async with contextlib.aclosing(self._generate(request)) as reports:
+            async for report in reports:
+                yield report
+
+    async def _generate(self, request: GenerationRequest, of_job: bool = False) -> AsyncGenerator[Report]:
+        """As `generate`; the request of a job waits as long as it must."""
         began, outcome, attempts = time.monotonic(), CANCELLED, 1
         result: GenerationResult | None = None
         key = self.caller()
@@ -278,7 +284,7 @@ class Gateway(GrpcMethods):
                 raise ShuttingDown("the server is stopping and takes no new requests")
             with self._access.taking(request, lambda: trace.has_begun):
                 request = replace(request, traceparent=trace.traceparent)
-                reports = self._live.watched(request, key, self._dispatcher.run(request, key, trace))
+                reports = self._live.watched(request, key, self._dispatcher.run(request, key, trace, of_job))
                 async with contextlib.aclosing(reports):
                     async for report in reports:
                         if isinstance(report, GenerationResult):
@@ -314,7 +320,7 @@ class Gateway(GrpcMethods):
     async def _run_for(self, owner: str, request: GenerationRequest) -> AsyncGenerator[Report]:
         """Run the request of a job in its owner's name."""
         self._access.act_for(owner)
-        async with contextlib.aclosing(self.generate(request)) as reports:
+        async with contextlib.aclosing(self._generate(request, of_job=True)) as reports:
             async for report in reports:
                 yield report
 

@@ -96,7 +96,7 @@ async def _fetch(client: httpx.AsyncClient, name: str, url: str, hosts: Sequence
                 data += chunk
                 if len(data) > most_bytes:
                     raise InvalidParameter(name, f"what {host} sends is larger than {most_bytes} bytes")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # the second: it is too long
         raise InvalidParameter(name, f"{host} could not be asked for the URL: {type(error).__name__}") from None
     return bytes(data)
 

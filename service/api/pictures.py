@@ -89,9 +89,9 @@ def decode(files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (
         if role == "video":
             inputs.append(MediaInput(role, decode_clip(role, data, *frames)))
             continue
-        picture = _decoded(role, data, left)
-        left -= picture.width * picture.height
-        made = MediaInput(role, _png(_as_mask(picture) if role == "mask" else _on_white(picture)))
+        made = MediaInput(role, _converted(role, data, left))
+        width, height = size_of(made)
+        left -= width * height
         if role == "mask" and size_of(made) != size_of(inputs[0]):
             (width, height), (wide, high) = size_of(inputs[0]), size_of(made)
             raise _invalid("mask", f"the mask has {wide}x{high} pixels, the image {width}x{height}; make them equal")
@@ -123,8 +123,8 @@ def from_data_url(url: str) -> bytes:
         raise ValueError("is a data: URL whose data is no base64") from None
 
 
-def _decoded(param: MediaRole, data: bytes, left: int) -> Image.Image:
-    """The first frame of a picture, upright, in the mode of its file, of at most `left` pixels.
+def _converted(param: MediaRole, data: bytes, left: int) -> bytes:
+    """The first frame of a picture, upright, of at most `left` pixels, in the mode of its role, as PNG.
 
     Raises:
         InvalidParameter: it is not accepted.
@@ -139,7 +139,8 @@ def _decoded(param: MediaRole, data: bytes, left: int) -> Image.Image:
             width, height = opened.size
             if width * height <= min(MAX_PIXELS, left) and max(width, height) <= MAX_EDGE:
                 opened.load()
-                return ImageOps.exif_transpose(opened)
+                picture = ImageOps.exif_transpose(opened)
+                return _png(_as_mask(picture) if param == "mask" else _on_white(picture))
     except MemoryError:
         raise
     except Image.DecompressionBombError:

@@ -5,6 +5,7 @@ no more than which job has ended and how: its prompt is not kept longer than the
 """
 
 import json
+import logging
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ import sqlalchemy as sa
 
 from service.jobs.records import Delivery
 from service.jobs.tables import Row, webhooks
+
+logger = logging.getLogger("ray.serve")
 
 KEEP_S = 24 * 3600.0
 """After which a webhook is given up."""
@@ -37,12 +40,15 @@ def host_of(url: str) -> str:
         return ""
 
 
-def due(connection: sa.Connection, most: int, now: float, lease_s: float, room: Mapping[str, int]) -> list[Delivery]:
+def due(
+    connection: sa.Connection, most: int, now: float, lease_s: float, room: Mapping[str, int] | None
+) -> list[Delivery]:
     """See `JobStore.due_webhooks`."""
     ids: list[str] = []
-    for host, few in room.items():
+    for host, few in (room or {}).items():
         ids += _due_ids(connection, now, min(few, most - len(ids)), webhooks.c.host == host)
-    ids += _due_ids(connection, now, most - len(ids), webhooks.c.host.not_in(room))
+    others = sa.true() if room is None else webhooks.c.host == ""  # older versions note no host
+    ids += _due_ids(connection, now, most - len(ids), others)
     if not ids:
         return []
     change = sa.update(webhooks).where(webhooks.c.id.in_(ids))
@@ -62,6 +68,19 @@ def _due_ids(connection: sa.Connection, now: float, most: int, which: sa.ColumnE
 def sent(connection: sa.Connection, message_id: str) -> None:
     """See `JobStore.webhook_sent`."""
     connection.execute(sa.delete(webhooks).where(webhooks.c.id == message_id))
+
+
+def give_up(connection: sa.Connection, now: float) -> None:
+    """Forget webhooks that nobody has sent in time: no gateway that looked has their host in its deployment."""
+    late = connection.execute(
+        sa.delete(webhooks).where(webhooks.c.created_at + KEEP_S <= now, webhooks.c.not_before <= now)
+    )
+    if late.rowcount:
+        logger.warning(
+            "%d webhooks are given up after %.0f hours: is their host missing in gateway.webhook_hosts?",
+            late.rowcount,
+            KEEP_S / 3600,
+        )
 
 
 def not_sent(connection: sa.Connection, delivery: Delivery, now: float, after_s: float) -> bool:

@@ -6,7 +6,6 @@ Gateways submit, list and cancel; their runners claim, renew and publish, see `s
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import sqlalchemy as sa
 
@@ -178,14 +177,14 @@ class JobStore(Leases):
         with self._database.transaction() as (connection, _):
             return input_notes.data_of(connection, job_id)
 
-    def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] = MappingProxyType({})) -> list[Delivery]:
+    def due_webhooks(self, most: int, lease_s: float, room: Mapping[str, int] | None = None) -> list[Delivery]:
         """Take webhooks to send them; each counts as an attempt from now on.
 
         Args:
             most: at most so many.
             lease_s: seconds after which somebody else takes them, if nothing was said of them.
-            room: by host, at most so many of its own; hosts that are absent have no such limit. The first ones come
-                first.
+            room: by host, at most so many of its own; the first ones come first. Those of other hosts stay: another
+                gateway may have them. None: of any host.
         """
         with self._database.transaction() as (connection, now):
             return outbox.due(connection, most, now, lease_s, room)

@@ -186,7 +186,7 @@ class KeptAnswers:
             self._keys += 1
             return Claim("mine", seed)
         known_as, settled, state, holder, holding, beat, created, answer, size = row
-        if state != "running" and created + self._ttl_s < now:
+        if created + self._ttl_s < now and (state != "running" or beat + LEASE_S < now):
             self._forget(scope, holder)
             return None
         if known_as != fingerprint:
@@ -265,7 +265,8 @@ class KeptAnswers:
     def _forget(self, scope: str, token: str) -> None:
         """Remove a key that nobody works for, with its files."""
         row = self._table.execute(
-            "SELECT answer, bytes FROM answers_1 WHERE scope = ? AND token = ? AND state != 'running'", (scope, token)
+            "SELECT answer, bytes FROM answers_1 WHERE scope = ? AND token = ? AND (state != 'running' OR beat < ?)",
+            (scope, token, time.time() - LEASE_S),
         ).fetchone()
         if row is not None:
             self._remove(row[0])

@@ -179,6 +179,8 @@ def _open(file: Path) -> IO[bytes]:
 
 def _shared_key(folder: Path) -> bytes:
     """The key of a folder; the first process makes it. A hard link appears whole, and only if there is none yet."""
+    with contextlib.suppress(FileNotFoundError):  # first: what is kept can be read where nothing can be written
+        return (folder / KEY).read_bytes()
     unfinished = folder / f"{secrets.token_hex(8)}{UNFINISHED}"
     try:
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

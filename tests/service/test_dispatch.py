@@ -423,7 +423,7 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
         return prospects.pop(0)
 
     monkeypatch.setattr("service.state.router_registry.prospect", prospect)
-    serving(opened, monkeypatch, [Begun(), RESULT])
+    serving(opened, monkeypatch, *[[Begun(), RESULT]] * 2)
 
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [patient.model_dump(mode="json")]})
@@ -441,6 +441,8 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
             await ask(opened, request)
         assert answer(full.value)[2] == {"retry-after": "6"}
         assert counted == [1, 2, 2, 3], "it is counted while it asks"
+        job = [report async for report in opened._run_for("somebody", replace(request, request_id="job"))]
+        assert job == [RESULT], "whoever waits for a job has left: it waits its turn"
         waiting.leave("another")
         waiting.leave("a third")
 

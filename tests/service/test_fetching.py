@@ -165,6 +165,12 @@ def test_other_urls_are_not_asked(monkeypatch: pytest.MonkeyPatch, url: str) -> 
     assert refused.value.param == "image" and asked == []
 
 
+def test_a_url_that_nobody_can_send_is_the_callers_mistake(at_loopback: None) -> None:
+    with pytest.raises(InvalidParameter, match="could not be asked for the URL") as refused:
+        fetch({"image": f"https://{HOST}/{'a' * 70_000}"}, HOST)
+    assert refused.value.param == "image"
+
+
 PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1",
            "fe80::1",
            "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "224.0.0.1", "ff02::1"]  # fmt: skip

@@ -107,7 +107,7 @@ def test_what_a_key_may_do(opened: Gateway, monkeypatch: pytest.MonkeyPatch, tmp
     inner = FakeBackend()
     seen: list[str] = []
 
-    def run(request: GenerationRequest, caller: str, _: Any) -> Any:
+    def run(request: GenerationRequest, caller: str, *_: Any) -> Any:
         seen.append(caller)
         return inner.generate(request)
 

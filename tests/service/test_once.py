@@ -343,6 +343,24 @@ def test_kept_answers_are_not_counted_among_outputs_and_are_swept(
     assert not list(files.glob("*.png"))
 
 
+def test_a_key_whose_gateway_died_is_forgotten_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: set[str]
+) -> None:
+    monkeypatch.setattr(kept_answers, "PERIOD_S", 0.01)
+
+    async def story() -> None:
+        keeper = KeptAnswers(str(tmp_path / "keys"), 0.1, 1 << 20, lives=lambda name: name not in dead)
+        assert (await keeper.claim("at work", "f", 3, "a", "1", 0.0)).state == "mine"
+        await asyncio.sleep(0.2)
+        assert (await keeper.claim("at work", "another", 3, "b", "2", 0.0)).state == "reused", "its work goes on"
+        dead.add("a")
+        monkeypatch.setattr(kept_answers, "LEASE_S", 0.1)
+        await until(lambda: keeper._keys == 0)  # nobody asked for it again
+        assert (await keeper.claim("at work", "another", 3, "b", "2", 0.0)).state == "mine"
+
+    run(story())
+
+
 def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = tmp_path / "keys" / "files"
 

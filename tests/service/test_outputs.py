@@ -171,6 +171,24 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
     assert sorted(outputs_folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("why", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+def test_what_is_kept_is_read_and_swept_where_nothing_can_be_written(
+    outputs_folder: Path, monkeypatch: pytest.MonkeyPatch, why: int
+) -> None:
+    kept, swept = (OutputStore().keep(content, "png") for content in (b"a", b"b"))
+
+    def refuse(*_: Any) -> int:
+        raise OSError(why, "not here")
+
+    monkeypatch.setattr(output_folder.os, "open", refuse)
+    begun_anew = OutputStore()
+    assert begun_anew.find(kept.name, str(kept.expires), kept.signature).read_bytes() == b"a"
+    begun_anew.discard(swept.name)
+    os.utime(outputs_folder / kept.name, (1, 1))
+    begun_anew.sweep()
+    assert [file.name for file in outputs_folder.iterdir()] == [KEY]
+
+
 def test_a_url_answers_with_the_file(client: TestClient, url: str) -> None:
     for method in ("GET", "HEAD"):
         answer = client.request(method, url)

@@ -93,6 +93,9 @@ HOSTILE: dict[str, bytes] = {
     "a profile that unpacks to 200 MB": png(
         1, 1, b"", 8, 2, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200 << 20), 9))
     ),
+    "more alphas than colors": png(
+        16, 16, zlib.compress(bytes(17 * 16)), 8, 3, chunk(b"PLTE", bytes(6)), chunk(b"tRNS", bytes(300))
+    ),
     "a depth that is none": png(16, 16, zlib.compress(bytes(1000)), 7),
     "a large JPEG": file(colored(), "JPEG").replace(b"\x00\x10\x00\x18\x03", b"\xff\xff\xff\xff\x03", 1),
     "a JPEG of many scans": jpeg_of_many_scans(500),
@@ -132,4 +135,18 @@ def damaged(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
             ("crossed", whole[:place] + UNUSUAL[source.choice(names)][place:]),
             ("noise", whole[:12] + source.randbytes(60)),
         ])  # fmt: skip
+        if source.random() < 0.5:  # else most damage goes no further than the first wrong checksum
+            made = with_checksums(made)
         yield f"{number}: {name}, {kind}", made
+
+
+def with_checksums(data: bytes) -> bytes:
+    """A damaged PNG whose parts have the checksums of what they hold now; other files as they are."""
+    head, at, made = data[:8], 8, bytearray(data)
+    while head == b"\x89PNG\r\n\x1a\n" and at + 12 <= len(made):
+        end = at + 8 + int.from_bytes(made[at : at + 4], "big")
+        if end + 4 > len(made):
+            break
+        made[end : end + 4] = struct.pack(">I", zlib.crc32(made[at + 4 : end]))
+        at = end + 4
+    return bytes(made)

@@ -23,6 +23,7 @@ from tests.support.deployments import model
 from tests.support.programs import needs_compiler
 from workers.gang.rank import Rank
 from workers.messages import GenerationRequest
+from workers.model import compiler as compiler_module
 from workers.model.compile_cache import cache_folder
 from workers.model.compiler import Compiler
 from workers.model.loader import GRAPHS, load_model
@@ -163,6 +164,19 @@ def test_the_operators_own_folder_wins(
     with Compiler(spec(demo_model), str(tmp_path), torch.device("cpu")).warming("start"):
         assert os.environ[VARIABLE] == "/theirs"
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("recorded", "told"), [(True, True), (False, False)])
+def test_graphs_that_are_not_recorded_are_told(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recorded: bool, told: bool
+) -> None:
+    seen = iter((5, 7))
+    monkeypatch.setattr(compiler_module, "recordings_refused", lambda: next(seen))
+    with Compiler(model(demo_model).model_copy(update={"cuda_graphs": recorded}), None, torch.device("cpu")).warming(
+        ""
+    ):
+        pass
+    assert ("2 graphs run without being recorded as CUDA graphs" in caplog.text) == told
 
 
 def test_without_compile_nothing_is_kept(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

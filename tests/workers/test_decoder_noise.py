@@ -8,11 +8,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo
 
+from deploy.model_spec import ModelSpec
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
+from tests.support.fake_cuda.guard import needs_guard
+from tests.support.fake_cuda.request import draw, draw_on_pretended_cuda
 from tests.workers.test_shared_tiles import drawn
 from workers.demo_models.classic.ltx import demo_pipeline
 from workers.demo_models.parts import LATENT_CHANNELS
@@ -89,3 +92,15 @@ def test_it_is_what_the_classic_call_makes(demo: Path) -> None:
     )
     assert error(latents, reference) <= BAR
     assert apart(made, expected) <= 1
+
+
+@needs_guard
+def test_a_gpu_draws_from_the_seeds_of_the_cpu(demo: Path) -> None:
+    """The call of `LTXImageToVideoPipeline` draws by itself, which torch refuses from a generator on the CPU."""
+    *_, given = requests_of(demo.name)
+    request = replace(given, extra_params={**given.extra_params, **TOLD})
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+    spec = ModelSpec(name="demo", source=str(demo), device="cpu")
+    made, _ = draw_on_pretended_cuda(mesh, spec, request)
+    for found, expected in zip(made, draw(mesh, spec, request), strict=True):
+        assert abs(found - expected).max() <= 1

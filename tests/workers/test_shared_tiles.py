@@ -25,7 +25,7 @@ from workers.messages import GenerationRequest
 from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
 from workers.model.loader import LoadedModel, load_model
-from workers.pipeline_proof import _apart, _pixels
+from workers.pipeline_proof import _pixels, apart
 from workers.small_pictures import small_pictures
 
 ALONE = {
@@ -79,7 +79,7 @@ def test_ranks_decode_what_one_decodes(ranks: RankPool, tmp_path: Path, pipeline
     (request, *_) = requests_of(pipeline)
     ((alone, _),) = ranks.run(ParallelDegrees(), drawn, tmp_path / "demo", request)
     (first, shares), (second, _) = ranks.run(ParallelDegrees(ulysses_degree=2), drawn, tmp_path / "demo", request)
-    assert _apart(first, alone) <= 1
+    assert apart(first, alone) <= 1
     assert second == []
     assert shares is (pipeline not in ALONE)
 

@@ -21,6 +21,7 @@ picture_shares.py       several pictures, each decoded on one rank
 positions.py            sizes for which a transformer has no positions
 step_counts.py          how few steps a classic pipeline can take
 extra_ranges.py         extra parameters that would fail inside a call
+own_draws.py            calls that draw with torch.randn, from seeds on the CPU onto a GPU
 decoder_noise.py        the noise that some decoders add, the same each time
 prompts.py              refuses prompts that a classic pipeline cannot read
 truncation.py           notices prompts that are longer than what is read

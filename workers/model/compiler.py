@@ -16,7 +16,7 @@ import torch
 
 from deploy.model_spec import ModelSpec
 from workers.model.compile_cache import CompileCache, Warmed, cache_folder, what_decides
-from workers.model.torch_internals import compile_into, graphs
+from workers.model.torch_internals import compile_into, graphs, recordings_refused
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,13 @@ class Compiler:
             self._opened = True
             self._open()
         cached_before, compiled_before = graphs()
+        refused_before = recordings_refused()
         began = time.monotonic()
         yield
         cached, compiled = graphs()
         self.has_compiled = self.has_compiled or compiled > compiled_before
+        if self._model.cuda_graphs and (refused := recordings_refused() - refused_before):
+            logger.warning("%d graphs run without being recorded as CUDA graphs; torch's log says why", refused)
         if self._cache is not None:
             seconds = time.monotonic() - began
             self._cache.keep(Warmed(what, cached - cached_before, compiled - compiled_before, seconds))

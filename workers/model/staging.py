@@ -61,7 +61,8 @@ class Staging:
     @staticmethod
     def release() -> None:
         """Give back the pinned memory of objects that are gone; torch would keep it for others to come."""
-        torch.accelerator.empty_host_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has no name for it, and keeps it
+            torch.accelerator.empty_host_cache()
 
     def _send(self, part: torch.Tensor, target: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from workers.model.own_draws import DrawsWhereItsGeneratorIs
 from workers.model.shared_encoders import METHODS, SharedEncoders, TextEncoderElsewhere
 
 Noise = tuple[torch.Tensor, torch.Tensor]
@@ -74,12 +75,12 @@ class SteppedCall:
     def encode(self) -> None:
         """Run up to the loop, if the encoders are here."""
         if self._encodes:
-            self._go_on()
+            self._go_on_beside_steps()
 
     def prepare(self) -> None:
         """Run up to the loop with the answers of another rank's encoders, if there are none here."""
         if not self._encodes:
-            self._go_on()
+            self._go_on_beside_steps()
 
     def step(self) -> torch.Tensor:
         """Run up to the end of the next step; returns its latents."""
@@ -92,7 +93,7 @@ class SteppedCall:
 
     def finish(self) -> Any:
         """Run to the end; returns the pipeline's output."""
-        made = self._go_on()
+        made = self._go_on_beside_steps()
         if not self._call.dead:
             raise RuntimeError("the pipeline's loop has more steps than its scheduler has timesteps")
         return made
@@ -105,6 +106,10 @@ class SteppedCall:
 
     def __del__(self) -> None:
         self.close()
+
+    def _go_on_beside_steps(self) -> Any:
+        with DrawsWhereItsGeneratorIs():
+            return self._go_on()
 
     @torch.no_grad()  # on its way out the call restores what it found when it began: that must not reach the caller
     def _go_on(self) -> Any:

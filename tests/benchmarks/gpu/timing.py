@@ -9,7 +9,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 Call = Callable[[], object]
 
@@ -57,7 +57,8 @@ def flops(call: Call, device: torch.device) -> int:
     """What a call multiplies and adds, in matrix products, convolutions and attention."""
     # torch does not count its attention for CPU, but does count the products that it consists of
     plainly = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with FlopCounterMode(display=False) as counter, plainly:
+    products = {torch.ops.aten._addmm_activation: addmm_flop}  # a product that applies GELU is one, too
+    with FlopCounterMode(display=False, custom_mapping=products) as counter, plainly:
         call()
     return int(counter.get_total_flops())
 

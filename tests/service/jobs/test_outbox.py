@@ -75,9 +75,28 @@ def test_a_host_with_many_calls_leaves_room_for_others(store: JobStore, clock: C
     told_of("removed.example.com", 2)
     taken = store.due_webhooks(10, LEASE_S, {"slow.example.com": 2, "quick.example.com": 2})
     hosts = [delivery.url.split("/")[2] for delivery in taken]
-    assert sorted(hosts) == [*["SLOW.example.com:8443"] * 2, "quick.example.com", *["removed.example.com"] * 2]
+    assert sorted(hosts) == [*["SLOW.example.com:8443"] * 2, "quick.example.com"]
     assert store.due_webhooks(10, LEASE_S, {"slow.example.com": 0}) == []
     assert len(store.due_webhooks(2, LEASE_S, {"slow.example.com": 3})) == 2
+
+
+def test_a_host_that_only_others_call_is_left_to_them_for_a_day(
+    store: JobStore, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clusters that share a database have lists of their own, and so has each version of an upgrade."""
+    end(store, clock, "failed")
+    assert store.due_webhooks(9, LEASE_S, {"other.example.com": 8}) == []
+    assert store.due_webhooks(9, LEASE_S, {}) == []
+    (found,) = store.due_webhooks(9, LEASE_S, {"hooks.example.com": 8})
+    assert found.attempt == 1
+    assert store.webhook_not_sent(found, 7200.0)
+    clock.now += KEEP_S - 1
+    store.sweep()
+    assert not caplog.records
+    clock.now += 1
+    store.sweep()
+    assert "1 webhooks are given up after 24 hours" in caplog.text
+    assert store.due_webhooks(9, LEASE_S) == []
 
 
 def test_calls_of_an_older_version_get_their_hosts(store: JobStore, clock: Clock) -> None:

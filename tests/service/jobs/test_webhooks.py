@@ -198,9 +198,10 @@ def test_a_slow_host_gets_some_calls_at_once_and_others_are_called_meanwhile(
 
 
 def test_a_host_that_is_not_allowed_anymore_is_not_called(receiver: Receiver, tmp_path: Path) -> None:
-    jobs, before = end_a_job(tmp_path, receiver.url), outcomes()
-    sending(jobs, lambda: outcomes() != before, hosts=("localhost",))
-    assert (receiver.received, left(jobs)) == ([], 0)
+    """Nor is it forgotten before its time: another cluster on the same database may allow it."""
+    jobs, looks = end_a_job(tmp_path, receiver.url), []
+    sending(jobs, lambda: len(looks.append(0) or looks) > 30, hosts=("localhost",))
+    assert (receiver.received, left(jobs)) == ([], 1)
 
 
 SENDER = """

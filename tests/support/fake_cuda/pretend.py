@@ -118,6 +118,9 @@ class Pretending(TorchDispatchMode):
     def _look_at(self, call: Call) -> None:
         if call.wait:
             self._seen.wait(call.wait)
+        generator, device = call.kwargs.get("generator"), call.kwargs.get("device")
+        if generator is not None and device is not None and generator.device.type != device.type:
+            raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{generator.device}'")
         plain = [tensor for tensor in call.tensors if not tensor.is_cuda and tensor.ndim]
         if call.on_cuda and plain and call.name not in _MAY_MIX:
             self._seen.fault(f"{call.name} of tensors on cuda and on the CPU")

@@ -20,6 +20,7 @@ from tests.support.fake_cuda.pretend import CUDA, move, pretended
 from tests.support.fake_cuda.seen import Seen
 from tests.support.fake_cuda.world import device_groups, kernel_chosen
 from workers.messages import GenerationRequest
+from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
@@ -41,7 +42,7 @@ REQUESTS: Mapping[str, GenerationRequest] = {
 
 def draw(mesh: ParallelMesh, spec: ModelSpec, request: GenerationRequest) -> Pictures:
     """The request on plain tensors."""
-    return _stages(Denoising(load_model(spec, mesh), request), mesh, Seen())
+    return _stages(begin(load_model(spec, mesh), request), mesh, Seen())
 
 
 def draw_on_pretended_cuda(
@@ -60,7 +61,7 @@ def draw_on_pretended_cuda(
                 move(part)
         mesh.device = CUDA
         seen.phase = "begin"
-        pictures = _stages(Denoising(loaded, request), mesh, seen)
+        pictures = _stages(begin(loaded, request), mesh, seen)
     mesh.close()
     return pictures, seen
 
