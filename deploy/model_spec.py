@@ -134,7 +134,9 @@ class ModelSpec(Section):
     grace_period_s: float = Field(
         900.0, gt=0, description="seconds that a stopping gang may take to finish its request"
     )
-    max_queued: int = Field(64, ge=1, description="requests that may wait for this model in each gateway; then 429")
+    max_queued: int = Field(
+        64, ge=1, description="requests that may wait for this model in each gateway, jobs not counted; then 429"
+    )
     max_queued_s: float | None = Field(
         600.0, gt=0, description="longest expected wait in seconds, then 429; OpenAI's clients wait 600; null: any"
     )

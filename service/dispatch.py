@@ -108,10 +108,10 @@ class Dispatcher:
             GangLost: it lost as many gangs as it may.
             RequestQuarantined: the same request did so before.
         """
-        known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller), 1
+        known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller, of_job), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
-        before = len(waiting)
+        before = waiting.callers
         waiting.enter(request.request_id, place)  # at once, so that those who come meanwhile count it
         try:
             await self._check_queue(request, caller, before, of_job)

@@ -239,10 +239,10 @@ def test_wheels_are_put_on_the_path_of_the_parts(tmp_path: Path) -> None:
 
 
 def test_what_is_packed_is_all_that_spray_asks_for_and_nothing_of_what_is_there() -> None:
-    whole = pack.needed("spray", set())
+    whole = pack.needed("spray", set(), "3.12")
     assert {"torch", "ray", "uvicorn", "watchfiles", "pydantic-core", "av"} <= whole  # those of ray[serve], too
     assert {"pytest", "nvidia-ml-py"}.isdisjoint(whole)
-    without = pack.needed("spray", {"torch", "transformers"})
+    without = pack.needed("spray", {"torch", "transformers"}, "3.12")
     assert {"torch", "transformers", "sympy"}.isdisjoint(without)
     assert "regex" in without  # of diffusers, which asks for it itself
 

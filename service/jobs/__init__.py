@@ -12,7 +12,7 @@
     requests.py     the request of a job as JSON
     inputs.py       pictures and clips that jobs begin with, as files
     input_notes.py  which files these are, as rows
-    outbox.py       webhooks that have to be sent, as rows
+    outbox.py       webhooks that have to be sent or given up, as rows
     webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway

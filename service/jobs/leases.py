@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.jobs import outbox, queries
+from service.jobs import queries
 from service.jobs.database import PATIENCE_S, Database, one_claims
 from service.jobs.records import (
     CANCELLED,
@@ -192,16 +192,12 @@ class Leases:
             connection.execute(sa.update(jobs).where(*of_runner).values(lease_until=now))
 
     def sweep(self) -> None:
-        """Settle what nobody claims, and forget what has expired: ended jobs, webhooks that nobody sends.
-
-        Somebody calls it every few seconds.
-        """
+        """Settle what nobody claims, and forget ended jobs that have expired. Somebody calls it every few seconds."""
         with self._database.transaction() as (connection, now):
             self._database.settle(connection, now, self.keep_s)
             expired = sa.select(jobs.c.id).where(jobs.c.expires_at <= now).limit(FORGOTTEN_AT_ONCE)
             ids = connection.execute(expired.with_for_update(skip_locked=True)).scalars().all()
             connection.execute(sa.delete(jobs).where(jobs.c.id.in_(ids)))
-            outbox.give_up(connection, now)
 
     def end_unserved(self, model: str, after_s: float) -> int:
         """End jobs that have waited for so long for a model that the caller's deployment does not have.

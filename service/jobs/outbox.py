@@ -1,13 +1,14 @@
 """Webhooks that have to be sent, as rows. One is added in the transaction that ends its job, so that none is forgotten.
 
+Gateways that share a database may call different hosts, so each takes what it may call and leaves the rest to others.
+
 `service.jobs.transitions` adds them; `service.jobs.webhooks` takes them through `service.jobs.store`. What is sent says
 no more than which job has ended and how: its prompt is not kept longer than the job is.
 """
 
 import json
-import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
 import httpx
@@ -16,10 +17,14 @@ import sqlalchemy as sa
 from service.jobs.records import Delivery
 from service.jobs.tables import Row, webhooks
 
-logger = logging.getLogger("ray.serve")
-
 KEEP_S = 24 * 3600.0
 """After which a webhook is given up."""
+
+AT_ONCE = 1000
+"""Rows that one transaction changes beside those that it takes, so that none is long."""
+
+NO_HOST = "-"
+"""Of a URL that is none."""
 
 
 def add(connection: sa.Connection, job: Row, now: float) -> None:
@@ -45,16 +50,25 @@ def due(
 ) -> list[Delivery]:
     """See `JobStore.due_webhooks`."""
     ids: list[str] = []
+    _note_hosts(connection)
     for host, few in (room or {}).items():
         ids += _due_ids(connection, now, min(few, most - len(ids)), webhooks.c.host == host)
-    others = sa.true() if room is None else webhooks.c.host == ""  # older versions note no host
-    ids += _due_ids(connection, now, most - len(ids), others)
+    if room is None:
+        ids = _due_ids(connection, now, most, sa.true())
     if not ids:
         return []
     change = sa.update(webhooks).where(webhooks.c.id.in_(ids))
     change = change.values(not_before=now + lease_s, attempt=webhooks.c.attempt + 1)
     columns = (webhooks.c.id, webhooks.c.job_id, webhooks.c.url, webhooks.c.body, webhooks.c.attempt)
     return [Delivery(*row) for row in connection.execute(change.returning(*columns))]
+
+
+def _note_hosts(connection: sa.Connection) -> None:
+    """Of what an older version has added while it still runs: it notes no host."""
+    query = sa.select(webhooks.c.id, webhooks.c.url).where(webhooks.c.host == "").limit(AT_ONCE)
+    for message_id, url in connection.execute(query.with_for_update(skip_locked=True)).all():
+        noted = sa.update(webhooks).where(webhooks.c.id == message_id).values(host=host_of(url) or NO_HOST)
+        connection.execute(noted)
 
 
 def _due_ids(connection: sa.Connection, now: float, most: int, which: sa.ColumnElement[bool]) -> list[str]:
@@ -70,17 +84,13 @@ def sent(connection: sa.Connection, message_id: str) -> None:
     connection.execute(sa.delete(webhooks).where(webhooks.c.id == message_id))
 
 
-def give_up(connection: sa.Connection, now: float) -> None:
-    """Forget webhooks that nobody has sent in time: no gateway that looked has their host in its deployment."""
-    late = connection.execute(
-        sa.delete(webhooks).where(webhooks.c.created_at + KEEP_S <= now, webhooks.c.not_before <= now)
-    )
-    if late.rowcount:
-        logger.warning(
-            "%d webhooks are given up after %.0f hours: is their host missing in gateway.webhook_hosts?",
-            late.rowcount,
-            KEEP_S / 3600,
-        )
+def give_up(connection: sa.Connection, now: float, hosts: Collection[str]) -> int:
+    """See `JobStore.give_up_webhooks`."""
+    late = webhooks.c.created_at + KEEP_S <= now, webhooks.c.not_before <= now, webhooks.c.host.not_in(hosts)
+    query = sa.select(webhooks.c.id).where(*late).limit(AT_ONCE).with_for_update(skip_locked=True)
+    ids = connection.execute(query).scalars().all()
+    connection.execute(sa.delete(webhooks).where(webhooks.c.id.in_(ids)))
+    return len(ids)
 
 
 def not_sent(connection: sa.Connection, delivery: Delivery, now: float, after_s: float) -> bool:

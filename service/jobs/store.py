@@ -5,7 +5,7 @@ Gateways submit, list and cancel; their runners claim, renew and publish, see `s
 `JobsUnavailable` while the database is away.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -188,6 +188,14 @@ class JobStore(Leases):
         """
         with self._database.transaction() as (connection, now):
             return outbox.due(connection, most, now, lease_s, room)
+
+    def give_up_webhooks(self, hosts: Collection[str]) -> int:
+        """Forget webhooks of other hosts than these that nobody has sent for `outbox.KEEP_S`; returns how many.
+
+        Whoever may call the host gives them up itself, after one more attempt.
+        """
+        with self._database.transaction() as (connection, now):
+            return outbox.give_up(connection, now, hosts)
 
     def webhook_sent(self, message_id: str) -> None:
         """A webhook has arrived; it is forgotten."""

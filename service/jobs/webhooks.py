@@ -44,6 +44,9 @@ VISIBLE = re.compile(r"[!-~]+")
 PERIOD_S = 1.0
 """Between two looks for what has to be sent."""
 
+GIVE_UP_S = 60.0
+"""Between two looks for what nobody has sent in time."""
+
 LEASE_S = 60.0
 """After which another gateway sends what this one has said nothing of."""
 
@@ -79,6 +82,7 @@ class Webhooks:
         self._keys: tuple[Webhook, ...] = ()
         self._sending: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
         self._following: asyncio.Task[None] | None = None
+        self._gave_up_at = -GIVE_UP_S
 
     def follow(self, hosts: Sequence[str], key_env: str | None) -> None:
         """Allow and call these hosts from now on.
@@ -92,8 +96,7 @@ class Webhooks:
         """
         keys = _read_keys(key_env) if key_env is not None and hosts else ()
         self._hosts, self._keys = frozenset(hosts), keys
-        if self._hosts:
-            self._following = self._following or asyncio.get_running_loop().create_task(self._follow())
+        self._following = self._following or asyncio.get_running_loop().create_task(self._follow())
 
     def check(self, url: str) -> None:
         """Refuse a URL that will not be called.
@@ -109,17 +112,27 @@ class Webhooks:
     async def _follow(self) -> None:
         while True:
             try:
-                if self._hosts and await self._jobs.in_use():
+                gives_up = time.monotonic() - self._gave_up_at >= GIVE_UP_S
+                if (self._hosts or gives_up) and await self._jobs.in_use():
                     await self._send_due()
+                    if gives_up:
+                        await self._give_up()
             except JobsUnavailable:  # the log has why
                 pass
             except Exception:  # whatever it is, the next ones must be sent
                 logger.exception("webhooks cannot be sent")
             await asyncio.sleep(PERIOD_S)
 
+    async def _give_up(self) -> None:
+        self._gave_up_at = time.monotonic()
+        if count := await self._jobs.ask(JobStore.give_up_webhooks, self._hosts):
+            WEBHOOKS.labels("given_up").inc(count)
+            said = "%d webhooks are given up after a day: no gateway.webhook_hosts has their hosts"
+            logger.warning(said, count)
+
     async def _send_due(self) -> None:
         most, room = AT_ONCE - len(self._sending), self._room()
-        for delivery in await self._jobs.ask(JobStore.due_webhooks, most, LEASE_S, room) if most else ():
+        for delivery in await self._jobs.ask(JobStore.due_webhooks, most, LEASE_S, room) if most and room else ():
             task = asyncio.get_running_loop().create_task(self._send(delivery))
             self._sending[delivery.id] = delivery, task
             task.add_done_callback(lambda _, sent=delivery.id: self._sending.pop(sent, None))  # type: ignore[misc]
@@ -141,8 +154,8 @@ class Webhooks:
             said = f"it answers with status {status}"
         except (httpx.HTTPError, OSError, TimeoutError, AddressRefused) as error:
             said = str(error) or type(error).__name__
-        except ValueError as error:  # its host is not allowed anymore
-            outcome, said = "given_up", f"its URL {error}"
+        except ValueError as error:  # its host is not allowed here anymore, but may be in another cluster
+            outcome, said = "refused", f"its URL {error}"
         with contextlib.suppress(JobsUnavailable):
             if outcome in ("delivered", "given_up"):
                 await self._jobs.ask(JobStore.webhook_sent, delivery.id)

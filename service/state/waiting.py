@@ -13,10 +13,12 @@ class Place(NamedTuple):
     Attributes:
         admitted_at: seconds since the epoch.
         caller: its caller; callers take turns, see `service.state.turns`.
+        of_job: nobody holds a connection for it, so it takes no place from those who do.
     """
 
     admitted_at: float
     caller: str = ""
+    of_job: bool = False
 
 
 class Waiting:
@@ -27,6 +29,11 @@ class Waiting:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def callers(self) -> int:
+        """How many of them somebody waits for; the others are those of jobs."""
+        return sum(not place.of_job for place in self._places.values())
 
     def enter(self, request_id: str, place: Place) -> None:
         """Enter a request."""

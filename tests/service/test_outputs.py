@@ -172,7 +172,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
 
 
 @pytest.mark.parametrize("why", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
-def test_what_is_kept_is_read_and_swept_where_nothing_can_be_written(
+def test_what_is_kept_is_read_where_nothing_can_be_written_and_removed_if_it_can(
     outputs_folder: Path, monkeypatch: pytest.MonkeyPatch, why: int
 ) -> None:
     kept, swept = (OutputStore().keep(content, "png") for content in (b"a", b"b"))
@@ -183,6 +183,8 @@ def test_what_is_kept_is_read_and_swept_where_nothing_can_be_written(
     monkeypatch.setattr(output_folder.os, "open", refuse)
     begun_anew = OutputStore()
     assert begun_anew.find(kept.name, str(kept.expires), kept.signature).read_bytes() == b"a"
+    if why == errno.EROFS:
+        return
     begun_anew.discard(swept.name)
     os.utime(outputs_folder / kept.name, (1, 1))
     begun_anew.sweep()

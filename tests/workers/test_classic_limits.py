@@ -52,6 +52,7 @@ def test_a_picture_that_is_scaled_to_cover_a_shape_is_not_a_line() -> None:
         request = replace(REQUEST, inputs=(MediaInput("image", buffer.getvalue()),))
         with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
             adapter("JoyImageEditPlusPipeline").check_pictures(pipeline, request)
+        adapter("JoyImageEditPlusPipeline").check_pictures(pipeline, request.without_data())  # as other ranks have it
 
 
 @pytest.mark.parametrize(

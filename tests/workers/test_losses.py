@@ -119,3 +119,24 @@ def test_a_request_on_other_ranks_goes_on_in_an_elastic_gang_alone(
         assert killed == [0, 1, 2, 3] and said == ["died"] and group.lost
 
     asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_a_prompt_whose_caller_has_left_is_still_before_the_others() -> None:
+    """Those behind it have a limit for each that is before them, or callers who leave would end a sound rank."""
+
+    async def story() -> None:
+        rank, encoded = FakeRank(), asyncio.get_running_loop().create_future()
+        rank.encode = SimpleNamespace(remote=lambda _: encoded)  # type: ignore[attr-defined]
+        statuses = [RankStatus(0, 7, "node", "idle", 0, "demo", 1.0, 0)]
+        group = ElasticRankGroup(ELASTIC, [rank], statuses, {}, on_lost=lambda _: None)
+        left, stays = (asyncio.create_task(group.encode(REQUEST)) for _ in range(2))
+        await settled()
+        left.cancel()
+        await settled()
+        assert left.cancelled() and group._encoding == 2
+        encoded.set_result("prompts")
+        await stays
+        await settled()
+        assert group._encoding == 0
+
+    asyncio.run(asyncio.wait_for(story(), 120))

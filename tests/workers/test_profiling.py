@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
+from workers.errors import RequestFailed
 from workers.gang.boundary import Boundary
 from workers.gang.profiling import MOST_OPERATORS, StepProfile
 from workers.messages import GenerationRequest, Profiled
@@ -56,6 +59,17 @@ def test_each_rank_has_a_trace_and_its_longest_operators(ranks: RankPool, demo_m
         calls = {each.name: each.calls for each in told.operators}
         matmuls = sum(event["name"] == "aten::addmm" for event in operators)
         assert calls["aten::addmm"] == matmuls > 0
+
+
+def test_a_profile_that_cannot_be_written_is_the_request_s_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other error would cost the ranks, which are sound."""
+    profile = StepProfile(0, True, torch.device("cpu"))
+    assert list(profile.around(iter(()))) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(RequestFailed, match=r"rank 0 cannot write its profile: .*absent"):
+        list(profile.report())
 
 
 def test_nothing_is_recorded_where_nobody_asks(ranks: RankPool, demo_model: Path) -> None:

@@ -11,7 +11,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.verify.rank_pool import RankPool
 from tests.support.deployments import model
-from workers.gang.boundary import Boundary
+from workers.gang.boundary import REMEMBERED, Boundary
 from workers.messages import GenerationRequest
 from workers.model.denoising import Denoising
 from workers.model.loader import load_model
@@ -58,3 +58,10 @@ def test_without_a_slow_rank_nobody_waits_that_long(ranks: RankPool, demo_model:
     found = ranks.run(ParallelDegrees(ulysses_degree=2), waits, demo_model, -1)
     first, second = (sum(step[2] for step in steps) for steps in found)
     assert abs(first - second) < LATE_S
+
+
+def test_pauses_that_come_too_late_do_not_gather() -> None:
+    boundary = Boundary(0)
+    for number in range(REMEMBERED + 100):
+        boundary.pause(str(number), 1)
+    assert len(boundary._paused) == REMEMBERED and str(REMEMBERED + 99) in boundary._paused

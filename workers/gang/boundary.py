@@ -51,6 +51,8 @@ class Boundary:
     def pause(self, request_id: str, part: int) -> None:
         """Leave this part of a request at the next boundary. From any thread."""
         self._paused[request_id] = part
+        if len(self._paused) > REMEMBERED:
+            self._paused.pop(next(iter(self._paused)), None)
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""

@@ -50,16 +50,18 @@ class ElasticRankGroup(RankGroup):
             with self._watch.working():
                 # Some kilobytes to megabytes; who needs them asks the store.
                 call = asyncio.create_task(outcome(self._ranks[0].encode, request), context=self._context)
+                call.add_done_callback(self._encoded)  # not when its caller leaves: rank 0 still has it before it
                 limit_s = self._model.timeouts.phase_s * self._encoding  # those before it come first
                 reference, error = await asyncio.wait_for(asyncio.shield(call), limit_s)
         except TimeoutError:
             self._lose("stuck", f"rank 0 has not encoded a prompt within {limit_s:g} s", 0)
             raise self._gang_lost() from None
-        finally:
-            self._encoding -= 1
         if error is not None:
             raise self._require_agreed(error, 0)
         return reference
+
+    def _encoded(self, _call: object) -> None:
+        self._encoding -= 1
 
     def pause(self, request_id: str, part: int, ranks: range) -> None:
         """Let these ranks leave this part of a request at their next boundary."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from workers.errors import RequestFailed
 from workers.messages import Operator, Profiled
 from workers.model.step_ends import StepEnd
 
@@ -52,12 +53,19 @@ class StepProfile:
                 yield end, waited
 
     def report(self) -> Iterator[Profiled]:
-        """What was recorded; nothing, if nothing was wanted. Call it after the last step."""
+        """What was recorded; nothing, if nothing was wanted. Call it after the last step.
+
+        Raises:
+            RequestFailed: the folder for temporary files cannot be used.
+        """
         if self._profile is None:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            self._profile.export_chrome_trace(str(file := Path(folder) / "trace.json"))
-            trace = gzip.compress(file.read_bytes(), FAST, mtime=0)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._profile.export_chrome_trace(str(file := Path(folder) / "trace.json"))
+                trace = gzip.compress(file.read_bytes(), FAST, mtime=0)
+        except OSError as error:  # no rank waits for this one anymore: the ranks are sound
+            raise RequestFailed(f"rank {self._rank} cannot write its profile: {error}") from error
         yield Profiled(
             rank=self._rank,
             trace=trace,

@@ -22,7 +22,7 @@ import torch
 from diffusers import DiffusionPipeline, SCMScheduler
 
 from sp_core.stand_in import StandIn
-from sp_core.tile_parallel import HandOverFailed, TileParallelVAE, TilesHandedOver
+from sp_core.tile_parallel import TileParallelVAE, TilesHandedOver
 from workers.messages import GenerationRequest
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
@@ -117,15 +117,19 @@ class ClassicDenoising(Denoising):
                 call.close()
             return []
         made: list[Any] = []
+        failure: Exception | None = None
         for call, vae in zip(self._calls, self._vaes, strict=True):
             try:
                 made += call.finish()[0]
             except TilesHandedOver:
                 continue
             except Exception as error:
-                if call is not self._calls[-1] and getattr(vae, "handed_over", False):
-                    raise HandOverFailed(f"rank 0: {type(error).__name__}: {error}") from error  # others share the next
-                raise
+                failure = failure or error
+                if call is self._calls[-1] or not getattr(vae, "handed_over", False):
+                    break
+                # The others have gone on to share the tiles of the next call, and would wait for this rank.
+        if failure:
+            raise failure
         return made
 
     def _begin(self) -> None:

@@ -2,7 +2,8 @@
 
 diffusers gives their blocks no generator, so the same seed would make another video each time, and each rank would draw
 its own noise for the tiles that it decodes. Here each block starts anew with the same numbers at each call: the noise
-depends on the size of what is decoded, and on nothing else, not even the device. Called by `workers.model.loader`.
+depends on the size and dtype of what is decoded, and on nothing else, not even the device. Called by
+`workers.model.loader`.
 """
 
 import inspect

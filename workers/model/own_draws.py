@@ -1,9 +1,8 @@
-"""For code of diffusers that draws noise with `torch.randn` itself, and not with diffusers' own `randn_tensor`.
+"""For code of diffusers that draws noise with torch's own functions, and not with diffusers' `randn_tensor`.
 
-Seeds are those of generators on the CPU, so that a request makes the same on every device. torch refuses to draw from
-them onto a GPU. Inside this mode it draws on the CPU and moves what was drawn, as `randn_tensor` does. Used by
-`workers.model.stepped_call`, but not in steps, where it would cost time in each call of torch, and by
-`workers.model.decoder_noise`.
+All generators are on the CPU, so that a seed makes the same picture on every device. torch refuses to draw from them
+onto a GPU. Inside this mode such a call draws on the CPU, and its result is moved, as `randn_tensor` does. Used by
+`workers.model.decoder_noise`, and by `workers.model.stepped_call` outside of steps, since it slows each call of torch.
 """
 
 from typing import Any

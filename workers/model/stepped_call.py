@@ -75,12 +75,12 @@ class SteppedCall:
     def encode(self) -> None:
         """Run up to the loop, if the encoders are here."""
         if self._encodes:
-            self._go_on_beside_steps()
+            self._go_on_outside_steps()
 
     def prepare(self) -> None:
         """Run up to the loop with the answers of another rank's encoders, if there are none here."""
         if not self._encodes:
-            self._go_on_beside_steps()
+            self._go_on_outside_steps()
 
     def step(self) -> torch.Tensor:
         """Run up to the end of the next step; returns its latents."""
@@ -93,7 +93,7 @@ class SteppedCall:
 
     def finish(self) -> Any:
         """Run to the end; returns the pipeline's output."""
-        made = self._go_on_beside_steps()
+        made = self._go_on_outside_steps()
         if not self._call.dead:
             raise RuntimeError("the pipeline's loop has more steps than its scheduler has timesteps")
         return made
@@ -107,7 +107,8 @@ class SteppedCall:
     def __del__(self) -> None:
         self.close()
 
-    def _go_on_beside_steps(self) -> Any:
+    def _go_on_outside_steps(self) -> Any:
+        """Where the call may draw by itself."""
         with DrawsWhereItsGeneratorIs():
             return self._go_on()
 

@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--without", default=WITHOUT, metavar="NAMES", help=f"packages that it has; default: {WITHOUT}")
     asked = parser.parse_args()
     left: set[str] = {canonicalize_name(name) for name in asked.without.split()}
-    wanted = sorted((needed("spray", left) - set(OPTIONAL.split())) | set(ALSO.split()))
+    wanted = sorted((needed("spray", left, asked.python) - set(OPTIONAL.split())) | set(ALSO.split()))
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="spray-pack-") as place:
         site = Path(place, "site")
@@ -65,12 +65,12 @@ def main() -> int:
     return 0
 
 
-def needed(package: str, without: set[str]) -> set[str]:
+def needed(package: str, without: set[str], python: str) -> set[str]:
     """The names of all that an installed package asks for, directly or not; not these, nor what only they ask for."""
     found: set[str] = set()
     open_ends = [Requirement(package)]
     while open_ends:
-        for each in _asked_by(open_ends.pop()):
+        for each in _asked_by(open_ends.pop(), python):
             name = canonicalize_name(each.name)
             if name not in without and name not in found:
                 found.add(name)
@@ -78,14 +78,15 @@ def needed(package: str, without: set[str]) -> set[str]:
     return found
 
 
-def _asked_by(package: Requirement) -> Iterator[Requirement]:
+def _asked_by(package: Requirement, python: str) -> Iterator[Requirement]:
     try:
         lines = requires(package.name) or []
     except PackageNotFoundError:  # for another system
         return
     for line in lines:
         asked = Requirement(line)
-        if asked.marker is None or any(asked.marker.evaluate({"extra": extra}) for extra in ("", *package.extras)):
+        there = {"python_version": python, "python_full_version": f"{python}.0"}
+        if asked.marker is None or any(asked.marker.evaluate({"extra": e, **there}) for e in ("", *package.extras)):
             yield asked
 
 

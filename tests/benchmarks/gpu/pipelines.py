@@ -11,13 +11,15 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -70,39 +72,10 @@ Said = tuple[object, ...]
 
 def run(part: Part) -> None:
     """Write the tables."""
-    context = multiprocessing.get_context("spawn")
+    names = [name for name in (FAKE if part.fake else served()) if part.only.lower() in name.lower()]
+    device = part.device.type
     with tempfile.TemporaryDirectory(prefix="spray-pipelines-") as place:
-        folder, device = Path(place), part.device.type
-        processes = 1 if part.fake else min(PROCESSES, max(1, (os.cpu_count() or 2) // 2))
-        with context.Pool(processes, _begin, (device,)) as pool:
-            names = [name for name in (FAKE if part.fake else served()) if part.only.lower() in name.lower()]
-            drawn = {name: pool.apply_async(compare, (folder / name, name, device)) for name in names}
-            cases = [
-                (family, dtype, graphs)
-                for family in (COMPILED[:1] if part.fake else COMPILED)
-                for dtype in ((torch.float32,) if part.fake else (torch.float32, torch.bfloat16))
-                for graphs in (False, True)
-                if device == "cuda" or not graphs
-            ]
-            compiled = {case: pool.apply_async(compiled_draw, (folder, device, *case)) for case in cases}
-            part.table.begin(
-                "Pipelines",
-                f"Demo models in fp32 on the {device}; one rank. Largest difference from one rank on "
-                f"the CPU: of latents, in units of max(1, max/reference/), at most {LATENTS:g}; of pixels, at most "
-                f"{PIXELS}/255. In bfloat16 it is only reported.",
-                ("pipeline", "requests", "latents", "pixels", "bfloat16 latents", "bfloat16 pixels", "s"),
-            )
-            for name, found in drawn.items():
-                part.row((name,), _when_done(part, found))
-            part.table.begin(
-                "Compiled blocks",
-                "Demo models; largest difference of latents from those without compiling; then the same request again "
-                "after another one.",
-                ("family", "dtype", "CUDA graphs", "differs by", "again", "s"),
-            )
-            for (family, dtype, graphs), found in compiled.items():
-                part.row((family, str(dtype).removeprefix("torch."), graphs), _when_done(part, found))
-            pool.terminate()
+        _alone(part, Path(place), device, names)
         part.table.begin(
             "Two ranks",
             f"In fp32, {'on one GPU' if device == 'cuda' else 'on the CPU'}, over gloo, beside one rank there. Latents "
@@ -114,18 +87,89 @@ def run(part: Part) -> None:
             for _ in range(1 if part.fake else POOLS):
                 pools.put(stack.enter_context(closing_pool(2, "cpu")))
             threads = stack.enter_context(ThreadPoolExecutor(1 if part.fake else POOLS))
-            shared = {
-                name: threads.submit(_on_two, part, pools, folder / name, name)
-                for name in names
-                if (folder / name).exists()
-            }
+            shared = {name: threads.submit(_on_two, part, pools, Path(place, name), name) for name in names}
             for name, future in shared.items():
                 part.row((name, TWO), future.result)
+
+
+def _alone(part: Part, folder: Path, device: str, names: Sequence[str]) -> None:
+    """What one rank draws: each pipeline, then with compiled blocks."""
+    cases = [
+        (family, dtype, graphs)
+        for family in (COMPILED[:1] if part.fake else COMPILED)
+        for dtype in ((torch.float32,) if part.fake else (torch.float32, torch.bfloat16))
+        for graphs in (False, True)
+        if device == "cuda" or not graphs
+    ]
+    count = 1 if part.fake else min(PROCESSES, max(1, (os.cpu_count() or 2) // 2))
+    with _Processes(count, device, part.deadline) as processes:
+        drawn = {name: processes.submit(compare, folder / name, name, device) for name in names}
+        compiled = {case: processes.submit(compiled_draw, folder, device, *case) for case in cases}
+        part.table.begin(
+            "Pipelines",
+            f"Demo models in fp32 on the {device}; one rank. Largest difference from one rank on "
+            f"the CPU: of latents, in units of max(1, max/reference/), at most {LATENTS:g}; of pixels, at most "
+            f"{PIXELS}/255. In bfloat16 it is only reported.",
+            ("pipeline", "requests", "latents", "pixels", "bfloat16 latents", "bfloat16 pixels", "s"),
+        )
+        for name, found in drawn.items():
+            part.row((name,), found.result)
+        part.table.begin(
+            "Compiled blocks",
+            "Demo models; largest difference of latents from those without compiling; then the same request again "
+            "after another one.",
+            ("family", "dtype", "CUDA graphs", "differs by", "again", "s"),
+        )
+        for (family, dtype, graphs), found in compiled.items():
+            part.row((family, str(dtype).removeprefix("torch."), graphs), found.result)
+
+
+class _Processes:
+    """Processes that work side by side. One that dies fails its own work, and is replaced.
+
+    Args:
+        count: of them.
+        device: that they use.
+        deadline: by `time.monotonic`; work that would begin later, or has not ended by then, is left out.
+    """
+
+    def __init__(self, count: int, device: str, deadline: float) -> None:
+        self._device, self._deadline = device, deadline
+        self._threads = ThreadPoolExecutor(count)
+        self._own = threading.local()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+
+    def submit(self, work: Callable[..., Said], *args: object) -> Future[Said]:
+        """Do it as soon as a process is free."""
+        return self._threads.submit(self._do, work, *args)
+
+    def _do(self, work: Callable[..., Said], *args: object) -> Said:
+        left = self._deadline - time.monotonic()
+        if left < 0:
+            raise LeftOut("the time of this part is over")
+        if not hasattr(self._own, "process"):
+            spawn = multiprocessing.get_context("spawn")
+            self._own.process = ProcessPoolExecutor(1, spawn, _begin, (self._device,))
+        try:
+            said: Said = self._own.process.submit(work, *args).result(left)
+        except TimeoutError:
+            raise LeftOut("the time of this part is over") from None
+        except BrokenProcessPool:
+            del self._own.process
+            raise RuntimeError("its process died") from None
+        return said
 
 
 def _on_two(part: Part, pools: "queue.SimpleQueue[RankPool]", folder: Path, pipeline: str) -> Said:
     if time.monotonic() > part.deadline:
         raise LeftOut("the time of this part is over")
+    if not folder.exists():
+        raise LeftOut("its demo model was not written")
     began, pool = time.monotonic(), pools.get()
     try:
         request, device = requests_of(pipeline)[0], part.device.type
@@ -148,17 +192,6 @@ def made(mesh: ParallelMesh, folder: Path, request: GenerationRequest, local: bo
     _begin(mesh.device.type)
     latents, pixels = answer(mesh, folder, request, exact=True, local=local)
     return latents.cpu(), pixels
-
-
-def _when_done(part: Part, found: Any) -> Callable[[], Said]:
-    def wait() -> Said:
-        try:
-            said: Said = found.get(max(1.0, part.deadline - time.monotonic()))
-        except multiprocessing.TimeoutError:
-            raise LeftOut("the time of this part is over, or its process died") from None
-        return said
-
-    return wait
 
 
 def _begin(device: str) -> None:

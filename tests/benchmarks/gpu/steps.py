@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,7 +161,9 @@ def _measure_case(part: Part, case: Case, model: nn.Module, rate: float, longest
 
 
 def _note_longest(part: Part, mode: str, call: Callable[[], object], longest: list[Sequence[object]]) -> None:
-    if not part.fake:
+    if part.fake or time.monotonic() > part.deadline:
+        return
+    with contextlib.suppress(Exception):  # its row has failed already
         longest += [(mode, *each) for each in timing.longest_kernels(call, part.device, LONGEST)]
 
 

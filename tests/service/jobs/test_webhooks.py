@@ -22,6 +22,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from deploy.gateway_spec import GatewaySpec
 from deploy.spec import SpecError
+from service.jobs import outbox
 from service.jobs import webhooks as module
 from service.jobs.outbox import KEEP_S
 from service.jobs.records import Delivery
@@ -200,8 +201,27 @@ def test_a_slow_host_gets_some_calls_at_once_and_others_are_called_meanwhile(
 def test_a_host_that_is_not_allowed_anymore_is_not_called(receiver: Receiver, tmp_path: Path) -> None:
     """Nor is it forgotten before its time: another cluster on the same database may allow it."""
     jobs, looks = end_a_job(tmp_path, receiver.url), []
-    sending(jobs, lambda: len(looks.append(0) or looks) > 30, hosts=("localhost",))
+    ask = jobs.ask
+
+    async def asked(call: Any, *args: Any) -> Any:
+        answer = await ask(call, *args)
+        looks.append(call)
+        return answer
+
+    jobs.ask = asked  # type: ignore[method-assign]
+    sending(jobs, lambda: looks.count(JobStore.due_webhooks) > 1, hosts=("localhost",))
+    assert JobStore.give_up_webhooks in looks
     assert (receiver.received, left(jobs)) == ([], 1)
+
+
+def test_a_deployment_without_hosts_gives_up_in_time_what_an_earlier_one_has_left(
+    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GIVE_UP_S", 0.0)
+    jobs, before = end_a_job(tmp_path, receiver.url), outcomes()["given_up"]
+    monkeypatch.setattr(outbox, "KEEP_S", 0.0)
+    sending(jobs, lambda: outcomes()["given_up"] > before, hosts=())
+    assert (receiver.received, left(jobs)) == ([], 0)
 
 
 SENDER = """
@@ -327,7 +347,11 @@ def test_keys_that_are_none_are_refused_and_not_told(value: str, monkeypatch: py
     with pytest.raises(SpecError, match="HOOKS") as refused:
         Webhooks(Jobs()).follow(HOSTS, "HOOKS")
     assert KEY not in str(refused.value)
-    Webhooks(Jobs()).follow((), "HOOKS")  # nobody is called, so nothing is signed
+
+    async def follow() -> None:
+        Webhooks(Jobs()).follow((), "HOOKS")  # nobody is called, so nothing is signed
+
+    asyncio.run(follow())
 
 
 def test_what_a_deployment_may_say() -> None:

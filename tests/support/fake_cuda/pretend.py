@@ -118,7 +118,8 @@ class Pretending(TorchDispatchMode):
     def _look_at(self, call: Call) -> None:
         if call.wait:
             self._seen.wait(call.wait)
-        generator, device = call.kwargs.get("generator"), call.kwargs.get("device")
+        generator = call.kwargs.get("generator")
+        device = call.kwargs.get("device") or (CUDA if call.on_cuda else None)
         if generator is not None and device is not None and generator.device.type != device.type:
             raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{generator.device}'")
         plain = [tensor for tensor in call.tensors if not tensor.is_cuda and tensor.ndim]

@@ -199,7 +199,7 @@ class ClassicAdapter(PipelineAdapter):
         """See `PipelineAdapter.check`."""
         self._check_roles(request)
         if self.family.begins_with.get("image") == "images":
-            for each in request.inputs:
+            for each in (given for given in request.inputs if given.data):  # only the first rank has it
                 shorter, longer = sorted(read(each).size)
                 if longer > MOST_OBLONG * shorter:
                     raise InvalidParameter(
