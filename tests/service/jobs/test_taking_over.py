@@ -164,6 +164,7 @@ def test_the_jobs_of_a_gateway_that_is_gone_are_begun_anew_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SWEEP_S", 0.0)
+    monkeypatch.setattr(module, "PERIOD_S", 60.0)  # who is gone does not look for jobs
 
     async def hangs(request: GenerationRequest) -> AsyncGenerator[Report]:
         yield StepEvent(1, 4, 0.1)
