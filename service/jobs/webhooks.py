@@ -113,6 +113,8 @@ class Webhooks:
         while True:
             try:
                 gives_up = time.monotonic() - self._gave_up_at >= GIVE_UP_S
+                if gives_up:
+                    self._gave_up_at = time.monotonic()
                 if (self._hosts or gives_up) and await self._jobs.in_use():
                     await self._send_due()
                     if gives_up:
@@ -124,7 +126,6 @@ class Webhooks:
             await asyncio.sleep(PERIOD_S)
 
     async def _give_up(self) -> None:
-        self._gave_up_at = time.monotonic()
         if count := await self._jobs.ask(JobStore.give_up_webhooks, self._hosts):
             WEBHOOKS.labels("given_up").inc(count)
             said = "%d webhooks are given up after a day: no gateway.webhook_hosts has their hosts"
