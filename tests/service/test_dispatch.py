@@ -423,7 +423,7 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
         return prospects.pop(0)
 
     monkeypatch.setattr("service.state.router_registry.prospect", prospect)
-    serving(opened, monkeypatch, *[[Begun(), RESULT]] * 2)
+    serving(opened, monkeypatch, *[[Begun(), RESULT]] * 4)
 
     async def story() -> None:
         await opened.reconfigure(TABLE | {"models": [patient.model_dump(mode="json")]})
@@ -441,10 +441,18 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_ask_agai
             await ask(opened, request)
         assert answer(full.value)[2] == {"retry-after": "6"}
         assert counted == [1, 2, 2, 3], "it is counted while it asks"
-        job = [report async for report in opened._run_for("somebody", replace(request, request_id="job"))]
-        assert job == [RESULT], "whoever waits for a job has left: it waits its turn"
+        prospects.append(Prospect(9, 90.0))
+        for deadline_at in (None, time.time() + 1000):  # whoever waits for a job has left: it waits its turn
+            job = replace(request, request_id="job", deadline_at=deadline_at)
+            assert [report async for report in opened._run_for("somebody", job)] == [RESULT]
         waiting.leave("another")
         waiting.leave("a third")
+        for number in range(9):
+            waiting.enter(f"job {number}", Place(time.time(), of_job=True))
+        prospects.append(Prospect(9, 29.0))
+        assert await ask(opened, request) == [RESULT], "jobs take no place from callers"
+        for number in range(9):
+            waiting.leave(f"job {number}")
 
     asyncio.run(story())
 
