@@ -42,8 +42,8 @@ soak: $(READY)
 	$(if $(filter file,$(origin FAULTS)),$(PYTEST) -m soak -s &&) cd $(ROOT) && $(BIN)/python -m tests.benchmarks.job_faults \
 	  --faults $(FAULTS) --seed $(SEED) --store $(ON)
 
-# On a GPU; FAKE=1 tries it on the CPU. PART=checks|pipelines|kernels|steps|serve; without, all. ONLY= is the name of a model of
-# steps. RESULTS= is a folder for the tables.
+# On a GPU; FAKE=1 tries it on the CPU. PART=checks|pipelines|kernels|steps|serve; without, all. ONLY= is a part of the name of
+# a model of steps or of a pipeline. After SECONDS= a part begins no row. RESULTS= is a folder for the tables.
 # With PYTHON= and no .venv, that Python as it is: it needs torch, no network, and what else it lacks in WHEELS=folder.
 GIVEN := $(and $(filter-out file,$(origin PYTHON)),$(if $(wildcard $(ROOT).venv),,yes))
 gpu: $(if $(GIVEN),,$(READY))

@@ -27,6 +27,7 @@ from service.state.model_states import ModelState
 from service.state.quarantine import LOSSES, Quarantine, fingerprint
 from service.state.request_trace import RequestTrace
 from service.state.waiting import Place, waiting_for
+from service.state.waiting import Waiting as WaitingRequests
 from workers.errors import (
     UNKNOWN_LORA,
     GangLost,
@@ -111,13 +112,7 @@ class Dispatcher:
         known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller, of_job), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
-        before = waiting.callers
-        waiting.enter(request.request_id, place)  # at once, so that those who come meanwhile count it
-        try:
-            await self._check_queue(request, caller, before, of_job)
-        except BaseException:
-            waiting.leave(request.request_id)
-            raise
+        await self._enter(request, place, waiting)
         while True:
             begun = False
             waiting.enter(request.request_id, place)
@@ -151,7 +146,17 @@ class Dispatcher:
             attempt += 1
             yield Restarted(attempt, f"the ranks of {request.model!r} were lost", begun)  # the log has why
 
-    async def _check_queue(self, request: GenerationRequest, caller: str, waiting: int, of_job: bool) -> None:
+    async def _enter(self, request: GenerationRequest, place: Place, waiting: WaitingRequests) -> None:
+        """Let a request wait among the others, unless it would have to wait too long."""
+        before = waiting.callers
+        waiting.enter(request.request_id, place)  # at once, so that those who come meanwhile count it
+        try:
+            await self._check_queue(request, place, before)
+        except BaseException:
+            waiting.leave(request.request_id)
+            raise
+
+    async def _check_queue(self, request: GenerationRequest, place: Place, waiting: int) -> None:
         """Refuse a request that would have to wait too long, or among too many.
 
         Raises:
@@ -159,12 +164,14 @@ class Dispatcher:
             DeadlineExceeded: it would be too late then.
         """
         model = self._models.get(request.model)
-        if model is None or (request.deadline_at is None and (of_job or (not waiting and model.max_queued_s is None))):
+        if model is None or (
+            request.deadline_at is None and (place.of_job or (not waiting and model.max_queued_s is None))
+        ):
             return
-        ahead, wait_s = await router_registry.prospect(app_name(model.name), caller)
+        ahead, wait_s = await router_registry.prospect(app_name(model.name), place.caller)
         if request.deadline_at is not None:
             check_deadline(request.deadline_at, wait_s, *router_registry.takes(app_name(model.name), request))
-        if of_job:  # which was accepted, and whose caller does not hold a connection
+        if place.of_job:  # which was accepted, and whose caller does not hold a connection
             return
         if waiting >= model.max_queued:
             raise QueueFull(
