@@ -53,6 +53,8 @@ def test_some_faults_of_a_plan_come_in_pairs_and_those_of_a_longer_plan_too() ->
     kinds = plan(7, list(STRIKES), 200)
     found = groups(7, kinds)
     assert [number for group in found for number in group] == list(range(200))
+    assert {len(group) for group in groups(7, kinds, share=1.0)} == {2}
+    assert {len(group) for group in groups(7, kinds, share=0.0)} == {1}
     assert groups(7, kinds[:50])[:-1] == found[: len(groups(7, kinds[:50])) - 1]
     pairs = [(kinds[group[0]], kinds[group[1]]) for group in found if len(group) == 2]
     assert 30 <= len(pairs) <= 70

@@ -1,12 +1,12 @@
 """Strike a cluster at work again and again, and see that every accepted job ends once.
 
-    python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...]
+    python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...] [--together 0.3]
 
 Four callers submit jobs all the time, with idempotency keys and retries. In each round every kind of fault comes once,
 in an order that the seed decides. The cluster serves again when a job that was submitted after the fault has ended;
 then the next fault strikes, though jobs that the first one has met may still be under way. The seconds are counted from
-the fault, or from the end of what holds for a while. The seed also decides which faults come in pairs: the second one
-meanwhile, or at once; in their lines `beside` is the kind of the other.
+the fault, or from the end of what holds for a while. The seed also decides which faults come in pairs, `--together` how
+many: the second one meanwhile, or at once; in their lines `beside` is the kind of the other.
 
 `faults.jsonl` in the folder gets a line for each fault and each run, `jobs.jsonl` one for each job that is accepted or
 ends. SIGTERM ends a run in order: nothing more is struck, and the verdict is on what there was; a second one stops it
@@ -42,7 +42,7 @@ from tests.benchmarks.job_faults.link import Link
 from tests.benchmarks.job_faults.report import report
 from tests.benchmarks.job_faults.scene import NotNoticed, Scene
 from tests.benchmarks.job_faults.strikes import STRIKES, plan
-from tests.benchmarks.job_faults.together import groups, meanwhile, remaining
+from tests.benchmarks.job_faults.together import SHARE, groups, meanwhile, remaining
 from tests.benchmarks.job_faults.verdict import Verdict, compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
@@ -66,7 +66,7 @@ def main() -> None:
     lines = folder / "faults.jsonl"
     before = read_lines(lines)
     planned, done = plan(given.seed, kinds, given.faults), {line["fault"] for line in before if "kind" in line}
-    left = remaining(groups(given.seed, planned), done)
+    left = remaining(groups(given.seed, planned, given.together), done)
     if left or "accepted" not in before[-1]:
         with _postgres(given.store) as postgres:
             run = Run(folder, lines, postgres, own_disk, 60 * given.patience, enough)
@@ -210,6 +210,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", choices=("sqlite", "postgres"), default="sqlite")
     parser.add_argument("--kinds", nargs="+", choices=STRIKES, default=list(STRIKES))
+    parser.add_argument("--together", type=float, default=SHARE, help="share of the faults that the next one joins")
     parser.add_argument("--patience", type=float, default=5.0, help="minutes within which every job must end")
     parser.add_argument("--folder", type=Path, help="of what is kept between runs; default: .soak/STORE-SEED")
     return parser.parse_args()

@@ -8,7 +8,7 @@ import random
 from collections.abc import Container
 
 SHARE = 0.3
-"""Of the faults, those that the next one joins."""
+"""Of the faults, those that the next one joins, unless a run asks for more or fewer."""
 
 HOLDING = ("store full", "outputs full", "store stopped", "database", "partition")
 """Kinds that hold for a while; see `Scene.hold`."""
@@ -17,11 +17,11 @@ PLAIN = ("gateway", "rank", "gang", "proxy", "controller", "rank stopped")
 """Kinds that strike one process, in whatever state the cluster is."""
 
 
-def groups(seed: int, kinds: list[str]) -> list[list[int]]:
+def groups(seed: int, kinds: list[str], share: float = SHARE) -> list[list[int]]:
     """The numbers of the faults of a plan, alone or in pairs; a longer plan begins the same, but for its last fault."""
     rng, found, number = random.Random(f"{seed}/together"), list[list[int]](), 0
     while number < len(kinds):
-        size = min(1 + (rng.random() < SHARE), len(kinds) - number)
+        size = min(1 + (rng.random() < share), len(kinds) - number)
         found.append(list(range(number, number + size)))
         number += size
     return found
