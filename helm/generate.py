@@ -40,7 +40,8 @@ AT_LEAST_ONE = ("hosts", "maxReplicas", "drainSeconds", "intervalSeconds", "obje
 FREE = ("podSecurityContext", "securityContext", "tests.fields")
 """Mappings of Kubernetes or of the operator's own keys."""
 
-NODES = ("head", "gatewayNodes")
+OF_GROUPS = ("accelerator", "hosts", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "spread")
+"""Keys of nodes that the head does not have: there is one, and it runs no gang."""
 
 NODE_NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$"}
 
@@ -82,9 +83,11 @@ def values_schema(values: dict[str, Any]) -> dict[str, Any]:
     sections = deployment["properties"]
     node = {key: _shape(value, key) for key, value in values["nodeDefaults"].items()}
     properties = {key: _shape(value, key) for key, value in values.items() if key not in sections}
-    for key in NODES:
-        properties[key] = {"type": "object", "properties": node | {"name": NODE_NAME}, "additionalProperties": False}
-    group = {"type": "object", "properties": node | {"name": NODE_NAME}, "required": ["name"]}
+    named = node | {"name": NODE_NAME}
+    alone = {key: shape for key, shape in node.items() if key not in OF_GROUPS}
+    for key, shapes in (("head", alone), ("gatewayNodes", named)):
+        properties[key] = {"type": "object", "properties": shapes, "additionalProperties": False}
+    group = {"type": "object", "properties": named, "required": ["name"]}
     properties["groups"] = {"type": "array", "items": group | {"additionalProperties": False}}
     properties["global"] = {"type": "object"}
     # A chart without models is linted too; the templates refuse it.

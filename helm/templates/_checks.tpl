@@ -19,6 +19,7 @@
 {{- end }}
 {{- end }}
 {{- end }}
+{{- include "spray.checkPorts" .Values }}
 {{- include "spray.checkAccess" (dict "Values" .Values "sections" $sections) }}
 {{- include "spray.checkSecrets" . }}
 {{- $names := dict }}
@@ -30,6 +31,9 @@
 {{- end }}
 {{- end }}
 {{- include "spray.checkHosts" $groups }}
+{{- range concat (list .Values.head .Values.gatewayNodes .Values.nodeDefaults) .Values.groups }}
+{{- include "spray.checkVolumes" . }}
+{{- end }}
 {{- $holds := or .Values.apiKeys.existingSecret .Values.jobs.existingSecret .Values.outputs.existingClaim .Values.outputs.size .Values.outputs.s3.existingSecret }}
 {{- include "spray.checkGateways" (dict "gateway" $sections.gateway "groups" $groups "holds" $holds) }}
 {{- include "spray.checkFolders" (dict "root" . "sections" $sections "groups" $groups "models" $models) }}
@@ -38,6 +42,36 @@
 {{- fail (printf "models.%s.grace_period_s is %v, but upgrade.drainSeconds is %d; a pod needs 30 s more than its longest request, so raise the latter" .all.name .all.grace_period_s (int $.Values.upgrade.drainSeconds)) }}
 {{- end }}
 {{- include "spray.checkPlace" (dict "model" .all "ranks" .ranks "groups" $groups) }}
+{{- end }}
+{{- end }}
+
+{{/* Two servers of a pod at one port: the API server refuses the pod, or the second one does not start. Takes the values. */}}
+{{- define "spray.checkPorts" -}}
+{{- $taken := dict "6379" "Ray's head" "8080" "Ray's metrics" "8265" "Ray's dashboard" "10001" "Ray's clients" "44217" "Ray's autoscaler" "44227" "Ray's dashboard" "52365" "Ray's agent" }}
+{{- range list (list "gateway.port" (get .gateway "port")) (list "gateway.grpc_port" (get .gateway "grpc_port")) (list "metrics.port" (get .metrics "port")) }}
+{{- $port := last . | default 0 | int }}
+{{- if $port }}
+{{- $holder := get $taken (toString $port) }}
+{{- if and (ge $port 10002) (le $port 19999) }}{{ $holder = "Ray's workers, which take those from 10002 to 19999" }}{{ end }}
+{{- if $holder }}
+{{- fail (printf "%s is %d, which is the port of %s; take another" (first .) $port $holder) }}
+{{- end }}
+{{- $_ := set $taken (toString $port) (first .) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A pod has each volume and each mount once. Takes a node. */}}
+{{- define "spray.checkVolumes" -}}
+{{- range default list (get . "extraVolumes") }}
+{{- if has .name (list "shm" "tmp" "home" "models" "demo" "state" "api-keys" "outputs") }}
+{{- fail (printf "extraVolumes has %s, which is the name of a volume of the chart; take another" .name) }}
+{{- end }}
+{{- end }}
+{{- range default list (get . "extraVolumeMounts") }}
+{{- if has (trimSuffix "/" .mountPath) (list "/dev/shm" "/tmp" "/home/spray" "/models" "/demo" "/var/lib/spray" "/etc/spray/keys" "/outputs") }}
+{{- fail (printf "extraVolumeMounts has %s, where the chart mounts a volume of its own; take a folder in it, or another" .mountPath) }}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -51,11 +85,18 @@
 {{- fail "auth.api_keys_file is set by the chart; name the Secret that holds the file in apiKeys.existingSecret" }}
 {{- end }}
 {{- $known := dict "SPRAY_JOBS_URL" (ne .Values.jobs.existingSecret "") }}
-{{- range concat .Values.nodeDefaults.env (default list .Values.gatewayNodes.env) }}{{ $_ := set $known .name true }}{{ end }}
+{{- $plain := dict }}
+{{- range concat .Values.nodeDefaults.env (default list .Values.gatewayNodes.env) }}
+{{- $_ := set $known .name true }}
+{{- if get . "value" }}{{ $_ := set $plain .name true }}{{ end }}
+{{- end }}
 {{- $named := dict "auth.api_keys_env" $variable "gateway.webhook_key_env" (get .sections.gateway "webhook_key_env") "storage.jobs_url_env" (get .sections.storage "jobs_url_env") }}
 {{- range $key, $variable := $named }}
 {{- if and $variable (not (get $known $variable)) }}
 {{- fail (printf "%s is %s, which no gateway has; add it to gatewayNodes.env with valueFrom.secretKeyRef" $key $variable) }}
+{{- end }}
+{{- if and $variable (get $plain $variable) }}
+{{- include "spray.failPlain" $variable }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -103,13 +144,35 @@
 {{- if and (not .Values.serviceAccount.create) (not (and .Values.serviceAccount.headName .Values.serviceAccount.workerName)) }}
 {{- fail "serviceAccount.create is false; name the accounts in serviceAccount.headName and serviceAccount.workerName" }}
 {{- end }}
+{{- if and .Values.ingress.enabled .Values.ingress.grpcHost }}
+{{- if not (get .Values.gateway "grpc_port") }}
+{{- fail (printf "ingress.grpcHost is %s, and gateway.grpc_port is null; leave one of them out" .Values.ingress.grpcHost) }}
+{{- end }}
+{{- if and .Values.ingress.nginx (not .Values.ingress.tlsSecret) }}
+{{- fail (printf "ingress.grpcHost is %s, but nginx speaks gRPC's HTTP/2 over TLS only; name the certificate in ingress.tlsSecret" .Values.ingress.grpcHost) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.gatewayApi.enabled .Values.gatewayApi.grpcHostnames (not (get .Values.gateway "grpc_port")) }}
+{{- fail "gatewayApi.grpcHostnames is set, and gateway.grpc_port is null; leave one of them out" }}
+{{- end }}
+{{- $secret := "(?i)(token|secret|password|api_?key|_headers$)" }}
 {{- range concat (list .Values.head .Values.gatewayNodes .Values.nodeDefaults) .Values.groups }}
 {{- range default list (get . "env") }}
-{{- if and (regexMatch "(?i)(token|secret|password|api_?key)" .name) (get . "value") }}
-{{- fail (printf "env %s has its value in plain, where everybody reads it who may see pods; use valueFrom.secretKeyRef" .name) }}
+{{- if and (regexMatch $secret .name) (get . "value") }}{{ include "spray.failPlain" .name }}{{ end }}
+{{- end }}
+{{- end }}
+{{- range .Values.models }}
+{{- range $name, $value := default dict (get . "env") }}
+{{- if and (regexMatch $secret $name) $value }}
+{{- fail (printf "models.env has %s, where everybody reads it who may see the RayService; give it to nodeDefaults.env with valueFrom.secretKeyRef" $name) }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* Takes the name of a variable. */}}
+{{- define "spray.failPlain" -}}
+{{- fail (printf "env %s has its value in plain, where everybody reads it who may see pods; use valueFrom.secretKeyRef" .) }}
 {{- end }}
 
 {{- define "spray.checkGateways" -}}
@@ -223,6 +286,18 @@ several such sets a gang may have a node each, and would end when the idle rest 
 {{- end }}
 {{- end }}
 
+{{/* A quantity of Kubernetes, such as 64Gi, in bytes. */}}
+{{- define "spray.bytes" -}}
+{{- $text := toString . }}
+{{- $number := regexFind "^[0-9.]+" $text }}
+{{- $unit := trimPrefix $number $text }}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 }}
+{{- if not (and $number (hasKey $units $unit)) }}
+{{- fail (printf "memory %s cannot be read; write it as 64Gi" $text) }}
+{{- end }}
+{{- printf "%.0f" (mulf (float64 $number) (float64 (get $units $unit))) }}
+{{- end }}
+
 {{/* Whether a gang fits on a node, or for PACK on all nodes that there may be. Takes "model", "ranks", "groups". */}}
 {{- define "spray.checkPlace" -}}
 {{- $model := .model }}
@@ -239,12 +314,15 @@ several such sets a gang may have a node each, and would end when the idle rest 
 {{- if $fits }}
 {{- $places := int (floor (divf (float64 .cpus) (float64 $placement.cpus_per_rank))) }}
 {{- if eq $model.device "cuda" }}{{ $places = min $places (int .gpus) }}{{ end }}
+{{- with $placement.memory }}{{ $places = min $places (int (floor (divf (include "spray.bytes" $group.memory | float64) (float64 .)))) }}{{ end }}
 {{- $largest = max $largest $places }}
 {{- $all = add $all (mul $places (int .hosts) (int .maxReplicas)) }}
 {{- if $places }}{{ $homes = append $homes (dict "name" .name "hosts" .hosts "holds" (mul $places .hosts)) }}{{ end }}
 {{- end }}
 {{- end }}
-{{- $needs := printf "a gang has %d ranks of %s%v CPU cores each" (int .ranks) (ternary "one GPU and " "" (eq $model.device "cuda")) $placement.cpus_per_rank }}
+{{- $memory := "" }}
+{{- with $placement.memory }}{{ $memory = printf " and %.0f bytes of memory" (float64 .) }}{{ end }}
+{{- $needs := printf "a gang has %d ranks of %s%v CPU cores%s each" (int .ranks) (ternary "one GPU and " "" (eq $model.device "cuda")) $placement.cpus_per_rank $memory }}
 {{- with $placement.accelerator_type }}{{ $needs = printf "%s on %s" $needs . }}{{ end }}
 {{- with $placement.node_labels }}{{ $needs = printf "%s with the labels %s" $needs (toJson .) }}{{ end }}
 {{- if and $together (lt (int $largest) (int .ranks)) }}

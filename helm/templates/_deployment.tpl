@@ -154,6 +154,10 @@ section as a default says what each item of a given list has.
 {{- if gt (float64 $model.grace_period_s) (float64 $longest) }}{{ $longest = $model.grace_period_s }}{{ end }}
 {{- end }}
 {{- $_ := set $gatewayOptions "num_replicas" (default 1 $gateway.replicas) }}
+{{- /* Serve spreads gateways over the nodes that are there now. All on one node, they would end with it, and the others would
+       never be ready, so that none may be drained. */}}
+{{- $nodes := int $.Values.gatewayNodes.minReplicas }}
+{{- if ge $nodes 2 }}{{ $_ := set $gatewayOptions "max_replicas_per_node" (int (ceil (divf (float64 (default 1 $gateway.replicas)) (float64 $nodes)))) }}{{ end }}
 {{- $_ := set $gatewayOptions "max_ongoing_requests" $most }}
 {{- $_ := set $gatewayOptions "graceful_shutdown_timeout_s" $longest }}
 {{- with $gateway.node_labels }}{{ $_ := set $gatewayOptions.ray_actor_options "label_selector" . }}{{ end }}

@@ -10,16 +10,49 @@
 {{- toJson (dict "groups" $groups) }}
 {{- end }}
 
-{{/* One node with all its keys. What a group says of a key replaces the default whole, but environments add up. */}}
+{{/* One node with all its keys. What a group says of a key replaces the default whole, but environments add up by name. */}}
 {{- define "spray.node" -}}
 {{- $node := dict }}
 {{- range $key, $value := .defaults }}{{ $_ := set $node $key $value }}{{ end }}
 {{- range $key, $value := .node }}{{ $_ := set $node $key $value }}{{ end }}
-{{- $_ := set $node "env" (concat .defaults.env (default list (get .node "env"))) }}
+{{- $names := list }}
+{{- $variables := dict }}
+{{- range concat .defaults.env (default list (get .node "env")) }}
+{{- if not (hasKey $variables .name) }}{{ $names = append $names .name }}{{ end }}
+{{- $_ := set $variables .name . }}
+{{- end }}
+{{- $env := list }}
+{{- range $names }}{{ $env = append $env (get $variables .) }}{{ end }}
+{{- $_ := set $node "env" $env }}
 {{- if not $node.sharedMemoryMiB }}
 {{- $_ := set $node "sharedMemoryMiB" (add $node.objectStoreMiB 512 (mul 1024 $node.gpus)) }}
 {{- end }}
 {{- toJson $node }}
+{{- end }}
+
+{{/* Where a pod may run. Takes a node. */}}
+{{- define "spray.scheduling" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .nodeSelector }}
+nodeSelector: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- if or .tolerations .gpus }}
+tolerations:
+  {{- if .gpus }}
+  - {key: {{ .gpuResource }}, operator: Exists, effect: NoSchedule}
+  {{- end }}
+  {{- with .tolerations }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* The same for a pod without GPUs that is no node of Ray: it runs where gateways do. Takes the root. */}}
+{{- define "spray.besideGateways" -}}
+{{- include "spray.scheduling" (include "spray.node" (dict "defaults" .Values.nodeDefaults "node" .Values.gatewayNodes) | fromJson) }}
 {{- end }}
 
 {{/* A pod's template. Takes "root", "node", "role" (head, gateway or worker). */}}
@@ -50,24 +83,11 @@ spec:
   terminationGracePeriodSeconds: {{ ternary 60 (int $values.upgrade.drainSeconds) (eq $role "head") }}
   securityContext: {{ toYaml $values.podSecurityContext | nindent 4 }}
   {{- include "spray.pullSecrets" $root | nindent 2 }}
-  {{- with $node.priorityClassName }}
-  priorityClassName: {{ . }}
-  {{- end }}
   {{- with $node.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-  {{- with $node.nodeSelector }}
-  nodeSelector: {{ toYaml . | nindent 4 }}
-  {{- end }}
-  {{- if or $node.tolerations $node.gpus }}
-  tolerations:
-    {{- if $node.gpus }}
-    - {key: {{ $node.gpuResource }}, operator: Exists, effect: NoSchedule}
-    {{- end }}
-    {{- with $node.tolerations }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- end }}
-  {{- with $node.affinity }}
-  affinity: {{ toYaml . | nindent 4 }}
+  {{- with include "spray.scheduling" $node | trim }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- if and $node.spread (ne $role "head") }}
   topologySpreadConstraints:
@@ -118,16 +138,18 @@ spec:
         - {name: spray-metrics, containerPort: {{ get $values.metrics "port" }}}
         {{- end }}
       env:
-        - {name: HOME, value: /home/spray}
-        {{- range $name, $value := $generated.environment }}
+        {{- $own := dict }}{{ range $node.env }}{{ $_ := set $own .name true }}{{ end }}
+        {{- range $name, $value := merge (dict "HOME" "/home/spray") $generated.environment }}
+        {{- if not (hasKey $own $name) }}
         - {name: {{ $name }}, value: {{ $value | quote }}}
         {{- end }}
-        {{- with $values.hubToken.existingSecret }}
+        {{- end }}
+        {{- if and $values.hubToken.existingSecret (not (hasKey $own "HF_TOKEN")) }}
         - name: HF_TOKEN
           valueFrom:
-            secretKeyRef: {name: {{ . }}, key: {{ $values.hubToken.key }}}
+            secretKeyRef: {name: {{ $values.hubToken.existingSecret }}, key: {{ $values.hubToken.key }}}
         {{- end }}
-        {{- if and $values.jobs.existingSecret (eq $role "gateway") }}
+        {{- if and $values.jobs.existingSecret (eq $role "gateway") (not (hasKey $own "SPRAY_JOBS_URL")) }}
         - name: SPRAY_JOBS_URL
           valueFrom:
             secretKeyRef: {name: {{ $values.jobs.existingSecret }}, key: {{ $values.jobs.key }}}
@@ -137,12 +159,7 @@ spec:
       envFrom:
         - secretRef: {name: {{ $values.outputs.s3.existingSecret }}}
       {{- end }}
-      {{- $security := deepCopy $values.securityContext }}
-      {{- with $node.capabilities }}
-      {{- $allowed := deepCopy (default dict $security.capabilities) }}
-      {{- $_ := set $security "capabilities" (set $allowed "add" (concat (default list $allowed.add) .)) }}
-      {{- end }}
-      securityContext: {{ toYaml $security | nindent 8 }}
+      securityContext: {{ toYaml $values.securityContext | nindent 8 }}
       {{- /* KubeRay's numbers. A node without a gateway and without a gang's first rank has no proxy, so it is never
              ready: the service, which takes all ready nodes, must not send requests there. */}}
       {{- if ne $role "head" }}

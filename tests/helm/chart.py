@@ -227,7 +227,6 @@ VARIATIONS: dict[str, Values] = {
                 "minReplicas": 2,
                 "maxReplicas": 2,
                 "extraResources": {"rdma/hca": 8},
-                "capabilities": ["IPC_LOCK"],
                 "env": [{"name": "NCCL_IB_HCA", "value": "mlx5"}],
             }
         ],
@@ -288,7 +287,7 @@ VARIATIONS: dict[str, Values] = {
     "every key of the sections": {
         "gateway": {
             "host": "0.0.0.0",
-            "port": 8080,
+            "port": 8088,
             "grpc_port": 9090,
             "replicas": 1,
             "node_labels": {"spray-role": "gateway"},

@@ -4,15 +4,20 @@ The CRDs are large files of other projects and not part of this one. They are lo
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "crds"
 
 FILES = {"RayService": "ray.io_rayservices", "PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}
+
+DEFAULTS = {"protocol": "TCP"}
+"""Of keys of lists that are left out."""
 
 CUSTOM = ("ray.io", "monitoring.coreos.com")
 
@@ -33,7 +38,17 @@ def _validator(kind: str, version: str) -> Draft202012Validator:
     (schema,) = [each["schema"]["openAPIV3Schema"] for each in crd["spec"]["versions"] if each["name"] == version]
     strict = _strict(schema)
     strict["properties"]["metadata"] = {"type": "object"}  # the API server checks it for all kinds alike
-    return Draft202012Validator(strict)
+    return extend(Draft202012Validator, {"list_map_keys": _differ})(strict)
+
+
+def _differ(_validator: Any, keys: list[str], items: Any, _schema: Any) -> Iterator[ValidationError]:
+    """Two items of a list may not have the same keys."""
+    seen: set[tuple[Any, ...]] = set()
+    for item in items:
+        key = tuple(item.get(name, DEFAULTS.get(name)) for name in keys)
+        if key in seen:
+            yield ValidationError(f"Duplicate value: {key}")
+        seen.add(key)
 
 
 def _strict(schema: Any) -> Any:
@@ -51,6 +66,8 @@ def _strict(schema: Any) -> Any:
     for key in ("items", "additionalProperties"):
         if key in schema:
             made[key] = _strict(schema[key])
+    if schema.get("x-kubernetes-list-type") == "map":
+        made["list_map_keys"] = schema["x-kubernetes-list-map-keys"]
     # The API server fills in defaults before it looks for what is missing.
     missing = [name for name in schema.get("required", []) if "default" not in properties.get(name, {})]
     return made | ({"required": missing} if missing else {})

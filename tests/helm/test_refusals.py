@@ -46,6 +46,45 @@ REFUSED: dict[str, tuple[Values, str]] = {
         {"nodeDefaults": {"env": [{"name": "HF_TOKEN", "value": "hf_a"}]}},
         "env HF_TOKEN has its value in plain",
     ),
+    "a port of Ray's": ({"gateway": {"port": 8080}}, "gateway.port is 8080, which is the port of Ray's metrics"),
+    "one of its workers": ({"metrics": {"port": 12000}}, "metrics.port is 12000, which is the port of Ray's workers"),
+    "one port twice": (
+        {"gateway": {"port": 9000, "grpc_port": 9000}},
+        "gateway.grpc_port is 9000, which is the port of gateway.port",
+    ),
+    "a key of webhooks in plain": (
+        {"gateway": {"webhook_key_env": "SIGNS"}, "gatewayNodes": {"env": [{"name": "SIGNS", "value": "whsec_a"}]}},
+        "env SIGNS has its value in plain",
+    ),
+    "a token of one model": (
+        {"models": [{"name": "a", "source": "/a", "device": "cpu", "env": {"HF_TOKEN": "hf_a"}}]},
+        "models.env has HF_TOKEN",
+    ),
+    "memory that no node has": (
+        models({"placement": {"memory": 100 << 30}}),
+        "107374182400 bytes of memory each, all on one node, and the largest group's nodes hold",
+    ),
+    "a volume of the chart": ({"groups": [{"name": "a", "extraVolumes": [{"name": "tmp"}]}]}, "extraVolumes has tmp"),
+    "a folder of the chart": (
+        {"nodeDefaults": {"extraVolumeMounts": [{"name": "a", "mountPath": "/models/"}]}},
+        "extraVolumeMounts has /models/",
+    ),
+    "gRPC that nobody serves": (
+        {"gateway": {"grpc_port": None}, "ingress": {"enabled": True, "host": "a", "grpcHost": "b"}},
+        "ingress.grpcHost is b, and gateway.grpc_port is null",
+    ),
+    "gRPC without TLS": (
+        {"ingress": {"enabled": True, "host": "a", "grpcHost": "b"}},
+        "name the certificate in ingress.tlsSecret",
+    ),
+    "routes to gRPC that nobody serves": (
+        {
+            "gateway": {"grpc_port": None},
+            "gatewayApi": {"enabled": True, "parentRefs": [{"name": "a"}], "grpcHostnames": ["b"]},
+        },
+        "gatewayApi.grpcHostnames is set, and gateway.grpc_port is null",
+    ),
+    "a key of groups on the head": ({"head": {"minReplicas": 2}}, "additional properties 'minReplicas' not allowed"),
     "redis without its secret": ({"redis": {"address": "redis:6379"}}, "redis.existingSecret is not"),
     "a bundled redis without its secret": (
         {"redis": {"bundled": {"enabled": True}}},

@@ -91,7 +91,7 @@ def test_values_of_an_older_chart_have_new_gangs_first() -> None:
     [
         {"image": {"tag": "0.2.0"}},
         {"nodeDefaults": {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}},
-        {"gateway": {"port": 8080}},
+        {"gateway": {"port": 8088}},
         {"upgrade": {"drainSeconds": 4000}},
     ],
 )
