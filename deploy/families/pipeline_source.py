@@ -45,6 +45,7 @@ class ClassicCall:
         takes_several: whether its `image` may be, or its `images` are, several pictures from which it makes one.
         sized_by_image: whether the output has the size or shape of `image`, whatever height and width say.
         may_lack: optional parameters that it works without.
+        needs_negative_prompt: whether a guided call fails without a negative prompt, an empty one at least.
         prompts_are_json: whether its check of inputs takes only prompts that are JSON with an `edit_instruction`.
         scale: the parameter that weighs its second branch.
         gives_sigmas: whether it passes the noise of each step to the scheduler, which only some schedulers accept.
@@ -79,6 +80,7 @@ class ClassicCall:
     takes_several: bool
     sized_by_image: bool
     may_lack: frozenset[str]
+    needs_negative_prompt: bool
     prompts_are_json: bool
     scale: str
     gives_sigmas: bool
@@ -136,6 +138,10 @@ def classic_call(pipeline: str) -> ClassicCall | None:
                 leaves(methods, name)
                 for leaves in (patterns.may_lack, patterns.left_to_a_method, patterns.checked_if_given)
             )
+        ),
+        needs_negative_prompt=any(
+            patterns.goes_through_all(node, "negative_prompt")
+            for node in ast.walk(methods.get("encode_prompt", methods["__call__"]))
         ),
         prompts_are_json=any(
             patterns.calls(node, "is_valid_edit_json") for m in methods.values() for node in ast.walk(m)

@@ -214,6 +214,11 @@ def calls(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Call) and is_name(node.func, name)
 
 
+def goes_through_all(node: ast.AST, name: str) -> bool:
+    """Whether this is `[... for each in name]`."""
+    return isinstance(node, ast.ListComp) and any(is_name(part.iter, name) for part in node.generators)
+
+
 def is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 

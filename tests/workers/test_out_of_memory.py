@@ -34,14 +34,23 @@ def test_which_errors_mean_it(error: BaseException | None, means: bool) -> None:
     assert is_out_of_memory(error) is means
 
 
-def test_a_device_that_has_failed_is_not_agreed_upon() -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, ...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+    ],
+    ids=["torch", "cuBLAS", "cuDNN"],
+)
+def test_a_device_that_has_failed_is_not_agreed_upon(broken: RuntimeError) -> None:
     """All that follows in its process fails, so the rank is lost; the others would be told that all is well."""
-    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     assert is_device_failure(broken)
+    assert not is_device_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_device_failure(torch.AcceleratorError("CUDA error: out of memory"))
     told: list[object] = []
     mesh = SimpleNamespace(agree=lambda *flags: told.append(flags) or (True, False, False, 0))
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(type(broken), match="error"):
         Boundary(0).cross(mesh, None, broken)  # type: ignore[arg-type]
     assert told == []
     with pytest.raises(RequestFailed):

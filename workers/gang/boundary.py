@@ -92,7 +92,7 @@ class Boundary:
 
         Raises:
             RequestError, RequestFailed: on all ranks.
-            torch.AcceleratorError: this rank's device has failed. It is not agreed, for the rank is lost.
+            RuntimeError: this rank's device has failed. It is not agreed, for the rank is lost.
         """
         if is_device_failure(failure):
             raise failure

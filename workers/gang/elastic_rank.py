@@ -10,6 +10,7 @@ between two parts, so any block can go on.
 
 import functools
 import itertools
+import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -39,10 +40,13 @@ from workers.messages import (
 )
 from workers.model.classic_denoising import begin
 from workers.model.denoising import Denoising
-from workers.model.out_of_memory import advice, free_memory, is_out_of_memory
+from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
 
 KEEP_STEPS = 5
 """After so many steps a request's progress leaves its ranks: so many are done again, at most, if they are lost."""
+
+SECONDS = struct.Struct("<d")
+"""Begins what was encoded: how long that took."""
 
 
 class Turnstile:
@@ -87,11 +91,12 @@ class ElasticRank(Rank):
         self._turnstile = Turnstile()
 
     def encode(self, request: GenerationRequest) -> bytes:
-        """On rank 0: encode the prompts of a request, beside what the ranks compute.
+        """On rank 0: encode the prompts of a request, beside what the ranks compute. Returns what `Part.encoded` is.
 
         Raises:
             RequestError: the request does not suit the model.
             RequestFailed: its prompts cannot be encoded. No other request is affected.
+            RuntimeError: the device has failed, and the rank is lost.
         """
         with self._turnstile.visit():
             self._use_device()
@@ -100,14 +105,17 @@ class ElasticRank(Rank):
                 denoising = begin(self._loaded, request)
                 denoising.encode()
                 encoded = denoising.encoded()
-                self.telemetry.observe_stages(encode=time.perf_counter() - began)
-                return encoded
-            except (RequestError, RequestFailed):
-                raise
+                seconds = time.perf_counter() - began
+                self.telemetry.observe_stages(encode=seconds)
+                return SECONDS.pack(seconds) + encoded
             except Exception as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(advice(self.model, request, free_memory(self._device)), True) from None
-                raise RequestFailed(f"encoding failed: {type(error).__name__}: {error}") from error
+                self._drop_kept_features()
+                if isinstance(error, RequestError | RequestFailed) or is_device_failure(error):
+                    raise
+                if not is_out_of_memory(error):
+                    raise RequestFailed(f"encoding failed: {type(error).__name__}: {error}") from error
+            # Here, where the error and the tensors of its frames are gone.
+            raise OutOfMemory(advice(self.model, request, free_memory(self._device)), True)
 
     def advance(self, part: Part) -> Iterator[StepEvent | Preview | Kept | Profiled | Drawn | Traced]:
         """Take steps of a request, until it is drawn or told to pause. All ranks of the block must call it at once.
@@ -127,6 +135,7 @@ class ElasticRank(Rank):
             with self._turnstile.inside():
                 yield from self._advance(part)
         except Exception as error:
+            self._drop_kept_features()
             told = isinstance(error, RequestFailed | HandOverFailed)
             if not is_out_of_memory(error.__cause__ if told else error):
                 raise
@@ -184,6 +193,7 @@ class ElasticRank(Rank):
                 yield Kept(denoising.steps_done, denoising.progress(), pauses=True)
             return
         if not leads:
+            telemetry.observe_drawn(denoising, mesh.traffic)
             return
         telemetry.enter("decode")
         before = time.perf_counter()
@@ -199,7 +209,7 @@ class ElasticRank(Rank):
                 outputs=(),
                 seeds=request.all_seeds,
                 degrees=mesh.degrees,
-                encode_seconds=prepare_s,
+                encode_seconds=SECONDS.unpack_from(part.encoded)[0] + prepare_s,
                 step_seconds=tuple(seconds),
                 decode_seconds=decode_s,
                 warnings=denoising.warnings,
@@ -208,7 +218,7 @@ class ElasticRank(Rank):
 
     def _resumed(self, part: Part) -> Denoising:
         """The request where its last ranks have left it."""
-        denoising = begin(self._loaded, part.request, part.encoded)
+        denoising = begin(self._loaded, part.request, part.encoded[SECONDS.size :])
         denoising.prepare()
         if part.progress:
             denoising.resume(part.progress)

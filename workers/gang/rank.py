@@ -43,6 +43,7 @@ from workers.messages import (
 from workers.model.classic_denoising import begin
 from workers.model.compiler import Compiler
 from workers.model.denoising import Denoising
+from workers.model.diffusers_internals import drop_kept_features
 from workers.model.loader import LoadedModel, load_model
 from workers.model.out_of_memory import advice, free_memory, is_device_failure, is_out_of_memory
 from workers.model.step_ends import StepEnd
@@ -156,6 +157,7 @@ class Rank:
         try:
             yield from self._generate(request)
         except Exception as error:
+            self._drop_kept_features()
             told = isinstance(error, RequestFailed | HandOverFailed)
             if not is_out_of_memory(error.__cause__ if told else error):
                 raise
@@ -202,6 +204,10 @@ class Rank:
         """Compute on this rank's GPU. First in what computes: torch keeps it by thread, and Ray has several."""
         if self.model.device == "cuda":
             torch.cuda.set_device(self._device)
+
+    def _drop_kept_features(self) -> None:
+        """After a failure, which may have been inside the VAE: the next request begins without them."""
+        drop_kept_features(getattr(self._loaded.pipeline, "vae", None))
 
     def _on_progress(self, loaded: float) -> None:
         self.telemetry.loaded = loaded

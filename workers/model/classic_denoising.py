@@ -135,11 +135,10 @@ class ClassicDenoising(Denoising):
     def _begin(self) -> None:
         """Make the calls. Encoders run for the first call at most; the others take its answers."""
         assert isinstance(self._adapter, ClassicAdapter)
-        self._encoders = SharedEncoders(self._made_by_encoders, self.request.seed)
-        encoders, generators = self._encoders, self._generators
+        self._encoders, generators = SharedEncoders(self._made_by_encoders, self.request.seed), self._generators
         one_by_one = bool(self.request.inputs) or self._adapter.makes_one
         apart = [[each] for each in generators] if one_by_one else [generators]
-        for drawn_by in apart:
+        for drawn_by, seed in zip(apart, self.request.all_seeds, strict=False):  # all pictures in one call: the first
             pipeline = copy.copy(self._pipeline)
             pipeline.scheduler = self._scheduler_of(drawn_by)
             if self._tiles:
@@ -152,10 +151,10 @@ class ClassicDenoising(Denoising):
                 told["output_type"] = "latent"
             untold = {""} if self._adapter.takes_size else {"", "width", "height"}
             arguments = {name: value for name, value in told.items() if name not in untold}  # not all can count
+            encoders = SharedEncoders(self._encoders.made, seed) if self._calls else self._encoders
             self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
             self._schedulers.append(pipeline.scheduler)
             self._vaes.append(getattr(pipeline, "vae", None))
-            encoders = SharedEncoders(self._encoders.made, self.request.seed)
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

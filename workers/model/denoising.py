@@ -24,6 +24,7 @@ from sp_core.traffic import is_sampled
 from workers.errors import UNKNOWN_LORA, InvalidParameter
 from workers.messages import GenerationRequest
 from workers.model.adapters.lookup import find_adapter
+from workers.model.diffusers_internals import drop_kept_features
 from workers.model.guidance import Guidance
 from workers.model.handover import packed, state_of, unpacked
 from workers.model.loader import LoadedModel, encodes_here
@@ -326,7 +327,11 @@ class Denoising:
         beside._state = PipelineState(dict(self._state.values), dict(self._state.kwargs_mapping))
         beside._pipeline = copy.copy(self._pipeline)
         beside._pipeline.vae = TileParallelVAE(self._vae, None) if self._tiles else self._vae
-        (made,) = beside._decode(latents)
+        try:
+            (made,) = beside._decode(latents)
+        except Exception:
+            drop_kept_features(self._vae)
+            raise
         return made
 
     def _check_loras(self) -> None:

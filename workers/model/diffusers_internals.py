@@ -1,6 +1,7 @@
 """The private names of diffusers that workers uses, here and nowhere else.
 
-`tests/workers/test_diffusers_internals.py` pins them. Called by `workers.model.weights` and `workers.model.lora`.
+`tests/workers/test_diffusers_internals.py` pins them. Called by `workers.model.weights`, `workers.model.lora`,
+`workers.model.denoising` and `workers.gang.rank`.
 """
 
 from torch import nn
@@ -20,3 +21,17 @@ def lora_components(pipeline: type) -> list[str]:
     """The components of a pipeline that its LoRA files may have weights for; empty if diffusers loads none."""
     components: list[str] = getattr(pipeline, "_lora_loadable_modules", [])
     return components if hasattr(pipeline, "lora_state_dict") else []
+
+
+def drop_kept_features(vae: object) -> None:
+    """Drop what the convolutions of a video VAE keep of one part of a clip for the next, after a failure.
+
+    diffusers drops it after the last part only. A part that fails would leave gigabytes in the model that all requests
+    share, and `AutoencoderKLMagvit` would go on from them with the next clip.
+
+    Args:
+        vae: of diffusers; one that keeps nothing, or a pipeline's lack of one, stays as it is.
+    """
+    for name in ("clear_cache", "_clear_conv_cache"):
+        if callable(clear := getattr(vae, name, None)):
+            clear()

@@ -25,6 +25,16 @@ ALLOCATORS_SAY = (
 )
 """Messages of errors without a class of their own."""
 
+LIBRARIES_SAY = (
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_INTERNAL_ERROR",
+    "CUBLAS_STATUS_MAPPING_ERROR",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDNN_STATUS_MAPPING_ERROR",
+)
+"""Messages of a library that is the first to notice a failed device. torch raises them as plain `RuntimeError`."""
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether a device or this machine had no memory left."""
@@ -33,9 +43,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS_SAY)
 
 
-def is_device_failure(error: BaseException | None) -> TypeGuard[torch.AcceleratorError]:
+def is_device_failure(error: BaseException | None) -> TypeGuard[RuntimeError]:
     """Whether a device computes nothing anymore: after an illegal access, all that follows in its process fails."""
-    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in LIBRARIES_SAY)
 
 
 def free_memory(device: torch.device) -> int | None:

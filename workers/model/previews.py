@@ -158,7 +158,7 @@ class Previews:
             decode: makes a picture of clean latents by the VAE, on this rank alone, and changes nothing else.
 
         Raises:
-            torch.AcceleratorError: the device has failed.
+            RuntimeError: the device has failed.
         """
         due = self._options.steps(total_steps)
         if self._failed or step not in due:

@@ -98,11 +98,14 @@ class ClassicAdapter(PipelineAdapter):
 
     def inputs(self, request: GenerationRequest) -> dict[str, Any]:
         """Scale, negative prompt and frames, as far as the call takes them; and its extra parameters."""
+        negative_prompt = request.negative_prompt
+        if negative_prompt is None and self._call.needs_negative_prompt:
+            negative_prompt = ""
         told: dict[str, Any] = {
             self._call.scale: request.guidance_scale,
             "guidance_scale_2": request.guidance_scale_2,
             "distilled_guidance_scale": request.guidance_scale,
-            "negative_prompt": request.negative_prompt,
+            "negative_prompt": negative_prompt,
             "num_frames": request.num_frames,
             "frames": request.num_frames,
             "video_length": request.num_frames,
