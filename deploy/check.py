@@ -86,9 +86,10 @@ def _report(model: ModelSpec, folder: Path | None) -> list[str]:
             "unchecked until it is deployed"
         )
         return lines
-    advice = [layout_advice(model.parallel, num_heads(_transformer_config(folder)))]
+    own = (model.parallel, *(smaller_layouts(model.parallel, model.elastic.min_degree) if model.elastic else ()))
+    heads = num_heads(_transformer_config(folder))
+    advice = list(dict.fromkeys(layout_advice(each, heads) for each in own))
     if model.elastic:
-        own = (model.parallel, *smaller_layouts(model.parallel, model.elastic.min_degree))
         advice.append(f"elastic: a request has {', or '.join(str(each) for each in reversed(own))}")
     groups, branches = model.parallel.cfg_parallel_size, find_family(folder).branches(math.inf, "")
     if groups > branches:

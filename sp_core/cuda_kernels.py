@@ -4,10 +4,11 @@ Shapes: B batch, S query and K key tokens, H heads, D head size; q `(B, S, H, D)
 `sp_core.kernels`; `sp_core.kernel_choice` makes all ranks take rank 0's choice.
 """
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 
@@ -22,6 +23,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 HEAD_SIZES = 8
 """Head sizes are multiples of this, or padded to one."""
+
+LSE_ERROR = 0.02
+"""Of a log-sum-exp, which every kernel computes in fp32: ranks are weighed by its exponential when rings are merged."""
 
 WithLse = tuple[torch.Tensor, torch.Tensor]
 """An output `(B, S, H, D)` and its log-sum-exp `(B, S, H)`."""
@@ -145,35 +149,40 @@ def try_kernels(
 ) -> dict[str, float | str]:
     """Seconds of each kernel, or why it cannot be used.
 
-    A kernel is right if output and log-sum-exp agree with plain arithmetic in fp32, within the precision of `dtype`.
+    A kernel is right if output and log-sum-exp agree with plain arithmetic in fp32. It is tried with many tokens, and
+    as Ulysses calls it: with a scale, for samples whose tokens lie between one another's and fill no whole blocks.
     """
-    shape = (1, tokens, 8, head_size)
     generator = torch.Generator(device).manual_seed(0)
-    query, key, value = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
-    few = slice(0, 256)
-    reference = _plainly(query[:, few], key, value)
+    drawn = functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
+    many = [drawn(1, tokens, 8, head_size) for _ in range(3)]
+    between = [drawn(301, 2, 8, head_size).transpose(0, 1) for _ in range(3)]
     found: dict[str, float | str] = {}
     for name, kernel in kernels.items():
         try:
-            outcome = kernel(query, key, value, None)
-            wrong = [_error(ours[:, few], theirs) for ours, theirs in zip(outcome, reference, strict=True)]
-            if not max(wrong) <= 8 * torch.finfo(dtype).eps:
-                found[name] = f"is wrong by {max(wrong):.1e}"
-            else:
-                found[name] = _seconds(lambda kernel=kernel: kernel(query, key, value, None), device)  # type: ignore[misc]
+            wrong = _wrong(kernel, many, None) or _wrong(kernel, between, 0.5 / math.sqrt(head_size))
+            found[name] = wrong or _seconds(lambda kernel=kernel: kernel(*many, None), device)  # type: ignore[misc]
         except Exception as error:  # it is not installed, or not for this device
             found[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return found
 
 
-def _plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> WithLse:
-    scores = torch.einsum("bshd,bkhd->bshk", query.float(), key.float()) / math.sqrt(query.shape[3])
+def _wrong(kernel: Kernel, given: Sequence[torch.Tensor], scale: float | None) -> str:
+    """How wrong a kernel is for q, k and v; empty: it is right. The bar is a share of the largest output."""
+    (query, key, value), few = given, slice(0, 256)
+    output, lse = kernel(query, key, value, scale)
+    expected, expected_lse = _plainly(query[:, few], key, value, scale)
+    by = float((output[:, few].float() - expected).abs().max() / expected.abs().max())
+    lse_by = float((lse[:, few].float() - expected_lse).abs().max())
+    if by <= 8 * torch.finfo(query.dtype).eps and lse_by <= LSE_ERROR:
+        return ""
+    return f"is wrong by {by:.1e} of the largest output, and by {lse_by:.1e} in log-sum-exps"
+
+
+def _plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    weight = scale or 1 / math.sqrt(query.shape[3])
+    scores = torch.einsum("bshd,bkhd->bshk", query.float(), key.float()) * weight
     lse = scores.logsumexp(dim=-1)
     return torch.einsum("bshk,bkhd->bshd", (scores - lse.unsqueeze(-1)).exp(), value.float()), lse
-
-
-def _error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((ours.float() - reference).abs().max()) / max(1.0, float(reference.abs().max()))
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

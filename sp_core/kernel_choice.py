@@ -49,7 +49,14 @@ def settle_kernel(
     if pinned is not None and pinned not in candidates:
         where = " where no ranks share a sequence" if alone else ""
         raise ValueError(f"attention_kernel {pinned!r} cannot be used{where}; choose from {', '.join(candidates)}")
-    if mesh.device.type == "cpu" or dtype not in cuda_kernels.HALF or head_size is None:
+    if mesh.device.type == "cpu":
+        return lambda: None
+    if dtype not in cuda_kernels.HALF or head_size is None:
+        if pinned is not None:
+            why = (
+                f"it is for float16 and bfloat16, not {dtype}" if head_size else "the model's config names no head size"
+            )
+            raise ValueError(f"attention_kernel {pinned!r} cannot be used: {why}; leave it out")
         return lambda: None
     head_size += -head_size % cuda_kernels.HEAD_SIZES
     what = (mesh.device, dtype, head_size)

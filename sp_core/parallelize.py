@@ -129,8 +129,14 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _head_size(config: Mapping[str, Any]) -> int | None:
-    heads, size = num_heads(config), config.get("attention_head_dim")
-    return config["dim"] // heads if size is None and heads and "dim" in config else size
+    """The size of the attention heads, by the names that configs have for it; None if they do not say."""
+    if (size := config.get("attention_head_dim")) is not None:
+        return int(size)
+    heads = num_heads(config) or config.get("num_heads")
+    width = next((config[name] for name in ("dim", "hidden_size") if name in config), None)
+    if heads and width:
+        return int(width // heads)
+    return sum(config["axes_dims"]) if "axes_dims" in config else None  # each head has the rotations of all axes
 
 
 def _report(model: nn.Module, mesh: ParallelMesh, config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ linear attention is replaced by ours; our own layer gets its site. Called by `sp
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sp_core import diffusers_private
+from sp_core import diffusers_private, torch_private
 from sp_core.attention.discovery import FoundAttention
 from sp_core.attention.linear import LinearProcessor
 from sp_core.attention.region_attention import AttentionSite, region_attention
@@ -92,7 +93,7 @@ def bind_attention(model: nn.Module, found: FoundAttention, context: SequenceCon
     bound = {name: module.processor for name, module in found.processors.items()}
     hooks = [model.register_forward_pre_hook(lambda *_: _require_bound(model, found.processors, bound))]
     for mask in set(found.drops_hidden.values()):
-        hooks.append(model.register_forward_pre_hook(functools.partial(_require_at_end, mask), with_kwargs=True))
+        hooks.append(model.register_forward_pre_hook(_AtEnd(mask), with_kwargs=True))
     if found.processors or found.layers:  # in front of the hook that ends the forward
         hooks.append(model.register_forward_hook(lambda *_: _require_attended(context), prepend=True))
 
@@ -187,15 +188,32 @@ class _CaptureHidden(_Capture):
         return super().__torch_function__(function, types, args, kwargs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _require_at_end(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise where the input of this name, a mask `(B, S)`, hides tokens in front of others. All ranks have all of it.
+class _AtEnd:
+    """Raises where an input, a mask `(B, S)`, hides tokens in front of others. All ranks have all of it.
 
-    A processor that drops tokens packs what it computes of the others, in front of what was hidden.
+    A processor that drops tokens packs what it computes of the others, in front of what was hidden. A mask is looked at
+    once, for all steps: the host waits for it.
+
+    Args:
+        name: of the input.
     """
-    shown = inspect.signature(model.forward).bind(*args, **kwargs).arguments[name].bool()
-    if (shown[:, 1:] & ~shown[:, :-1]).any():
-        raise ValueError(f"{name} hides tokens in front of others; pad at the end, so that it hides only the last ones")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._seen: tuple[weakref.ref[torch.Tensor], int | None] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = inspect.signature(model.forward).bind(*args, **kwargs).arguments[self._name]
+        version = torch_private.version(mask)
+        if version is not None and self._seen and self._seen[0]() is mask and self._seen[1] == version:
+            return
+        shown = mask.bool()
+        if (shown[:, 1:] & ~shown[:, :-1]).any():
+            raise ValueError(
+                f"{self._name} hides tokens in front of others; pad at the end, so that it hides only the last ones"
+            )
+        self._seen = weakref.ref(mask), version
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

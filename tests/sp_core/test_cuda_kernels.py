@@ -13,6 +13,7 @@ from sp_core.degrees import ParallelDegrees
 from sp_core.kernel_choice import settle_kernel
 from sp_core.kernels import attention_with_lse
 from sp_core.mesh import ParallelMesh
+from sp_core.parallelize import _head_size
 from sp_core.verify.rank_pool import RankPool
 from tests.support.toys import TWO
 
@@ -33,13 +34,56 @@ def absent(query: Any, key: Any, value: Any, scale: Any) -> Any:
     raise ImportError("No module named 'flash_attn'\nlong explanation")
 
 
-def test_only_right_kernels_are_chosen() -> None:
-    found = cuda_kernels.try_kernels(
-        {"right": right, "wrong": wrong, "absent": absent}, CPU, torch.float16, 16, tokens=300
-    )
+def forgets(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    return right(query, key[:, :-64], value[:, :-64], scale)  # a last block that is not whole, for one
+
+
+def weak(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    output, lse = right(query, key, value, scale)
+    return output * 0.6, lse
+
+
+def unscaled(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    return right(query, key, value, None)
+
+
+def packed(query: Any, key: Any, value: Any, scale: Any) -> Any:
+    if not query.is_contiguous():  # it would read the tokens of another sample
+        query = query.as_strided(query.shape, torch.empty(query.shape).stride())
+    return right(query, key, value, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_right_kernels_are_chosen(dtype: torch.dtype) -> None:
+    mistaken = {each.__name__: each for each in (wrong, forgets, weak, unscaled, packed)}
+    found = cuda_kernels.try_kernels({"right": right, "absent": absent, **mistaken}, CPU, dtype, 16, tokens=2048)
     assert isinstance(found["right"], float)
-    assert str(found["wrong"]).startswith("is wrong by")
+    assert [name for name in mistaken if str(found[name]).startswith("is wrong by")] == list(mistaken)
     assert found["absent"] == "ImportError: No module named 'flash_attn'"
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"attention_head_dim": 64, "dim": 512, "num_attention_heads": 4}, 64),
+        ({"dim": 512, "n_heads": 4}, 128),
+        ({"hidden_size": 512, "num_attention_heads": 4}, 128),
+        ({"hidden_size": 512, "num_heads": 8}, 64),
+        ({"model_dim": 512, "axes_dims": (16, 24, 24)}, 64),
+        ({}, None),
+    ],
+)
+def test_the_head_size_is_known_by_any_of_its_names(config: dict[str, Any], size: int | None) -> None:
+    assert _head_size(config) == size
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 128), (torch.bfloat16, None)])
+def test_a_pinned_kernel_that_would_not_be_used_is_refused(dtype: torch.dtype, size: int | None) -> None:
+    mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
+    mesh.device = CUDA
+    with pytest.raises(ValueError, match=r"'torch-cudnn' cannot be used: .*; leave it out"):
+        settle_kernel(nn.Identity(), mesh, dtype, size, "torch-cudnn")
+    settle_kernel(nn.Identity(), mesh, dtype, size, None)()
 
 
 def test_without_any_kernel_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
