@@ -48,6 +48,9 @@ PAUSE_S = 0.7
 PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
 
+REMOVED = ModelState("running", "the model was removed; its gangs finish what they compute")
+"""Of a model that is not in the deployment anymore."""
+
 KNOWN_S = 5.0
 """For Serve to know a model of the table: it is looked at every second, and may have come just now."""
 
@@ -109,7 +112,8 @@ class Dispatcher:
             GangLost: it lost as many gangs as it may.
             RequestQuarantined: the same request did so before.
         """
-        known_as, place, attempt = fingerprint(caller, request), Place(time.time(), caller, of_job), 1
+        known_as = fingerprint(caller, request, of_job)
+        place, attempt = Place(time.time(), caller, of_job), 1
         waiting = waiting_for(app_name(request.model))
         self._quarantine.check(known_as)
         await self._enter(request, place, waiting)
@@ -126,9 +130,10 @@ class Dispatcher:
                             begun = True
                             self._live.begun(request.request_id)
                             trace.begun()
-                        else:
-                            yield report
-                await self._quarantine.clear(known_as)
+                            continue
+                        if isinstance(report, GenerationResult):  # here: who has it may not ask for what follows
+                            self._quarantine.clear(known_as)
+                        yield report
                 return
             except DeploymentUnavailableError:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
@@ -224,6 +229,7 @@ class Dispatcher:
         """
         told = _with_result(answer)
         coming = asyncio.ensure_future(anext(told, None))
+        looking: asyncio.Future[Collection[str]] | None = None
         unfinished, begun = True, False
         try:
             while True:
@@ -240,15 +246,22 @@ class Dispatcher:
                     coming = asyncio.ensure_future(anext(told, None))
                     continue
                 state = self._states().get(model)
-                if state is None and not begun:  # its gangs finish what they compute, and begin nothing
-                    raise ModelNotFound(f"the model {model!r} was removed")
-                if state is None and app_name(model) not in await asyncio.to_thread(_applications):
-                    raise ModelNotFound(f"the model {model!r} was removed")
-                if state is not None and state.state == "failed":
+                if state is None:  # it was removed: its gangs finish what they compute, and begin nothing
+                    if not begun:
+                        raise ModelNotFound(f"the model {model!r} was removed")
+                    # Beside the reports, which say that the request goes on: the controller may be away.
+                    if looking is not None and looking.done():
+                        gone = looking.exception() is None and app_name(model) not in looking.result()
+                        if gone and not coming.done():
+                            raise ModelNotFound(f"the model {model!r} was removed")
+                    if looking is None or looking.done():
+                        looking = asyncio.ensure_future(asyncio.to_thread(_applications))
+                    yield Waiting(REMOVED)
+                    continue
+                if state.state == "failed":
                     raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
-                if state is not None:  # else it was removed, and its gangs finish their requests
-                    ahead = await router_registry.standing(app_name(model), request_id)
-                    yield Waiting(state, ahead.ahead + 1, ahead.wait_s) if ahead else Waiting(state)
+                ahead = await router_registry.standing(app_name(model), request_id)
+                yield Waiting(state, ahead.ahead + 1, ahead.wait_s) if ahead else Waiting(state)
         finally:
             if unfinished:  # the caller left, maybe while it held a report: free the gang at once
                 coming.cancel()

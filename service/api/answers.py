@@ -193,6 +193,7 @@ class JobRequest(Answer):
     guidance_scale: float
     guidance_scale_2: float | None = Field(description="of a video model's second transformer")
     flow_shift: float | None
+    strength: float | None = Field(description="share of the steps; of what begins with a picture or a clip")
     extra_params: dict[str, Any] = Field(description="of the model's pipeline alone")
     seeds: list[int] = Field(description="of each picture, or of the video")
     loras: list[JobLoRA]

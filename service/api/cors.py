@@ -19,8 +19,9 @@ from workers.errors import Forbidden
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 READABLE = (
-    "content-disposition content-range etag idempotency-replayed retry-after traceparent x-ignored-params x-metrics "
-    "x-num-frames x-fps x-request-id x-seed x-should-retry x-warnings"
+    "content-disposition content-range etag idempotency-replayed location openai-poll-after-ms preference-applied "
+    "retry-after traceparent x-ignored-params x-metrics x-num-frames x-fps x-request-id x-seed x-should-retry "
+    "x-warnings"
 ).split()
 """Headers of answers that a page may read, besides those that are always readable."""
 

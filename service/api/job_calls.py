@@ -136,13 +136,14 @@ async def _accept(backend: Backend, request: GenerationRequest, new: NewJob) -> 
         with backend.charge(request):
             await asyncio.to_thread(backend.outputs.prepare)
             new = await inputs.keep(backend.jobs, backend.outputs, new, request.inputs)
+            submitting = asyncio.ensure_future(backend.jobs.ask(JobStore.submit, new))
             try:
-                job, fresh = await backend.jobs.ask(JobStore.submit, new)
-            except asyncio.CancelledError as error:  # the job is accepted all the same, so it is paid for
+                await asyncio.shield(submitting)
+            except asyncio.CancelledError as error:  # the job is accepted all the same, and then it is paid for
                 left = error
-            else:
-                if not fresh:
-                    raise _AcceptedMeanwhile  # so the charge is given back
+            job, fresh = await submitting
+            if not fresh:
+                raise _AcceptedMeanwhile  # so the charge is given back
     except (KeyReused, _AcceptedMeanwhile) as error:  # a store that does not answer leaves inputs, which are swept
         await asyncio.to_thread(inputs.discard, backend.outputs, new.request)
         if isinstance(error, KeyReused):

@@ -37,6 +37,9 @@ LISTS = frozenset({"loras", "lora", "seeds"})
 
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 
+SCALAR = re.compile(r'true|false|-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?|"[^"]*"')
+"""JSON of a number, a switch or a plain text."""
+
 NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\]){0,3})")
 """A field's name, followed by up to three names in brackets or empty brackets."""
 
@@ -204,5 +207,11 @@ def _put(place: Any, path: list[str], value: object, name: str) -> None:
 
 
 def _value(name: str, text: str) -> object:
-    """The value of a form's field: JSON if the body has an object or a list there, else the text."""
+    """The value of a form's field: JSON if the body has an object or a list there, else the text.
+
+    The body does not say of which type a parameter of the model's pipeline is: what looks like a number or a switch is
+    one. A text that looks so is sent in quotes, or in the JSON of all of them.
+    """
+    if name.startswith("extra_params[") and SCALAR.fullmatch(text):
+        return _parse(text, name)
     return _parse(text, name) if name in NESTED and text.lstrip()[:1] in ("{", "[") else text

@@ -161,6 +161,7 @@ def job_object(job: Job, position: int = 0) -> dict[str, Any]:
         "guidance_scale": asked.guidance_scale,
         "guidance_scale_2": asked.guidance_scale_2 if video else None,
         "flow_shift": asked.flow_shift,
+        "strength": asked.strength,
         "extra_params": dict(asked.extra_params),
         "seeds": list(asked.all_seeds),
         "loras": [{"name": name, "scale": scale} for name, scale in asked.loras],

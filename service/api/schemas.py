@@ -48,7 +48,7 @@ def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, b
     """The input files of a body, each with its role; empty if it begins with noise.
 
     Raises:
-        InvalidParameter: a file needs another one, or the model is for another task.
+        InvalidParameter: a file needs another one, or the model is for another task; or a field is only for files.
     """
     found: list[tuple[MediaRole, bytes | None]] = []
     first = "image"
@@ -67,6 +67,8 @@ def media_of(body: GenerationBody, model: ModelSpec) -> tuple[tuple[MediaRole, b
         raise InvalidParameter(first, f"{first!r} is required", "missing_required_parameter")
     if "video" in roles and len(roles) > 1:
         raise InvalidParameter("video", "a video begins with a picture or with a clip; leave one out")
+    if not files and getattr(body, "strength", None) is not None:
+        raise InvalidParameter("strength", "strength is of what begins with a picture or a clip; leave it out")
     _for(tasks_of([role for role, _ in files], isinstance(body, VideoGenerationBody)), model)
     return files
 

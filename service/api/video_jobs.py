@@ -117,9 +117,9 @@ async def remix_video(
 ) -> dict[str, Any]:
     """Accept a video that varies another one: a new prompt, and all else the same, seed and priority included."""
     before = (await job_calls.find(backend, video_id, "video")).job
-    find_model(backend.models(), before.model)  # it may have been removed since
+    model = find_model(backend.models(), before.model)  # it may have been removed or renamed since
     request = await request_of(backend.jobs, backend.outputs, before)
-    request = replace(request, request_id=request_id(http), deadline_at=None, prompt=body.prompt)
+    request = replace(request, request_id=request_id(http), model=model.name, deadline_at=None, prompt=body.prompt)
     key = http.headers.get(KEY_HEADER)
     deadline_s = timeout_s(http)
     job, fresh = await job_calls.submit(backend, request, before.priority, deadline_s, key, video_id, body.webhook_url)

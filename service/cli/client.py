@@ -21,6 +21,8 @@ PICTURES: Final = "/v1/images/generations"
 EDITS: Final = "/v1/images/edits"
 VIDEOS: Final = "/v1/videos/sync"
 
+USUAL_LIMIT = httpx.Timeout(30.0)
+
 NO_LIMIT = httpx.Timeout(10.0, read=None)
 
 
@@ -207,6 +209,7 @@ def ask(
     method: str = "GET",
     body: dict[str, Any] | None = None,
     headers: Mapping[bytes, bytes] = {},
+    timeout: httpx.Timeout = USUAL_LIMIT,
 ) -> dict[str, Any]:
     """Call a server; returns the JSON object of its answer.
 
@@ -216,6 +219,7 @@ def ask(
         method: the method of the call.
         body: a JSON object; None: no body.
         headers: further headers, besides the key.
+        timeout: after which the server counts as gone.
 
     Raises:
         ServerError: it cannot be reached, refuses, or answers something else.
@@ -223,7 +227,7 @@ def ask(
     url = f"{server.rstrip('/')}{path}"
     with answering(server):
         sent = authorization() | dict(headers)
-        response = httpx.request(method, url, json=body, headers=sent, timeout=30, trust_env=False)
+        response = httpx.request(method, url, json=body, headers=sent, timeout=timeout, trust_env=False)
     if not response.is_success:
         raise refusal(response.content, response.status_code)
     with understood(server, f"{method} {path}"):

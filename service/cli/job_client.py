@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,16 @@ def submit_job(server: str, body: dict[str, Any], path: str) -> dict[str, Any]:
     Raises:
         ServerError: it cannot be reached, or refuses.
     """
+    headers = {b"idempotency-key": uuid.uuid4().hex.encode()}  # to ask again must not make a second job
     if path == VIDEOS:
-        return ask(server, VIDEO_JOBS, "POST", body)
-    return ask(server, path, "POST", body, {b"prefer": b"respond-async"})
+        path = VIDEO_JOBS
+    else:
+        headers[b"prefer"] = b"respond-async"
+    try:
+        return ask(server, path, "POST", body, headers, NO_LIMIT)  # it reads a clip before it answers
+    except NoAnswer:
+        time.sleep(AGAIN_S)
+        return ask(server, path, "POST", body, headers, NO_LIMIT)
 
 
 def read_jobs(server: str, limit: int) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def open_postgres(url: str) -> sa.Engine:
         max_overflow=0,
         pool_pre_ping=True,  # the server may have been restarted
         pool_timeout=CONNECT_S,
-        connect_args={name: value for name, value in OVER_TCP.items() if name not in parsed.query},
+        # Statements prepared in one session are unknown to the next one that a pooler gives.
+        connect_args={name: value for name, value in OVER_TCP.items() if name not in parsed.query}
+        | {"prepare_threshold": None},
         hide_parameters=True,
     )
     sa.event.listen(engine, "do_connect", connect)

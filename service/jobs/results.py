@@ -127,26 +127,31 @@ class Results:
         self, job: Job, result: GenerationResult, made: list[JobOutput], files: dict[str, bytes], kind: str
     ) -> None:
         said = (metrics(result), result.warnings, len(result.step_seconds))
-        written_at = time.monotonic()
+        kept_s = self._outputs.ttl_s / 2
+        written_at = tried_at = time.monotonic()
         while True:
             try:
                 await self._jobs.ask(JobStore.publish, job.id, job.fence, made, *said)
                 return
             except JobsUnavailable:
                 await asyncio.sleep(AWAY_S)
-            if time.monotonic() - written_at >= min(FRESH_S, self._outputs.ttl_s / 2):
-                # Under the same names: the store may have them already, and its answer was lost.
-                await self._write(job, files, kind)
-                written_at = time.monotonic()
+            if time.monotonic() - tried_at >= min(FRESH_S, kept_s):
+                tried_at = time.monotonic()
+                try:  # under the same names: the store may have them already, and its answer was lost
+                    await self._write(job, files, kind, tries=1)
+                    written_at = tried_at
+                except NotWritten:  # those of before are there still
+                    if tried_at - written_at >= kept_s:
+                        raise
 
-    async def _write(self, job: Job, files: dict[str, bytes], kind: str) -> None:
+    async def _write(self, job: Job, files: dict[str, bytes], kind: str, tries: int = WRITES) -> None:
         """Write files under their names.
 
         Raises:
             NotWritten: one cannot be written.
         """
         for name, content in files.items():
-            for left in reversed(range(WRITES)):
+            for left in reversed(range(tries)):
                 try:
                     await in_time(asyncio.to_thread(self._outputs.keep, content, kind, name))
                     break

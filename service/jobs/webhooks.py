@@ -157,6 +157,9 @@ class Webhooks:
             said = str(error) or type(error).__name__
         except ValueError as error:  # its host is not allowed here anymore, but may be in another cluster
             outcome, said = "refused", f"its URL {error}"
+        except Exception as error:  # whatever it is, it counts as an attempt: else it would come again for ever
+            logger.exception("webhook of %s cannot be sent", delivery.job_id)
+            said = type(error).__name__
         with contextlib.suppress(JobsUnavailable):
             if outcome in ("delivered", "given_up"):
                 await self._jobs.ask(JobStore.webhook_sent, delivery.id)
@@ -218,6 +221,8 @@ def _parsed(url: str, hosts: frozenset[str]) -> httpx.URL:
         raise ValueError(f"names the host {host!r}; this deployment calls {', '.join(sorted(hosts))}")
     if parsed.scheme != "https" and not (parsed.scheme == "http" and is_loopback(host)):
         raise ValueError(f"must begin with https://, got {parsed.scheme}://")
+    if parsed.port is not None and not 0 < parsed.port < 2**16:
+        raise ValueError(f"must have a port from 1 to 65535, got {parsed.port}")
     if parsed.userinfo or parsed.fragment:
         raise ValueError("must have no user, password or fragment")
     return parsed

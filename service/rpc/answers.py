@@ -163,9 +163,12 @@ def _params(job: Job) -> pb.GenerationParams:
     """What was asked for, with all that was settled when the job was accepted. Sent again, it is the same request."""
     asked, video = asked_of(job), job.kind == "video"
     lossy = asked.output_format in ("jpeg", "webp")
+    task = pb.TASK_TEXT_TO_VIDEO if video else pb.TASK_TEXT_TO_IMAGE
+    if job.request.get("inputs"):  # which tell it
+        task = pb.TASK_UNSPECIFIED
     params = pb.GenerationParams(
         model=job.model,
-        task=pb.TASK_TEXT_TO_VIDEO if video else pb.TASK_TEXT_TO_IMAGE,
+        task=task,
         prompt=asked.prompt,
         negative_prompt=asked.negative_prompt,
         n=asked.n,
@@ -176,6 +179,7 @@ def _params(job: Job) -> pb.GenerationParams:
         true_cfg_scale=asked.guidance_scale if asked.true_cfg else None,
         guidance_scale_2=asked.guidance_scale_2 if video else None,
         flow_shift=asked.flow_shift,
+        strength=asked.strength,
         seed=None if asked.seeds else asked.seed,
         seeds=asked.seeds,
         num_frames=asked.num_frames if video else None,
@@ -184,7 +188,7 @@ def _params(job: Job) -> pb.GenerationParams:
         output_format=asked.output_format,
         output_quality=asked.output_compression if lossy else None,
     )
-    if asked.extra_params:  # of a job that came over REST
+    if asked.extra_params:
         params.extra.update(dict(asked.extra_params))
     return params
 

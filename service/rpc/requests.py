@@ -53,7 +53,7 @@ EVERY = "options.preview_every_n_steps"
 LEAST_EDGE, MOST_EDGE = 32, 1024
 """Pixels of a preview's longer edge."""
 
-OTHER_NAMES = {"output_compression": "output_quality", "size": "width"}
+OTHER_NAMES = {"output_compression": "output_quality", "size": "width", "extra_params": "extra"}
 OTHER_NAMES |= dict.fromkeys(("image", "mask", "control_image", "input_reference", "last_image", "video"), "inputs")
 """Fields of REST's bodies that are called otherwise here."""
 
@@ -200,6 +200,8 @@ def id_of(given: str, in_metadata: str) -> str:
 def _body(params: pb.GenerationParams, task: Task) -> dict[str, Any]:
     """REST's body. All types are those of JSON, as REST is strict about them."""
     body = {field.name: _plain(value) for field, value in params.ListFields() if field.name != "task"}
+    if "extra" in body:
+        body["extra_params"] = {name: _json(value) for name, value in sorted(body.pop("extra").items())}
     if "inputs" in body:
         body |= _media(body.pop("inputs"), VIDEO_FIELDS if makes_video(task) else EDIT_FIELDS)
     if "loras" in body:
@@ -248,6 +250,11 @@ def _media(inputs: list[pb.MediaInput], fields: dict[str, str]) -> dict[str, Any
     return found
 
 
+def _json(value: Any) -> Any:
+    """A value of a Struct, whose numbers are all doubles, as JSON tells it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _plain(value: Any) -> Any:
     return list(value) if hasattr(value, "append") else value
 
@@ -289,7 +296,9 @@ def in_message() -> Iterator[None]:
         if error.param == "partial_images":  # what asks for previews in REST
             raise InvalidParameter(EVERY, error.message, error.code) from None
         name = OTHER_NAMES.get(error.param.partition(".")[0], error.param)
-        message = error.message.replace("output_compression", name) if name != "width" else error.message
+        message = error.message
+        if name in ("output_quality", "extra"):
+            message = message.replace("output_compression", name).replace("extra_params", name)
         if error.code == "unknown_parameter":
             message = f"{name} is not supported for this task"
         raise InvalidParameter(f"params.{name}", message, error.code) from None

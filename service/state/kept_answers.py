@@ -120,6 +120,10 @@ class KeptAnswers:
             owner: the gateway that asks, by its actor's name.
             token: identifies this claim.
             patience_s: seconds to wait while another gateway does the work.
+
+        Raises:
+            OutputsFull: nobody does the work, and there is no room for its answer.
+            OutputsUnavailable: likewise, and the folder cannot be used.
         """
         self._use()
         until = time.monotonic() + patience_s
@@ -179,6 +183,7 @@ class KeptAnswers:
             (scope,),
         ).fetchone()
         if row is None:
+            await asyncio.to_thread(self._files.prepare)  # nothing is drawn whose answer cannot be kept
             values = (scope, fingerprint, seed, "running", token, owner, now, now, "", 0)
             order = "INSERT OR IGNORE INTO answers_1 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             if not self._table.execute(order, values).rowcount:
@@ -199,6 +204,7 @@ class KeptAnswers:
             return Claim("mine", settled)
         if state == "running" and beat + LEASE_S > now and await self._is_alive(holding):
             return Claim("running", settled)
+        await asyncio.to_thread(self._files.prepare)
         taken = self._table.execute(
             "UPDATE answers_1 SET state = 'running', token = ?, owner = ?, beat = ?, answer = '', bytes = 0"
             " WHERE scope = ? AND token = ? AND state = ?",

@@ -37,8 +37,14 @@ NOT_IN_ALL = ("inputs", "strength", "extra_params")
 """Fields that count only if they are set, so that older gateways compute the same fingerprint without them."""
 
 
-def fingerprint(caller: str, request: GenerationRequest) -> str:
-    """A digest that is the same for the same request of the same caller."""
+def fingerprint(caller: str, request: GenerationRequest, of_job: bool = False) -> str:
+    """A digest that is the same for the same request of the same caller, or for the attempts of one job.
+
+    Jobs count alone: many may have one body, and what one of them has lost must not end the others, which are accepted.
+    """
+    if of_job:
+        job_id, _, _fence = request.request_id.rpartition("-")
+        return hashlib.sha256(json.dumps([caller, job_id]).encode()).hexdigest()
     body = dataclasses.asdict(request.without_data())
     for name in (*NOT_THE_BODY, *(["seed"] if request.seed_drawn else [])):
         del body[name]
@@ -57,6 +63,7 @@ class Quarantine:
         self._untold: set[str] = set()  # keys of which it is not known that the store has them
         self._shared = HeadStore("spray-losses")
         self._following: asyncio.Task[None] | None = None
+        self._clearing: set[asyncio.Task[object]] = set()  # so that they are not collected
 
     def follow(self) -> None:
         """Read what other gateways count, from now on."""
@@ -87,11 +94,13 @@ class Quarantine:
             self._untold.discard(key)
         return self.losses(fingerprint)
 
-    async def clear(self, fingerprint: str) -> None:
-        """Forget the losses of a request that was answered: they had other causes."""
+    def clear(self, fingerprint: str) -> None:
+        """Forget the losses of a request that was answered: they had other causes. The answer waits for no store."""
         for key in self._losses.pop(fingerprint, {}):
             self._untold.discard(key)
-            await self._tell(self._shared.remove, key)
+            task = asyncio.get_running_loop().create_task(self._tell(self._shared.remove, key))
+            self._clearing.add(task)
+            task.add_done_callback(self._clearing.discard)
 
     async def _follow(self) -> None:
         while True:

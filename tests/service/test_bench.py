@@ -187,6 +187,8 @@ def test_what_cannot_be_answered_ends_with_1(server: str, tmp_path: Path, capsys
         ("--rate 0", "--rate"),
         ("--concurrency 0", "--concurrency"),
         ("--rate 1 --plot times.txt", ".png, .svg or .pdf"),
+        ("--rate 1 --plot nowhere/times.png", "there is no folder nowhere"),
+        ("--rate 1 --json nowhere/times.json", "there is no folder nowhere"),
     ],
 )
 def test_wrong_flags_are_usage_errors(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

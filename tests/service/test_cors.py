@@ -66,6 +66,14 @@ def test_the_call_itself_needs_one_and_may_be_read(client: TestClient, backend: 
     answer = calls(client, PAGE, authorization="Bearer sesame")
     assert (answer.status_code, answer.headers[ALLOWED]) == (200, PAGE)
     assert set(answer.headers["access-control-expose-headers"].split(", ")) == set(READABLE)
+    job = client.post(
+        "/v1/images/generations",
+        json={"prompt": "a", "model": "one"},
+        headers={"origin": PAGE, "authorization": "Bearer sesame", "prefer": "respond-async"},
+    )
+    own = {"access-control-allow-origin", "access-control-expose-headers", "vary", "content-length", "content-type"}
+    assert job.status_code == 202 and "location" in job.headers
+    assert set(job.headers) <= own | set(READABLE)
 
 
 @pytest.mark.parametrize("origin", [OTHER, "null", "https://app.example.com.evil.example", "http://app.example.com"])

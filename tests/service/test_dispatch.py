@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import threading
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -116,7 +117,43 @@ def test_a_request_that_has_not_begun_ends_with_its_model_and_another_is_finishe
         with pytest.raises(ModelNotFound, match="'one' was removed"):
             await asyncio.wait_for(anext(opened._dispatcher._attended("one", Answer())), 10)  # type: ignore[arg-type]
         async with contextlib.aclosing(opened._dispatcher._attended("one", Computes())) as reports:  # type: ignore[arg-type]
-            assert [await anext(reports), await anext(reports)] == [Begun(), StepEvent(1, 4, 0.1)]
+            assert await anext(reports) == Begun()
+            assert await anext(reports) == Waiting(dispatch.REMOVED)  # a job's lease is renewed by what it hears
+            assert StepEvent(1, 4, 0.1) in [await anext(reports) for _ in range(15)]
+
+    asyncio.run(story())
+
+
+def test_a_removed_model_that_serve_does_not_have_ends_its_request(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask the controller may take long; until it has answered, the request goes on."""
+    asked = threading.Event()
+
+    def applications() -> list[str]:
+        assert asked.wait(60)
+        return []
+
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(dispatch, "_applications", applications)
+    monkeypatch.setattr(opened, "states", dict)
+
+    class Stops(Answer):
+        said = False
+
+        async def __anext__(self) -> Any:
+            if self.said:
+                await asyncio.sleep(60)
+            self.said = True
+            return Begun()
+
+    async def story() -> None:
+        async with contextlib.aclosing(opened._dispatcher._attended("one", Stops())) as reports:  # type: ignore[arg-type]
+            assert [await anext(reports) for _ in range(3)] == [Begun(), *[Waiting(dispatch.REMOVED)] * 2]
+            asked.set()
+            with pytest.raises(ModelNotFound, match="'one' was removed"):
+                while True:
+                    await anext(reports)
 
     asyncio.run(story())
 
@@ -269,6 +306,25 @@ def test_a_gang_that_lacks_an_adapter_of_the_deployment_is_no_fault_of_the_calle
     asyncio.run(story())
 
 
+def test_what_one_job_has_lost_does_not_end_another(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that dies may take the gangs of several jobs with one body. Each may cost its own."""
+    serving(opened, monkeypatch, LOST, [Begun(), RESULT], LOST, [Begun(), RESULT], LOST)
+    monkeypatch.setattr(Quarantine, "clear", lambda *_: None)  # they lose their gangs before one is answered
+
+    async def draw(name: str) -> list[Any]:
+        request = replace(REQUEST, request_id=name)
+        reports = opened._dispatcher.run(request, "", opened._traced(request), of_job=True)
+        return [report async for report in reports]
+
+    async def story() -> None:
+        for name in ("job_a-1", "job_b-1"):
+            assert (await draw(name))[-1] == RESULT
+        with pytest.raises(GangLost):
+            await draw("job_a-2")
+
+    asyncio.run(story())
+
+
 def test_quarantine_is_of_one_caller_and_one_body(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYS", "k1,k2")
     serving(opened, monkeypatch, LOST, LOST, [RESULT], [RESULT])
@@ -292,6 +348,18 @@ def test_an_answer_clears_a_request(opened: Gateway, monkeypatch: pytest.MonkeyP
     async def story() -> None:
         for _ in range(2):
             assert await ask(opened, REQUEST) == [Restarted(2, "the ranks of 'one' were lost"), RESULT]
+
+    asyncio.run(story())
+
+
+def test_who_leaves_with_the_answer_clears_its_request_too(opened: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs and streams do: nothing that they need comes after it."""
+    serving(opened, monkeypatch, LOST, [Begun(), RESULT], LOST, [Begun(), RESULT])
+
+    async def story() -> None:
+        for _ in range(2):
+            async with contextlib.aclosing(opened.generate(REQUEST)) as reports:
+                assert [type(await anext(reports)) for _ in range(2)] == [Restarted, GenerationResult]
 
     asyncio.run(story())
 

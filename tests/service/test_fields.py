@@ -134,6 +134,15 @@ def test_forms_as_openais_clients_nest_them(client: TestClient, backend: FakeBac
     assert (backend.requests[2].all_seeds, backend.requests[2].loras) == ((7, 3), (("ink", 1.0),))
 
 
+def test_a_form_has_numbers_and_switches_of_a_pipeline_too(client: TestClient, backend: FakeBackend) -> None:
+    """OpenAI's clients send these in forms, as text."""
+    given = [("a", "0.7"), ("b", "3"), ("c", "true"), ("d", "fast"), ("e", '"3"'), ("f", "1e-3"), ("g", "")]
+    as_form(client, IMAGES, *((f"extra_params[{name}]", text) for name, text in given), model="one")
+    expected = {"a": 0.7, "b": 3, "c": True, "d": "fast", "e": "3", "f": 0.001, "g": ""}
+    assert backend.requests[0].extra_params == expected
+    assert [type(value) for value in backend.requests[0].extra_params.values()] == [*map(type, expected.values())]
+
+
 FORMS = [
     ([("n", "1"), ("n", "2")], "n"),
     ([("n", "1"), ("n[]", "2")], "n[]"),
@@ -147,6 +156,7 @@ FORMS = [
     ([("guidance_scale", "nan")], "guidance_scale"),
     ([("n", "")], "n"),
     ([("extra_params", "{")], "extra_params"),
+    ([("extra_params[a]", "9" * 30)], "extra_params.a"),
 ]
 
 

@@ -294,7 +294,7 @@ def test_a_job_runs_in_its_owners_name_without_its_limits(
     keys.write_text(f"keys: [{{name: ann, sha256: {digest('k1')}, models: [one], max_work_per_minute: 1}}]")
     serving(opened, monkeypatch, [Begun(), RESULT], [Begun(), RESULT])
     seen = []
-    monkeypatch.setattr(dispatch, "fingerprint", lambda caller, request: seen.append(caller) or "0")
+    monkeypatch.setattr(dispatch, "fingerprint", lambda caller, *_: seen.append(caller) or "0")
 
     async def story() -> None:
         await opened.reconfigure(

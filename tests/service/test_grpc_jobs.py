@@ -20,6 +20,8 @@ from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
 from service.rpc import jobs
 from service.rpc.requests import to_generation, to_job
 from tests.support.grpc_calls import Answer, Backend, finished, params, served
+from tests.support.hostile import colored
+from tests.support.hostile import file as encoded
 
 Stub = services.MediaGenerationServiceStub
 OK, UNKNOWN = grpc.StatusCode.OK, f"job_{'0' * 44}"
@@ -134,6 +136,10 @@ def test_one_job_is_known_to_both_apis(jobs_backend: Backend) -> None:
         assert dict(told.params.extra) == {"eta": 0.5}
         await watched(stub, job_id)
         assert jobs_backend.requests[-1].extra_params == {"eta": 0.5}
+        again = await create(stub, model="film", extra={"eta": 0.5, "steps": 3, "fast": True, "mode": "a"})
+        await watched(stub, again.id)
+        extra = jobs_backend.requests[-1].extra_params
+        assert list(map(repr, extra.items())) == ["('eta', 0.5)", "('fast', True)", "('mode', 'a')", "('steps', 3)"]
         (part,) = (await downloaded(stub, first.id)).messages[1:]
         assert part.chunk.data == content.content
 
@@ -156,6 +162,23 @@ def test_what_a_job_tells_of_itself_asks_for_the_same_again(jobs_backend: Backen
             assert again == asked
 
         live(jobs_backend, story)
+
+
+def test_what_a_job_with_inputs_tells_asks_for_the_same_again_with_these(jobs_backend: Backend) -> None:
+    models = jobs_backend.models()
+    asked = params(strength=0.3, seed=5, width=64, height=64)
+    asked.inputs.add(role="image", data=encoded(colored()))
+
+    async def story(stub: Stub) -> None:
+        job = (await stub.CreateJob(pb.CreateJobRequest(params=asked))).job
+        assert (job.params.task, job.params.strength) == (pb.TASK_UNSPECIFIED, 0.3)
+        job.params.inputs.extend(asked.inputs)
+        again, first = [
+            await to_generation(pb.GenerateStreamRequest(params=each), models, "x") for each in (job.params, asked)
+        ]
+        assert again == first
+
+    live(jobs_backend, story)
 
 
 def test_a_job_is_cancelled_while_it_runs_and_watched_meanwhile(jobs_backend: Backend) -> None:

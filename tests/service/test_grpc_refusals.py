@@ -53,11 +53,14 @@ REFUSED = [
     ({"task": "TASK_IMAGE_TO_IMAGE"}, "inputs", "invalid_value"),
     ({"model": "paint", "inputs": [{"role": "image", "data": "YWI="}]}, "task", "wrong_task"),
     ({"inputs": [{"role": "image", "data": "YWI="}], "strength": 2}, "strength", "invalid_value"),
+    ({"strength": 0.5}, "strength", "unknown_parameter"),
+    ({"extra": {"a": {"b": 1}}}, "extra", "invalid_value"),
+    ({"extra": {"a": None}}, "extra", "invalid_value"),
     *[
         ({name: value}, name, "unknown_parameter")
         for name, value in {
             "boundary_ratio": 0, "strength": 0,
-            "num_frames": 5, "fps": 8, "extra": {"a": 1}, "embed_metadata": False,
+            "num_frames": 5, "fps": 8, "embed_metadata": False,
         }.items()
     ],
 ]  # fmt: skip

@@ -56,6 +56,25 @@ def test_a_video_is_left_to_the_server_and_fetched_later(server: str, capsys: py
     assert (code, json.loads(out)["request"]["num_frames"]) == (0, 9)
 
 
+def test_a_server_that_stops_to_answer_is_asked_again_for_the_same_job(
+    server: str, backend: FakeBackend, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have accepted the job: another one would be paid for, too."""
+    asked: list[Any] = []
+    request = httpx.request
+
+    def lost(method: str, url: str, **options: Any) -> httpx.Response:
+        answer = request(method, url, **options)
+        asked.append((options["timeout"].read, answer.json()["id"]))
+        if len(asked) == 1:
+            raise httpx.ReadError("gone")
+        return answer
+
+    monkeypatch.setattr(httpx, "request", lost)
+    code, out, _ = run(capsys, "video", "a", "--model", "film", "--detach")
+    assert (code, asked) == (0, [(None, out.strip())] * 2)  # a clip may be read for minutes before it answers
+
+
 def test_pictures_too(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model", "one", "--seed", "7", "--n", "2", "--output", "cup.webp", "--detach", "--json")
     code, out, _ = run(capsys, "generate", "a", *flags)

@@ -17,6 +17,7 @@ from service.api.answers import JobObject
 from service.api.rest import rest_app
 from service.jobs.records import Job
 from service.jobs.store import JobStore
+from service.jobs.store_actor import Jobs
 from tests.support.backend import FakeBackend
 from tests.support.in_process import served
 from workers.errors import DeadlineExceeded, OutputsFull, OutputsUnavailable, RateLimited
@@ -153,36 +154,49 @@ def test_of_two_first_calls_with_a_key_one_pays(
     assert paid == [True, False]
 
 
-def test_who_leaves_while_a_job_is_kept_pays_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is accepted all the same: to leave must not be a way to have it for nothing."""
+@pytest.mark.parametrize("behind", [0, 4], ids=["at once", "behind others"])
+def test_who_leaves_while_a_job_is_kept_pays_for_it(monkeypatch: pytest.MonkeyPatch, behind: int) -> None:
+    """It is accepted all the same, also if the store was busy: to leave must not be a way to have it for nothing."""
     paid: list[bool] = []
     keeping, submitted = threading.Event(), JobStore.submit
 
     @contextlib.contextmanager
     def charge(request: Any) -> Iterator[None]:
         paid.append(False)
+        mine = len(paid) - 1
         yield
-        paid[-1] = True
+        paid[mine] = True
 
     def slow(store: JobStore, new: Job) -> Any:
         keeping.set()
         time.sleep(0.5)
         return submitted(store, new)
 
+    async def counted(jobs: Jobs, call: Any, *args: Any, **named: Any) -> Any:
+        asked.append(call)
+        return await ask(jobs, call, *args, **named)
+
+    ask, asked = Jobs.ask, list[Any]()
     monkeypatch.setattr(JobStore, "submit", slow)
+    monkeypatch.setattr(Jobs, "ask", counted)
 
     async def story() -> None:
         backend = FakeBackend()
         monkeypatch.setattr(backend, "charge", charge)
         request = GenerationRequest("a", "one", "a cup", 64, 64, 2, seed=1)
-        call = asyncio.create_task(job_calls.submit(backend, request, "standard", None, None))
+        calls = [
+            asyncio.create_task(job_calls.submit(backend, request, "standard", None, None)) for _ in range(behind + 1)
+        ]
         assert await asyncio.to_thread(keeping.wait, 60)
-        call.cancel()
+        while asked.count(slow) <= behind:
+            await asyncio.sleep(0.01)
+        calls[-1].cancel()
         with pytest.raises(asyncio.CancelledError):
-            await call
-        assert paid == [True]
+            await calls[-1]
+        await asyncio.gather(*calls[:-1])
+        assert paid == [True] * (behind + 1)
         async with asyncio.timeout(60):
-            while not (await backend.jobs.ask(JobStore.page, None, limit=10)).jobs:
+            while len((await backend.jobs.ask(JobStore.page, None, limit=10)).jobs) <= behind:
                 await asyncio.sleep(0.05)
 
     asyncio.run(story())
@@ -427,6 +441,19 @@ def test_openais_client_remixes_a_video(client: httpx.Client, jobs_backend: Fake
     jobs_backend._models = jobs_backend._models[:1]
     gone = client.post(f"/videos/{first.id}/remix", json={"prompt": "a"})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_video_is_remixed_by_its_model_under_a_new_name(client: httpx.Client, jobs_backend: FakeBackend) -> None:
+    """The old one is an alias now, and runners know real names only."""
+    first = client.post("/videos", json={"model": "film", "prompt": "a cup"}).json()["id"]
+    until(client, first, "succeeded")
+    (film,) = [each for each in jobs_backend._models if each.name == "film"]
+    renamed = film.model_copy(update={"name": "film-2", "aliases": ("film",)})
+    jobs_backend._models = [each for each in jobs_backend._models if each.name != "film"] + [renamed]
+    jobs_backend.found["film-2"] = jobs_backend.found["film"]
+    other = client.post(f"/videos/{first}/remix", json={"prompt": "a jug"}).json()
+    assert other["model"] == "film-2"
+    until(client, other["id"], "succeeded")
 
 
 def test_a_job_belongs_to_the_trace_of_its_call(jobs_backend: FakeBackend, client: httpx.Client) -> None:

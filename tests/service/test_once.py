@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -25,7 +26,7 @@ from sp_core.degrees import ParallelDegrees
 from tests.support.backend import FakeBackend
 from tests.support.grpc_calls import Backend, finished, params, served
 from tests.support.waiting import until
-from workers.errors import OutOfMemory, RequestCancelled, RequestFailed
+from workers.errors import OutOfMemory, OutputsFull, RequestCancelled, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult
 
 BODY = {"model": "one", "prompt": "a cup", "n": 2}
@@ -409,6 +410,25 @@ def test_without_a_place_to_keep_keys_nothing_is_done(tmp_path: Path) -> None:
             assert refused.json()["error"]["code"] == "idempotency_unavailable"
             assert gate.requests == []
             assert (await post(client, None)).status_code == 200
+
+    run(story())
+
+
+def test_nothing_is_drawn_whose_answer_cannot_be_kept(keeper: KeptAnswers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk fills up while the actor runs."""
+
+    async def story() -> None:
+        gate = Gate(keeper)
+        async with clients(gate) as (client,):
+            assert (await post(client, "before")).status_code == 200
+            drawn = len(gate.requests)
+            monkeypatch.setattr(keeper._files, "prepare", mock.Mock(side_effect=OutputsFull("full")))
+            refused = await post(client, "after")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "idempotency_unavailable")
+            assert len(gate.requests) == drawn
+            assert (await post(client, "before")).status_code == 200  # it is there already
+            monkeypatch.undo()
+            assert (await post(client, "after")).status_code == 200
 
     run(story())
 

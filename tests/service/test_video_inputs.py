@@ -75,6 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "a URL": ({"image": "https://example.com/a.png"}, "image", "invalid_value", "no URL is fetched"),
     "a file of OpenAI's": ({"image": {"file_id": "file-1"}}, "image", "invalid_value", "no files are kept here"),
+    "strength of noise": ({"strength": 0.5}, "strength", "invalid_value", "begins with a picture or a clip"),
     "a mask": ({"mask": data_url(FIRST)}, "mask", "unknown_parameter", "not supported here"),
     "another task": (
         {"model": "film", "image": data_url(FIRST)},

@@ -108,6 +108,9 @@ def bench(
     """
     slo_s = seconds(slo) if slo else None
     load = _read_load(rate, concurrency, mix, trace, duration, requests, warmup, seed)
+    for flag, file in (("--json", json_file), ("--plot", plot_file)):
+        if file and not file.absolute().parent.is_dir():
+            raise UsageError(f"{flag} {file}: there is no folder {file.parent}; make it first")
     if plot_file:
         check_plot(plot_file)
     drive = Drive(server_url(server), seconds(timeout), say)

@@ -17,7 +17,7 @@ from service.jobs.store_actor import Jobs
 from service.state.outputs import OutputStore
 from tests.service.jobs.gateways import RESULT, World, draws, live
 from tests.service.jobs.test_inputs import EDIT
-from workers.errors import JobsUnavailable
+from workers.errors import JobsUnavailable, OutputsFull
 from workers.messages import GenerationRequest, StepEvent
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -243,6 +243,41 @@ def test_files_that_would_have_expired_while_the_store_was_away_are_written_agai
 
     monkeypatch.setattr(results, "FRESH_S", 0.05)
     monkeypatch.setattr(Jobs, "ask", sometimes)
+    live(tmp_path, draws, story)
+
+
+def test_what_is_written_already_is_published_though_it_cannot_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place
+) -> None:
+    """One outage may take the store and the bucket, and a folder may have filled up meanwhile."""
+    ask, keep, away = Jobs.ask, OutputStore.keep, True
+    refused: list[str] = []
+
+    async def sometimes(jobs: Jobs, call: Any, *args: Any) -> Any:
+        if away and call is JobStore.publish:
+            raise JobsUnavailable("away")
+        return await ask(jobs, call, *args)
+
+    def once(outputs: OutputStore, content: bytes, kind: str, name: str | None = None) -> Any:
+        if list((tmp_path / "outputs").glob("*.mp4")):
+            refused.append(str(name))
+            raise OutputsFull("full")
+        return keep(outputs, content, kind, name)
+
+    async def story(world: World) -> None:
+        nonlocal away
+        job: Job = await world.submit()
+        while len(refused) < 2:
+            await asyncio.sleep(0.01)
+        away = False
+        done = await world.ended(job)
+        assert (done.state, done.attempt, len(done.outputs)) == ("succeeded", 1, 1)
+        assert world.outputs.file(done.outputs[0].name).read_bytes() == b"film"
+
+    monkeypatch.setattr(results, "FRESH_S", 0.05)
+    monkeypatch.setattr(results, "AWAY_S", 0.01)
+    monkeypatch.setattr(Jobs, "ask", sometimes)
+    monkeypatch.setattr(OutputStore, "keep", once)
     live(tmp_path, draws, story)
 
 

@@ -170,6 +170,20 @@ def test_one_that_is_gone_hears_no_more(receiver: Receiver, tmp_path: Path) -> N
     assert left(jobs) == 0
 
 
+def test_what_nobody_foresees_counts_as_an_attempt(
+    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be sent again every minute for ever, in the place of others."""
+
+    async def fail(*_: object) -> int:
+        raise ExceptionGroup("no connection", [OverflowError("port")])
+
+    monkeypatch.setattr(Webhooks, "_post", fail)
+    jobs, before = end_a_job(tmp_path, receiver.url), outcomes()
+    sending(jobs, lambda: outcomes() != before)
+    assert outcomes() == before | {"unreachable": before["unreachable"] + 1}
+
+
 def test_a_slow_host_gets_some_calls_at_once_and_others_are_called_meanwhile(
     receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +291,7 @@ def test_what_a_killed_sender_held_is_sent_by_another(
         ("https://hooks.example.com/ \n", "visible ASCII"),
         ("https://h\u043eoks.example.com/", "visible ASCII"),
         ("https://hooks.example.com:x/", "is no URL"),
+        ("https://hooks.example.com:99999/", "a port from 1 to 65535"),
         ("hooks.example.com", "names the host ''"),
         ("https://hooks.example.com/" + "a" * 2000, "at most 2000"),
     ],
