@@ -1,6 +1,6 @@
 """Strike a cluster at work again and again, and see that every accepted job ends once.
 
-    python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...] [--together 0.3]
+    python -m tests.benchmarks.job_faults [--faults 100] [--seed 0] [--store sqlite] [--kinds store rank ...]
 
 Four callers submit jobs all the time, with idempotency keys and retries. In each round every kind of fault comes once,
 in an order that the seed decides. The cluster serves again when a job that was submitted after the fault has ended;
