@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from sp_core.attention.diffusers_backend import _AtEnd
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.lookup import find_family
@@ -62,3 +65,20 @@ def test_ranks_do_not_drop_hidden_tokens_by_themselves(ranks: RankPool) -> None:
     said = r"keys on sequence rank \d, but the streams split before it|does not fit the plan on another rank"
     with pytest.raises(RankFailed, match=said):
         ranks.run(ParallelDegrees(ulysses_degree=2), without, "mochi", {"drops_hidden": {}}, ("uneven", "suffix", 2))
+
+
+def test_a_mask_is_looked_at_once_and_again_when_it_has_changed() -> None:
+    """On a GPU the host waits for it, and could not queue the next step meanwhile."""
+
+    class Model(nn.Module):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return mask
+
+    model, mask, check = Model(), torch.tensor([[1, 1, 0]]), _AtEnd("mask")
+    check(model, (mask,), {})
+    with mock.patch.object(torch.Tensor, "any", side_effect=AssertionError):
+        check(model, (), {"mask": mask})
+    check(model, (mask.clone(),), {})
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="mask hides tokens in front of others"):
+        check(model, (mask,), {})

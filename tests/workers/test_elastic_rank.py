@@ -100,6 +100,20 @@ def test_each_rank_of_a_block_profiles_its_steps(ranks: RankPool, demo_models: d
     assert found == [[(rank, 3, True)] if wanted else [] for rank in range(2)]
 
 
+def observed(mesh: ParallelMesh, folder: Path) -> int:
+    """How often this rank tells what a request took of its memory."""
+    rank, told = started(folder, 0), []
+    rank.telemetry.observe_drawn = lambda *_: told.append(1)  # type: ignore[method-assign]
+    encoded = mesh.broadcast(rank.encode(REQUEST) if rank.rank == 0 else None)
+    for _ in rank.advance(Part(REQUEST, 1, 2, encoded)):
+        pass
+    return len(told)
+
+
+def test_all_ranks_of_a_request_tell_of_their_memory(ranks: RankPool, demo_models: dict[str, Path]) -> None:
+    assert ranks.run(TWO, observed, demo_models["qwen-image"]) == [1, 1]
+
+
 def warmed(mesh: ParallelMesh, folder: Path) -> list[tuple[str, int]]:
     """The layouts of the parts that the warm-up ran on this rank, and how many pictures were left there."""
     rank, seen = started(folder, 0), []

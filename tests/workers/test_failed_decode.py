@@ -13,9 +13,10 @@ from tests.support.deployments import model
 from tests.workers.test_adapters import VIDEO
 from tests.workers.test_denoising import ALONE
 from workers.errors import RequestFailed
-from workers.gang.elastic_rank import ElasticRank
+from workers.gang.elastic_rank import SECONDS, ElasticRank
 from workers.gang.rank import Rank
 from workers.messages import Drawn, GenerationRequest, Part, Preview, PreviewOptions
+from workers.model.denoising import Denoising
 from workers.model.loader import load_model
 
 
@@ -67,6 +68,24 @@ def test_the_next_clip_is_what_it_always_is(demo_models: dict[str, Path], family
         draw(rank, request)
     assert kept(rank) == []
     assert draw(rank, request)[0] == expected
+
+
+def test_a_device_that_fails_while_a_prompt_is_encoded_ends_its_rank(demo_models: dict[str, Path]) -> None:
+    """Else every request would fail there, and the idle gang would count as sound."""
+    rank = started(demo_models["wan"], ElasticRank)
+    assert isinstance(rank, ElasticRank)
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with mock.patch.object(Denoising, "encode", side_effect=broken), pytest.raises(torch.AcceleratorError):
+        rank.encode(VIDEO)
+
+
+def test_the_encoding_of_the_prompt_is_part_of_what_is_answered(demo_models: dict[str, Path]) -> None:
+    rank, request = started(demo_models["wan"], ElasticRank), replace(VIDEO, n=1, request_id="a")
+    assert isinstance(rank, ElasticRank)
+    encoded = SECONDS.pack(1000.0) + rank.encode(request)[SECONDS.size :]
+    *_, drawn = rank.advance(Part(request, 1, 1, encoded))
+    assert isinstance(drawn, Drawn)
+    assert 1000.0 < drawn.took.encode_seconds < 1100.0
 
 
 def test_a_preview_that_fails_leaves_nothing(demo_models: dict[str, Path]) -> None:
