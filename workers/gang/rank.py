@@ -207,7 +207,8 @@ class Rank:
 
     def _drop_kept_features(self) -> None:
         """After a failure, which may have been inside the VAE: the next request begins without them."""
-        drop_kept_features(getattr(self._loaded.pipeline, "vae", None))
+        if self._usable is not None:
+            drop_kept_features(getattr(self._usable.pipeline, "vae", None))
 
     def _on_progress(self, loaded: float) -> None:
         self.telemetry.loaded = loaded

@@ -181,7 +181,9 @@ def test_what_nobody_foresees_counts_as_an_attempt(
     monkeypatch.setattr(Webhooks, "_post", fail)
     jobs, before = end_a_job(tmp_path, receiver.url), outcomes()
     sending(jobs, lambda: outcomes() != before)
-    assert outcomes() == before | {"unreachable": before["unreachable"] + 1}
+    after = outcomes()
+    assert after.pop("unreachable") > before.pop("unreachable")
+    assert after == before
 
 
 def test_a_slow_host_gets_some_calls_at_once_and_others_are_called_meanwhile(
