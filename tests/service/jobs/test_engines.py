@@ -91,3 +91,15 @@ def test_a_full_disk_is_no_acknowledgement(tmp_path: Path) -> None:
     assert job in store.page(None, limit=100).jobs
     assert store.submit(new_job())[1]
     store.close()
+
+
+def test_no_statement_is_prepared_in_a_session(postgres: Postgres) -> None:
+    """A pooler may give the next transaction another session, which does not know it."""
+    engine = open_postgres(postgres.url)
+    try:
+        for _ in range(8):
+            with engine.begin() as connection:
+                connection.execute(sa.text("SELECT 1")).scalar_one()
+                assert connection.execute(sa.text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() == 0
+    finally:
+        engine.dispose()
