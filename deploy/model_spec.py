@@ -84,7 +84,9 @@ class ModelSpec(Section):
     vae_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="of the VAE; absent: float32 if the family's authors decode in it, else dtype"
     )
-    attention_kernel: Literal["torch-flash", "torch-cudnn", "flash-attn-2", "flash-attn-3"] | None = Field(
+    attention_kernel: (
+        Literal["torch-flash", "torch-cudnn", "torch-efficient", "flash-attn-2", "flash-attn-3"] | None
+    ) = Field(
         None, description="of attention without a mask on cuda; absent: the fastest on the first rank, when it starts"
     )
     compile: bool = Field(False, description="compile the transformer's blocks; needs warmup_shapes")

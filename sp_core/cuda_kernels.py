@@ -46,6 +46,12 @@ def _torch_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     return output.transpose(1, 2), lse.reshape(lse.shape[:3]).transpose(1, 2)
 
 
+def _torch_efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = torch_private.efficient_cuda(*heads_first, None, True, 0.0, False, scale=scale)
+    return output.transpose(1, 2), lse[..., : query.shape[1]].transpose(1, 2)  # padded to whole tiles
+
+
 def _flash_attn_2(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> WithLse:
     from flash_attn import flash_attn_func  # only here: the package is optional, and tried like any kernel
 
@@ -64,15 +70,21 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         "torch-flash": _torch_flash,
         "torch-cudnn": _torch_cudnn,
+        "torch-efficient": _torch_efficient,
         "flash-attn-2": _flash_attn_2,
         "flash-attn-3": _flash_attn_3,
     }
 )
-"""The kernels for CUDA, without a mask, in half precision."""
+"""The kernels for CUDA, without a mask, in half precision. GPUs older than Ampere have only torch's memory-efficient
+one, in float16."""
 
 
 TORCHS_OWN: Mapping[str, SDPBackend] = MappingProxyType(
-    {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
+    {
+        "torch-flash": SDPBackend.FLASH_ATTENTION,
+        "torch-cudnn": SDPBackend.CUDNN_ATTENTION,
+        "torch-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
 )
 """The kernels among these that torch's own attention can be told to use."""
 
@@ -105,7 +117,7 @@ def use(device: torch.device, dtype: torch.dtype, head_size: int, name: str) -> 
 
 def preferred(name: str) -> AbstractContextManager[None]:
     """Inside, torch's own attention in this process uses this kernel, one of `TORCHS_OWN`, where it can."""
-    others = (*TORCHS_OWN.values(), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    others = (*TORCHS_OWN.values(), SDPBackend.MATH)
     return sdpa_kernel([TORCHS_OWN[name], *(each for each in others if each is not TORCHS_OWN[name])], True)
 
 

@@ -296,7 +296,7 @@ def test_a_planted_fault_is_found(name: str) -> None:
     assert any(words in line for line in found[kind]), found  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kernel", ["torch-cudnn", "torch-flash"])
+@pytest.mark.parametrize("kernel", ["torch-cudnn", "torch-flash", "torch-efficient"])
 def test_kernels_of_cuda_give_what_a_merge_needs(kernel: str) -> None:
     """Each takes and returns its tensors in shapes of its own; the arithmetic in between is a stand-in."""
     generator = torch.Generator().manual_seed(0)
