@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry, Metric, start_http_server, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -74,7 +75,7 @@ def share_values() -> Path | None:
     if raylet is None:
         return None
     named = os.environ.get("SPRAY_METRICS_DIR")
-    folder = Path(named or f"{tempfile.gettempdir()}/spray-metrics-{raylet}")
+    folder = Path(named or f"{_temporary_folder(raylet)}/spray-metrics-{raylet}")
     try:
         if named:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,13 @@ def share_values() -> Path | None:
     values.ValueClass = values.MultiProcessValue()
     watch_disk("metrics", folder)
     return folder
+
+
+def _temporary_folder(raylet: str) -> str:
+    """Where the node keeps temporary files. A model's `env` may name another folder for its own processes."""
+    with contextlib.suppress(OSError, psutil.Error):  # it has just ended, or is another user's
+        return psutil.Process(int(raylet)).environ().get("TMPDIR") or "/tmp"
+    return tempfile.gettempdir()
 
 
 class Exporter:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -58,6 +59,23 @@ print(os.getpid())
     assert all('"spray_gang_restarts_total"' in key and "early" not in key for key, *_ in counted)
     assert [value for key, value, *_ in counted if '"died"' in key] == [2.0]
     assert sum(value for _, value, *_ in counted) == 2
+
+
+@pytest.mark.parametrize("given", ["TMPDIR", ""])
+def test_a_models_processes_share_the_nodes_folder_wherever_their_own_files_go(tmp_path: Path, given: str) -> None:
+    """The node's is that of its raylet, of which all of its processes are children."""
+    node, own = tmp_path / "node", tmp_path / "own"
+    node.mkdir(), own.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+    raylet = subprocess.Popen(["sleep", "60"], env=environment | ({given: str(node)} if given else {}))
+    try:
+        work = "import workers.exporter; print(workers.exporter.share_values())"
+        said = run(work, RAY_RAYLET_PID=str(raylet.pid), TMPDIR=str(own)).strip()
+        assert said == f"{node if given else '/tmp'}/spray-metrics-{raylet.pid}"
+    finally:
+        raylet.kill(), raylet.wait()
+        if not given:
+            shutil.rmtree(f"/tmp/spray-metrics-{raylet.pid}", ignore_errors=True)
 
 
 def test_outside_ray_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ FIRST_S, LONGEST_S, LONGEST_ASKED_S = 0.5, 8.0, 60.0
 TIMEOUT_S = 40.0
 """Of one call: longer than a gateway waits for its store."""
 
-LOOK_S = 0.3
-"""Between two looks at a job."""
+LOOK_S, PROBE_S = 1.0, 0.3
+"""Between two looks at a job: as OpenAI's client polls, and where the seconds until its end are measured."""
 
 
 class Callers:
@@ -95,7 +95,7 @@ class Callers:
             began = time.monotonic()
             job = self.submit(model, priority="interactive")
             if job:
-                self.follow(job)
+                self.follow(job, PROBE_S)
             return time.monotonic() - began if job and job.state == "succeeded" else float("inf")
 
         return self._pool.submit(call)
@@ -161,8 +161,8 @@ class Callers:
         answer = self._ask("GET", f"/v1/jobs/{job.id}")
         return dict(answer.json()) if answer is not None and answer.status_code == 200 else {}
 
-    def follow(self, job: Accepted) -> None:
-        """Look at a job until it has ended, and download its picture."""
+    def follow(self, job: Accepted, pause_s: float = LOOK_S) -> None:
+        """Look at a job again and again until it has ended, and download its picture."""
         until = time.monotonic() + self.patience_s  # of an inherited job: since this run
         while job.open:
             if self._abandoned.is_set():
@@ -175,7 +175,7 @@ class Callers:
             if job.open and time.monotonic() > until:
                 job.trouble = f"lost: {job.state} {self.patience_s:g} s after it was accepted"
             if job.open:
-                time.sleep(LOOK_S)
+                time.sleep(pause_s)
         job.until = time.monotonic()
         self.ledger.write(job)
 
