@@ -138,16 +138,21 @@ def _width_of(dtype: str) -> int:
 def largest_fitting(model: ModelSpec, folder: Path, request: Request, available: int) -> Request | None:
     """The next smaller request that needs at most `available` bytes, and clearly less than this one, which did not fit.
 
-    Fewer pictures come first, then fewer frames, then smaller ones, in tenths. None: nothing fits, or a class of the
-    model was not measured.
+    Fewer pictures come first, then fewer frames, then smaller ones, in tenths; of these as many pictures as fit. None:
+    nothing fits, or a class of the model was not measured.
     """
     needed = activation_bytes(model, folder, request)
     if needed is None:
         return None
     bound = min(available, int(LESS * needed))
-    return next(
-        (less for less in _smaller(request, model) if (activation_bytes(model, folder, less) or 0) <= bound), None
-    )
+
+    def fits(less: Request) -> bool:
+        return (activation_bytes(model, folder, less) or 0) <= bound
+
+    found = next(filter(fits, _smaller(request, model)), None)
+    if found is None or found.n > 1:
+        return found
+    return next(filter(fits, (replace(found, n=n) for n in range(request.n, 0, -1))))
 
 
 def _smaller(request: Request, model: ModelSpec) -> Iterator[Request]:
@@ -189,17 +194,18 @@ def _latent_tokens(model: ModelSpec, request: Request, text: int = 0) -> int:
 
 
 def _decode_bytes(measured: DecodeBytes, model: ModelSpec, config: Mapping[str, Any], request: Request) -> float:
-    """The largest output decodes in tiles above the model's bound; the largest one below it decodes whole."""
+    """The largest output decodes in tiles above the model's bound, all outputs of a request together. The largest one
+    below it decodes whole, one output after the other."""
     width = config.get("base_dim") or (config.get("block_out_channels") or [measured.width])[0]
     above = model.vae_tiling_above
     if request.pixels * request.frames <= above:
-        most = request.pixels * _per_pixel(measured, request.frames)
+        most: float = request.pixels * _per_pixel(measured, request.frames)
     else:
         side = config.get("sample_size", 256)
         tile = min(request.pixels, math.prod(side) if isinstance(side, list) else side * side)
         in_tiles = tile * _per_pixel(measured, request.frames) + request.pixels * request.frames * measured.tiles
-        most = max(in_tiles, min(request.pixels, above) * _per_pixel(measured, 1))
-    return float(request.n * most * width / measured.width)
+        most = max(request.n * in_tiles, min(request.pixels, above) * _per_pixel(measured, 1))
+    return float(most * width / measured.width)
 
 
 def _per_pixel(measured: DecodeBytes, frames: int) -> float:

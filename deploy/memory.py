@@ -285,5 +285,6 @@ def _lower_limits(model: ModelSpec) -> Iterator[dict[str, int]]:
             for side in ("width", "height")
         }
         frames = {"max_num_frames": max(limits.max_num_frames * tenths // 10, defaults.num_frames)}
+        yield sides
         yield {"max_n": 1, **sides}
         yield {"max_n": 1, **sides, **(frames if defaults.num_frames > 1 else {})}

@@ -185,7 +185,8 @@ class BacklogPolicy:
         """The number of gangs to run, and the state for the next call.
 
         Without a running gang, or before the first report, nothing is known in seconds: the target stays as it is, and
-        is at least one if anything waits. The first decisions keep it too: the controller may have been lost.
+        is at least one if anything waits. With neither gangs nor requests it is zero. The first decisions keep it too:
+        the controller may have been lost.
         """
         now_s = ctx.current_time or 0.0
         known = {field.name for field in fields(PolicyState)}
@@ -201,7 +202,9 @@ class BacklogPolicy:
             wanted = ctx.target_num_replicas if ctx.current_num_replicas or recovering else 0
             if before is not None and not wanted and not queued:
                 state = dict(vars(asleep(now_s, before)))
-            return max(wanted, int(queued > 0)), state or {"first_s": first_s}
+            if queued:  # all gangs are lost, and what ran waits again: those that start in their places are needed
+                wanted = max(1, ctx.target_num_replicas)
+            return wanted, state or {"first_s": first_s}
         starting = max(0, ctx.target_num_replicas - ctx.current_num_replicas)
         decision = decide(now_s, queued, loads, starting, before, ctx.capacity_adjusted_max_replicas)
         if before is None and ctx.target_num_replicas:

@@ -10,6 +10,7 @@ import torch
 from deploy.activations import (
     BATCHED_TOKENS,
     Request,
+    _decode_bytes,
     activation_bytes,
     largest_fitting,
     largest_request,
@@ -194,6 +195,16 @@ def test_a_decode_in_tiles_needs_less(tmp_path: Path) -> None:
     assert below == 2048 * 2048 * decode.picture  # a picture of that size is not tiled, and allowed as well
 
 
+def test_pictures_of_a_request_decode_one_after_the_other_unless_in_tiles(tmp_path: Path) -> None:
+    folder = a_model(tmp_path)
+    whole, tiled = spec_of(folder), spec_of(folder, 256 * 256)
+    one, four = Request(1024, 1024, 1, 1), Request(1024, 1024, 1, 4)
+    decode = measured_decode("AutoencoderKLQwenImage")
+    assert activation_bytes(whole, folder, one) == activation_bytes(whole, folder, four) == 1024**2 * decode.picture
+    in_tiles = 256**2 * decode.picture + 1024**2 * decode.tiles
+    assert _decode_bytes(decode, tiled, {"sample_size": 256}, four) == 4 * in_tiles
+
+
 def test_wider_types_and_wider_models_need_more(tmp_path: Path) -> None:
     folder = a_model(tmp_path)
     narrow = activation_bytes(spec_of(folder), folder, LARGE)
@@ -204,13 +215,16 @@ def test_wider_types_and_wider_models_need_more(tmp_path: Path) -> None:
 
 def test_the_largest_request_that_fits(tmp_path: Path) -> None:
     folder = a_model(tmp_path)
-    model = spec_of(folder)
-    whole = activation_bytes(model, folder, LARGE)
-    assert whole is not None
-    assert largest_fitting(model, folder, LARGE, whole // 2) == Request(2048, 2048, 1, 2)  # fewer pictures first
-    assert largest_fitting(model, folder, LARGE, 10 * whole) == Request(2048, 2048, 1, 3)  # it did not fit, after all
+    model, tiled = spec_of(folder), spec_of(folder, 1024 * 1024)
+    whole, in_tiles = activation_bytes(model, folder, LARGE), activation_bytes(tiled, folder, LARGE)
+    assert whole is not None and in_tiles is not None
+    assert largest_fitting(tiled, folder, LARGE, in_tiles * 4 // 5) == Request(2048, 2048, 1, 3)  # fewer pictures first
+    assert largest_fitting(tiled, folder, LARGE, 10 * in_tiles) == Request(
+        2048, 2048, 1, 3
+    )  # it did not fit, after all
+    assert largest_fitting(model, folder, LARGE, whole // 2) == Request(1432, 1432, 1, 4)  # fewer would need as much
     one = Request(2048, 2048, 1, 1)
-    smaller = largest_fitting(model, folder, one, whole // 8)
+    smaller = largest_fitting(model, folder, one, whole // 2)
     assert smaller == Request(1432, 1432, 1, 1)
     assert largest_fitting(model, folder, one, 0) is None
     unknown = a_model(tmp_path / "unknown", "ATransformerThatNobodyMeasured")
@@ -253,7 +267,7 @@ def test_what_would_fit(demo_model: Path) -> None:
     assert what_fits(spec, demo_model, 1, 12, None) == []
     by_layout, by_limits = what_fits(spec, demo_model, needed.total - 1, 12, None)
     assert by_layout.startswith("parallel ulysses_degree=2 (2 ranks: ") or "tensor_parallel_size=2" in by_layout
-    assert by_limits.startswith("limits.max_n 1 (")
+    assert by_limits.startswith("limits.max_width 224, limits.max_height 224 (")  # what decodes is one picture
     shared = rank_memory(model(demo_model, tensor_parallel_size=2), demo_model)
     assert shared.total < needed.total
 

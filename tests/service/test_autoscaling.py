@@ -128,6 +128,14 @@ def test_without_gangs_a_waiting_request_wakes_one() -> None:
     assert policy(context([], queued=0))[0] == 0
 
 
+def test_when_all_gangs_are_lost_those_that_start_in_their_places_are_kept() -> None:
+    """Serve applies at once what a policy wants while no gang runs, whatever `downscale_delay_s` says."""
+    policy = BacklogPolicy()
+    _, state = policy(context([gang(busy=1, remaining_s=10)] * 4))
+    lost = {"policy_state": state, "current_num_replicas": 0, "target_num_replicas": 4, "current_time": 1010.0}
+    assert policy(context([], queued=3, **lost))[0] == 4
+
+
 def test_before_the_first_report_the_target_stays() -> None:
     running = context([], queued=0, current_num_replicas=2, target_num_replicas=3)
     assert BacklogPolicy()(running)[0] == 3
