@@ -66,11 +66,18 @@ def apply_changes(
     apply_config([*desired.values(), *others.values()])
 
 
-def drain() -> None:
-    """Make the gateway refuse new requests. Everything else keeps running."""
+def drain() -> tuple[int, float]:
+    """Make the gateways refuse new requests. Everything else keeps running.
+
+    Returns:
+        How many gateways there are, and the longest grace period in seconds, as the latest deployment has set them.
+    """
     present = applications()
     user_config(present[GATEWAY_APP])["draining"] = True
     apply_config(list(present.values()))
+    options = {name: application["deployments"][0] for name, application in present.items()}
+    gateways: int = options[GATEWAY_APP]["num_replicas"]
+    return gateways, max(float(each["graceful_shutdown_timeout_s"]) for each in options.values())
 
 
 def unfinished(changes: Sequence[Change]) -> list[str]:

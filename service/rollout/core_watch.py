@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from ray import serve
 
 from service.rollout.serve_client import dead_processes, kill_node
+
+T = TypeVar("T")
 
 PERIOD_S = 5.0
 
@@ -60,8 +62,8 @@ class CoreWatch:
                 self._heard_at = time.monotonic()
 
 
-def within(seconds: float, call: Callable[[], object], name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Call, but wait no longer than this. A slower call goes on in its thread.
+def within(seconds: float, call: Callable[[], T], name: str, meanwhile: Callable[[], None] = lambda: None) -> T:
+    """What the call returns, but wait no longer than this. A slower call goes on in its thread.
 
     Args:
         seconds: how long to wait.
@@ -78,7 +80,7 @@ def within(seconds: float, call: Callable[[], object], name: str, meanwhile: Cal
         if time.monotonic() >= deadline:
             raise TimeoutError(f"{name} did not end within {seconds:g} s")
         meanwhile()
-    called.result()
+    return called.result()
 
 
 @contextlib.contextmanager
@@ -122,16 +124,16 @@ def aside(call: Callable[[], None], meanwhile: Callable[[], None]) -> None:
     called.result()
 
 
-def _in_thread(call: Callable[[], object], name: str, daemon: bool) -> "futures.Future[None]":
-    called: futures.Future[None] = futures.Future()
+def _in_thread(call: Callable[[], T], name: str, daemon: bool) -> "futures.Future[T]":
+    called: futures.Future[T] = futures.Future()
 
     def run() -> None:
         try:
-            call()
+            result = call()
         except BaseException as error:
             called.set_exception(error)
         else:
-            called.set_result(None)
+            called.set_result(result)
 
     threading.Thread(target=run, name=f"spray: {name}", daemon=daemon).start()
     return called

@@ -1,5 +1,6 @@
 """Local clusters leave each other alone, and leave nothing behind."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -22,6 +23,10 @@ import ray
 from PIL import Image
 
 from deploy.spec import Auth, Metrics, SpecError
+from service.cli.commands import serve as serve_command
+from service.cli.options import Terminated
+from service.names import GATEWAY_APP
+from service.rollout import apply
 from service.rollout import local_cluster as local
 from service.rollout.cluster_folder import make_folder, place
 from tests.support.deployments import deployment, model
@@ -219,20 +224,20 @@ def test_draining_waits_for_requests_even_when_the_gateway_is_too_busy_to_say(
     at_work = {"status": "draining", "in_flight": 1}
     answers = [{"status": "ok", "in_flight": 1}, *[{}] * busy, at_work, *[{}] * busy, at_work | {"in_flight": 0}]
     left = iter(answers)
-    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "drain", lambda: (1, 60.0))
     monkeypatch.setattr(local, "_readiness", lambda url: next(left))
-    local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
     assert list(left) == []
 
 
 def test_draining_waits_for_each_of_several_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = DRAINED.model_copy(update={"gateway": DRAINED.gateway.model_copy(update={"replicas": 2})})
+    """As many as there are now: `spray deploy` may have changed what the cluster was started with."""
     idle = [{"status": "draining", "in_flight": 0, "gateway": name} for name in "ab"]
     answers = [idle[0], idle[0], {"status": "ok", "in_flight": 0, "gateway": "b"}, idle[1] | {"in_flight": 1}, *idle]
     left = iter(answers)
-    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "drain", lambda: (2, 60.0))
     monkeypatch.setattr(local, "_readiness", lambda url: next(left))
-    local.LocalCluster.drain(SimpleNamespace(url="", spec=two))  # type: ignore[arg-type]
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
     assert list(left) == []
 
 
@@ -275,33 +280,73 @@ def test_a_signal_while_the_cluster_stops_ends_its_processes_and_removes_its_fol
 
 def test_draining_does_not_wait_for_a_gateway_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
-    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "drain", lambda: (1, 60.0))
     monkeypatch.setattr(local, "_readiness", lambda url: looks.append(url) or {})
-    local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
+    local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
     assert len(looks) == local.SILENT_POLLS
 
 
 def test_draining_waits_no_longer_than_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "drain", lambda: (1, 0.3))
     monkeypatch.setattr(local, "_readiness", lambda url: {"status": "draining", "in_flight": 1})
-    spec = deployment(model(Path("/nowhere")).model_copy(update={"grace_period_s": 0.3}))
     with pytest.raises(TimeoutError, match=r"did not end within 0\.3 s"):
-        local.LocalCluster.drain(SimpleNamespace(url="", spec=spec))  # type: ignore[arg-type]
+        local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
 
 
 def test_draining_does_not_wait_for_a_gateway_that_does_not_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "ANSWERS_WITHIN_S", 0.1)
-    monkeypatch.setattr(local, "drain", lambda: None)
+    monkeypatch.setattr(local, "drain", lambda: (1, 60.0))
     monkeypatch.setattr(local, "_readiness", lambda url: {"status": "ok", "in_flight": 0})
     with pytest.raises(TimeoutError, match="still takes requests"):
-        local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
+        local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
 
 
 def test_draining_does_not_wait_for_a_controller_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "ANSWERS_WITHIN_S", 0.1)
     monkeypatch.setattr(local, "drain", threading.Event().wait)
     with pytest.raises(TimeoutError, match="telling the gateway"):
-        local.LocalCluster.drain(SimpleNamespace(url="", spec=DRAINED))  # type: ignore[arg-type]
+        local.LocalCluster.drain(SimpleNamespace(url=""))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_signal_while_a_model_loads_lets_the_others_finish(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    drained: list[bool] = []
+
+    class Loading(contextlib.AbstractContextManager["Loading"]):
+        spec, url, grpc_target, metrics_url, token_file, address = DRAINED, "", "", "", None, ""
+
+        def __init__(self, spec: object) -> None:
+            """Of any deployment."""
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing to stop."""
+
+        def wait_ready(self, *_: object) -> None:
+            raise Terminated
+
+        def answers(self) -> bool:
+            return answers
+
+        def drain(self) -> None:
+            drained.append(True)
+
+    monkeypatch.setattr(local, "LocalCluster", Loading)
+    monkeypatch.setattr(serve_command, "load", lambda *_: SimpleNamespace(spec=DRAINED))
+    monkeypatch.setattr(serve_command, "check_deployment", lambda *_: None)
+    monkeypatch.setattr(serve_command, "use_private_cluster", lambda: None)
+    serve_command.serve(Path("any.yaml"), [], None)
+    assert drained == [True] * answers
+
+
+def test_what_the_latest_deployment_says_counts_when_a_cluster_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = {"num_replicas": 2, "graceful_shutdown_timeout_s": 20.0, "user_config": {"draining": False}}
+    gang = {"graceful_shutdown_timeout_s": 300.0, "user_config": {}}
+    present = {GATEWAY_APP: {"deployments": [gateway]}, "model-a": {"deployments": [gang]}}
+    applied: list[object] = []
+    monkeypatch.setattr(apply, "applications", lambda: present)
+    monkeypatch.setattr(apply, "apply_config", applied.append)
+    assert apply.drain() == (2, 300.0)
+    assert applied == [list(present.values())] and gateway["user_config"] == {"draining": True}
 
 
 def test_keys_that_are_missing_are_said_before_anything_starts(

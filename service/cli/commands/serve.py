@@ -46,14 +46,15 @@ def serve(
         with LocalCluster(spec) as cluster:
             for line in filter(None, [open_to_all(spec), *_banner(spec, cluster)]):
                 say(line)
-            with LoadBars([model.name for model in spec.models]) as bars:
-                cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
-            say(f"ready: {_curl(cluster.url, cluster.spec)}")
             try:
+                with LoadBars([model.name for model in spec.models]) as bars:
+                    cluster.wait_ready(max(model.timeouts.startup_s for model in spec.models), bars.show)
+                say(f"ready: {_curl(cluster.url, cluster.spec)}")
                 _watch()
             except KeyboardInterrupt:
-                say("stopping when the requests in flight are done; Ctrl-C again stops at once")
-                cluster.drain()
+                if cluster.answers():
+                    say("stopping when the requests in flight are done; Ctrl-C again stops at once")
+                    cluster.drain()
                 raise
     except Terminated:
         say("stopped")  # as it was asked to, so this is a success
