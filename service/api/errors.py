@@ -143,5 +143,6 @@ def log(error: Exception) -> None:
 
 
 def envelope(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error body."""
+    """OpenAI's error body. What is not Unicode in a message that quotes the caller is escaped."""
+    message = message.encode(errors="backslashreplace").decode()
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}

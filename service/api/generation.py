@@ -39,11 +39,12 @@ class Delivery:
     Args:
         form: base64 or URLs.
         outputs: keeps the files of URLs.
+        owner: of these files.
         base: the beginning of each URL.
     """
 
-    def __init__(self, form: ResponseFormat, outputs: OutputStore, base: str) -> None:
-        self._form, self._outputs, self._base = form, outputs, base
+    def __init__(self, form: ResponseFormat, outputs: OutputStore, owner: str, base: str) -> None:
+        self._form, self._outputs, self._owner, self._base = form, outputs, owner, base
 
     async def __call__(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
         """The body of an answer with these files."""
@@ -55,7 +56,7 @@ class Delivery:
 
     async def _deliver(self, output: bytes, kind: str) -> dict[str, Any]:
         if self._form == "url":
-            link = await asyncio.to_thread(self._outputs.keep, output, kind)
+            link = await asyncio.to_thread(self._outputs.keep_once, self._owner, output, kind)
             return {"url": self._base + link.path, "expires_at": link.expires}
         return {"b64_json": base64.b64encode(output).decode()}
 
@@ -95,7 +96,8 @@ async def respond(http: Request, backend: Backend, body: GenerationBody, default
         raise InvalidParameter("response_format", "response_format 'file' is not for streams; ask for b64_json or url")
     request = replace(await settled(http, backend, body), deadline_at=deadline(http))
     headers = ignored_header(body.ignored)
-    deliver = Delivery(form, backend.outputs, backend.public_url or f"{http.url.scheme}://{http.url.netloc}")
+    base = backend.public_url or f"{http.url.scheme}://{http.url.netloc}"
+    deliver = Delivery(form, backend.outputs, backend.caller(), base)
     if form == "url":
         await asyncio.to_thread(backend.outputs.prepare)
     attempt = await begin(backend, request, http.headers.get(KEY_HEADER))

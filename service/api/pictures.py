@@ -9,12 +9,14 @@ import asyncio
 import base64
 import binascii
 import io
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
 
 from service.api.clips import decode_clip
+from service.api.observed import key_name
 from workers.errors import InvalidParameter, QueueFull
 from workers.messages import MediaInput, MediaRole
 
@@ -32,8 +34,8 @@ MAX_SCANS = 100
 
 THREADS = 2
 
-MOST_WAITING = 32
-"""The most requests of one gateway whose pictures are being decoded or wait for it."""
+MOST_WAITING, MOST_OF_ONE = 32, 8
+"""The most requests of one gateway whose pictures are being decoded or wait for it: of all callers, and of one key."""
 
 KINDS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
 """The first bytes of a file, by Pillow's names of formats."""
@@ -41,7 +43,8 @@ KINDS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
 ALLOWED = "a picture must be a PNG, JPEG or WebP"
 
 _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
-_waiting = 0
+_waiting: Counter[str] = Counter()
+"""By the names of keys."""
 
 
 async def read_pictures(
@@ -57,24 +60,26 @@ async def read_pictures(
         InvalidParameter: a file is not an accepted picture, or a mask has another size than its image.
         QueueFull: too many pictures are being decoded.
     """
-    global _waiting
-    if _waiting >= MOST_WAITING:
+    key = key_name.get()
+    if _waiting.total() >= MOST_WAITING:
         raise QueueFull(f"{MOST_WAITING} requests wait for their pictures to be decoded; try again later")
-    _waiting += 1
+    if key and _waiting[key] >= MOST_OF_ONE:
+        raise QueueFull(f"{MOST_OF_ONE} of your requests wait for their pictures to be decoded; try again later")
+
+    def end(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
+        _waiting[key] -= 1
+        if not decoding.cancelled():
+            decoding.exception()  # retrieved here, because a caller that has left does not
+
+    work = _threads.submit(decode, files, frames)
+    _waiting[key] += 1
+    decoding = asyncio.wrap_future(work)
+    decoding.add_done_callback(end)  # not when the caller leaves: a thread that has begun goes on
     try:
-        decoding = asyncio.get_running_loop().run_in_executor(_threads, decode, files, frames)
-        decoding.add_done_callback(_ended)  # not when the caller leaves: a thread goes on
-    except BaseException:
-        _waiting -= 1
+        return await asyncio.shield(decoding)
+    except asyncio.CancelledError:
+        work.cancel()
         raise
-    return await asyncio.shield(decoding)
-
-
-def _ended(decoding: "asyncio.Future[tuple[MediaInput, ...]]") -> None:
-    global _waiting
-    _waiting -= 1
-    if not decoding.cancelled():
-        decoding.exception()  # retrieved here, because a caller that has left does not
 
 
 def decode(files: Sequence[tuple[MediaRole, bytes]], frames: tuple[int, int] = (1, 1)) -> tuple[MediaInput, ...]:

@@ -279,7 +279,7 @@ def _size(body: GenerationBody, model: ModelSpec, image: tuple[int, int] | None)
         param, both = "width", f"{body.width}x{body.height}"
         if size not in ("auto", both):
             raise InvalidParameter(
-                "size", f"size is {size}, but width x height is {both}; leave one out", "invalid_size"
+                "size", f"size is {size!r}, but width x height is {both}; leave one out", "invalid_size"
             )
         size = both
     if size == "auto" and image:

@@ -129,6 +129,10 @@ class _Reader(io.RawIOBase):
         """Always True."""
         return True
 
+    def seekable(self) -> bool:
+        """Always True: the index of an MP4 is at its end."""
+        return True
+
     def read(self, size: int | None = -1) -> bytes:
         """Up to `size` bytes from the current position; all that follow if `size` is negative."""
         with _answering():

@@ -5,6 +5,7 @@ that sees it can answer for the files of all gateways, because the key that sign
 """
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
@@ -126,6 +127,21 @@ class OutputStore:
         name = name or new_output_name(kind)
         place.write(name, content, expires)
         return Link(name, expires, self._sign(name, expires))
+
+    def keep_once(self, owner: str, content: bytes, kind: str) -> Link:
+        """As `keep`, but the same content of an owner is one file: an answer that is sent again takes no more room.
+
+        Args:
+            owner: who may know that there is such a file already.
+            content: the content of the file.
+            kind: the suffix of the file.
+
+        Raises:
+            OutputsFull, OutputsUnavailable: see `keep`.
+        """
+        self._open()  # and with it the key, without which nobody can guess the name
+        told = hmac.new(self._key, f"{owner}\n{kind}\n".encode() + hashlib.sha256(content).digest(), hashlib.sha256)
+        return self.keep(content, kind, f"{base64.urlsafe_b64encode(told.digest()[:24]).decode()}.{kind}")
 
     def keep_input(self, name: str, content: bytes) -> None:
         """Write an input of a job, as `keep` does. It stays until it is discarded. Blocks.

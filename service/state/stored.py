@@ -14,7 +14,7 @@ KEY_BYTES = 32
 GONE = "the picture or video is not kept here, or not anymore"
 
 NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp|mp4|zip)")
-"""The name of an output: 192 random bits, and the kind of file."""
+"""The name of an output: 192 bits that nobody can guess, and the kind of file."""
 
 INPUT = re.compile(r"[A-Za-z0-9_-]{32}\.input")
 """The name of a job's input: no URL leads to it, and it is kept as long as its job, whatever its age."""

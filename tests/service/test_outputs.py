@@ -363,6 +363,15 @@ def test_an_answer_may_hold_urls(client: TestClient) -> None:
     assert client.get(urls[0]).headers["content-type"] == "image/webp"
 
 
+def test_an_answer_that_is_sent_again_takes_no_more_room(client: TestClient, outputs_folder: Path) -> None:
+    first, again = (made(client, response_format="url").json()["data"][0]["url"] for _ in range(2))
+    assert first.partition("?")[0] == again.partition("?")[0] and client.get(again).content == b"picture 7"
+    assert len(list(outputs_folder.glob("*.png"))) == 1
+    store = OutputStore()
+    names = {store.keep_once(owner, content, "png").name for owner in ("a", "b") for content in (b"1", b"2", b"1")}
+    assert len(names) == 4
+
+
 def test_a_full_disk_is_said_and_nothing_is_left(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = OutputStore()
     store.keep(b"a", "png")

@@ -1,6 +1,8 @@
 """Outputs in a bucket: all that is promised of a folder holds there, too."""
 
 import asyncio
+import io
+import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from typing import Any
 import obstore
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from deploy.storage_spec import Outputs
 from service.api.rest import rest_app
@@ -19,6 +22,8 @@ from service.state.stored import KEY, NAME
 from tests.support.backend import FakeBackend
 from tests.support.s3 import S3, running_s3
 from workers.errors import Forbidden, OutputNotFound, OutputsFull, OutputsUnavailable
+from workers.model.media import _video
+from workers.model.stills import spritesheet, thumbnail
 
 CONTENT = bytes(range(256)) * 40_000
 """Ten megabytes, which are read by several requests."""
@@ -142,6 +147,19 @@ def test_http_is_the_same(url: str) -> None:
         "/v1/images/generations", json={"model": "one", "prompt": "a", "seed": 7, "response_format": "url"}
     )
     assert client.get(made.json()["data"][0]["url"]).content == b"picture 7"
+
+
+def test_stills_of_a_video_are_made_from_there(url: str) -> None:
+    """Its index is at its end, and the reader goes back from there."""
+    noise = random.Random(1)
+    frames = [Image.frombytes("RGB", (160, 160), noise.randbytes(3 * 160 * 160)) for _ in range(25)]
+    video = _video(frames, 8)
+    assert len(video) > 100_000
+    store = opened(url)
+    kept = store.file(store.keep(video, "mp4").name)
+    for still in (thumbnail, spritesheet):
+        with kept.open() as file:
+            assert Image.open(io.BytesIO(still(file))).width >= 160
 
 
 def test_one_place_is_enough() -> None:

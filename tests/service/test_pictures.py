@@ -3,6 +3,7 @@
 import asyncio
 import io
 import random
+import threading
 import time
 import tracemalloc
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from service.api import pictures
+from service.api.observed import key_name
 from service.api.pictures import MAX_PIXELS, decode, from_data_url, read_pictures, size_of
 from tests.support.hostile import HOSTILE, TOO_LARGE, UNUSUAL, colored, damaged, file
 from workers.errors import InvalidParameter, QueueFull
@@ -165,9 +167,43 @@ def test_few_pictures_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         await second
         with pytest.raises(InvalidParameter):
             await read_pictures([("image", b"")])
-        while pictures._waiting:
+        while pictures._waiting.total():
             await asyncio.sleep(0.01)
         return await read_pictures([("image", big)])
 
     (image,) = asyncio.run(run())
     assert size_of(image) == (400, 400)
+
+
+def test_no_key_takes_all_places_and_callers_who_leave_free_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    going_on, decoded = threading.Event(), []
+
+    def slow(*given: object) -> tuple[MediaInput, ...]:
+        decoded.append(given)
+        assert going_on.wait(60)
+        return ()
+
+    monkeypatch.setattr(pictures, "decode", slow)
+
+    async def waiting(count: int) -> None:
+        while pictures._waiting.total() != count:
+            await asyncio.sleep(0.01)
+
+    async def run() -> None:
+        token = key_name.set("many")
+        many = [asyncio.ensure_future(read_pictures([])) for _ in range(pictures.MOST_OF_ONE)]
+        await waiting(pictures.MOST_OF_ONE)
+        with pytest.raises(QueueFull, match="8 of your requests"):
+            await read_pictures([])
+        key_name.reset(token)
+        other = asyncio.ensure_future(read_pictures([]))
+        await waiting(pictures.MOST_OF_ONE + 1)
+        for each in many:
+            each.cancel()
+        await waiting(pictures.THREADS + 1)  # what a thread has begun goes on
+        going_on.set()
+        assert await other == ()
+        await waiting(0)
+
+    asyncio.run(run())
+    assert len(decoded) == pictures.THREADS + 1

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from deploy.gateway_spec import GatewaySpec
 from service.api.bodies import MAX_SEED, ImageGenerationBody, LoRAChoice, StreamOptions, VideoGenerationBody
+from service.api.errors import envelope
 from service.api.generation import Delivery
 from service.api.origin import new_id
 from service.api.rest import rest_app
@@ -198,6 +199,13 @@ def test_what_not_every_form_can_tell_is_refused(client: TestClient, value: byte
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "extra_params.tea")
 
 
+def test_an_error_may_quote_what_is_not_unicode(client: TestClient) -> None:
+    body = rb'{"model": "one", "prompt": "a", "size": "\ud800", "width": 64, "height": 64}'
+    answer = client.post("/v1/images/generations", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_size")
+    assert envelope("\ud800", "", None, None)["error"]["message"] == r"\ud800"
+
+
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/videos/sync"])
 def test_a_body_may_be_as_large_as_the_deployment_allows(client: TestClient, backend: FakeBackend, path: str) -> None:
     body = b'{"model": "%s", "prompt": "a"' % (b"film" if "videos" in path else b"one")
@@ -244,7 +252,7 @@ def test_a_stream_that_fails_later_ends_with_the_error(client: TestClient) -> No
 def test_a_client_that_leaves_before_the_first_event_frees_its_gang(backend: FakeBackend) -> None:
     async def story() -> None:
         request = to_request(ImageGenerationBody(prompt="endless", model="one"), backend.models()["one"], "a")
-        deliver = Delivery("b64_json", backend.outputs, "")
+        deliver = Delivery("b64_json", backend.outputs, "", "")
         stream = await EventStream.open(backend.generate(request), request, False, {}, deliver)
 
         async def gone(_: Any) -> None:
