@@ -44,6 +44,31 @@ def test_json_names_the_files_and_what_they_took(capsys: pytest.CaptureFixture[s
     assert [Path(file["path"]).read_bytes() for file in said["files"]] == [b"picture 7", b"picture 8"]
 
 
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_drawn(
+    capsys: pytest.CaptureFixture[str], backend: FakeBackend
+) -> None:
+    Path("cups.png").mkdir()
+    before = len(backend.requests)
+    code, _, err = run(capsys, "generate", "a", "--model", "one", "--output", "cups.png")
+    assert (code, "'cups.png' is a folder" in err, len(backend.requests)) == (2, True, before)
+
+
+def test_what_cannot_be_written_leaves_the_former_file_and_can_be_drawn_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("picture.png").write_bytes(b"former")
+
+    def full(path: Path, content: bytes) -> int:
+        path.open("wb").write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        code, _, err = run(capsys, "generate", "a", "--model", "one", "--seed", "7")
+    assert code == 1 and "seeds: 7" in err and "No space left" in err
+    assert [(path.name, path.read_bytes()) for path in Path().iterdir()] == [("picture.png", b"former")]
+
+
 def test_a_video_has_a_command_of_its_own(capsys: pytest.CaptureFixture[str], backend: FakeBackend) -> None:
     flags = ["--model", "film", "--seed", "7", "--num-frames", "9", "--fps", "8"]
     code, out, err = run(capsys, "video", "a", *flags)

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,6 +92,9 @@ def generate(
         raise UsageError(f"--output must end in {', '.join(FORMATS)}, got {output.name!r}")
     if not output.parent.is_dir():
         raise UsageError(f"--output: there is no folder {str(output.parent)!r}; make it first")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        why = f"{str(output)!r} is a folder" if output.is_dir() else f"{str(output.parent)!r} is not writable"
+        raise UsageError(f"--output: {why}; name a file elsewhere")
     degrees = _given(
         ulysses_degree=ulysses_degree, ring_degree=ring_degree, tensor_parallel_size=tensor_parallel_size,
         cfg_parallel_size=cfg_parallel_size,
@@ -185,17 +189,35 @@ _as_generate_but(edit, "picture.png", without=FOR_VIDEOS)
 
 def _save(made: Files, output: Path, as_json: bool) -> None:
     files = [output.with_stem(f"{output.stem}-{number}") if number else output for number in range(len(made.outputs))]
-    for file, content in zip(files, made.outputs, strict=True):
-        file.write_bytes(content)
+    try:
+        for file, content in zip(files, made.outputs, strict=True):
+            _write(file, content)
+    except BaseException:  # with its seed it can be drawn again
+        _say_seeds(made)
+        raise
     for warning in made.warnings:
         say(f"warning: {warning}")
     if as_json:
         saved = [{"path": str(file), "seed": seed} for file, seed in zip(files, made.seeds, strict=True)]
         print(json.dumps({"files": saved, "metrics": made.metrics}, indent=2))
         return
-    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
+    _say_seeds(made)
     for file in files:
         print(file)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all: the former one stays until then."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _say_seeds(made: Files) -> None:
+    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
 
 
 def _check_sendable(fields: dict[str, Any]) -> None:
