@@ -213,6 +213,12 @@ class Leases:
         with self._database.transaction() as (connection, now):
             return end_unserved(connection, model, now, self.keep_s, after_s)
 
+    def rename_model(self, former: str, model: str) -> None:
+        """Let the jobs that wait for a model wait for another one: the same under a new name."""
+        with self._database.transaction() as (connection, _):
+            waiting = jobs.c.state == "queued", jobs.c.model == former
+            connection.execute(sa.update(jobs).where(*waiting).values(model=model))
+
     def close(self) -> None:
         """Close the connections."""
         self._database.close()

@@ -83,7 +83,7 @@ class Runner:
         name: of this gateway, for the record.
         generate: runs a request of an owner.
         room: by model, how many jobs may run in the whole deployment now, which is that of one cluster.
-        models: of the deployment; those that are about to start, or asleep, included.
+        models: of the deployment, with their aliases; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
         lost: which other runners are gone.
     """
@@ -95,7 +95,7 @@ class Runner:
         name: str,
         generate: Generate,
         room: Callable[[], Mapping[str, int]],
-        models: Callable[[], Collection[str]],
+        models: Callable[[], Mapping[str, Collection[str]]],
         backlog: JobBacklog,
         lost: LostRunners,
     ) -> None:
@@ -176,7 +176,7 @@ class Runner:
             self._sweep_inputs()
         counts = await self._jobs.ask(JobStore.counts)
         if sweeps:
-            await self._end_unserved(counts)
+            counts = await self._settle_unserved(counts)
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
         self._observed.tell(counts, self._room())
         waiting = {model: most for model, most in self._room().items() if model in counts and counts[model].queued}
@@ -195,14 +195,24 @@ class Runner:
             self._inputs_at = time.monotonic()
             self._sweeping = asyncio.get_running_loop().create_task(inputs.sweep(self._jobs, self._outputs))
 
-    async def _end_unserved(self, counts: Mapping[str, Counts]) -> None:
-        """End jobs of models that are gone for `UNSERVED_S`."""
+    async def _settle_unserved(self, counts: dict[str, Counts]) -> dict[str, Counts]:
+        """Give jobs of a former name, an alias now, to its model; end jobs of models that are gone for `UNSERVED_S`.
+
+        Returns:
+            The counts, new ones if jobs have changed their model.
+        """
         now, models = time.monotonic(), self._models()
         gone = [model for model, found in counts.items() if found.queued and model not in models]
+        renamed = {alias: model for model, aliases in models.items() for alias in aliases if alias in gone}
+        for former, model in renamed.items():
+            await self._jobs.ask(JobStore.rename_model, former, model)
+        if renamed:
+            counts, gone = await self._jobs.ask(JobStore.counts), [model for model in gone if model not in renamed]
         self._unserved = {model: self._unserved.get(model, now) for model in gone}
         for model, since in self._unserved.items():
             if now - since >= UNSERVED_S and (ended := await self._jobs.ask(JobStore.end_unserved, model, UNSERVED_S)):
                 logger.warning("%d jobs have failed: the deployment has no model %r anymore", ended, model)
+        return counts
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""
@@ -294,7 +304,7 @@ class Runner:
             deadline_at = time.time() + job.deadline_at - job.started_at
         try:
             await in_time(asyncio.to_thread(self._outputs.prepare, outputs_only=True))
-            request = replace(await in_time(self._read(job)), deadline_at=deadline_at)
+            request = replace(await in_time(self._read(job)), model=job.model, deadline_at=deadline_at)
         except NOT_NOW as error:
             self._backlog.hold()
             logger.warning("job %s cannot be begun now, and is tried again: %s", job.id, error)

@@ -59,7 +59,7 @@ class FakeBackend:
             "test",
             lambda owner, request: self.generate(request),
             self.room,
-            self.models,
+            lambda: {name: model.aliases for name, model in self.models().items()},
             backlog,
             LostRunners("test"),
         )

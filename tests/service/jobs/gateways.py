@@ -37,7 +37,7 @@ class World:
         self.asked: list[tuple[str, GenerationRequest]] = []
         self.script = script
         self.room = {"film": 1}
-        self.models = {"film"}
+        self.models: dict[str, tuple[str, ...]] = {"film": ()}
         self.gone: set[str] = set()
         self.backlog = JobBacklog(dict)
         self.runner = self.another("gateway-1")

@@ -216,6 +216,16 @@ def test_what_has_ended_expires(store: JobStore, clock: Clock) -> None:
     assert store.get(waits.id, None).state == "queued"
 
 
+def test_only_jobs_that_wait_change_their_model(store: JobStore) -> None:
+    first, _ = store.submit(new_job())
+    (held,) = take(store)
+    waiting, _ = store.submit(new_job())
+    store.rename_model("film", "cinema")
+    assert [store.get(job.id, None).model for job in (held, waiting)] == ["film", "cinema"]
+    store.publish(first.id, held.fence, [FILM], {})
+    assert [job.id for job in store.claim({"cinema": 1, "film": 1}, "r", LEASE_S)] == [waiting.id]
+
+
 def test_jobs_of_a_model_that_nobody_has_end_but_not_where_another_cluster_runs_them(
     store: JobStore, clock: Clock
 ) -> None:

@@ -329,15 +329,15 @@ def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
     monkeypatch.setattr(module, "UNSERVED_S", 0.4)
 
     async def story(world: World) -> None:
-        world.models, world.room = set(), {}
+        world.models, world.room = {}, {}
         mistaken = await world.submit()
         async with asyncio.timeout(20):
             while not world.runner._unserved:
                 await asyncio.sleep(0.01)
-        world.models, world.room = {"film"}, {"film": 1}  # the operator has put it right
+        world.models, world.room = {"film": ()}, {"film": 1}  # the operator has put it right
         world.runner.wake()
         assert (await world.ended(mistaken)).state == "succeeded"
-        world.models, world.room = set(), {}
+        world.models, world.room = {}, {}
         started = (await world.ended(mistaken)).started_at or 0.0
         gone = await world.submit()
         async with asyncio.timeout(30):
@@ -348,6 +348,23 @@ def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
         assert (done.ended_at or 0.0) - max(done.created_at, started) >= 0.4
         assert done.error is not None
         assert "no model 'film' anymore" in done.error.message
+
+    live(tmp_path, draws, story)
+
+
+def test_jobs_of_a_former_name_are_run_by_the_model_that_has_it_as_an_alias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+
+    async def story(world: World) -> None:
+        world.models, world.room = {}, {}
+        job = await world.submit()
+        world.models, world.room = {"cinema": ("film", "movie"), "draw": ()}, {"cinema": 1, "draw": 1}
+        world.runner.wake()
+        done = await world.ended(job)
+        assert (done.state, done.model) == ("succeeded", "cinema")
+        assert [request.model for _, request in world.asked] == ["cinema"]
 
     live(tmp_path, draws, story)
 
