@@ -147,6 +147,13 @@ def test_an_extra_parameter_shows(demo_models: dict[str, Path]) -> None:
     assert error(rescaled, latents) > 100 * BAR
 
 
+def test_prompts_are_cleaned_where_that_is_asked() -> None:
+    """Without Beautiful Soup, pipelines leave that out, and only log it."""
+    pipeline = demo_of("pixart")
+    clean, as_it_is = (pipeline.encode_prompt("a <b>cup</b>", clean_caption=asked)[0] for asked in (True, False))
+    assert not torch.equal(clean, as_it_is)
+
+
 def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path]) -> None:
     family, request, _ = REQUESTS["pictures"]
     other = replace(request, prompt="a fox", seed=8, num_inference_steps=5)
