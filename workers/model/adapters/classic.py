@@ -21,7 +21,7 @@ from workers.model.extra_ranges import check_extra_ranges
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
 from workers.model.positions import check_positions, only_size
-from workers.model.prompts import check_length, check_words
+from workers.model.prompts import MOST_TOKENS, check_length, check_words
 from workers.model.step_counts import check_steps
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -90,6 +90,7 @@ class ClassicAdapter(PipelineAdapter):
         if family.guided_above is None:  # no branch reads further negative prompts
             kinds = {n: k for n, k in kinds.items() if not n.startswith("negative_prompt")}
         self.extra_kinds = kinds
+        self.most_tokens = MOST_TOKENS.get(family.pipeline, {})
         self.takes_size = {"height", "width"} <= set(call.parameters)
         self.one_generator = call.one_generator
         self.makes_one = call.makes_one
