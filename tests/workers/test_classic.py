@@ -147,6 +147,13 @@ def test_an_extra_parameter_shows(demo_models: dict[str, Path]) -> None:
     assert error(rescaled, latents) > 100 * BAR
 
 
+def test_prompts_are_cleaned_where_that_is_asked() -> None:
+    """Without Beautiful Soup, pipelines leave that out, and only log it."""
+    pipeline = demo_of("pixart")
+    clean, as_it_is = (pipeline.encode_prompt("a <b>cup</b>", clean_caption=asked)[0] for asked in (True, False))
+    assert not torch.equal(clean, as_it_is)
+
+
 def test_requests_in_turns_do_not_disturb_each_other(demo_models: dict[str, Path]) -> None:
     family, request, _ = REQUESTS["pictures"]
     other = replace(request, prompt="a fox", seed=8, num_inference_steps=5)
@@ -242,6 +249,14 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "only these extra parameters: guidance_rescale, decode_timestep, decode_noise_scale; leave out 'tea'",
     ),
     "parameter of ours": ("ltx", {"extra_params": {"num_frames": 9}}, "extra_params.num_frames", "leave out 'num_fr"),
+    "of a branch that there is not": (
+        "hunyuan-video", {"num_frames": 5, "extra_params": {"negative_prompt_2": "x"}},
+        "extra_params.negative_prompt_2", "only these extra parameters: prompt_2; leave out",
+    ),
+    "of a guidance that there is not": (
+        "stable-diffusion-3", {"extra_params": {"skip_layer_guidance_scale": 2.0}},
+        "extra_params.skip_layer_guidance_scale", "negative_prompt_3, clip_skip; leave out",
+    ),
     "type": ("ltx", {"extra_params": {"guidance_rescale": "x"}}, "extra_params.guidance_rescale", "a float, got 'x'"),
     "truth": ("ltx", {"extra_params": {"guidance_rescale": True}}, "extra_params.guidance_rescale", "got True"),
     "no number": (

@@ -28,6 +28,7 @@ from workers.model.adapters.classic import ClassicAdapter
 from workers.model.denoising import Denoising
 from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel
+from workers.model.prompts import cut_prompts
 from workers.model.shared_encoders import SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
@@ -79,6 +80,7 @@ class ClassicDenoising(Denoising):
     def encode(self) -> None:
         """Check the inputs, encode prompts and pictures, make the initial latents; on the ranks that encode."""
         if self._encodes:
+            self._warnings += cut_prompts(self._adapter.family.pipeline, self._pipeline, self.request)
             self._begin()
             self._calls[0].encode()
 

@@ -81,8 +81,8 @@ class Denoising:
         alone = model.text_encoder == "rank0" or bool(request.inputs) or hasattr(pipeline, DRAWN)
         self._encodes = encoded is None and encodes_here(model, mesh) and (mesh.axis("gang").rank == 0 or not alone)
         self._warnings: list[str] = []
-        self._tokens_read: list[int] = []
-        watch_tokenizers(self._pipeline, self._adapter.unread_tokens, self._warnings, self._tokens_read)
+        self._tokenizers = watch_tokenizers(self._pipeline, self._adapter.most_tokens, self._warnings)
+        self._read_elsewhere = 0
         self._shares_encoded = alone and mesh.degrees.world_size > 1
         self._decodes = mesh.axis("gang").rank == 0
         size = request.width * request.height * request.num_frames
@@ -106,10 +106,9 @@ class Denoising:
         self._ends: StepEnds | None = None  # from the first step here
         self._set_up()
         if encoded is not None:
-            values, warnings, tokens_read = unpacked(encoded, self._mesh.device)
+            values, warnings, self._read_elsewhere = unpacked(encoded, self._mesh.device)
             self._receive(values)
             self._warnings += warnings
-            self._tokens_read += tokens_read
 
     def _set_up(self) -> None:
         """Split the blocks at the loop, and make their state."""
@@ -156,7 +155,7 @@ class Denoising:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts that the text encoders of this rank have read."""
-        return sum(self._tokens_read)
+        return self._read_elsewhere + sum(each.tokens_read for each in self._tokenizers)
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -176,7 +175,7 @@ class Denoising:
 
     def encoded(self) -> bytes:
         """The results and warnings of `encode` here, for a `Denoising` of the request on any ranks."""
-        return packed((self._what_was_encoded(), list(self._warnings), list(self._tokens_read)))
+        return packed((self._what_was_encoded(), list(self._warnings), self.prompt_tokens))
 
     def _what_was_encoded(self) -> Any:
         return self._encoded, self._state.kwargs_mapping

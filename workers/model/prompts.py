@@ -1,15 +1,17 @@
-"""Refuses prompts of a classic pipeline that hold special words of the model, or are so long that its call fails.
+"""Refuses prompts of a classic pipeline that hold special words of the model, or are so long that its call fails, and
+knows where pipelines cut prompts themselves.
 
-Called by `workers.model.adapters.classic` when a request is checked.
+Called by `workers.model.adapters.classic` when a request is checked, and by `workers.model.classic_denoising`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
 
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+from workers.model.truncation import cut
 
 PROCESSORS = ("processor", "text_processor")
 """Names of the components that prepare pictures together with prompts."""
@@ -17,11 +19,34 @@ PROCESSORS = ("processor", "text_processor")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """A few of these are processors, or know the words of one."""
 
-MARKS = dict.fromkeys(("JoyImageEditPipeline", "JoyImageEditPlusPipeline"), ("<image>\n",))
+JOY_IMAGE = ("JoyImageEditPipeline", "JoyImageEditPlusPipeline")
+
+MARKS = dict.fromkeys(JOY_IMAGE, ("<image>\n",))
 """Words that a pipeline itself replaces by those with which a processor marks pictures."""
 
 FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
 """Pipelines that fail if a prompt is too long: the first in its own warning, the second when it encodes."""
+
+CUTS_ABOVE = ("LongCatImagePipeline",)
+"""Pipelines that join the tokens of a prompt from several parts, and cut them then."""
+
+TEMPLATE = 34
+"""Tokens before a prompt, which Qwen-Image and JoyImage-Edit drop again."""
+
+QWEN_IMAGE = (
+    "QwenImagePipeline",
+    "QwenImageImg2ImgPipeline",
+    "QwenImageInpaintPipeline",
+    "QwenImageControlNetPipeline",
+    "QwenImageControlNetInpaintPipeline",
+)
+"""Pipelines whose tokenizer keeps 1024 tokens of a prompt, of which they pass on 512."""
+
+MOST_TOKENS: Mapping[str, Mapping[str, int]] = {
+    **{name: {"tokenizer": TEMPLATE + 512} for name in QWEN_IMAGE},
+    **{name: {"processor": TEMPLATE + 4096} for name in JOY_IMAGE},
+}
+"""See `PipelineAdapter.most_tokens`."""
 
 IDEOGRAM_TOKENS = 2048
 """The most tokens that its call reads by default, including the words of the chat around the prompt."""
@@ -56,15 +81,27 @@ def check_length(name: str, pipeline: Any, request: GenerationRequest) -> None:
     Raises:
         InvalidParameter: names the prompt and how many tokens it has.
     """
-    if name not in FAILS_ABOVE:
-        return
+    if name in FAILS_ABOVE:
+        for field, count, most in _too_long(name, pipeline, request):
+            raise InvalidParameter(field, f"{field} has {count} tokens, this model reads at most {most}; shorten it")
+
+
+def cut_prompts(name: str, pipeline: Any, request: GenerationRequest) -> Iterator[str]:
+    """Warnings of prompts that a pipeline cuts where no tokenizer sees it. Arguments are those of `check_length`."""
+    if name in CUTS_ABOVE:
+        for field, count, most in _too_long(name, pipeline, request):
+            yield cut(field, "text_encoder", most, count)
+
+
+def _too_long(name: str, pipeline: Any, request: GenerationRequest) -> Iterator[tuple[str, int, int]]:
+    """The prompts that have more tokens than a pipeline reads: the field, its tokens, those that are read."""
     chats = name == "Ideogram4Pipeline"
     most = IDEOGRAM_TOKENS if chats else pipeline.tokenizer_max_length
     for field, text in _prompts(request):
         parts = _chat(pipeline.tokenizer, text) if chats else _unquoted(text)
-        count = sum(len(pipeline.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
+        count = sum(len(pipeline.tokenizer.encode(part, add_special_tokens=False)) for part in parts)
         if count > most:
-            raise InvalidParameter(field, f"{field} has {count} tokens, this model reads at most {most}; shorten it")
+            yield field, count, most
 
 
 def _unquoted(text: str) -> Iterator[str]:

@@ -1,10 +1,12 @@
-"""Notices prompts that are longer than a text encoder reads. Pipelines cut them silently.
+"""Notices prompts that are longer than a text encoder reads, which pipelines cut silently, and counts what it reads.
 
 `workers.model.denoising` replaces each tokenizer of a request's pipeline by a `WatchedTokenizer`, and reads the
-warnings once the prompts are encoded.
+warnings and the counts once the prompts are encoded.
 """
 
 import copy
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,15 +16,28 @@ from sp_core.stand_in import StandIn
 PROMPTS = ("prompt", "negative_prompt")
 """The prompts, in the order in which every pipeline encodes them."""
 
-PICTURES = ("images", "videos")
-"""Inputs of a processor besides the text, which marks their places."""
+TOKENIZERS = ("tokenizer", "processor")
+"""How the names begin of components that make tokens of prompts. A processor takes pictures as well."""
+
+SHAPES = ("truncation", "max_length", "padding", "pad_to_multiple_of", "return_tensors")
+"""Options without which a tokenizer makes all tokens of each text, and no more."""
 
 
-def watch_tokenizers(pipeline: Any, unread: int, warnings: list[str], read: list[int]) -> None:
-    """Replace each tokenizer of a request's pipeline by a `WatchedTokenizer` with these arguments."""
-    for name, tokenizer in pipeline.components.items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            setattr(pipeline, name, WatchedTokenizer(name, tokenizer, unread, warnings, read))
+def watch_tokenizers(pipeline: Any, most: Mapping[str, int], warnings: list[str]) -> list["WatchedTokenizer"]:
+    """Replace each tokenizer of a request's pipeline by a `WatchedTokenizer`, and return these.
+
+    Args:
+        pipeline: the request's own.
+        most: by component, how many tokens of a prompt the pipeline passes on where it cuts them itself.
+        warnings: collects warnings for the caller.
+    """
+    found = {
+        name: part for name, part in pipeline.components.items() if part is not None and name.startswith(TOKENIZERS)
+    }
+    watched = [WatchedTokenizer(name, part, most.get(name), warnings) for name, part in found.items()]
+    for name, part in zip(found, watched, strict=True):
+        setattr(pipeline, name, part)
+    return watched
 
 
 class WatchedTokenizer(StandIn):
@@ -31,18 +46,19 @@ class WatchedTokenizer(StandIn):
     Args:
         name: the name of the component.
         tokenizer: the model's tokenizer, or a processor, whose first argument is pictures instead of text.
-        unread: how many of the tokens that it keeps the pipeline drops afterwards.
+        most: how many tokens of a prompt the pipeline passes on; None: all that it gets.
         warnings: collects warnings for the caller.
-        read: collects the number of tokens of each call, without padding.
     """
 
-    def __init__(self, name: str, tokenizer: Any, unread: int, warnings: list[str], read: list[int]) -> None:
+    def __init__(self, name: str, tokenizer: Any, most: int | None, warnings: list[str]) -> None:
         super().__init__(copy.copy(tokenizer))
         self._name = name
-        self._unread = unread
+        self._most = most
         self._warnings = warnings
-        self._read = read
+        self._read = 0
         self._encoded = 0
+        self._cut: list[str] = []  # the latest texts that were to be cut
+        self._whole: tuple[list[str], int, int] | None = None  # those before that were not; the longest and all tokens
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -50,21 +66,60 @@ class WatchedTokenizer(StandIn):
         else:  # such as the side of the padding, which pipelines set before they use it
             setattr(self._original, name, value)
 
-    def __call__(self, text: Any, *, truncation: bool = False, max_length: int | None = None, **options: Any) -> Any:
-        """The tokenizer's own result. Records its length, and a warning if the text was cut."""
-        made = self._original(text=text, truncation=truncation, max_length=max_length, **options)
-        if "attention_mask" in made:
-            self._read.append(int(torch.as_tensor(made["attention_mask"]).sum()))
-        if truncation and max_length is not None:
-            pictures = {name: options[name] for name in PICTURES if name in options}
-            self._compare(text, pictures, max_length - self._unread)
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that it has made for the text encoder, without padding."""
+        return self._read
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """The tokenizer's own result. Counts its tokens, and warns if the text was cut."""
+        made = self._original(text=text, **options)
+        texts = [text] if isinstance(text, str) else list(text)
+        self._watch(texts, made, options, functools.partial(self._original, text=texts, verbose=False))
         return made
 
-    def _compare(self, text: Any, pictures: dict[str, Any], kept: int) -> None:
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The tokenizer's own result, watched like that of `__call__` if it is tokens."""
+        made = self._original.apply_chat_template(conversation, **options)
+        if options.get("tokenize"):
+            again = functools.partial(self._original.apply_chat_template, conversation)
+            self._watch([str(conversation)], made, options, again)
+        return made
+
+    def _watch(self, texts: list[str], made: Any, options: dict[str, Any], again: Callable[..., Any]) -> None:
+        lengths, cuts = _lengths(made), bool(options.get("truncation"))
+        if not cuts and texts == self._cut:
+            return  # the pipeline only logs what was cut
+        self._read += sum(lengths)
+        whole = longest = max(lengths, default=0)
+        if not cuts:
+            self._whole = texts, longest, sum(lengths)
+        elif self._whole and all(a.startswith(b) for a, b in zip(self._whole[0], texts, strict=False)):
+            _, whole, counted = self._whole  # the pipeline has looked at the length first, and maybe cut the text
+            self._read -= counted
+        else:
+            bare = {name: value for name, value in options.items() if name not in SHAPES}
+            whole = max(_lengths(again(**bare)), default=0)
+        if cuts:
+            self._cut, self._whole = texts, None
+        if cuts or self._most:
+            self._compare(whole, min(longest, self._most or longest))
+
+    def _compare(self, whole: int, kept: int) -> None:
         prompt = PROMPTS[min(self._encoded, len(PROMPTS) - 1)]
         self._encoded += 1
-        texts = [text] if isinstance(text, str) else text
-        whole = max(len(ids) for ids in self._original(text=texts, verbose=False, **pictures).input_ids)
         if whole > kept:
-            encoder = self._name.replace("tokenizer", "text_encoder")
-            self._warnings.append(f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it")
+            encoder = "text_encoder" + self._name.removeprefix("tokenizer").removeprefix("processor")
+            self._warnings.append(cut(prompt, encoder, kept, whole))
+
+
+def cut(prompt: str, encoder: str, kept: int, whole: int) -> str:
+    """The warning that of a prompt only so many tokens are read."""
+    return f"{prompt}: {encoder} reads {kept} of {whole} tokens; the rest does not reach it"
+
+
+def _lengths(made: Any) -> list[int]:
+    """The tokens of each text, without padding."""
+    mask = made.get("attention_mask", [])
+    rows = [mask] if len(mask) and isinstance(mask[0], int) else mask
+    return [int(torch.as_tensor(row).sum()) for row in rows]

@@ -21,7 +21,7 @@ from workers.model.extra_ranges import check_extra_ranges
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
 from workers.model.positions import check_positions, only_size
-from workers.model.prompts import check_length, check_words
+from workers.model.prompts import MOST_TOKENS, check_length, check_words
 from workers.model.step_counts import check_steps
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -49,11 +49,11 @@ GUIDERS = ("guider", "ocr_guider")
 OWN = re.compile(
     "^(prompt|negative_prompt|output_type|return_dict|frames|frame_rate|guidance_scale|guidance_scale_2|true_cfg_scale|eta)$"
     "|num_|steps|length|height|width|size|^(?!use_).*resolution|strength|max_area|mask_crop|^enable_temporal_reasoning$"
-    "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$|^seed$|_embeds$|^image_embed_interleave$"
+    "|^fps$|^ar_step$|^addnoise_condition$|^mu$|^std$|^seed$|_embeds$|^image_embed_interleave$|^skip_layer_guidance_"
 )
 """Parameters that a request may not set as extra ones: those with a field of their own, those that decide how much is
 computed, one that draws noise without a seed, those that make the timesteps or embeddings, where wrong values fail in a
-step, and one that belongs to the model."""
+step, one that belongs to the model, and those of a guidance that needs a list, `skip_guidance_layers`."""
 
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
@@ -86,7 +86,11 @@ class ClassicAdapter(PipelineAdapter):
         assert call is not None, "the family was made from it"
         self._call: ClassicCall = call
         self.count_input = next((name for name in COUNT_INPUTS if name in call.parameters), "")
-        self.extra_kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n) and n not in REWRITES}
+        kinds = {n: k for n, k in call.scalars.items() if not OWN.search(n) and n not in REWRITES}
+        if family.guided_above is None:  # no branch reads further negative prompts
+            kinds = {n: k for n, k in kinds.items() if not n.startswith("negative_prompt")}
+        self.extra_kinds = kinds
+        self.most_tokens = MOST_TOKENS.get(family.pipeline, {})
         self.takes_size = {"height", "width"} <= set(call.parameters)
         self.one_generator = call.one_generator
         self.makes_one = call.makes_one

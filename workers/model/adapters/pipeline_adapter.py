@@ -37,7 +37,8 @@ class PipelineAdapter:
     Attributes:
         count_input: the name of the input for the number of pictures or videos.
         output: the name of the last block's output.
-        unread_tokens: how many of the tokens that the tokenizer keeps the pipeline drops.
+        most_tokens: by the component that makes them, how many tokens of a prompt with its template the pipeline
+            passes on, where it cuts them itself.
         extra_kinds: the parameters of this pipeline alone that a request may set, each with its Python type.
         has_previews: whether its latents are cells of a picture, or packed like Qwen-Image's.
         vae_of_videos: whether its VAE takes pictures as videos of one frame.
@@ -47,7 +48,7 @@ class PipelineAdapter:
 
     count_input = "num_images_per_prompt"
     output = "images"
-    unread_tokens = 0
+    most_tokens: Mapping[str, int] = MappingProxyType({})
     extra_kinds: Mapping[str, str] = MappingProxyType({})
     has_previews = True
     vae_of_videos = False

@@ -9,14 +9,15 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, qwen_vl_encoder
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
+from workers.model.prompts import MOST_TOKENS
 
 TRANSFORMER_GAINS = {"_mod.": 3, "norm_": 1.5, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 4}
 
 
 class QwenImageAdapter(PipelineAdapter):
-    """Its tokenizer keeps 1024 tokens of a prompt, of which the pipeline passes on 512."""
+    """How Qwen-Image is run."""
 
-    unread_tokens = 512
+    most_tokens = MOST_TOKENS["QwenImagePipeline"]
     vae_of_videos = True
 
     def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
