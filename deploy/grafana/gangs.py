@@ -108,7 +108,7 @@ GANGS = Board(
                 "s",
                 [
                     (
-                        f"time() - max by (model, replica) (spray_progress_timestamp_seconds{{{M}}})",
+                        f"time() - min by (model, replica) (spray_progress_timestamp_seconds{{{M}}})",
                         "{{model}}/{{replica}}",
                     )
                 ],

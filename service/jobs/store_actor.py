@@ -46,7 +46,7 @@ from service.jobs.engines import CONNECTIONS, open_postgres, open_sqlite
 from service.jobs.observed import begin_at_zero, observing_store
 from service.jobs.store import JobStore
 from service.state.output_folder import own_folder
-from service.state.shared_turns import NAMESPACE
+from service.state.shared_turns import HEAD, NAMESPACE
 from workers.errors import JobsUnavailable
 from workers.private_folder import make_private
 
@@ -64,9 +64,6 @@ runs the first jobs meanwhile."""
 
 PAUSE_S = 0.3
 """Between two tries while the actor starts again."""
-
-HEAD = "node:__internal_head__"
-"""The resource by which Ray marks the head's node."""
 
 FILE = "jobs.db"
 

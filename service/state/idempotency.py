@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.storage_spec import Idempotency as Settings
 from service.state import kept_answers
 from service.state.kept_answers import Claim, KeptAnswers
-from service.state.shared_turns import NAMESPACE
+from service.state.shared_turns import HEAD, NAMESPACE
 from workers import messages
 from workers.errors import KeysUnavailable, OutputsFull, OutputsUnavailable, SprayError
 from workers.messages import GenerationResult
@@ -38,9 +38,6 @@ WAITING = 10_000
 
 NOT_KEPT = (RayError, ValueError, TimeoutError, OSError, sqlite3.Error, OutputsFull, OutputsUnavailable)
 """What the keeper may raise that cannot keep a key."""
-
-HEAD = "node:__internal_head__"
-"""The resource by which Ray marks the head's node."""
 
 
 class IdempotencyKeys:

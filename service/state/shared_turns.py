@@ -46,6 +46,9 @@ WAITING = 100_000
 
 NAMESPACE = "spray"
 
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks the head's node."""
+
 _several = False
 
 
@@ -128,6 +131,7 @@ def start_keeper() -> Any:
         lifetime="detached",  # else it would end with the gateway that started it
         max_restarts=-1,
         num_cpus=0,
+        resources={HEAD: 0.001},  # on whichever node is the head: the autoscaler removes no node with an actor
         max_concurrency=WAITING,
     )
     return made.remote()

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import prometheus_client
 import pytest
+from ray.serve.schema import ReplicaRank
 
 from deploy.families.qwen_image import FAMILY
 from service.rollout.ports import bind_error
@@ -143,8 +144,6 @@ def test_ranks_answer_where_no_gang_does(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model(demo_model, "renumbered")
     told: list[str] = []
-    context = SimpleNamespace(rank=SimpleNamespace(rank=0))
-    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
     gang = Gang(spec.fixed)
     metrics_at = {"host": "127.0.0.1", "port": None}
     metrics = GangMetrics("renumbered", "1")
@@ -154,7 +153,7 @@ def test_the_labels_follow_when_serve_numbers_gangs_anew(demo_model: Path, monke
     gang._set_up(setup).ranks = ranks  # type: ignore[assignment]
     configured = {"model": spec.live, "storage": {}, "metrics": metrics_at}
     for _ in range(2):  # the second time nothing has changed
-        asyncio.run(gang.reconfigure(configured))
+        asyncio.run(gang.reconfigure(configured, rank=ReplicaRank(rank=0, node_rank=0, local_rank=0)))
     assert told == ["0"]
     setup.metrics.now(7.0, True, 2.0)
     sample = prometheus_client.REGISTRY.get_sample_value

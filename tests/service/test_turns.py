@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.state import gang_state
+from service.state import gang_state, shared_turns
 from service.state import turns as module
 from service.state.tickets import Ticket, Turn
 from service.state.turns import Turns
@@ -439,3 +439,21 @@ def test_a_turn_is_one_gang_and_one_number() -> None:
         waiting.cancel()
 
     story(tell)
+
+
+def test_the_keeper_of_shared_turns_runs_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it would keep a node of GPUs from being removed."""
+    options: dict[str, Any] = {}
+
+    class Made:
+        def options(self, **given: Any) -> "Made":
+            options.update(given)
+            return self
+
+        def remote(self) -> None:
+            pass
+
+    monkeypatch.setattr("service.state.shared_turns.ray.remote", lambda _: Made())
+    shared_turns.start_keeper()
+    assert options["resources"].keys() == {"node:__internal_head__"}
+    assert options["num_cpus"] == 0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from ray.serve.schema import ReplicaRank
 
 from deploy.families.qwen_image import FAMILY
 from deploy.model_sections import LoRA
@@ -31,8 +32,8 @@ def setup_of(spec: ModelSpec) -> Setup:
 
 def in_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Serve say which replica this is, and new processes be strings."""
-    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"), rank=SimpleNamespace(rank=0))
-    monkeypatch.setattr("workers.gang.gang.serve.get_replica_context", lambda: context)
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r"))
+    monkeypatch.setattr("workers.gang.supervisor.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("workers.gang.supervisor.create", lambda model, storage, name: ["fresh"])
 
 
@@ -48,6 +49,7 @@ class FakeRanks:
         self.refused: set[LoRA] = set()
         self.lost: Exception | None = None
         self.cancelled: list[str] = []
+        self.numbers: list[str] = []
         self.statuses = [
             SimpleNamespace(
                 progress=0, latest_step=(), phase="idle", step=0, total_steps=0, pid=7, kernel="", guidance=""
@@ -86,8 +88,8 @@ class FakeRanks:
     def serve_metrics(self, **_: Any) -> None:
         pass
 
-    def renumber(self, _: str) -> None:
-        pass
+    def renumber(self, number: str) -> None:
+        self.numbers.append(number)
 
 
 def gang_with_ink(monkeypatch: pytest.MonkeyPatch) -> tuple[Gang, FakeRanks]:
@@ -105,11 +107,11 @@ def supervisor_of(gang: Gang) -> Supervisor:
     return gang._supervisor
 
 
-async def deploy(gang: Gang, *loras: LoRA) -> None:
-    """What Serve does when the deployment file names these adapters."""
+async def deploy(gang: Gang, *loras: LoRA, number: int = 0) -> None:
+    """What Serve does when the deployment file names these adapters, or the gang is the one of this number."""
     live = ModelSpec(name="inked", source="/a", loras=loras).live
     config = {"model": live, "storage": {}, "metrics": {"host": "127.0.0.1", "port": None}}
-    await gang.reconfigure(config)
+    await gang.reconfigure(config, rank=ReplicaRank(rank=number, node_rank=0, local_rank=0))
 
 
 async def ask(gang: Gang, caller: str = "") -> list[Any]:

@@ -126,6 +126,16 @@ def test_much_late_work_gets_more_ranks() -> None:
     assert sum(name.startswith("late") for name in found) == 6
 
 
+def test_late_work_does_not_stand_still_beside_idle_ranks() -> None:
+    """One late request runs, and would gain nothing by the ranks that are left."""
+    speed = {1: 1.0, 2: 0.95, 4: 1.0}
+    runs, waits = work("runs", 100, due=1.0, step_s=speed, at=Block(0, 2)), work("waits", 100, due=1.0, step_s=speed)
+    assert deal([waits], [runs], 4, 10.0) == {"waits": Block(2, 2)}
+    assert deal([waits, runs], [], 4, 10.0) == {"runs": Block(0, 2), "waits": Block(2, 2)}
+    soon = work("soon", 10, due=16.0, step_s={4: 0.5})
+    assert deal([waits, soon], [replace(runs, stood_since=9.9)], 4, 10.0) == {}, "they are held for one in time"
+
+
 @pytest.mark.parametrize("stood_s", [PATIENCE_S - 1, PATIENCE_S + 1])
 def test_late_work_does_not_stand_still_for_long(stood_s: float) -> None:
     now = 100.0

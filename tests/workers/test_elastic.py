@@ -72,6 +72,7 @@ class Ranks:
             yield Drawn(name, took)
         finally:
             del self.parts[name]
+            self._pausing.discard((name, part.number))
 
     async def step(self, name: str, what: Any = None) -> None:
         """End a step of a request, and let everybody see it."""
@@ -380,6 +381,29 @@ def test_a_cancellation_between_two_parts_is_not_forgotten(elastic: Elastic) -> 
             await first
         assert ranks.blocks() == {"b": (0, 4)}
         second.cancel()
+
+    drive(story, elastic)
+
+
+@pytest.mark.parametrize("stands", [False, True])
+def test_who_is_asked_for_again_ends_first(elastic: Elastic, stands: bool) -> None:
+    async def story(ranks: Ranks, begin: Any) -> None:
+        others = [begin(name) for name in "bc"] if stands else []
+        await settled()
+        former = begin("a", priority="batch")
+        await settled()
+        assert ("a" in ranks.parts) is not stands
+        again = begin("a")
+        await settled()
+        if not stands:
+            assert ranks.seen == [("a", 0, 4)], "the ranks know one request of a name"
+            await ranks.step("a")
+        assert isinstance(former.exception(), RequestCancelled)
+        for name in ["b", "c"] * 4 * stands + ["a"] * 4:
+            await ranks.step(name)
+        assert isinstance((await again)[-1], Drawn)
+        await asyncio.gather(*others)
+        assert not elastic.has_work and ranks.cancelled == []
 
     drive(story, elastic)
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.workers.gang_cases import REQUEST, FakeRanks, ask, gang_with_ink
+from tests.workers.gang_cases import INK, REQUEST, FakeRanks, ask, deploy, gang_with_ink
 from workers.errors import UNKNOWN_LORA, InvalidParameter, RequestCancelled
 from workers.gang.gang import Gang
 
@@ -57,5 +57,17 @@ def test_a_request_ends_when_its_caller_is_killed(
             await asyncio.wait_for(running, 60)
         assert ranks.cancelled == [REQUEST.request_id]
         assert gang.record_autoscaling_stats()["busy"] == 0
+
+    asyncio.run(story())
+
+
+def test_a_gang_takes_the_number_that_serve_gives_it(inked: tuple[Gang, FakeRanks]) -> None:
+    gang, ranks = inked
+
+    async def story() -> None:
+        for number in (2, 1, 1):  # the last time only something else has changed
+            await deploy(gang, INK, number=number)
+            assert gang._setup.metrics.replica == str(number)
+        assert ranks.numbers == ["2", "1"]
 
     asyncio.run(story())

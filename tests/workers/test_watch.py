@@ -16,7 +16,7 @@ import pytest
 
 from deploy.model_sections import Timeouts
 from workers.errors import GangLost
-from workers.gang import watch
+from workers.gang import process_state, watch
 from workers.gang.process_state import Activity, is_halted
 from workers.gang.watch import Watch, watch_start
 from workers.messages import Phase, RankStatus
@@ -136,6 +136,22 @@ def test_what_a_process_does_is_seen_from_outside(started: Any) -> None:
     assert reads.idle_s() < 1
     assert not is_halted(os.getpid())
     assert is_halted(2**22 + 1)
+
+
+def test_a_process_that_waits_for_a_slow_file_is_not_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(process_state, "PROC", tmp_path)
+    monkeypatch.setattr(process_state, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    reader, ended = tmp_path / "7/task/8", tmp_path / "7/task/9"
+    for thread in (reader, ended):
+        thread.mkdir(parents=True)
+    (tmp_path / "7/stat").write_text("7 (ray::Rank (0)) S" + " 0" * 40)
+    (tmp_path / "7/io").write_text("rchar: 5\nread_bytes: 5\n")
+    activity = Activity(7)
+    for state, idle_s in (("D", 0.0), ("S", 60.0), ("S", 120.0), ("D", 0.0)):
+        now[0] += 60
+        (reader / "stat").write_text(f"8 (python) {state}" + " 0" * 40)
+        assert activity.idle_s() == idle_s
 
 
 def test_ranks_that_wait_are_asked_seldom_and_those_that_work_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ Priorities decide, then deadlines, then the least work:
    would last longer. So several requests make room for one, each at its own boundary.
 2. Work that is late anyway, on few ranks: it may not make others late. It gets more ranks the more of it there is, and
    its order is by what is left and by age, so that nobody waits without bound.
-3. Ranks that are left double a request, as long as one gains by it.
+3. Ranks that are left double a request, as long as one gains by it. Then they are for all work that is late, unless
+   something in time waits for more.
 
 Degrees are powers of two and blocks are aligned, so that every block has groups that were made at the start. Scheduling
 by steps follows TetriServe (arXiv 2510.01565) and GenServe (arXiv 2604.04335).
@@ -159,6 +160,9 @@ def deal(
             hand.give(work, degree)
         hand.give_late([work for work in late if work.rises(now) == level], share)
     hand.double()
+    if not holds.ranks and all(work in hand.given for work, _ in in_time):
+        hand.give_late(late, units)  # what is left helps nobody in time
+        hand.double()
     placed = _place(hand.given, free - holds.ranks)
     if any(work.id not in placed or placed[work.id].size < (needs[work.id] or 1) for work in hand.given):
         return _place(hand.given, free)  # beside what is held there was no block for one that comes first

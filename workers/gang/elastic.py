@@ -91,11 +91,13 @@ class Elastic:
         by, and is not the cause of what happens to the gang.
 
         Raises:
-            As `RankGroup.run`.
+            As `RankGroup.run`. `RequestCancelled` also if the caller has asked for the same again.
         """
         name = journey.request.request_id
         self._ranks = ranks
+        await self._end_former(ranks, journey)
         self._journeys[name] = journey
+        journey.gone.clear()
         try:
             self._require(ranks, journey)
             if journey.encoded is None:
@@ -111,7 +113,7 @@ class Elastic:
             finished = False
             while not finished:
                 if journey.cancelled:
-                    raise RequestCancelled(f"request {name} was canceled")
+                    raise _cancelled(name)
                 self._require(ranks, journey)
                 self._count_idle()
                 journey.turn = asyncio.get_running_loop().create_future()
@@ -128,7 +130,22 @@ class Elastic:
         finally:
             self._count_idle()
             del self._journeys[name]
+            journey.gone.set()
             self._deal()
+
+    async def _end_former(self, ranks: ElasticRankGroup, journey: Journey) -> None:
+        """A caller whose connection broke asks again while the request still runs. The latest is the one that counts,
+        and has to wait: ranks know both by one name."""
+        name = journey.request.request_id
+        while former := self._journeys.get(name):
+            if former.arrived > journey.arrived:  # it came while this one had lost its ranks
+                raise _cancelled(name)
+            former.cancelled = True
+            if former.turn and not former.turn.done():
+                former.turn.set_exception(_cancelled(name))
+            elif former.at and not former.leaving:
+                self._pause(ranks, former)  # a cancellation that comes late would hit this one
+            await former.gone.wait()
 
     def can_go_on(self, ranks: ElasticRankGroup, journey: Journey) -> bool:
         """Whether ranks that live are enough for a request, and are not to be left."""
@@ -144,12 +161,17 @@ class Elastic:
         """Let all requests leave these ranks at their next boundary: others come. A profile is of the same ranks, and
         goes on to its end."""
         self._left = ranks
-        for name, journey in self._journeys.items():
+        for journey in self._journeys.values():
             if journey.turn:
                 self._turn_away(journey)
             elif journey.at and not journey.leaving and not journey.request.profile:
-                journey.leaving = True
-                ranks.pause(name, journey.part, self._ranks_of(journey.at))
+                self._pause(ranks, journey)
+
+    def _pause(self, ranks: ElasticRankGroup, journey: Journey) -> None:
+        """Let a request that runs leave its ranks after its step."""
+        assert journey.at is not None, "it runs"
+        journey.leaving = True
+        ranks.pause(journey.request.request_id, journey.part, self._ranks_of(journey.at))
 
     def _turn_away(self, journey: Journey) -> None:
         if journey.turn and not journey.turn.done():
@@ -162,7 +184,7 @@ class Elastic:
             return
         journey.cancelled = True
         if journey.turn and not journey.turn.done():
-            journey.turn.set_exception(RequestCancelled(f"request {request_id} was canceled"))
+            journey.turn.set_exception(_cancelled(request_id))
         elif journey.at:
             ranks.cancel(request_id, self._ranks_of(journey.at))
 
@@ -317,8 +339,7 @@ class Elastic:
         waiting = [each for each in self._journeys.values() if each.leaving or (each.turn and not each.turn.done())]
         if self._dealt([*waiting, journey]).get(journey.request.request_id) != journey.at:
             assert self._ranks is not None, "it has some"
-            journey.leaving = True
-            self._ranks.pause(journey.request.request_id, journey.part, self._ranks_of(journey.at))
+            self._pause(self._ranks, journey)
 
     def _dealt(self, waiting: list[Journey]) -> dict[str, Block]:
         lost = self._lost_units
@@ -350,3 +371,7 @@ class Elastic:
         if journey.decodes:  # like one more step, on the ranks that it has
             return replace(work, steps_left=1, step_s={self._degrees[0]: work.tail_s}, tail_s=0.0)
         return work
+
+
+def _cancelled(request_id: str) -> RequestCancelled:
+    return RequestCancelled(f"request {request_id} was canceled")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub.constants import HF_HUB_CACHE
-from ray import serve
+from ray.serve.schema import ReplicaRank
 
 from deploy.families.lookup import find_family
 from deploy.model_spec import ModelSpec
@@ -69,8 +69,9 @@ class Gang:
         self._adapter_change: asyncio.Task[None] | None = None  # also while it runs: a reference keeps it alive
         self._costs = CostModel()
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve once before this replica takes requests, and whenever the live part of the model changes.
+    async def reconfigure(self, user_config: dict[str, Any], rank: ReplicaRank) -> None:
+        """Called by Serve once before this replica takes requests, and whenever the live part of the model changes, or
+        the number of this replica.
 
         Once ranks run it returns at once, because Serve sends no requests meanwhile: new adapters are loaded in a turn
         of their own, ahead of later requests.
@@ -78,13 +79,14 @@ class Gang:
         Args:
             user_config: `{"model": ModelSpec.live, "storage": its `models` and `compiled`,
                 "metrics": DeploymentSpec.metrics_at, "tracing": its `tracing`}`.
+            rank: the number of this replica. `serve.get_replica_context()` has the former one until this is over.
 
         Raises:
             GangLost: a rank did not start, or could not load the model, within the start-up limit.
             ValueError: the model's files cannot be had, or are damaged.
         """
         model = ModelSpec.model_validate(self._fixed | user_config["model"])
-        number = str(serve.get_replica_context().rank.rank)
+        number = str(rank.rank)
         self._exporter.serve_at(**user_config["metrics"])
         self._tracing.follow(**user_config.get("tracing", OFF))  # an older version deployed none
         if self._supervisor is None or self._supervisor.ranks is None:

@@ -40,6 +40,7 @@ class Journey:
         fallbacks: times that it went on after it had lost its ranks; again on others that were started with them counts
             once.
         lost: the ranks of which it has lost some last.
+        gone: set while it is not among the requests of the gang.
     """
 
     request: GenerationRequest
@@ -63,6 +64,7 @@ class Journey:
     begun: bool = False
     fallbacks: int = 0
     lost: object = None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def has_ranks(self) -> bool:

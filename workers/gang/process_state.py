@@ -3,6 +3,7 @@
 It answers when the process itself cannot: a thread that imports or reads may hold Python's lock for seconds.
 """
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -45,9 +46,10 @@ class Activity:
         self._at = time.monotonic()
 
     def idle_s(self) -> float:
-        """Seconds without reading or computing. 0 where the system does not tell."""
+        """Seconds without reading or computing. 0 where the system does not tell, and while a thread waits for a file:
+        what a slow server sends is counted when the read returns, which may take minutes."""
         now = use_of(self._pid)
-        if now is None or self._last is None or now.exceeds(self._last):
+        if now is None or self._last is None or now.exceeds(self._last) or _waits_for_a_file(self._pid):
             self._last, self._at = now, time.monotonic()
         return time.monotonic() - self._at
 
@@ -61,7 +63,7 @@ def is_halted(pid: int) -> bool:
     if not PROC.is_dir():
         return False
     try:
-        return _stat(pid)[0] in "TtZX"
+        return _stat(PROC / str(pid))[0] in "TtZX"
     except OSError:
         return True
 
@@ -69,7 +71,7 @@ def is_halted(pid: int) -> bool:
 def use_of(pid: int) -> Use | None:
     """What a process of this machine has used; None where the system does not tell."""
     try:
-        stat = _stat(pid)
+        stat = _stat(PROC / str(pid))
         io = dict(line.split(": ") for line in (PROC / str(pid) / "io").read_text().splitlines())
     except OSError:
         return None
@@ -78,6 +80,15 @@ def use_of(pid: int) -> Use | None:
     return Use(int(io["rchar"]) + int(io["read_bytes"]) + faults * os.sysconf("SC_PAGE_SIZE"), cpu_s)
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on, which is the third in proc(5)."""
-    return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+def _waits_for_a_file(pid: int) -> bool:
+    """Whether a thread is in the state D, as in a read from NFS or a disk."""
+    for thread in (PROC / str(pid) / "task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if _stat(thread)[0] == "D":
+                return True
+    return False
+
+
+def _stat(process: Path) -> list[str]:
+    """The fields of the `stat` of a process or thread from the state on, which is the third in proc(5)."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
