@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from deploy.api_keys import read_api_keys
 from service.cli.main import app
 from tests.helm.chart import CHART, IMAGE, Values, pod_templates, profile, render, with_values
 
@@ -104,11 +105,11 @@ def test_every_secret_of_production_is_made_by_a_command() -> None:
     assert made == asked
 
 
-def test_a_key_is_an_entry_of_the_file(tmp_path: Path) -> None:
-    (words,) = named("spray", "key")
-    done = CliRunner().invoke(app, words[1 : words.index(">")])
-    assert done.exit_code == 0
-    assert yaml.safe_load(f"keys:\n{done.stdout}")["keys"]
+def test_keys_are_entries_of_the_file_and_one_is_the_operators(tmp_path: Path) -> None:
+    asked = [itertools.takewhile(lambda word: ">" not in word, words[1:]) for words in named("spray", "key")]
+    made = [CliRunner().invoke(app, [*words]).stdout for words in asked]
+    (tmp_path / "keys.yaml").write_text("".join(["keys:\n", *made]))
+    assert [key.admin for key in read_api_keys(tmp_path / "keys.yaml")] == [False, True]
 
 
 def run_at(head: Path, word: str) -> None:

@@ -20,7 +20,10 @@ from service.jobs.records import ID
 
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
-    """Show the models, gangs and queues of a server, and the steps of what is running."""
+    """Show the models, gangs and queues of a server, and the steps of what is running.
+
+    Needs a key with the scope admin.
+    """
     _show("/v1/cluster", read_cluster, cluster_table, server, as_json)
 
 
@@ -30,7 +33,7 @@ def top(
 ) -> None:
     """Watch the gangs of a server until Ctrl-C: steps, where their time goes, queues, what the autoscaler wants.
 
-    A pipe or a file gets one look.
+    A pipe or a file gets one look. Needs a key with the scope admin.
     """
     at = server_url(server)
     if not sys.stdout.isatty():
