@@ -1,4 +1,4 @@
-"""workers: a gang is one model copy on N devices. README.md walks a request through it and says what a failure does.
+"""workers: a gang is one model copy on N devices. README.md shows the path of a request and says what a failure does.
 
 messages.py   what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult, RankStatus
 errors.py     the one tree of errors

@@ -29,11 +29,11 @@ def ps(server: Server = None, as_json: AsJson = False) -> None:
 
 def top(
     server: Server = None,
-    seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Seconds between refreshes.")] = 1.0,
 ) -> None:
     """Watch the gangs of a server until Ctrl-C: steps, where their time goes, queues, what the autoscaler wants.
 
-    A pipe or a file gets one look. Needs a key with the scope admin.
+    A pipe or a file gets one table. Needs a key with the scope admin.
     """
     at = server_url(server)
     if not sys.stdout.isatty():
@@ -79,7 +79,7 @@ def cancel(
     request_id: Annotated[
         str,
         typer.Argument(
-            metavar="ID", help="Of `spray requests` or `spray jobs`, or the x-request-id.", show_default=False
+            metavar="ID", help="ID in `spray requests` or `spray jobs`, or the x-request-id.", show_default=False
         ),
     ],
     server: Server = None,
