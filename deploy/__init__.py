@@ -16,6 +16,7 @@
     safetensors_headers.py  reads the headers of weight files, and checks that the files are whole
     check.py      checks a deployment against its models and a machine; says what each replica takes
     memory.py     bytes of the largest rank; activations.py the bytes that a request adds to the weights
+    grafana/      the dashboards, and the code that writes them
     *.yaml        deployments that ship with spray: local.yaml is the demo, multi-model.yaml a cluster of four models
 
 No torch. This file imports nothing.

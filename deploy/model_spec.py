@@ -118,7 +118,7 @@ class ModelSpec(Section):
     spare_ranks: bool = Field(
         False,
         description="beside each rank, keep a process with its libraries imported that takes its place when ranks are "
-        "lost; about 0.4 GB of a node's memory each",
+        "lost; about 350 MB of a node's memory each",
     )
     loras: tuple[LoRA, ...] = Field((), description="adapters that requests may name")
     plan: Symbol | None = Field(

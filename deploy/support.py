@@ -22,8 +22,6 @@ class Row(TypedDict):
         tasks: the tasks that a request may ask for.
         layouts: layouts that are proved to give the answer of its classic call: one rank, u Ulysses, r ring, t tensor
             ranks.
-        lora: whether adapters were proved.
-        compile: whether compiled blocks were proved.
         date: of the proof.
         note: what the proof had to leave out, if anything.
     """
@@ -34,8 +32,6 @@ class Row(TypedDict):
     reason: str
     tasks: list[str]
     layouts: list[str]
-    lora: str
-    compile: str
     date: str
     note: NotRequired[str]
 

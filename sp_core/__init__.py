@@ -34,6 +34,7 @@ Reading order, from intent to arithmetic (README.md says how to add a model):
     kernels.py        attention on one device
     cuda_kernels.py   the kernels to choose from on CUDA
     kernel_choice.py  chooses one of them for all ranks
+    torchvision_operators.py  makes torchvision importable beside a CPU build of torch
     diffusers_private.py, torch_private.py   the private names of these libraries that sp_core uses
     verify/           does a model give the same answer on every layout, and a gang the answer of one rank?
     planner/          finds where to split a model's sequence by observing forwards; `verify` proves it

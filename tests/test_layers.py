@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,17 @@ def test_package_maps_import_nothing(layer: str) -> None:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         assert len(tree.body) == 1, path
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_package_maps_name_all_files(layer: str) -> None:
+    """Those of generated code and of migrations name none; where there is a file per family or migration, not these."""
+    for path in (ROOT / layer).rglob("__init__.py"):
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if ".py" in told and "ne file per" not in told.partition("\n")[0]:
+            files = {each.name for each in path.parent.glob("*.py")} - {"__init__.py", "__main__.py"}
+            files |= {f"{each.parent.name}/" for each in path.parent.glob("*/__init__.py")}
+            assert {name for name in files if not re.search(rf"(?<![\w.]){re.escape(name)}", told)} == set(), path
 
 
 WITH_TORCH_AFTER = """

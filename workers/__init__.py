@@ -1,4 +1,4 @@
-"""workers: a gang is one model copy on N devices. README.md walks a request through it and says what a failure does.
+"""workers: a gang is one model copy on N devices. README.md shows the path of a request and says what a failure does.
 
 messages.py   what crosses process boundaries: GenerationRequest, StepEvent, GenerationResult, RankStatus
 errors.py     the one tree of errors
@@ -11,6 +11,7 @@ gang/         the actors: a gang, its ranks, where they are placed, what they co
 model/        one model in one rank: files, loading, denoising, adapters, pictures
 demo_models/  tiny models for the demo and the tests; `python -m workers.demo_models` writes one
 support_matrix.py  proves which pipelines of diffusers are served, and writes it down; pipeline_proof.py: one proof
+small_pictures.py  small pictures for quick proofs; passing_checker.py: a guardrail that passes everything
 
 This file imports nothing, so that `workers.messages` and `workers.gang.gang` load without torch.
 """

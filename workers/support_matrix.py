@@ -30,8 +30,6 @@ from workers.demo_models.writer import write_demo_model
 if TYPE_CHECKING:
     from workers.pipeline_proof import Proof
 
-NOT_TRIED = "not tried"
-
 
 def proved(pipeline: str, transformer: str, pool: RankPool) -> "Proof":
     """The proof of a pipeline that has a demo model; of several requests, that of the last.
@@ -60,8 +58,6 @@ def row(pipeline: str, transformer: str, proof: "Proof | None", reason: str = ""
         "reason": reason,
         "tasks": list(family_of(pipeline).tasks) if proof else [],
         "layouts": list(proof.layouts) if proof else [],
-        "lora": NOT_TRIED if proof else "",
-        "compile": NOT_TRIED if proof else "",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat() if proof else "",
     }
     if proof and proof.shipped:
@@ -96,11 +92,11 @@ def markdown(rows: Iterable[Row]) -> str:
             "it would not. Layouts: 1 one rank, u2 Ulysses, r2 ring, t2 tensor ranks.",
             "Models that round by themselves, or need a guardrail, have a note below the table.",
             "",
-            "| pipeline | transformer | tasks | layouts | LoRA | compile | proved |",
-            "|---|---|---|---|---|---|---|",
+            "| pipeline | transformer | tasks | layouts | proved |",
+            "|---|---|---|---|---|",
             *(
                 f"| {row['pipeline']} | {row['transformer']} | {', '.join(row['tasks'])} | "
-                f"{', '.join(row['layouts'])} | {row['lora']} | {row['compile']} | {row['date']} |"
+                f"{', '.join(row['layouts'])} | {row['date']} |"
                 for row in good
             ),
             "",

@@ -5,6 +5,7 @@ images.py      POST /v1/images/generations, POST /v1/images/edits
 videos.py      POST /v1/videos/sync
 outputs.py     GET /v1/outputs/{name}: finished files, by signed URLs
 video_jobs.py  /v1/videos: videos as jobs
+stills.py      thumbnails and sheets of a finished video
 jobs.py        /v1/jobs: jobs of all kinds
 job_calls.py   the operations on jobs, for both APIs
 job_events.py  a job as server-sent events
@@ -15,6 +16,7 @@ cluster.py     GET /v1/cluster, and the probes /livez, /readyz and /health
 openapi.py     /openapi.json and /docs; page.py makes the page
 backend.py     what the API needs from the gateway, and how routes get it
 origin.py      where a request comes from: its id, and whether a foreign web page may have sent it
+observed.py    counts calls, and passes on their traces
 cors.py        lets pages of other sites call, if the deployment names them
 once.py        does a request with an idempotency key only once
 disconnect.py  ends a request whose caller or proxy is gone

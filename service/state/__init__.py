@@ -13,5 +13,7 @@ turns.py            whose turn it is, and on which gang; shared_turns.py one for
 tickets.py          the questions and answers about turns; gang_state.py what is known of a gang
 keyring.py          the API keys of a gateway, and what each has left; key_use.py what other gateways use of it
 quarantine.py       which requests have cost gangs; head_store.py where all gateways read this
+outputs.py          finished files; output_folder.py and output_bucket.py: places for them; stored.py: one of them
+observed.py         the gauges of gangs and queues
 prefetch.py         fetches hub models onto nodes before a gang needs them
 """

@@ -1,10 +1,13 @@
 """The commands of the chart's README: what they name exists, and what they do without a cluster is done."""
 
+import contextlib
 import itertools
+import json
 import re
 import shlex
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from deploy.api_keys import read_api_keys
 from service.cli.main import app
 from tests.helm.chart import CHART, IMAGE, Values, pod_templates, profile, render, with_values
 
@@ -101,28 +105,69 @@ def test_every_secret_of_production_is_made_by_a_command() -> None:
     assert made == asked
 
 
-def test_a_key_is_an_entry_of_the_file(tmp_path: Path) -> None:
-    (words,) = named("spray", "key")
-    done = CliRunner().invoke(app, words[1 : words.index(">")])
-    assert done.exit_code == 0
-    assert yaml.safe_load(f"keys:\n{done.stdout}")["keys"]
+def test_keys_are_entries_of_the_file_and_one_is_the_operators(tmp_path: Path) -> None:
+    asked = [itertools.takewhile(lambda word: ">" not in word, words[1:]) for words in named("spray", "key")]
+    made = [CliRunner().invoke(app, [*words]).stdout for words in asked]
+    (tmp_path / "keys.yaml").write_text("".join(["keys:\n", *made]))
+    assert [key.admin for key in read_api_keys(tmp_path / "keys.yaml")] == [False, True]
+
+
+def run_at(head: Path, word: str) -> None:
+    """Run the block with this word here, with a folder in the place of the head's disk and of the restoring pod's."""
+    (script,) = (block for language, block in BLOCKS if not language and word in block)
+    commands = script[script.index("kubectl exec") :].partition("kubectl delete pod")[0]
+    for old, new in {
+        r"kubectl exec .* -- ": "",
+        "kubectl cp": "cp",
+        "restore:": "",
+        "python": sys.executable,
+        "/tmp/jobs.db": f"{head}/copy.db",
+        "/var/lib/spray": str(head),
+    }.items():
+        commands = re.sub(old, new, commands)
+    subprocess.run(["sh", "-ec", commands], cwd=head.parent, check=True)
+
+
+def jobs_in(file: Path) -> int:
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        (count,) = database.execute("SELECT count(*) FROM jobs").fetchone()
+    return int(count)
 
 
 def test_jobs_are_copied_while_they_are_written(tmp_path: Path) -> None:
-    execs = named("kubectl", "exec")
-    templates = pod_templates(render(profile("production")))
-    names = {container["name"] for container in templates["head"]["spec"]["containers"]}
-    assert {options(words, "--container")[0] for words in execs} <= names
-    (code,) = (words[-1] for words in execs if "python" in words)
-    with sqlite3.connect(tmp_path / "jobs.db", isolation_level=None) as writer:
+    (tmp_path / "head").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "head/jobs.db", isolation_level=None)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("CREATE TABLE jobs (id)")
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("INSERT INTO jobs VALUES (1)")
-        exec(code.replace("/var/lib/spray/", f"{tmp_path}/").replace("/tmp/jobs.db", f"{tmp_path}/copy.db"))
+        run_at(tmp_path / "head", "VACUUM")
+        assert jobs_in(tmp_path / "jobs.db") == 0
         writer.execute("COMMIT")
-    with sqlite3.connect(tmp_path / "copy.db") as copy:
-        assert copy.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+        run_at(tmp_path / "head", "VACUUM")
+    assert jobs_in(tmp_path / "jobs.db") == 1, "the second copy is the older one"
+
+
+def test_jobs_are_restored_over_those_of_a_killed_head(tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    for file, rows, end in (("jobs.db", 1, "c.close()"), ("head/jobs.db", 3, "os._exit(0)")):
+        script = "PRAGMA journal_mode = WAL; CREATE TABLE jobs (id);" + "INSERT INTO jobs VALUES (1);" * rows
+        code = f"import os, sqlite3; c = sqlite3.connect({file!r}); c.executescript({script!r}); {end}"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "head/jobs.db-wal").stat().st_size
+    run_at(tmp_path / "head", "kubectl cp")
+    assert jobs_in(tmp_path / "head/jobs.db") == 1
+
+
+def test_jobs_are_copied_from_and_to_what_the_chart_makes() -> None:
+    objects = render(with_values(profile("trial"), {"state": {"size": "1Gi"}}))
+    names = {container["name"] for container in pod_templates(objects)["head"]["spec"]["containers"]}
+    copying = [words for words in named("kubectl", "exec") if words[2] == "$HEAD"]
+    assert {options(words, "--container")[0] for words in copying} <= names
+    (pod,) = (json.loads(options(words, "--overrides")[0])["spec"] for words in named("kubectl", "run"))
+    made = {each["metadata"]["name"].replace("rel-", "pictures-") for each in objects}
+    assert {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]} <= made
+    assert {words[3] for words in named("kubectl", "delete", "rayservice")} <= made
 
 
 def test_selectors_name_labels_of_pods() -> None:

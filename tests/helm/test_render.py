@@ -289,6 +289,7 @@ def test_the_notes_say_how_to_go_on() -> None:
         assert "helm test rel --namespace pictures" in text
     assert '"model": "demo"' in trial and "Nobody needs a key" in trial
     assert "https://spray.example.com" in production and "Bearer $SPRAY_API_KEY" in production
+    assert "admin key" in production and "admin key" not in trial
 
 
 @pytest.mark.parametrize("name", CASES)

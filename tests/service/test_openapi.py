@@ -21,6 +21,7 @@ from schemathesis.core.failures import FailureGroup
 
 from service.api.answers import Alive, ErrorResponse, GenerationResponse, ModelList, Ready
 from service.api.bodies import PICTURE_INPUTS, ImageGenerationBody, VideoGenerationBody
+from service.api.errors import STATUS
 from service.api.openapi import ERRORS
 from service.api.rest import CODES, rest_app
 from tests.support.backend import FakeBackend
@@ -144,6 +145,18 @@ def test_the_documents_name_the_same_errors() -> None:
     documented = {(int(status), code) for status, codes in rows for code in re.findall(r"\w+", codes)}
     declared = {(int(status), code) for status, said in ERRORS.items() for code in said["description"].split(", ")}
     assert documented == declared | {(status, code) for status, code in CODES.items()}
+
+
+ONLY_REST = {"admin_only", "body_timeout", "request_not_found", "unsupported_media_type"}
+
+
+def test_the_document_names_the_grpc_status_of_each_error() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "service" / "README.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \| (.*) \|$", readme, re.MULTILINE)
+    said = {(status, code) for names, codes in rows for status in names.split(", ") for code in codes.split("`")}
+    given = {(f"`{row.grpc}`", row.code) for row in STATUS.values() if row.http != 400 and row.code not in ONLY_REST}
+    assert given - said == set()
+    assert ("`RESOURCE_EXHAUSTED`", "out_of_memory") in said
 
 
 def test_answers_have_no_keys_but_the_declared() -> None:

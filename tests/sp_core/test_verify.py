@@ -69,7 +69,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("readme")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
     (source,) = [block for block in blocks if "class Standard" in block]
-    (folder / "readme_models.py").write_text(source + WRONG)
+    front = re.findall(
+        r"```python\n(class MyTransformer.*?)```", (README.parents[1] / "README.md").read_text(), flags=re.S
+    )
+    (folder / "readme_models.py").write_text(source + WRONG + front[0].replace("ModelMixin", "Silent"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(folder))
@@ -92,7 +95,8 @@ def one_pool(readers: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_pool")
 def test_the_patterns_of_the_readme() -> None:
-    for name in ("Standard", "WithRope", "Unified", "Intrusive"):
+    """Also the class that the README of the project shows; its forward is Standard's."""
+    for name in ("Standard", "WithRope", "Unified", "Intrusive", "MyTransformer"):
         lines = list(verify(f"readme_models:{name}", worlds=(3,)))
         assert [good for good, _ in lines] == [True] * 3
         assert all("same within" in line for _, line in lines[1:])

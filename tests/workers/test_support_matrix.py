@@ -10,7 +10,7 @@ import torch
 
 from deploy.families.lookup import families
 from deploy.families.pipeline_source import transformer_pipelines
-from deploy.support import supported, why_refused
+from deploy.support import Row, supported, why_refused
 from sp_core.degrees import ParallelDegrees
 from sp_core.models.lookup import families as plans
 from sp_core.models.lookup import find_family
@@ -47,6 +47,37 @@ def test_what_is_refused_says_why() -> None:
 def test_the_page_is_the_file() -> None:
     page = Path(support_matrix.__file__).parents[1] / "sp_core" / "SUPPORT.md"
     assert page.read_text() == support_matrix.markdown(ROWS.values())
+
+
+TRANSFORMERS = {
+    "Qwen-Image": "QwenImage",
+    "Z-Image": "ZImage",
+    "Wan": "Wan",
+    "Flux.1": "FluxTransformer",
+    "LTX-Video": "LTX",
+    "Stable Diffusion 3": "SD3",
+    "HunyuanVideo": "HunyuanVideoTransformer",
+}
+"""What README.md names in or beside the column `tensor`, and how the class names of its transformers begin."""
+
+
+def test_the_readme_says_which_have_tensor_ranks() -> None:
+    page = (Path(support_matrix.__file__).parents[1] / "README.md").read_text()
+    table = page.partition("## What works")[2].partition("\nThe models of")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    tensor = {kind: said for kind, _, said, *_ in cells}
+    having = [row for row in ROWS.values() if "t2" in row["layouts"]]
+    controlled = [row for row in having if "ControlNet" in row["pipeline"]]
+    begun = [row for row in having if row not in controlled and {*row["tasks"]} - {"text-to-image", "text-to-video"}]
+
+    def names(rows: list[Row]) -> set[str]:
+        return {name for name, start in TRANSFORMERS.items() for row in rows if row["transformer"].startswith(start)}
+
+    for name in TRANSFORMERS:
+        (said,) = (said for kind, said in tensor.items() if name in kind)
+        assert (said == "yes") == (name in names(having))
+    assert {*tensor["from a picture or a clip"].split(", ")} == names(begun)
+    assert {*tensor["with a ControlNet, which every rank runs whole"].split(", ")} == names(controlled)
 
 
 @pytest.mark.parametrize("pipeline", proved())

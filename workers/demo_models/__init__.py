@@ -4,6 +4,7 @@
     writer.py      writes one as a model folder
     pipelines.py   which of them a pipeline is proved with, and what it is asked for there
     parts.py       what several of them share: gains on weights, the image VAE
+    clip_vision.py  a CLIP and a SigLIP that look at pictures
     vision_language.py  models that read pictures together with prompts
     classic/       those of families without an adapter of their own
     vocabulary.py  tokenizers made in memory, without files or network

@@ -26,8 +26,11 @@ rank.py           Rank, one process on one device: joins the group, loads the mo
 elastic_rank.py   ElasticRank, whose requests come in parts, on changing blocks of ranks
 profiling.py      what the steps of a request consist of, by torch's profiler
 rank_telemetry.py what a rank tells of its work: its status, its metrics, the marks of a traced request
+memory_use.py     how much memory a rank uses
 rank_trace.py     these marks of stages and steps
 rank_spans.py     the spans that the gang makes of it
+device.py         which device a rank uses
+network.py        over which network interface ranks talk
 rendezvous.py     how ranks find one another
 boundary.py       where all ranks agree whether a request goes on
 encoding.py       the pictures that rank 0 has decoded, until they are files

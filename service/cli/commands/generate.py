@@ -26,7 +26,10 @@ from workers.errors import InvalidParameter
 FOR_VIDEOS = ("num_frames", "fps", "guidance_scale_2", "last_image", "video")
 FOR_PICTURES = ("n", "mask", "control_image")
 
-Degree = Annotated[int | None, typer.Option(help="With --local.")]
+Ulysses = Annotated[int | None, typer.Option(help="Ranks that share tokens, by exchanging heads; only with --local.")]
+Ring = Annotated[int | None, typer.Option(help="Ranks that share tokens, by passing keys on; only with --local.")]
+Tensor = Annotated[int | None, typer.Option(help="Ranks that share the weights; only with --local.")]
+Guidance = Annotated[int | None, typer.Option(help="Ranks that share the branches of guidance; only with --local.")]
 
 
 def generate(
@@ -45,23 +48,27 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", help="Pictures; saved as OUTPUT, OUTPUT-1, OUTPUT-2.")] = None,
     image: Annotated[
         list[Path],
-        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To begin with. Several for some models."),
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="Picture to begin with. Several for some models."
+        ),
     ] = [],  # noqa: B006  # typer copies it
     last_image: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="A video ends with it.")
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Picture that a video ends with.")
     ] = None,
     video: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="A clip for a video to begin with: .mp4."),
     ] = None,
     control_image: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="To follow, such as edges.")
+        Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Picture to follow, such as edges.")
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Where to draw on --image: what is white."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Of the change to --image or --video, up to 1.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Strength of the change to --image or --video, up to 1.")
+    ] = None,
     lora: Annotated[
         list[str],
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
@@ -74,18 +81,20 @@ def generate(
         bool, typer.Option("--detach", help="Leave it to the server as a job, and print its ID for `spray download`.")
     ] = False,
     webhook: Annotated[
-        str | None, typer.Option(metavar="URL", help="With --detach: where the server tells of the job's end.")
+        str | None, typer.Option(metavar="URL", help="With --detach: URL that the server calls at the job's end.")
     ] = None,
     server: Server = None,
-    local: Annotated[bool, typer.Option("--local", help="Load the model in processes of its own, no server.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Load the model in processes of its own; needs no server.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Name in the deployment, or folder with --local.")] = None,
     device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="With --local. Default: cuda if there is a GPU.")
+        Literal["cuda", "cpu"] | None, typer.Option(help="Only with --local. Default: cuda if there is a GPU.")
     ] = None,
-    ulysses_degree: Degree = None,
-    ring_degree: Degree = None,
-    tensor_parallel_size: Degree = None,
-    cfg_parallel_size: Degree = None,
+    ulysses_degree: Ulysses = None,
+    ring_degree: Ring = None,
+    tensor_parallel_size: Tensor = None,
+    cfg_parallel_size: Guidance = None,
 ) -> None:
     """Generate pictures or a video, on a server or in processes of its own."""
     if output.suffix not in FORMATS:

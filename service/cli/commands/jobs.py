@@ -13,12 +13,12 @@ from service.cli.output import job_table, jobs_table, say, show
 from service.cli.progress import StepProgress
 from service.jobs.records import ENDED, ID
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="Of `spray jobs`.", show_default=False)]
-Wait = Annotated[bool, typer.Option("--wait", help="Until it has ended. Ctrl-C leaves it alone.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="ID of a job, as `spray jobs` shows it.", show_default=False)]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until the job has ended. Ctrl-C does not cancel it.")]
 
 
 def jobs(
-    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many, the newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of jobs to show, the newest first.")] = 20,
     server: Server = None,
     as_json: AsJson = False,
 ) -> None:

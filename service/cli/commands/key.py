@@ -15,7 +15,7 @@ from service.cli.output import say
 def key(
     name: Annotated[str, typer.Argument(help="Who will use it, in logs and metrics.")],
     admin: Annotated[
-        bool, typer.Option("--admin", help="May see and cancel the requests of all keys, and read /v1/cluster.")
+        bool, typer.Option("--admin", help="For ps, top and profile; sees and cancels the requests of all keys.")
     ] = False,
 ) -> None:
     """Make an API key. Prints its entry for `auth.api_keys_file`; the key itself is shown once, beside it."""

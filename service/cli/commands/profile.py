@@ -23,10 +23,10 @@ SHOWN = 10
 
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of a server.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, max=20, help="So many.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=20, help="Number of steps to profile.")] = 3,
     width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Of a video. Default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video. Default: the model's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the traces. Default: profile-MODEL.")] = None,
     server: Server = None,
 ) -> None:

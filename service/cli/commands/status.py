@@ -20,17 +20,20 @@ from service.jobs.records import ID
 
 
 def ps(server: Server = None, as_json: AsJson = False) -> None:
-    """Show the models, gangs and queues of a server, and the steps of what is running."""
+    """Show the models, gangs and queues of a server, and the steps of what is running.
+
+    Needs a key with the scope admin.
+    """
     _show("/v1/cluster", read_cluster, cluster_table, server, as_json)
 
 
 def top(
     server: Server = None,
-    seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Seconds between refreshes.")] = 1.0,
 ) -> None:
     """Watch the gangs of a server until Ctrl-C: steps, where their time goes, queues, what the autoscaler wants.
 
-    A pipe or a file gets one look.
+    A pipe or a file gets one table. Needs a key with the scope admin.
     """
     at = server_url(server)
     if not sys.stdout.isatty():
@@ -76,7 +79,7 @@ def cancel(
     request_id: Annotated[
         str,
         typer.Argument(
-            metavar="ID", help="Of `spray requests` or `spray jobs`, or the x-request-id.", show_default=False
+            metavar="ID", help="ID in `spray requests` or `spray jobs`, or the x-request-id.", show_default=False
         ),
     ],
     server: Server = None,
