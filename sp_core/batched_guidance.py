@@ -117,8 +117,11 @@ class _Repeat:
         self._batch, self._times = batch, times
         self._hook = model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         self._hook.remove()  # at once: the forward may fail
+        shared = next((kwargs[name] for name in self._batch.per_sample if name in kwargs), ())
+        if not args and len(kwargs[self._batch.prompt]) != self._times * len(shared):
+            return None  # another forward: what was to come after `prepare_models` failed before it
         unknown = [name for name, value in kwargs.items() if not self._is_known(name, value)]
         if args or unknown:
             what = ", ".join(unknown) or "inputs by position"

@@ -12,12 +12,16 @@ The current stream waits for the result; the host does not. `traffic` counts wha
 gloo (`host_group`), because reading them back from the device would make the host wait for everything in the queue.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from sp_core.mesh import MeshAxis
+
+MOST_MESSAGES = 1000
+"""Of one rank in one batch: NCCL takes some 2000 operations in a group. A long video has as many parts."""
 
 
 def all_to_all(packed: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], axis: MeshAxis) -> torch.Tensor:
@@ -120,30 +124,38 @@ def gather(tensors: list[torch.Tensor], axis: MeshAxis) -> list[list[torch.Tenso
         return [tensors]
     shapes = _all_shapes(tensors, axis)
     if axis.rank:
-        _run_batch(
-            [dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors], axis
+        _exchange(
+            [[dist.P2POp(dist.isend, each.contiguous(), group=axis.group, group_peer=0) for each in tensors]], axis
         )
         axis.traffic.sent.gather += sum(each.nbytes for each in tensors)
         return []
     # tensors[0] exists where it is read: rank 0 gets work first, so if it has none, no rank has
     others = [[tensors[0].new_empty(shape) for shape in shapes[rank]] for rank in range(1, axis.size)]
-    _run_batch(
+    _exchange(
         [
-            dist.P2POp(dist.irecv, each, group=axis.group, group_peer=rank)
+            [dist.P2POp(dist.irecv, each, group=axis.group, group_peer=rank) for each in received]
             for rank, received in enumerate(others, 1)
-            for each in received
         ],
         axis,
     )
     return [tensors, *others]
 
 
-def _run_batch(messages: list[dist.P2POp], axis: MeshAxis) -> None:
-    """Send or receive. As a batch: NCCL would open a communicator of two for each pair of ranks (pytorch#160342)."""
+def _exchange(messages: list[list[dist.P2POp]], axis: MeshAxis) -> None:
+    """Send or receive, in the same batches on both sides.
+
+    As batches: else NCCL would open a communicator of two for each pair of ranks (pytorch#160342).
+
+    Args:
+        messages: those of each other rank, in order.
+        axis: the ranks.
+    """
     if timing := axis.traffic.timing:
         timing.begin("gather")
-    for work in dist.batch_isend_irecv(messages) if messages else ():
-        work.wait()
+    each = max(1, MOST_MESSAGES // (axis.size - 1))
+    for start in range(0, max(map(len, messages)), each):
+        for work in dist.batch_isend_irecv(list(itertools.chain(*(some[start : start + each] for some in messages)))):
+            work.wait()
     if timing:
         timing.end()
 

@@ -71,6 +71,10 @@ VAE_IN_FP32 = frozenset(
 """Pipelines whose examples in diffusers run the VAE in fp32. Others do not give it what it reads in that type."""
 
 
+IMAGE_ENCODER_IN_FP32 = frozenset({"ChronoEditPipeline", "WanImageToVideoPipeline"})
+"""Pipelines whose examples in diffusers run the encoder of the first picture in fp32; its result is rounded later."""
+
+
 def classic_family(pipeline: str) -> PipelineFamily:
     """The family of a pipeline that runs through its classic call.
 

@@ -9,7 +9,14 @@ import pkgutil
 from pathlib import Path
 
 from deploy import families as room
-from deploy.families.classic import check_config, check_controlnet, check_proved, classic_family, proved_pipelines
+from deploy.families.classic import (
+    IMAGE_ENCODER_IN_FP32,
+    check_config,
+    check_controlnet,
+    check_proved,
+    classic_family,
+    proved_pipelines,
+)
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
 from deploy.model_folder import read_index
@@ -80,6 +87,8 @@ def component_dtype(model: ModelSpec, folder: Path, component: str) -> str:
     Raises:
         ValueError: see `find_family`.
     """
+    if component == "image_encoder" and find_family(folder).pipeline in IMAGE_ENCODER_IN_FP32:
+        return "float32"
     if not component.startswith("vae"):
         return model.torch_dtype
     return model.vae_dtype or ("float32" if find_family(folder).vae_in_fp32 else model.torch_dtype)

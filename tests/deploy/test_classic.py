@@ -8,7 +8,7 @@ import pytest
 
 from deploy.activations import Request, activation_bytes
 from deploy.families.classic import classic_family, proved_pipelines
-from deploy.families.lookup import CLASSIC, families, family_name, find_family
+from deploy.families.lookup import CLASSIC, component_dtype, families, family_name, find_family
 from deploy.families.pipeline_source import classic_call, transformer_pipelines
 from deploy.families.schedulers import FLOW_MATCH
 from deploy.model_folder import is_transformer
@@ -46,6 +46,15 @@ def test_a_family_follows_from_the_call() -> None:
     assert told["LTXPipeline"] == ("video", 1.0, True)
     assert told["HunyuanVideoPipeline"] == ("video", None, False)  # its scale is an input of the transformer
     assert classic_family("ChromaPipeline").batches_branches is False
+
+
+def test_parts_that_the_authors_run_in_fp32_stay_so(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "WanImageToVideoPipeline", ["diffusers", "WanTransformer3DModel"])
+    half = ModelSpec(name="a", source=str(folder), dtype="bfloat16")
+    parts = ("vae", "image_encoder", "text_encoder", "transformer")
+    assert [component_dtype(half, folder, part) for part in parts] == ["float32", "float32", "bfloat16", "bfloat16"]
+    edit(folder / "model_index.json", {"_class_name": "WanVideoToVideoPipeline"})
+    assert component_dtype(half, folder, "image_encoder") == "bfloat16"
 
 
 def test_a_mask_is_of_an_image() -> None:

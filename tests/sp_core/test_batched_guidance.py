@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sp_core.attention.region_attention import attention_kept_local
-from sp_core.batched_guidance import BatchedGuider, guidance_batch
+from sp_core.batched_guidance import BatchedGuider, _Repeat, guidance_batch
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.models.family import GuidanceBatch
@@ -185,6 +185,21 @@ def test_a_step_without_guidance_has_one_branch() -> None:
         (made,) = guider.prepare_inputs({"text": (torch.ones(1, 2, 3), torch.zeros(1, 2, 3))})
         found.append((len(made.text), guider.num_conditions, guider.apart))
     assert found == [(2, 2, ""), (2, 2, ""), (1, 1, ""), (1, 1, "")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_that_fails_before_its_forward_leaves_later_ones_alone(name: str) -> None:
+    """As when memory ends between the two. The next forward is of another request, guided or not."""
+    model, given = examples.TINY[name].build(), branches(name)
+    expected = two_forwards(model, given)
+    parallelize(model, one_rank())
+    batch = guidance_batch(model)
+    assert batch is not None
+    _Repeat(model, batch, 2)
+    assert error(two_forwards(model, given), expected) == 0
+    _Repeat(model, batch, 2)
+    found, apart = batched_step(model, given)
+    assert error(found, expected) <= BAR and apart == ""
 
 
 def test_an_input_that_the_family_does_not_name_is_refused() -> None:

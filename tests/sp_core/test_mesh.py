@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from sp_core import collectives
 from sp_core.collectives import gather
 from sp_core.degrees import ParallelDegrees, axis_groups, head_cost, head_shares, layout_advice
 from sp_core.mesh import ParallelMesh
@@ -133,6 +135,30 @@ def hand_out(mesh: ParallelMesh) -> tuple[list[bytes], list[list[list[int]]]]:
     texts = [mesh.broadcast(text if rank == 0 else None) for text in (b"", b"picture", bytes(range(256)) * 999)]
     own = [torch.full((n, rank + 1), float(rank)) for n in range(1, rank + 2)]
     return texts, [[list(tensor.shape) for tensor in theirs] for theirs in gather(own, mesh.axis("gang"))]
+
+
+def hand_over_in_batches(mesh: ParallelMesh) -> tuple[list[list[float]], int]:
+    """What rank 0 has of all, and the most messages of a batch here."""
+    batches: list[int] = []
+    send = dist.batch_isend_irecv
+
+    def counted(messages: list[dist.P2POp]) -> list[dist.Work]:
+        batches.append(len(messages))
+        return list(send(messages))
+
+    rank = mesh.axis("gang").rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "MOST_MESSAGES", 4)
+        patch.setattr(dist, "batch_isend_irecv", counted)
+        got = gather([torch.tensor([10.0 * rank + n]) for n in range(5 * rank + 1)], mesh.axis("gang"))
+    return [[float(each) for each in theirs] for theirs in got], max(batches)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_many_tensors_are_handed_over_in_batches(ranks: RankPool, size: int) -> None:
+    found = ranks.run(ParallelDegrees(ulysses_degree=size), hand_over_in_batches)
+    assert found[0][0] == [[10.0 * rank + n for n in range(5 * rank + 1)] for rank in range(size)]
+    assert max(most for _, most in found) <= 4
 
 
 @pytest.mark.parametrize("size", [2, 3])
