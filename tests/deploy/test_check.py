@@ -272,7 +272,9 @@ def test_memory_of_the_largest_rank(tmp_path: Path, demo_model: Path) -> None:
         r"[\d.]+ GiB of 80.0 GiB", line,
     )  # fmt: skip
     needed = rank_memory(model, demo_model).total
-    with pytest.raises(SpecError, match=r"a: largest rank: .*; what fits: .*limits.max_n 1 \("):
+    with pytest.raises(
+        SpecError, match=r"a: largest rank: .*; what fits: .*limits.max_width 1840, limits.max_height 1840 \("
+    ):
         check_deployment(DeploymentSpec(models=(model,)), devices, needed - 1)
     with pytest.raises(SpecError, match=r"a: largest rank: .*; take GPUs with more memory"):
         check_deployment(DeploymentSpec(models=(model,)), devices, 1)

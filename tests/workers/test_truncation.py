@@ -18,8 +18,8 @@ from tests.workers.test_denoising import ALONE, begun
 from workers.demo_models import vocabulary
 from workers.demo_models.pipelines import demo_of, served
 from workers.demo_models.writer import write_demo_model
+from workers.model.adapters.classic import MOST_TOKENS
 from workers.model.loader import load_model
-from workers.model.prompts import MOST_TOKENS
 from workers.model.truncation import WatchedTokenizer, watch_tokenizers
 
 LONG = "abc defgh " * 180

@@ -4,7 +4,7 @@ knows where pipelines cut prompts themselves.
 Called by `workers.model.adapters.classic` when a request is checked, and by `workers.model.classic_denoising`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
@@ -32,21 +32,6 @@ CUTS_ABOVE = ("LongCatImagePipeline",)
 
 TEMPLATE = 34
 """Tokens before a prompt, which Qwen-Image and JoyImage-Edit drop again."""
-
-QWEN_IMAGE = (
-    "QwenImagePipeline",
-    "QwenImageImg2ImgPipeline",
-    "QwenImageInpaintPipeline",
-    "QwenImageControlNetPipeline",
-    "QwenImageControlNetInpaintPipeline",
-)
-"""Pipelines whose tokenizer keeps 1024 tokens of a prompt, of which they pass on 512."""
-
-MOST_TOKENS: Mapping[str, Mapping[str, int]] = {
-    **{name: {"tokenizer": TEMPLATE + 512} for name in QWEN_IMAGE},
-    **{name: {"processor": TEMPLATE + 4096} for name in JOY_IMAGE},
-}
-"""See `PipelineAdapter.most_tokens`."""
 
 IDEOGRAM_TOKENS = 2048
 """The most tokens that its call reads by default, including the words of the chat around the prompt."""

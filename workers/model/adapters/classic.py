@@ -21,7 +21,7 @@ from workers.model.extra_ranges import check_extra_ranges
 from workers.model.fixed_tiles import check_covered, fixed_tiles
 from workers.model.picture_inputs import is_cut, read, read_clip
 from workers.model.positions import check_positions, only_size
-from workers.model.prompts import MOST_TOKENS, check_length, check_words
+from workers.model.prompts import JOY_IMAGE, TEMPLATE, check_length, check_words
 from workers.model.step_counts import check_steps
 
 COUNT_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -54,6 +54,15 @@ OWN = re.compile(
 """Parameters that a request may not set as extra ones: those with a field of their own, those that decide how much is
 computed, one that draws noise without a seed, those that make the timesteps or embeddings, where wrong values fail in a
 step, one that belongs to the model, and those of a guidance that needs a list, `skip_guidance_layers`."""
+
+MOST_TOKENS = {
+    **{name: {"processor": TEMPLATE + 4096} for name in JOY_IMAGE},
+    "QwenImageImg2ImgPipeline": {"tokenizer": TEMPLATE + 512},
+    "QwenImageInpaintPipeline": {"tokenizer": TEMPLATE + 512},
+    "QwenImageControlNetPipeline": {"tokenizer": TEMPLATE + 512},
+    "QwenImageControlNetInpaintPipeline": {"tokenizer": TEMPLATE + 512},
+}
+"""See `PipelineAdapter.most_tokens`."""
 
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""

@@ -1,5 +1,6 @@
 """Qwen-Image: how its pipeline is run, and its demo model."""
 
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -9,15 +10,15 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from workers.demo_models import vocabulary
 from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, controlnet, qwen_vl_encoder
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
-from workers.model.prompts import MOST_TOKENS
+from workers.model.prompts import TEMPLATE
 
 TRANSFORMER_GAINS = {"_mod.": 3, "norm_": 1.5, "add_k_proj": 3, "add_v_proj": 10, "to_out": 4, "proj_out": 4}
 
 
 class QwenImageAdapter(PipelineAdapter):
-    """How Qwen-Image is run."""
+    """Its tokenizer keeps 1024 tokens of a prompt, of which the pipeline passes on 512."""
 
-    most_tokens = MOST_TOKENS["QwenImagePipeline"]
+    most_tokens = MappingProxyType({"tokenizer": TEMPLATE + 512})
     vae_of_videos = True
 
     def pack(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
