@@ -120,7 +120,7 @@ class Gateway(GrpcMethods):
         self.jobs = Jobs()
         self.webhooks = Webhooks(self.jobs)
         self._backlog = JobBacklog(lambda: {name: state.gangs for name, state in self.states().items()})
-        known = self._run_for, self._room, self._aliases, self._backlog, LostRunners(_own_name())
+        known = self._run_for, self._room, self.models, self._backlog, LostRunners(_own_name())
         self.runner = Runner(self.jobs, self.outputs, _own_name(), *known)
         self._access = Access(_short_name())
         self._models: dict[str, ModelSpec] = {}
@@ -323,10 +323,6 @@ class Gateway(GrpcMethods):
         async with contextlib.aclosing(self._generate(request, of_job=True)) as reports:
             async for report in reports:
                 yield report
-
-    def _aliases(self) -> dict[str, tuple[str, ...]]:
-        """The models, with their other names."""
-        return {name: model.aliases for name, model in self._models.items()}
 
     def _room(self) -> dict[str, int]:
         """How many jobs of each model may run: as many as its gangs take, and one that waits, or wakes the model."""

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from deploy.model_spec import ModelSpec
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
 from service.jobs import inputs
@@ -83,7 +84,7 @@ class Runner:
         name: of this gateway, for the record.
         generate: runs a request of an owner.
         room: by model, how many jobs may run in the whole deployment now, which is that of one cluster.
-        models: of the deployment, with their aliases; those that are about to start, or asleep, included.
+        models: of the deployment; those that are about to start, or asleep, included.
         backlog: is told what waits after each look.
         lost: which other runners are gone.
     """
@@ -95,7 +96,7 @@ class Runner:
         name: str,
         generate: Generate,
         room: Callable[[], Mapping[str, int]],
-        models: Callable[[], Mapping[str, Collection[str]]],
+        models: Callable[[], Mapping[str, ModelSpec]],
         backlog: JobBacklog,
         lost: LostRunners,
     ) -> None:
@@ -197,13 +198,10 @@ class Runner:
 
     async def _settle_unserved(self, counts: dict[str, Counts]) -> dict[str, Counts]:
         """Give jobs of a former name, an alias now, to its model; end jobs of models that are gone for `UNSERVED_S`.
-
-        Returns:
-            The counts, new ones if jobs have changed their model.
-        """
+        Returns the counts, which may have changed."""
         now, models = time.monotonic(), self._models()
         gone = [model for model, found in counts.items() if found.queued and model not in models]
-        renamed = {alias: model for model, aliases in models.items() for alias in aliases if alias in gone}
+        renamed = {alias: model for model, spec in models.items() for alias in spec.aliases if alias in gone}
         for former, model in renamed.items():
             await self._jobs.ask(JobStore.rename_model, former, model)
         if renamed:

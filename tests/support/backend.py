@@ -59,7 +59,7 @@ class FakeBackend:
             "test",
             lambda owner, request: self.generate(request),
             self.room,
-            lambda: {name: model.aliases for name, model in self.models().items()},
+            self.models,
             backlog,
             LostRunners("test"),
         )

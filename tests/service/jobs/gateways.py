@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from deploy.model_spec import ModelSpec
 from service.api.backend import Report
 from service.jobs.backlog import JobBacklog
 from service.jobs.inputs import keep
@@ -27,6 +28,11 @@ RESULT = GenerationResult((b"film",), (7,), ParallelDegrees(), 0.1, (0.1,) * 4, 
 Script = Callable[[GenerationRequest], AsyncGenerator[Report]]
 
 
+def named(name: str, *aliases: str) -> ModelSpec:
+    """A model that is only known by its names."""
+    return ModelSpec(name=name, aliases=aliases, source="/nowhere")
+
+
 class World:
     """A store in a file, a folder of outputs, and a runner whose model does what a test says."""
 
@@ -37,7 +43,7 @@ class World:
         self.asked: list[tuple[str, GenerationRequest]] = []
         self.script = script
         self.room = {"film": 1}
-        self.models: dict[str, tuple[str, ...]] = {"film": ()}
+        self.models: dict[str, ModelSpec] = {"film": named("film")}
         self.gone: set[str] = set()
         self.backlog = JobBacklog(dict)
         self.runner = self.another("gateway-1")

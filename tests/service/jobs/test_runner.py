@@ -19,7 +19,7 @@ from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
 from service.state.model_states import ModelState
 from service.state.outputs import OutputStore
-from tests.service.jobs.gateways import REQUEST, RESULT, Script, World, draws, live
+from tests.service.jobs.gateways import REQUEST, RESULT, Script, World, draws, live, named
 from workers.errors import (
     GangLost,
     JobsUnavailable,
@@ -334,7 +334,7 @@ def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
         async with asyncio.timeout(20):
             while not world.runner._unserved:
                 await asyncio.sleep(0.01)
-        world.models, world.room = {"film": ()}, {"film": 1}  # the operator has put it right
+        world.models, world.room = {"film": named("film")}, {"film": 1}  # the operator has put it right
         world.runner.wake()
         assert (await world.ended(mistaken)).state == "succeeded"
         world.models, world.room = {}, {}
@@ -360,7 +360,8 @@ def test_jobs_of_a_former_name_are_run_by_the_model_that_has_it_as_an_alias(
     async def story(world: World) -> None:
         world.models, world.room = {}, {}
         job = await world.submit()
-        world.models, world.room = {"cinema": ("film", "movie"), "draw": ()}, {"cinema": 1, "draw": 1}
+        world.models = {"cinema": named("cinema", "film", "movie"), "draw": named("draw")}
+        world.room = {"cinema": 1, "draw": 1}
         world.runner.wake()
         done = await world.ended(job)
         assert (done.state, done.model) == ("succeeded", "cinema")
