@@ -188,10 +188,10 @@ def _problems(model: ModelSpec, folder: Path | None) -> list[str]:
             f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the model evaluates only "
             "one branch; use Ulysses or ring ranks"
         ]
-    if family.batches_branches and model.parallel.cfg_parallel_size > 1:
+    if family_name(folder) == CLASSIC and model.parallel.cfg_parallel_size > 1:
         return [
-            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but {family.pipeline} evaluates both "
-            "branches in one forward, which is not divided by branches; use Ulysses or ring ranks"
+            f"{model.name}: cfg_parallel_size={model.parallel.cfg_parallel_size}, but the call of {family.pipeline} "
+            "evaluates both branches itself, so ranks cannot divide them; use Ulysses or ring ranks"
         ]
     if family_name(folder) == CLASSIC and model.elastic:
         return [

@@ -10,7 +10,7 @@ from workers.metrics import DISK_FREE, DISK_SIZE
 
 PERIOD_S = 15.0
 
-Folder = Literal["models", "compiled", "outputs", "metrics", "jobs"]
+Folder = Literal["models", "compiled", "outputs", "metrics"]
 
 _folders: dict[Folder, Path] = {}
 _started = threading.Lock()

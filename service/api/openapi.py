@@ -37,7 +37,7 @@ NOT_FOR_READING = frozenset({400, 408, 413, 415, 422, 429, 499})
 
 MORE_CODES = {
     400: "unknown_parameter missing_required_parameter invalid_size wrong_task too_much_work invalid_body"
-    " invalid_picture invalid_clip picture_too_large"
+    " invalid_picture invalid_clip picture_too_large unknown_lora"
     " invalid_http content_policy_violation".split(),
     404: ["unknown_path"],
     503: [GATEWAY_LOST, "overloaded"],

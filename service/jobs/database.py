@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -106,6 +108,16 @@ class Database:
         self._note_wait(connection.info[BEGAN])
         if time.monotonic() - self._sound_since >= self._patience_s:
             settle(connection, now, keep_s)
+
+    def disk(self) -> tuple[int, int] | None:
+        """Bytes that are free, and in all, where the file of SQLite lies; None: it is PostgreSQL's disk, or cannot be
+        asked."""
+        if self._postgres or not self._engine.url.database:
+            return None
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(Path(self._engine.url.database).parent)
+            return usage.free, usage.total
+        return None
 
     def close(self) -> None:
         """Close the connections."""

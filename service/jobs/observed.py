@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from service.jobs.records import ENDED, Counts, State
 from service.jobs.store import JobStore
 from workers.errors import JobsUnavailable
-from workers.metrics import JOB_STORE_ERRORS, JOB_STORE_SECONDS, JOBS, JOBS_ENDED
+from workers.metrics import DISK_FREE, DISK_SIZE, JOB_STORE_ERRORS, JOB_STORE_SECONDS, JOBS, JOBS_ENDED
 from workers.observing import GONE
 
 OPERATIONS = tuple(name for name in dir(JobStore) if not name.startswith("_"))
@@ -48,6 +48,12 @@ class ObservedJobs:
             for state in ENDED:
                 JOBS_ENDED.labels(model, state).set(ended.get((model, state), 0) if model in models else GONE)
         self._told_ended = set(models)
+
+    def tell_disk(self, disk: tuple[int, int] | None) -> None:
+        """Set the gauges of the disk with the jobs: bytes that are free, and in all. None: nobody knows."""
+        free, size = disk or (GONE, GONE)
+        DISK_FREE.labels("jobs").set(free)
+        DISK_SIZE.labels("jobs").set(size)
 
 
 def begin_at_zero() -> None:

@@ -179,6 +179,7 @@ class Runner:
         if sweeps:
             counts = await self._settle_unserved(counts)
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
+            self._observed.tell_disk(await self._jobs.ask(JobStore.disk))
         self._observed.tell(counts, self._room())
         waiting = {model: most for model, most in self._room().items() if model in counts and counts[model].queued}
         others = self._lost.strangers  # who are counted, too

@@ -152,6 +152,10 @@ class JobStore(Leases):
         with self._database.transaction() as (connection, _):
             return queries.ended(connection)
 
+    def disk(self) -> tuple[int, int] | None:
+        """Bytes that are free, and in all, on the disk with the jobs; None: nobody knows, or it is a server's."""
+        return self._database.disk()
+
     def ahead(self, model: str, priority: Priority) -> Counts:
         """What waits for a model and would come before a job of this priority that is submitted now."""
         with self._database.transaction() as (connection, now):

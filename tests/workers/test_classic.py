@@ -401,12 +401,15 @@ def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: di
     assert isinstance(refused.value, RequestError) and refused.value.param == "size"
 
 
-def test_groups_do_not_divide_branches_that_are_one_batch(demo_models: dict[str, Path]) -> None:
-    folder = demo_models["stable-diffusion-3"]
-    assert (find_family(folder).makes, find_family(folder).guided_above) == ("image", 1.0)
-    assert find_family(demo_models["ltx"]).tasks == ("text-to-video",)
+@pytest.mark.parametrize(
+    ("name", "one_batch"), [("stable-diffusion-3", True), ("cogview4", False)], ids=["one batch", "two forwards"]
+)
+def test_groups_do_not_divide_the_branches_of_a_call(demo_models: dict[str, Path], name: str, one_batch: bool) -> None:
+    folder = demo_models[name]
+    family = find_family(folder)
+    assert (family.makes, family.guided_above, family.batches_branches) == ("image", 1.0, one_batch)
     spec = ModelSpec(name="a", source=str(folder), device="cpu", parallel=ParallelDegrees(cfg_parallel_size=2))
-    with pytest.raises(SpecError, match="StableDiffusion3Pipeline evaluates both branches in one forward"):
+    with pytest.raises(SpecError, match=f"the call of {family.pipeline} evaluates both branches itself"):
         check_deployment(DeploymentSpec(models=(spec,)), {"cpu": 4.0})
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import shutil
 from pathlib import Path
 
 import prometheus_client
@@ -40,6 +41,19 @@ def test_jobs_that_have_ended_by_model_and_state_vanish_with_their_model() -> No
     jobs.tell_ended({("film c", "succeeded"): 8}, ["film c"])
     assert told("spray_jobs_ended", model="film c", state="succeeded") == 8
     gone = told("spray_jobs_ended", model="film d", state="failed")
+    assert gone is not None and math.isnan(gone)
+
+
+def test_the_disk_with_the_jobs_is_watched_where_a_file_keeps_them(tmp_path: Path) -> None:
+    jobs = Jobs()
+    jobs.follow(str(tmp_path), None, 60)
+    disk = asyncio.run(jobs.ask(JobStore.disk))
+    assert disk is not None and 0 < disk[0] < disk[1] == shutil.disk_usage(tmp_path).total
+    ObservedJobs().tell_disk(disk)
+    assert told("spray_disk_free_bytes", folder="jobs") == disk[0]
+    assert told("spray_disk_size_bytes", folder="jobs") == disk[1]
+    ObservedJobs().tell_disk(None)
+    gone = told("spray_disk_free_bytes", folder="jobs")
     assert gone is not None and math.isnan(gone)
 
 
