@@ -159,7 +159,7 @@ FIELDS = frozenset(
     """
     prompt model n size response_format stream stream_options partial_images quality user safety_identifier extra_body
     negative_prompt num_inference_steps guidance_scale guidance_scale_2 true_cfg_scale flow_shift seed loras lora
-    width height num_outputs_per_prompt extra_params
+    width height num_outputs_per_prompt extra_params embed_metadata
     generator_device enable_teacache vae_use_slicing vae_use_tiling return_stage_metrics enhance_prompt bot_task
     perf_dump_path output_path
     """.split()
@@ -250,7 +250,7 @@ VIDEO_FLAGS = {
     "prompt", "image", "last_image", "video", "strength", "output",
     "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "detach", "server", "local", "model",
-    "webhook", "device", *DEGREES,
+    "webhook", "device", "embed_metadata", *DEGREES,
 }  # fmt: skip
 
 PICTURE_FLAGS = {"n", "mask", "control_image"}

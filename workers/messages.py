@@ -118,6 +118,7 @@ class GenerationRequest:
             None: the family's default.
         traceparent: the parent span of the work on the request, in W3C's format; empty: it is not traced.
         profile: whether each rank reports a `Profiled` of its steps.
+        embed_metadata: whether the files have the parameters that made them.
     """
 
     request_id: str
@@ -149,6 +150,7 @@ class GenerationRequest:
     strength: float | None = None
     traceparent: str = ""
     profile: bool = False
+    embed_metadata: bool = True
 
     def input(self, role: MediaRole) -> MediaInput | None:
         """The first input of a role; None if there is none."""

@@ -200,6 +200,7 @@ class JobRequest(Answer):
     num_frames: int | None = Field(description="of a video")
     fps: int | None = Field(description="of a video")
     output_format: str
+    embed_metadata: bool = Field(description="whether its files have these parameters in them")
 
 
 class JobFile(Answer):

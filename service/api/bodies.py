@@ -184,6 +184,7 @@ class GenerationBody(Ignored):
     )
     n: Whole | None = Field(None, ge=1, le=10, description="how many; absent: 1")
     num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=10, description="another name of `n`")
+    embed_metadata: bool = Field(True, description="write the parameters, prompt and seed included, into the files")
     response_format: ResponseFormat | None = Field(
         None, description="b64_json: base64 in JSON; url: in JSON, where to fetch it; file: the bytes, a zip if several"
     )

@@ -168,6 +168,7 @@ def job_object(job: Job, position: int = 0) -> dict[str, Any]:
         "num_frames": asked.num_frames if video else None,
         "fps": asked.fps if video else None,
         "output_format": asked.output_format,
+        "embed_metadata": asked.embed_metadata,
     }
     return {
         "id": job.id,

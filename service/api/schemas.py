@@ -114,6 +114,7 @@ def to_request(
         report_steps=body.stream,
         previews=_previews(body),
         extra_params=_extra(body),
+        embed_metadata=body.embed_metadata,
         inputs=inputs,
         strength=body.strength if isinstance(body, ImageEditBody | VideoGenerationBody) else None,
     )

@@ -187,6 +187,7 @@ def _params(job: Job) -> pb.GenerationParams:
         loras=[pb.Lora(name=name, scale=scale) for name, scale in asked.loras],
         output_format=asked.output_format,
         output_quality=asked.output_compression if lossy else None,
+        embed_metadata=asked.embed_metadata,
     )
     if asked.extra_params:
         params.extra.update(dict(asked.extra_params))

@@ -1,12 +1,14 @@
 """What a request may say, in JSON and in forms: other names, fields that contradict, fields of other servers."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from tests.support.backend import FakeBackend
+from workers.model.embedded_parameters import parameters_text
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/sync"
 
@@ -64,6 +66,33 @@ def test_other_names_and_other_ways(
     assert answer.status_code == 200, answer.text
     (request,) = backend.requests
     assert {name: getattr(request, name) for name in meant} == meant
+
+
+SENT = [
+    *ACCEPTED,
+    (IMAGES, {"output_format": "webp", "output_compression": 70, "negative_prompt": "fog"}, {}),
+    (VIDEOS, {"negative_prompt": "fog", "extra_params": {"tea": 1.5}}, {}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "meant"), SENT, ids=str)
+def test_the_parameters_in_a_file_draw_it_again(
+    client: TestClient, backend: FakeBackend, path: str, fields: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    assert as_json(client, path, **{"model": "film" if path == VIDEOS else "one"} | fields).status_code == 200
+    (first,) = backend.requests
+    last = first.n - 1
+    answer = client.post(path, json=json.loads(parameters_text(first, last)))
+    assert answer.status_code == 200, answer.text
+    again = replace(backend.requests[-1], request_id=first.request_id, seed_drawn=first.seed_drawn)
+    assert again == replace(first, n=1, seeds=(), seed=first.all_seeds[last])
+
+
+def test_files_may_be_without_parameters(client: TestClient, backend: FakeBackend) -> None:
+    assert as_json(client, IMAGES, model="one", embed_metadata=False).status_code == 200
+    assert as_form(client, IMAGES, model="one", embed_metadata="false").status_code == 200
+    assert as_json(client, IMAGES, model="one").status_code == 200
+    assert [each.embed_metadata for each in backend.requests] == [False, False, True]
 
 
 REFUSED = [

@@ -60,7 +60,7 @@ REFUSED = [
         ({name: value}, name, "unknown_parameter")
         for name, value in {
             "boundary_ratio": 0, "strength": 0,
-            "num_frames": 5, "fps": 8, "embed_metadata": False,
+            "num_frames": 5, "fps": 8,
         }.items()
     ],
 ]  # fmt: skip

@@ -51,7 +51,7 @@ class Encoding:
             request, pictures, took = self._waiting.pop(request_id)
         before = time.perf_counter()
         try:
-            outputs = tuple(encode(made, request) for made in pictures)
+            outputs = tuple(encode(made, request, number) for number, made in enumerate(pictures))
         except Exception as error:  # the libraries raise anything; no rank takes part in it, so none is lost
             if is_out_of_memory(error):
                 raise OutOfMemory(advice(model, request, None), True) from error

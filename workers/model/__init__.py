@@ -31,5 +31,6 @@ out_of_memory.py        recognizes a lack of memory, and says which size would f
 truncation.py           notices prompts that are longer than what is read
 lora.py                 reads LoRA files for sp_core.lora; lora_strength.py computes their strength
 media.py                pictures to PNG, JPEG, WebP; videos to MP4; stills.py pictures of a finished video
+embedded_parameters.py  the parameters of a request, as a file has them
 diffusers_internals.py  the private names of diffusers
 """

@@ -73,6 +73,12 @@ def generate(
         list[str],
         typer.Option(metavar="NAME[=SCALE]", help="Adapter; a safetensors file with --local. May be repeated."),
     ] = [],  # noqa: B006  # typer copies it
+    embed_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--embed-metadata/--no-embed-metadata", help="Write prompt, seed and all other parameters into the files."
+        ),
+    ] = True,
     as_json: ResultAsJson = False,
     previews: Annotated[
         bool, typer.Option("--previews", help="Show previews meanwhile, in a terminal that can show pictures.")
@@ -121,6 +127,7 @@ def generate(
         prompt=prompt, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, seed=seed, size=_size(size, width, height),
     )  # fmt: skip
+    fields |= _given(embed_metadata=None if embed_metadata else False)
     own = _given(mask=_data_url(mask), last_image=_data_url(last_image))
     own |= _given(strength=None if video else strength)
     if own and not (image or (mask and control_image)):
