@@ -61,6 +61,8 @@ def attention(
     if mask is None and _has_choice(query) and not torch.compiler.is_compiling():
         return choose(query.device, query.dtype, query.shape[3])(query, key, value, scale)[0]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # heads first, as views
+    if mask is not None and mask.stride(-1) != 1:  # as after an exchange: torch has no fused kernel for it on CUDA
+        mask = mask.contiguous()
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 

@@ -188,12 +188,13 @@ class ParallelMesh:
         return tuple(word.tolist())
 
     def broadcast(self, value: bytes | None) -> bytes:
-        """Rank 0's value, on all ranks; the others pass None. A collective on the control group."""
+        """Rank 0's value, on all ranks, whatever the others pass. A collective on the control group."""
         if self.degrees.world_size == 1:
             assert value is not None
             return value
         assert self.control is not None
         began = time.perf_counter()
+        value = value if self.axis("gang").rank == 0 else None
         length = torch.tensor([len(value or b"")])  # as tensors: torch's way for objects unpickles what comes in
         dist.broadcast(length, group_src=0, group=self.control)
         if not length:

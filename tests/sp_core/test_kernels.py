@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_core import kernels
@@ -149,6 +150,22 @@ def test_heads_that_are_padded_give_the_same(masked: bool, monkeypatch: pytest.M
     assert output.shape == query.shape
     assert (output - plain).abs().max() <= BAR
     assert (padded_lse - lse).abs().max() <= BAR
+
+
+def test_a_mask_with_strides_reaches_the_kernel_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is after an exchange. On CUDA torch has no fused kernel for it, and would keep all scores."""
+    strides: list[int] = []
+
+    def attend(*args: torch.Tensor, attn_mask: torch.Tensor, scale: float | None) -> torch.Tensor:
+        strides.append(attn_mask.stride(-1))
+        return scaled_dot_product_attention(*args, attn_mask=attn_mask, scale=scale)
+
+    query, key, value = tokens(5, 0), tokens(9, 1), tokens(9, 2)
+    mask = torch.zeros(9, 16)[:, :2].t()[:, None, None]
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attend)
+    assert mask.stride(-1) == 16
+    assert kernels.attention(query, key, value, mask).equal(kernels.attention(query, key, value, mask.contiguous()))
+    assert strides == [1, 1]
 
 
 def test_fewer_key_heads_and_masks_of_models() -> None:

@@ -133,6 +133,7 @@ def test_places_of_tokens_in_the_whole() -> None:
 def hand_out(mesh: ParallelMesh) -> tuple[list[bytes], list[list[list[int]]]]:
     rank = mesh.axis("gang").rank
     texts = [mesh.broadcast(text if rank == 0 else None) for text in (b"", b"picture", bytes(range(256)) * 999)]
+    texts.append(mesh.broadcast(b"of rank" + b"!" * rank))  # all pass something: rank 0's counts
     own = [torch.full((n, rank + 1), float(rank)) for n in range(1, rank + 2)]
     return texts, [[list(tensor.shape) for tensor in theirs] for theirs in gather(own, mesh.axis("gang"))]
 
@@ -167,7 +168,7 @@ def test_ranks_hand_out_bytes_and_tensors_of_any_shape(ranks: RankPool, size: in
     found = ranks.run(ParallelDegrees(ulysses_degree=size), hand_out)
     shapes = [[[n, rank + 1] for n in range(1, rank + 2)] for rank in range(size)]
     for rank, (texts, gathered) in enumerate(found):
-        assert texts == [b"", b"picture", bytes(range(256)) * 999]
+        assert texts == [b"", b"picture", bytes(range(256)) * 999, b"of rank"]
         assert gathered == ([] if rank else shapes)
 
 

@@ -37,6 +37,8 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.stride(-1) != 1:
+        raise AssertionError(f"a GPU has no fused kernel for a mask with strides of {attn_mask.stride()}")
     if enable_gqa:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
     if attn_mask is None and query.dtype != torch.float32:
