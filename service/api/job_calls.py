@@ -4,6 +4,7 @@ Every gateway knows every job. A caller sees its own jobs; with the scope `admin
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -214,8 +215,9 @@ async def delete(backend: Backend, job_id: str, kind: Kind | None = None) -> Non
     Raises:
         JobNotFound: as `find`.
     """
-    await find(backend, job_id, kind)
-    job = await backend.jobs.ask(JobStore.delete, job_id, backend.sees())
+    job = (await find(backend, job_id, kind)).job
+    with contextlib.suppress(JobNotFound):  # it was just there: the store has been asked again after a lost answer
+        job = await backend.jobs.ask(JobStore.delete, job_id, backend.sees())
     backend.runner.drop(job_id)
     await asyncio.to_thread(inputs.discard, backend.outputs, job.request)
     for output in job.outputs:

@@ -16,7 +16,7 @@
     webhooks.py     which URLs may be called, and the calls
     observed.py     metrics of jobs and of the store
     runner.py       claims and runs jobs in a gateway
-    patience.py     how long jobs wait for a model that cannot be started
+    patience.py     how long jobs wait for a model that cannot be started; unserved.py for one that is not there
     results.py      writes and publishes their outputs
     lost_runners.py which other gateways that run jobs have died
     backlog.py      jobs that wait, for the autoscaler, metrics and deadlines

@@ -26,7 +26,7 @@ from service.jobs.records import (
     State,
 )
 from service.jobs.tables import Row, jobs, to_job
-from service.jobs.transitions import change, end, end_unserved, queue_again
+from service.jobs.transitions import change, end, end_unserved, is_served, queue_again
 
 ENDS_AS: Mapping[str, State] = {DEADLINE: "expired", CANCELLED: "cancelled"}
 """By the code of its error, how a job has ended that has not failed."""
@@ -185,6 +185,22 @@ class Leases:
         with self._database.transaction() as (connection, _):
             return queries.runners(connection)
 
+    def disown(self, runner: str, held: Collection[str]) -> None:
+        """Queue again what a runner has claimed and does not know of: the answer was lost.
+
+        Args:
+            runner: who asks; an empty name is that of several.
+            held: the jobs that it runs.
+        """
+        if not runner:
+            return
+        with self._database.transaction() as (connection, now):
+            unheld = jobs.c.state == "running", jobs.c.runner == runner, jobs.c.id.not_in(held)
+            for row in connection.execute(sa.select(jobs).where(*unheld).with_for_update()).mappings().all():
+                begun = row["total_steps"] > 0  # else this is no attempt yet
+                attempt = row["attempt"] if begun else row["attempt"] - 1
+                queue_again(connection, row, now, "its runner does not know of it", attempt=attempt)
+
     def end_leases(self, runner: str) -> None:
         """A runner is gone: its jobs are queued again by the next `sweep`."""
         with self._database.transaction() as (connection, now):
@@ -213,11 +229,23 @@ class Leases:
         with self._database.transaction() as (connection, now):
             return end_unserved(connection, model, now, self.keep_s, after_s)
 
-    def rename_model(self, former: str, model: str) -> None:
-        """Let the jobs that wait for a model wait for another one: the same under a new name."""
-        with self._database.transaction() as (connection, _):
+    def rename_model(self, former: str, model: str, unless_begun_s: float = 0.0) -> int:
+        """Let the jobs that wait for a model wait for another one: the same under a new name.
+
+        Args:
+            former: the name under which they were accepted.
+            model: its name now.
+            unless_begun_s: nothing changes if a job of the former name runs, or was begun in so many seconds: another
+                cluster has a model of that name. 0: no cluster shares the store.
+
+        Returns:
+            How many were renamed.
+        """
+        with self._database.transaction() as (connection, now):
+            if unless_begun_s and is_served(connection, former, now, unless_begun_s):
+                return 0
             waiting = jobs.c.state == "queued", jobs.c.model == former
-            connection.execute(sa.update(jobs).where(*waiting).values(model=model))
+            return connection.execute(sa.update(jobs).where(*waiting).values(model=model)).rowcount
 
     def close(self) -> None:
         """Close the connections."""

@@ -14,11 +14,15 @@ from datetime import UTC, datetime
 import httpx
 import sqlalchemy as sa
 
+from service.jobs.queries import is_due
 from service.jobs.records import Delivery
 from service.jobs.tables import Row, webhooks
 
 KEEP_S = 24 * 3600.0
 """After which a webhook is given up."""
+
+MOST_PAUSE_S = 5 * 3600.0
+"""More than a webhook ever waits for its next attempt."""
 
 AT_ONCE = 1000
 """Rows that one transaction changes beside those that it takes, so that none is long."""
@@ -75,7 +79,11 @@ def _due_ids(connection: sa.Connection, now: float, most: int, which: sa.ColumnE
     """Of some webhooks those that have been due for the longest, locked."""
     if most <= 0:
         return []
-    query = sa.select(webhooks.c.id).where(which, webhooks.c.not_before <= now).order_by(webhooks.c.not_before)
+    query = (
+        sa.select(webhooks.c.id)
+        .where(which, is_due(webhooks.c.not_before, now, MOST_PAUSE_S))
+        .order_by(webhooks.c.not_before)
+    )
     return list(connection.execute(query.limit(most).with_for_update(skip_locked=True)).scalars())
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
-from service.jobs.records import Counts, Job, JobEvent, Kind, NewJob, Page, State
+from service.jobs.records import MOST_PAUSE_S, Counts, Job, JobEvent, Kind, NewJob, Page, State
 from service.jobs.tables import Row, ends, events, jobs, to_job
 from workers.errors import JobNotFound
 
@@ -41,11 +41,16 @@ def same(connection: sa.Connection, new: NewJob) -> Job | None:
     return None
 
 
+def is_due(column: sa.ColumnElement[float], now: float, most_s: float) -> sa.ColumnElement[bool]:
+    """Whether a time has come; also if it is further ahead than anybody sets it, because the clock was set back."""
+    return sa.or_(column <= now, column > now + most_s)
+
+
 def next_in_line(connection: sa.Connection, model: str, most: int, now: float) -> list[Row]:
     """Jobs of a model whose turn it is, locked; those that another gateway is about to take are passed over."""
     query = (
         sa.select(jobs)
-        .where(jobs.c.state == "queued", jobs.c.model == model, jobs.c.not_before <= now)
+        .where(jobs.c.state == "queued", jobs.c.model == model, is_due(jobs.c.not_before, now, MOST_PAUSE_S))
         .where(sa.or_(jobs.c.deadline_at.is_(None), jobs.c.deadline_at > now))
         .order_by(jobs.c.order_at, jobs.c.id)
         .limit(max(0, most))

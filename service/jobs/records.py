@@ -23,6 +23,10 @@ HEAD_START_S: Mapping[Priority, float] = {"interactive": 0.0, "standard": 60.0, 
 """By how much a job must be older to come before an interactive one. So interactive work overtakes the rest, and what
 has waited for long enough is overtaken by nobody."""
 
+MOST_PAUSE_S, MOST_LEASE_S = 60.0, 600.0
+"""Seconds: more than a job ever waits for its next attempt, and than a lease ever lasts. What is further ahead was
+written before the clock was set back."""
+
 MAX_ATTEMPTS = 3
 MAX_GANG_LOSSES = 2
 """What one job may cost. Then it fails as QUARANTINED."""

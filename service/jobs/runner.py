@@ -21,11 +21,12 @@ from service.jobs import inputs
 from service.jobs.backlog import JobBacklog
 from service.jobs.lost_runners import LostRunners
 from service.jobs.observed import ObservedJobs
-from service.jobs.patience import UNSERVED_S, Patience
+from service.jobs.patience import Patience
 from service.jobs.records import QUARANTINED, Counts, Job, JobError, LeaseLost
 from service.jobs.results import AWAY_S, NOT_NOW, NotWritten, Results, in_time
 from service.jobs.store import JobStore
 from service.jobs.store_actor import Jobs
+from service.jobs.unserved import Unserved
 from service.state.outputs import OutputStore
 from workers.errors import (
     GangLost,
@@ -64,7 +65,7 @@ AGAIN_S = 5.0
 """A job that could not be begun, or whose model cannot be started, is not tried again earlier."""
 
 NOT_BEGUN = (QueueFull, RateLimited, ShuttingDown, ModelNotFound)
-"""Of no account for a job: it waits longer; for a model that was removed see `UNSERVED_S`."""
+"""Of no account for a job: it waits longer; for a model that was removed see `service.jobs.unserved`."""
 
 
 class NotNow(Exception):
@@ -101,9 +102,9 @@ class Runner:
         lost: LostRunners,
     ) -> None:
         self._jobs, self._outputs, self._name = jobs, outputs, name
-        self._generate, self._room, self._models, self._backlog = generate, room, models, backlog
+        self._generate, self._room, self._backlog = generate, room, backlog
         self._lost = lost
-        self._unserved: dict[str, float] = {}  # models for which jobs wait, and since when there is no such model
+        self._unserved = Unserved(jobs, models)
         self._patience = Patience()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._results = Results(jobs, outputs)
@@ -173,11 +174,12 @@ class Runner:
             for runner in await self._lost.among(await self._jobs.ask(JobStore.runners)):
                 logger.warning("%s is gone; its jobs are begun anew", runner)
                 await self._jobs.ask(JobStore.end_leases, runner)
+            await self._jobs.ask(JobStore.disown, self._name, tuple(self._running))
             await self._jobs.ask(JobStore.sweep)
             self._sweep_inputs()
         counts = await self._jobs.ask(JobStore.counts)
         if sweeps:
-            counts = await self._settle_unserved(counts)
+            counts = await self._unserved.settle(counts)
             self._observed.tell_ended(await self._jobs.ask(JobStore.ended), self._room())
             self._observed.tell_disk(await self._jobs.ask(JobStore.disk))
         self._observed.tell(counts, self._room())
@@ -196,22 +198,6 @@ class Runner:
         if idle and time.monotonic() - self._inputs_at >= INPUTS_S:
             self._inputs_at = time.monotonic()
             self._sweeping = asyncio.get_running_loop().create_task(inputs.sweep(self._jobs, self._outputs))
-
-    async def _settle_unserved(self, counts: dict[str, Counts]) -> dict[str, Counts]:
-        """Give jobs of a former name, an alias now, to its model; end jobs of models that are gone for `UNSERVED_S`.
-        Returns the counts, which may have changed."""
-        now, models = time.monotonic(), self._models()
-        gone = [model for model, found in counts.items() if found.queued and model not in models]
-        renamed = {alias: model for model, spec in models.items() for alias in spec.aliases if alias in gone}
-        for former, model in renamed.items():
-            await self._jobs.ask(JobStore.rename_model, former, model)
-        if renamed:
-            counts, gone = await self._jobs.ask(JobStore.counts), [model for model in gone if model not in renamed]
-        self._unserved = {model: self._unserved.get(model, now) for model in gone}
-        for model, since in self._unserved.items():
-            if now - since >= UNSERVED_S and (ended := await self._jobs.ask(JobStore.end_unserved, model, UNSERVED_S)):
-                logger.warning("%d jobs have failed: the deployment has no model %r anymore", ended, model)
-        return counts
 
     async def _run(self, job: Job) -> None:
         """One attempt, and what becomes of the job if it fails."""

@@ -142,6 +142,11 @@ class Jobs:
             found: Result = await self._ask_actor(call.__name__, args, kwargs)
             return found
 
+    @property
+    def shared(self) -> bool:
+        """Whether other clusters may have the same store."""
+        return self._url_env is not None
+
     async def in_use(self) -> bool:
         """Whether there may be jobs. Where they end with the cluster, nothing is started before the first one."""
         if self._folder is not None or self._url_env is not None or self._actor is not None:

@@ -12,7 +12,19 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.jobs import outbox
-from service.jobs.records import DEADLINE, ENDED, MAX_ATTEMPTS, QUARANTINED, UNSERVED, Job, JobError, NewJob, State
+from service.jobs.queries import is_due
+from service.jobs.records import (
+    DEADLINE,
+    ENDED,
+    MAX_ATTEMPTS,
+    MOST_LEASE_S,
+    QUARANTINED,
+    UNSERVED,
+    Job,
+    JobError,
+    NewJob,
+    State,
+)
 from service.jobs.tables import Row, ends, events, jobs, to_job
 
 SETTLED_AT_ONCE = 100
@@ -103,7 +115,7 @@ def settle(connection: sa.Connection, now: float, keep_s: float) -> int:
         How many. If it is `SETTLED_AT_ONCE`, there may be more.
     """
     late = sa.and_(jobs.c.state == "queued", jobs.c.deadline_at <= now)
-    silent = sa.and_(jobs.c.state == "running", jobs.c.lease_until <= now)
+    silent = sa.and_(jobs.c.state == "running", is_due(jobs.c.lease_until, now, MOST_LEASE_S))
     rows: list[Row] = []
     for found in (late, silent):  # two queries: each has an index
         query = sa.select(jobs).where(found).limit(SETTLED_AT_ONCE - len(rows)).with_for_update(skip_locked=True)
@@ -123,6 +135,12 @@ def _settle(connection: sa.Connection, row: Row, now: float, keep_s: float) -> N
         queue_again(connection, row, now, "its runner was not heard of anymore")
 
 
+def is_served(connection: sa.Connection, model: str, now: float, lately_s: float) -> bool:
+    """Whether a job of a model runs, or was begun in the last `lately_s` seconds."""
+    begun = sa.or_(jobs.c.state == "running", jobs.c.started_at > now - lately_s)
+    return connection.execute(sa.select(jobs.c.id).where(jobs.c.model == model, begun).limit(1)).first() is not None
+
+
 def end_unserved(connection: sa.Connection, model: str, now: float, keep_s: float, after_s: float) -> int:
     """End jobs that have waited for a model for so many seconds, unless one of its jobs runs or was begun since.
 
@@ -132,11 +150,9 @@ def end_unserved(connection: sa.Connection, model: str, now: float, keep_s: floa
     Returns:
         How many. If it is `SETTLED_AT_ONCE`, there may be more.
     """
-    of_model = jobs.c.model == model
-    begun = sa.or_(jobs.c.state == "running", jobs.c.started_at > now - after_s)
-    if connection.execute(sa.select(jobs.c.id).where(of_model, begun).limit(1)).first() is not None:
+    if is_served(connection, model, now, after_s):
         return 0
-    waits = of_model, jobs.c.state == "queued", jobs.c.created_at <= now - after_s
+    waits = jobs.c.model == model, jobs.c.state == "queued", jobs.c.created_at <= now - after_s
     query = sa.select(jobs).where(*waits).limit(SETTLED_AT_ONCE).with_for_update(skip_locked=True)
     rows = connection.execute(query).mappings().all()
     said = f"the deployment has no model {model!r} anymore, and had none for {after_s / 60:g} minutes"

@@ -226,6 +226,43 @@ def test_only_jobs_that_wait_change_their_model(store: JobStore) -> None:
     assert [job.id for job in store.claim({"cinema": 1, "film": 1}, "r", LEASE_S)] == [waiting.id]
 
 
+def test_a_model_of_another_cluster_keeps_its_jobs(store: JobStore, clock: Clock) -> None:
+    store.submit(new_job())
+    take(store)
+    waiting, _ = store.submit(new_job())
+    clock.now += 10
+    assert store.rename_model("film", "cinema", 900) == 0  # one of them runs
+    assert store.get(waiting.id, None).model == "film"
+    assert store.rename_model("film", "cinema") == 1
+
+
+def test_a_claim_whose_answer_was_lost_is_queued_again(store: JobStore) -> None:
+    ids = [store.submit(new_job())[0].id for _ in range(4)]
+    held, lost, begun, others = take(store)[0], take(store)[0], take(store)[0], take(store, runner="another")[0]
+    store.renew(begun.id, begun.fence, LEASE_S, 1, 4)
+    store.disown("r", [held.id])
+    assert [(store.get(job, None).state, store.get(job, None).attempt) for job in ids] == [
+        ("running", 1), ("queued", 0), ("queued", 1), ("running", 1),
+    ]  # fmt: skip
+    with pytest.raises(LeaseLost):
+        store.renew(lost.id, lost.fence, LEASE_S, 1, 4)
+    store.disown("", [])  # whoever has no name shares it with others
+    assert store.renew(others.id, others.fence, LEASE_S, 1, 4).state == "running"
+
+
+def test_a_clock_that_was_set_back_stops_no_job(store: JobStore, clock: Clock) -> None:
+    waits, dead = (store.submit(new_job())[0].id for _ in range(2))
+    (held,) = take(store)
+    assert held.id == waits
+    take(store)
+    store.give_back(waits, held.fence, "its model sleeps", 5.0)
+    assert store.claim({"film": 9}, "r", LEASE_S) == []
+    clock.now -= 3600
+    store.sweep()
+    assert {store.get(job, None).state for job in (waits, dead)} == {"queued"}
+    assert {job.id for job in store.claim({"film": 2}, "r", LEASE_S)} == {waits, dead}
+
+
 def test_jobs_of_a_model_that_nobody_has_end_but_not_where_another_cluster_runs_them(
     store: JobStore, clock: Clock
 ) -> None:

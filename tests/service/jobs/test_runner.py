@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.api.backend import Report, Restarted, Waiting
-from service.jobs import patience
+from service.jobs import patience, unserved
 from service.jobs import runner as module
 from service.jobs.backlog import JobBacklog
 from service.jobs.records import Job
@@ -326,13 +326,13 @@ def test_jobs_of_a_model_that_is_gone_wait_for_it_and_then_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SWEEP_S", 0.0)
-    monkeypatch.setattr(module, "UNSERVED_S", 0.4)
+    monkeypatch.setattr(unserved, "UNSERVED_S", 0.4)
 
     async def story(world: World) -> None:
         world.models, world.room = {}, {}
         mistaken = await world.submit()
         async with asyncio.timeout(20):
-            while not world.runner._unserved:
+            while not world.runner._unserved._since:
                 await asyncio.sleep(0.01)
         world.models, world.room = {"film": named("film")}, {"film": 1}  # the operator has put it right
         world.runner.wake()
@@ -366,6 +366,56 @@ def test_jobs_of_a_former_name_are_run_by_the_model_that_has_it_as_an_alias(
         done = await world.ended(job)
         assert (done.state, done.model) == ("succeeded", "cinema")
         assert [request.model for _, request in world.asked] == ["cinema"]
+
+    live(tmp_path, draws, story)
+
+
+def test_in_a_shared_store_nothing_of_others_is_renamed_or_ended_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+    monkeypatch.setattr(Jobs, "shared", property(lambda jobs: True))
+    monkeypatch.setattr(unserved, "UNSERVED_S", 0.3)
+    monkeypatch.setattr(unserved, "SHARED_UNSERVED_S", 0.9)
+
+    async def story(world: World) -> None:
+        world.models, world.room = {"cinema": named("cinema", "film")}, {"cinema": 1}
+        renamed, other = await world.submit(), await world.submit(replace(REQUEST, model="play"))
+        done = {}
+        async with asyncio.timeout(30):
+            while len(done) < 2:
+                for job in (renamed, other):
+                    if (found := await world.jobs.ask(JobStore.get, job.id, None)).ended:
+                        done[job.id] = found
+                world.runner.wake()
+                await asyncio.sleep(0.02)
+        drawn, failed = done[renamed.id], done[other.id]
+        assert (drawn.state, drawn.model, failed.state) == ("succeeded", "cinema", "failed")
+        assert (drawn.started_at or 0.0) - drawn.created_at >= 0.3
+        assert (failed.ended_at or 0.0) - failed.created_at >= 0.9
+
+    live(tmp_path, draws, story)
+
+
+def test_a_claim_that_is_not_answered_costs_no_attempt_and_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+
+    async def story(world: World) -> None:
+        ask, lost = world.jobs.ask, 0
+
+        async def answer_is_lost(call: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal lost
+            found = await ask(call, *args, **kwargs)
+            if call is JobStore.claim and found and lost < 3:
+                lost += 1
+                return []  # as the store says when it is asked again: nothing is free anymore
+            return found
+
+        monkeypatch.setattr(world.jobs, "ask", answer_is_lost)
+        done = await world.ended(await world.submit())
+        assert (done.state, done.attempt, lost) == ("succeeded", 1, 3)
 
     live(tmp_path, draws, story)
 
