@@ -9,6 +9,11 @@ from torch import nn
 
 from sp_core import diffusers_private, torch_private
 
+IN_ORDER = {"reorder_for_peak_memory": False}
+"""Inductor may exchange operators that do not need each other's results, as an estimate of memory says, which depends
+on the lengths. Ranks have different ones, and all must enter the same collectives in the same order: a block with two
+attentions side by side would hang."""
+
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile the blocks that diffusers names for the model's class, or else those in the model's own lists.
@@ -33,6 +38,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
             f"{type(model).__name__} has no blocks to compile: neither its _repeated_blocks "
             f"({', '.join(names) or 'none'}) nor an nn.ModuleList of its own; leave compile out"
         )
+    if "backend" not in options:
+        options["options"] = IN_ORDER | options.get("options", {})
     for block in blocks:
         if _needs_lengths(block):
             continue

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -258,3 +258,16 @@ def compiled_layer(mesh: ParallelMesh) -> float:
 
 def test_blocks_with_our_layer_compile(ranks: RankPool) -> None:
     assert max(ranks.run(ParallelDegrees(ulysses_degree=2), compiled_layer)) <= BAR
+
+
+@pytest.mark.parametrize("given", [{}, {"options": {"triton.cudagraphs": True}}, {"backend": "aot_eager"}], ids=str)
+def test_inductor_leaves_collectives_in_the_order_of_the_model(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **options: told.append(options))
+    compile_blocks(copy.deepcopy(examples.TINY["sana"].model), **given)
+    assert told
+    for options in told:
+        assert {**options.get("options", {}), **given.get("options", {})} == options.get("options", {})
+        assert options.get("backend") or options["options"]["reorder_for_peak_memory"] is False
