@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.activations import activation_bytes, largest_request, why_two_forwards
-from deploy.families.lookup import component_dtype, kept_in_fp32
+from deploy.families.lookup import component_dtype, kept_in_fp32, parts_in_fp32
 from deploy.model_folder import component_folders, is_transformer, read_config
 from deploy.model_sections import Elastic
 from deploy.model_spec import ModelSpec
@@ -175,7 +175,7 @@ def _component_bytes(model: ModelSpec, name: str, folder: Path, dtype: str) -> i
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or [""])))
     size = model.parallel.tensor_parallel_size if is_transformer(name) else 1
     sharded = _sharded_tensors(folder, kind, config) if size > 1 else []
-    in_fp32 = _stays_in_fp32(kind, dtype)
+    in_fp32 = _stays_in_fp32(kind, dtype) | parts_in_fp32(folder.parent, name)
     total = 0
     for tensor, info in read_headers(folder).items():
         element = ELEMENT_BYTES[dtype] if in_fp32.isdisjoint(tensor.split(".")) else 4

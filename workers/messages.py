@@ -105,6 +105,7 @@ class GenerationRequest:
         output_compression: JPEG and WebP quality, 0 to 100.
         report_steps: whether to send a `StepEvent` per step; each is a message through all layers.
         seed_drawn: whether the seed was drawn here, so that the same body sent again gets another one.
+        frames_chosen: whether `num_frames` was chosen here, so that the ranks may lower it to what the model makes.
         priority: which request an elastic gang prefers; a job has its own priority.
         deadline_at: when the answer becomes worthless, in seconds since the epoch; None: never. The gateway enforces
             it.
@@ -151,6 +152,7 @@ class GenerationRequest:
     traceparent: str = ""
     profile: bool = False
     embed_metadata: bool = True
+    frames_chosen: bool = False
 
     def input(self, role: MediaRole) -> MediaInput | None:
         """The first input of a role; None if there is none."""

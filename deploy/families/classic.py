@@ -57,6 +57,7 @@ VAE_IN_FP32 = frozenset(
         "ChronoEditPipeline",
         "LucyEditPipeline",
         "SanaImageToVideoPipeline",
+        "SanaPipeline",
         "SanaVideoPipeline",
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",
         "SkyReelsV2DiffusionForcingPipeline",
@@ -71,8 +72,16 @@ VAE_IN_FP32 = frozenset(
 """Pipelines whose examples in diffusers run the VAE in fp32. Others do not give it what it reads in that type."""
 
 
+UNSHIFTED_VAE_IN_FP32 = frozenset({"BriaPipeline"})
+"""Pipelines whose examples in diffusers run the VAE in fp32 if its config has no `shift_factor`."""
+
+
 IMAGE_ENCODER_IN_FP32 = frozenset({"ChronoEditPipeline", "WanImageToVideoPipeline"})
 """Pipelines whose examples in diffusers run the encoder of the first picture in fp32; its result is rounded later."""
+
+
+TEXT_ENCODER_IN_FP32: Mapping[str, frozenset[str]] = {"BriaPipeline": frozenset({"wo"})}
+"""Pipelines whose examples in diffusers run parts of the text encoder in fp32, as path components of their names."""
 
 
 def classic_family(pipeline: str) -> PipelineFamily:

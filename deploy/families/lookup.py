@@ -11,6 +11,8 @@ from pathlib import Path
 from deploy import families as room
 from deploy.families.classic import (
     IMAGE_ENCODER_IN_FP32,
+    TEXT_ENCODER_IN_FP32,
+    UNSHIFTED_VAE_IN_FP32,
     check_config,
     check_controlnet,
     check_proved,
@@ -19,7 +21,7 @@ from deploy.families.classic import (
 )
 from deploy.families.family import DecodeBytes, ForwardBytes, PipelineFamily
 from deploy.families.schedulers import check_scheduler
-from deploy.model_folder import read_index
+from deploy.model_folder import read_config, read_index
 from deploy.model_spec import ModelSpec
 
 CLASSIC = "classic"
@@ -91,7 +93,25 @@ def component_dtype(model: ModelSpec, folder: Path, component: str) -> str:
         return "float32"
     if not component.startswith("vae"):
         return model.torch_dtype
-    return model.vae_dtype or ("float32" if find_family(folder).vae_in_fp32 else model.torch_dtype)
+    return model.vae_dtype or ("float32" if _vae_in_fp32(folder) else model.torch_dtype)
+
+
+def _vae_in_fp32(folder: Path) -> bool:
+    family = find_family(folder)
+    if family.pipeline in UNSHIFTED_VAE_IN_FP32:
+        return not read_config(folder / "vae" / "config.json").get("shift_factor")
+    return family.vae_in_fp32
+
+
+def parts_in_fp32(folder: Path, component: str) -> frozenset[str]:
+    """The parts of a component, not a transformer, that run in fp32 in half precision, as path components of names.
+
+    Raises:
+        ValueError: see `find_family`.
+    """
+    if component != "text_encoder":
+        return frozenset()
+    return TEXT_ENCODER_IN_FP32.get(find_family(folder).pipeline, frozenset())
 
 
 def forward_bytes(transformer: str) -> ForwardBytes | None:

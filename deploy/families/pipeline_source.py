@@ -23,6 +23,13 @@ ROUNDED_DOWN = "int(num_inference_steps * strength)"
 """How some calls count the steps that `strength` leaves."""
 
 
+DRAWS_TOKENS = "generate_prior_tokens"
+"""A method that draws tokens by the seed of the first picture alone, for all pictures of a call."""
+
+KEPT_CLIP = "latents[:, :context_length, ...] = video_latents"
+"""How some calls put the clip back where their video begins."""
+
+
 @dataclass(frozen=True)
 class ClassicCall:
     """The call of a pipeline.
@@ -52,6 +59,10 @@ class ClassicCall:
         makes_one: whether it makes only one picture or video per call.
         one_generator: whether it takes one generator, not a list.
         counts_frames: whether `num_frames` sets the number of frames; otherwise the input clip does.
+        takes_clips: whether its `video` is a list of clips, so that a list of frames would be as many clips.
+        keeps_clip: whether its video begins with the clip as it is, and only what comes after it is made.
+        sized_by_clip: whether it controls each frame by one of the clip, at the size of the clip, whatever height and
+            width say.
         fixed_frames: the number of frames that it always makes; 0: as requested.
         latent_window: latent frames that it makes per loop, with several loops; 0: one loop makes all.
         frame_window: frames that it makes per loop, each loop beginning with the last frames of the one before; 0: one
@@ -87,6 +98,9 @@ class ClassicCall:
     makes_one: bool
     one_generator: bool
     counts_frames: bool
+    takes_clips: bool
+    keeps_clip: bool
+    sized_by_clip: bool
     fixed_frames: int
     latent_window: int
     frame_window: int
@@ -202,10 +216,15 @@ def _of_clips(methods: Mapping[str, ast.FunctionDef]) -> dict[str, Any]:
     told_one = any(ast.unparse(part) == "num_videos_per_prompt = 1" for part in call.body)
     told_one = told_one or "view(1).repeat(2)" in ast.unparse(call)  # a timestep for each branch of one sample
     told_one = told_one or "[decode_timestep] * batch_size" in ast.unparse(call)  # for each prompt, not for each video
+    told_one = told_one or DRAWS_TOKENS in methods
+    takes_clips = "num_conditions = len(video)" in ast.unparse(call)
     return {
         "makes_one": one_generator or told_one or bool(frames),  # one by one: the transformer may take one only
         "one_generator": one_generator,
         "counts_frames": told and any(patterns.hands_on(node, "num_frames") for node in ast.walk(call)),
+        "takes_clips": takes_clips,
+        "keeps_clip": takes_clips or KEPT_CLIP in ast.unparse(call),
+        "sized_by_clip": "preprocess_conditions" in methods,
         "fixed_frames": next((n for n in map(patterns.fixes_frames, ast.walk(call)) if n), 0),
         "latent_window": latents,
         "frame_window": frames,

@@ -127,6 +127,7 @@ def to_request(
         request = replace(
             request,
             num_frames=_frames(body, fps) or _frames_of(inputs) or defaults.num_frames,
+            frames_chosen=body.num_frames is None,
             fps=fps,
             guidance_scale_2=defaults.guidance_scale_2 if body.guidance_scale_2 is None else body.guidance_scale_2,
             output_format="mp4",
@@ -191,7 +192,8 @@ def _previews(body: GenerationBody) -> PreviewOptions | None:
 
 
 def _frames(body: VideoGenerationBody, fps: int) -> int | None:
-    """The number of frames that the body asks for, 4k + 1 as VAEs take it; None: the model's default."""
+    """The number of frames that the body asks for; None: the model's default. Of `seconds` it is 4k + 1, as most models
+    take it; the ranks of the others lower it."""
     if body.num_frames is not None or body.seconds is None:
         return body.num_frames
     return 4 * round((body.seconds * fps - 1) / 4) + 1 if body.seconds * fps > 1 else 1

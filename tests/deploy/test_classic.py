@@ -8,7 +8,7 @@ import pytest
 
 from deploy.activations import Request, activation_bytes
 from deploy.families.classic import classic_family, proved_pipelines
-from deploy.families.lookup import CLASSIC, component_dtype, families, family_name, find_family
+from deploy.families.lookup import CLASSIC, component_dtype, families, family_name, find_family, parts_in_fp32
 from deploy.families.pipeline_source import classic_call, transformer_pipelines
 from deploy.families.schedulers import FLOW_MATCH
 from deploy.model_folder import is_transformer
@@ -55,6 +55,22 @@ def test_parts_that_the_authors_run_in_fp32_stay_so(tmp_path: Path) -> None:
     assert [component_dtype(half, folder, part) for part in parts] == ["float32", "float32", "bfloat16", "bfloat16"]
     edit(folder / "model_index.json", {"_class_name": "WanVideoToVideoPipeline"})
     assert component_dtype(half, folder, "image_encoder") == "bfloat16"
+
+
+def test_a_text_encoder_may_run_partly_in_fp32_and_a_vae_without_a_shift(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "BriaPipeline", ["diffusers", "BriaTransformer2DModel"])
+    half = ModelSpec(name="a", source=str(folder), dtype="bfloat16")
+    assert parts_in_fp32(folder, "text_encoder") == {"wo"} and not parts_in_fp32(folder, "vae")
+    for shift, dtype in ((None, "float32"), (0, "float32"), (0.1, "bfloat16")):
+        edit(folder / "vae" / "config.json", {"shift_factor": shift})
+        assert component_dtype(half, folder, "vae") == dtype
+    sana = {
+        "_class_name": "SanaPipeline",
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    }
+    edit(folder / "model_index.json", sana)
+    assert component_dtype(half, folder, "vae") == "float32" and not parts_in_fp32(folder, "text_encoder")
 
 
 def test_a_mask_is_of_an_image() -> None:

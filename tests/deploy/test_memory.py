@@ -49,6 +49,13 @@ def test_weights_are_those_of_a_load(ranks: RankPool, demo_models: dict[str, Pat
         assert weight_bytes(spec, folder) == found[0] == max(found)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parts_of_a_text_encoder_that_stay_in_fp32_count_as_such(demo_models: dict[str, Path], dtype: str) -> None:
+    spec = model(demo_models["bria"]).model_copy(update={"dtype": dtype})
+    mesh = ParallelMesh.create(spec.parallel, device_type="cpu", timeout_s=60)
+    assert weight_bytes(spec, demo_models["bria"]) == held(mesh, spec)
+
+
 def held_of_transformer(mesh: ParallelMesh, folder: Path) -> int:
     return sum(p.nbytes for p in load_transformer(folder, mesh, torch.bfloat16).parameters())
 

@@ -262,7 +262,11 @@ def test_a_request_costs_at_most_two_gangs_however_often_it_is_asked(
     async def story() -> None:
         with pytest.raises(GangLost, match="lost its ranks 2 times"):
             await ask(opened, drawn)
-        for again in (drawn, replace(drawn, request_id="b", seed=2), replace(drawn, report_steps=True)):
+        for again in (
+            drawn,
+            replace(drawn, request_id="b", seed=2),
+            replace(drawn, report_steps=True, frames_chosen=True),
+        ):
             with pytest.raises(RequestQuarantined):
                 await ask(opened, again)
         assert len(sent) == 2

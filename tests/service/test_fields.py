@@ -48,7 +48,9 @@ ACCEPTED = [
     (VIDEOS, {"seconds": 0.6, "fps": 10}, {"num_frames": 5}),
     (VIDEOS, {"seconds": 0.8, "fps": 10}, {"num_frames": 9}),
     (VIDEOS, {"seconds": 0.01, "fps": 10}, {"num_frames": 1}),
-    (VIDEOS, {"seconds": 4, "num_frames": 9}, {"num_frames": 9}),
+    (VIDEOS, {"seconds": 4, "num_frames": 9}, {"num_frames": 9, "frames_chosen": False}),
+    (VIDEOS, {"seconds": 0.5, "fps": 10}, {"num_frames": 5, "frames_chosen": True}),
+    (VIDEOS, {}, {"num_frames": 5, "frames_chosen": True}),
     (VIDEOS, {"n": 1, "num_outputs_per_prompt": 1}, {"n": 1}),
     (VIDEOS, {"guidance_scale_2": 2.0}, {"guidance_scale_2": 2.0}),
 ]

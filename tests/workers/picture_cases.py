@@ -120,8 +120,8 @@ CASES: dict[str, tuple[str, str, GenerationRequest, dict[str, Any]]] = {
     "a clip as a condition": (
         "ltx",
         "LTXConditionPipeline",
-        replace(VIDEO, n=1, height=64, inputs=(CLIP_IN,)),
-        {"video": FRAMES, "num_frames": 9, "frame_rate": 16, "guidance_scale": 2.0},
+        replace(VIDEO, n=1, height=64, num_frames=17, inputs=(CLIP_IN,)),
+        {"video": [FRAMES], "num_frames": 17, "frame_rate": 16, "guidance_scale": 2.0},
     ),
     "qwen img2img": (
         "qwen-image",

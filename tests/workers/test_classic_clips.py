@@ -98,7 +98,7 @@ def test_a_pipeline_that_needs_so_many_frames_says_so() -> None:
         adapter("Kandinsky5I2VPipeline").check_frames(pipeline, replace(REQUEST, num_frames=13))
 
 
-@pytest.mark.parametrize("pipeline", ["LucyEditPipeline", "CogVideoXFunControlPipeline"])
+@pytest.mark.parametrize("pipeline", ["LucyEditPipeline", "CogVideoXFunControlPipeline", "WanVACEPipeline"])
 def test_a_clip_that_says_how_many_frames_there_are_must_have_them(pipeline: str) -> None:
     with pytest.raises(InvalidParameter, match="the clip has 5 frames, num_frames asks for 9"):
         adapter(pipeline).pictures(replace(REQUEST, inputs=(clip(5),)), here=True)

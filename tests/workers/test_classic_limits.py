@@ -13,12 +13,15 @@ from PIL import Image
 
 from deploy.families.classic import classic_family, proved_pipelines
 from deploy.families.pipeline_source import classic_call
+from tests.workers.test_picture_inputs import IMAGE
 from workers.demo_models.pipelines import demo_module, demo_of, served
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest, MediaInput
 from workers.model.adapters.classic import ClassicAdapter
 from workers.model.extra_ranges import check_extra_ranges
+from workers.model.picture_inputs import read
 from workers.model.positions import check_positions
+from workers.model.prompts import check_length
 from workers.model.step_counts import check_steps
 
 REQUEST = GenerationRequest("a", "demo", "a cup", 64, 48, 2, seed=3)
@@ -70,6 +73,20 @@ def test_what_would_fail_in_a_step_is_refused(pipeline: str, changes: dict[str, 
     model = demo.demo_pipeline(pipeline) if pipeline.startswith("Cosmos") else demo.demo_pipeline()
     with pytest.raises(InvalidParameter, match=said) if said else nullcontext():
         adapter(pipeline).check(model, replace(REQUEST, **changes))
+
+
+@pytest.mark.parametrize(("letters", "refused"), [(900, False), (1100, True)])
+def test_a_prompt_that_would_cut_off_the_mark_of_the_picture_is_refused(letters: int, refused: bool) -> None:
+    name = "Kandinsky5I2IPipeline"
+    demo = demo_of("kandinsky_5", name)
+    request = replace(REQUEST, prompt="x" * letters, inputs=(IMAGE,))
+    said = r"prompt has \d+ tokens together with the picture's, this model reads at most 1024; shorten it"
+    with pytest.raises(InvalidParameter, match=said) if refused else nullcontext():
+        check_length(name, demo, request)
+    check_length(name, demo, request.without_data())  # as other ranks have it
+    told = {"prompt": [request.prompt], "image": read(IMAGE)}
+    with pytest.raises(ValueError, match="image") if refused else nullcontext():  # what it would do
+        demo._encode_prompt_qwen(**told, max_sequence_length=1024)
 
 
 def test_callers_do_not_make_the_timesteps() -> None:

@@ -16,10 +16,13 @@ from sp_core.mesh import ParallelMesh
 from sp_core.verify.divergence import error
 from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
+from tests.support.deployments import model
+from tests.workers.test_adapters import PICTURES
 from tests.workers.test_classic import drawn_with
 from tests.workers.test_classic_pictures import CASES, LAYOUTS, alone, asked, folder_of, made
-from tests.workers.test_denoising import ALONE, generate
+from tests.workers.test_denoising import ALONE, begun, generate
 from workers.messages import GenerationRequest
+from workers.model.loader import load_model
 from workers.small_pictures import small_pictures
 
 __all__ = ["folder_of"]
@@ -53,6 +56,26 @@ def test_a_vae_of_which_its_authors_say_so_runs_in_fp32(folder_of: Callable[[str
     assert made
     assert error(latents.float(), reference.float()) <= BAR
     assert error(in_half.float(), reference.float()) > 100 * BAR
+
+
+def test_half_precision_is_that_of_the_authors_who_keep_a_part_in_fp32(demo_models: dict[str, Path]) -> None:
+    folder, request = demo_models["bria"], replace(PICTURES, width=96, height=128, n=1)
+    loaded = load_model(
+        model(folder).model_copy(update={"dtype": "bfloat16"}),
+        ParallelMesh.create(ALONE, device_type="cpu", timeout_s=60),
+    )
+    theirs: Any = diffusers.BriaPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True)
+    whole = theirs.encode_prompt(request.prompt)[0]
+    for block in theirs.text_encoder.encoder.block:  # as in the example of the pipeline
+        block.layer[-1].DenseReluDense.wo.to(dtype=torch.float32)
+    reference = theirs.encode_prompt(request.prompt)[0]
+    found = loaded.pipeline.encode_prompt(request.prompt)[0]
+    assert torch.equal(found, reference)
+    assert not torch.equal(whole, reference)
+    denoising = begun(loaded, request)
+    while not denoising.done:
+        denoising.step()
+    assert len(denoising.finish()) == 1
 
 
 LAYERS = {

@@ -22,7 +22,7 @@ from sp_core.verify.rank_pool import RankPool
 from sp_core.verify.verify import BAR
 from tests.support.deployments import model
 from tests.workers.picture_cases import CASES, CLIP_IN, CONTROL, FRAMES, LAST, OTHER, animated
-from tests.workers.test_adapters import differ
+from tests.workers.test_adapters import PICTURES, differ
 from tests.workers.test_denoising import ALONE, Generated, begun, check, generate, pixels
 from tests.workers.test_picture_inputs import IMAGE, PHOTO, WHERE, first_reads, png
 from workers.demo_models.writer import write_demo_model
@@ -132,6 +132,24 @@ def test_one_rank_is_the_classic_pipeline(folder_of: Callable[[str], Path], name
     assert differ(pictures, expected) <= 1
     others, _ = alone(folder, elsewhere(request))
     assert error(others, latents) > 100 * BAR  # else the picture would not matter
+
+
+def test_all_frames_of_a_clip_matter(folder_of: Callable[[str], Path]) -> None:
+    """Also where the call takes a list of clips, of which a list of frames would be one each."""
+    _, _, request, _ = CASES["a clip as a condition"]
+    latents, _ = alone(folder_of("a clip as a condition"), request)
+    data = animated([*FRAMES[:-1], OTHER.resize(FRAMES[-1].size)])
+    others, _ = alone(folder_of("a clip as a condition"), replace(request, inputs=(replace(CLIP_IN, data=data),)))
+    assert error(others, latents) > 100 * BAR
+
+
+def test_tokens_are_drawn_for_each_picture_on_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+    write_demo_model(tmp_path / "demo", "glm_image", "GlmImagePipeline")
+    request = replace(PICTURES, width=96, height=128, n=2)
+    latents, pictures = alone(tmp_path / "demo", request)
+    second, _ = alone(tmp_path / "demo", replace(request, n=1, seed=request.seed + 1))
+    assert error(latents[1:], second) <= BAR
+    check(ranks.run(LAYOUTS["ulysses 2"], made, tmp_path / "demo", request), latents, pictures)
 
 
 @pytest.mark.parametrize("name", cases())
@@ -251,6 +269,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "no control": ("control of a picture", {"inputs": (IMAGE,)}, "control_image", "is not for image-to-image; it"),
     "no image": ("control of a picture", {"inputs": (CONTROL,)}, "image", "takes image, control_image; got c"),
     "a last frame": ("image to video", {"inputs": (IMAGE, LAST)}, "last_image", "is not for first-last-frame-to-video"),
+    "a second negative prompt": (
+        "skyreels image to video", {"negative_prompt": None, "extra_params": {"negative_prompt_2": "blurry"}},
+        "extra_params.negative_prompt_2", "negative_prompt_2 has no effect without negative_prompt; send both",
+    ),
     "a scale": ("image to video", {"guidance_scale_2": 2.0}, "guidance_scale_2", "has one scale"),
 }  # fmt: skip
 

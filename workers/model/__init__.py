@@ -13,6 +13,7 @@ classic_denoising.py    the same through a classic pipeline's call: stepped_call
 shared_encoders.py      the encoders of a classic call, which run once, on one rank
 controlnets.py          ControlNets beside the transformer, whole on every rank
 picture_inputs.py       encodes and samples the pictures that a request begins with
+clip_inputs.py          the frames of the clip that a classic pipeline's call begins with
 sample_inputs.py        sample pictures, for self-test and warm-up
 request_scheduler.py    a request's own scheduler; handover.py the state that it takes to other ranks
 guidance.py             whether a request's branches share a forward, take one each, or have ranks of their own

@@ -29,7 +29,7 @@ from workers.model.denoising import Denoising
 from workers.model.fixed_tiles import fixed_tiles
 from workers.model.loader import LoadedModel
 from workers.model.prompts import cut_prompts
-from workers.model.shared_encoders import SharedEncoders
+from workers.model.shared_encoders import DRAWN, SharedEncoders
 from workers.model.stepped_call import SteppedCall
 
 
@@ -59,6 +59,8 @@ class ClassicDenoising(Denoising):
         self._pipeline.set_progress_bar_config(disable=True)
         self._latents = torch.empty(0)  # from the first step on
         self._made_by_encoders: list[Any] | None = None  # on another rank, if the encoders run there
+        self._drawn: list[dict[int, Any]] = []  # likewise, for each call
+        self._encoders: list[SharedEncoders] = []  # one for each call
         self._calls: list[SteppedCall] = []  # as soon as all their arguments are here
         self._schedulers: list[Any] = []  # one for each call, like the next
         self._vaes: list[Any] = []
@@ -82,14 +84,15 @@ class ClassicDenoising(Denoising):
         if self._encodes:
             self._warnings += cut_prompts(self._adapter.family.pipeline, self._pipeline, self.request)
             self._begin()
-            self._calls[0].encode()
+            for call in self._calls:  # the first; and others for what is drawn for each picture
+                call.encode()
 
     def _what_was_encoded(self) -> Any:
         pictures = [torch.frombuffer(bytearray(each.data), dtype=torch.uint8) for each in self.request.inputs]
-        return self._encoders.made, pictures
+        return self._encoders[0].made, [each.drawn for each in self._encoders], pictures
 
     def _receive(self, encoded: Any) -> None:
-        self._made_by_encoders, pictures = encoded
+        self._made_by_encoders, self._drawn, pictures = encoded
         inputs = zip(self.request.inputs, pictures, strict=True)
         data = (replace(each, data=picture.cpu().numpy().tobytes()) for each, picture in inputs)
         self.request = replace(self.request, inputs=tuple(data))
@@ -135,9 +138,9 @@ class ClassicDenoising(Denoising):
         return made
 
     def _begin(self) -> None:
-        """Make the calls. Encoders run for the first call at most; the others take its answers."""
+        """Make the calls. Encoders run for the first at most; the others take its answers, except what it draws."""
         assert isinstance(self._adapter, ClassicAdapter)
-        self._encoders, generators = SharedEncoders(self._made_by_encoders, self.request.seed), self._generators
+        generators = self._generators
         one_by_one = bool(self.request.inputs) or self._adapter.makes_one
         apart = [[each] for each in generators] if one_by_one else [generators]
         for drawn_by, seed in zip(apart, self.request.all_seeds, strict=False):  # all pictures in one call: the first
@@ -153,10 +156,17 @@ class ClassicDenoising(Denoising):
                 told["output_type"] = "latent"
             untold = {""} if self._adapter.takes_size else {"", "width", "height"}
             arguments = {name: value for name, value in told.items() if name not in untold}  # not all can count
-            encoders = SharedEncoders(self._encoders.made, seed) if self._calls else self._encoders
-            self._calls.append(SteppedCall(pipeline, arguments, encoders, self._adapter.refuse))
+            self._encoders.append(self._encoders_of_call(len(self._calls), seed))
+            self._calls.append(SteppedCall(pipeline, arguments, self._encoders[-1], self._adapter.refuse))
             self._schedulers.append(pipeline.scheduler)
             self._vaes.append(getattr(pipeline, "vae", None))
+
+    def _encoders_of_call(self, i: int, seed: int) -> SharedEncoders:
+        if self._made_by_encoders is not None:
+            return SharedEncoders(self._made_by_encoders, seed, self._drawn[i])
+        if i == 0:
+            return SharedEncoders(None, seed)
+        return SharedEncoders(self._encoders[0].made, seed, draws=hasattr(self._pipeline, DRAWN))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

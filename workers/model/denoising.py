@@ -52,7 +52,7 @@ class Denoising:
             None: the ranks encode it together.
 
     Attributes:
-        request: what to draw.
+        request: what to draw, with the number of frames that the model makes.
 
     Raises:
         InvalidParameter: the model cannot do what was asked for.
@@ -62,10 +62,11 @@ class Denoising:
         pipeline, mesh, model = loaded.pipeline, loaded.mesh, loaded.spec
         self._vae = getattr(pipeline, "vae", None)  # None if the model denoises pixels
         self._colors = loaded.colors
-        self.request = request
+        self._accepted = request
+        self._adapter = find_adapter(Path(model.source))
+        self.request = request = self._adapter.settled(pipeline, request)
         self._loras = loaded.adapters
         self._check_loras()
-        self._adapter = find_adapter(Path(model.source))
         self._adapter.check(pipeline, request)
         self._mesh, self._cfg = mesh, mesh.axis("cfg")
         self._pipeline = copy.copy(pipeline)
@@ -292,7 +293,7 @@ class Denoising:
             PeerTileFailed, PeerFailed: another rank could not decode its tiles, or its pictures.
         """
         made = self._made()
-        self._warnings += what_differs(made[0], self.request) if made else ()
+        self._warnings += what_differs(made[0], self._accepted) if made else ()
         if made and self._colors.warming and self._adapter.has_previews:
             self._colors.learn(*example(self.latents, made[0], self.request))
         return made

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from safetensors import safe_open
 
-from deploy.families.lookup import component_dtype, find_family
+from deploy.families.lookup import component_dtype, find_family, parts_in_fp32
 from deploy.model_folder import component_classes, is_transformer
 from deploy.model_sections import LoRA
 from deploy.model_spec import ModelSpec
@@ -140,6 +140,8 @@ def _load_pipeline(
         if name in others
     }
     check_vocabularies(folder, loaded)
+    for name, part in loaded.items():
+        _widen(part, parts_in_fp32(folder, name))
     fix_noise(loaded.get("vae"))
     pipeline.register_components(**loaded)
     absent_vae = _AbsentVAE(folder / "vae", _dtype(model, folder, "vae"), mesh.device) if "vae" in absent else None
@@ -218,6 +220,13 @@ def encodes_here(model: ModelSpec, mesh: ParallelMesh) -> bool:
 def _dtype(model: ModelSpec, folder: Path, component: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, component_dtype(model, folder, component))
     return dtype
+
+
+def _widen(component: Any, parts: frozenset[str]) -> None:
+    """Make these parts of a component compute in fp32, like the pipeline's authors. The weights stay rounded."""
+    for name, module in component.named_modules() if parts else ():
+        if name.rpartition(".")[2] in parts:
+            module.to(torch.float32)
 
 
 class _AbsentVAE(StandIn):

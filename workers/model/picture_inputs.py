@@ -37,6 +37,12 @@ def read_clip(given: MediaInput) -> list[Image.Image]:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
 
 
+def frames_of(given: MediaInput) -> int:
+    """The number of frames of an input."""
+    with Image.open(io.BytesIO(given.data), formats=("PNG",)) as clip:
+        return int(getattr(clip, "n_frames", 1))
+
+
 def is_cut(given: MediaInput) -> bool:
     """Whether the caller's clip has more frames than were read."""
     with Image.open(io.BytesIO(given.data), formats=("PNG",)) as clip:

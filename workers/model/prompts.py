@@ -7,10 +7,12 @@ Called by `workers.model.adapters.classic` when a request is checked, and by `wo
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers.pipelines.kandinsky5.pipeline_kandinsky_i2i import prompt_clean
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import split_quotation
 
 from workers.errors import InvalidParameter
 from workers.messages import GenerationRequest
+from workers.model.picture_inputs import read
 from workers.model.truncation import cut
 
 PROCESSORS = ("processor", "text_processor")
@@ -26,6 +28,12 @@ MARKS = dict.fromkeys(JOY_IMAGE, ("<image>\n",))
 
 FAILS_ABOVE = ("LongCatImageEditPipeline", "Ideogram4Pipeline")
 """Pipelines that fail if a prompt is too long: the first in its own warning, the second when it encodes."""
+
+BEFORE_PICTURE = "Kandinsky5I2IPipeline"
+"""A pipeline that writes the mark of the picture behind the prompt, and fails where it cuts it off."""
+
+MOST_BEFORE_PICTURE = 1024
+"""The most tokens that its call reads by default, including those of the picture."""
 
 CUTS_ABOVE = ("LongCatImagePipeline",)
 """Pipelines that join the tokens of a prompt from several parts, and cut them then."""
@@ -69,6 +77,14 @@ def check_length(name: str, pipeline: Any, request: GenerationRequest) -> None:
     if name in FAILS_ABOVE:
         for field, count, most in _too_long(name, pipeline, request):
             raise InvalidParameter(field, f"{field} has {count} tokens, this model reads at most {most}; shorten it")
+    picture = request.input("image")
+    if name == BEFORE_PICTURE and picture and picture.data:  # only the first rank has it
+        for field, count, most in _too_long_with(read(picture), pipeline, request):
+            raise InvalidParameter(
+                field,
+                f"{field} has {count} tokens together with the picture's, this model reads at most {most}; shorten it, "
+                "or send a smaller picture",
+            )
 
 
 def cut_prompts(name: str, pipeline: Any, request: GenerationRequest) -> Iterator[str]:
@@ -87,6 +103,17 @@ def _too_long(name: str, pipeline: Any, request: GenerationRequest) -> Iterator[
         count = sum(len(pipeline.tokenizer.encode(part, add_special_tokens=False)) for part in parts)
         if count > most:
             yield field, count, most
+
+
+def _too_long_with(picture: Any, pipeline: Any, request: GenerationRequest) -> Iterator[tuple[str, int, int]]:
+    """The same of prompts that are read together with a picture, as Kandinsky 5 writes them."""
+    half = picture.resize((picture.width // 2, picture.height // 2))
+    for field, text in _prompts(request):
+        whole = pipeline.prompt_template.format(prompt_clean(text))
+        tokens = pipeline.tokenizer(text=[whole], images=[half], videos=None)["input_ids"][0]
+        count = len(tokens) - pipeline.prompt_template_encode_start_idx
+        if count > MOST_BEFORE_PICTURE:
+            yield field, count, MOST_BEFORE_PICTURE
 
 
 def _unquoted(text: str) -> Iterator[str]:

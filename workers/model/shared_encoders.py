@@ -16,7 +16,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from sp_core.stand_in import StandIn
 
 DRAWN = "generate_prior_tokens"
-"""The one of `METHODS` whose answer is random, without a generator of the request: only one rank may call it."""
+"""The one of `METHODS` whose answer is random, drawn with the seed of the picture: only one rank may call it, once for
+each picture."""
 
 METHODS = (
     "encode_prompt",
@@ -42,17 +43,24 @@ class SharedEncoders:
     """The answers of the encoders in one call, in the order of the calls.
 
     Args:
-        made: the answers recorded on another rank; None: the encoders run here.
+        made: the answers recorded on another rank, or in another call; None: the encoders run here.
         seed: for samples that a pipeline draws from a distribution without a generator.
+        drawn: the answers of `DRAWN` in this call, by their places in `made`, where these are of another picture.
+        draws: whether `DRAWN` runs here although the others have answered.
 
     Attributes:
         made: the answers.
-        here: whether the encoders run here.
+        drawn: those that are of this call alone.
+        here: whether any of the encoders run here.
     """
 
-    def __init__(self, made: list[Any] | None, seed: int) -> None:
+    def __init__(
+        self, made: list[Any] | None, seed: int, drawn: dict[int, Any] | None = None, draws: bool = False
+    ) -> None:
         self.made: list[Any] = [] if made is None else made
-        self.here = made is None
+        self.drawn: dict[int, Any] = drawn or {}
+        self.here = made is None or draws
+        self._records, self._draws = made is None, draws
         self._seed = seed
         self._read = 0
         self._inside = False
@@ -61,20 +69,33 @@ class SharedEncoders:
         """The answer of an encoder. Calls of one encoder by another are part of the outer answer."""
         if self._inside:
             return method(*args, **kwargs)
-        if self.here:
-            self._inside = True
-            try:
-                self.made.append(method(*args, **kwargs))
-            finally:
-                self._inside = False
-        elif self._read == len(self.made):
-            raise RuntimeError("the pipeline encodes more on this rank than on the one that has encoders")
+        place = self._read
         self._read += 1
-        return self.made[self._read - 1]
+        if self._records:
+            self.made.append(self._answer(method, *args, **kwargs))
+        elif place == len(self.made):
+            raise RuntimeError("the pipeline encodes more on this rank than on the one that has encoders")
+        elif self._draws and _name_of(method) == DRAWN:
+            self.drawn[place] = self._answer(method, *args, **kwargs)
+        return self.drawn.get(place, self.made[place])
+
+    def _answer(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._inside = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._inside = False
 
     def reading(self, vae: Any) -> "ReadingVAE":
         """A VAE whose `encode` is one of these encoders."""
         return ReadingVAE(vae, self, self._seed)
+
+
+def _name_of(method: Callable[..., Any]) -> str:
+    """The name of a method of a pipeline that may be bound by partials."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    return getattr(method, "__name__", "")
 
 
 class ReadingVAE(StandIn):

@@ -16,7 +16,8 @@ from workers.demo_models.parts import LATENT_CHANNELS, TEXT_WIDTH, amplify, imag
 
 TRANSFORMER_GAINS = {"norm1.linear": 3, "to_out": 4, "to_v": 3, "proj_out": 3}
 
-REQUEST = {"width": 96, "height": 128}
+REQUEST = {"width": 96, "height": 128, "n": 1}
+"""One picture: the call itself makes several of the tokens of the first, but we make each of its own."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"

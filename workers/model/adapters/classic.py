@@ -14,12 +14,13 @@ from PIL import Image
 from deploy.families.family import PipelineFamily
 from deploy.families.pipeline_source import ClassicCall, classic_call
 from workers.errors import InvalidParameter
-from workers.messages import GenerationRequest, MediaInput
+from workers.messages import GenerationRequest
 from workers.model.adapters.pipeline_adapter import PipelineAdapter
+from workers.model.clip_inputs import OVERLAP, check_goes_on, clip_for
 from workers.model.controlnets import check_control_mode, control_modes
 from workers.model.extra_ranges import check_extra_ranges
 from workers.model.fixed_tiles import check_covered, fixed_tiles
-from workers.model.picture_inputs import is_cut, read, read_clip
+from workers.model.picture_inputs import read
 from workers.model.positions import check_positions, only_size
 from workers.model.prompts import JOY_IMAGE, TEMPLATE, check_length, check_words
 from workers.model.step_counts import check_steps
@@ -67,17 +68,18 @@ MOST_TOKENS = {
 MOST_OBLONG = 16
 """The longer edge of a picture, in shorter ones, where the call scales each picture until it covers a usual shape."""
 
-OVERLAP = "overlap_history"
-"""The parameter for the number of frames that a window shares with the one before, in calls that make windows."""
-
 USUAL_OVERLAP = 17
 """As diffusers recommends."""
+
+PLACE = "frame_index"
+"""The parameter for the frame at which a clip begins."""
 
 BETWEEN, TWO_STEPS = "intermediate_timesteps", 2
 """Sana Sprint's parameter for the beginning of the second of two steps. With any other number of steps it must be None,
 and the steps are spaced evenly."""
 
-FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+FRAME_REDUCTIONS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+"""Names of a pipeline's attribute for the VAE's reduction of frames."""
 
 
 class ClassicAdapter(PipelineAdapter):
@@ -150,7 +152,7 @@ class ClassicAdapter(PipelineAdapter):
         for role, name in self.family.begins_with.items():
             given = [each for each in request.inputs if each.role == role]
             if role == "video" and given:
-                found[name] = self._clip(given[0], request)
+                found[name] = clip_for(self._call, given[0], request, self._overlap(request))
             elif given:
                 several = role == "image" and self.family.takes_several
                 pictures = [read(each) for each in given]
@@ -188,29 +190,6 @@ class ClassicAdapter(PipelineAdapter):
         given = request.extra_params.get(OVERLAP)
         return int(given) if given is not None else min(USUAL_OVERLAP, (request.num_frames - 2) // 4 * 4 + 1)
 
-    def _clip(self, given: MediaInput, request: GenerationRequest) -> list[Any]:
-        """The clip's frames, as many as the request has; fewer only if the call makes as many as it is told. All of
-        them if the call continues from the end of the clip."""
-        frames, overlap = read_clip(given), self._overlap(request)
-        if overlap is not None:
-            if len(frames) < overlap:
-                raise InvalidParameter(
-                    f"extra_params.{OVERLAP}", f"the clip has {len(frames)} frames, {OVERLAP} asks for {overlap}"
-                )
-            if is_cut(given):
-                raise InvalidParameter(
-                    "video",
-                    f"only the first {len(frames)} frames of the clip can be read, and this model goes on from its "
-                    "end; send a shorter clip",
-                )
-            return frames
-        frames = frames[: request.num_frames]
-        if not self._call.counts_frames and len(frames) < request.num_frames:
-            raise InvalidParameter(
-                "num_frames", f"the clip has {len(frames)} frames, num_frames asks for {request.num_frames}"
-            )
-        return frames
-
     def check_pictures(self, pipeline: Any, request: GenerationRequest) -> None:
         """See `PipelineAdapter.check`."""
         self._check_roles(request)
@@ -224,6 +203,9 @@ class ClassicAdapter(PipelineAdapter):
                         "crop it",
                         "invalid_picture",
                     )
+        clip = request.input("video")
+        if clip and self._call.keeps_clip and not request.extra_params.get(PLACE):  # else something comes before it
+            check_goes_on(clip, request, _first(pipeline, FRAME_REDUCTIONS, 1))
         window = self._call.frame_window
         if window and request.num_frames > window and any(each.role == "last_image" for each in request.inputs):
             raise InvalidParameter(
@@ -251,10 +233,19 @@ class ClassicAdapter(PipelineAdapter):
             raise InvalidParameter("negative_prompt", "this model is not guided by a negative prompt; leave it out")
         if request.negative_prompt and "guider" in self._call.parts and pipeline.guider is None:
             raise InvalidParameter("negative_prompt", "this model has no part that guides; leave it out")
+        self._check_negative_extras(request)
         if request.n > 1 and not self.count_input and not request.inputs:
             raise InvalidParameter("n", f"{self.family.pipeline} makes one at a time, got n={request.n}")
         if request.guidance_scale_2 is not None and "guidance_scale_2" not in self._call.parameters:
             raise InvalidParameter("guidance_scale_2", f"{self.family.pipeline} has one scale, which is guidance_scale")
+
+    def _check_negative_extras(self, request: GenerationRequest) -> None:
+        """Reject further negative prompts where only the first one turns guidance on."""
+        further = [name for name in request.extra_params if name.startswith("negative_prompt")]
+        if further and self.family.guided_by_negative_prompt and request.negative_prompt is None:
+            raise InvalidParameter(
+                f"extra_params.{further[0]}", f"{further[0]} has no effect without negative_prompt; send both"
+            )
 
     def _check_size(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a size that the pipeline would replace by another."""

@@ -7,6 +7,7 @@ family, a subclass of the one here, which fits pipelines of pictures.
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -106,6 +107,27 @@ class PipelineAdapter:
         name = self.family.with_pictures.get(task_of(request, self.family), self.family.pipeline)
         classic = inspect.signature(getattr(diffusers, name).__call__).parameters
         return {p.name: classic[p.name].default if p.name in classic else p.default for p in inputs if p.name}
+
+    def settled(self, pipeline: Any, request: GenerationRequest) -> GenerationRequest:
+        """The request with a number of frames that the model makes: a lower one, if the caller did not choose it.
+
+        All ranks find the same.
+
+        Args:
+            pipeline: the model's pipeline, which knows the reduction of frames.
+            request: as it was accepted, by a gateway that does not know the model.
+        """
+        if not request.frames_chosen:
+            return request
+        fewer = (replace(request, num_frames=count) for count in range(request.num_frames, 0, -1))
+        return next((each for each in fewer if self._makes_frames(pipeline, each)), request)
+
+    def _makes_frames(self, pipeline: Any, request: GenerationRequest) -> bool:
+        try:
+            self.check_frames(pipeline, request)
+        except InvalidParameter:
+            return False
+        return True
 
     def check(self, pipeline: Any, request: GenerationRequest) -> None:
         """Reject a request that the model cannot run.
