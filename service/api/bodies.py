@@ -263,7 +263,8 @@ class VideoGenerationBody(GenerationBody):
     num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="another name of `n`")
     num_frames: Whole | None = Field(None, ge=1, description="comes before `seconds`; absent: the model's default")
     seconds: Seconds | None = Field(
-        None, description="how long, instead of num_frames: 4k + 1 frames, as near as possible"
+        None,
+        description="how long, instead of num_frames: as near as possible with a number of frames that the model makes",
     )
     fps: Whole | None = Field(None, ge=1, le=120, description="frames per second; absent: the model's default")
 

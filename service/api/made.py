@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from workers.messages import GenerationRequest
+
 SIZE = re.compile(r"size: the model made (\d+)x(\d+), not ")
 FRAMES = re.compile(r"num_frames: the model made (\d+), not ")
 
@@ -28,3 +30,10 @@ def made_size(width: int, height: int, num_frames: int, warnings: Iterable[str])
         elif found := FRAMES.match(text):
             made = made._replace(num_frames=int(found[1]))
     return made
+
+
+def frames_again(request: GenerationRequest, warnings: Iterable[str]) -> int:
+    """The number of frames that asks for the same again: that which was made, if the caller had named none."""
+    if not request.frames_chosen:
+        return request.num_frames
+    return made_size(request.width, request.height, request.num_frames, warnings).num_frames

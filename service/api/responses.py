@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploy.model_spec import ModelSpec
-from service.api.made import made_size
+from service.api.made import frames_again, made_size
 from service.jobs.records import Job, State
 from service.jobs.requests import REMIXED_FROM, asked_of
 from workers.messages import GenerationRequest, GenerationResult, Preview, StepEvent
@@ -165,7 +165,7 @@ def job_object(job: Job, position: int = 0) -> dict[str, Any]:
         "extra_params": dict(asked.extra_params),
         "seeds": list(asked.all_seeds),
         "loras": [{"name": name, "scale": scale} for name, scale in asked.loras],
-        "num_frames": asked.num_frames if video else None,
+        "num_frames": frames_again(asked, job.warnings) if video else None,
         "fps": asked.fps if video else None,
         "output_format": asked.output_format,
         "embed_metadata": asked.embed_metadata,

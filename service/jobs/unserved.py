@@ -33,7 +33,7 @@ class Unserved:
         self._jobs, self._models = jobs, models
         self._since: dict[str, float] = {}
 
-    async def settle(self, counts: Mapping[str, Counts]) -> Mapping[str, Counts]:
+    async def settle(self, counts: dict[str, Counts]) -> dict[str, Counts]:
         """Rename and end what has waited for long enough.
 
         Raises:

@@ -8,7 +8,7 @@ from deploy.model_spec import ModelSpec
 from deploy.tasks import makes_video
 from service.api.backend import Restarted, Waiting
 from service.api.job_calls import Seen
-from service.api.made import made_size
+from service.api.made import frames_again, made_size
 from service.api.outputs import KINDS
 from service.jobs.records import Job, JobOutput
 from service.jobs.requests import asked_of
@@ -182,7 +182,7 @@ def _params(job: Job) -> pb.GenerationParams:
         strength=asked.strength,
         seed=None if asked.seeds else asked.seed,
         seeds=asked.seeds,
-        num_frames=asked.num_frames if video else None,
+        num_frames=frames_again(asked, job.warnings) if video else None,
         fps=asked.fps if video else None,
         loras=[pb.Lora(name=name, scale=scale) for name, scale in asked.loras],
         output_format=asked.output_format,

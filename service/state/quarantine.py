@@ -32,7 +32,6 @@ KEY = re.compile(r"[0-9a-z]+/[0-9.]+/[0-9a-f]+")
 """A key of the store: fingerprint, time, and a unique number."""
 
 NOT_THE_BODY = (
-NOT_THE_BODY = (
     *("request_id", "report_steps", "seed_drawn", "frames_chosen", "deadline_at", "previews", "traceparent", "profile"),
     "embed_metadata",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.api.made import made_size
+from service.api.made import frames_again, made_size
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from tests.support.deployments import model
@@ -52,3 +52,10 @@ def test_what_was_made_of_a_lowered_number_of_frames_is_told(demo_models: dict[s
     assert [len(frames) for frames in denoising.finish()] == [9]
     assert denoising.warnings == ("num_frames: the model made 9, not 13",)
     assert made_size(64, 64, 13, denoising.warnings).num_frames == 9
+
+
+def test_a_job_tells_a_number_of_frames_that_asks_for_the_same_again() -> None:
+    told = ("num_frames: the model made 9, not 13",)
+    chosen = replace(REQUEST, num_frames=13, frames_chosen=True)
+    assert [frames_again(chosen, told), frames_again(chosen, ())] == [9, 13]
+    assert frames_again(replace(chosen, frames_chosen=False), told) == 13  # named by the caller, who named it again

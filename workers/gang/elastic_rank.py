@@ -203,7 +203,7 @@ class ElasticRank(Rank):
         telemetry.observe_drawn(denoising, mesh.traffic)
         yield from self._previews.finished(wait=True)
         yield self._encoding.keep(
-            request,
+            denoising.request,
             pictures,
             GenerationResult(
                 outputs=(),

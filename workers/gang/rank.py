@@ -284,7 +284,7 @@ class Rank:
                 decode_seconds=decode_seconds,
                 warnings=denoising.warnings,
             )
-            yield self._encoding.keep(request, pictures, result)
+            yield self._encoding.keep(denoising.request, pictures, result)
 
     def status(self) -> RankStatus:
         """What this rank is doing. Answers while it computes."""
