@@ -50,7 +50,7 @@ class Folder:
     def __init__(self, folder: str | None) -> None:
         self._given = folder
         self._folder = Path(folder or own_folder())
-        self._bytes: KeptBytes | None = None  # when it was last swept; what was written since is added
+        self._bytes: KeptBytes | None = None  # when it was last swept, and what has changed since
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -116,8 +116,10 @@ class Folder:
         """See `Place`."""
         with _answering():
             (self._folder / name).unlink(missing_ok=True)
+        if (kept := self._bytes) is not None:
+            kept.remove(name)
 
-    def sweep(self, ttl_s: float) -> None:
+    def sweep(self, ttl_s: float, counted: bool) -> None:
         """See `Place`. It also sweeps the folders that ended clusters of this user have left.
 
         Only files with names of outputs are removed: a folder may hold other things, and anybody may put a link beside

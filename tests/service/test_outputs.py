@@ -435,3 +435,25 @@ def test_no_more_is_begun_than_may_be_kept(outputs_folder: Path, monkeypatch: py
         store.prepare()
 
     asyncio.run(story())
+
+
+def test_what_is_written_again_or_discarded_is_counted_once_or_not_at_all(outputs_folder: Path) -> None:
+    async def story() -> None:
+        store = OutputStore()
+        store.follow(None, 50, max_bytes=5)
+        store.prepare()
+        for _ in range(9):
+            store.keep_once("a", b"1234", "png")
+        store.prepare()
+        links = [store.keep(b"1234", "png") for _ in range(9)]
+        with pytest.raises(OutputsFull):
+            store.prepare()
+        for link in links:
+            store.discard(link.name)
+            store.discard(link.name)
+        store.prepare()
+        store.keep(b"12", "png")
+        with pytest.raises(OutputsFull):
+            store.prepare()
+
+    asyncio.run(story())
