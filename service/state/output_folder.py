@@ -25,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 
 UNFINISHED = ".new"
 OURS = re.compile(rf"{NAME.pattern}|({KEPT.pattern}|[0-9a-f]{{16}}){re.escape(UNFINISHED)}")
-"""Files that a sweep may remove: outputs, and unfinished files. An older version named some of these by their output."""
+"""Files that a sweep may remove: outputs, and unfinished files, of which older versions named some by their output."""
 
 UNFINISHED_S = 3600.0
 """Seconds after which an unfinished file is removed."""
