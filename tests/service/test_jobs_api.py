@@ -15,6 +15,7 @@ import pytest
 from deploy.model_sections import Limits
 from service.api import job_calls
 from service.api.answers import JobObject
+from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.jobs.records import Job
 from service.jobs.store import JobStore
@@ -407,6 +408,23 @@ def test_whoever_watches_no_longer_takes_no_place(client: httpx.Client, monkeypa
         time.sleep(0.01)
     for path in ("jobs", "videos"):
         assert client.get(f"/{path}/{UNKNOWN}/events").status_code == 404
+
+
+def test_a_key_watches_up_to_its_share(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_calls, "MOST_OF_ONE", 1)
+    monkeypatch.setattr(jobs_backend, "admit", lambda key, admin=False: key_name.set(key or ""))
+    job = accept(client, prompt="never")["id"]
+    url, mine, others = f"/jobs/{job}/events", {"authorization": "mine"}, {"authorization": "another"}
+    with contextlib.ExitStack() as open_ones:
+        for headers in (mine, others, {}, {}):
+            lines = open_ones.enter_context(client.stream("GET", url, headers=headers)).iter_lines()
+            open_ones.callback(lines.close)  # type: ignore[attr-defined]  # kept: a stream closes with its iterator
+            next(lines)
+        refused = client.get(url, headers=mine)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "1 of your calls watch jobs" in refused.text
 
 
 def test_a_quiet_job_is_still_heard_of(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
