@@ -18,8 +18,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from service.api import errors
 from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S, envelope
-from service.api.origin import ID_HEADER, PASSED_TIMEOUT_HEADER, TIMEOUT_HEADER
+from service.api.origin import ID, ID_HEADER, PASSED_TIMEOUT_HEADER, TIMEOUT_HEADER
 from service.rpc import proxy
 
 HEADER_S = 10.0
@@ -33,8 +34,11 @@ BODY_S = 30.0
 HELD_BYTES = 4 << 20
 """Of one body. Whatever is larger goes on to the gateway, which refuses bodies that exceed the deployment's limit."""
 
-ALL_HELD_BYTES = 256 << 20
-"""Of all bodies that are being read."""
+SMALL_BYTES = 64 << 10
+"""Up to which a body is a small one. These have room of their own, so that slow senders of large ones keep none out."""
+
+ALL_HELD_BYTES, ALL_SMALL_BYTES = 256 << 20, 64 << 20
+"""Of all bodies that are being read: of large ones, and of small ones."""
 
 
 def middlewares() -> list[Middleware]:
@@ -46,6 +50,10 @@ def middlewares() -> list[Middleware]:
 
 PASSED_AS = {TIMEOUT_HEADER.encode(): PASSED_TIMEOUT_HEADER.encode()}
 """Headers that the gateway gets under another name, for Serve's proxy acts on them."""
+
+DROPPED = (b"serve_multiplexed_model_id", b"x_session_id", b"x_request_disconnect_disabled")
+"""Headers that are for Serve alone, which reads a hyphen as an underscore. It fails if they are not UTF-8; the last one
+would let a request go on that its caller has left."""
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvicorn chooses its base at run time
@@ -134,7 +142,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._held = 0
+        self._held = {"small": 0, "large": 0}
         self._pages = Pages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,7 +151,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers = dict(scope.get("headers", ()))
-        request_id, origin = headers.get(ID_HEADER.encode()) or uuid.uuid4().hex.encode(), headers.get(b"origin")
+        request_id, origin = _id(headers.get(ID_HEADER.encode(), b"")), headers.get(b"origin")
         refuse = functools.partial(_refuse, send, request_id, self._pages.headers(origin) if origin else [])
         messages: list[Message] = []
         try:
@@ -154,7 +162,7 @@ class Edge:
             await refuse(408, text, "invalid_request_error", "body_timeout", {"x-should-retry": "false"})
             return
         finally:
-            self._held -= sum(len(message.get("body", b"")) for message in messages)
+            self._hold(sum(len(message.get("body", b"")) for message in messages), 0)
         if not held:
             text = "too many requests are being read"
             await refuse(503, text, "server_error", "overloaded", {"retry-after": str(RETRY_AFTER_S)})
@@ -165,29 +173,60 @@ class Edge:
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        given = [pair for pair in scope.get("headers", ()) if pair[0] != ID_HEADER.encode()]
-        own = [(PASSED_AS.get(name, name), value) for name, value in given]
         learn = functools.partial(self._pages.learn, origin) if origin else lambda headers: None
         answer = _InEnvelope(send, refuse, learn)
-        await self._app({**scope, "headers": [*own, (ID_HEADER.encode(), request_id)]}, replay, answer)
+        try:
+            await self._app({**scope, "headers": _passed(scope.get("headers", ()), request_id)}, replay, answer)
+        except Exception as error:
+            if answer.sent:
+                raise
+            errors.log(error)
+            status, body, more = errors.answer(error)
+            await refuse(status, body["error"]["message"], body["error"]["type"], body["error"]["code"], more)
+            return
         await answer.end()
 
     async def _read(self, receive: Receive, messages: list[Message]) -> bool:
-        """Append the messages of a body to those given; return False if they exceed `ALL_HELD_BYTES`."""
+        """Append the messages of a body to those given; return False if there is no room for it."""
         size, more = 0, True
         while more and size <= HELD_BYTES:
             message = await receive()
             messages.append(message)
-            size += len(message.get("body", b""))
-            self._held += len(message.get("body", b""))
-            if self._held > ALL_HELD_BYTES:
+            before, size = size, size + len(message.get("body", b""))
+            self._hold(before, size)
+            if self._held[_kind(size)] > (ALL_SMALL_BYTES if size <= SMALL_BYTES else ALL_HELD_BYTES):
                 return False
             more = message.get("more_body", False)
         return True
 
+    def _hold(self, before: int, now: int) -> None:
+        """A body had `before` bytes, and has `now`."""
+        self._held[_kind(before)] -= before
+        self._held[_kind(now)] += now
+
+
+def _kind(size: int) -> str:
+    return "small" if size <= SMALL_BYTES else "large"
+
+
+def _id(given: bytes) -> bytes:
+    """The id of a request: the given one, if it can be one."""
+    return given if ID.fullmatch(given.decode("latin-1")) else uuid.uuid4().hex.encode()
+
+
+def _passed(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
+    """The headers that Serve and the gateway get."""
+    kept = [pair for pair in headers if pair[0].replace(b"-", b"_").lower() not in DROPPED]
+    own = [(PASSED_AS.get(name, name), value) for name, value in kept if name != ID_HEADER.encode()]
+    return [*own, (ID_HEADER.encode(), request_id)]
+
 
 class _InEnvelope:
-    """Sends what the gateway answers, and replaces what Serve says without one, which is plain text."""
+    """Sends what the gateway answers, and replaces what Serve says without one, which is plain text.
+
+    Attributes:
+        sent: whether the caller has got anything.
+    """
 
     def __init__(
         self, send: Send, refuse: Callable[..., Awaitable[None]], learn: Callable[[list[tuple[bytes, bytes]]], None]
@@ -195,6 +234,7 @@ class _InEnvelope:
         self._send, self._refuse, self._learn = send, refuse, learn
         self._replaced = False
         self._begun = False
+        self.sent = False
 
     async def __call__(self, message: Message) -> None:
         self._begun = True
@@ -204,6 +244,7 @@ class _InEnvelope:
         if message["type"] == "http.response.start" and not self._replaced:
             self._learn(message["headers"])
         if not self._replaced:
+            self.sent = True
             await self._send(message)
         elif not message.get("more_body", message["type"] == "http.response.start"):
             await self._answer()
@@ -214,6 +255,7 @@ class _InEnvelope:
             await self._answer()
 
     async def _answer(self) -> None:
+        self.sent = True
         await self._refuse(503, GATEWAY_GONE, "server_error", GATEWAY_LOST, {"retry-after": str(RETRY_AFTER_S)})
 
 

@@ -19,6 +19,7 @@ origin.py      where a request comes from: its id, and whether a foreign web pag
 observed.py    counts calls, and passes on their traces
 cors.py        lets pages of other sites call, if the deployment names them
 once.py        does a request with an idempotency key only once
+shares.py      places that stay taken for long, of which one caller has a share
 disconnect.py  ends a request whose caller or proxy is gone
 streaming.py   server-sent events
 fetching.py    pictures by URL, from hosts that the operator has named

@@ -12,9 +12,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
 from service.api.backend import Backend
-from service.api.observed import callers_trace
+from service.api.observed import callers_trace, key_name
 from service.api.once import check_key
 from service.api.responses import eta_seconds
+from service.api.shares import Places
 from service.jobs import inputs
 from service.jobs.records import ID, Job, JobOutput, KeyReused, Kind, NewJob, Page, Priority, State
 from service.jobs.requests import new_job
@@ -29,7 +30,6 @@ from workers.errors import (
     JobNotReady,
     OutputNotFound,
     OutputsUnavailable,
-    QueueFull,
 )
 from workers.messages import GenerationRequest
 
@@ -44,10 +44,10 @@ PATIENCE_S = 5.0
 LONGEST_S = 3600.0
 """The most seconds of one watch: a client that has forgotten its call looks like one that waits."""
 
-MOST_WATCHERS = 100
-"""The most watches of one gateway: each asks the store twice a second."""
+MOST_WATCHERS, MOST_OF_ONE = 100, 25
+"""The most watches of one gateway, each of which asks the store twice a second: of all callers, and of one key."""
 
-_watchers = 0
+_watchers = Places()
 
 
 @dataclass(frozen=True)
@@ -255,14 +255,11 @@ async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> Asyn
 
     Raises:
         JobNotFound: as `find`; later, it was deleted.
-        QueueFull: too many watch jobs here.
+        QueueFull: too many watch jobs here, or too many of this caller.
         JobsUnavailable: the store is away; the job goes on.
     """
-    global _watchers
-    if _watchers >= MOST_WATCHERS:
-        raise QueueFull(f"{MOST_WATCHERS} calls watch jobs in this gateway; close some, or ask how the job is doing")
-    _watchers += 1
-    try:
+    what = "watch jobs in this gateway; close some, or ask how the job is doing"
+    with _watchers.taken(key_name.get(), MOST_WATCHERS, MOST_OF_ONE, what):
         pace, told, told_at, until = Pace(), None, time.monotonic(), time.monotonic() + LONGEST_S
         while time.monotonic() < until:
             drains = backend.draining  # before the look, so that the last one told is that of a gateway that drains
@@ -277,8 +274,6 @@ async def watch(backend: Backend, job_id: str, kind: Kind | None = None) -> Asyn
             if seen.job.ended or drains:
                 return
             await asyncio.sleep(LOOK_S)
-    finally:
-        _watchers -= 1
 
 
 def _known_as(caller: str, request: GenerationRequest, webhook_url: str | None) -> str:

@@ -14,10 +14,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from service.api.backend import Backend, Report, Waiting
+from service.api.observed import key_name
+from service.api.shares import Places
 from service.deadline import within
 from service.state.kept_answers import Claim
 from service.state.quarantine import fingerprint
-from workers.errors import GangLost, IdempotencyKeyReused, InvalidParameter, KeysUnavailable, QueueFull, RequestFailed
+from workers.errors import GangLost, IdempotencyKeyReused, InvalidParameter, KeysUnavailable, RequestFailed
 from workers.messages import GenerationRequest, GenerationResult
 
 KEY_HEADER = "idempotency-key"
@@ -34,13 +36,14 @@ BEAT_S = 15.0
 PATIENCE_S = 5.0
 """Seconds between two reports to a caller that waits for another call's answer."""
 
-MOST_WAITING = 200
-"""The most callers of one gateway that wait for the answers of others, so that slots remain for requests."""
+MOST_WAITING, MOST_OF_ONE = 200, 50
+"""The most calls of one gateway that wait for the answers of others, so that slots remain for requests: of all callers,
+and of one key."""
 
 KEPT = (RequestFailed, GangLost)
 """Errors that end the work for a key. After any other error the next call with the key does it again."""
 
-_waiting = 0
+_waiting = Places()
 
 
 @dataclass
@@ -139,17 +142,12 @@ class _Once:
 
     async def wait(self) -> AsyncGenerator[Report]:
         """Wait for the answer of another call, or do the work here if that call gives it up."""
-        global _waiting
-        if _waiting >= MOST_WAITING:
-            raise QueueFull(f"{MOST_WAITING} requests wait for the answers of others with the same {KEY_HEADER}")
-        _waiting += 1
-        try:
+        what = f"wait for the answers of others with the same {KEY_HEADER}; try again later"
+        with _waiting.taken(key_name.get(), MOST_WAITING, MOST_OF_ONE, what):
             while (claim := await self.claim(PATIENCE_S)).state == "running":
                 state = self._backend.states().get(self._request.model)
                 if state is not None:
                     yield Waiting(state)
-        finally:
-            _waiting -= 1
         if claim.error is not None:
             raise claim.error
         if claim.result is not None:

@@ -136,6 +136,22 @@ def to_request(
     return request
 
 
+def check_kept(request: GenerationRequest, model: ModelSpec) -> None:
+    """Check a request that was accepted before, and is to run anew, against what its model allows now.
+
+    Args:
+        request: everything in it is settled.
+        model: the model that is to run it.
+
+    Raises:
+        InvalidParameter: the model is for other tasks now, or the request exceeds its limits, or an adapter is gone.
+    """
+    _for(tasks_of([each.role for each in request.inputs], request.output_format == "mp4"), model)
+    _check_size("size", request.width, request.height, model.limits)
+    _check_adapters([name for name, _ in request.loras], model)
+    _check_limits(request, model.limits, "num_frames")
+
+
 def _either(body: GenerationBody, name: str, other: str) -> Any:
     """The value of a field that has two names; None if neither is given."""
     first, second = getattr(body, name), getattr(body, other)
@@ -215,7 +231,7 @@ def _frames_of(inputs: tuple[MediaInput, ...]) -> int | None:
 
 
 def _check_limits(request: GenerationRequest, limits: Limits, frames: str) -> None:
-    """Reject a request above the limits of the model; `_size` checks those of the size.
+    """Reject a request above the limits of the model; `_check_size` those of the size.
 
     Args:
         frames: the name of the field that sets the number of frames.
@@ -272,8 +288,6 @@ def _like(image: tuple[int, int], model: ModelSpec) -> tuple[int, int]:
 
 def _size(body: GenerationBody, model: ModelSpec, image: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height in pixels, from `size`, from `width` and `height`, from the image, or the model's defaults."""
-    limits = model.limits
-    allowed = f"WIDTHxHEIGHT up to {limits.max_width}x{limits.max_height} in multiples of {limits.size_multiple}"
     param, size = "size", body.size
     if body.width is not None or body.height is not None:
         if body.width is None or body.height is None:
@@ -291,24 +305,37 @@ def _size(body: GenerationBody, model: ModelSpec, image: tuple[int, int] | None)
         return model.defaults.width, model.defaults.height
     numbers = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
     if numbers is None:
-        raise InvalidParameter(param, f"size {size!r} is not of the form {allowed}, or 'auto'", "invalid_size")
+        form = _allowed_sizes(model.limits)
+        raise InvalidParameter(param, f"size {size!r} is not of the form {form}, or 'auto'", "invalid_size")
     width, height = int(numbers[1]), int(numbers[2])
-    fits = 0 < width <= limits.max_width and 0 < height <= limits.max_height
-    if not fits or width % limits.size_multiple or height % limits.size_multiple:
-        raise InvalidParameter(param, f"size {size} is not allowed; allowed: {allowed}", "invalid_size")
+    _check_size(param, width, height, model.limits)
     return width, height
 
 
+def _allowed_sizes(limits: Limits) -> str:
+    return f"WIDTHxHEIGHT up to {limits.max_width}x{limits.max_height} in multiples of {limits.size_multiple}"
+
+
+def _check_size(param: str, width: int, height: int, limits: Limits) -> None:
+    fits = 0 < width <= limits.max_width and 0 < height <= limits.max_height
+    if not fits or width % limits.size_multiple or height % limits.size_multiple:
+        text = f"size {width}x{height} is not allowed; allowed: {_allowed_sizes(limits)}"
+        raise InvalidParameter(param, text, "invalid_size")
+
+
 def _loras(chosen: list[LoRAChoice], model: ModelSpec) -> tuple[tuple[str, float], ...]:
+    _check_adapters([choice.name for choice in chosen], model)
+    return tuple((choice.name, choice.scale) for choice in chosen)
+
+
+def _check_adapters(names: list[str], model: ModelSpec) -> None:
     known = list(dict.fromkeys(lora.name for lora in model.loras))
-    names = [choice.name for choice in chosen]
     for name in names:
         if name not in known:
             available = ", ".join(known) or "none"
             raise InvalidParameter("loras", f"{model.name!r} has no adapter {name!r}; available: {available}")
         if names.count(name) > 1:
             raise InvalidParameter("loras", f"the adapter {name!r} is named twice")
-    return tuple((choice.name, choice.scale) for choice in chosen)
 
 
 def _at_most(param: str, value: int, limit: int) -> None:

@@ -22,9 +22,10 @@ from service.api.origin import request_id, timeout_s
 from service.api.outputs import send_file
 from service.api.reading import reader
 from service.api.responses import ignored_header, video_object
-from service.api.schemas import find_model
+from service.api.schemas import check_kept, find_model
 from service.api.stills import Still, send_still
 from service.jobs.inputs import request_of
+from workers.errors import InvalidParameter
 
 router = APIRouter(prefix="/videos")
 
@@ -120,6 +121,11 @@ async def remix_video(
     model = find_model(backend.models(), before.model)  # it may have been removed or renamed since
     request = await request_of(backend.jobs, backend.outputs, before)
     request = replace(request, request_id=request_id(http), model=model.name, deadline_at=None, prompt=body.prompt)
+    try:
+        check_kept(request, model)
+    except InvalidParameter as error:  # the caller has set only the prompt
+        text = f"{video_id} cannot be varied as it is: {error}; ask for a new one that {model.name!r} allows"
+        raise InvalidParameter(error.param, text, error.code) from None
     key = http.headers.get(KEY_HEADER)
     deadline_s = timeout_s(http)
     job, fresh = await job_calls.submit(backend, request, before.priority, deadline_s, key, video_id, body.webhook_url)

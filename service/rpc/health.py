@@ -20,8 +20,9 @@ LOOK_S = 0.5
 LONGEST_S = 3600.0
 """Of one call of `Watch`: nobody can tell a client that has forgotten its call from one that waits."""
 
-MOST_WATCHERS = 100
-"""Of one gateway, so that they leave its slots to requests."""
+MOST_WATCHERS, MOST_OF_ONE = 100, 25
+"""The most calls of `Watch` of one gateway, so that they leave its slots to requests: of all clients, and of one
+address, since no key is needed."""
 
 SERVING: int = HealthCheckResponse.SERVING
 NOT_SERVING: int = HealthCheckResponse.NOT_SERVING

@@ -13,24 +13,26 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 
 from service.api.backend import Report, result_of
 from service.api.once import KEY_HEADER, begin
+from service.api.shares import Places
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.rpc.answers import finished_events, image_response, model_message, report_event
 from service.rpc.calls import answering, enter, streaming
-from service.rpc.health import MOST_WATCHERS, check, watch
+from service.rpc.health import MOST_OF_ONE, MOST_WATCHERS, check, watch
 from service.rpc.jobs import JobMethods
 from service.rpc.requests import chunk_bytes, in_message, stream_warnings, to_generation, to_streamed
 from service.rpc.statuses import Context, admit, metadata, tell
-from workers.errors import GangLost, QueueFull
+from workers.errors import GangLost
 from workers.messages import GenerationResult, Profiled
 
 REFUSED_WITHIN_S = 0.5
 """A request that the gateway refuses is refused by then, so one that waits counts as taken on."""
 
+_watchers = Places()
+"""By the addresses of clients."""
+
 
 class GrpcMethods(JobMethods):
     """A backend that answers RPCs."""
-
-    _watchers = 0
 
     @answering(pb.GenerateImageResponse)
     async def GenerateImage(self, request: pb.GenerateImageRequest, grpc_context: Context) -> pb.GenerateImageResponse:
@@ -90,15 +92,12 @@ class GrpcMethods(JobMethods):
     @streaming(lambda error: HealthCheckResponse())
     async def Watch(self, request: HealthCheckRequest, grpc_context: Context) -> AsyncGenerator[HealthCheckResponse]:
         """Health, whenever it changes."""
-        if self._watchers >= MOST_WATCHERS:
-            raise QueueFull(f"{MOST_WATCHERS} calls of Watch are open; close some, or call Check")
-        self._watchers += 1
-        try:
+        host = grpc_context.peer().rpartition(":")[0]  # without its port
+        what = "of Watch are open; close some, or call Check"
+        with _watchers.taken(host, MOST_WATCHERS, MOST_OF_ONE, what):
             async with contextlib.aclosing(watch(self, request.service)) as answers:
                 async for answer in answers:
                     yield answer
-        finally:
-            self._watchers -= 1
 
 
 async def _taken_on(reports: AsyncGenerator[Report]) -> AsyncGenerator[Report | None]:

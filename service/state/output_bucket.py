@@ -52,7 +52,7 @@ class Bucket:
             self._store = S3Store.from_url(url, client_options=options, retry_config=again)  # type: ignore[arg-type]
         except BaseError as error:
             raise SpecError(f"storage.outputs.url is {url}, which cannot be opened: {error}") from None
-        self._bytes: KeptBytes | None = None  # when it was last swept; what was written since is added
+        self._bytes: KeptBytes | None = None  # when it was last swept, and what has changed since
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -92,14 +92,16 @@ class Bucket:
         """See `Place`."""
         with _answering(), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, name)
+        if (kept := self._bytes) is not None:
+            kept.remove(name)
 
-    def sweep(self, ttl_s: float) -> None:
+    def sweep(self, ttl_s: float, counted: bool) -> None:
         """Remove outputs that were written longer ago than this."""
-        kept = KeptBytes()
+        kept = KeptBytes() if counted else None
         for name, size, written_at in self._files():
             if NAME.fullmatch(name) and written_at + ttl_s < time.time():
                 self.remove(name)
-            else:
+            elif kept is not None:
                 kept.add(name, size)
         self._bytes = kept
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 
 UNFINISHED = ".new"
 OURS = re.compile(rf"{NAME.pattern}|({KEPT.pattern}|[0-9a-f]{{16}}){re.escape(UNFINISHED)}")
-"""Files that a sweep may remove: outputs, unfinished files, and keys that came second."""
+"""Files that a sweep may remove: outputs, and unfinished files, of which older versions named some by their output."""
 
 UNFINISHED_S = 3600.0
 """Seconds after which an unfinished file is removed."""
@@ -50,7 +50,7 @@ class Folder:
     def __init__(self, folder: str | None) -> None:
         self._given = folder
         self._folder = Path(folder or own_folder())
-        self._bytes: KeptBytes | None = None  # when it was last swept; what was written since is added
+        self._bytes: KeptBytes | None = None  # when it was last swept, and what has changed since
 
     def key(self) -> bytes:
         """See `Place`."""
@@ -84,7 +84,7 @@ class Folder:
 
     def write(self, name: str, content: bytes, expires: int) -> None:
         """See `Place`."""
-        unfinished = self._folder / f"{name}{UNFINISHED}"
+        unfinished = _new_unfinished(self._folder)  # not by this name: the same answer may be written twice at once
         with _answering(), _told_if_full():
             self._write(unfinished, name, content, expires)
         if (kept := self._bytes) is not None:  # a sweep may forget it meanwhile
@@ -116,8 +116,10 @@ class Folder:
         """See `Place`."""
         with _answering():
             (self._folder / name).unlink(missing_ok=True)
+        if (kept := self._bytes) is not None:
+            kept.remove(name)
 
-    def sweep(self, ttl_s: float) -> None:
+    def sweep(self, ttl_s: float, counted: bool) -> None:
         """See `Place`. It also sweeps the folders that ended clusters of this user have left.
 
         Only files with names of outputs are removed: a folder may hold other things, and anybody may put a link beside
@@ -177,11 +179,16 @@ def _open(file: Path) -> IO[bytes]:
             raise OutputNotFound(GONE) from None
 
 
+def _new_unfinished(folder: Path) -> Path:
+    """A name for a file that is being written. No other writer has it."""
+    return folder / f"{secrets.token_hex(8)}{UNFINISHED}"
+
+
 def _shared_key(folder: Path) -> bytes:
     """The key of a folder; the first process makes it. A hard link appears whole, and only if there is none yet."""
     with contextlib.suppress(FileNotFoundError):  # first: what is kept can be read where nothing can be written
         return (folder / KEY).read_bytes()
-    unfinished = folder / f"{secrets.token_hex(8)}{UNFINISHED}"
+    unfinished = _new_unfinished(folder)
     try:
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(KEY_BYTES))

@@ -205,7 +205,7 @@ class OutputStore:
 
     def sweep(self) -> None:
         """Remove expired files. Blocks."""
-        self._open().sweep(self._ttl_s)
+        self._open().sweep(self._ttl_s, self._max_bytes is not None)
 
     def _sign(self, name: str, expires: int) -> str:
         return hmac.new(self._key, f"{name}\n{expires}".encode(), hashlib.sha256).hexdigest()

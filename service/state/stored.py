@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from threading import Lock
 from typing import IO, Protocol
 
 from workers.errors import OutputsFull
@@ -49,23 +50,35 @@ class Stored:
 
 
 class KeptBytes:
-    """How many bytes a place keeps.
+    """How many bytes a place keeps, by name: a file that is written again counts once. For all threads.
 
     Args:
         files: name and size of each.
     """
 
     def __init__(self, files: Iterable[tuple[str, int]] = ()) -> None:
+        self._lock = Lock()
+        self._sizes: dict[str, int] = {}
         self._outputs = self._inputs = 0
         for name, size in files:
             self.add(name, size)
 
     def add(self, name: str, size: int) -> None:
         """A file was written."""
+        with self._lock:
+            self._count(name, size - self._sizes.get(name, 0))
+            self._sizes[name] = size
+
+    def remove(self, name: str) -> None:
+        """A file was removed, or was not here."""
+        with self._lock:
+            self._count(name, -self._sizes.pop(name, 0))
+
+    def _count(self, name: str, more: int) -> None:
         if INPUT.fullmatch(name):
-            self._inputs += size
+            self._inputs += more
         else:
-            self._outputs += size
+            self._outputs += more
 
     def refuse_above(self, max_bytes: int, outputs_only: bool) -> None:
         """Refuse to begin a request while more than `max_bytes` are kept.
@@ -116,5 +129,10 @@ class Place(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, if it is here."""
 
-    def sweep(self, ttl_s: float) -> None:
-        """Remove outputs that have expired. Inputs stay until their jobs discard them."""
+    def sweep(self, ttl_s: float, counted: bool) -> None:
+        """Remove outputs that have expired. Inputs stay until their jobs discard them.
+
+        Args:
+            ttl_s: how long an output is kept after it was written, in seconds.
+            counted: whether `check` has a limit, for which the rest is counted; each file takes some memory.
+        """

@@ -105,8 +105,10 @@ def test_a_body_arrives_whole(size: int) -> None:
     asyncio.run(story())
 
 
-def test_bodies_are_held_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "ALL_HELD_BYTES", 10)
+@pytest.mark.parametrize(("room", "small"), [("ALL_HELD_BYTES", 4), ("ALL_SMALL_BYTES", edge.SMALL_BYTES)])
+def test_bodies_are_held_within_bounds(monkeypatch: pytest.MonkeyPatch, room: str, small: int) -> None:
+    monkeypatch.setattr(edge, "SMALL_BYTES", small)
+    monkeypatch.setattr(edge, room, 10)
 
     async def story() -> None:
         async with proxy(Gateway()) as port:
@@ -115,6 +117,29 @@ def test_bodies_are_held_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert (status, headers["retry-after"]) == (503, "5")
                 assert json.loads(body)["error"]["code"] == "overloaded"
                 assert (await ask(port, HEAD + b"8\r\n\r\n" + b"x" * 8))[0] == 200
+
+    asyncio.run(story())
+
+
+def test_large_bodies_that_never_end_keep_no_small_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "ALL_HELD_BYTES", 5 * edge.SMALL_BYTES // 2)
+    size = 2 * edge.SMALL_BYTES
+
+    async def story() -> None:
+        async with proxy(Gateway()) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + str(size + 1).encode() + b"\r\n\r\n" + b"x" * size)
+            await writer.drain()
+            async with asyncio.timeout(20):
+                while (await ask(port, HEAD + str(size).encode() + b"\r\n\r\n" + b"x" * size))[0] != 503:
+                    await asyncio.sleep(0.05)  # the other one has not arrived yet
+            small = edge.SMALL_BYTES
+            assert (await ask(port, HEAD + str(small).encode() + b"\r\n\r\n" + b"x" * small))[0] == 200
+            writer.write(b"x")
+            async with asyncio.timeout(20):
+                while (await ask(port, HEAD + str(size).encode() + b"\r\n\r\n" + b"x" * size))[0] != 200:
+                    await asyncio.sleep(0.05)
+            writer.close()
 
     asyncio.run(story())
 
@@ -285,6 +310,63 @@ def test_what_the_edge_refuses_has_the_requests_id(given: bytes) -> None:
     answered = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
     assert answered == seen
     assert answered == [given] if given else len(answered[0]) == 32
+
+
+SERVES_OWN = [
+    b"serve_multiplexed_model_id",
+    b"Serve-Multiplexed-Model-Id",
+    b"x-session-id",
+    b"x_session_id",
+    b"x-request-disconnect-disabled",
+]
+
+
+@pytest.mark.parametrize("name", [b"x-request-id", *SERVES_OWN])
+def test_no_header_makes_serve_fail(name: bytes) -> None:
+    """Serve's proxy decodes these."""
+    sent: list[Message] = []
+    seen: list[tuple[bytes, bytes]] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    given = [(name, b"\xff"), (b"user-agent", b"\xe9")]
+    asyncio.run(edge.Edge(serve)({"type": "http", "headers": given}, receive, send))
+    (kept, (own, value)) = seen
+    assert (kept, own, len(value.decode())) == (given[1], b"x-request-id", 32)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_mistake_behind_the_edge_is_answered_in_the_envelope(begun: bool, caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ValueError("secret detail")
+
+    with contextlib.suppress(ValueError) if begun else contextlib.nullcontext():
+        asyncio.run(edge.Edge(serve)({"type": "http", "headers": [(b"x-request-id", b"mine")]}, receive, send))
+    if begun:
+        assert [message["type"] for message in sent] == ["http.response.start"]
+        return
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (500, "internal_error")
+    headers = dict(sent[0]["headers"])
+    assert (headers[b"x-request-id"], headers[b"x-should-retry"]) == (b"mine", b"false")
+    assert b"secret" not in sent[1]["body"] and "secret detail" in caplog.text
 
 
 def test_a_gateway_that_dies_silently_is_said_in_the_envelope() -> None:

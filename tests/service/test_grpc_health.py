@@ -1,12 +1,13 @@
 """Health over gRPC: one answer, a list, a watch, and how a watch ends."""
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.rpc import health
+from service.rpc import health, methods
 from service.state.model_states import ModelState
 from tests.support.grpc_calls import OK, Backend, ask, finished, served
 
@@ -45,9 +46,51 @@ def test_health_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
             refused = await finished(stub.Watch(health_pb2.HealthCheckRequest()))
             assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
             one.cancel()
-            while backend._watchers == 2:
+            while len(methods._watchers) == 2:
                 await asyncio.sleep(0.01)
             assert (await stub.Watch(health_pb2.HealthCheckRequest()).read()).status == 1
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+class Call:
+    """The context of a call, from an address."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.code = address, OK
+
+    def peer(self) -> str:
+        return self.address
+
+    def invocation_metadata(self) -> Any:
+        return ()
+
+    trailing_metadata = invocation_metadata
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        pass
+
+    def set_code(self, code: Any) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        pass
+
+
+def test_an_address_watches_up_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rpc.methods.MOST_OF_ONE", 1)
+    backend = Backend()
+
+    async def story() -> None:
+        codes, watches = [], []
+        for address in ("ipv4:10.0.0.1:1", "ipv4:10.0.0.1:2", "ipv4:10.0.0.2:1", "ipv6:%5Bfd00::1%5D:1"):
+            watches.append(backend.Watch(health_pb2.HealthCheckRequest(), call := Call(address)))
+            await anext(watches[-1])
+            codes.append(call.code)
+        assert codes == [OK, grpc.StatusCode.RESOURCE_EXHAUSTED, OK, OK]
+        for watch in watches:
+            await watch.aclose()
+        assert len(methods._watchers) == 0
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
@@ -66,7 +109,7 @@ def test_watching_ends_when_the_gateway_drains(monkeypatch: pytest.MonkeyPatch, 
                 heard.append(message.status)
                 backend.draining = True
             assert (await watching.code(), heard) == (OK, told)
-            assert backend._watchers == 0
+            assert len(methods._watchers) == 0
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
@@ -77,4 +120,4 @@ def test_watching_has_a_longest_life(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     answer = ask(backend, "Watch", health_pb2.HealthCheckRequest())
     assert (answer.code, [message.status for message in answer.messages]) == (OK, [1])
-    assert backend._watchers == 0
+    assert len(methods._watchers) == 0

@@ -12,8 +12,10 @@ import httpx
 import openai
 import pytest
 
+from deploy.model_sections import Limits
 from service.api import job_calls
 from service.api.answers import JobObject
+from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.jobs.records import Job
 from service.jobs.store import JobStore
@@ -408,6 +410,23 @@ def test_whoever_watches_no_longer_takes_no_place(client: httpx.Client, monkeypa
         assert client.get(f"/{path}/{UNKNOWN}/events").status_code == 404
 
 
+def test_a_key_watches_up_to_its_share(
+    client: httpx.Client, jobs_backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_calls, "MOST_OF_ONE", 1)
+    monkeypatch.setattr(jobs_backend, "admit", lambda key, admin=False: key_name.set(key or ""))
+    job = accept(client, prompt="never")["id"]
+    url, mine, others = f"/jobs/{job}/events", {"authorization": "mine"}, {"authorization": "another"}
+    with contextlib.ExitStack() as open_ones:
+        for headers in (mine, others, {}, {}):
+            lines = open_ones.enter_context(client.stream("GET", url, headers=headers)).iter_lines()
+            open_ones.callback(lines.close)  # type: ignore[attr-defined]  # kept: a stream closes with its iterator
+            next(lines)
+        refused = client.get(url, headers=mine)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "1 of your calls watch jobs" in refused.text
+
+
 def test_a_quiet_job_is_still_heard_of(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_calls, "PATIENCE_S", 0.0)
     job = accept(client, prompt="never")["id"]
@@ -454,6 +473,35 @@ def test_a_video_is_remixed_by_its_model_under_a_new_name(client: httpx.Client, 
     other = client.post(f"/videos/{first}/remix", json={"prompt": "a jug"}).json()
     assert other["model"] == "film-2"
     until(client, other["id"], "succeeded")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"limits": Limits(max_width=48)}, "size", "invalid_size"),
+        ({"limits": Limits(size_multiple=128)}, "size", "invalid_size"),
+        ({"limits": Limits(max_num_frames=4)}, "num_frames", "invalid_value"),
+        ({"limits": Limits(max_num_inference_steps=3)}, "num_inference_steps", "invalid_value"),
+        ({"limits": Limits(max_work=64 * 64 * 5 * 4 - 1)}, None, "too_much_work"),
+        ({"tasks": ("image-to-video",)}, "model", "wrong_task"),
+        ({"loras": ()}, "loras", "invalid_value"),
+    ],
+)
+def test_a_remix_keeps_to_what_its_model_allows_now(
+    client: httpx.Client, jobs_backend: FakeBackend, changes: dict[str, Any], param: str | None, code: str
+) -> None:
+    body = {"model": "film", "prompt": "a cup", "size": "64x64", "num_frames": 5, "loras": [{"name": "ink"}]}
+    first = client.post("/videos", json=body).json()["id"]
+    until(client, first, "succeeded")
+    (film,) = [each for each in jobs_backend._models if each.name == "film"]
+    jobs_backend._models = [film.model_copy(update=changes)]
+    new, remix = client.post("/videos", json=body), client.post(f"/videos/{first}/remix", json={"prompt": "a jug"})
+    assert (new.status_code, remix.status_code) == (400, 400)
+    told = remix.json()["error"]
+    assert (told["param"], told["code"]) == (param, code)
+    assert new.json()["error"] | {"message": told["message"]} == told
+    assert new.json()["error"]["message"] in told["message"] and first in told["message"]
+    assert len(client.get("/jobs").json()["data"]) == 1
 
 
 def test_a_job_belongs_to_the_trace_of_its_call(jobs_backend: FakeBackend, client: httpx.Client) -> None:

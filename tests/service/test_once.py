@@ -15,6 +15,7 @@ import pytest
 
 from service.api import once
 from service.api.backend import Report
+from service.api.observed import key_name
 from service.api.rest import rest_app
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
 from service.proto.mediagen.v1 import generation_service_pb2_grpc as services
@@ -441,10 +442,33 @@ def test_only_so_many_wait_for_the_answers_of_others(keeper: KeptAnswers, monkey
             asked = [asyncio.create_task(post(client, prompt="slow"))]
             await until(lambda: gate.requests)
             asked += [asyncio.create_task(post(client, prompt="slow")) for _ in range(2)]
-            await until(lambda: once._waiting == 2)
+            await until(lambda: len(once._waiting) == 2)
             assert (await post(client, prompt="slow")).status_code == 429
             gate.released.set()
             assert {(await each).status_code for each in asked} == {200}
-            assert once._waiting == 0
+            assert len(once._waiting) == 0
+
+    run(story())
+
+
+def test_a_key_waits_for_the_answers_of_others_up_to_its_share(
+    keeper: KeptAnswers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(once, "MOST_OF_ONE", 1)
+
+    async def story() -> None:
+        async with clients(gate := Gate(keeper)) as (client,):
+            monkeypatch.setattr(gate, "admit", lambda _, admin=False: key_name.set("mine"))
+            asked = [asyncio.create_task(post(client, prompt="slow"))]
+            await until(lambda: gate.requests)
+            asked.append(asyncio.create_task(post(client, prompt="slow")))
+            await until(lambda: len(once._waiting) == 1)
+            refused = await post(client, prompt="slow")
+            assert (refused.status_code, "1 of your calls wait" in refused.text) == (429, True)
+            monkeypatch.setattr(gate, "admit", lambda _, admin=False: key_name.set("another"))
+            asked.append(asyncio.create_task(post(client, prompt="slow")))
+            await until(lambda: len(once._waiting) == 2)
+            gate.released.set()
+            assert {(await each).status_code for each in asked} == {200}
 
     run(story())

@@ -1,10 +1,12 @@
 """Outputs: files that expire, URLs that nobody makes up, and what HTTP says about both."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,14 +87,15 @@ def test_files_expire_and_are_swept(outputs_folder: Path, monkeypatch: pytest.Mo
         store.follow(None, 500)
         later = store.keep(b"b", "png")
         unfinished = f"{'x' * 32}.png.new"
-        (outputs_folder / unfinished).touch()
+        (outputs_folder / unfinished).touch()  # as older versions named them
+        (outputs_folder / (ours := output_folder._new_unfinished(outputs_folder).name)).touch()
         (outputs_folder / "thesis.txt").touch()  # of whoever owns the folder
         now = time.time()
         monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
         with pytest.raises(Forbidden, match="has expired"):
             store.find(link.name, str(link.expires), link.signature)
         store.sweep()
-        assert {file.name for file in outputs_folder.iterdir()} == {KEY, later.name, unfinished, "thesis.txt"}
+        assert {file.name for file in outputs_folder.iterdir()} == {KEY, later.name, unfinished, ours, "thesis.txt"}
         assert store.find(later.name, str(later.expires), later.signature)
         monkeypatch.setattr(outputs.time, "time", lambda: now + 4000)
         store.sweep()
@@ -372,6 +375,25 @@ def test_an_answer_that_is_sent_again_takes_no_more_room(client: TestClient, out
     assert len(names) == 4
 
 
+def test_an_answer_may_be_written_by_two_at_once(
+    client: TestClient, outputs_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(client, response_format="url", seed=1)  # so the key is there
+    met = threading.Barrier(2)
+
+    def fsync(_: int) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(5)
+
+    monkeypatch.setattr(output_folder.os, "fsync", fsync)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: made(client, response_format="url"), range(2)))
+    first, second = (answer.json()["data"][0]["url"] for answer in answers)
+    assert first.partition("?")[0] == second.partition("?")[0] and not met.broken
+    assert client.get(first).content == client.get(second).content == b"picture 7"
+    assert not list(outputs_folder.glob("*.new"))
+
+
 def test_a_full_disk_is_said_and_nothing_is_left(outputs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = OutputStore()
     store.keep(b"a", "png")
@@ -411,5 +433,27 @@ def test_no_more_is_begun_than_may_be_kept(outputs_folder: Path, monkeypatch: py
         monkeypatch.setattr(outputs.time, "time", lambda: now + 100)
         store.sweep()
         store.prepare()
+
+    asyncio.run(story())
+
+
+def test_what_is_written_again_or_discarded_is_counted_once_or_not_at_all(outputs_folder: Path) -> None:
+    async def story() -> None:
+        store = OutputStore()
+        store.follow(None, 50, max_bytes=5)
+        store.prepare()
+        for _ in range(9):
+            store.keep_once("a", b"1234", "png")
+        store.prepare()
+        links = [store.keep(b"1234", "png") for _ in range(9)]
+        with pytest.raises(OutputsFull):
+            store.prepare()
+        for link in links:
+            store.discard(link.name)
+            store.discard(link.name)
+        store.prepare()
+        store.keep(b"12", "png")
+        with pytest.raises(OutputsFull):
+            store.prepare()
 
     asyncio.run(story())

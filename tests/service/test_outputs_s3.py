@@ -115,6 +115,19 @@ def test_files_expire_by_when_they_were_written(url: str, monkeypatch: pytest.Mo
     store.prepare()
 
 
+def test_what_is_written_again_or_discarded_is_counted_once_or_not_at_all(url: str) -> None:
+    store = opened(url, max_bytes=5)
+    store.prepare()
+    for _ in range(3):
+        store.keep_once("a", b"1234", "png")
+    store.prepare()
+    link = store.keep(b"1234", "png")
+    with pytest.raises(OutputsFull):
+        store.prepare()
+    store.discard(link.name)
+    store.prepare()
+
+
 def test_a_bucket_that_is_away_says_so(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_bucket, "RETRY_S", 0)
     for missing in ("s3://there-is-no-such-bucket", "s3://there-is-no-such-bucket/a"):
