@@ -1,10 +1,10 @@
-"""One generation that the command line asks for: made by a server at once, left to it as a job, or made here.
+"""One generation that the command line asks for: made by a server at once or as a job, or made here.
 
-A `Generation` comes in, the flags of `service.cli.commands.generate`; encoded files go out, or the ID of a job.
+A `Generation` comes in, the flags of `service.cli.commands.generate`; encoded files go out, or a job.
 """
 
-import json
 import secrets
+import shlex
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ from service.api.bodies import ImageEditBody, ImageGenerationBody, VideoGenerati
 from service.api.pictures import decode
 from service.api.responses import metrics
 from service.api.schemas import media_of, most_frames, to_request
-from service.cli.client import EDITS, PICTURES, VIDEOS, generate_remotely, understood
-from service.cli.job_client import submit_job
+from service.cli.client import EDITS, PICTURES, VIDEOS, ServerError, generate_remotely, server_url, understood
+from service.cli.job_client import check_made, follow_job, save_outputs, submit_job
 from service.cli.options import UsageError
 from service.cli.output import say
 from service.cli.pictures import Shown
@@ -83,17 +83,54 @@ class Files:
     warnings: Sequence[str]
 
 
-def submit(generation: Generation, server: str, as_json: bool, webhook: str | None) -> None:
-    """Leave the generation to a server as a job, and print its ID.
+def submit(generation: Generation, server: str, webhook: str | None) -> dict[str, Any]:
+    """Leave the generation to a server as a job; returns the job.
 
     Raises:
         ServerError: the server cannot be reached, or refuses.
     """
-    job = submit_job(server, _body(generation) | ({"webhook_url": webhook} if webhook else {}), generation.path)
+    body = _body(generation) | ({"webhook_url": webhook} if webhook else {})
+    try:
+        job = submit_job(server, body, generation.path)
+    except KeyboardInterrupt:
+        say("the server had not answered yet: `spray jobs` shows whether it has accepted the job")
+        raise
     with understood(server, "POST"):
-        job_id = str(job["id"])
-    print(json.dumps(job, indent=2) if as_json else job_id, flush=True)
-    say(f"accepted; `spray download {job_id} --wait --output {generation.output}` fetches it")
+        return job | {"id": str(job["id"])}
+
+
+def fetching(job_id: str, generation: Generation, server: str, wait: bool = True) -> str:
+    """The command that fetches the files of its job later."""
+    words = ["spray", "download", job_id, *(["--wait"] if wait else []), "--output", str(generation.output)]
+    return shlex.join([*words, *([] if server == server_url(None) else ["--server", server])])
+
+
+def wait_for(
+    job_id: str, generation: Generation, server: str, progress: StepProgress
+) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
+    """Wait until the job of a generation has ended, and save its files. Whoever stops to wait cancels nothing.
+
+    Returns:
+        The path and the seed of each file, and the ended job.
+
+    Raises:
+        ServerError: the server cannot be reached, or the job has not succeeded.
+        OSError: a file cannot be written.
+    """
+    try:
+        job = follow_job(server, job_id, progress.show)
+    except (KeyboardInterrupt, ServerError) as error:
+        if not (isinstance(error, ServerError) and error.code == "job_not_found"):  # deleted: nothing is left of it
+            fetch = fetching(job_id, generation, server)
+            say(f"nothing is canceled: `{fetch}` waits for the job, `spray cancel {job_id}` ends it")
+        raise
+    with understood(server, "GET /v1/jobs/ID/events"):
+        check_made(job)
+    try:
+        return list(save_outputs(server, job, generation.output)), job
+    except BaseException:
+        say(f"the server keeps the files: `{fetching(job_id, generation, server, wait=False)}` fetches them")
+        raise
 
 
 def on_server(generation: Generation, server: str, progress: StepProgress) -> Files:

@@ -149,6 +149,36 @@ def _events(server: str, job_id: str) -> Iterator[dict[str, Any]]:
             yield job
 
 
+def check_made(job: dict[str, Any], more: str = "") -> None:
+    """Raise the error of a job that has made nothing.
+
+    Args:
+        job: the job.
+        more: added to the error.
+
+    Raises:
+        ServerError: it has not succeeded.
+    """
+    if job["state"] != "succeeded":
+        error = job["error"]
+        raise ServerError(f"the job is {job['state']}" + (f": {error['message']}" if error else "") + more)
+
+
+def save_outputs(server: str, job: dict[str, Any], first: Path) -> Iterator[tuple[Path, int]]:
+    """Save the files of a job that has succeeded as FIRST, FIRST-1, FIRST-2; gives the path and the seed of each then.
+
+    Raises:
+        ServerError: the server cannot be reached, or refuses.
+        OSError: a file cannot be written.
+    """
+    with understood(server, "GET /v1/jobs/ID"):
+        job_id, files = str(job["id"]), [(int(each["index"]), int(each["seed"])) for each in job["outputs"]]
+    for index, seed in files:
+        file = first.with_stem(f"{first.stem}-{index}") if index else first
+        download_output(server, job_id, index, file)
+        yield file, seed
+
+
 def download_output(server: str, job_id: str, index: int, to: Path) -> None:
     """Save one file of a job; it is there whole, or not at all.
 

@@ -1,10 +1,12 @@
-"""Jobs outlive what fails: the process of the store, the whole cluster, PostgreSQL.
+"""Jobs outlive what fails: the process of the store, the whole cluster, PostgreSQL, the way to it.
 
-`make soak` does this and more a hundred times, see `tests.benchmarks.job_faults`.
+The other kinds of faults are in `test_job_strikes.py`. `make soak` does all of it a hundred times, see
+`tests.benchmarks.job_faults`.
 """
 
 import hashlib
 import os
+import random
 import signal
 import time
 import uuid
@@ -15,14 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs.engines import open_sqlite
+from service.jobs.engines import open_postgres, open_sqlite
 from service.jobs.runner import LEASE_S
 from service.jobs.store import JobStore
 from service.jobs.store_actor import FILE
 from tests.benchmarks.job_faults.callers import Callers
 from tests.benchmarks.job_faults.cluster import NEAR, Cluster, wait
 from tests.benchmarks.job_faults.ledger import Accepted, Ledger
-from tests.benchmarks.job_faults.verdict import judge
+from tests.benchmarks.job_faults.link import Link
+from tests.benchmarks.job_faults.scene import Scene
+from tests.benchmarks.job_faults.store_strikes import cut_off
+from tests.benchmarks.job_faults.verdict import compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
 
 KILLS = 20
@@ -48,22 +53,27 @@ class Served:
     Attributes:
         cluster: that is served.
         postgres: a server; None: SQLite.
+        link: by which gateways reach it.
     """
 
     cluster: Cluster
     postgres: Postgres | None
+    link: Link | None
 
 
 @pytest.fixture(scope="module")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One cluster for all tests on the same store."""
     with running_postgres() if request.param == "postgres" else nullcontext() as postgres:
-        cluster = Cluster(tmp_path_factory.mktemp("jobs"), jobs_url=postgres.url if postgres else None)
+        link = Link(postgres) if postgres else None
+        cluster = Cluster(tmp_path_factory.mktemp("jobs"), jobs_url=link.url if link else None)
         try:
             cluster.start()
-            yield Served(cluster, postgres)
+            yield Served(cluster, postgres, link)
         finally:
             cluster.stop()
+            if link is not None:
+                link.close()
 
 
 def callers_of(cluster: Cluster, folder: Path, steps: int) -> Callers:
@@ -111,6 +121,23 @@ def test_postgres_stops_and_starts(served: Served, tmp_path: Path) -> None:
     assert time.monotonic() - stopped_at < LEASE_S
     callers.end()
     assert (running.state, running.attempt, running.trouble) == ("succeeded", 1, "")
+
+
+@pytest.mark.parametrize("served", [ON_POSTGRES], indirect=True)
+def test_what_a_gateway_has_drawn_while_it_was_cut_off_is_not_published(served: Served, tmp_path: Path) -> None:
+    """Another one has taken its jobs over; what the first one says of them later is refused."""
+    assert served.postgres is not None
+    callers = callers_of(served.cluster, tmp_path, steps=20)
+    scene = Scene(served.cluster, callers, random.Random(0), postgres=served.postgres, link=served.link)
+    facts = cut_off(scene)
+    callers.end()
+    with closing(JobStore(open_postgres(served.postgres.url), 3600.0)) as store:
+        verdict = judge(callers.ledger, store, callers.refused, compare_pictures(callers.ledger, callers))
+    print(f" {facts['taken_over']} taken over, {facts['messages_late']} messages late: {verdict.states};", end="")
+    assert verdict.sound, verdict
+    assert verdict.drawn_again > 0
+    taken = [callers.ledger.jobs[job_id] for job_id in facts["taken_over"]]
+    assert {(job.state, job.attempt) for job in taken} == {("succeeded", 2)}
 
 
 @pytest.mark.parametrize("served", [ON_POSTGRES, ON_SQLITE], indirect=True)

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from openai.types import ImageGenPartialImageEvent
 from service.api.rest import rest_app
 from service.cli.main import main
 from tests.support.backend import FakeBackend
+from tests.support.films import Films, film
+from tests.support.hostile import colored, file
 from tests.support.in_process import served
 
 
-class OneModel(FakeBackend):
+class OneModel(Films):
     """A server with one model, as other servers are; `film` stays for videos."""
 
     def __init__(self, name: str = "one") -> None:
@@ -230,3 +234,98 @@ def test_extra_body_of_a_form_as_sglangs_benchmark_sends_it(server: str, backend
     answer = httpx.post(f"{server}/v1/videos/sync", files=parts, trust_env=False)
     assert answer.status_code == 200, answer.text
     assert (backend.requests[-1].seed, backend.requests[-1].num_inference_steps) == (5, 2)
+
+
+@dataclass(frozen=True)
+class VideoClient:
+    """How a client of another server makes a video at `/v1/videos`.
+
+    Attributes:
+        model: that the server has.
+        body: the fields that it sends.
+        form: as a form; False: as JSON.
+        key: that it sends; empty: none.
+        picture: the name and the type with which it sends a picture; None: it sends none.
+        deletes: it deletes the video once it has the file.
+    """
+
+    model: str
+    body: dict[str, Any]
+    form: bool = False
+    key: str = ""
+    picture: tuple[str, str] | None = None
+    deletes: bool = False
+
+
+BENCH: dict[str, Any] = {
+    "prompt": "a", "height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4, "seed": 42, "fps": 16,
+}  # fmt: skip
+"""As vLLM-Omni's benchmark writes it: no model."""
+
+VIDEO_CLIENTS = {
+    "ComfyUI nodes of SGLang": VideoClient(
+        "film",
+        {"prompt": "a", "size": "64x64", "seconds": 4, "fps": 16, "num_frames": 5, "negative_prompt": "b",
+         "guidance_scale": 4.0, "num_inference_steps": 4, "seed": 42, "enable_teacache": True,
+         "generator_device": "cuda", "output_path": "/outputs"},
+        key="sk-proj-1234567890",
+    ),
+    "SGLang's benchmark": VideoClient(
+        "film",
+        {"model": "film", "prompt": "a", "size": "64x64", "num_frames": 5, "fps": 16, "num_inference_steps": 4,
+         "num_outputs_per_prompt": 1, "seed": 42},
+    ),
+    "SGLang's benchmark, with a picture": VideoClient(
+        "one",
+        {"model": "one", "prompt": "a", "size": "64x64", "num_frames": 5, "fps": 16,
+         "extra_body": json.dumps({"num_inference_steps": 4, "seed": 42, "fps": 16})},
+        form=True, picture=("cup.png", "application/octet-stream"),
+    ),
+    "vLLM-Omni's benchmark": VideoClient("film", BENCH, form=True, deletes=True),
+    "vLLM-Omni's benchmark, with a picture": VideoClient(
+        "one", BENCH, form=True, picture=("cup.png", "image/png"), deletes=True
+    ),
+    "ComfyUI nodes of vLLM-Omni": VideoClient(
+        "film",
+        BENCH | {"model": "film", "negative_prompt": "b", "guidance_scale": 4.0, "guidance_scale_2": 3.0,
+                 "lora": json.dumps({"name": "ink", "scale": 0.5})},
+        form=True, deletes=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whose", VIDEO_CLIENTS)
+def test_videos_of_other_servers_clients_need_no_change(whose: str) -> None:
+    """Each submits, looks until it has ended, and fetches the file; some delete it then."""
+    given = VIDEO_CLIENTS[whose]
+    headers = {"authorization": f"Bearer {given.key}"} if given.key else {}
+    backend = OneModel(given.model)
+    with served(rest_app(backend)) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as http:
+        if given.form:
+            parts: list[Any] = [(name, (None, str(value))) for name, value in given.body.items()]
+            if given.picture:
+                name, kind = given.picture
+                parts.append(("input_reference", (name, file(colored()), kind)))
+            accepted = http.post("/v1/videos", files=parts)
+        else:
+            accepted = http.post("/v1/videos", json=given.body)
+        assert accepted.status_code == 200, accepted.text  # they take no 202
+        assert accepted.json()["status"] == "queued"
+        at = f"/v1/videos/{accepted.json()['id']}"
+        until = time.monotonic() + 60
+        while (video := http.get(at)).json()["status"] not in ("completed", "failed"):
+            assert video.status_code == 200 and time.monotonic() < until, video.text
+            time.sleep(0.05)
+        content = http.get(f"{at}/content")
+        deleted = http.delete(at).json() if given.deletes else None
+        left = http.get(at).status_code
+    assert (video.json()["status"], video.json()["error"]) == ("completed", None), video.text
+    (request,) = backend.requests
+    assert (content.headers["content-type"], content.content) == ("video/mp4", film(request))
+    asked = (request.width, request.height, request.num_frames, request.fps, request.num_inference_steps, request.seed)
+    assert asked == (64, 64, 5, 16, 4, 42)
+    assert [each.role for each in request.inputs] == (["image"] if given.picture else [])
+    assert request.loras == ((("ink", 0.5),) if "lora" in given.body else ())
+    known = {"enable_teacache", "generator_device", "output_path"}
+    assert accepted.headers.get("x-ignored-params", "") == ", ".join(sorted(known & given.body.keys()))
+    assert (left, deleted and deleted["deleted"]) == ((404, True) if given.deletes else (200, None))

@@ -1,7 +1,8 @@
-"""`spray jobs`, `job`, `download`, `cancel` and `--detach` against a server of this process."""
+"""`spray jobs`, `job`, `download`, `cancel`, `--detach` and `--wait` against a server of this process."""
 
 import asyncio
 import json
+import shlex
 import socket
 import threading
 import time
@@ -86,6 +87,58 @@ def test_pictures_too(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [Path(name).read_bytes() for name in out.split()] == [b"picture 7", b"picture 8"]
 
 
+def test_whoever_waits_gets_the_files_of_the_job(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "video", "long", "--model", "film", "--seed", "7", "--wait")
+    (job,) = json.loads(run(capsys, "jobs", "--json")[1])["data"]
+    assert (code, out) == (0, "video.mp4\n"), err
+    first, *_, warning, seeds = err.splitlines()
+    assert first == f"accepted as {job['id']}; Ctrl-C ends the waiting, not the job"
+    assert "step 1/1" in err
+    assert (warning, seeds) == ("warning: prompt: text_encoder reads 512 of 719 tokens", "seeds: 7")
+    assert Path("video.mp4").read_bytes() == b"picture 7"
+    code, out, err = run(capsys, "generate", "a", "--model", "one", "--seed", "7", "--n", "2", "--wait", "--json")
+    said = json.loads(out)
+    assert (code, said["metrics"]["step_seconds"]) == (0, [0.5]), err
+    assert said["files"] == [{"path": "picture.png", "seed": 7}, {"path": "picture-1.png", "seed": 8}]
+    assert [Path(file["path"]).read_bytes() for file in said["files"]] == [b"picture 7", b"picture 8"]
+    assert json.loads(run(capsys, "job", said["job"], "--json")[1])["kind"] == "image"
+
+
+def test_whoever_stops_to_wait_cancels_nothing_and_hears_how_to_go_on(
+    server: str, backend: FakeBackend, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("SPRAY_SERVER")
+    flags = ("--model", "film", "--seed", "7", "--output", "a cup.mp4", "--server", server)
+    with monkeypatch.context() as patch:
+        patch.setattr(job_client, "_events", interrupt)
+        code, out, err = run(capsys, "video", "slow", "--wait", *flags)
+    accepted, hint, stopped = err.splitlines()
+    job_id = accepted.split()[2].rstrip(";")
+    fetch = f"spray download {job_id} --wait --output 'a cup.mp4' --server {server}"
+    assert (code, out, stopped) == (130, "", "stopped")
+    assert hint == f"nothing is canceled: `{fetch}` waits for the job, `spray cancel {job_id}` ends it"
+    backend.released.set()
+    assert run(capsys, *shlex.split(fetch)[1:])[:2] == (0, "a cup.mp4\n")
+    assert Path("a cup.mp4").read_bytes() == b"picture 7"
+    with monkeypatch.context() as patch:
+        patch.setattr(job_client, "download_output", interrupt)
+        code, _, err = run(capsys, "video", "a", "--wait", *flags)
+    assert code == 130 and "the server keeps the files: `spray download job_" in err and "--wait" not in err
+    with monkeypatch.context() as patch:
+        patch.setattr(job_client, "ask", interrupt)
+        code, _, err = run(capsys, "video", "a", "--wait", *flags)
+    assert code == 130 and "`spray jobs` shows whether it has accepted the job" in err
+
+
+def test_a_job_that_is_waited_for_may_fail(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "generate", "failed", "--model", "one", "--wait")
+    assert (code, out) == (1, "") and err.endswith("error: the job is failed: rank 1: MemoryError\n")
+    assert "nothing is canceled" not in err
+
+
 def test_somebody_may_hear_of_its_end(server: str, backend: FakeBackend, capsys: pytest.CaptureFixture[str]) -> None:
     backend.webhooks._hosts = frozenset({"hooks.example.com"})
     flags = ("--model", "one", "--webhook", "https://hooks.example.com/a")
@@ -93,7 +146,9 @@ def test_somebody_may_hear_of_its_end(server: str, backend: FakeBackend, capsys:
     kept = asyncio.run(backend.jobs.ask(JobStore.get, job_id, None))
     assert kept.webhook_url == flags[-1]
     code, _, err = run(capsys, "generate", "a", *flags)
-    assert (code, "--webhook needs --detach" in err) == (2, True)
+    assert (code, "--webhook needs --detach or --wait" in err) == (2, True)
+    job_id = json.loads(run(capsys, "generate", "a", *flags, "--wait", "--json")[1])["job"]
+    assert asyncio.run(backend.jobs.ask(JobStore.get, job_id, None)).webhook_url == flags[-1]
 
 
 def test_jobs_are_listed_shown_waited_for_and_cancelled(server: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +254,10 @@ def test_a_job_that_is_deleted_meanwhile_is_said_so(server: str, capsys: pytest.
         (("jobs", "--limit", "0"), 2, "greater than or equal to 1"),
         (("generate", "a", "--detach", "--local", "--model", "x"), 2, "--detach and --local exclude each other"),
         (("video", "a", "--detach", "--previews"), 2, "--detach and --previews exclude each other"),
+        (("video", "a", "--wait", "--detach"), 2, "--detach and --wait exclude each other"),
+        (("generate", "a", "--wait", "--local", "--model", "x"), 2, "--wait and --local exclude each other"),
+        (("video", "a", "--wait", "--previews"), 2, "--wait and --previews exclude each other"),
+        (("video", "a", "--model", "paint", "--wait"), 2, "paint makes no videos"),
         (("video", "a", "--model", "paint", "--detach"), 2, "paint makes no videos"),
         (("jobs", "--server", "http://127.0.0.1:1"), 1, "no answer from"),
         (("job", UNKNOWN, "--wait", "--server", "http://127.0.0.1:1"), 1, "no answer from"),

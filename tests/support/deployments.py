@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,22 @@ def rank_statuses(name: str) -> list[RankStatus]:
 def on_rank(name: str, rank: int, work: Callable[..., Any], *args: Any) -> Any:
     """Run `work(rank_actor_instance, *args)` inside a rank's process."""
     return ray.get(rank_actors(name)[rank].__ray_call__.remote(work, *args), timeout=120)
+
+
+def actor_of(part: str) -> Any:
+    """The one actor whose name has this part."""
+    (name,) = (a for a in ray.util.list_named_actors(all_namespaces=True) if part in a["name"])
+    return ray.get_actor(name["name"], namespace=name["namespace"])
+
+
+def pid_of(part: str) -> int:
+    """The process of that actor."""
+    return int(ray.get(actor_of(part).__ray_call__.remote(lambda _: os.getpid()), timeout=120))
+
+
+def on_gang(name: str, work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work(actor_instance, *args)` inside a gang's own process."""
+    return ray.get(actor_of(f"model-{name}#").__ray_call__.remote(work, *args), timeout=120)
 
 
 def in_each_forward(actor: Any, work: Callable[[], object]) -> None:

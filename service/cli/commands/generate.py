@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from service.cli.client import ServerError, server_url
-from service.cli.generation import FORMATS, Files, Generation, locally, on_server, submit
+from service.cli.client import ServerError, server_url, understood
+from service.cli.generation import FORMATS, Files, Generation, fetching, locally, on_server, submit, wait_for
 from service.cli.options import ResultAsJson, Server, UsageError
 from service.cli.output import say
 from service.cli.pictures import NO_PREVIEWS, shown_by_terminal
@@ -86,8 +86,12 @@ def generate(
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it to the server as a job, and print its ID for `spray download`.")
     ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Make it as a job, and wait for its files. Ctrl-C does not cancel it.")
+    ] = False,
     webhook: Annotated[
-        str | None, typer.Option(metavar="URL", help="With --detach: URL that the server calls at the job's end.")
+        str | None,
+        typer.Option(metavar="URL", help="With --detach or --wait: URL that the server calls at the job's end."),
     ] = None,
     server: Server = None,
     local: Annotated[
@@ -117,10 +121,12 @@ def generate(
     if not local and (degrees or device):
         named = ", ".join(f"--{name}" for name in [*degrees, *(["device"] if device else [])])
         raise UsageError(f"{named}: the deployment sets the layout of a server; leave it out, or add --local")
-    if detach and (local or previews):
-        raise UsageError(f"--detach and --{'local' if local else 'previews'} exclude each other")
-    if webhook and not detach:
-        raise UsageError("--webhook needs --detach: it tells of the end of a job")
+    as_job = "--detach" if detach else "--wait" if wait else None
+    for flag, present in {"--wait": detach and wait, "--local": local, "--previews": previews}.items():
+        if as_job and present:
+            raise UsageError(f"{as_job} and {flag} exclude each other")
+    if webhook and not as_job:
+        raise UsageError("--webhook needs --detach or --wait: it tells of the end of a job")
     if local and server:
         raise UsageError("--local and --server exclude each other")
     fields = _given(
@@ -144,9 +150,8 @@ def generate(
         | _given(model=model, webhook=webhook)
         | {f"lora {name}": scale for name, scale in generation.loras}
     )
-    if detach:
-        with _naming_the_output(generation):
-            submit(generation, server_url(server), as_json, webhook)
+    if as_job:
+        _make_as_job(generation, server_url(server), as_json, webhook, wait)
         return
     with StepProgress() as progress, _naming_the_output(generation):
         if local:
@@ -154,6 +159,22 @@ def generate(
         else:
             made = on_server(generation, server_url(server), progress)
     _save(made, output, as_json)
+
+
+def _make_as_job(generation: Generation, server: str, as_json: bool, webhook: str | None, wait: bool) -> None:
+    with _naming_the_output(generation):
+        job = submit(generation, server, webhook)
+    job_id = job["id"]
+    if not wait:
+        print(json.dumps(job, indent=2) if as_json else job_id, flush=True)
+        say(f"accepted; `{fetching(job_id, generation, server)}` fetches it")
+        return
+    say(f"accepted as {job_id}; Ctrl-C ends the waiting, not the job")
+    with StepProgress() as progress:
+        saved, ended = wait_for(job_id, generation, server, progress)
+    with understood(server, "GET /v1/jobs/ID"):
+        warnings, metrics = [str(warning) for warning in ended["warnings"]], ended["metrics"]
+    _report(saved, warnings, {"metrics": metrics, "job": job_id}, as_json)
 
 
 @contextlib.contextmanager
@@ -209,16 +230,21 @@ def _save(made: Files, output: Path, as_json: bool) -> None:
         for file, content in zip(files, made.outputs, strict=True):
             _write(file, content)
     except BaseException:  # with its seed it can be drawn again
-        _say_seeds(made)
+        _say_seeds(made.seeds)
         raise
-    for warning in made.warnings:
+    _report(list(zip(files, made.seeds, strict=True)), made.warnings, {"metrics": made.metrics}, as_json)
+
+
+def _report(saved: Sequence[tuple[Path, int]], warnings: Sequence[str], more: dict[str, Any], as_json: bool) -> None:
+    """Say which files there are now, with the seed of each; JSON has more besides."""
+    for warning in warnings:
         say(f"warning: {warning}")
     if as_json:
-        saved = [{"path": str(file), "seed": seed} for file, seed in zip(files, made.seeds, strict=True)]
-        print(json.dumps({"files": saved, "metrics": made.metrics}, indent=2))
+        files = [{"path": str(file), "seed": seed} for file, seed in saved]
+        print(json.dumps({"files": files} | more, indent=2))
         return
-    _say_seeds(made)
-    for file in files:
+    _say_seeds([seed for _, seed in saved])
+    for file, _ in saved:
         print(file)
 
 
@@ -232,8 +258,8 @@ def _write(file: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _say_seeds(made: Files) -> None:
-    say("seeds: " + ", ".join(str(seed) for seed in made.seeds))
+def _say_seeds(seeds: Sequence[int]) -> None:
+    say("seeds: " + ", ".join(str(seed) for seed in seeds))
 
 
 def _check_sendable(fields: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.client import ServerError, server_url, understood
-from service.cli.job_client import download_output, follow_job, read_job, read_jobs
+from service.cli.client import server_url, understood
+from service.cli.job_client import check_made, follow_job, read_job, read_jobs, save_outputs
 from service.cli.options import AsJson, Server, UsageError
 from service.cli.output import job_table, jobs_table, say, show
 from service.cli.progress import StepProgress
@@ -43,8 +43,8 @@ def job(job_id: JobId, wait: Wait = False, server: Server = None, as_json: AsJso
         with understood(at, "GET /v1/jobs/ID"):
             table = job_table(found)
         show(table)
-    if wait and found["state"] != "succeeded":
-        raise ServerError(_unmade(found))
+    if wait:
+        check_made(found)
 
 
 def download(
@@ -61,15 +61,10 @@ def download(
         raise UsageError(f"--output: there is no folder {str(output.parent)!r}; make it first")
     found = _read(at, job_id, wait)
     with understood(at, "GET /v1/jobs/ID"):
-        if found["state"] != "succeeded":
-            more = "" if found["state"] in ENDED else "; --wait waits for it"
-            raise ServerError(f"{_unmade(found)}{more}")
+        check_made(found, "" if found["state"] in ENDED else "; --wait waits for it")
         first = output or Path(f"{job_id}.{found['outputs'][0]['output_format']}")
-        files = [(int(each["index"]), int(each["seed"])) for each in found["outputs"]]
-    say("seeds: " + ", ".join(str(seed) for _, seed in files))
-    for index, _ in files:
-        file = first.with_stem(f"{first.stem}-{index}") if index else first
-        download_output(at, job_id, index, file)
+        say("seeds: " + ", ".join(str(each["seed"]) for each in found["outputs"]))
+    for file, _ in save_outputs(at, found, first):
         print(file, flush=True)
 
 
@@ -80,8 +75,3 @@ def _read(at: str, job_id: str, wait: bool) -> dict[str, Any]:
         return read_job(at, job_id)
     with StepProgress() as progress:
         return follow_job(at, job_id, progress.show)
-
-
-def _unmade(found: dict[str, Any]) -> str:
-    error = found["error"]
-    return f"the job is {found['state']}" + (f": {error['message']}" if error else "")
