@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 from ray import serve
-from ray.exceptions import OwnerDiedError, RayActorError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RaySystemError,
+    TaskCancelledError,
+)
 
 from service import dispatch
 from service.api.backend import Restarted, Waiting
@@ -370,6 +377,43 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
     serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
     restarts = [Restarted(attempt, "the ranks of 'one' were lost", begun=attempt == 2) for attempt in (2, 3, 4)]
     assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
+
+
+KILLED = OutOfMemoryError("1 worker was killed, its node was low on memory")
+
+
+@pytest.mark.parametrize("error", [KILLED, NodeDiedError("node 2"), RaySystemError("a connection")])
+def test_whatever_ray_ends_a_gang_for_the_request_goes_to_another_a_little_later(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Ray's memory monitor kills the actor of a gang, and does not say so by a `RayActorError`."""
+    serving(opened, monkeypatch, [Begun(), error], [Begun(), RESULT], [Begun(), error], [Begun(), error])
+    paused: list[float] = []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(dispatch, "RECOVERY_S", 0.01)
+    monkeypatch.setattr(dispatch.asyncio, "sleep", lambda seconds: paused.append(seconds) or sleep(seconds))
+    assert asyncio.run(ask(opened, REQUEST)) == [Restarted(2, "the ranks of 'one' were lost"), RESULT]
+    assert 0.01 in paused
+    with pytest.raises(GangLost, match="lost its ranks 2 times"):
+        asyncio.run(ask(opened, REQUEST))
+
+
+def test_a_request_that_reaches_no_gang_ends_and_one_that_was_cancelled_too(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway and a gang of two versions may not understand each other, however often it is tried."""
+    strange = [RaySystemError("a report cannot be read")]
+    sent = serving(opened, monkeypatch, *[strange] * 5, *[strange] * 4, [RESULT], [TaskCancelledError()])
+
+    async def story() -> None:
+        with pytest.raises(ModelUnavailable, match="'one' cannot be reached"):
+            await ask(opened, REQUEST)
+        assert len(sent) == dispatch.UNREACHED
+        assert (await ask(opened, REQUEST))[-1] == RESULT
+        with pytest.raises(TaskCancelledError):
+            await ask(opened, REQUEST)
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("lost", [RayActorError(), OwnerDiedError("ab", None, "")], ids=["its rank", "its gang"])

@@ -245,7 +245,8 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
                 raise report
             yield report
 
-    monkeypatch.setattr(dispatch, "PAUSE_S", 0)
+    for pause in ("PAUSE_S", "RECOVERY_S"):
+        monkeypatch.setattr(dispatch, pause, 0)
     monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(remote))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
     return sent
@@ -351,7 +352,8 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
         yield coming
         yield coming
 
-    monkeypatch.setattr(dispatch, "PAUSE_S", 0)
+    for pause in ("PAUSE_S", "RECOVERY_S"):
+        monkeypatch.setattr(dispatch, pause, 0)
     monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(lambda *_: answer))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
 
