@@ -327,6 +327,8 @@ def test_there_is_room_for_a_job_that_wakes_a_model_and_one_behind_each_gang(ope
     opened._poller._models = {"one": a_model("one"), "two": a_model("two")}
     opened._poller._states = {"one": ModelState("running", "", {"RUNNING": 2}), "two": ModelState("asleep")}
     assert opened._room() == {"one": 3, "two": 1}
+    opened._poller._states["one"] = ModelState("running", "", {"RUNNING": 1, "PENDING_MIGRATION": 1, "STARTING": 1})
+    assert opened._room() == {"one": 3, "two": 1}  # a gang on a node that drains takes requests until another runs
     wide = a_model("one").model_copy(update={"parallel": ParallelDegrees(ulysses_degree=4), "elastic": Elastic()})
     opened._models = {"one": wide}
     assert opened._room() == {"one": 17, "two": 1}  # an elastic gang takes eight
