@@ -278,7 +278,7 @@ class Dispatcher:
                         looking = asyncio.ensure_future(asyncio.to_thread(_applications))
                     yield Waiting(REMOVED)
                     continue
-                if state.state == "failed":
+                if state.state == "failed" and not begun:
                     raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
                 ahead = await router_registry.standing(app_name(model), request_id)
                 yield Waiting(state, ahead.ahead + 1, ahead.wait_s) if ahead else Waiting(state)

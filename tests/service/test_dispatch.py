@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray import serve
@@ -127,6 +127,32 @@ def test_a_request_that_has_not_begun_ends_with_its_model_and_another_is_finishe
             assert await anext(reports) == Begun()
             assert await anext(reports) == Waiting(dispatch.REMOVED)  # a job's lease is renewed by what it hears
             assert StepEvent(1, 4, 0.1) in [await anext(reports) for _ in range(15)]
+
+    asyncio.run(story())
+
+
+def test_what_a_gang_computes_is_finished_though_others_of_its_model_cannot_be_started(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve may stop the last gang of a model whose new version has failed, and that gang finishes what it has."""
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    failed = ModelState("failed", "rank 0: no memory")
+    monkeypatch.setattr(opened, "states", lambda: {"one": failed})
+
+    class Computes(Answer):
+        left: ClassVar = [Begun(), RESULT]
+
+        async def __anext__(self) -> Any:
+            if len(self.left) == 1:
+                await asyncio.sleep(0.1)
+            return self.left.pop(0)
+
+    async def story() -> None:
+        async with contextlib.aclosing(opened._dispatcher._attended("one", Computes())) as reports:  # type: ignore[arg-type]
+            assert [await anext(reports) for _ in range(2)] == [Begun(), Waiting(failed)]
+            while (report := await anext(reports)) == Waiting(failed):
+                pass
+            assert report == RESULT
 
     asyncio.run(story())
 
