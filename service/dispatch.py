@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from typing import Any
 
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -44,6 +44,14 @@ logger = logging.getLogger("ray.serve")
 
 PAUSE_S = 0.7
 """Before another attempt after a replica ended, so that it has left the routing table by then."""
+
+RECOVERY_S = 5.0
+"""Before another attempt after Ray ended a replica for what its node lacks, memory most of all: one that begins at once
+would most likely end likewise. Serve still names the replica until its next look."""
+
+UNREACHED = 5
+"""Attempts of a request of which such an error ends the last before it has begun: then it may be that no gang can be
+told of it at all, as by a gateway and a gang of two versions."""
 
 PATIENCE_S = 5.0
 """A waiting caller hears the state of its model this often; proxies close connections that are silent for long."""
@@ -106,8 +114,8 @@ class Dispatcher:
             DeadlineExceeded: it would be answered too late.
             RequestError: the model refuses the request.
             RequestFailed: it failed, and its gang is still sound.
-            ModelUnavailable: no gang of the model runs, and none can start; or its gangs lack an adapter of the
-                deployment.
+            ModelUnavailable: no gang of the model runs, and none can start; or none could be reached; or its gangs lack
+                an adapter of the deployment.
             ModelNotFound: the model was removed while the request waited.
             GangLost: it lost as many gangs as it may.
             RequestQuarantined: the same request did so before.
@@ -137,15 +145,9 @@ class Dispatcher:
                 return
             except DeploymentUnavailableError:
                 raise ModelUnavailable(f"{request.model!r} cannot be started; the server's log says why") from None
-            except (RayActorError, RayTaskError, ObjectLostError, SprayError) as error:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                if isinstance(cause, OutOfMemory) and not cause.agreed:
-                    await self._quarantine.count(known_as)  # it has cost a gang, and would cost the next one
-                if self._lacks_an_adapter(request, cause):
-                    raise ModelUnavailable(f"{request.model!r}: {cause}; it is deployed, try again") from None
-                if not isinstance(cause, GangLost | RayActorError | ObjectLostError):
-                    raise cause from None  # another gang would fail the same way
-                await self._lost(request, known_as, cause, begun)
+            except (RayError, SprayError) as error:
+                cause = await self._loss(request, known_as, error)
+                await self._lost(request, known_as, cause, begun, attempt)
             finally:
                 waiting.leave(request.request_id)
             attempt += 1
@@ -189,6 +191,17 @@ class Dispatcher:
                 wait_s - model.max_queued_s,
             )
 
+    async def _loss(self, request: GenerationRequest, known_as: str, error: Exception) -> Exception:
+        """What a gang was lost to. Any other error is raised: another gang would fail the same way."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, OutOfMemory) and not cause.agreed:
+            await self._quarantine.count(known_as)  # it has cost a gang, and would cost the next one
+        if self._lacks_an_adapter(request, cause):
+            raise ModelUnavailable(f"{request.model!r}: {cause}; it is deployed, try again") from None
+        if isinstance(cause, TaskCancelledError) or not isinstance(cause, GangLost | RayError):
+            raise cause from None
+        return cause
+
     def _lacks_an_adapter(self, request: GenerationRequest, cause: Exception) -> bool:
         """Whether a gang lacks an adapter that the deployment has, which is no fault of the caller."""
         if not isinstance(cause, InvalidParameter) or cause.code != UNKNOWN_LORA or request.model not in self._models:
@@ -196,11 +209,14 @@ class Dispatcher:
         deployed = {lora.name for lora in self._models[request.model].loras}
         return deployed.issuperset(name for name, _ in request.loras)
 
-    async def _lost(self, request: GenerationRequest, known_as: str, cause: Exception, begun: bool) -> None:
+    async def _lost(
+        self, request: GenerationRequest, known_as: str, cause: Exception, begun: bool, attempt: int
+    ) -> None:
         """Return if the request may go to another gang.
 
         Raises:
             GangLost: it has cost as many as it may.
+            ModelUnavailable: it has reached none.
         """
         logger.warning("request %s lost its ranks: %s", request.request_id, cause)
         self._on_loss(request.model)
@@ -210,6 +226,10 @@ class Dispatcher:
             raise GangLost(f"{request.model!r} lost its ranks {LOSSES} times on this request; it is not tried again")
         if isinstance(cause, RayActorError):
             await asyncio.sleep(PAUSE_S)
+        elif isinstance(cause, RayError) and not isinstance(cause, ObjectLostError):
+            if not begun and attempt >= UNREACHED:
+                raise ModelUnavailable(f"{request.model!r} cannot be reached; the server's log says why")
+            await asyncio.sleep(RECOVERY_S)
 
     async def _handle(self, model: str) -> DeploymentHandle[Any]:
         with contextlib.suppress(TimeoutError):
@@ -258,7 +278,7 @@ class Dispatcher:
                         looking = asyncio.ensure_future(asyncio.to_thread(_applications))
                     yield Waiting(REMOVED)
                     continue
-                if state.state == "failed":
+                if state.state == "failed" and not begun:
                     raise ModelUnavailable(f"{model!r} cannot be started: {state.reason}")
                 ahead = await router_registry.standing(app_name(model), request_id)
                 yield Waiting(state, ahead.ahead + 1, ahead.wait_s) if ahead else Waiting(state)

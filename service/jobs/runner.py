@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequen
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
+
 from deploy.model_spec import ModelSpec
 from service.api.backend import Report, Restarted
 from service.api.errors import find_status
@@ -216,6 +218,9 @@ class Runner:
             else:
                 await self._tell(job, JobStore.fail, _told(error))
         except NotWritten as error:
+            await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
+        except RayError as error:  # what it needs of the cluster may be there again by then
+            logger.exception("job %s is tried again", job.id)
             await self._tell(job, JobStore.try_again, _told(error), AGAIN_S)
         except Exception as error:
             if not isinstance(error, SprayError):

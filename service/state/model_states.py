@@ -22,6 +22,10 @@ COLOR = re.compile(r"\x1b\[[0-9;]*m")
 RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Lost|Failed|Unavailable): (.+)$", re.MULTILINE)
 """The last line of a traceback: the exception and its message."""
 
+SERVING = ("RUNNING", "UPDATING", "PENDING_MIGRATION")
+"""Serve's states of a gang that takes requests, or does so again in a moment. On a node that drains it is
+PENDING_MIGRATION until another one runs."""
+
 STATES: Mapping[State, str] = {
     "running": "at least one gang takes requests",
     "starting": "its gangs are loading, or replace their ranks",
@@ -76,7 +80,7 @@ def model_state(
     if state == "running":
         gangs = [gang["now"] for gang in reported.get("gangs", ())]
         reason = "; ".join(dict.fromkeys(text for text in [reason, *(gang["trouble"] for gang in gangs)] if text))
-        silent = replicas.get("RUNNING", 0) + replicas.get("UPDATING", 0) - len(gangs)  # they have not reported yet
+        silent = sum(replicas.get(each, 0) for each in SERVING) - len(gangs)  # they have not reported yet
         if gangs and silent <= 0 and all(gang["phase"] == "starting" for gang in gangs):
             state = "starting"  # Serve calls them running, but their ranks are being replaced
     return ModelState(state, reason, replicas, **reported)
@@ -85,7 +89,7 @@ def model_state(
 def is_broken(application: ApplicationStatusOverview) -> bool:
     """Whether an application cannot serve. One that serves meanwhile can, and so can one that is being replaced."""
     replicas = {name for deployment in application.deployments.values() for name in _replicas(deployment)}
-    if replicas & {"RUNNING", "UPDATING"}:
+    if not replicas.isdisjoint(SERVING):
         return False
     # UNHEALTHY while one starts means that it is being replaced
     broken = ("DEPLOY_FAILED",) if "STARTING" in replicas else ("DEPLOY_FAILED", "UNHEALTHY")
@@ -173,7 +177,7 @@ def _state(
     lacking: Unschedulable | None,
 ) -> tuple[State, str]:
     starting = replicas.get("STARTING", 0)
-    if replicas.get("RUNNING") or replicas.get("UPDATING"):
+    if not replicas.keys().isdisjoint(SERVING):
         return "running", f"{starting} more: loading, or waiting: {lacking} free" if lacking else ""
     if application is not None and is_broken(application):
         return "failed", failure(application)

@@ -33,7 +33,7 @@ class Waiting:
     @property
     def callers(self) -> int:
         """How many of them somebody waits for; the others are those of jobs."""
-        return sum(not place.of_job for place in self._places.values())
+        return sum(not place.of_job for place in list(self._places.values()))  # Serve's router has its own thread
 
     def enter(self, request_id: str, place: Place) -> None:
         """Enter a request."""

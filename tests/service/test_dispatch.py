@@ -8,11 +8,18 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray import serve
-from ray.exceptions import OwnerDiedError, RayActorError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RaySystemError,
+    TaskCancelledError,
+)
 
 from service import dispatch
 from service.api.backend import Restarted, Waiting
@@ -120,6 +127,32 @@ def test_a_request_that_has_not_begun_ends_with_its_model_and_another_is_finishe
             assert await anext(reports) == Begun()
             assert await anext(reports) == Waiting(dispatch.REMOVED)  # a job's lease is renewed by what it hears
             assert StepEvent(1, 4, 0.1) in [await anext(reports) for _ in range(15)]
+
+    asyncio.run(story())
+
+
+def test_what_a_gang_computes_is_finished_though_others_of_its_model_cannot_be_started(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve may stop the last gang of a model whose new version has failed, and that gang finishes what it has."""
+    monkeypatch.setattr(dispatch, "PATIENCE_S", 0.01)
+    failed = ModelState("failed", "rank 0: no memory")
+    monkeypatch.setattr(opened, "states", lambda: {"one": failed})
+
+    class Computes(Answer):
+        left: ClassVar = [Begun(), RESULT]
+
+        async def __anext__(self) -> Any:
+            if len(self.left) == 1:
+                await asyncio.sleep(0.1)
+            return self.left.pop(0)
+
+    async def story() -> None:
+        async with contextlib.aclosing(opened._dispatcher._attended("one", Computes())) as reports:  # type: ignore[arg-type]
+            assert [await anext(reports) for _ in range(2)] == [Begun(), Waiting(failed)]
+            while (report := await anext(reports)) == Waiting(failed):
+                pass
+            assert report == RESULT
 
     asyncio.run(story())
 
@@ -374,6 +407,43 @@ def test_a_gang_that_ends_before_the_request_begins_is_not_its_cost(
     serving(opened, monkeypatch, LOST, [RayActorError()], [RayActorError()], [Begun(), RESULT])
     restarts = [Restarted(attempt, "the ranks of 'one' were lost", begun=attempt == 2) for attempt in (2, 3, 4)]
     assert asyncio.run(ask(opened, REQUEST)) == [*restarts, RESULT]
+
+
+KILLED = OutOfMemoryError("1 worker was killed, its node was low on memory")
+
+
+@pytest.mark.parametrize("error", [KILLED, NodeDiedError("node 2"), RaySystemError("a connection")])
+def test_whatever_ray_ends_a_gang_for_the_request_goes_to_another_a_little_later(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Ray's memory monitor kills the actor of a gang, and does not say so by a `RayActorError`."""
+    serving(opened, monkeypatch, [Begun(), error], [Begun(), RESULT], [Begun(), error], [Begun(), error])
+    paused: list[float] = []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(dispatch, "RECOVERY_S", 0.01)
+    monkeypatch.setattr(dispatch.asyncio, "sleep", lambda seconds: paused.append(seconds) or sleep(seconds))
+    assert asyncio.run(ask(opened, REQUEST)) == [Restarted(2, "the ranks of 'one' were lost"), RESULT]
+    assert 0.01 in paused
+    with pytest.raises(GangLost, match="lost its ranks 2 times"):
+        asyncio.run(ask(opened, REQUEST))
+
+
+def test_a_request_that_reaches_no_gang_ends_and_one_that_was_cancelled_too(
+    opened: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway and a gang of two versions may not understand each other, however often it is tried."""
+    strange = [RaySystemError("a report cannot be read")]
+    sent = serving(opened, monkeypatch, *[strange] * 5, *[strange] * 4, [RESULT], [TaskCancelledError()])
+
+    async def story() -> None:
+        with pytest.raises(ModelUnavailable, match="'one' cannot be reached"):
+            await ask(opened, REQUEST)
+        assert len(sent) == dispatch.UNREACHED
+        assert (await ask(opened, REQUEST))[-1] == RESULT
+        with pytest.raises(TaskCancelledError):
+            await ask(opened, REQUEST)
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("lost", [RayActorError(), OwnerDiedError("ab", None, "")], ids=["its rank", "its gang"])

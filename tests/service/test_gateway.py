@@ -245,7 +245,8 @@ def serving(opened: Gateway, monkeypatch: pytest.MonkeyPatch, *answers: list[Any
                 raise report
             yield report
 
-    monkeypatch.setattr(dispatch, "PAUSE_S", 0)
+    for pause in ("PAUSE_S", "RECOVERY_S"):
+        monkeypatch.setattr(dispatch, pause, 0)
     monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(remote))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
     return sent
@@ -326,6 +327,8 @@ def test_there_is_room_for_a_job_that_wakes_a_model_and_one_behind_each_gang(ope
     opened._poller._models = {"one": a_model("one"), "two": a_model("two")}
     opened._poller._states = {"one": ModelState("running", "", {"RUNNING": 2}), "two": ModelState("asleep")}
     assert opened._room() == {"one": 3, "two": 1}
+    opened._poller._states["one"] = ModelState("running", "", {"RUNNING": 1, "PENDING_MIGRATION": 1, "STARTING": 1})
+    assert opened._room() == {"one": 3, "two": 1}  # a gang on a node that drains takes requests until another runs
     wide = a_model("one").model_copy(update={"parallel": ParallelDegrees(ulysses_degree=4), "elastic": Elastic()})
     opened._models = {"one": wide}
     assert opened._room() == {"one": 17, "two": 1}  # an elastic gang takes eight
@@ -351,7 +354,8 @@ def test_how_requests_end_is_counted(opened: Gateway, monkeypatch: pytest.Monkey
         yield coming
         yield coming
 
-    monkeypatch.setattr(dispatch, "PAUSE_S", 0)
+    for pause in ("PAUSE_S", "RECOVERY_S"):
+        monkeypatch.setattr(dispatch, pause, 0)
     monkeypatch.setattr(opened._dispatcher, "_handle", handle_of(lambda *_: answer))
     monkeypatch.setattr(opened._dispatcher, "_attended", attended)
 

@@ -20,7 +20,7 @@ from deploy.model_sections import Autoscaling, Placement
 from deploy.model_spec import ModelSpec
 from service.names import GANG, app_name
 from service.rollout import local_cluster
-from service.state.model_states import STATES, ModelState, cluster_object, model_state
+from service.state.model_states import SERVING, STATES, ModelState, cluster_object, model_state
 from sp_core.degrees import ParallelDegrees
 from workers.errors import GangLost
 from workers.gang.placement import Node
@@ -61,6 +61,8 @@ CASES = [
         "running",
         f"1 more: loading, or waiting: {NEVER} free",
     ),
+    (MODEL, status("RUNNING", {"PENDING_MIGRATION": 1}), FREE, "running", ""),  # its node drains
+    (MODEL, status("DEPLOY_FAILED", {"PENDING_MIGRATION": 1}, "it"), FREE, "running", ""),
     (MODEL, status("DEPLOYING", {"STARTING": 1}), FREE, "starting", ""),
     (MODEL, status("DEPLOYING", {}), FREE, "starting", ""),
     (MODEL, ServeStatus(), FREE, "starting", ""),  # Serve does not know it yet
@@ -96,6 +98,10 @@ CASES = [
 def test_the_state_of_a_model(model: ModelSpec, serve: ServeStatus, free: list[Node], state: str, reason: str) -> None:
     found = model_state(model, serve, NODES, free, queued=3, gangs=())
     assert (found.state, found.reason, found.queued) == (state, reason, 3)
+
+
+def test_serve_knows_the_states_of_gangs_that_serve() -> None:
+    assert {state.value for state in ReplicaState} >= set(SERVING)
 
 
 def test_what_a_gang_holds_itself_is_not_what_it_lacks() -> None:
@@ -139,12 +145,13 @@ def test_a_running_models_trouble_is_its_reason() -> None:
 @pytest.mark.parametrize(
     ("running", "reported", "state"), [(2, 2, "starting"), (1, 1, "starting"), (2, 1, "running"), (1, 0, "running")]
 )
-def test_a_model_runs_only_while_a_gang_takes_requests(running: int, reported: int, state: str) -> None:
+@pytest.mark.parametrize("serving", SERVING)
+def test_a_model_runs_only_while_a_gang_takes_requests(running: int, reported: int, state: str, serving: str) -> None:
     """A gang that has not reported yet has just become ready."""
     gangs = [gang(0, 0, "starting") for _ in range(reported)]
     for lost in gangs:
         lost["now"]["trouble"] = "lost its ranks"
-    found = model_state(MODEL, status("RUNNING", {"RUNNING": running}), NODES, FREE, gangs=gangs)
+    found = model_state(MODEL, status("RUNNING", {serving: running}), NODES, FREE, gangs=gangs)
     assert (found.state, found.reason) == (state, "lost its ranks" if reported else "")
 
 
@@ -192,6 +199,7 @@ def test_the_body_of_a_cluster() -> None:
     ("state", "replicas", "raises"),
     [
         ("UNHEALTHY", {"RUNNING": 1}, False),
+        ("UNHEALTHY", {"PENDING_MIGRATION": 1}, False),
         ("UNHEALTHY", {"STARTING": 1}, False),
         ("DEPLOY_FAILED", {"RUNNING": 1, "STARTING": 1}, False),
         ("DEPLOY_FAILED", {"STARTING": 1}, True),

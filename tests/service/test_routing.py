@@ -258,3 +258,18 @@ def test_reports_survive_the_way_through_serve() -> None:
 def test_serve_finds_it_by_name() -> None:
     config = RequestRouterConfig(request_router_class="service.routing:LeastBacklogRouter")
     assert config.get_request_router_class() is LeastBacklogRouter
+
+
+def test_the_waiting_are_counted_while_serves_thread_takes_one_out() -> None:
+    waiting = waiting_for("model-counted")
+
+    class Leaves:
+        @property
+        def of_job(self) -> bool:
+            waiting.leave("b")
+            return False
+
+    for name in "abc":
+        waiting.enter(name, Leaves())  # type: ignore[arg-type]
+    assert waiting.callers == 3
+    assert len(waiting) == 2

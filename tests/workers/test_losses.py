@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from deploy.model_sections import Elastic
 from deploy.model_spec import ModelSpec
@@ -73,7 +73,7 @@ async def settled() -> None:
 
 
 @pytest.mark.parametrize("spec", [ELASTIC, FIXED], ids=["elastic", "fixed"])
-@pytest.mark.parametrize("noticed", ["by Ray", "by the watch"])
+@pytest.mark.parametrize("noticed", ["by Ray", "by Ray, which killed it", "by the watch"])
 def test_a_request_on_other_ranks_goes_on_in_an_elastic_gang_alone(
     spec: ModelSpec, noticed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,8 +93,8 @@ def test_a_request_on_other_ranks_goes_on_in_an_elastic_gang_alone(
 
         hit, beside = asyncio.create_task(part(0, 2)), asyncio.create_task(part(2, 2))
         await settled()
-        if noticed == "by Ray":
-            ranks[1].told.put_nowait(RayActorError())
+        if noticed.startswith("by Ray"):
+            ranks[1].told.put_nowait(RayActorError() if noticed == "by Ray" else OutOfMemoryError("on its node"))
         else:
             group._lose("died", "the process of rank 1 is stopped or dead", 1)
             ranks[1].told.put_nowait(RayActorError())

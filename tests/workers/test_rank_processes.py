@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from tests.support.deployments import model
 from workers.errors import GangLost
@@ -71,3 +72,12 @@ def test_a_process_that_is_stopped_before_its_first_word_is_lost_at_once(killed:
     finally:
         stopped.kill()
         stopped.wait()
+
+
+def test_a_rank_that_ray_kills_for_memory_while_it_starts_is_lost() -> None:
+    class Killed(Process):
+        async def _place(self) -> Place:
+            raise OutOfMemoryError("its node was low on memory")
+
+    with pytest.raises(GangLost, match="a rank died while it started: its node was low on memory"):
+        assemble(Killed(stopped=False))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from deploy.model_sections import Timeouts
 from workers.errors import GangLost
@@ -91,6 +92,14 @@ def test_a_rank_that_is_stopped_while_it_loads_is_noticed_at_once(started: Any) 
     os.kill(stopped, signal.SIGSTOP)
     ranks = [FakeRank(status(0, sound, "load")), FakeRank(status(1, stopped, "starting"), silent=True)]
     assert reason_of(*ranks) == "the process of rank 1 was stopped or died in its start"
+
+
+def test_why_a_rank_that_starts_has_died_is_said_by_who_assembles_them() -> None:
+    class Killed(FakeRank):
+        async def remote(self) -> RankStatus:
+            raise OutOfMemoryError("its node was low on memory")
+
+    assert reason_of(Killed(status(0, os.getpid(), "starting")), within_s=0.5) == ""
 
 
 def test_a_rank_that_loads_and_reads_nothing_is_hung(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:

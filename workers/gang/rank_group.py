@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from deploy.model_sections import LoRA
 from deploy.model_spec import ModelSpec
@@ -249,7 +249,7 @@ class RankGroup:
             raise error
         if isinstance(error, RequestError | RequestFailed):
             return error
-        kind: Loss = "died" if isinstance(error, RayActorError) else "error"
+        kind: Loss = "died" if isinstance(error, RayError) else "error"
         self._lose(kind, f"{type(error).__name__}: {error}".splitlines()[0], rank)
         raise self._gang_lost()
 

@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Never, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -83,7 +83,7 @@ async def assemble(processes: Sequence[Any], model: ModelSpec, replica: str) -> 
     except RayTaskError as error:
         kind = "" if isinstance(error.cause, ValueError | OSError) else f"{type(error.cause).__name__}: "
         raise GangLost(f"{model.name}: {kind}{error.cause}") from None  # some errors of libraries have no text
-    except RayActorError as error:
+    except RayError as error:  # not only RayActorError: Ray says of its own what a node lacked, such as memory
         raise GangLost(f"{model.name}: a rank died while it started: {error}") from None
     except GangLost as error:
         raise GangLost(f"{model.name}: {error}") from None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Never
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from deploy.model_sections import Timeouts
 from workers.errors import GangLost
@@ -183,7 +183,9 @@ async def _ping(rank: Any, i: int, latest: list[RankStatus], ping_s: float, is_l
         except TimeoutError:
             if not is_local:
                 raise GangLost(f"rank {i} does not answer for {ping_s:g} s while it starts") from None
-        except RayActorError:
+        except RayTaskError:
+            raise
+        except RayError:
             return  # whoever assembles the ranks gets the same error, and says more
         await asyncio.sleep(4 * PERIOD_S)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from service.api.backend import Report, Restarted, Waiting
 from service.jobs import patience, unserved
@@ -121,6 +122,8 @@ def failing(*errors: Exception) -> Script:
         ([RequestFailed("rank 1: MemoryError")], "failed", "generation_failed", 1),
         ([GangLost("twice")], "failed", "request_quarantined", 1),
         ([ZeroDivisionError("secret detail")], "failed", "internal_error", 1),
+        ([OutOfMemoryError("secret detail")] * 2, "succeeded", None, 3),
+        ([OutOfMemoryError("secret detail")] * 9, "failed", "internal_error", 3),
     ],
 )
 def test_an_error_decides_what_becomes_of_the_job(
