@@ -34,12 +34,12 @@ API = Board(
                 "reqps",
                 [
                     (
-                        'sum by (route) (rate(spray_api_requests_total{code=~"5..|INTERNAL|UNAVAILABLE|ABORTED"}'
+                        'sum by (route) (rate(spray_api_requests_total{code=~"50[0-35-9]|INTERNAL|UNAVAILABLE|ABORTED"}'
                         "[$__rate_interval])) or vector(0)",
                         "{{route}}",
                     )
                 ],
-                "Statuses 5xx, and their like in gRPC.",
+                "Statuses 5xx but 504, a deadline of the caller, and their like in gRPC.",
                 warn=0.01,
                 alarm=1,
             ),

@@ -3,7 +3,7 @@
 from deploy.grafana.builders import Board, Panel
 from deploy.grafana.promql import RATE, M, mean, per_second, quantile
 
-FAILED = 'outcome=~"queue_full|model_unavailable|deadline_exceeded|worker_lost|internal_error|generation_failed"'
+FAILED = 'outcome=~"queue_full|model_unavailable|worker_lost|internal_error|generation_failed"'
 
 OVERVIEW = Board(
     "spray-overview",

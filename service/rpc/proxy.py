@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from service.api.errors import GATEWAY_GONE, GATEWAY_LOST, RETRY_AFTER_S
+from service.names import GATEWAY_APP
 from service.proto.mediagen.v1 import generation_service_pb2 as pb
-from service.rpc.statuses import set_status
+from service.rpc.statuses import metadata, set_status
 
 SERVICES = (
     "service.proto.mediagen.v1.generation_service_pb2_grpc.add_MediaGenerationServiceServicer_to_server",
@@ -32,13 +33,25 @@ CONNECTION_S = 300
 """After which a client makes a new connection, while calls on the old one go on to their end. Else all its calls would
 go to one node, or to the old of two clusters, for as long as that lives."""
 
+CALL_S = 86_400
+"""After which a call ends at the latest, once its connection is older than `CONNECTION_S`: the longest deadline, which
+is longer than any watch. Without it, a caller that stops in the middle of a message would be kept forever."""
+
+MOST_CALLS = 100
+"""At once by one connection; further ones wait. Each may take `MOST_RECEIVED_BYTES` before its key is known."""
+
 OPTIONS = [
     ("grpc.max_receive_message_length", MOST_RECEIVED_BYTES),
     ("grpc.max_send_message_length", MOST_SENT_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", PING_S * 1000),
     ("grpc.max_connection_age_ms", CONNECTION_S * 1000),
+    ("grpc.max_connection_age_grace_ms", CALL_S * 1000),
+    ("grpc.max_concurrent_streams", MOST_CALLS),
 ]
 
+
+APPLICATION = "application"
+"""The metadata by which a client names one of Serve's applications. It decides where there are several."""
 
 OF_A_LOST_GATEWAY = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
 """What Serve says by itself where no gateway answers: it died, it cannot start, it is not deployed yet."""
@@ -79,10 +92,14 @@ def prepare() -> None:
     set_as_serve_does = ends.set_grpc_code_and_details
 
     def set_in_our_words(context: Any, status: Any) -> None:
-        if not context.code() and status.code in OF_A_LOST_GATEWAY:
-            set_status(context, "UNAVAILABLE", pb.JobError(code=GATEWAY_LOST, message=GATEWAY_GONE), RETRY_AFTER_S)
-        else:
+        named = metadata(context).get(APPLICATION, GATEWAY_APP)
+        if context.code() or status.code not in OF_A_LOST_GATEWAY:
             set_as_serve_does(context, status)
+        elif status.code is grpc.StatusCode.NOT_FOUND and named != GATEWAY_APP:
+            text = f"the metadata {APPLICATION!r} is {named[:60]!r}, which is not here; send {GATEWAY_APP!r}, or none"
+            set_status(context, "NOT_FOUND", pb.JobError(code="application_not_found", message=text), None)
+        else:
+            set_status(context, "UNAVAILABLE", pb.JobError(code=GATEWAY_LOST, message=GATEWAY_GONE), RETRY_AFTER_S)
 
     ends.set_grpc_code_and_details = set_in_our_words
 

@@ -292,6 +292,15 @@ def test_the_notes_say_how_to_go_on() -> None:
     assert "admin key" in production and "admin key" not in trial
 
 
+def test_the_notes_say_where_urls_of_files_would_be_plain() -> None:
+    routes: Values = {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a"]}}
+    named: Values = {"gateway": {"public_url": "https://a"}}
+    trial = profile("trial")
+    cases = ((trial, False), (with_values(trial, routes), True), (with_values(trial, routes, named), False))
+    for values, told in cases:
+        assert ("set gateway.public_url" in notes(values)) == told
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_goes_on_running_is_probed(name: str) -> None:
     """Pods of `helm test`, of Jobs and before others end by themselves."""

@@ -14,16 +14,21 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from ray.serve._private import default_impl, grpc_util, http_util, proxy
 from ray.serve._private.proxy_request_response import ResponseStatus
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from deploy.gateway_spec import GatewaySpec
 from deploy.spec import SpecError
+from service.api import job_calls
 from service.api.errors import GATEWAY_GONE, GATEWAY_LOST
+from service.api.origin import MOST_SECONDS
 from service.app import check_ports, grpc_options
 from service.rollout import local_cluster as local
-from service.rpc.proxy import MOST_RECEIVED_BYTES, OPTIONS, SERVICES, at, prepare
+from service.rpc import health
+from service.rpc.proxy import MOST_CALLS, MOST_RECEIVED_BYTES, OPTIONS, SERVICES, at, prepare
 from tests.service.test_ports import SPEC
 from tests.support.listeners import listeners
 
@@ -101,6 +106,32 @@ def test_messages_are_bounded(serve: None) -> None:
     assert "DEFAULT_GRPC_SERVER_OPTIONS +" in inspect.getsource(grpc_util.gRPCGenericServer.__init__)
 
 
+def test_calls_end_and_a_connection_has_only_so_many() -> None:
+    """No call that a deployment allows is cut. One call more than a connection may have waits for another to end."""
+    given = dict(OPTIONS)
+    assert given["grpc.max_connection_age_grace_ms"] >= 1000 * max(MOST_SECONDS, job_calls.LONGEST_S, health.LONGEST_S)
+    began, ended = threading.Semaphore(0), threading.Event()
+
+    def never(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        began.release()
+        yield b"begun"
+        ended.wait(60)
+
+    server = grpc.server(ThreadPoolExecutor(MOST_CALLS + 2), options=[*OPTIONS])
+    handler = grpc.unary_stream_rpc_method_handler(never)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.A", {"Never": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        calls = [channel.unary_stream("/a.A/Never")(b"") for _ in range(MOST_CALLS + 1)]
+        for _ in range(MOST_CALLS):
+            assert began.acquire(timeout=30)
+        assert not began.acquire(timeout=0.2)
+        ended.set()
+        assert [list(call) for call in calls] == [[b"begun"]] * (MOST_CALLS + 1)
+    server.stop(None)
+
+
 def test_a_client_makes_a_new_connection_from_time_to_time_and_loses_no_call() -> None:
     """Each answer tells the connection that it comes by; a call goes on for longer than a connection's age."""
     age_s = 0.2
@@ -126,8 +157,12 @@ def test_a_client_makes_a_new_connection_from_time_to_time_and_loses_no_call() -
 class Ended:
     """The context of a call in a proxy."""
 
-    def __init__(self, code: grpc.StatusCode | None = None) -> None:
+    def __init__(self, code: grpc.StatusCode | None = None, **given: str) -> None:
+        self.given = given
         self.found: dict[str, Any] = {"code": code, "details": "" if code is None else "ours", "trailing": ()}
+
+    def invocation_metadata(self) -> Any:
+        return self.given.items()
 
     def code(self) -> Any:
         return self.found["code"]
@@ -171,6 +206,27 @@ def test_what_serve_says_of_a_lost_gateway_is_said_in_our_words(
     assert ended.details() == (GATEWAY_GONE if told else "ours" if own else "ray.exceptions: at 10.0.0.1")
     rich = dict(ended.trailing_metadata()).get("grpc-status-details-bin", b"")
     assert (GATEWAY_LOST.encode() in rich) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("named", "code", "told"),
+    [
+        ("gateway", "NOT_FOUND", "UNAVAILABLE"),  # it is not deployed yet
+        ("default", "NOT_FOUND", "NOT_FOUND"),
+        ("default", "UNAVAILABLE", "UNAVAILABLE"),  # where there is one application, Serve takes any name for it
+    ],
+)
+def test_an_application_that_is_not_there_is_said_and_not_asked_for_again(
+    serve: None, named: str, code: str, told: str
+) -> None:
+    prepare()
+    ended = Ended(application=named)
+    proxy.set_grpc_code_and_details(ended, ResponseStatus(grpc.StatusCode[code], message="Application not found."))
+    assert ended.code() == grpc.StatusCode[told]
+    rich = Status.FromString(dict(ended.trailing_metadata())["grpc-status-details-bin"])
+    retries = any(detail.Is(RetryInfo.DESCRIPTOR) for detail in rich.details)
+    assert retries == (told == "UNAVAILABLE")
+    assert (repr(named) in ended.details()) == (told == "NOT_FOUND")
 
 
 def test_what_is_relied_on_is_there() -> None:
