@@ -59,7 +59,7 @@ def test_a_file_has_the_bytes_that_encoding_at_once_makes(demo_model: Path) -> N
     denoising, _ = rank._begin(REQUEST)
     for _ in rank._denoise(denoising):
         pass
-    expected = tuple(encode(made, REQUEST) for made in denoising.finish())
+    expected = tuple(encode(made, REQUEST, number) for number, made in enumerate(denoising.finish()))
     *steps, drawn = rank.generate(REQUEST)
     assert [step.step for step in steps if isinstance(step, StepEvent)] == [1, 2]
     assert isinstance(drawn, Drawn)
