@@ -171,5 +171,6 @@ def test_the_other_ranks_of_an_idle_gang_are_replaced_at_once(tell: Any) -> None
         at.old.lose(at.gang, 1)
         await settled()
         assert at.starts == 1 and at.hurried == []
+        assert at.gang._elastic._ranks is at.new  # type: ignore[union-attr, comparison-overlap]  # they are idle now
 
     tell(story)

@@ -28,7 +28,7 @@ class Journey:
         steps_done: those that its ranks have reported.
         step_s: seconds of each of them.
         stood_since: when its last step ended, or its latest part began.
-        unit_s: seconds of them, each times the units that it had.
+        unit_s: the same, times the units that it had in the step.
         at: the ranks that it has, or had until its last boundary.
         before: those of its latest part.
         part: number of the latest part; 0 before the first.
@@ -53,7 +53,7 @@ class Journey:
     kept_steps: int = 0
     steps_done: int = 0
     step_s: list[float] = field(default_factory=list)
-    unit_s: float = 0.0
+    unit_s: list[float] = field(default_factory=list)
     at: Block | None = None
     before: Block | None = None
     part: int = 0
@@ -91,6 +91,6 @@ class Journey:
             self.fallbacks += not again
             self.lost = ranks
         self.computes = False
-        del self.step_s[self.kept_steps :]
+        del self.step_s[self.kept_steps :], self.unit_s[self.kept_steps :]
         self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
         return True
