@@ -4,9 +4,11 @@
 """
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.model_sections import LoRA
 from workers.gang.dealer import Block
 from workers.messages import GenerationRequest
 
@@ -22,6 +24,7 @@ class Journey:
         request: what is drawn.
         forwards: of the transformer in one step.
         arrived: on the monotonic clock, in seconds.
+        adapters: those that it names, each with the digest of its file, as the ranks have them.
         encoded: its prompts, or a reference to them; None until they are encoded.
         progress: where it stands.
         total_steps: of its scheduler, as far as is known.
@@ -48,6 +51,7 @@ class Journey:
     arrived: float
     total_steps: int
     stood_since: float
+    adapters: frozenset[LoRA] = frozenset()
     encoded: Any = None
     progress: bytes = b""
     kept_steps: int = 0
@@ -80,6 +84,13 @@ class Journey:
         """It has its first ranks. True once."""
         first, self.begun = not self.begun, True
         return first
+
+    def use(self, loaded: Iterable[LoRA]) -> bool:
+        """It has ranks with these adapters. False: it cannot go on on them, as one that it names is another file by
+        now, or is gone."""
+        names = {name for name, _ in self.request.loras}
+        before, self.adapters = self.adapters, frozenset(lora for lora in loaded if lora.name in names)
+        return self.encoded is None or self.adapters == before
 
     def fall_back(self, ranks: object) -> bool:
         """It has lost some of these ranks: go back to what was kept. False: it may be the cause, and it cannot, or has
