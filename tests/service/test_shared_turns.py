@@ -4,6 +4,7 @@ that keeps the answers of idempotency keys."""
 import ast
 import asyncio
 import functools
+import os
 import shutil
 import sys
 import tempfile
@@ -305,24 +306,46 @@ def test_routers_of_several_models_may_start_the_keeper_at_once(monkeypatch: pyt
     assert one._actor_id == two._actor_id
 
 
-def hurry(keeper: Any) -> None:
-    """In the keeper's process: it knows no gateway that lives, and waits for none."""
+def hurry(keeper: Any) -> int:
+    """In the keeper's process, whose id is returned: it knows no gateway that lives, and waits for none."""
     module = sys.modules[type(keeper).__module__]
-    module.BEAT_S, module.SILENT_S, module.UNUSED_S = 0.05, 0.2, 0.5  # type: ignore[attr-defined]
+    for name in ("BEAT_S", "PERIOD_S"):
+        setattr(module, name, 0.05)
+    module.SILENT_S, module.FORGOTTEN_S, module.UNUSED_S = 0.2, 0.2, 0.5  # type: ignore[attr-defined]
+    return os.getpid()
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends by itself: it is asked nothing."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+    return not Path(f"/proc/{pid}").exists()
 
 
 def test_the_keeper_ends_when_nobody_asks_and_another_takes_its_place() -> None:
     keeper = start_keeper()
     ray.get(keeper.beat.remote("m", "one", {}), timeout=60)
-    ray.get(keeper.__ray_call__.remote(hurry), timeout=60)
-    until = time.monotonic() + 60
+    assert ends(ray.get(keeper.__ray_call__.remote(hurry), timeout=60))
     with pytest.raises(RayActorError):
-        while time.monotonic() < until:
-            ray.get(keeper.prospect.remote("m", ""), timeout=60)
-            time.sleep(0.05)
+        ray.get(keeper.prospect.remote("m", ""), timeout=60)
     another = start_keeper()
     assert another._actor_id != keeper._actor_id
     assert ray.get(another.prospect.remote("m", ""), timeout=60) == (0, 0.0)
+
+
+def test_the_actor_of_answers_ends_when_nobody_asks_and_another_reads_its_file(tmp_path: Path) -> None:
+    async def run() -> None:
+        keys = IdempotencyKeys("a")
+        keys.follow(Idempotency(folder=str(tmp_path)).model_dump())
+        keeper = keys._start()
+        pid = await keeper.__ray_call__.remote(hurry)  # before its first call, which starts what it waits in
+        assert (await keys.claim("k", "f", 3, "1", 0.0)).state == "mine"
+        assert await keys.finish("k", "1", RESULT, "png")
+        assert await asyncio.to_thread(ends, pid)
+        assert await keys.claim("k", "f", 9, "2", 0.0) == Claim("done", 3, RESULT)
+
+    asyncio.run(run())
 
 
 def test_the_keeper_stays_while_somebody_asks() -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -243,7 +245,7 @@ def test_lost_ranks_take_a_request_back_to_what_was_kept_once(elastic: Elastic) 
 
         await part(3)  # kept after the second
         assert journey.fall_back("ranks")
-        assert (journey.steps_done, journey.step_s) == (2, [0.5, 0.5])
+        assert (journey.steps_done, journey.step_s, journey.unit_s) == (2, [0.5, 0.5], [1.0, 1.0])
         await part(1)
         assert journey.fall_back("ranks")  # those that had outlived the first
         assert journey.steps_done == 2
@@ -258,6 +260,38 @@ def test_only_a_request_that_had_the_ranks_may_be_the_cause_of_their_loss(elasti
     suspect.computes = True
     assert not suspect.fall_back(0)  # nothing was kept of it
     assert [innocent.fall_back(i) for i in range(3)] == [True] * 3
+
+
+def test_only_ranks_that_live_and_have_no_request_are_idle(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("workers.gang.elastic.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    elastic = Elastic(spec, find_family(Path(spec.source)))
+
+    async def story(ranks: Ranks, begin: Any) -> None:
+        nonlocal now
+
+        def idle_s(passed_s: float) -> float:
+            nonlocal now
+            now += passed_s
+            return elastic.take_counts()[0]
+
+        assert idle_s(100) == 0.0
+        elastic.follow(cast("ElasticRankGroup", ranks))  # they have started
+        assert idle_s(10) == 40.0
+        running = begin("a", num_inference_steps=1)
+        await settled()
+        assert idle_s(10) == 0.0
+        await ranks.step("a")
+        await running
+        ranks.gone = frozenset({0, 1})
+        assert idle_s(10) == 20.0
+        ranks.lost = "died"
+        assert idle_s(60) == 0.0
+        now += 60
+        elastic.follow(cast("ElasticRankGroup", Ranks()))
+        assert idle_s(1) == 4.0
+
+    drive(story, elastic)
 
 
 def test_who_waits_is_dealt_no_ranks_that_are_lost(elastic: Elastic) -> None:

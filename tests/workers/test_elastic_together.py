@@ -87,7 +87,7 @@ def test_a_deadline_ends_a_request_with_ranks_or_without(elastic: Elastic, stand
 def test_what_a_request_costs_the_gang_and_would_take_at_best(elastic: Elastic) -> None:
     """Two steps on four ranks, at half a second, and two on two ranks, at a whole one; a second outside, on one."""
     journey = elastic.begin(REQUEST)
-    journey.step_s, journey.unit_s = [0.5, 0.5, 1.0, 1.0], 2 * 0.5 * 4 + 2 * 1.0 * 2
+    journey.step_s, journey.unit_s = [0.5, 0.5, 1.0, 1.0], [0.5 * 4] * 2 + [1.0 * 2] * 2
     know(elastic, {2: 1.0, 4: 0.5})
     took = type("Took", (), {"encode_seconds": 0.25, "decode_seconds": 0.75})
     share, least_step_s = elastic.learned(journey, cast("Any", took))

@@ -10,10 +10,12 @@ import prometheus_client
 import pytest
 
 from deploy.model_sections import Elastic as Section
+from deploy.model_sections import LoRA
 from tests.support.deployments import model
-from tests.workers.gang_cases import in_replica, setup_of, supervisor_of
+from tests.workers.gang_cases import CHALK, INK, in_replica, setup_of, supervisor_of
 from tests.workers.test_elastic import REQUEST, Ranks, settled
 from workers.errors import GangLost
+from workers.gang.adapter_sync import AdapterSync
 from workers.gang.gang import Gang
 from workers.gang.gang_report import LOST, SOME_LOST
 from workers.gang.stats import GangBacklog
@@ -32,6 +34,9 @@ class GangRanks(Ranks):
         self.living = self.statuses
 
     async def room(self) -> None:
+        pass
+
+    async def set_loras(self, loras: Any) -> None:
         pass
 
     async def end(self) -> None:
@@ -66,9 +71,9 @@ class Story:
         self.starts += 1
         return self.new
 
-    def ask(self, name: str) -> "asyncio.Task[list[int]]":
+    def ask(self, name: str, *loras: tuple[str, float]) -> "asyncio.Task[list[int]]":
         async def steps() -> list[int]:
-            request = replace(REQUEST, request_id=name, num_inference_steps=6, report_steps=True)
+            request = replace(REQUEST, request_id=name, num_inference_steps=6, report_steps=True, loras=loras)
             return [each.step async for each in self.gang.generate(request) if isinstance(each, StepEvent)]
 
         return asyncio.create_task(steps())
@@ -81,6 +86,11 @@ class Story:
         while self.gang._elastic._journeys["b"].steps_done < 3:  # type: ignore[union-attr]
             await self.old.step("b")
         return asked
+
+    @property
+    def steps_done(self) -> dict[str, int]:
+        assert self.gang._elastic is not None
+        return {name: journey.steps_done for name, journey in self.gang._elastic._journeys.items()}
 
     @property
     def rank_of_b(self) -> int:
@@ -166,10 +176,34 @@ def test_a_second_loss_is_that_of_all_and_one_replacement(tell: Any) -> None:
     tell(story)
 
 
+@pytest.mark.parametrize("deployed", [CHALK, INK.model_copy(update={"digest": "1" * 64})], ids=["gone", "another file"])
+def test_what_has_lost_its_ranks_goes_on_with_the_same_adapters_or_not_here(tell: Any, deployed: LoRA) -> None:
+    async def story(at: Story) -> None:
+        adapters = at.gang._setup.adapters = AdapterSync((INK,))
+        inked, plain = at.ask("a", ("ink", 1.0)), at.ask("b")
+        await settled()
+        while min(at.steps_done.values()) < 3:
+            await at.old.step(min(at.old.parts, key=lambda name: at.steps_done[name]))
+        adapters.want((deployed,))
+        at.old.lose(at.gang, 0, 1)
+        for name in list(at.old.parts):
+            await at.old.step(name, GangLost("died"))
+        await settled()
+        assert adapters.loaded == (deployed,) and set(at.new.parts) == {"b"}
+        with pytest.raises(GangLost, match="adapters of the request were replaced"):
+            await inked
+        for _ in range(4):
+            await at.new.step("b")
+        assert await plain == [1, 2, 3, 3, 4, 5, 6]
+
+    tell(story)
+
+
 def test_the_other_ranks_of_an_idle_gang_are_replaced_at_once(tell: Any) -> None:
     async def story(at: Story) -> None:
         at.old.lose(at.gang, 1)
         await settled()
         assert at.starts == 1 and at.hurried == []
+        assert at.gang._elastic._ranks is at.new  # type: ignore[union-attr, comparison-overlap]  # they are idle now
 
     tell(story)

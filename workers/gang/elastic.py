@@ -73,8 +73,13 @@ class Elastic:
         self._told = dict(self.changes)
         self._idle_s, self._counted_at = 0.0, time.monotonic()
         self._journeys: dict[str, Journey] = {}
-        self._ranks: ElasticRankGroup | None = None  # those of the latest request
+        self._ranks: ElasticRankGroup | None = None  # the latest, also when lost
         self._left: ElasticRankGroup | None = None  # those on which nothing goes on
+
+    def follow(self, ranks: ElasticRankGroup) -> None:
+        """These ranks have started, and have no request yet."""
+        self._count_idle()
+        self._ranks = ranks
 
     def begin(self, request: GenerationRequest) -> Journey:
         """A request comes. Its ranks are given by `run`."""
@@ -189,7 +194,8 @@ class Elastic:
             ranks.cancel(request_id, self._ranks_of(journey.at))
 
     def take_counts(self) -> tuple[float, dict[str, int]]:
-        """Seconds of ranks without a request, summed over ranks, and changes by kind; both since the last call."""
+        """Seconds of living ranks without a request, summed over ranks, and changes by kind; both since the last
+        call."""
         self._count_idle()
         idle_s, self._idle_s = self._idle_s, 0.0
         new = {kind: count - self._told[kind] for kind, count in self.changes.items()}
@@ -199,7 +205,10 @@ class Elastic:
     def _count_idle(self) -> None:
         """Before anybody takes ranks or leaves them."""
         now = time.monotonic()
-        self._idle_s += (1 - self.busy) * self._units * self._unit * (now - self._counted_at)
+        if self._ranks and not self._ranks.lost:
+            taken = {unit for each in self._journeys.values() if each.at and each.has_ranks for unit in each.at.ranks}
+            idle = self._units - len(taken | self._lost_units)
+            self._idle_s += idle * self._unit * (now - self._counted_at)
         self._counted_at = now
 
     @property
@@ -262,7 +271,7 @@ class Elastic:
         of a step at the degree at which it would have been quickest."""
         outside_s = took.encode_seconds + took.decode_seconds  # on as few ranks as a request may have
         seconds = sum(journey.step_s) + outside_s
-        unit_s = journey.unit_s + outside_s * self._degrees[0]
+        unit_s = sum(journey.unit_s) + outside_s * self._degrees[0]
         steps = self.costs.seconds(journey.request, journey.forwards, self._degrees)
         return unit_s / (self._units * seconds) if seconds else 1.0, min(steps.values())
 
@@ -302,8 +311,9 @@ class Elastic:
         self._count_idle()
         journey.stood_since = time.monotonic()
         journey.total_steps, journey.steps_done = event.total_steps, event.step
-        journey.step_s += [event.seconds] * (event.step - len(journey.step_s))
-        journey.unit_s += event.seconds * block.size
+        new = event.step - len(journey.step_s)
+        journey.step_s += [event.seconds] * new
+        journey.unit_s += [event.seconds * block.size] * new
         if not journey.request.profile:  # which is slower than others
             self.costs.observe(journey.request, journey.forwards, block.size, event.seconds)
         if event.step == event.total_steps:

@@ -168,6 +168,8 @@ class Gang:
         while True:
             async with self._turn(request) as any_ranks:
                 ranks = cast("ElasticRankGroup", any_ranks)
+                if not journey.use(self._setup.adapters.loaded):
+                    raise GangLost("adapters of the request were replaced after it had lost its ranks; it begins anew")
                 cancel = functools.partial(elastic.cancel, ranks, request.request_id)
                 watching = asyncio.create_task(cancel_when_gone(caller, cancel))
                 try:

@@ -4,9 +4,11 @@
 """
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.model_sections import LoRA
 from workers.gang.dealer import Block
 from workers.messages import GenerationRequest
 
@@ -22,13 +24,14 @@ class Journey:
         request: what is drawn.
         forwards: of the transformer in one step.
         arrived: on the monotonic clock, in seconds.
+        adapters: those that it names, each with the digest of its file, as the ranks have them.
         encoded: its prompts, or a reference to them; None until they are encoded.
         progress: where it stands.
         total_steps: of its scheduler, as far as is known.
         steps_done: those that its ranks have reported.
         step_s: seconds of each of them.
         stood_since: when its last step ended, or its latest part began.
-        unit_s: seconds of them, each times the units that it had.
+        unit_s: the same, times the units that it had in the step.
         at: the ranks that it has, or had until its last boundary.
         before: those of its latest part.
         part: number of the latest part; 0 before the first.
@@ -48,12 +51,13 @@ class Journey:
     arrived: float
     total_steps: int
     stood_since: float
+    adapters: frozenset[LoRA] = frozenset()
     encoded: Any = None
     progress: bytes = b""
     kept_steps: int = 0
     steps_done: int = 0
     step_s: list[float] = field(default_factory=list)
-    unit_s: float = 0.0
+    unit_s: list[float] = field(default_factory=list)
     at: Block | None = None
     before: Block | None = None
     part: int = 0
@@ -81,6 +85,13 @@ class Journey:
         first, self.begun = not self.begun, True
         return first
 
+    def use(self, loaded: Iterable[LoRA]) -> bool:
+        """It has ranks with these adapters. False: it cannot go on on them, as one that it names is another file by
+        now, or is gone."""
+        names = {name for name, _ in self.request.loras}
+        before, self.adapters = self.adapters, frozenset(lora for lora in loaded if lora.name in names)
+        return self.encoded is None or self.adapters == before
+
     def fall_back(self, ranks: object) -> bool:
         """It has lost some of these ranks: go back to what was kept. False: it may be the cause, and it cannot, or has
         done so."""
@@ -91,6 +102,6 @@ class Journey:
             self.fallbacks += not again
             self.lost = ranks
         self.computes = False
-        del self.step_s[self.kept_steps :]
+        del self.step_s[self.kept_steps :], self.unit_s[self.kept_steps :]
         self.steps_done, self.at, self.turn, self.leaving = self.kept_steps, None, None, False
         return True

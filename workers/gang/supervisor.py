@@ -64,7 +64,7 @@ class Supervisor:
         Raises:
             GangLost: a rank did not start, or could not load the model, within the start-up limit.
         """
-        self.ranks = await self._start_ranks()
+        await self._renew_ranks()
 
     @contextlib.asynccontextmanager
     async def turn(self, request: GenerationRequest) -> AsyncIterator[RankGroup]:
@@ -105,6 +105,11 @@ class Supervisor:
     def startup_s(self) -> float:
         """Seconds that the latest ranks took to start; 0 before there are any."""
         return self.ranks.startup_s if self.ranks else 0.0
+
+    async def _renew_ranks(self) -> None:
+        self.ranks = await self._start_ranks()
+        if self._elastic:
+            self._elastic.follow(cast("ElasticRankGroup", self.ranks))
 
     async def _start_ranks(self) -> RankGroup:
         setup = self._setup
@@ -148,7 +153,7 @@ class Supervisor:
             await self.ranks.end()
             if self._losses <= LOSSES_IN_PLACE:
                 try:
-                    self.ranks = await self._start_ranks()
+                    await self._renew_ranks()
                     self._whole.set()
                 except Exception:
                     logger.exception("%s: the ranks cannot be replaced", name)
