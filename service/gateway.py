@@ -328,9 +328,7 @@ class Gateway(GrpcMethods):
         """How many jobs of each model may run: as many as its gangs take, and one that waits, or wakes the model."""
         states = {} if self.draining else self.states()
         each = {name: slots(model) for name, model in self._models.items()}
-        sent = ("RUNNING", "PENDING_MIGRATION")  # to gangs in these states Serve sends requests
-        gangs = {name: sum(state.replicas.get(kind, 0) for kind in sent) for name, state in states.items()}
-        return {name: count * each.get(name, 1) + 1 for name, count in gangs.items()}
+        return {name: state.ready * each.get(name, 1) + 1 for name, state in states.items()}
 
     def _metrics_of(self, model: str) -> GatewayMetrics:
         if model not in self._metrics:

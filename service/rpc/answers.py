@@ -218,7 +218,7 @@ def model_message(model: ModelSpec, state: ModelState | None) -> pb.Model:
         id=model.name,
         tasks=[numbers[task] for task in model.tasks or ()],  # type: ignore[misc]
         defaults=pb.GenerationParams(**defaults),
-        replicas_ready=state.replicas.get("RUNNING", 0) if state else 0,
+        replicas_ready=state.ready if state else 0,
         gpus_per_replica=model.parallel.world_size if model.device == "cuda" else 0,
         state=state.state if state else "starting",
         reason=state.reason if state else "",

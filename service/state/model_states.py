@@ -53,6 +53,11 @@ class ModelState:
     queued: int = 0
     gangs: Sequence[Mapping[str, Any]] = ()
 
+    @property
+    def ready(self) -> int:
+        """Gangs to which Serve sends requests, those on nodes that drain included."""
+        return self.replicas.get("RUNNING", 0) + self.replicas.get("PENDING_MIGRATION", 0)
+
 
 def model_state(
     model: ModelSpec,
