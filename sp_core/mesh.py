@@ -188,19 +188,18 @@ class ParallelMesh:
         return tuple(word.tolist())
 
     def broadcast(self, value: bytes | None) -> bytes:
-        """Rank 0's value, on all ranks, whatever the others pass. A collective on the control group."""
+        """Rank 0's value, on all ranks, whatever the others pass, if anything. A collective on the control group."""
         if self.degrees.world_size == 1:
             assert value is not None
             return value
         assert self.control is not None
         began = time.perf_counter()
-        value = value if self.axis("gang").rank == 0 else None
         length = torch.tensor([len(value or b"")])  # as tensors: torch's way for objects unpickles what comes in
         dist.broadcast(length, group_src=0, group=self.control)
         if not length:
             return b""
         carried = torch.empty(int(length), dtype=torch.uint8)
-        if value is not None:
+        if value is not None and len(value) == length:  # else it is another rank's own, of another length
             carried = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         dist.broadcast(carried, group_src=0, group=self.control)
         sent = 0 if value is None else (self.degrees.world_size - 1) * len(value)

@@ -250,7 +250,7 @@ VIDEO_FLAGS = {
     "prompt", "image", "last_image", "video", "strength", "output",
     "negative_prompt", "size", "width", "height", "num_inference_steps", "guidance_scale",
     "guidance_scale_2", "num_frames", "fps", "seed", "lora", "json", "previews", "detach", "server", "local", "model",
-    "webhook", "device", "embed_metadata", *DEGREES,
+    "webhook", "device", "embed_metadata", "wait", *DEGREES,
 }  # fmt: skip
 
 PICTURE_FLAGS = {"n", "mask", "control_image"}

@@ -86,7 +86,8 @@ def test_the_parameters_in_a_file_draw_it_again(
     last = first.n - 1
     answer = client.post(path, json=json.loads(parameters_text(first, last)))
     assert answer.status_code == 200, answer.text
-    again = replace(backend.requests[-1], request_id=first.request_id, seed_drawn=first.seed_drawn)
+    chosen = {"seed_drawn": first.seed_drawn, "frames_chosen": first.frames_chosen}
+    again = replace(backend.requests[-1], request_id=first.request_id, **chosen)
     assert again == replace(first, n=1, seeds=(), seed=first.all_seeds[last])
 
 

@@ -341,7 +341,7 @@ def test_kept_answers_are_not_counted_among_outputs_and_are_swept(
     assert len(list(files.glob("*.png"))) == 2
     for file in files.glob("*.png"):
         os.utime(file, (1, 1))
-    outputs.sweep(60.0)  # of a cluster that has ended, too
+    outputs.sweep(60.0, counted=True)  # of a cluster that has ended, too
     assert not list(files.glob("*.png"))
 
 

@@ -83,6 +83,7 @@ def map_body(context: Any, body: Any) -> Any:
     if "images" in context.operation.path:  # for jobs alone
         body.pop("priority", None)
         body.pop("deadline_s", None)
+        body.pop("webhook_url", None)
     if not body.get("stream"):
         body.pop("partial_images", None)
     if body.get("stream") and body.get("response_format") == "file":

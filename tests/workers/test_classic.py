@@ -402,7 +402,7 @@ def test_what_the_pipeline_itself_refuses_is_the_callers_mistake(demo_models: di
 
 
 @pytest.mark.parametrize(
-    ("name", "one_batch"), [("stable-diffusion-3", True), ("cogview4", False)], ids=["one batch", "two forwards"]
+    ("name", "one_batch"), [("stable-diffusion-3", True), ("cog-view", False)], ids=["one batch", "two forwards"]
 )
 def test_groups_do_not_divide_the_branches_of_a_call(demo_models: dict[str, Path], name: str, one_batch: bool) -> None:
     folder = demo_models[name]

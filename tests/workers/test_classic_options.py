@@ -114,7 +114,7 @@ def compiled(mesh: ParallelMesh, folder: Path, request: GenerationRequest) -> to
     """The latents of compiled blocks, with all that a compiler does but the kernels: whole graphs, without a break."""
     graphs: list[Any] = []
 
-    def kept(graph: Any, _: Any) -> Any:
+    def kept(graph: Any, _: Any, options: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 

@@ -12,6 +12,7 @@ from torch._inductor.utils import clear_caches
 
 from deploy.model_sections import WarmupShape
 from deploy.model_spec import ModelSpec
+from sp_core.compiled_blocks import IN_ORDER
 from sp_core.degrees import ParallelDegrees
 from sp_core.mesh import ParallelMesh
 from sp_core.parallelize import parallelize
@@ -133,13 +134,13 @@ def test_graphs_are_asked_for_and_told_where_a_forward_begins(
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
     mesh = ParallelMesh.create(ParallelDegrees(), device_type="cpu", timeout_s=60)
-    for recorded, options, times in ((False, {}, 0), (True, {"options": {"triton.cudagraphs": True}}, 4)):
+    for recorded, options, times in ((False, {}, 0), (True, {"triton.cudagraphs": True}, 4)):
         asked.clear()
         ours = spec(demo_model, ParallelDegrees()).model_copy(update={"cuda_graphs": recorded})
         rank = Rank(0, ours)
         rank._use(load_model(ours, mesh))
         assert len(asked) == len(rank._loaded.pipeline.transformer.transformer_blocks)
-        assert asked[0] == asked[-1] == {"fullgraph": True} | options
+        assert asked[0] == asked[-1] == {"fullgraph": True, "options": IN_ORDER | options}
         list(rank._denoise(rank._begin(TWO_GUIDED_STEPS)[0]))
         assert len(begun) == times
 

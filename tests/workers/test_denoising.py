@@ -256,7 +256,7 @@ def test_a_picture_of_another_size_comes_with_a_warning(demo_model: Path) -> Non
         denoising.step()
     denoising.finish()
     assert denoising.warnings == ()
-    denoising.request = replace(denoising.request, width=8)
+    denoising._accepted = replace(denoising.request, width=8)
     denoising.finish()
     assert [each.partition(",")[2] for each in denoising.warnings] == [f" not 8x{denoising.request.height}"]
 
