@@ -29,6 +29,7 @@ from tests.benchmarks.job_faults.scene import Scene
 from tests.benchmarks.job_faults.store_strikes import cut_off
 from tests.benchmarks.job_faults.verdict import compare_pictures, judge
 from tests.support.postgres import Postgres, running_postgres
+from tests.support.when import IN_FULL
 
 KILLS = 20
 """About two minutes of them."""
@@ -123,7 +124,7 @@ def test_postgres_stops_and_starts(served: Served, tmp_path: Path) -> None:
     assert (running.state, running.attempt, running.trouble) == ("succeeded", 1, "")
 
 
-@pytest.mark.parametrize("served", [ON_POSTGRES], indirect=True)
+@pytest.mark.parametrize("served", [pytest.param("postgres", marks=IN_FULL)], indirect=True)
 def test_a_job_of_a_gateway_that_is_cut_off_has_one_result(served: Served, tmp_path: Path) -> None:
     """Another one takes it over, and the first one speaks of it again later."""
     assert served.postgres is not None
