@@ -66,12 +66,12 @@ def hold_encoder(_: Any, there: Path) -> None:
 
     encode = encoding.encode
 
-    def slow(made: Any, request: Any) -> bytes:
+    def slow(made: Any, request: Any, number: int) -> bytes:
         if request.prompt == BROKEN:
             raise ValueError("no such color")
         if request.prompt == HELD:
             wait_while(there)
-        return encode(made, request)
+        return encode(made, request, number)
 
     encoding.encode = slow
 

@@ -69,6 +69,7 @@ def map_body(context: Any, body: Any) -> Any:
         "lora",
         "num_outputs_per_prompt",
         "seeds",
+        "strength",  # of what begins with a picture
         "true_cfg_scale",
         *PICTURE_INPUTS,  # whether text is a picture, no schema says
     ):
