@@ -59,7 +59,9 @@ def measure(name: str, engine: sa.Engine, submissions: int, filled: int, looks: 
             took = list(pool.map(lambda _: timed(lambda: store.submit(a_job())), range(submissions)))
         rows.append([name, str(callers), f"{submissions / (time.perf_counter() - began):.0f}", *ms(took)])
     fill(engine, filled - submissions * len(rows))
-    ids = [job.id for job in store.page(None, limit=filled).jobs]
+    ids: list[str] = []
+    while found := store.page(None, after=ids[-1] if ids else None, limit=1000).jobs:  # no call may take long
+        ids += [job.id for job in found]
     pages = [
         timed(lambda: store.page(f"key-{random.randrange(OWNERS)}", after=random.choice(ids))) for _ in range(looks)
     ]
